@@ -1,0 +1,47 @@
+# `make demo` and `make test` start from a fresh clone: each creates .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test check lint format bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/lightlm prepare-data pydocs --tokenizer train:8192
+	$(BIN)/lightlm train recipes/demo.yaml
+	$(BIN)/lightlm eval --tasks heldout
+	$(BIN)/lightlm generate "Return a new" --num-samples 2 --max-new-tokens 80
+	$(BIN)/lightlm convert
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses 2
+
+check: lint
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/train.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
+	$(PIP_INSTALL) .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
+	$(PIP_INSTALL) ".[dev]"
+	touch $@ $(VENV)/.installed

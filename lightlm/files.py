@@ -1,0 +1,107 @@
+"""Files and folders that appear whole or not at all: temporary name, fsync, rename."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable. Windows cannot open a folder, and does not need it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    # Windows flushes only through a descriptor open for writing.
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`; a kill at any instant leaves the old or the new file."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    _sync_file(temporary)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace `path` by UTF-8 text; see `write_bytes`."""
+    write_bytes(path, content.encode())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `path` when the block ends without an error.
+
+    Every file in it is flushed to disk before the rename. With `overwrite`, an existing folder stays in place
+    until the new one is complete. On an error the temporary folder is removed and `path` is untouched.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is not set.
+    """
+    if path.exists() and not overwrite:
+        raise FileExistsError(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    remove_folder(temporary)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        sync_folder(temporary)
+    except BaseException:
+        remove_folder(temporary)
+        raise
+    if path.exists():
+        old = path.with_name(f".{path.name}.old")
+        remove_folder(old)
+        os.replace(path, old)
+        os.replace(temporary, path)
+        remove_folder(old)
+    else:
+        os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder if it is there. It is renamed first, so that a kill never leaves half of it under its name."""
+    if not path.exists():
+        return
+    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.deleted")
+    if doomed != path:
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def point_to(link: Path, target_name: str) -> None:
+    """Make `link` point to its sibling `target_name`: a symbolic link, or a text file where links are not allowed."""
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(target_name, target_is_directory=True)
+    except OSError:  # Windows without developer mode
+        temporary.write_text(target_name, encoding="utf-8")
+    os.replace(temporary, link)
+    sync_folder(link.parent)
+
+
+def follow(link: Path) -> Path | None:
+    """The folder that a pointer made by `point_to` names, or None where there is no pointer."""
+    if link.is_symlink():
+        return link.parent / os.readlink(link)
+    if link.is_file():
+        return link.parent / link.read_text(encoding="utf-8").strip()
+    return None

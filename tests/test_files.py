@@ -1,0 +1,70 @@
+import os
+
+import pytest
+
+from lightlm import files
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), files.new_folder(target) as folder:  # noqa: PT012
+        (folder / "half").write_text("x")
+        assert not target.exists()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with files.new_folder(target) as folder:
+        (folder / "whole").write_text("y")
+    assert (target / "whole").read_text() == "y"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_overwrite_leaves_the_old_folder(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("good")
+    with pytest.raises(KeyboardInterrupt), files.new_folder(target, overwrite=True) as folder:  # noqa: PT012
+        (folder / "new").write_text("bad")
+        raise KeyboardInterrupt
+    assert [path.name for path in target.iterdir()] == ["old"]
+    with files.new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("better")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_existing_folder_is_not_replaced_unasked(tmp_path):
+    with pytest.raises(FileExistsError), files.new_folder(tmp_path):
+        pass
+
+
+def test_left_over_partial_folders_are_cleared(tmp_path):
+    stale = tmp_path / ".out.partial"
+    stale.mkdir()
+    (stale / "stale").write_text("x")
+    with files.new_folder(tmp_path / "out") as folder:
+        (folder / "fresh").write_text("y")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fresh"]
+
+
+def test_write_text_replaces(tmp_path):
+    path = tmp_path / "file"
+    files.write_text(path, "one")
+    files.write_text(path, "zwölf")
+    assert path.read_text(encoding="utf-8") == "zwölf"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def refuse_links(*args, **kwargs):
+    raise OSError("no privilege")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_pointer_works_with_and_without_symbolic_links(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "symlink", refuse_links)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.point_to(tmp_path / "latest", name)
+        assert files.follow(tmp_path / "latest") == tmp_path / name
+    assert (tmp_path / "latest").is_symlink() == links
+    assert files.follow(tmp_path / "nothing") is None
