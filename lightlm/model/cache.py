@@ -1,0 +1,99 @@
+"""The key/value cache of incremental decoding.
+
+Shapes: B batch, T positions in this call, S cache slots, H key/value heads, K head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightlm.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where one chunk of tokens goes in the cache: the same for every layer of one forward call."""
+
+    starts: list[int]  # per row, the slot of the chunk's first token
+    counts: list[int]  # per row, how many of the chunk's T columns are tokens; the rest is padding on the right
+    positions_BT: Tensor  # the position of each column; padding is held inside the table
+    end: int  # slots that any row uses after this chunk
+    rows: Tensor | None  # with padding: the (row, slot, column) triples to write; None when every row is full
+    slots: Tensor | None
+    columns: Tensor | None
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, with one length per row.
+
+    Slot p of a row holds position p, so prompts of different lengths are padded on the right: a padding
+    column is never written, and the causal mask hides every slot a row has not reached.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        config = config.resolved()
+        shape = (config.depth, batch_size, config.num_kv_heads, max_len, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * batch_size
+        self.max_len = max_len
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    def begin(self, batch_size: int, num_columns: int, counts: list[int] | None) -> Step:
+        """Reserve room for a chunk of `num_columns` columns of which row b's first counts[b] are tokens.
+
+        Raises:
+            ValueError: the batch does not fit the cache, a count is out of range, or a row would overflow.
+        """
+        counts = [num_columns] * batch_size if counts is None else list(counts)
+        if batch_size != self.batch_size or len(counts) != batch_size:
+            raise ValueError(f"the cache holds {self.batch_size} rows, the batch {batch_size}, counts {len(counts)}")
+        if any(not 0 <= count <= num_columns for count in counts):
+            raise ValueError(f"counts {counts} must lie between 0 and the {num_columns} columns of the chunk")
+        starts = list(self.lengths)
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        if max(ends) > self.max_len:
+            raise ValueError(f"the cache has {self.max_len} slots, {max(ends)} are needed")
+        device = self.keys.device
+        positions = torch.tensor(starts)[:, None] + torch.arange(num_columns)
+        rows = slots = columns = None
+        if any(count < num_columns for count in counts) or len(set(starts)) > 1:
+            rows, columns = (torch.arange(num_columns) < torch.tensor(counts)[:, None]).nonzero(as_tuple=True)
+            slots = positions[rows, columns]
+            rows, slots, columns = (index.to(device) for index in (rows, slots, columns))
+        positions = positions.clamp(max=self.max_len - 1).to(device)
+        return Step(starts, counts, positions, max(ends), rows, slots, columns)
+
+    def update(self, layer: int, step: Step, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a chunk's keys and values and return those of all slots in use, each (B, H, step.end, K)."""
+        keys, values = self.keys[layer], self.values[layer]
+        if step.rows is None:
+            start = step.starts[0]
+            keys[:, :, start : step.end] = k_BHTK
+            values[:, :, start : step.end] = v_BHTK
+        else:
+            # Two index tensors around a slice put the indexed pairs first: (pairs, H, K).
+            keys[step.rows, :, step.slots] = k_BHTK[step.rows, :, step.columns].to(keys.dtype)
+            values[step.rows, :, step.slots] = v_BHTK[step.rows, :, step.columns].to(values.dtype)
+        return keys[:, :, : step.end], values[:, :, : step.end]
+
+    def commit(self, step: Step) -> None:
+        """Advance every row past the chunk, once all layers have stored it."""
+        self.lengths = [start + count for start, count in zip(step.starts, step.counts, strict=True)]
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        self.lengths = [min(row, length) for row in self.lengths]
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these rows, in this order; a row may be named more than once (to sample a prompt many times)."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys = self.keys.index_select(1, index)
+        self.values = self.values.index_select(1, index)
+        self.lengths = [self.lengths[row] for row in rows]

@@ -1,0 +1,42 @@
+"""Feed-forward networks.
+
+Shapes: B batch, T positions, D hidden size, F intermediate size.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightlm.model.config import ModelConfig
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class MLP(nn.Module):
+    """down(act(up(x))) with GPT-2's tanh-approximated GELU or with squared ReLU (arXiv 2109.08668)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.mlp
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h_BTF = self.up_proj(x_BTD)
+        h_BTF = F.gelu(h_BTF, approximate="tanh") if self.activation == "gelu" else F.relu(h_BTF).square()
+        return self.down_proj(h_BTF)
+
+
+def build_mlp(config: ModelConfig) -> nn.Module:
+    """The feed-forward network of one block."""
+    return SwiGLU(config) if config.mlp == "swiglu" else MLP(config)

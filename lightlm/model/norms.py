@@ -1,0 +1,27 @@
+"""Normalisation layers."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightlm.model.config import ModelConfig
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+
+    The weight takes the input's precision: under autocast, queries and keys come in bf16, and mixed
+    precisions would leave torch's fused kernel. The mean is fp32 inside either way.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The norm in front of a block's halves and of the head."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)

@@ -1,0 +1,171 @@
+"""The one model class: GPT-2, GPT-3, Llama, Qwen3 and MobileLLM shapes are all settings of `ModelConfig`.
+
+Shapes: B batch, T positions in this call, D hidden size, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightlm.model.attention import Attention, Mask, build_mask
+from lightlm.model.cache import KVCache, Step
+from lightlm.model.config import ModelConfig
+from lightlm.model.mlp import build_mlp
+from lightlm.model.norms import build_norm
+from lightlm.model.rotary import rotary_table
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = build_norm(config)
+        self.mlp = build_mlp(config)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        cache: KVCache | None,
+        step: Step | None,
+        layer: int,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache, step, layer)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: the shape; `vocab_size` must be set.
+
+    Raises:
+        ValueError: the configuration is not a model; the message lists every reason.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config = config.resolved()
+        if not config.vocab_size:
+            raise ValueError("vocab_size: must be set to build a model")
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(config.max_seq_len, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = build_norm(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal weights of `init_std`, zero biases, unit norms.
+
+        The two projections that write to the residual stream are scaled by 1/sqrt(2 x depth), so that the
+        stream's variance does not grow with depth (GPT-2 paper, section 2.3); learned positions get half the
+        standard deviation of tokens (0.01 beside 0.02 in OpenAI's gpt-2 code).
+        """
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim < 2:
+                parameter.fill_(1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(0.0, std / math.sqrt(2 * self.config.depth))
+            else:
+                parameter.normal_(0.0, std / 2 if name.startswith("embed_positions") else std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) weight of the output head."""
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
+        max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)
+        dtype = self.embed_tokens.weight.dtype
+        if torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
+        return KVCache(self.config, batch_size, max_len, device=self.device, dtype=dtype)
+
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, counts: list[int] | None = None) -> Tensor:
+        """Logits (B, T, V) of the next token after each column; see `hidden_states` for the arguments."""
+        return self.head(self.hidden_states(tokens_BT, cache, counts))
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        return F.linear(x_BTD, self.head_weight)
+
+    def hidden_states(self, tokens_BT: Tensor, cache: KVCache | None = None, counts: list[int] | None = None) -> Tensor:
+        """The final norm's output (B, T, D), from which `head` makes logits.
+
+        Args:
+            tokens_BT: token ids. Without a cache, column t is position t; with one, row b goes on where its
+                last chunk ended.
+            cache: keys and values of what came before; this call appends to it.
+            counts: with a cache, how many columns of each row are tokens; the rest is padding on the right,
+                is not stored, and its output means nothing. Default: all.
+
+        Raises:
+            ValueError: more positions than max_seq_len or than the cache holds, or counts without a cache.
+        """
+        batch, length = tokens_BT.shape
+        if cache is None:
+            if counts is not None:
+                raise ValueError("counts go with a cache: without one, padding on the right needs no mask")
+            if length > self.config.max_seq_len:
+                raise ValueError(f"{length} positions given, max_seq_len is {self.config.max_seq_len}")
+            step, num_keys = None, length
+            positions_BT = torch.arange(length, device=tokens_BT.device)[None]
+            fresh = aligned = True
+        else:
+            step = cache.begin(batch, length, counts)
+            positions_BT, num_keys = step.positions_BT, step.end
+            aligned = step.rows is None
+            fresh = aligned and step.starts[0] == 0
+        config = self.config
+        masks = {
+            window: build_mask(positions_BT, num_keys, window, fresh=fresh, aligned=aligned)
+            for window in {config.window(layer) for layer in range(config.depth)}
+        }
+        x_BTD = self.embed_tokens(tokens_BT)
+        rotation = None
+        if config.position == "learned":
+            x_BTD = x_BTD + self.embed_positions(positions_BT)
+        else:
+            cos, sin = rotary_table(positions_BT, config.head_dim, config.rope_theta)
+            rotation = cos[:, None], sin[:, None]
+        for layer in range(config.depth):
+            block = self.blocks[layer // config.block_repeats]
+            x_BTD = block(x_BTD, rotation, masks[config.window(layer)], cache, step, layer)
+        if cache is not None and step is not None:
+            cache.commit(step)
+        return self.norm(x_BTD)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameter counts: `total` (a tied head counts once) and its part in `embedding` tables and head."""
+        tables = ("embed_tokens.", "embed_positions.", "lm_head.")
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        return {
+            "total": sum(sizes.values()),
+            "embedding": sum(size for name, size in sizes.items() if name.startswith(tables)),
+        }
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward and backward floating-point operations a token: 6 a weight used, and attention's 12 K H S
+        a layer over S visible positions, without a discount for causality (arXiv 2204.02311, appendix B)."""
+        config = self.config
+        block_weights = sum(p.numel() for p in self.blocks.parameters()) * config.block_repeats
+        visible = sum(min(config.window(layer) or seq_len, seq_len) for layer in range(config.depth))
+        return 6 * (block_weights + self.head_weight.numel()) + 12 * config.num_heads * config.head_dim * visible

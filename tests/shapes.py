@@ -1,0 +1,28 @@
+"""Tiny models of every architecture that LightLM covers."""
+
+import torch
+
+from lightlm.model.config import ModelConfig
+from lightlm.model.transformer import Transformer
+
+_BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_seq_len": 48, "vocab_size": 97}
+_GPT2 = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True}
+
+SHAPES = {
+    "gpt2": ModelConfig(**_BASE, **_GPT2),
+    "gpt3": ModelConfig(**_BASE, **_GPT2, sliding_window=5),
+    "llama": ModelConfig(**_BASE, num_kv_heads=2),
+    "qwen3": ModelConfig(**_BASE, num_kv_heads=1, head_dim=16, qk_norm=True, tie_embeddings=False),
+    "relu2": ModelConfig(**_BASE, mlp="relu2", bias=True),
+    "shared": ModelConfig(**_BASE, num_kv_heads=2, block_repeats=2, sliding_window=7),
+}
+
+
+def build(name: str, seed: int = 0) -> Transformer:
+    """A model in evaluation mode whose weights are large enough for differences to show."""
+    torch.manual_seed(seed)
+    model = Transformer(SHAPES[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
