@@ -1,0 +1,148 @@
+import dataclasses
+import re
+
+import pytest
+import torch
+import yaml
+
+from lightlm.errors import RecipeError, UsageError
+from lightlm.model.transformer import Transformer
+from lightlm.recipe import load_recipe, shipped_recipes, span_tokens
+
+PARAMETERS = {
+    "demo": 8_393_472,
+    "gpt2-124m": 124_439_808,
+    "gpt3-125m": 125_226_240,
+    "lightlm": 135_155_328,
+    "mobilellm-125m": 124_635_456,
+    "mobilellm-ls-125m": 124_635_456,
+}
+VOCABULARY = {"demo": 8192, "lightlm": 50_257}  # where the recipe leaves it to the data
+
+
+def mistakes(tmp_path, text, overrides=()):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, overrides)
+    return str(error.value)
+
+
+def test_every_shipped_recipe_is_known_here():
+    assert {path.stem for path in shipped_recipes()} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_recipe_builds_its_parameter_count_and_opens_with_its_commands(name):
+    recipe = load_recipe(name)
+    config = dataclasses.replace(recipe.model, vocab_size=recipe.model.vocab_size or VOCABULARY[name])
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert model.num_parameters()["total"] == PARAMETERS[name] < 150_000_000
+    head = next(path for path in shipped_recipes() if path.stem == name).read_text(encoding="utf-8").splitlines()[:8]
+    assert any("lightlm prepare-data" in line for line in head)
+    assert f"#   lightlm train recipes/{name}.yaml" in [line.split("  #")[0].rstrip() for line in head]
+
+
+def test_resolved_recipe_reads_back_the_same(tmp_path):
+    recipe = load_recipe("gpt3-125m", ["optimizer.lr=1e-3", "train.tokens=2.5B"])
+    assert recipe.optimizer.lr == 0.001
+    assert recipe.train.tokens == 2_500_000_000
+    path = tmp_path / "resolved.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_batch_quantities_are_binary_and_token_counts_decimal():
+    recipe = load_recipe("gpt2-124m")
+    assert recipe.train.batch_tokens == 2**19
+    assert recipe.train.tokens == 40_000_000_000
+    assert recipe.batch_sequences == 512
+    assert recipe.total_steps == -(-40_000_000_000 // 2**19)
+
+
+def test_all_mistakes_are_reported_at_once_with_key_line_and_nearest(tmp_path):
+    message = mistakes(
+        tmp_path,
+        """
+name: demo
+model: {num_layer: 8, hidden_size: abc, num_heads: 8, max_seq_len: 256, norm: rms}
+data: {dataset: pydocs}
+train:
+  tokens: 3X
+  batch_tokens: 16K
+  lr: 1e-3
+  micro_batch: 0
+optimizer: {lr: fast}
+schedule: {warmup: 80%, decay: 30%}
+evals: {}
+""",
+        ["train.dtype=bf16"],
+    )
+    assert message.startswith("11 mistakes in ")
+    for expected in (
+        r"model.num_layers: is missing  \[line 3\]",
+        r"model.num_layer: unknown key; did you mean model.num_layers\?  \[line 3\]",
+        r"model.hidden_size: should be a valid integer, not 'abc'",
+        r"model.norm: should be 'rmsnorm' or 'layernorm', not 'rms'",
+        r"train.tokens: write a whole number such as .* not '3X'  \[line 6\]",
+        r"train.lr: unknown key; did you mean optimizer.lr\?  \[line 8\]",
+        r"train.micro_batch: should be 'auto', not 0; or should be greater than or equal to 1",
+        r"train.dtype: should be 'auto', 'bfloat16' or 'float32', not 'bf16'  \[override train.dtype=bf16\]",
+        r"optimizer.lr: should be a valid number, not 'fast'  \[line 10\]",
+        r"schedule.decay: warmup 80% and decay 30% exceed the run",
+        r"evals: unknown key; did you mean eval\?  \[line 12\]",
+    ):
+        assert re.search(expected, message), expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_tokens=1000", "1000 is no whole number of 256-token sequences; nearest: 1024"),
+        ("train.micro_batch=7", "7 does not divide the 64 sequences"),
+        ("train.seq_len=512", "512 exceeds model.max_seq_len 256"),
+        ("model.num_kv_heads=3", "3 does not divide num_heads 8"),
+        ("train.tokens=0", "must be above 0"),
+        ("tracking.backends=[wandb]", "wandb: none can be used yet"),
+        ("schedule={name: constant, decay: 20%}", "has no effect with schedule.name=constant"),
+        ("name=../escape", "name: string should match pattern"),
+        ("train=3", "train: "),
+        ("model=[1]", "model: "),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(override, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe("demo", [override])
+
+
+@pytest.mark.parametrize("override", ["train.seed", "=3", "train..seed=1", "optimizer.lr=[1"])
+def test_malformed_overrides_are_usage_errors(override):
+    with pytest.raises(UsageError):
+        load_recipe("demo", [override])
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean mobilellm-125m"):
+        load_recipe("recipes/mobilelm-125m.yaml")
+
+
+@pytest.mark.parametrize("text", ["just text", "- a\n- b", "a: [1", "name: x\n"])
+def test_files_that_are_no_recipe_are_refused(tmp_path, text):
+    mistakes(tmp_path, text)
+
+
+def test_a_path_wins_over_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = yaml.safe_load(load_recipe("demo").to_yaml()) | {"name": "mine"}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert load_recipe("demo.yaml").name == "mine"
+    assert load_recipe("demo").name == "demo"
+
+
+def test_spans_are_shares_or_tokens():
+    assert span_tokens("2.5%", 1000) == 25
+    assert span_tokens("375M", 1000) == 375_000_000
+    for bad in ("120%", "x%", "-1"):
+        with pytest.raises(ValueError, match="write a"):
+            span_tokens(bad, 10)
