@@ -1,0 +1,230 @@
+"""The embedded default source: the documentation that every machine running LightLM already has.
+
+Several megabytes of English technical prose, read from the interpreter that runs LightLM: the docstrings of
+the standard library, of torch and of numpy, and the language reference in `pydoc_data.topics`. Nothing is
+imported or executed: sources are found by path and read with `ast`, so that torch costs no start-up time and
+no module of the standard library opens a browser. Nothing is downloaded and nothing is redistributed.
+"""
+
+import ast
+import contextlib
+import gc
+import inspect
+import itertools
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from importlib import metadata, util
+from pathlib import Path
+
+import xxhash
+
+from lightlm.errors import DataError
+
+PACKAGES = ("torch", "numpy")
+
+# Calls whose string arguments are documentation of objects written in C: torch._torch_docs, numpy._core._add_newdocs.
+DOC_CALLS = frozenset({"add_docstr", "add_docstr_all", "_add_docstr", "add_newdoc", "add_newdoc_for_scalar_type"})
+
+# Folders that hold tests, generated code, vendored copies or tables rather than documentation to read.
+SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor", "lib2to3"}
+    | {"turtledemo", "encodings", "pydoc_data", "ensurepip", "_inductor", "_vendored_packages", "_numpy"}
+)
+
+MIN_DOCSTRING = 40  # characters; shorter ones ("Return self.") teach repetition
+MIN_DOCUMENT = 400  # characters; a module with less than a paragraph is not a document
+
+
+def pydocs_revision() -> str:
+    """What the corpus depends on: the versions of the interpreter and of the packages read."""
+    parts = [f"python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            parts.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(parts)
+
+
+def pydocs_documents() -> list[str]:
+    """Every document of the corpus: one a module or language topic, in an order fixed by the texts' hashes.
+
+    The order by hash mixes the packages, so that the first documents (on which a tokenizer is trained, or which
+    `--max-tokens` keeps) are a fair sample of the whole.
+
+    Raises DataError where the interpreter carries no sources (a frozen or stripped installation).
+    """
+    seen: set[int] = set()
+    with _without_garbage_collection():
+        texts = [_assemble(title, sections, seen) for title, sections in itertools.chain(_topics(), _modules())]
+    documents = [text for text in texts if len(text) >= MIN_DOCUMENT]
+    if not documents:
+        raise DataError(
+            f"pydocs: no documentation found under {sysconfig.get_path('stdlib')}; this Python was installed without "
+            "its sources. Prepare a text file or folder of your own instead: lightlm prepare-data PATH"
+        )
+    return sorted(documents, key=lambda text: (xxhash.xxh3_64_intdigest(text.encode()), text))
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Syntax trees are millions of objects without cycles: collecting them over and over took 22 s of 32."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _assemble(title: str, sections: Iterator[tuple[str, str]], seen: set[int]) -> str:
+    """One document: its title, then each section's heading and text; a text met before (exactly) is left out."""
+    parts: list[str] = []
+    for heading, raw in sections:
+        text = _clean(raw)
+        digest = xxhash.xxh3_64_intdigest(text.encode())
+        if len(text) < MIN_DOCSTRING or digest in seen:
+            continue
+        seen.add(digest)
+        parts.append(f"{heading}\n\n{text}" if heading else text)
+    return "\n\n".join([title, *parts]) + "\n" if parts else ""
+
+
+def _topics() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
+    """The language reference's topics (`help("while")`), read from the dictionary literal of pydoc_data.topics."""
+    path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    for node in ast.walk(_parse(path) or ast.Module([], [])):
+        if not isinstance(node, ast.Dict):
+            continue
+        for key, value in zip(node.keys, node.values, strict=True):
+            text = _literal(value)
+            if isinstance(key, ast.Constant) and isinstance(key.value, str) and text is not None:
+                yield f"The Python language: {key.value}", iter([("", text)])
+
+
+def _modules() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
+    """The documentation of each module of the standard library, torch and numpy: its name and its sections."""
+    for package, root in _roots():
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if SKIPPED_FOLDERS.intersection(parts[:-1]) or parts[-1].startswith("test_"):
+                continue
+            tree = _parse(path)
+            if tree is None:
+                continue
+            name = ".".join((*package, *(part for part in parts if part != "__init__")))
+            yield f"Module {name}", _sections(tree)
+
+
+def _roots() -> list[tuple[tuple[str, ...], Path]]:
+    """The folders to read, each with the module name that it stands for; found without importing anything."""
+    roots: list[tuple[tuple[str, ...], Path]] = [((), Path(sysconfig.get_path("stdlib")))]
+    for package in PACKAGES:
+        spec = util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            roots.append(((package,), Path(spec.origin).parent))
+    return roots
+
+
+def _parse(path: Path) -> ast.Module | None:
+    """The syntax tree of a file, or None for one that this interpreter cannot read (a template, another version)."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
+            return ast.parse(source)
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
+        return None
+
+
+def _sections(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(heading, text) of the module itself, then of each documented class, function and doc-adding call in order."""
+    yield "", ast.get_docstring(tree) or ""
+    yield from _members(tree.body, "")
+
+
+def _members(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{prefix}{node.name}"
+            heading = f"class {name}" if isinstance(node, ast.ClassDef) else f"{name}({_arguments(node.args)})"
+            yield heading, ast.get_docstring(node) or ""
+            if isinstance(node, ast.ClassDef):
+                yield from _members(node.body, f"{name}.")
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield from _doc_call(node.value)
+        elif isinstance(node, ast.If | ast.Try):
+            yield from _members(node.body, prefix)
+
+
+def _arguments(args: ast.arguments) -> str:
+    """The parameter names, as a reader would write the signature; defaults and annotations would drown it."""
+    names = [arg.arg for arg in (*args.posonlyargs, *args.args)]
+    if args.vararg:
+        names.append(f"*{args.vararg.arg}")
+    names += [arg.arg for arg in args.kwonlyargs]
+    if args.kwarg:
+        names.append(f"**{args.kwarg.arg}")
+    return ", ".join(name for name in names if name not in {"self", "cls"})
+
+
+def _doc_call(call: ast.Call) -> Iterator[tuple[str, str]]:
+    """The text of `add_docstr(torch.abs, r\"\"\"...\"\"\")` and of its relatives, headed by the object's name."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if function not in DOC_CALLS or len(call.args) < 2:
+        return
+    *owner, last = call.args
+    for text in _strings(last):
+        name = ".".join(_literal(part) or ast.unparse(part) for part in owner)
+        yield name, inspect.cleandoc(text)
+
+
+def _strings(node: ast.expr) -> Iterator[str]:
+    """The documentation in the last argument: a literal, a literal.format(...), or ("method", literal) pairs."""
+    text = _literal(node)
+    if text is not None:
+        yield text
+    elif isinstance(node, ast.Tuple) and node.elts:
+        yield from _strings(node.elts[-1])
+    elif isinstance(node, ast.List):
+        for element in node.elts:
+            yield from _strings(element)
+
+
+def _literal(node: ast.expr) -> str | None:
+    """The value of a string literal, of a sum of them, or of `literal.format(...)` with the fields left in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [_literal(node.left), _literal(node.right)]
+        return "".join(part for part in parts if part is not None) or None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+        return _literal(node.func.value)
+    return None
+
+
+_FIELD_LINE = re.compile(r"^\s*\{\w+\}\s*$")  # a str.format field on a line of its own: text kept elsewhere
+_RULE_LINE = re.compile(r"^\s*[-=~+|*#^_ ]{6,}\s*$")  # underlines and table borders
+_DATA_LINE = re.compile(r"\S{120}")  # no English word: base64, hexadecimal, packed tables
+_LICENSE = re.compile(r"copyright|permission is hereby granted|licen[cs]ed? (under|to)|all rights reserved", re.I)
+
+
+def _clean(text: str) -> str:
+    """Readable text: no trailing blanks, table borders, data lines, unfilled fields or licence paragraphs."""
+    text = text.encode("utf-8", "replace").decode()  # a docstring about surrogates may hold a lone one
+    lines = [line.rstrip().expandtabs() for line in text.splitlines()]
+    kept = [
+        line for line in lines if not (_FIELD_LINE.match(line) or _RULE_LINE.match(line) or _DATA_LINE.search(line))
+    ]
+    paragraphs = re.split(r"\n{2,}", "\n".join(kept).strip("\n"))
+    return "\n\n".join(part for part in paragraphs if not _LICENSE.search(part) and _is_prose(part))
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Whether at least half of a long paragraph's visible characters are letters; tables and hex dumps are not."""
+    visible = re.sub(r"\s", "", paragraph)
+    return len(visible) < 200 or sum(map(str.isalpha, visible)) >= len(visible) / 2

@@ -1,0 +1,238 @@
+"""Tokenizers: one wrapper over `tokenizers` that treats text as text, loading by name or path, and training."""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightlm.errors import DataError, UsageError
+from lightlm.files import write_bytes
+
+END_OF_TEXT_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "[SEP]",
+)
+NAMED_TOKENIZERS = {"gpt2": "openai-community/gpt2"}
+OFFLINE_HINT = (
+    "Offline, use --tokenizer train:8192, which trains one on the data, or --tokenizer PATH with a tokenizer.json."
+)
+
+# 256 bytes and the end-of-text token leave no merge at 257; below 300 a "tokenizer" is bytes with a few pairs.
+MIN_VOCAB_SIZE = 300
+
+PIECE_CHARACTERS = 200_000
+GROUP_CHARACTERS = 4_000_000
+_LINE_BORDER = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    No special token is ever added, and one spelled out inside a text (a web page about GPT-2 that contains
+    `<|endoftext|>`) is ordinary characters: the end-of-text id appears where a document ends and nowhere else.
+    """
+
+    def __init__(self, definition: bytes, *, origin: str, end_of_text_id: int | None = None) -> None:
+        """Read the bytes of a tokenizer.json; `origin` names them in messages.
+
+        Raises DataError where they are no such file, or name no end-of-text token and none is given.
+        """
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
+            self._json: dict[str, Any] = json.loads(definition)
+        except Exception as error:  # `tokenizers` raises bare Exception for every malformed definition
+            raise DataError(f"{origin} is not a tokenizer.json that `tokenizers` can read: {error}") from error
+        self._definition = definition
+        self._tokenizer.encode_special_tokens = True
+        # Definitions made for encoders cut every text at 512 tokens; a corpus must not be cut.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self.sha256: str = hashlib.sha256(definition).hexdigest()
+        self.vocab_size: int = 1 + max((*self._tokenizer.get_vocab(with_added_tokens=True).values(), *self._added))
+        self.end_of_text_id: int = self._end_of_text(origin) if end_of_text_id is None else end_of_text_id
+        if not 0 <= self.end_of_text_id < self.vocab_size:
+            raise DataError(f"{origin}: end-of-text id {end_of_text_id} is outside its {self.vocab_size} entries")
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], end_of_text_id: int | None = None) -> "Tokenizer":
+        """Load a tokenizer.json. Raises DataError where it cannot be read."""
+        try:
+            definition = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"The tokenizer {path} cannot be read: {error.strerror}. {OFFLINE_HINT}") from error
+        return cls(definition, origin=str(path), end_of_text_id=end_of_text_id)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text; texts, and the pieces of long ones, are shared out over the processor's cores."""
+        pieces = [(number, piece) for number, text in enumerate(texts) for piece in self._pieces(text)]
+        ids: list[list[int]] = [[] for _ in texts]
+        for group in _groups(pieces):
+            # The "fast" variant leaves out character offsets and gives the same ids.
+            encoded = self._tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (number, _), item in zip(group, encoded, strict=True):
+                ids[number] += item.ids
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids; special tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
+        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for: int32 of shape (vocab_size,), 0 for special tokens.
+
+        Bits per byte divides by the sum of these over the targets.
+        """
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            lengths[index] = self._text_bytes(token)
+        for index, added in self._added.items():
+            lengths[index] = 0 if added.special else len(added.content.encode())
+        lengths[self.end_of_text_id] = 0
+        return lengths
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the definition, byte for byte as it was read, so that its hash stays what it was."""
+        write_bytes(Path(path), self._definition)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A long text in pieces that give the ids of the whole; encoding 54 MB at once took 8 GB of memory.
+
+        Byte-level pre-tokenizers never join a line end between two visible characters to what follows it. Others
+        may add a space in front of every piece, so their texts stay whole.
+        """
+        start = 0
+        while self._byte_level and len(text) - start > PIECE_CHARACTERS:
+            border = _LINE_BORDER.search(text, start + PIECE_CHARACTERS)
+            if border is None:
+                break
+            yield text[start : border.start()]
+            start = border.start()
+        yield text[start:]
+
+    @functools.cached_property
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in {*_types(self._json.get("pre_tokenizer")), *_types(self._json.get("decoder"))}
+
+    def _text_bytes(self, token: str) -> int:
+        if self._byte_level:
+            return len(token)  # each character of the byte alphabet stands for one byte
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return 1
+        return len(token.removeprefix("##").replace("▁", " ").encode())
+
+    def _end_of_text(self, origin: str) -> int:
+        ids = {added.content: index for index, added in self._added.items()}
+        for name in END_OF_TEXT_NAMES:
+            if name in ids:
+                return ids[name]
+        raise DataError(
+            f"{origin}: no end-of-text token, which separates documents. Looked among its {len(ids)} added tokens for "
+            f"{', '.join(END_OF_TEXT_NAMES)}. Use a tokenizer made for text generation, or --tokenizer train:8192."
+        )
+
+
+def _groups(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Consecutive pieces, `GROUP_CHARACTERS` at a time: the encodings of one group are in memory at once."""
+    group: list[tuple[int, str]] = []
+    characters = 0
+    for piece in pieces:
+        group.append(piece)
+        characters += len(piece[1])
+        if characters >= GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _types(part: Any) -> set[str]:
+    """The `type` of a component of a tokenizer.json and of every component inside it."""
+    if isinstance(part, dict):
+        own = {part["type"]} if isinstance(part.get("type"), str) else set()
+        return own.union(*(_types(value) for value in part.values()))
+    if isinstance(part, list):
+        return set().union(*(_types(value) for value in part))
+    return set()
+
+
+def requested_vocab_size(spec: str) -> int | None:
+    """The N of `train:N`, or None for a spec that names an existing tokenizer.
+
+    Raises UsageError where N is no whole number, or leaves no room for merges.
+    """
+    kind, colon, number = spec.partition(":")
+    if kind != "train":
+        return None
+    if not colon or not (number.isascii() and number.isdigit()):
+        raise UsageError(f"--tokenizer {spec}: write the number of entries to train, for example train:8192")
+    if int(number) < MIN_VOCAB_SIZE:
+        raise UsageError(
+            f"--tokenizer {spec}: at least {MIN_VOCAB_SIZE} entries are needed (256 bytes, the end-of-text token, and "
+            "some merges); for a small model train:8192 is a good size"
+        )
+    return int(number)
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `spec` names: `gpt2`, a Hub id, a tokenizer.json, or a folder that holds one.
+
+    A path that exists takes precedence over a Hub id. Raises DataError where there is no such tokenizer, or the
+    Hub cannot be reached; the message says what works offline.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(f"The folder {spec} holds no tokenizer.json. {OFFLINE_HINT}")
+    if path.is_file():
+        return Tokenizer.from_file(path)
+    if path.suffix == ".json" or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
+        raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, or a Hub id.")
+    from lightlm.data.hub import download_tokenizer
+
+    repo = NAMED_TOKENIZERS.get(spec, spec)
+    return Tokenizer(download_tokenizer(repo, OFFLINE_HINT).read_bytes(), origin=repo)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's pre-tokenizer and `<|endoftext|>`; the same texts give the same bytes.
+
+    All 256 bytes are in the alphabet, so every text survives encode and decode. A sample in which no further
+    pair occurs twice stops short of `vocab_size`: `.vocab_size` of the result says how many entries it reached.
+    Raises UsageError for fewer than `MIN_VOCAB_SIZE` entries.
+    """
+    from tokenizers import Tokenizer as Definition
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    requested_vocab_size(f"train:{vocab_size}")
+    definition = Definition(models.BPE())
+    definition.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    definition.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[END_OF_TEXT_NAMES[0]],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    definition.train_from_iterator(texts, trainer)
+    return Tokenizer(definition.to_str(pretty=True).encode(), origin="the trained tokenizer")

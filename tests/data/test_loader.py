@@ -1,0 +1,101 @@
+"""Batches as a pure function of (seed, epoch, sample index)."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightlm.data.loader import BatchLoader, permute, validation_batches
+from lightlm.data.shards import TokenStream
+from lightlm.errors import DataError
+
+
+def stream_of(count: int) -> TokenStream:
+    """Tokens 0, 1, 2, ... in three shards, so that a token says where it stands."""
+    return TokenStream(np.array_split(np.arange(count, dtype="<u4"), 3), end_of_text_id=0)
+
+
+@given(size=st.integers(1, 3_000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 1_000))
+def test_the_order_is_a_permutation(size: int, seed: int, epoch: int) -> None:
+    assert sorted(permute(np.arange(size), size, seed, epoch).tolist()) == list(range(size))
+
+
+@given(size=st.integers(2**33, 2**62), start=st.integers(0, 2**32))
+def test_the_order_of_huge_streams_stays_in_range_without_collisions(size: int, start: int) -> None:
+    order = permute(np.arange(start, start + 100), size, seed=1, epoch=0)
+    assert order.min() >= 0
+    assert order.max() < size
+    assert len(set(order.tolist())) == 100
+
+
+def test_seeds_and_epochs_give_other_orders_and_scatter_neighbours() -> None:
+    orders = [permute(np.arange(1000), 1000, seed, epoch) for seed, epoch in [(1, 0), (2, 0), (1, 1)]]
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert (one == other).mean() < 0.02
+        assert (np.abs(np.diff(one)) == 1).mean() < 0.02
+        # Far from sorted: the mean distance of a random permutation's entries from their places is a third of its size.
+        assert np.abs(one - np.arange(1000)).mean() == pytest.approx(333, abs=40)
+
+
+def test_the_order_never_changes_between_versions() -> None:
+    """A resumed run relies on it: these figures may only change with a note that old runs cannot be resumed."""
+    assert permute(np.arange(8), 10, seed=1337, epoch=2).tolist() == [4, 8, 1, 6, 0, 2, 3, 5]
+
+
+def test_an_epoch_sees_every_window_once_with_targets_shifted_by_one() -> None:
+    loader = BatchLoader(stream_of(103), seq_len=4, seed=3)
+    assert loader.num_samples == 25
+    inputs, targets = loader.next_batch(25)
+    assert inputs.dtype == torch.int64
+    assert inputs.shape == (25, 4)
+    assert torch.equal(targets, inputs + 1)
+    assert sorted(inputs[:, 0].tolist()) == list(range(0, 100, 4))
+    assert loader.epoch == 1
+    assert not torch.equal(loader.next_batch(25)[0], inputs)
+
+
+@given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=8), restart=st.integers(0, 40))
+def test_samples_do_not_depend_on_batch_sizes_or_restarts(parts: list[int], restart: int) -> None:
+    whole = BatchLoader(stream_of(50), 4, seed=7, samples_seen=restart).next_batch(sum(parts))
+    loader = BatchLoader(stream_of(50), 4, seed=7)
+    loader.samples_seen = restart
+    pieces = [loader.next_batch(count) for count in parts]
+    for index in (0, 1):
+        assert torch.equal(torch.cat([piece[index] for piece in pieces]), whole[index])
+    assert loader.samples_seen == restart + sum(parts)
+    assert loader.sample(restart).tolist() == [*whole[0][0].tolist(), int(whole[1][0, -1])]
+
+
+def test_ranks_that_each_take_their_part_see_the_global_batch() -> None:
+    loader = BatchLoader(stream_of(100), 4, seed=7)
+    parts = [loader.batch(start, 2)[0] for start in (10, 12, 14)]
+    assert torch.equal(torch.cat(parts), loader.batch(10, 6)[0])
+    assert loader.samples_seen == 0
+
+
+def test_too_few_tokens_are_refused_with_the_numbers() -> None:
+    assert BatchLoader(stream_of(9), 8, seed=0).num_samples == 1
+    with pytest.raises(DataError, match=r"8 tokens.* 9"):
+        BatchLoader(stream_of(8), 8, seed=0)
+
+
+def test_validation_windows_are_the_first_ones_in_order() -> None:
+    batches = list(validation_batches(stream_of(100), seq_len=8, max_tokens=63, batch_size=3))
+    assert [len(inputs) for inputs, _ in batches] == [3, 3, 1]
+    inputs = torch.cat([inputs for inputs, _ in batches])
+    assert inputs.flatten().tolist() == list(range(56))
+    assert torch.equal(torch.cat([targets for _, targets in batches]), inputs + 1)
+
+
+def test_a_short_validation_stream_gives_one_short_window() -> None:
+    ((inputs, targets),) = validation_batches(stream_of(5), seq_len=8, max_tokens=1000, batch_size=3)
+    assert inputs.tolist() == [[0, 1, 2, 3]]
+    assert targets.tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_empty_validation_stream_is_refused_at_once(count: int) -> None:
+    with pytest.raises(DataError, match="val-fraction"):
+        validation_batches(stream_of(count), seq_len=8, max_tokens=1000, batch_size=3)

@@ -1,0 +1,135 @@
+"""Tokenizers: losslessness, special tokens as ordinary text, byte counts, loading and its errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import Tokenizer as Definition
+
+from lightlm.data import tokenizer as tokenizer_module
+from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
+from lightlm.errors import DataError, UsageError
+
+TEXTS = ["The quick brown fox jumps over the lazy dog, again and again and again.\n"] * 3 + [
+    "naïve café — “quoted”"
+] * 3
+TRAINED = train_tokenizer(TEXTS, 320)
+
+
+@given(text=st.text())
+def test_every_text_survives(text: str) -> None:
+    assert TRAINED.decode(TRAINED.encode(text)) == text
+
+
+@given(text=st.text())
+def test_token_bytes_add_up_to_the_text(text: str) -> None:
+    assert TRAINED.token_bytes()[TRAINED.encode(text)].sum() == len(text.encode())
+
+
+def test_the_end_of_text_string_in_a_text_is_ordinary_text() -> None:
+    ids = TRAINED.encode("a<|endoftext|>b")
+    assert TRAINED.end_of_text_id not in ids
+    assert TRAINED.decode(ids) == "a<|endoftext|>b"
+    assert TRAINED.decode([*ids, TRAINED.end_of_text_id]) == "a<|endoftext|>b"
+    assert TRAINED.token_bytes()[TRAINED.end_of_text_id] == 0
+
+
+def test_batches_give_what_single_texts_give() -> None:
+    texts = ["", "fox", "the lazy <|endoftext|> dog"]
+    assert TRAINED.encode_batch(texts) == [TRAINED.encode(text) for text in texts]
+
+
+@given(text=st.text(alphabet="ab.1' \t\r\n\u00a0é"), size=st.integers(1, 9))
+def test_long_texts_give_the_ids_that_they_give_unsplit(text: str, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "PIECE_CHARACTERS", size)
+        patch.setattr(tokenizer_module, "GROUP_CHARACTERS", 2 * size)
+        split = TRAINED.encode_batch([text, "fox", text])
+    assert split == [TRAINED.encode(text), TRAINED.encode("fox"), TRAINED.encode(text)]
+
+
+def test_training_is_deterministic_and_learns_merges() -> None:
+    assert train_tokenizer(TEXTS, 320).sha256 == TRAINED.sha256
+    assert len(TRAINED.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+
+
+def test_a_sample_too_small_for_the_vocabulary_stops_short() -> None:
+    assert 257 < train_tokenizer(["one two one two"], 5_000).vocab_size < 5_000
+
+
+def test_saving_keeps_the_bytes_and_the_hash(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.sha256 == TRAINED.sha256
+    assert loaded.vocab_size == TRAINED.vocab_size
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("spec", ["train:abc", "train:", "train", "train:-5", "train:1.5", "train:100"])
+def test_malformed_training_requests_are_usage_errors(spec: str) -> None:
+    with pytest.raises(UsageError, match=spec):
+        requested_vocab_size(spec)
+
+
+def test_training_requests_are_told_from_names() -> None:
+    assert requested_vocab_size("train:8192") == 8192
+    assert requested_vocab_size("gpt2") is None
+
+
+def test_truncation_stored_in_a_definition_does_not_cut_texts(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "tokenizer.json")
+    definition = Definition.from_file(str(tmp_path / "tokenizer.json"))
+    definition.enable_truncation(3)
+    definition.enable_padding(length=50)
+    definition.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).encode(TEXTS[0]) == TRAINED.encode(TEXTS[0])
+
+
+def sentencepiece_like(*added: str) -> bytes:
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257, "▁a": 258, "é": 259, "<unk>": 260}
+    model = models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>")
+    definition = Definition(model)
+    definition.normalizer = normalizers.Replace(" ", "▁")
+    definition.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    definition.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", *added)])
+    return definition.to_str().encode()
+
+
+def test_sentencepiece_vocabularies_count_their_bytes() -> None:
+    tokenizer = Tokenizer(sentencepiece_like("</s>"), origin="test")
+    assert tokenizer.end_of_text_id == 261
+    lengths = tokenizer.token_bytes()
+    assert lengths.dtype == np.int32
+    assert lengths.shape == (262,)
+    for text in [" a aé", "日本 a"]:
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+    assert lengths[[260, 261]].tolist() == [0, 0]
+
+
+def test_a_tokenizer_without_an_end_of_text_token_names_what_was_looked_for() -> None:
+    with pytest.raises(DataError, match=r"<\|endoftext\|>.*</s>"):
+        Tokenizer(sentencepiece_like(), origin="test")
+    assert Tokenizer(sentencepiece_like(), origin="test", end_of_text_id=260).end_of_text_id == 260
+    with pytest.raises(DataError, match="outside"):
+        Tokenizer(sentencepiece_like(), origin="test", end_of_text_id=999)
+
+
+def test_loading_what_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"There is no tokenizer .*absent\.json"):
+        load_tokenizer(str(tmp_path / "absent.json"))
+    with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_hub_tokenizer_offline_says_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"no-such-org/tokenizer.*HF_HUB_OFFLINE.*train:8192"):
+        load_tokenizer("no-such-org/tokenizer")
