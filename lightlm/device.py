@@ -1,0 +1,86 @@
+"""Which device and precision a machine offers."""
+
+import functools
+
+import torch
+
+from lightlm.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
+_BF16_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto`: CUDA, else MPS, else CPU; or the device named.
+
+    Raises:
+        UsageError: torch does not know the device, or this machine lacks it.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps") from None
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
+        offered = ", ".join(kind for kind, there in available.items() if there)
+        raise UsageError(f"device '{name}' is not available here; this machine offers {offered}")
+    return device
+
+
+@functools.cache
+def has_fast_bf16(device_type: str) -> bool:
+    """Whether bf16 matrix products run on the device's own units: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if device_type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute precision: `auto` is bfloat16 where it is fast, else float32.
+
+    Raises:
+        UsageError: no such precision.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bf16(device.type) else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype '{name}'; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision for `dtype`, or a context that does nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The bf16 peak of a known accelerator in FLOP/s, or None (CPUs differ too much to list)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for logs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type

@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import torch
+
+from lightlm import checkpoint
+from lightlm.data.tokenizer import train_tokenizer
+from lightlm.errors import CheckpointError
+from tests.corpus import texts
+from tests.shapes import SHAPES, build
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(texts(50), 320)
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: one\n")
+    return checkpoint.write_checkpoint(run, 5, build("qwen3"), tokenizer)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_model_reads_back_the_same(tmp_path, tokenizer, name):
+    model = build(name)
+    checkpoint.save_model(tmp_path / "model", model, tokenizer)
+    loaded = checkpoint.load_model(tmp_path / "model")
+    assert loaded.model.config == model.config
+    assert not loaded.model.training
+    tokens = torch.randint(97, (2, 9))
+    assert torch.equal(loaded.model(tokens), model(tokens))
+    assert loaded.tokenizer.sha256 == tokenizer.sha256
+
+
+def test_wrapper_prefixes_never_reach_a_file(tmp_path, tokenizer):
+    """DistributedDataParallel and torch.compile rename every parameter."""
+    model = build("llama")
+    compiled = torch.compile(torch.nn.Sequential(model))
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {f"_orig_mod.module.{name}": tensor for name, tensor in model.state_dict().items()}
+    assert checkpoint.clean_state(state).keys() == model.state_dict().keys()
+    assert all(name.startswith("_orig_mod.") for name in compiled.state_dict())
+
+
+def test_a_folder_without_its_marker_is_no_checkpoint(saved):
+    (saved / checkpoint.MARKER).unlink()
+    with pytest.raises(CheckpointError, match=r"not a complete checkpoint.*complete.json is missing"):
+        checkpoint.load_model(saved)
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        checkpoint.newest_checkpoint(saved.parent.parent)
+
+
+def test_truncated_and_missing_files_are_named(saved):
+    weights = saved / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    with pytest.raises(
+        CheckpointError, match=rf"model.safetensors is damaged.*{len(content)} bytes.*{len(content) - 10}"
+    ):
+        checkpoint.load_model(saved)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="the file is missing"):
+        checkpoint.load_model(saved)
+
+
+def test_weights_of_another_shape_are_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["model"] |= {"num_layers": 3, "hidden_size": 64}
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / checkpoint.MARKER).write_text(json.dumps({"files": {}}))
+    with pytest.raises(CheckpointError, match=r"do not fit its configuration: blocks.2.* is missing.* and \d+ more"):
+        checkpoint.load_model(saved)
+
+
+def test_a_key_of_a_later_version_is_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["model"]["flux"] = 1
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / checkpoint.MARKER).write_text(json.dumps({"files": {}}))
+    with pytest.raises(CheckpointError, match="unknown keys flux"):
+        checkpoint.load_model(saved)
+
+
+def test_runs_and_checkpoints_are_found(saved, monkeypatch, tmp_path, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no run yet"):
+        checkpoint.find_run()
+    run = checkpoint.find_run("one")
+    assert checkpoint.find_run("runs/one") == run
+    newer = checkpoint.write_checkpoint(run, 1_000_000, build("qwen3"), tokenizer)
+    (run / "checkpoints" / "step_2000000").mkdir()  # no marker
+    assert checkpoint.newest_checkpoint(run) == newer
+    assert (run / "checkpoints/latest").resolve() == newer.resolve()
+    with pytest.raises(CheckpointError, match=r"no run at two.*runs here: one"):
+        checkpoint.find_run("two")
+    assert checkpoint.load_model(newer).name == "one/step_1000000"
