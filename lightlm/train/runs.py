@@ -1,0 +1,65 @@
+"""Run folders: a new one for a recipe, or an earlier one to go on with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightlm import checkpoint, files
+from lightlm.errors import CheckpointError, RecipeError
+from lightlm.recipe import Recipe, apply_override, parse_recipe
+
+# What a resumed run may not change: its weights, its data and its batches would no longer be those it began with.
+_FIXED = ("model", "data.dataset", "train.batch_tokens", "train.seq_len", "train.seed")
+
+
+def new_run(name: str, *, exact: bool) -> Path:
+    """Create `runs/<name>` and let `runs/latest` point to it.
+
+    Args:
+        exact: refuse a name that is taken; otherwise -2, -3, ... is added to it.
+
+    Raises:
+        CheckpointError: the name is taken.
+    """
+    path, number = checkpoint.RUNS / name, 1
+    while path.exists():
+        if exact:
+            raise CheckpointError(
+                f"{path} exists already; go on with `lightlm train --resume {path}`, or choose another --name"
+            )
+        number += 1
+        path = checkpoint.RUNS / f"{name}-{number}"
+    path.mkdir(parents=True)
+    files.point_to(checkpoint.RUNS / "latest", path.name)
+    return path
+
+
+def reopen_run(reference: str | None, overrides: Sequence[str]) -> tuple[Recipe, Path, Path | None]:
+    """The recipe, the folder and the newest checkpoint of a run to resume; no checkpoint means from the start.
+
+    Raises:
+        CheckpointError: no such run.
+        RecipeError: an override changes what a run must keep.
+    """
+    run = checkpoint.find_run(reference)
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{run} cannot be resumed: it holds no recipe.yaml")
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    changed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    origins = {apply_override(changed, override): f"override {override}" for override in overrides}
+    recipe = parse_recipe(changed, str(path), origins)
+    before = parse_recipe(saved, str(path)).to_dict()
+    if differing := [key for key in _FIXED if _lookup(before, key) != _lookup(recipe.to_dict(), key)]:
+        raise RecipeError(f"{', '.join(differing)} cannot change in a resumed run ({run}); start a new run instead")
+    found = checkpoint.checkpoints(run)
+    files.point_to(run.parent / "latest", run.name)
+    return recipe, run, found[-1] if found else None
+
+
+def _lookup(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values

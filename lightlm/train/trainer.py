@@ -1,0 +1,317 @@
+"""The training loop: one process, one device.
+
+Batches and learning rates are functions of the step, so a run that stops between any two micro-batches and
+resumes from its checkpoint repeats an uninterrupted run exactly.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lightlm import checkpoint, files
+from lightlm.data.loader import BatchLoader
+from lightlm.data.shards import DataFolder, resolve_dataset
+from lightlm.device import autocast, describe, peak_flops, pick_device, pick_dtype
+from lightlm.errors import DataError, LightLMError
+from lightlm.model.transformer import Transformer
+from lightlm.recipe import Recipe
+from lightlm.train.checkpoint import Progress, pack, prune, unpack
+from lightlm.train.loss import token_loss
+from lightlm.train.optimizers import build_optimizer, load_named_state, named_state, set_learning_rate
+from lightlm.train.schedules import learning_rate_factor
+from lightlm.train.tracking import MetricsFile, Observer
+from lightlm.train.validation import Validation, validate
+
+# Tokens of an automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator,
+# products should be large.
+_MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
+
+Sampler = Callable[[Transformer, str], str]
+
+
+class TrainingDivergedError(LightLMError):
+    """The loss or the gradient is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    run: Path
+    step: int
+    tokens: int
+    seconds: float
+    interrupted: bool
+    loss: float | None
+    val_loss: float | None
+    val_bpb: float | None
+
+
+def micro_batch_size(recipe: Recipe, device: torch.device) -> int:
+    """Sequences a forward pass: as the recipe says, or the largest divisor of the batch within the device's budget."""
+    if recipe.train.micro_batch != "auto":
+        return recipe.train.micro_batch
+    most = max(_MICRO_TOKENS[device.type] // recipe.seq_len, 1)
+    return max(
+        size for size in range(1, recipe.batch_sequences + 1) if recipe.batch_sequences % size == 0 and size <= most
+    )
+
+
+def fit_recipe(recipe: Recipe, data: DataFolder, observer: Observer) -> Recipe:
+    """The recipe with the vocabulary filled in from the data.
+
+    Raises:
+        DataError: the recipe's vocabulary is smaller than the tokenizer's.
+    """
+    wanted, given = recipe.model.vocab_size, data.tokenizer.vocab_size
+    if not wanted:
+        return recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
+    if wanted < given:
+        raise DataError(
+            f"recipe {recipe.name} has model.vocab_size {wanted}, but the tokenizer of {data.path} has "
+            f"{given} entries; prepare the data with a tokenizer that fits (for example --tokenizer train:{wanted}) "
+            f"or set model.vocab_size={given}"
+        )
+    if wanted > given:
+        observer.note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")
+    return recipe
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once. Only the main thread may listen."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """A run in progress.
+
+    Args:
+        recipe: what to train; its model's vocabulary may come from the data.
+        run: the run folder, which exists.
+        observer: told of every step, sample and checkpoint.
+        sampler: continues a prompt with the model, for the samples during training.
+        resume_from: a checkpoint of this run to go on from.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: Path, observer: Observer, sampler: Sampler, resume_from: Path | None = None
+    ) -> None:
+        self.run_folder, self.observer, self.sampler = run, observer, sampler
+        self.data = DataFolder.open(resolve_dataset(recipe.data.dataset))
+        self.recipe = recipe = fit_recipe(recipe, self.data, observer)
+        self.device = pick_device(recipe.train.device)
+        self.dtype = pick_dtype(recipe.train.dtype, self.device)
+        self.micro_batch = micro_batch_size(recipe, self.device)
+        self.accumulation = recipe.batch_sequences // self.micro_batch
+        self.batch_tokens = recipe.batch_sequences * recipe.seq_len
+        self.progress = Progress()
+        torch.manual_seed(recipe.train.seed)
+        if resume_from is None:
+            self.model = Transformer(recipe.model).to(self.device)
+        else:
+            self.model = checkpoint.load_model(resume_from, self.device).model
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        if resume_from is not None:
+            self.progress, optimizer_state = unpack(resume_from)
+            load_named_state(self.model, self.optimizer, optimizer_state)
+        self.loader = BatchLoader(
+            self.data.split("train"), recipe.seq_len, recipe.train.seed, samples_seen=self.progress.samples
+        )
+        self.token_bytes = torch.from_numpy(self.data.tokenizer.token_bytes())
+        self.loss_function = self._compiled(token_loss)
+        self.flops_per_token = self.model.flops_per_token(recipe.seq_len)
+        self.last_validation: Validation | None = None
+        self.last_loss: float | None = None
+
+    def _compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        wanted = self.recipe.train.compile
+        if wanted is True or (wanted == "auto" and self.device.type == "cuda"):
+            return torch.compile(function)
+        return function
+
+    def facts(self) -> dict[str, Any]:
+        """What the run is, for the display and for --dry-run."""
+        recipe = self.recipe
+        return {
+            "name": recipe.name,
+            "run": str(self.run_folder),
+            "parameters": self.model.num_parameters()["total"],
+            "device": describe(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "data": str(self.data.path),
+            "train_tokens": len(self.data.split("train")),
+            "tokens": recipe.total_steps * self.batch_tokens,
+            "steps": recipe.total_steps,
+            "first_step": self.progress.step,
+            "batch_tokens": self.batch_tokens,
+            "micro_batch": self.micro_batch,
+            "accumulation": self.accumulation,
+            "epochs": recipe.total_steps * recipe.batch_sequences / self.loader.num_samples,
+        }
+
+    def train(self) -> Result:
+        """Run to the end of the recipe, or until Ctrl-C or SIGTERM; either way the last step is saved.
+
+        Raises:
+            TrainingDivergedError: a loss or gradient is NaN or infinite; the last checkpoint stays as it was.
+        """
+        files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
+        metrics_file = MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
+        self.observer.start(self.facts())
+        steps = self.recipe.total_steps
+        try:
+            with stop_on_signals() as stop:
+                while self.progress.step < steps and not stop.is_set():
+                    metrics = self._step(stop)
+                    if metrics is None:
+                        break
+                    last = self.progress.step == steps
+                    if last or self._due(self.recipe.eval.every):
+                        metrics |= self._validate()
+                    metrics_file.write(metrics)
+                    self.observer.step(metrics)
+                    if last or self._due(self.recipe.checkpoint.every):
+                        self._save()
+                interrupted = self.progress.step < steps
+                if interrupted:
+                    self._save()
+        finally:
+            metrics_file.close()
+        return self._result(interrupted)
+
+    def _due(self, every: int) -> bool:
+        """Whether the last step crossed a multiple of `every` tokens."""
+        tokens = self.progress.tokens
+        return every > 0 and tokens // every > (tokens - self.batch_tokens) // every
+
+    def _gradients(self, stop: threading.Event) -> tuple[float, float] | None:
+        """Accumulate one global batch's gradients, clipped: its mean loss and gradient norm.
+
+        A signal in between drops them and gives None, so that nothing of the step has happened.
+        """
+        self.loader.samples_seen = self.progress.samples
+        loss_sum = torch.zeros((), device=self.device)
+        for _ in range(self.accumulation):
+            if stop.is_set():
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            inputs, targets = self.loader.next_batch(self.micro_batch)
+            with autocast(self.device, self.dtype):
+                loss = self.loss_function(self.model, inputs.to(self.device), targets.to(self.device))
+            (loss / self.batch_tokens).backward()
+            loss_sum += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip or math.inf)
+        return loss_sum.item() / self.batch_tokens, norm.item()
+
+    def _step(self, stop: threading.Event) -> dict[str, Any] | None:
+        """One optimizer step on one global batch: its metrics, or None if a signal came first."""
+        started = time.perf_counter()
+        recipe, before = self.recipe, self.progress
+        if (outcome := self._gradients(stop)) is None:
+            return None
+        loss, norm = outcome
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._diverged(before.step + 1, loss, norm)
+        middle = before.tokens + self.batch_tokens // 2
+        lr = recipe.optimizer.lr * learning_rate_factor(recipe.schedule, middle, recipe.total_steps * self.batch_tokens)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        self.progress = Progress(
+            before.step + 1,
+            before.tokens + self.batch_tokens,
+            before.samples + recipe.batch_sequences,
+            before.seconds + seconds,
+        )
+        self.last_loss = loss
+        metrics = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": self.batch_tokens / seconds,
+            "seconds": self.progress.seconds,
+        }
+        if peak := peak_flops(self.device):
+            metrics["mfu"] = self.flops_per_token * metrics["tokens_per_second"] / peak
+        return metrics
+
+    def _diverged(self, step: int, loss: float, norm: float) -> None:
+        saved = checkpoint.checkpoints(self.run_folder)
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
+        raise TrainingDivergedError(
+            f"training diverged at step {step}: loss {loss}, gradient norm {norm}; {kept}. "
+            f"Try a lower optimizer.lr (now {self.recipe.optimizer.lr:g}), a longer schedule.warmup, "
+            "or train.dtype=float32"
+        )
+
+    def _validate(self) -> dict[str, float]:
+        recipe = self.recipe
+        self.last_validation = result = validate(
+            self.model,
+            self.data.split("val"),
+            self.token_bytes,
+            seq_len=recipe.seq_len,
+            max_tokens=recipe.eval.tokens,
+            batch_size=self.micro_batch,
+            dtype=self.dtype,
+        )
+        samples = self.run_folder / "samples" / f"{checkpoint.step_name(self.progress.step)}.txt"
+        samples.parent.mkdir(exist_ok=True)
+        texts = []
+        for prompt in recipe.eval.prompts:
+            text = self.sampler(self.model, prompt)
+            texts.append(prompt + text)
+            self.observer.sample(self.progress.step, prompt, text)
+        files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
+        return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+
+    def _save(self) -> None:
+        """Write a checkpoint of the last completed step, unless it is there already, and drop old ones."""
+        step = self.progress.step
+        if not (self.run_folder / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER).is_file():
+            state = pack(self.progress, named_state(self.model, self.optimizer))
+            path = checkpoint.write_checkpoint(self.run_folder, step, self.model, self.data.tokenizer, state)
+            self.observer.checkpoint(path)
+        prune(self.run_folder, self.recipe.checkpoint.keep_last)
+
+    def _result(self, interrupted: bool) -> Result:
+        progress, validation = self.progress, self.last_validation
+        return Result(
+            self.run_folder,
+            progress.step,
+            progress.tokens,
+            progress.seconds,
+            interrupted,
+            self.last_loss,
+            validation.loss if validation else None,
+            validation.bits_per_byte if validation else None,
+        )

@@ -1,0 +1,38 @@
+import math
+
+import pytest
+
+from lightlm.recipe import ScheduleSection
+from lightlm.train.schedules import learning_rate_factor
+
+
+def factors(tokens, total=1000, **schedule):
+    section = ScheduleSection(**schedule)
+    return [learning_rate_factor(section, at, total) for at in tokens]
+
+
+def test_wsd_warms_up_stays_and_decays_to_its_floor():
+    got = factors([0, 50, 100, 500, 800, 900, 1000], name="wsd", warmup="10%", decay="20%", final_lr=0.1)
+    assert got == pytest.approx([0, 0.5, 1, 1, 1, 0.55, 0.1])
+
+
+def test_wsd_decays_over_a_fifth_unless_told():
+    assert factors([799, 900], name="wsd", warmup="0%") == pytest.approx([1, 0.5])
+
+
+def test_cosine_reaches_its_floor_at_the_end():
+    got = factors([100, 550, 1000], name="cosine", warmup="100", final_lr=0.1)
+    assert got == pytest.approx([1, 0.55, 0.1])
+
+
+def test_gpt3_schedule_stays_at_a_tenth_after_its_decay():
+    """arXiv 2005.14165: warm-up over 375M tokens, cosine to 10% over 260B, constant afterwards."""
+    schedule = {"name": "cosine", "warmup": "375M", "decay": "260B", "final_lr": 0.1}
+    total = 300 * 10**9
+    quarter = 375 * 10**6 + 65 * 10**9
+    got = factors([187_500_000, quarter, 261 * 10**9, 299 * 10**9], total, **schedule)
+    assert got == pytest.approx([0.5, 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2, 0.1, 0.1])
+
+
+def test_constant_ignores_nothing_but_warms_up():
+    assert factors([10, 500, 1000], name="constant", warmup="2%") == pytest.approx([0.5, 1, 1])

@@ -1,0 +1,237 @@
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightlm import checkpoint
+from lightlm.errors import CheckpointError, DataError, RecipeError
+from lightlm.recipe import load_recipe
+from lightlm.train.optimizers import build_optimizer
+from lightlm.train.runs import new_run
+from lightlm.train.tracking import read_metrics
+from lightlm.train.trainer import Trainer, TrainingDivergedError
+from tests.shapes import build
+from tests.test_recipe import PARAMETERS
+from tests.train.watch import Recorder, resume, start
+
+
+@pytest.fixture(autouse=True)
+def _in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+@pytest.fixture(scope="module")
+def whole_run(workspace):
+    """An uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        return start(name="whole")
+
+
+def comparable(metrics):
+    """What must not depend on interruptions: all but times."""
+    return [{key: m[key] for key in m.keys() - {"seconds", "tokens_per_second"}} for m in metrics]
+
+
+def weights(run):
+    return load_file(checkpoint.newest_checkpoint(run) / "model.safetensors")
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_learns_and_leaves_what_the_contract_names(whole_run):
+    result, watch = whole_run
+    assert not result.interrupted
+    assert result.step == 20
+    first, last = watch.metrics[0], watch.metrics[-1]
+    assert first["loss"] == pytest.approx(math.log(320), rel=0.03)
+    assert last["val_loss"] == result.val_loss < 3.6
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"} <= first.keys()
+    assert [m["step"] for m in watch.metrics if "val_loss" in m] == [10, 20]
+    assert [step for step, _, _ in watch.samples] == [10, 20]
+    assert watch.saved == [f"step_{step:06d}" for step in (5, 10, 15, 20)]
+    run = result.run
+    assert comparable(read_metrics(run)) == comparable(watch.metrics)
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["step_000015", "step_000020"]
+    assert {path.name for path in (run / "checkpoints/latest").resolve().iterdir()} == {
+        "model.safetensors", "config.json", "tokenizer.json", "training_state.pt", "complete.json",
+    }  # fmt: skip
+    assert load_recipe(run / "recipe.yaml").model.vocab_size == 320
+    assert (run / "samples/step_000020.txt").read_text(encoding="utf-8") == "The old...\n"
+
+
+def test_bits_per_byte_follow_from_loss_and_bytes(whole_run, workspace):
+    from lightlm.data.shards import DataFolder
+
+    data = DataFolder.open(workspace / "data/tiny")
+    tokens = data.split("val").slice(0, 1025)
+    num_bytes = len(data.tokenizer.decode(tokens[1:]).encode())
+    result, _ = whole_run
+    assert result.val_bpb == pytest.approx(result.val_loss * 1024 / math.log(2) / num_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 13])
+def test_sigterm_and_resume_equal_an_uninterrupted_run_bit_for_bit(whole_run, stop_at):
+    whole, whole_watch = whole_run
+    name = f"stopped-{stop_at}"
+    result, before = start(name=name, watch=Recorder(terminate_at=stop_at))
+    assert result.interrupted
+    assert result.step == stop_at
+    assert checkpoint.newest_checkpoint(result.run).name == f"step_{stop_at:06d}"
+    torch.manual_seed(12345)
+    result, after = resume(name)
+    assert not result.interrupted
+    assert after.facts["first_step"] == stop_at
+    assert comparable(before.metrics + after.metrics) == comparable(whole_watch.metrics)
+    assert comparable(read_metrics(result.run)) == comparable(whole_watch.metrics)
+    assert_same_weights(weights(result.run), weights(whole.run))
+
+
+def test_signal_in_mid_accumulation_undoes_the_step(whole_run):
+    """The signal comes inside step 4, between micro-batches: the run saves step 3."""
+    trainer = Trainer(load_recipe("tiny.yaml"), new_run("middle", exact=True), Recorder(), lambda *_: "")
+    plain, calls = trainer.loader.next_batch, []
+
+    def next_batch(count):
+        calls.append(count)
+        if len(calls) == 3 * trainer.accumulation + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(count)
+
+    trainer.loader.next_batch = next_batch
+    assert trainer.accumulation == 4
+    result = trainer.train()
+    assert result.interrupted
+    assert result.step == 3
+    final, _ = resume("middle")
+    assert_same_weights(weights(final.run), weights(whole_run[0].run))
+
+
+def test_kill_before_a_checkpoint_drops_later_metrics_on_resume(whole_run):
+    """SIGKILL leaves metrics past the last checkpoint and half a line; resuming replaces both."""
+    result, _ = start(name="killed", watch=Recorder(terminate_at=10))
+    path = result.run / "metrics.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 11, "loss": 1.0}) + "\n" + '{"step": 12, "lo')
+    final, _ = resume("killed")
+    assert [m["step"] for m in read_metrics(final.run)] == list(range(1, 21))
+    assert_same_weights(weights(final.run), weights(whole_run[0].run))
+
+
+def test_resume_without_a_checkpoint_starts_over(whole_run):
+    result, _ = start(name="early", watch=Recorder(terminate_at=1))
+    for path in checkpoint.checkpoints(result.run):
+        (path / checkpoint.MARKER).unlink()
+    final, watch = resume("early")
+    assert watch.facts["first_step"] == 0
+    assert_same_weights(weights(final.run), weights(whole_run[0].run))
+
+
+def test_micro_batches_add_up_to_the_same_global_batch(whole_run):
+    _, split = whole_run
+    _, joined = start("tiny.yaml", "train.micro_batch=8", name="joined")
+    assert joined.facts["accumulation"] == 1
+    assert split.facts["accumulation"] == 4
+    for a, b in zip(split.metrics[:5], joined.metrics[:5], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint():
+    class Poison(Recorder):
+        def step(self, metrics):
+            super().step(metrics)
+            if metrics["step"] == 7:
+                with torch.no_grad():
+                    trainer.model.embed_tokens.weight[:] = float("nan")
+
+    trainer = Trainer(load_recipe("tiny.yaml"), new_run("diverged", exact=True), Poison(), lambda *_: "")
+    with pytest.raises(TrainingDivergedError, match=r"diverged at step 8: loss nan.*step_000005"):
+        trainer.train()
+    kept = checkpoint.newest_checkpoint(trainer.run_folder)
+    assert kept.name == "step_000005"
+    assert checkpoint.load_model(kept).model.embed_tokens.weight.isfinite().all()
+
+
+def test_learning_rate_warms_up_and_decays(whole_run):
+    rates = [m["lr"] for m in whole_run[1].metrics]
+    assert rates[0] == pytest.approx(1e-2 * 0.25)  # the middle of step 1 of a two-step warm-up
+    assert max(rates) == rates[5] == 1e-2
+    assert 0 < rates[-1] < rates[-2] < 1e-2
+
+
+def test_decay_falls_on_matrices_only():
+    model = build("gpt2")
+    optimizer = build_optimizer(model, load_recipe("demo").optimizer)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (not name.endswith("bias") and "norm" not in name), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_compiled_training_matches_eager(whole_run):
+    _, watch = start("tiny.yaml", "train.compile=true", "train.tokens=768", "schedule.warmup=512", name="compiled")
+    for eager, compiled in zip(whole_run[1].metrics[:3], watch.metrics, strict=True):
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-4)
+
+
+def test_resume_refuses_what_a_run_must_keep(whole_run):
+    with pytest.raises(RecipeError, match=r"model, train.seed cannot change"):
+        resume("whole", "model.num_layers=3", "train.seed=1")
+    with pytest.raises(CheckpointError, match="no run at nothing"):
+        resume("nothing")
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(whole_run):
+    start(name="longer")
+    result, watch = resume("longer", "train.tokens=5632")
+    assert [m["step"] for m in watch.metrics] == [21, 22]
+    assert result.step == 22
+
+
+def test_a_vocabulary_too_small_for_the_data_is_refused():
+    with pytest.raises(DataError, match=r"model.vocab_size 300.*has 320 entries"):
+        start("tiny.yaml", "model.vocab_size=300", name="small-vocabulary")
+
+
+def test_rows_beyond_the_tokenizer_are_noted():
+    _, watch = start("tiny.yaml", "model.vocab_size=384", "train.tokens=256", name="padded")
+    assert watch.notes == ["model.vocab_size 384 exceeds the tokenizer's 320: 64 rows stay unused"]
+
+
+def test_a_taken_name_is_refused_or_numbered(whole_run):
+    with pytest.raises(CheckpointError, match="exists already"):
+        new_run("whole", exact=True)
+    assert new_run("whole", exact=False).name == "whole-2"
+    assert checkpoint.find_run().name == "whole-2"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_recipe_trains_two_steps_in_a_tiny_shape(name):
+    """The recipe's own architecture, schedule and optimizer; sizes and data replaced."""
+    model = load_recipe(name).model
+    width = {
+        "hidden_size": 8 * model.num_heads,
+        "intermediate_size": 48,
+        "max_seq_len": 32,
+        "vocab_size": 320,
+        "sliding_window": model.sliding_window and 8,
+    }
+    shape = [f"model.{key}={value}" for key, value in (width | {"num_layers": 2}).items()]
+    small = ["data.dataset=tiny", "train.tokens=128", "train.batch_tokens=64", "train.device=cpu", "eval.tokens=64"]
+    schedule = ["schedule.warmup=50%"] + (["schedule.decay=50%"] if load_recipe(name).schedule.decay else [])
+    result, watch = start(name, *shape, *small, *schedule, name=f"recipe-{name}")
+    assert result.step == 2
+    assert all(math.isfinite(m["loss"]) for m in watch.metrics)
+    config = checkpoint.load_model(checkpoint.newest_checkpoint(result.run)).model.config
+    for field in dataclasses.fields(config):
+        if field.name not in {*width, "num_layers", "num_kv_heads", "head_dim"}:
+            assert getattr(config, field.name) == getattr(model, field.name), field.name

@@ -1,0 +1,49 @@
+"""An observer that remembers, and a run started the way `lightlm train` starts it."""
+
+import os
+import signal
+from pathlib import Path
+
+from lightlm.recipe import load_recipe
+from lightlm.train.runs import new_run, reopen_run
+from lightlm.train.trainer import Result, Trainer
+
+
+class Recorder:
+    """Keeps every event; sends this process SIGTERM at a chosen step."""
+
+    def __init__(self, terminate_at: int | None = None) -> None:
+        self.terminate_at = terminate_at
+        self.facts, self.metrics, self.samples, self.saved, self.notes = {}, [], [], [], []
+
+    def start(self, facts):
+        self.facts = facts
+
+    def step(self, metrics):
+        self.metrics.append(metrics)
+        if metrics["step"] == self.terminate_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def sample(self, step, prompt, text):
+        self.samples.append((step, prompt, text))
+
+    def checkpoint(self, path: Path):
+        self.saved.append(path.name)
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+def start(
+    recipe: str = "tiny.yaml", *overrides: str, name: str, watch: Recorder | None = None
+) -> tuple[Result, Recorder]:
+    watch = watch or Recorder()
+    parsed = load_recipe(recipe, overrides)
+    trainer = Trainer(parsed, new_run(name, exact=True), watch, lambda model, prompt: "...")
+    return trainer.train(), watch
+
+
+def resume(reference: str, *overrides: str, watch: Recorder | None = None) -> tuple[Result, Recorder]:
+    watch = watch or Recorder()
+    recipe, run, checkpoint = reopen_run(reference, overrides)
+    return Trainer(recipe, run, watch, lambda model, prompt: "...", checkpoint).train(), watch
