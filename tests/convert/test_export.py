@@ -1,0 +1,209 @@
+"""Exports, judged by transformers itself: it loads them with no custom code and gets the same logits."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lightlm.checkpoint import LoadedModel
+from lightlm.convert.huggingface import export_huggingface, import_huggingface, is_untouched_export
+from lightlm.convert.registry import export_target
+from lightlm.data.tokenizer import Tokenizer
+from lightlm.errors import ConvertError
+from lightlm.model.config import ModelConfig
+from lightlm.model.transformer import Transformer
+from tests.shapes import SHAPES
+
+transformers = pytest.importorskip("transformers")
+
+SAMPLES = ["", "The cat", " leading space", "two  spaces\n\n\ttab", "naïve café 日本語 🙂", "don't 3.14 ,.", "x" * 200]
+
+
+def loaded(config, tokenizer, path="model"):
+    torch.manual_seed(0)
+    model = Transformer(replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return LoadedModel(model, tokenizer, Path(path))
+
+
+@torch.no_grad()
+def difference(model, folder, **options):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    length = min(24, model.config.max_seq_len)
+    tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+    return (model(tokens) - theirs(tokens).logits).abs().max().item()
+
+
+SIZED = {name: replace(config, vocab_size=0) for name, config in SHAPES.items()}
+EXPORTED = {
+    "gpt2": SIZED["gpt2"],
+    "gpt2 untied, own width": replace(SIZED["gpt2"], tie_embeddings=False, intermediate_size=40),
+    "gpt2 repeated blocks": replace(SIZED["gpt2"], block_repeats=2),
+    "llama grouped": SIZED["llama"],
+    "llama untied, biases, wide heads": replace(SIZED["llama"], tie_embeddings=False, bias=True, head_dim=10),
+    "llama repeated blocks": replace(SIZED["shared"], sliding_window=0),
+    "llama padded vocabulary": replace(SIZED["llama"], vocab_size=384),
+    "llama far base": replace(SIZED["llama"], rope_theta=500_000.0, norm_eps=1e-3),
+    "qwen3 wide heads, untied": SIZED["qwen3"],
+    "qwen3 tied, repeated": replace(SIZED["qwen3"], tie_embeddings=True, block_repeats=2),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_logits_and_round_trip(name, tokenizer, tmp_path):
+    model = loaded(EXPORTED[name], tokenizer)
+    parameters = export_huggingface(model, tmp_path / "hf")
+    assert difference(model.model, tmp_path / "hf") < 1e-4
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(theirs).__name__ == export_target(model.model.config).architecture
+    assert parameters == theirs.num_parameters()
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.end_of_text_id
+    back = import_huggingface(tmp_path / "hf")
+    config = model.model.config
+    assert back.model.config == replace(config, num_layers=config.depth, block_repeats=1)
+    tokens = torch.randint(config.vocab_size, (1, 20))
+    assert torch.equal(back.model(tokens), model.model(tokens))
+
+
+def test_tied_head_is_stored_once(tokenizer, tmp_path):
+    export_huggingface(loaded(SIZED["llama"], tokenizer), tmp_path / "hf")
+    assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_configuration_is_refused_or_equal(data, tokenizer, tmp_path_factory):
+    """No configuration may export to a class that computes something else."""
+
+    def pick(*values):
+        return data.draw(st.sampled_from(values))
+
+    families = ("layernorm", "learned", "gelu"), ("rmsnorm", "rope", "swiglu")
+    kind = pick(*families, *families, None)
+    norm, position, mlp = kind or (
+        pick("rmsnorm", "layernorm"),
+        pick("rope", "learned"),
+        pick("swiglu", "gelu", "relu2"),
+    )
+    config = ModelConfig(
+        num_layers=pick(1, 2),
+        hidden_size=pick(16, 24, 18),
+        num_heads=pick(1, 2, 4),
+        num_kv_heads=pick(0, 0, 1, 2),
+        head_dim=pick(0, 0, 6, 8),
+        intermediate_size=pick(0, 20),
+        max_seq_len=32,
+        norm=norm,
+        position=position,
+        mlp=mlp,
+        norm_eps=pick(1e-5, 1e-2),
+        rope_theta=pick(10_000.0, 100.0, 10_000),
+        qk_norm=pick(False, position == "rope", True),
+        tie_embeddings=pick(False, True),
+        bias=pick(False, True, position == "learned"),
+        block_repeats=pick(1, 2),
+        sliding_window=pick(0, 0, 0, 4, 32),
+        full_attention_every=pick(1, 2),
+    )
+    assume(not config.problems())
+    model = loaded(config, tokenizer)
+    folder = tmp_path_factory.mktemp("hf") / "hf"
+    if export_target(config).refusal:
+        with pytest.raises(ConvertError, match="cannot be exported to Hugging Face"):
+            export_huggingface(model, folder)
+        assert not folder.exists()
+    else:
+        export_huggingface(model, folder)
+        assert difference(model.model, folder) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, tokenizer, tmp_path):
+    model = loaded(SIZED["qwen3"], tokenizer)
+    export_huggingface(model, tmp_path / "hf", dtype=dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert {parameter.dtype for parameter in theirs.parameters()} == {dtype}
+    assert difference(model.model.to(dtype).float(), tmp_path / "hf", dtype=torch.float32) < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen3"])
+def test_auto_tokenizer_agrees(shape, tokenizer, tmp_path):
+    export_huggingface(loaded(SIZED[shape], tokenizer), tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in SAMPLES:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == text
+    assert (theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", tokenizer.end_of_text_id)
+    assert (len(theirs), theirs.model_max_length) == (tokenizer.vocab_size, 48)
+    batch = theirs(["The cat", "The"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+
+
+def test_tokenizer_that_frames_and_cuts_texts(tokenizer, tmp_path):
+    """Llama and BERT definitions add tokens and cut; LightLM trains without either, so must the export be."""
+    import tokenizers
+
+    tokenizer.save(tmp_path / "plain.json")
+    raw = tokenizers.Tokenizer.from_file(str(tmp_path / "plain.json"))
+    raw.enable_truncation(4)
+    raw.enable_padding()
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.end_of_text_id)]
+    )
+    framing = Tokenizer(raw.to_str().encode(), origin="test")
+    export_huggingface(loaded(SIZED["llama"], framing), tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in SAMPLES:
+        assert theirs(text)["input_ids"] == framing.encode(text) == tokenizer.encode(text)
+
+
+def test_existing_folder_is_kept(tokenizer, tmp_path):
+    model = loaded(SIZED["llama"], tokenizer)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "notes").write_text("mine")
+    with pytest.raises(ConvertError, match="exists already"):
+        export_huggingface(model, tmp_path / "hf")
+    assert (tmp_path / "hf" / "notes").read_text() == "mine"
+    export_huggingface(model, tmp_path / "hf", overwrite=True)
+    assert not (tmp_path / "hf" / "notes").exists()
+
+
+def test_untouched_export_is_told_from_a_changed_one(tokenizer, tmp_path):
+    folder = tmp_path / "hf"
+    export_huggingface(loaded(SIZED["llama"], tokenizer), folder)
+    assert is_untouched_export(folder)
+    (folder / "extra").touch()
+    assert not is_untouched_export(folder)
+    (folder / "extra").unlink()
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("language", "Language"))
+    assert not is_untouched_export(folder)
+    assert not is_untouched_export(tmp_path)
+
+
+def test_fine_tuning_starts_without_dropout_and_with_all_embeddings(tokenizer, tmp_path):
+    """A padding id in config.json would freeze that embedding; GPT-2's own default is dropout of 0.1."""
+    export_huggingface(loaded(SIZED["gpt2"], tokenizer), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert "pad_token_id" not in config
+    assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0.0
+
+
+def test_rotary_base_stands_where_both_versions_of_transformers_look(tokenizer, tmp_path):
+    """transformers 4 reads rope_theta, transformers 5 rope_parameters."""
+    export_huggingface(loaded(EXPORTED["llama far base"], tokenizer), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500_000.0
+
+
+def test_wide_initialisation_loads(tokenizer, tmp_path):
+    """LlamaConfig refuses an initializer_range above 1, which says nothing about trained weights."""
+    export_huggingface(loaded(replace(SIZED["llama"], init_std=1.5), tokenizer), tmp_path / "hf")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").initializer_range == 1.0

@@ -1,0 +1,164 @@
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from lightlm import checkpoint, files
+from lightlm.checkpoint import LoadedModel, write_checkpoint
+from lightlm.convert.huggingface import export_huggingface
+from lightlm.convert.loading import load_pretrained, locate
+from lightlm.errors import CheckpointError, ConvertError
+from lightlm.model.transformer import Transformer
+from tests.shapes import SHAPES
+
+
+@pytest.fixture
+def workplace(tokenizer, tmp_path, monkeypatch):
+    """An empty folder with two runs, of which `second` is the newest."""
+    monkeypatch.chdir(tmp_path)
+    for number, run in enumerate((Path("runs/first"), Path("runs/second"))):
+        for step in (10, 20):
+            write_checkpoint(run, step, _model(tokenizer, 10 * number + step), tokenizer)
+        (run / "recipe.yaml").touch()
+    files.point_to(Path("runs/latest"), "second")
+    return tmp_path
+
+
+def _model(tokenizer, seed):
+    torch.manual_seed(seed)
+    return Transformer(replace(SHAPES["llama"], vocab_size=tokenizer.vocab_size)).eval()
+
+
+def same(loaded, tokenizer, seed):
+    tokens = torch.arange(12)[None]
+    return torch.equal(loaded.model(tokens), _model(tokenizer, seed)(tokens))
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "seed"),
+    [
+        (None, "second/step_000020", 30),
+        ("runs/latest", "second/step_000020", 30),
+        ("runs/first", "first/step_000020", 20),
+        ("first", "first/step_000020", 20),
+        (Path("first"), "first/step_000020", 20),
+        ("runs/first/checkpoints/step_000010", "first/step_000010", 10),
+        ("runs/first/checkpoints/latest", "first/step_000020", 20),
+    ],
+)
+def test_runs_and_checkpoints(reference, name, seed, workplace, tokenizer):
+    loaded = load_pretrained(reference)
+    assert loaded.name == name
+    assert same(loaded, tokenizer, seed)
+    assert not loaded.model.training
+
+
+def test_pointer_where_links_are_not_allowed(workplace):
+    (workplace / "runs" / "latest").unlink()
+    (workplace / "runs" / "latest").write_text("first")
+    assert load_pretrained().name == "first/step_000020"
+
+
+def test_hugging_face_folder(workplace, tokenizer):
+    export_huggingface(LoadedModel(_model(tokenizer, 7), tokenizer, Path("x")), workplace / "exported")
+    loaded = load_pretrained("exported", dtype=torch.bfloat16)
+    assert loaded.name == "exported"
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert same(load_pretrained("exported"), tokenizer, 7)
+
+
+def fake_hub(monkeypatch, folder, wanted):
+    """Stand in for the Hub: it has one repository, of which it gives what the patterns ask for."""
+    asked = []
+
+    def snapshot_download(repo_id, *, allow_patterns, etag_timeout):
+        asked.append(allow_patterns)
+        assert repo_id == wanted
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_hub_id(workplace, tokenizer, monkeypatch):
+    export_huggingface(LoadedModel(_model(tokenizer, 7), tokenizer, Path("x")), workplace / "cache" / "0123abcd")
+    asked = fake_hub(monkeypatch, workplace / "cache" / "0123abcd", "someone/Model-1.5M")
+    loaded = load_pretrained("someone/Model-1.5M")
+    assert same(loaded, tokenizer, 7)
+    assert loaded.name == "Model-1.5M"
+    assert len(asked) == 1
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(asked[0])
+    assert not any("bin" in pattern for pattern in asked[0])
+
+
+def test_hub_model_with_pytorch_weights_alone(workplace, tokenizer, monkeypatch):
+    folder = workplace / "cache"
+    export_huggingface(LoadedModel(_model(tokenizer, 7), tokenizer, Path("x")), folder)
+    weights = folder / "model.safetensors"
+    weights.rename(workplace / "elsewhere")
+    asked = fake_hub(monkeypatch, folder, "someone/old")
+    with pytest.raises(ConvertError, match="no weights"):
+        load_pretrained("someone/old")
+    assert len(asked) == 2
+    assert "pytorch_model.bin" in asked[1]
+
+
+def test_checkpoint_on_the_hub(workplace, tokenizer, monkeypatch):
+    fake_hub(monkeypatch, workplace / "runs/first/checkpoints/step_000010", "someone/ours")
+    assert same(load_pretrained("someone/ours"), tokenizer, 10)
+
+
+def test_hub_out_of_reach(workplace):
+    """tests/conftest.py sets HF_HUB_OFFLINE."""
+    start = time.monotonic()
+    with pytest.raises(CheckpointError) as error:
+        load_pretrained("HuggingFaceTB/SmolLM2-135M-of-nobody")
+    assert time.monotonic() - start < 5
+    for part in ("HuggingFaceTB/SmolLM2-135M-of-nobody", "Hugging Face Hub", "without a connection, name"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("reference", ["nothing", "runs/nothing", "./some/where", "/no/such/place", "runs/a/b"])
+def test_nothing_found_lists_what_was_tried(reference, workplace, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(CheckpointError) as error:
+        load_pretrained(reference)
+    for part in (str(Path(reference)), "there is no such folder", "runs here: first, second)", "ORG/NAME"):
+        assert part in str(error.value)
+
+
+def test_folder_that_is_no_model(workplace):
+    (workplace / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty: the folder holds neither recipe\.yaml nor config\.json"):
+        locate("empty")
+
+
+def test_no_run_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="train a model first"):
+        load_pretrained()
+
+
+@pytest.mark.parametrize("missing", ["config.json", checkpoint.MARKER])
+def test_interrupted_checkpoint(missing, workplace):
+    folder = Path("runs/first/checkpoints/step_000010")
+    (folder / missing).unlink()
+    with pytest.raises(CheckpointError, match=missing.replace(".", r"\.")):
+        load_pretrained(folder)
+
+
+def test_run_skips_an_interrupted_checkpoint(workplace):
+    (workplace / "runs/first/checkpoints/step_000020" / checkpoint.MARKER).unlink()
+    assert load_pretrained("first").name == "first/step_000010"
+
+
+def test_other_config_is_no_checkpoint(workplace):
+    folder = Path("runs/first/checkpoints/step_000010")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(ConvertError, match="'bert'"):
+        load_pretrained(folder)

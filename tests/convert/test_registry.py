@@ -1,0 +1,65 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from lightlm.convert.registry import export_target
+from lightlm.model.config import ModelConfig
+from tests.shapes import SHAPES
+
+GPT2, LLAMA, QWEN3 = SHAPES["gpt2"], SHAPES["llama"], SHAPES["qwen3"]
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (GPT2, "GPT2LMHeadModel"),
+        (LLAMA, "LlamaForCausalLM"),
+        (replace(LLAMA, bias=True), "LlamaForCausalLM"),
+        (replace(LLAMA, head_dim=16, block_repeats=3), "LlamaForCausalLM"),
+        (QWEN3, "Qwen3ForCausalLM"),
+        (replace(QWEN3, hidden_size=34), "Qwen3ForCausalLM"),
+        # A band that hides nothing is none.
+        (replace(LLAMA, sliding_window=48), "LlamaForCausalLM"),
+        (replace(LLAMA, sliding_window=5, full_attention_every=1), "LlamaForCausalLM"),
+        (replace(LLAMA, vocab_size=0), "LlamaForCausalLM"),
+    ],
+)
+def test_class(config, architecture):
+    target = export_target(config)
+    assert (target.architecture, target.refusal) == (architecture, "")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (replace(LLAMA, sliding_window=5), ["LlamaForCausalLM", "sliding_window: 5"]),
+        (replace(GPT2, sliding_window=5), ["GPT2LMHeadModel", "sliding_window: 5"]),
+        (replace(QWEN3, sliding_window=5), ["Qwen3ForCausalLM", "sliding_window: 5"]),
+        (replace(LLAMA, mlp="relu2"), ["mlp: relu2"]),
+        (replace(LLAMA, mlp="gelu"), ["mlp: gelu", "norm: rmsnorm", "position: rope"]),
+        (replace(LLAMA, norm="layernorm"), ["norm: layernorm", "position: rope"]),
+        (replace(GPT2, norm="rmsnorm"), ["norm: rmsnorm", "position: learned"]),
+        (replace(GPT2, bias=False), ["GPT2LMHeadModel", "bias: false"]),
+        (replace(GPT2, qk_norm=True, num_kv_heads=2), ["qk_norm: true", "num_kv_heads: 2"]),
+        (replace(GPT2, head_dim=16), ["head_dim: 16"]),
+        (replace(QWEN3, bias=True), ["Qwen3ForCausalLM", "bias: true"]),
+        (replace(LLAMA, hidden_size=34, head_dim=8), ["num_heads: 4", "hidden_size: 34"]),
+    ],
+)
+def test_refusal_names_the_keys(config, named):
+    target = export_target(config)
+    assert target.architecture == target.model_type == ""
+    assert [name for name in named if name not in target.refusal] == []
+
+
+def test_a_configuration_that_is_no_model_is_an_error():
+    with pytest.raises(ValueError, match="num_heads"):
+        export_target(ModelConfig(num_layers=1, hidden_size=10, num_heads=3, max_seq_len=8))
+
+
+def test_is_light():
+    """Reading a recipe asks the registry, and `lightlm --help` must not wait for torch."""
+    code = "import sys, lightlm.convert.registry; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
