@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -144,7 +143,7 @@ def save_model(
         if training_state is not None:
             torch.save(training_state, folder / "training_state.pt")
         listing = {
-            file.name: {"bytes": file.stat().st_size, "xxh3": checksum(file)} for file in sorted(folder.iterdir())
+            file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in sorted(folder.iterdir())
         }
         (folder / MARKER).write_text(json.dumps({"files": listing}, indent=2) + "\n", encoding="utf-8")
 
@@ -156,15 +155,6 @@ def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [part for part in re.split(r"(?<=\.)", name) if part not in _WRAPPERS]
         cleaned["".join(parts)] = tensor.detach().cpu().contiguous()
     return cleaned
-
-
-def checksum(path: Path) -> str:
-    """The file's xxh3-64 in hexadecimal."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check(folder: Path) -> None:

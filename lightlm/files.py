@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable. Windows cannot open a folder, and does not need it."""
@@ -84,6 +86,15 @@ def remove_folder(path: Path) -> None:
             shutil.rmtree(doomed)
         os.replace(path, doomed)
     shutil.rmtree(doomed)
+
+
+def checksum(path: Path) -> str:
+    """The xxh3 (64 bits, 16 hexadecimal digits) of a whole file."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def point_to(link: Path, target_name: str) -> None:

@@ -10,7 +10,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe, shipped_recipes, span_tokens
 
 PARAMETERS = {
-    "demo": 8_393_472,
+    "demo": 6_819_840,
     "gpt2-124m": 124_439_808,
     "gpt3-125m": 125_226_240,
     "lightlm": 135_155_328,
@@ -100,9 +100,9 @@ evals: {}
     ("override", "message"),
     [
         ("train.batch_tokens=1000", "1000 is no whole number of 256-token sequences; nearest: 1024"),
-        ("train.micro_batch=7", "7 does not divide the 64 sequences"),
+        ("train.micro_batch=7", "7 does not divide the 32 sequences"),
         ("train.seq_len=512", "512 exceeds model.max_seq_len 256"),
-        ("model.num_kv_heads=3", "3 does not divide num_heads 8"),
+        ("model.num_kv_heads=3", "3 does not divide num_heads 4"),
         ("train.tokens=0", "must be above 0"),
         ("tracking.backends=[wandb]", "wandb: none can be used yet"),
         ("schedule={name: constant, decay: 20%}", "has no effect with schedule.name=constant"),

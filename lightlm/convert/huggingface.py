@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightlm import __version__, files
-from lightlm.checkpoint import LoadedModel, build_model, checksum, clean_state
+from lightlm.checkpoint import LoadedModel, build_model, clean_state
 from lightlm.convert.layouts import LAYOUTS, Layout, layer_links, read_config, write_config
 from lightlm.convert.registry import export_target
 from lightlm.data.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def export_huggingface(
                 architecture=target.architecture,
             )
             (folder / "README.md").write_text(card, encoding="utf-8")
-            sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+            sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir())}
             _write_json(
                 folder / RECORD, {"lightlm_version": __version__, "source": loaded.path.as_posix(), "xxh3": sums}
             )
@@ -98,7 +98,7 @@ def is_untouched_export(folder: Path) -> bool:
     try:
         sums = json.loads((folder / RECORD).read_text(encoding="utf-8"))["xxh3"]
         return {path.name for path in folder.iterdir()} == {*sums, RECORD} and all(
-            checksum(folder / name) == value for name, value in sums.items()
+            files.checksum(folder / name) == value for name, value in sums.items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import xxhash
 from pydantic import BaseModel, Field, ValidationError
 
 from lightlm.errors import DataError
-from lightlm.files import write_bytes
+from lightlm.files import checksum, write_bytes
 
 if TYPE_CHECKING:
     from lightlm.data.tokenizer import Tokenizer
@@ -87,15 +86,6 @@ def open_shard(path: Path) -> np.ndarray:
     if count == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
-
-
-def file_xxh3(path: Path) -> str:
-    """The xxh3 (64 bits, 16 hexadecimal digits) of a whole file."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class ShardEntry(BaseModel):
@@ -238,7 +228,7 @@ class DataFolder:
     def verify(self) -> None:
         """Compare every shard's checksum with the manifest's. Raises DataError naming the first that differs."""
         for entry in self.manifest.shards:
-            actual = file_xxh3(self.path / entry.file)
+            actual = checksum(self.path / entry.file)
             if actual != entry.xxh3:
                 raise DataError(
                     f"{self.path / entry.file}: checksum {actual} where the manifest says {entry.xxh3}; the file has "

@@ -5,7 +5,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lightlm.data.shards import ShardEntry, Split, file_xxh3, shard_header
+from lightlm.data.shards import ShardEntry, Split, shard_header
+from lightlm.files import checksum
 
 
 class SplitWriter:
@@ -51,7 +52,7 @@ class SplitWriter:
                 split=self._split,
                 tokens=self._tokens,
                 documents=self._documents,
-                xxh3=file_xxh3(path),
+                xxh3=checksum(path),
             )
         )
         self._file, self._tokens, self._documents = None, 0, 0

@@ -11,8 +11,15 @@ from torch.autograd.function import once_differentiable
 
 from lightlm.model.transformer import Transformer
 
-# fp32 logits of a chunk: 2**23 are 32 MB, about what stays in a CPU's last-level cache and is ample for a GPU.
-_CHUNK_LOGITS = 1 << 23
+
+def chunk_rows(vocab_size: int) -> int:
+    """Tokens whose logits are held at once.
+
+    Small chunks stay in a CPU's caches, but each adds the whole (V, D) weight gradient once more. Forward and
+    backward of 4,096 tokens on 2 cores: V 8,192, D 256: 99 ms at 256 rows, 147 at 1,024, 167 at 4,096; V 50,257,
+    D 576: 2,178 ms at 256, 1,694 at 1,024, 1,323 at 4,096, where the logits alone are 824 MB.
+    """
+    return 256 if vocab_size <= 16_384 else 1024
 
 
 def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -32,7 +39,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor) -> Tensor:
         weight_VD = master_VD.to(x_ND.dtype)
-        rows = max(_CHUNK_LOGITS // weight_VD.shape[0], 1)
+        rows = chunk_rows(weight_VD.shape[0])
         needs_grad = any(ctx.needs_input_grad)
         loss = torch.zeros((), device=x_ND.device, dtype=torch.float32)
         if needs_grad:
@@ -42,13 +49,16 @@ class _HeadLoss(torch.autograd.Function):
             for start in range(0, len(x_ND), rows):
                 x_CD, targets_C1 = x_ND[start : start + rows], targets_N[start : start + rows, None]
                 logits_CV = (x_CD @ weight_VD.T).float()
-                normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
-                loss += (normaliser_C1 - logits_CV.gather(1, targets_C1)).sum()
+                target_C1 = logits_CV.gather(1, targets_C1)
+                peak_C1 = logits_CV.amax(-1, keepdim=True)
+                # From here on in the logits' own memory: fresh pages cost a CPU more than the arithmetic.
+                exp_CV = logits_CV.sub_(peak_C1).exp_()
+                total_C1 = exp_CV.sum(-1, keepdim=True)
+                loss += (total_C1.log() + peak_C1 - target_C1).sum()
                 if needs_grad:
-                    # d loss / d logits = softmax - one_hot, made in the logits' own memory.
-                    grad_CV = logits_CV.sub_(normaliser_C1).exp_()
-                    grad_CV.scatter_add_(1, targets_C1, torch.full_like(normaliser_C1, -1.0))
-                    grad_CV = grad_CV.to(x_ND.dtype)
+                    # d loss / d logits = softmax - one_hot
+                    exp_CV.div_(total_C1).scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
+                    grad_CV = exp_CV.to(x_ND.dtype)
                     torch.mm(grad_CV, weight_VD, out=grad_x_ND[start : start + rows])
                     grad_weight_VD += grad_CV.T @ x_CD
         if needs_grad:

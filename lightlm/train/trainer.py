@@ -146,6 +146,8 @@ class Trainer:
         self.token_bytes = torch.from_numpy(self.data.tokenizer.token_bytes())
         self.loss_function = self._compiled(token_loss)
         self.flops_per_token = self.model.flops_per_token(recipe.seq_len)
+        if not len(self.data.split("val")):
+            observer.note(f"{self.data.path} has no validation split: there will be no validation loss")
         self.last_validation: Validation | None = None
         self.last_loss: float | None = None
 
@@ -275,6 +277,9 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         recipe = self.recipe
+        self._sample()
+        if not len(self.data.split("val")):
+            return {}
         self.last_validation = result = validate(
             self.model,
             self.data.split("val"),
@@ -284,15 +289,18 @@ class Trainer:
             batch_size=self.micro_batch,
             dtype=self.dtype,
         )
+        return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+
+    def _sample(self) -> None:
+        """Let the model continue the recipe's prompts."""
         samples = self.run_folder / "samples" / f"{checkpoint.step_name(self.progress.step)}.txt"
         samples.parent.mkdir(exist_ok=True)
         texts = []
-        for prompt in recipe.eval.prompts:
+        for prompt in self.recipe.eval.prompts:
             text = self.sampler(self.model, prompt)
             texts.append(prompt + text)
             self.observer.sample(self.progress.step, prompt, text)
         files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
-        return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
 
     def _save(self) -> None:
         """Write a checkpoint of the last completed step, unless it is there already, and drop old ones."""

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightlm import checkpoint
+from lightlm.data.prepare import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import load_recipe
 from lightlm.train.optimizers import build_optimizer
@@ -235,3 +236,11 @@ def test_every_recipe_trains_two_steps_in_a_tiny_shape(name):
     for field in dataclasses.fields(config):
         if field.name not in {*width, "num_layers", "num_kv_heads", "head_dim"}:
             assert getattr(config, field.name) == getattr(model, field.name), field.name
+
+
+def test_data_without_a_validation_split_trains_without_validation(workspace):
+    prepare(str(workspace / "tiny.jsonl"), "train:320", workspace / "data" / "no-val", val_fraction=0)
+    result, watch = start("tiny.yaml", "data.dataset=no-val", "train.tokens=256", name="no-validation")
+    assert result.val_loss is None
+    assert "no validation split" in watch.notes[0]
+    assert checkpoint.newest_checkpoint(result.run).name == "step_000001"
