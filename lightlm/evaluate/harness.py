@@ -1,0 +1,181 @@
+"""LightLM's models in lm-evaluation-harness: the model `lightlm`, without transformers.
+
+Within LightLM `lightlm eval` uses it. lm-eval 0.4 has no hook by which its own command could find a model of
+another package (its registry is filled from a table in lm_eval/models/__init__.py alone), so that command runs as
+
+    python -m lightlm.evaluate run --model lightlm --model_args pretrained=runs/demo --tasks hellaswag
+
+with lm-eval's own arguments; `import lightlm.evaluate.harness` before `lm_eval.simple_evaluate` does it in Python.
+"""
+
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from lightlm.checkpoint import LoadedModel
+from lightlm.convert.loading import load_pretrained
+from lightlm.device import pick_device, pick_dtype
+from lightlm.errors import LightLMError, UsageError
+from lightlm.evaluate.progress import bar
+from lightlm.evaluate.scoring import BatchSize, score
+from lightlm.generate.engine import TextStream, generate
+from lightlm.generate.sampling import Sampling
+
+_MAX_NEW_TOKENS = 256  # lm-eval's own default where a task sets none
+_SEED = 1234  # lm-eval's default torch seed
+
+
+def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of scores: `auto` is float32 on every device, unlike in training and generation.
+
+    Scores then do not depend on the machine, and bfloat16's 8 bits do not blur answers whose log-likelihoods are
+    close: llm.c's dev/eval found GPT-2's scores lower in it. Models of this size are fast enough in float32.
+    """
+    return pick_dtype("float32" if name == "auto" else name, device)
+
+
+@register_model("lightlm")
+class LightLM(TemplateLM):
+    """A model under lm-eval.
+
+    Args:
+        pretrained: a run, checkpoint, Hugging Face folder or Hub id, None for the newest run, or a loaded model.
+        device: `auto` or a torch device; nothing to say with a loaded model.
+        dtype: see `evaluation_dtype`.
+        batch_size: sequences in a batch, or `auto`: as many as make up a budget of positions for the device.
+
+    Raises:
+        LightLMError: the model cannot be loaded.
+        UsageError: batch_size is neither a number nor `auto`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | LoadedModel | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int | str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(pretrained, LoadedModel):
+            target = pick_device(device)
+            pretrained = load_pretrained(pretrained, target, evaluation_dtype(dtype, target))
+        self.loaded = pretrained
+        self.model = pretrained.model.eval()
+        self._device = self.model.device
+        try:
+            self.limits = BatchSize.of(batch_size, self._device)
+        except ValueError:
+            raise UsageError(f"batch-size must be a number from 1 on, or auto; is {batch_size}") from None
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.loaded.tokenizer.end_of_text_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: documents were trained on after an end-of-text."""
+        return self.loaded.tokenizer.end_of_text_id
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_seq_len
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of the string alone: no token is added before or after it."""
+        return self.loaded.tokenizer.encode(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self._score([(context, continuation) for _, context, continuation in requests], "Scoring answers")
+        for (texts, _, _), answer in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Each document's log-likelihood after end-of-text, in windows of the context's size without overlap."""
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append(make_disjoint_window(pair))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (log_likelihood, _) in zip(owners, self._score(windows, "Reading documents"), strict=True):
+            totals[owner] += log_likelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]], what: str) -> list[tuple[float, bool]]:
+        with bar(len(pairs), what) as advance:
+            scores = score(self.model, pairs, self.limits, advance)
+        return [(result.log_likelihood, result.greedy) for result in scores]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Continuations cut before their first stop string; requests with equal settings are batched by length."""
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(prompts[i])))
+        texts = [""] * len(requests)
+        with bar(len(requests), "Generating") as advance:
+            while order:
+                settings = requests[order[0]].args[1]
+                new_tokens = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)["max_gen_toks"]
+                length = len(prompts[order[0]]) + new_tokens
+                count = 1
+                while (
+                    count < len(order)
+                    and requests[order[count]].args[1] == settings
+                    and self.limits.fits(count + 1, length)
+                ):
+                    count += 1
+                batch, order = order[:count], order[count:]
+                answers = self._generate([prompts[i] for i in batch], settings, seed=_SEED + len(order))
+                for i, text in zip(batch, answers, strict=True):
+                    texts[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                advance(count)
+        return texts
+
+    def _generate(self, prompts: list[list[int]], settings: dict[str, Any], seed: int) -> list[str]:
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))
+        stops = [stop for stop in kwargs["until"] if stop]
+        room = self.max_length - kwargs["max_gen_toks"]
+        if room < 1:
+            raise LightLMError(
+                f"the task asks for {kwargs['max_gen_toks']} new tokens, the model's context holds {self.max_length}"
+            )
+        temperature = kwargs.get("temperature", 1.0) if kwargs.get("do_sample") else 0.0
+        sampling = Sampling(temperature, kwargs.get("top_k"), kwargs.get("top_p", 1.0))
+        streams = [TextStream(self.loaded.tokenizer) for _ in prompts]
+        texts = [""] * len(prompts)
+
+        def stop_found(row: int, token: int) -> bool:
+            texts[row] += streams[row].push(token)
+            return any(stop in texts[row] for stop in stops)
+
+        starts = [prompt[-room:] or [self.prefix_token_id] for prompt in prompts]
+        generate(self.model, starts, kwargs["max_gen_toks"], sampling, seed, {self.eot_token_id}, stop_found)
+        return [
+            postprocess_generated_text(text + stream.flush(), stops, None)
+            for text, stream in zip(texts, streams, strict=True)
+        ]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes into its results about the model."""
+        return {
+            "model_num_parameters": self.model.num_parameters()["total"],
+            "model_dtype": str(self.model.embed_tokens.weight.dtype),
+            "model_revision": "",
+            "model_sha": "",
+        }

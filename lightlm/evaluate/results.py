@@ -1,0 +1,87 @@
+"""lm-eval's results as rows of a table, and as files."""
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.utils import handle_non_serializable
+
+from lightlm import __version__, files
+from lightlm.checkpoint import LoadedModel, run_of
+from lightlm.evaluate.runner import Settings
+
+_MAX_STEM = 120  # a file name ends at 255 bytes; a long list of tasks is cut and told apart by a hash
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: a task's metric, on so many documents (None for a group of tasks)."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    documents: int | None
+    higher_is_better: bool | None
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """Every metric of every task and group in lm-eval's results; a filter other than `none` is part of its name."""
+    found = []
+    for task, metrics in results["results"].items():
+        for key, value in metrics.items():
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{filter_name}")
+            found.append(
+                Row(
+                    task=task,
+                    metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                    documents=results["n-samples"].get(task, {}).get("effective"),
+                    higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
+                )
+            )
+    return found
+
+
+def file_stem(settings: Settings) -> str:
+    """A file name for these settings, so that a trial with --limit never replaces a full result."""
+    stem = "+".join(Path(task).stem for task in settings.tasks)
+    if len(stem) > _MAX_STEM:
+        stem = f"{stem[:_MAX_STEM]}~{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+    stem += "" if settings.num_fewshot is None else f"_{settings.num_fewshot}shot"
+    return stem + ("" if settings.limit is None else f"_limit{settings.limit}")
+
+
+def result_file(loaded: LoadedModel, settings: Settings, out: Path | None) -> Path | None:
+    """Where results go: `out` if it is a .json file, a file of its own in the folder `out`, or without `out`
+    `<run>/eval/<step>_<tasks>.json`; None for a model that belongs to no run."""
+    if out is not None and out.suffix == ".json":
+        return out
+    name = f"{file_stem(settings)}.json"
+    if out is not None:
+        return out / f"{loaded.name.replace('/', '_')}_{name}"
+    run = run_of(loaded.path)
+    return run / "eval" / f"{loaded.path.resolve().name}_{name}" if run else None
+
+
+def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write lm-eval's document to `path` untouched, and what it has no place for to `<name>.meta.json` beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    files.write_text(path, document + "\n")
+    versions = {
+        "lightlm": __version__,
+        "lm_eval": version("lm_eval"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    files.write_text(path.with_suffix(".meta.json"), json.dumps(facts | {"versions": versions}, indent=2) + "\n")

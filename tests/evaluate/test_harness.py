@@ -1,0 +1,103 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from lightlm.checkpoint import LoadedModel
+from lightlm.errors import LightLMError, UsageError
+from lightlm.evaluate.harness import LightLM
+from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer, write_world
+
+CONTEXTS = [("The cat sat", " on the mat"), ("The cat sat ", "after"), ("", "naïve"), ("The cat " * 30, "ran faster")]
+LONG = "The dog ran after the naïve cat, and the cat ran. " * 8
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, args, index) for index, args in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LightLM:
+    tokenizer = tiny_tokenizer()
+    return LightLM(LoadedModel(tiny_model(tokenizer), tokenizer, Path("tiny")))
+
+
+@torch.no_grad()
+def test_a_document_is_scored_once_per_token_in_windows_of_the_context(lm: LightLM) -> None:
+    tokens = lm.tok_encode(LONG)
+    assert len(tokens) > 2 * lm.max_length
+    total, before = 0.0, [lm.eot_token_id, *tokens]
+    for start in range(0, len(tokens), lm.max_length):
+        targets = tokens[start : start + lm.max_length]
+        # The last window is as long as the others and scores only what they left.
+        inputs = before[: start + len(targets)][-lm.max_length :]
+        logits = lm.model(torch.tensor([inputs]))[0].double()[-len(targets) :]
+        total += float(logits.log_softmax(-1)[range(len(targets)), targets].sum())
+    [actual, empty] = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(LONG,), ("",)]))
+    assert actual == pytest.approx(total, abs=1e-3)
+    assert empty == 0.0
+
+
+def test_spaces_at_the_end_of_a_context_count_as_the_answers(lm: LightLM) -> None:
+    moved, plain = lm.loglikelihood(instances("loglikelihood", [("The cat ", "sat"), ("The cat", " sat")]))
+    assert moved == plain
+
+
+def test_generation_ends_at_its_stop_strings_and_at_its_length(lm: LightLM) -> None:
+    free = {"until": [], "max_gen_toks": 12}
+    [text] = lm.generate_until(instances("generate_until", [("The cat", free)]))
+    assert len(text) > 3
+    stop = text[2:4]
+    requests = [("The cat", {"until": [stop], "max_gen_toks": 12}), ("The cat", free), ("A dog ran", free)]
+    stopped, again, other = lm.generate_until(instances("generate_until", requests))
+    assert stopped == text.split(stop)[0]
+    assert again == text
+    assert other != text
+
+
+def test_generation_that_cannot_fit_the_context_is_refused(lm: LightLM) -> None:
+    with pytest.raises(LightLMError, match="40"):
+        lm.generate_until(instances("generate_until", [("The cat", {"until": [], "max_gen_toks": 40})]))
+
+
+def test_lm_eval_builds_it_from_the_arguments_of_its_command(tmp_path: Path) -> None:
+    loaded = write_world(tmp_path)
+    build = get_model("lightlm")
+    run = tmp_path / "runs" / "demo"
+    lm = build.create_from_arg_string(f"pretrained={run},dtype=bfloat16", {"batch_size": "4", "device": "cpu"})
+    assert lm.loaded.path.resolve() == loaded.path.resolve()
+    assert lm.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert build.create_from_arg_obj({"pretrained": str(run)}).model.embed_tokens.weight.dtype == torch.float32
+    with pytest.raises(UsageError, match="batch-size"):
+        build.create_from_arg_obj({"pretrained": str(run), "batch_size": "many"})
+
+
+def test_it_agrees_with_lm_evals_own_model_on_equal_weights(tmp_path: Path, lm: LightLM) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    from lightlm.convert.huggingface import export_huggingface
+
+    export_huggingface(lm.loaded, tmp_path / "hf")
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=2)
+    assert theirs.max_length == lm.max_length
+    for ours, hf in zip(*(m.loglikelihood(instances("loglikelihood", CONTEXTS)) for m in (lm, theirs)), strict=True):
+        assert ours == (pytest.approx(hf[0], abs=1e-3), hf[1])
+    rolling = instances("loglikelihood_rolling", [(LONG,), ("Ω",)])
+    assert lm.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), abs=1e-3)
+    settings = {"until": ["."], "max_gen_toks": 16, "do_sample": False}
+    prompts = instances("generate_until", [("The cat sat", settings), ("A dog ran after the cat; the", settings)])
+    assert lm.generate_until(prompts) == theirs.generate_until(prompts)
+
+
+def test_scores_are_finite_in_bfloat16(lm: LightLM) -> None:
+    tokenizer = lm.loaded.tokenizer
+    low = LightLM(LoadedModel(tiny_model(tokenizer).bfloat16(), tokenizer, Path("tiny")))
+    pairs = instances("loglikelihood", CONTEXTS)
+    for (coarse, _), (fine, _) in zip(low.loglikelihood(pairs), lm.loglikelihood(pairs), strict=True):
+        assert math.isfinite(coarse)
+        assert coarse == pytest.approx(fine, rel=0.05)

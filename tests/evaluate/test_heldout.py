@@ -1,0 +1,125 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightlm.checkpoint import LoadedModel
+from lightlm.errors import DataError, UsageError
+from lightlm.evaluate import results, runner
+from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from tests.evaluate.tiny_run import DOCUMENTS, write_world
+
+# As if transformers were not installed, for all who import it and all who ask whether it could be.
+WITHOUT_TRANSFORMERS = """
+import runpy, sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] == "transformers" else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+runpy.run_module("lightlm.evaluate", run_name="__main__")
+assert "transformers" not in sys.modules
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        runner, "_OURS", {"heldout", "quiz.yaml", "far.yaml"}
+    )  # spares 6 s: lm-eval's thousands of files
+    return write_world(tmp_path)
+
+
+@torch.no_grad()
+def bits_per_byte(loaded: LoadedModel, texts: list[str]) -> float:
+    nats = 0.0
+    for text in texts:
+        ids = [loaded.tokenizer.end_of_text_id, *loaded.tokenizer.encode(text)]
+        for position in range(1, len(ids)):
+            # Every token but the first windows' sees at least this much; windows only matter past max_seq_len.
+            inputs = torch.tensor([ids[:position][-loaded.model.config.max_seq_len :]])
+            nats -= float(loaded.model(inputs)[0, -1].double().log_softmax(-1)[ids[position]])
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def test_heldout_is_bits_per_byte_on_the_runs_own_validation_documents(world: LoadedModel) -> None:
+    document = run_tasks(LightLM(world), Tasks(Settings(["heldout"], limit=1)))
+    figures = {row.metric: row for row in results.rows(document)}
+    expected = bits_per_byte(world, DOCUMENTS[:1])
+    assert figures["bits_per_byte"].value == pytest.approx(expected, rel=1e-5)
+    assert figures["byte_perplexity"].value == pytest.approx(2**expected, rel=1e-5)
+    assert figures["bits_per_byte"].documents == 1
+    full = results.rows(run_tasks(LightLM(world), Tasks(Settings(["heldout"]))))
+    assert full[0].documents == len(DOCUMENTS)
+
+
+def test_heldout_without_a_run_needs_a_data_folder(world: LoadedModel) -> None:
+    stranger = LightLM(LoadedModel(world.model, world.tokenizer, Path("some/model")))
+    with pytest.raises(DataError, match="--data"):
+        run_tasks(stranger, Tasks(Settings(["heldout"])))
+    with pytest.raises(DataError, match="nowhere"):
+        run_tasks(stranger, Tasks(Settings(["heldout"], data="nowhere")))
+    assert results.rows(run_tasks(stranger, Tasks(Settings(["heldout"], data="tiny"))))
+
+
+def test_an_unknown_task_is_named_with_its_nearest() -> None:
+    with pytest.raises(UsageError, match=r"'helaswag'.*hellaswag"):
+        Tasks(Settings(["heldout", "helaswag"]))
+
+
+def test_a_data_set_out_of_reach_is_named_with_the_way_out(world: LoadedModel) -> None:
+    path = Path("far.yaml")
+    path.write_text(Path("quiz.yaml").read_text().replace("dataset_path: json", "dataset_path: nobody/nothing"))
+    with pytest.raises(DataError, match=r"(?s)nobody/nothing.*HF_HUB_OFFLINE"):
+        run_tasks(LightLM(world), Tasks(Settings(["far.yaml"])))
+
+
+def test_results_are_lm_evals_own_document_beside_a_file_of_facts(world: LoadedModel, tmp_path: Path) -> None:
+    settings = Settings(["quiz.yaml"], num_fewshot=0, limit=4)
+    document = run_tasks(LightLM(world), Tasks(settings))
+    path = results.result_file(world, settings, None)
+    assert path == tmp_path / "runs" / "demo" / "eval" / "step_000007_quiz_0shot_limit4.json"
+    results.write(path, document, {"seconds": 1.5})
+    written = json.loads(path.read_text())
+    expected_keys = {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config", "git_hash"}
+    expected_keys |= {"date", "lm_eval_version", "model_source", "model_name", "task_hashes"}
+    assert expected_keys <= written.keys()
+    assert written["config"]["model"] == "lightlm"
+    assert written["config"]["model_args"] == {"pretrained": str(world.path), "dtype": "float32"}
+    assert written["results"]["quiz"]["acc,none"] == document["results"]["quiz"]["acc,none"]
+    facts = json.loads(path.with_suffix(".meta.json").read_text())
+    assert facts["seconds"] == 1.5
+    assert facts["versions"].keys() == {"lightlm", "lm_eval", "torch", "python"}
+
+
+def test_file_names_stay_short_and_apart() -> None:
+    many = [f"task_with_a_long_name_{n}" for n in range(30)]
+    first, second = results.file_stem(Settings(many)), results.file_stem(Settings([*many, "x"]))
+    assert len(first) < 200
+    assert first != second
+
+
+def test_lm_evals_own_command_runs_it_without_transformers(world: LoadedModel) -> None:
+    """`python -m lightlm.evaluate` with stock arguments, in a process that finds no transformers."""
+    arguments = ["run", "--model", "lightlm", "--model_args", "pretrained=runs/demo", "--tasks", "quiz.yaml,heldout"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRANSFORMERS, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        cwd=Path.cwd(),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("quiz", "acc_norm", "heldout", "bits_per_byte"):
+        assert name in done.stdout

@@ -1,0 +1,105 @@
+"""A whole little world for evaluation: a data folder, a run with a checkpoint trained on nothing, and a quiz."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lightlm.checkpoint import LoadedModel, write_checkpoint
+from lightlm.data.shards import Manifest, ShardEntry, write_shard
+from lightlm.data.tokenizer import Tokenizer, train_tokenizer
+from lightlm.files import checksum
+from lightlm.model.config import ModelConfig
+from lightlm.model.transformer import Transformer
+
+DOCUMENTS = ["The cat sat on the mat, naïve and déjà vu.", "A dog ran after the cat; the cat ran faster. " * 6, "Ω"]
+
+QUIZ = """
+task: quiz
+dataset_path: json
+dataset_kwargs:
+  data_files: {{validation: {folder}/quiz.jsonl}}
+  cache_dir: {folder}/cache
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: question
+doc_to_target: gold
+doc_to_choice: choices
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata:
+  version: 1.0
+"""
+
+
+def tiny_tokenizer() -> Tokenizer:
+    return train_tokenizer(DOCUMENTS * 3, 320)
+
+
+def tiny_model(tokenizer: Tokenizer, seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    model = Transformer(
+        ModelConfig(
+            num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, max_seq_len=40, vocab_size=tokenizer.vocab_size
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def write_data(folder: Path, tokenizer: Tokenizer) -> None:
+    folder.mkdir(parents=True)
+    tokenizer.save(folder / "tokenizer.json")
+    tokens = [token for text in DOCUMENTS for token in [*tokenizer.encode(text), tokenizer.end_of_text_id]]
+    shards = []
+    for split in ("train", "val"):
+        path = folder / f"{split}_000000.bin"
+        write_shard(path, np.array(tokens, dtype=np.uint16))
+        shards.append(ShardEntry(file=path.name, split=split, tokens=len(tokens), documents=3, xxh3=checksum(path)))
+    size = sum(len(text.encode()) for text in DOCUMENTS)
+    manifest = Manifest(
+        source="test",
+        description="test",
+        revision=None,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text_id=tokenizer.end_of_text_id,
+        shards=shards,
+        split_rule="none",
+        text_bytes={"train": size, "val": size},
+        skipped_documents=0,
+        unigram=None,
+        lightlm_version="0",
+        settings={},
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json(), encoding="utf-8")
+
+
+def write_quiz(folder: Path) -> Path:
+    """Six questions with three answers each that share their context, as in HellaSwag."""
+    docs = [
+        {"question": f"The cat number {n} sat", "choices": [" on the mat", " after it ran", " faster"], "gold": n % 3}
+        for n in range(6)
+    ]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    path = folder / "quiz.yaml"
+    path.write_text(QUIZ.format(folder=folder.as_posix()), encoding="utf-8")
+    return path
+
+
+def write_world(folder: Path) -> LoadedModel:
+    """`data/tiny`, `runs/demo` with one checkpoint, and `quiz.yaml` below `folder`."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    write_data(folder / "data" / "tiny", tokenizer)
+    run = folder / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: demo\ndata: {dataset: tiny}\n", encoding="utf-8")
+    path = write_checkpoint(run, 7, model, tokenizer)
+    (folder / "runs" / "latest").symlink_to("demo", target_is_directory=True)
+    write_quiz(folder)
+    return LoadedModel(model, tokenizer, path)
