@@ -1,0 +1,138 @@
+"""`lightlm eval`."""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lightlm.cli.console import console, out, print_json
+from lightlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightlm.checkpoint import LoadedModel
+    from lightlm.evaluate.runner import Tasks
+
+
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL ...]", help="Runs, checkpoints, model folders or Hub ids; the newest run unless given."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte).")
+    ] = "heldout",
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task, for a quick look.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompt; each task's own unless given.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Sequences in a batch.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 (which auto means here), bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Data folder of heldout; the one the run was trained on unless given."),
+    ] = None,
+    out_path: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Results file, or a folder; <run>/eval/ unless given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
+) -> None:
+    """Score models with lm-evaluation-harness: checkpoint -> scores.
+
+    Stock tasks run unchanged; results are lm-eval's own JSON. To work offline, set HF_HUB_OFFLINE=1 where a folder
+    bears the data set's Hub id (Rowan/hellaswag).
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
+    with console.status("Reading lm-eval's list of tasks ..."):
+        from lightlm.convert.loading import load_pretrained
+        from lightlm.device import pick_device
+        from lightlm.evaluate.harness import evaluation_dtype
+        from lightlm.evaluate.runner import Settings, Tasks
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        chosen = Tasks(Settings(names, limit, num_fewshot, data))
+    references: list[str | None] = list(models) if models else [None]
+    if out_path is not None and len(references) > 1 and out_path.suffix == ".json":
+        raise UsageError(f"--out {out_path} is one file for {len(references)} models; give a folder")
+    target = pick_device(device)
+    reports = []
+    for reference in references:
+        loaded = load_pretrained(reference, target, evaluation_dtype(dtype, target))
+        reports.append(_evaluate_one(loaded, chosen, batch_size, out_path))
+    if as_json:
+        print_json({"models": reports})
+    else:
+        _print_table(reports)
+
+
+def _evaluate_one(loaded: "LoadedModel", chosen: "Tasks", batch_size: str, out_path: Path | None) -> dict[str, Any]:
+    """Run the tasks on one model and write its files; what the table and --json show of it."""
+    from dataclasses import asdict
+
+    from lightlm.evaluate import results
+    from lightlm.evaluate.harness import LightLM
+    from lightlm.evaluate.runner import run_tasks
+
+    started = time.perf_counter()
+    console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
+    lm = LightLM(loaded, batch_size=batch_size)
+    document = run_tasks(lm, chosen)
+    facts: dict[str, Any] = {
+        "model": loaded.name,
+        "path": str(loaded.path),
+        "parameters": loaded.model.num_parameters()["total"],
+        **asdict(chosen.settings),
+        "device": str(lm.device),
+        "dtype": document["config"]["model_args"]["dtype"],
+        "batch_size": batch_size,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    path = results.result_file(loaded, chosen.settings, out_path)
+    if path is not None:
+        results.write(path, document, facts)
+    console.print(f"{loaded.name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False)
+    figures = [asdict(row) for row in results.rows(document)]
+    return {**facts, "file": str(path) if path else None, "results": figures}
+
+
+def _print_table(reports: list[dict[str, Any]]) -> None:
+    """One model: value and standard error apart. Several: a column each, the best in bold."""
+    from rich.table import Table
+
+    table = Table("Task", "Metric")
+    table.add_column("Documents", justify="right")
+    single = len(reports) == 1
+    for report in reports:
+        table.add_column("Value" if single else report["model"], justify="right")
+    if single:
+        table.add_column("Stderr", justify="right")
+    lines: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
+    for column, report in enumerate(reports):
+        for row in report["results"]:
+            lines.setdefault((row["task"], row["metric"]), [None] * len(reports))[column] = row
+    for (task, metric), cells in lines.items():
+        found = next(cell for cell in cells if cell)
+        documents = "" if found["documents"] is None else f"{found['documents']:,}"
+        if single:
+            stderr = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
+            table.add_row(task, metric, documents, f"{found['value']:.4f}", stderr)
+        else:
+            table.add_row(task, metric, documents, *_side_by_side(cells))
+    out.print(table)
+
+
+def _side_by_side(cells: list[dict[str, Any] | None]) -> list[str]:
+    values = [cell["value"] for cell in cells if cell]
+    higher = next(cell for cell in cells if cell)["higher_is_better"]
+    best = None if higher is None else max(values) if higher else min(values)
+    texts = []
+    for cell in cells:
+        text = "" if cell is None else f"{cell['value']:.4f}"
+        if cell and cell["stderr"] is not None:
+            text += f" ± {cell['stderr']:.4f}"
+        texts.append(f"[bold]{text}[/]" if cell and cell["value"] == best else text)
+    return texts

@@ -1,0 +1,84 @@
+"""`lightlm recipes`: the recipes that LightLM ships."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lightlm.cli.console import out, print_json
+from lightlm.errors import UsageError
+
+recipes = typer.Typer(no_args_is_help=True, help="List, show and copy the recipes that LightLM ships.")
+
+
+@recipes.command("ls")
+def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """List the shipped recipes with their sizes and what they export to."""
+    import torch
+    from rich.table import Table
+
+    from lightlm.convert.registry import export_target
+    from lightlm.model.transformer import Transformer
+    from lightlm.quantities import format_quantity
+    from lightlm.recipe import load_recipe, shipped_recipes
+
+    rows: list[dict[str, Any]] = []
+    for path in shipped_recipes():
+        recipe = load_recipe(path)
+        # Where the vocabulary comes from the data, the table assumes the GPT-2 tokenizer's.
+        config = recipe.model if recipe.model.vocab_size else load_recipe(path, ["model.vocab_size=50257"]).model
+        with torch.device("meta"):
+            parameters = Transformer(config).num_parameters()["total"]
+        about = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        target = export_target(recipe.model)
+        rows.append(
+            {
+                "recipe": path.stem,
+                "parameters": parameters,
+                "vocab_size": config.vocab_size,
+                "tokens": recipe.train.tokens,
+                "exports_to": target.architecture or "-",
+                "about": about,
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(caption="Parameters with 50,257 entries where the vocabulary comes from the data.")
+    for heading in ("recipe", "parameters", "tokens", "exports to", "about"):
+        table.add_column(heading, justify="right" if heading in ("parameters", "tokens") else "left")
+    for row in rows:
+        table.add_row(
+            row["recipe"],
+            format_quantity(row["parameters"]),
+            format_quantity(row["tokens"]),
+            row["exports_to"],
+            row["about"],
+        )
+    out.print(table)
+
+
+@recipes.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
+    """Print a recipe."""
+    from lightlm.recipe import find_recipe
+
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes.command("cp")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A recipe's name.")],
+    destination: Annotated[Path, typer.Argument(metavar="[DEST]", help="A file or folder.")] = Path("."),
+) -> None:
+    """Copy a recipe, to change it."""
+    from lightlm.recipe import find_recipe
+
+    source = find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists():
+        raise UsageError(f"{target} exists already; name another file")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent} to copy to")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    out.print(f"{target}: train it with `lightlm train {target}`")

@@ -1,0 +1,110 @@
+"""`lightlm train`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lightlm.cli.console import console, out, print_json
+from lightlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightlm.recipe import Recipe
+    from lightlm.train.trainer import Result
+
+NEWEST = "runs/latest"  # what --resume without a value stands for
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one (lightlm recipes ls)."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Overrides, such as optimizer.lr=1e-3.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Run folder under runs/; the recipe's name unless given.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="[RUN]", help="Go on with this run, or with the newest.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe and data, print the plan, train nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+) -> None:
+    """Train a model as a recipe says: shards -> checkpoints under runs/."""
+    changes = list(overrides or [])
+    if recipe is not None and "=" in recipe:
+        changes, recipe = [recipe, *changes], None
+    if resume is not None and recipe is not None:
+        raise UsageError("--resume uses the run's own recipe; leave RECIPE out, and give changes as key=value")
+    if resume is not None and name is not None:
+        raise UsageError("--name is for new runs; leave it out with --resume")
+    if resume is None and recipe is None:
+        raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
+
+    from pathlib import Path
+
+    from lightlm.cli.training_display import TrainingDisplay
+    from lightlm.convert.registry import export_target
+    from lightlm.generate.engine import sample_text
+    from lightlm.recipe import load_recipe
+    from lightlm.train.runs import new_run, reopen_run
+    from lightlm.train.trainer import Trainer
+
+    display = TrainingDisplay()
+    checkpoint: Path | None = None
+    run: Path | None = None
+    if resume is not None:
+        parsed, run, checkpoint = reopen_run(None if resume == NEWEST else resume, changes)
+    else:
+        assert recipe is not None
+        parsed = load_recipe(recipe, changes)
+    if refusal := export_target(parsed.model).refusal:
+        display.note(f"this recipe's model cannot be exported to Hugging Face: {refusal}")
+
+    def sampler(model: Any, prompt: str) -> str:
+        return sample_text(model, trainer.data.tokenizer, prompt, parsed.eval.max_new_tokens, seed=parsed.train.seed)
+
+    planned = run or Path("runs") / (name or parsed.name)
+    trainer = Trainer(parsed, planned, display, sampler, checkpoint)
+    if dry_run:
+        _print_plan(trainer.facts(), as_json)
+        return
+    # Only now, with recipe and data known to be good, does a folder appear.
+    trainer.run_folder = run or new_run(name or parsed.name, exact=name is not None)
+    if trainer.progress.step >= parsed.total_steps:
+        display.note(f"{trainer.run_folder} is complete; raise train.tokens to train it further")
+    with display:
+        result = trainer.train()
+    unigram = trainer.data.manifest.unigram
+    _report(result, parsed, unigram.nats_per_token if unigram else None, as_json)
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
+    from rich.table import Table
+
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(title=f"Run {facts['name']}", show_header=False)
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    out.print(table)
+
+
+def _report(result: "Result", recipe: "Recipe", unigram_entropy: float | None, as_json: bool) -> None:
+    if as_json:
+        print_json(vars(result) | {"unigram_entropy": unigram_entropy})
+        return
+    out.print(f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s")
+    if result.val_loss is not None:
+        out.print(f"Validation loss {result.val_loss:.4f} nats a token, {result.val_bpb:.4f} bits a byte")
+        if unigram_entropy is not None:
+            out.print(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats a token")
+    if result.interrupted:
+        console.print(f"Interrupted; step {result.step} is saved. Go on with: lightlm train --resume {result.run}")
+    else:
+        prompt = recipe.eval.prompts[0] if recipe.eval.prompts else "Hello"
+        out.print(f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert')

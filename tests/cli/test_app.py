@@ -1,0 +1,66 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+import lightlm as package
+from lightlm.recipe import shipped_recipes
+
+
+def test_help_and_version_answer_without_heavy_imports():
+    """`--help` must answer in under half a second; torch alone takes longer to import."""
+    code = """
+import contextlib, sys
+from lightlm.cli.app import main
+sys.argv = ["lightlm", "--help"]
+with contextlib.suppress(SystemExit):
+    main()
+heavy = {"torch", "numpy", "pydantic", "yaml", "datasets", "tokenizers", "lm_eval", "transformers", "pyarrow"}
+print("HEAVY", sorted(heavy & sys.modules.keys()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("prepare-data", "train", "eval", "generate", "convert", "recipes"):
+        assert command in result.stdout
+    assert "HEAVY []" in result.stdout
+
+
+def test_version(lightlm):
+    assert lightlm("--version").stdout == f"lightlm {package.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["trane"], ["train", "--nope"], ["generate"]])
+def test_wrong_usage_exits_with_2(lightlm, arguments):
+    outcome = lightlm(*arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.stderr
+
+
+def test_python_dash_m_is_the_same_command():
+    result = subprocess.run([sys.executable, "-m", "lightlm", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"lightlm {package.__version__}\n"
+
+
+def test_recipes_are_listed_shown_and_copied(lightlm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [path.stem for path in shipped_recipes()]
+    assert all(name in lightlm("recipes", "ls").stdout for name in ("demo", "lightlm", "gpt2-124m"))
+    rows = json.loads(lightlm("recipes", "ls", "--json").stdout)
+    assert [row["recipe"] for row in rows] == names
+    assert next(row for row in rows if row["recipe"] == "gpt2-124m")["exports_to"] == "GPT2LMHeadModel"
+    text = lightlm("recipes", "show", "demo").stdout
+    assert text.startswith("# ")
+    assert lightlm("recipes", "cp", "demo", "mine.yaml").code == 0
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == text
+    lightlm("recipes", "cp", "demo", "mine.yaml").assert_one_message("mine.yaml exists already")
+    lightlm("recipes", "cp", "demo", "no/where.yaml").assert_one_message("there is no folder no")
+    lightlm("recipes", "show", "dem").assert_one_message("did you mean demo")
+
+
+def test_recipes_are_found_in_an_installed_package(tmp_path, monkeypatch):
+    """A wheel carries the recipes inside the package."""
+    from lightlm import recipe
+
+    (tmp_path / "lightlm" / "recipes").mkdir(parents=True)
+    monkeypatch.setattr(recipe.lightlm, "__file__", str(tmp_path / "lightlm" / "__init__.py"))
+    assert recipe.recipes_folder() == tmp_path / "lightlm" / "recipes"

@@ -1,0 +1,192 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from lightlm import files
+from lightlm.checkpoint import load_model, save_model, write_checkpoint
+from lightlm.cli.convert import convert
+from lightlm.data.tokenizer import train_tokenizer
+from lightlm.errors import CheckpointError, ConvertError, UsageError
+from lightlm.model.transformer import Transformer
+from tests.shapes import SHAPES
+
+STEP = "runs/demo/checkpoints/step_000020"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["The cat sat on the mat; the dog did not."] * 3, 300)
+
+
+@pytest.fixture
+def run(tokenizer, tmp_path, monkeypatch):
+    """A folder with one run of two checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    model = Transformer(replace(SHAPES["llama"], vocab_size=tokenizer.vocab_size, block_repeats=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    for step in (10, 20):
+        write_checkpoint(Path("runs/demo"), step, model, tokenizer)
+    Path("runs/demo/recipe.yaml").touch()
+    files.point_to(Path("runs/latest"), "demo")
+    return model.eval()
+
+
+def invoke(*arguments):
+    """Run the command; a LightLMError is raised here, where `lightlm` would print it."""
+    app = typer.Typer()
+    app.command()(convert)
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_five_line_chain_works_twice(run):
+    """Without arguments, the newest run goes to runs/RUN/hf, also when an earlier export lies there."""
+    output = invoke()
+    config = Path("runs/demo/hf/config.json")
+    written = config.stat().st_mtime_ns
+    assert 'AutoModelForCausalLM.from_pretrained("runs/demo/hf")' in output
+    assert "LlamaForCausalLM" in output
+    assert "float32" in output
+    invoke("--dtype", "bfloat16")
+    assert config.stat().st_mtime_ns > written
+    assert json.loads(config.read_text())["dtype"] == "bfloat16"
+    assert not list(Path("runs/demo").glob(".hf*"))
+
+
+def test_default_export_that_was_changed_is_kept(run):
+    invoke()
+    Path("runs/demo/hf/README.md").write_text("my own model card")
+    with pytest.raises(UsageError, match="--overwrite"):
+        invoke()
+    assert Path("runs/demo/hf/README.md").read_text() == "my own model card"
+    invoke("--overwrite")
+    assert "my own" not in Path("runs/demo/hf/README.md").read_text()
+
+
+def test_there_and_back(run):
+    invoke("--out", "exported", "--json")
+    summary = json.loads(invoke("exported", "--json"))
+    assert (summary["folder"], summary["format"]) == ("exported-lightlm", "lightlm")
+    assert "exported-lightlm" in summary["python"]
+    tokens = torch.arange(9)[None]
+    assert torch.equal(load_model(Path("exported-lightlm")).model(tokens), run(tokens))
+
+
+def test_json_is_the_whole_output(run):
+    summary = json.loads(invoke("--json"))
+    assert summary["class"] == "LlamaForCausalLM"
+    # Two blocks run twice each are four layers in the file, and counted as such.
+    block = sum(parameter.numel() for parameter in run.blocks.parameters())
+    assert summary["parameters"] == run.num_parameters()["total"] + block
+    assert summary["files"]["model.safetensors"] == Path("runs/demo/hf/model.safetensors").stat().st_size
+    assert summary["bytes"] == sum(summary["files"].values())
+    assert Path(summary["source"]) == Path(STEP)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("demo", "runs/demo/hf"),
+        ("runs/demo", "runs/demo/hf"),
+        (STEP, "runs/demo/hf-step_000020"),
+        ("alone", "alone-hf"),
+    ],
+)
+def test_default_folder(model, folder, run, tokenizer):
+    save_model(Path("alone"), run, tokenizer)
+    assert json.loads(invoke(model, "--json"))["folder"] == str(Path(folder))
+    assert (Path(folder) / "model.safetensors").is_file()
+
+
+def test_default_folder_of_a_hub_model(run, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    invoke("--out", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "cache"))
+    assert json.loads(invoke("someone/Model", "--json"))["folder"] == "Model-lightlm"
+
+
+@pytest.mark.parametrize("format_", ["gguf", "onnx", ""])
+def test_formats_to_come(format_, run):
+    with pytest.raises(UsageError, match="hf and lightlm"):
+        invoke("--to", format_)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int8"], "float32, bfloat16, float16"),
+        (["--to", "lightlm"], "in that format already"),
+        (["--out", STEP, "--overwrite"], "is or holds the model to convert"),
+        (["--out", ".", "--overwrite"], "is or holds the model to convert"),
+        (["--out", "notes", "--overwrite"], "is no model folder"),
+        (["--out", "notes/todo", "--overwrite"], "is no model folder"),
+    ],
+)
+def test_wrong_usage_writes_and_loses_nothing(arguments, message, run):
+    Path("notes").mkdir()
+    Path("notes/todo").write_text("milk")
+    before = sorted(Path(".").rglob("*"))
+    with pytest.raises(UsageError, match=message):
+        invoke(*arguments)
+    assert sorted(Path(".").rglob("*")) == before
+
+
+def test_given_folder_is_replaced_only_with_overwrite(run):
+    invoke("--out", "exported")
+    with pytest.raises(UsageError, match="exists already"):
+        invoke("--out", "exported")
+    invoke("--out", "exported", "--overwrite")
+    Path("empty").mkdir()
+    invoke("--out", "empty")
+
+
+def test_model_without_a_class(run, tokenizer):
+    banded = Transformer(replace(SHAPES["gpt3"], vocab_size=tokenizer.vocab_size))
+    save_model(Path("banded"), banded, tokenizer)
+    with pytest.raises(ConvertError, match="sliding_window: 5"):
+        invoke("banded")
+    assert not Path("banded-hf").exists()
+
+
+def test_no_run_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no run yet"):
+        invoke()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify(dtype, run):
+    pytest.importorskip("transformers")
+    assert json.loads(invoke("--verify", "--dtype", dtype, "--json"))["max_logit_difference"] < 1e-4
+    assert "logits differ from transformers' by" in invoke("--verify", "--dtype", dtype)
+    back = json.loads(invoke("runs/demo/hf", "--verify", "--dtype", dtype, "--json"))
+    assert back["max_logit_difference"] < 1e-4
+
+
+def test_verify_finds_a_wrong_export(run, monkeypatch):
+    pytest.importorskip("transformers")
+    from lightlm.convert import huggingface
+
+    right = huggingface.write_config
+    monkeypatch.setattr(huggingface, "write_config", lambda *args: {**right(*args), "rms_norm_eps": 0.1})
+    with pytest.raises(ConvertError, match="does not compute what"):
+        invoke("--verify")
+
+
+def test_verify_without_transformers(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConvertError, match=r'pip install "lightlm\[hf\]"'):
+        invoke("--verify")
+    assert not Path("runs/demo/hf").exists()

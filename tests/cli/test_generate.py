@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from lightlm.cli.generate import generate
+from lightlm.errors import LightLMError, UsageError
+from tests.evaluate.tiny_run import write_world
+
+app = typer.Typer()
+app.command()(generate)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+
+
+def run_json(*arguments: str) -> dict:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_text_is_the_prompt_and_its_continuation_and_brackets_are_no_markup() -> None:
+    prompt = "[bold]The cat[/bold] sat"
+    sample = run_json(prompt, "--max-new-tokens", "8")["samples"][0]
+    done = CliRunner().invoke(app, [prompt, "--max-new-tokens", "8"])
+    assert done.stdout == prompt + sample["text"] + "\n"
+    assert "tokens/s" in done.stderr
+
+
+def test_the_seed_decides_and_more_samples_leave_the_first_alone() -> None:
+    one = run_json("The cat", "--max-new-tokens", "6", "--seed", "5")
+    three = run_json("The cat", "--max-new-tokens", "6", "--seed", "5", "--num-samples", "3")
+    assert three["samples"][0] == one["samples"][0]
+    assert run_json("The cat", "--max-new-tokens", "6", "--seed", "6")["samples"] != one["samples"]
+    assert three["sampling"] == {"temperature": 0.8, "top_k": None, "top_p": 0.95}
+
+
+def test_samples_are_printed_one_after_the_other() -> None:
+    done = CliRunner().invoke(app, ["The cat", "--max-new-tokens", "5", "--num-samples", "3"])
+    samples = run_json("The cat", "--max-new-tokens", "5", "--num-samples", "3")["samples"]
+    assert done.stdout == "\n---\n".join(f"The cat{sample['text']}\n" for sample in samples)
+
+
+def test_an_empty_prompt_starts_a_document() -> None:
+    document = run_json("", "--max-new-tokens", "5", "--temperature", "0")
+    assert document["samples"][0]["ids"]
+
+
+def test_a_full_context_is_told() -> None:
+    arguments = ["The cat", "--temperature", "0", "--max-new-tokens", "500"]
+    [sample] = run_json(*arguments)["samples"]
+    assert sample["finish_reason"] in {"context", "stop"}
+    done = CliRunner().invoke(app, arguments)
+    assert ("context of 40 tokens" in done.stderr) == (sample["finish_reason"] == "context")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (["x", "--temperature", "-1"], UsageError, "temperature"),
+        (["x", "--num-samples", "0"], UsageError, "num-samples"),
+        (["x", "--device", "abacus"], UsageError, "abacus"),
+        (["The cat ran " * 40], LightLMError, "context holds 40"),
+        (["x", "--checkpoint", "runs/nothing"], LightLMError, "nothing"),
+    ],
+)
+def test_mistakes_are_one_message(arguments: list[str], kind: type[Exception], words: str) -> None:
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, kind)
+    assert words in str(done.exception)
+    assert done.stdout == ""

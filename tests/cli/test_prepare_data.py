@@ -1,0 +1,90 @@
+"""`lightlm prepare-data` as a user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from lightlm.cli.prepare_data import prepare_data
+from lightlm.data import sources
+from lightlm.data.shards import DataFolder
+from lightlm.errors import DataError, LightLMError, UsageError
+
+DOCUMENTS = tuple(f"Document {n} is about the number {n}, which is followed by {n + 1}." for n in range(50))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Runs the command in an empty folder that holds corpus.jsonl; the error is raised as the program would see it."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": text}) for text in DOCUMENTS]
+    Path("corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    app = typer.Typer()
+    app.command()(prepare_data)
+
+    def invoke(*arguments: str):  # type: ignore[no-untyped-def]
+        result = CliRunner().invoke(app, list(arguments))
+        if isinstance(result.exception, LightLMError):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+def test_json_is_the_only_thing_on_standard_output(run) -> None:  # type: ignore[no-untyped-def]
+    result = run("corpus.jsonl", "--tokenizer", "train:300", "--val-fraction", "0.2", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    folder = DataFolder.open("data/corpus")
+    assert summary["folder"] == "data/corpus"
+    assert summary["documents"] == 50
+    assert summary["train_tokens"] == folder.manifest.tokens("train")
+    assert summary["next"] == "lightlm train recipes/demo.yaml data.dataset=corpus"
+    assert (
+        json.loads(run("corpus.jsonl", "--tokenizer", "train:300", "--val-fraction", "0.2", "--json").stdout)["status"]
+        == "already prepared"
+    )
+
+
+def test_the_table_and_the_next_command(run) -> None:  # type: ignore[no-untyped-def]
+    result = run("corpus.jsonl", "--tokenizer", "train:300", "--out", "elsewhere/mine")
+    assert "50" in result.stdout
+    assert "nats per token" in result.stdout
+    assert "lightlm train recipes/demo.yaml data.dataset=elsewhere/mine" in result.stderr
+
+
+def test_pydocs_needs_no_options_and_no_network(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(sources, "_cached_pydocs", lambda: DOCUMENTS)
+    result = run("pydocs", "--json")
+    assert json.loads(result.stdout)["next"] == "lightlm train recipes/demo.yaml"
+    assert DataFolder.open("data/pydocs").manifest.settings["tokenizer"] == "train:8192"
+    assert "too short for 8,192 entries" in result.stderr
+
+
+def test_verify_checks_and_writes_nothing(run) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(DataError, match="lightlm prepare-data corpus"):
+        run("corpus.jsonl", "--verify")
+    run("corpus.jsonl", "--tokenizer", "train:300")
+    assert json.loads(run("corpus.jsonl", "--verify", "--json").stdout)["status"] == "verified"
+    shard = Path("data/corpus/train_000000.bin")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(DataError, match=r"train_000000\.bin: checksum"):
+        run("corpus.jsonl", "--verify")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-tokens", "many"), "--max-tokens many"),
+        (("--max-tokens", "0"), "--max-tokens 0"),
+        (("--tokenizer", "train:abc"), "train:abc"),
+        (("--val-fraction", "1.5"), r"--val-fraction 1\.5"),
+        (("--workers", "0"), "--workers 0"),
+    ],
+)
+def test_wrong_option_values_are_usage_errors(run, arguments: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match=message):
+        run("corpus.jsonl", *arguments)
+    assert not Path("data").exists()

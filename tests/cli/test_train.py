@@ -1,0 +1,103 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.corpus import TINY_RECIPE, make_data
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train-command")
+    make_data(folder, 100)
+    (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(lightlm, workspace):
+    outcome = lightlm("train", "tiny.yaml", "train.tokens=2560", "--dry-run", "--json")
+    plan = json.loads(outcome.stdout)
+    assert (plan["steps"], plan["accumulation"], plan["parameters"]) == (10, 4, 28_832)
+    assert "steps" in lightlm("train", "tiny.yaml", "--dry-run").stdout
+    assert not (workspace / "runs").exists()
+
+
+def test_plain_log_has_no_carriage_returns_and_json_stands_alone(lightlm, workspace):
+    outcome = lightlm("train", "tiny.yaml", "train.tokens=512", "--json", "--name", "plain")
+    result = json.loads(outcome.stdout)
+    assert (result["step"], result["interrupted"]) == (2, False)
+    assert "\r" not in outcome.stderr
+    assert "validation" in outcome.stderr
+    assert (workspace / "runs/latest").resolve().name == "plain"
+
+
+def test_second_run_gets_a_number_and_a_taken_name_is_refused(lightlm, workspace):
+    for expected in ("again", "again-2"):
+        lightlm("train", "tiny.yaml", "train.tokens=256", "name=again")
+        assert (workspace / "runs" / expected / "metrics.jsonl").is_file()
+    lightlm("train", "tiny.yaml", "--name", "again").assert_one_message("runs/again exists already", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "runs/plain", "--name", "x"], "--name is for new runs"),
+        (["tiny.yaml", "--resume", "runs/plain"], "leave RECIPE out"),
+        ([], "name a recipe"),
+        (["tiny.yaml", "train.device=tpu"], "unknown device 'tpu'"),
+        (["tiny.yaml", "optimizer.lr"], "write key=value"),
+    ],
+)
+def test_contradictions_are_refused(lightlm, arguments, message):
+    lightlm("train", *arguments).assert_one_message(message)
+
+
+def test_a_recipe_that_cannot_be_exported_says_so(lightlm):
+    outcome = lightlm("train", "tiny.yaml", "model.mlp=relu2", "--dry-run")
+    assert "cannot be exported to Hugging Face" in outcome.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_real_process_stops_cleanly_and_resumes_to_the_same_losses(lightlm, workspace, number):
+    """The command in a process of its own, interrupted at whatever point the signal finds it."""
+    name = f"signal-{number}"
+    command = [sys.executable, "-m", "lightlm", "train", "tiny.yaml", "train.tokens=12800", "--name"]
+    process = subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True)
+    metrics = workspace / "runs" / name / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"lightlm train --resume runs/{name}" in log
+    assert "Traceback" not in log
+    done = metrics.read_text().count("\n")
+    assert 3 <= done < 50
+    assert lightlm("train", "--resume").code == 0
+    if not (workspace / "runs/straight").exists():
+        subprocess.run([*command, "straight"], check=True, capture_output=True)
+
+    def losses(run):
+        lines = (workspace / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        return [(m["step"], m["loss"], m["grad_norm"], m.get("val_loss")) for m in map(json.loads, lines)]
+
+    assert len(losses("straight")) == 50
+    assert losses(name) == losses("straight")
+
+
+def test_resume_accepts_overrides_without_a_recipe(lightlm, workspace):
+    lightlm("train", "tiny.yaml", "train.tokens=256", "--name", "longer")
+    assert lightlm("train", "train.tokens=512", "--resume", "longer").code == 0
+    assert yaml.safe_load((workspace / "runs/longer/recipe.yaml").read_text())["train"]["tokens"] == 512

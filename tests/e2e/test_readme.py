@@ -1,0 +1,109 @@
+"""Every `lightlm` command in the README runs as written, in the README's order, on small stand-ins.
+
+Folders named like the Hub's (HuggingFaceFW/fineweb-edu, Rowan/hellaswag, gpt2) take the Hub's place, and recipes
+in ./recipes take that of the shipped ones: the commands themselves are unchanged.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from lightlm.data.tokenizer import train_tokenizer
+from lightlm.recipe import load_recipe
+from tests.cli.runner import Runner
+from tests.corpus import texts
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def commands():
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def write_fineweb(folder):
+    rows = texts(300)
+    (folder / "sample" / "10BT").mkdir(parents=True)
+    pq.write_table(pa.table({"text": rows, "score": [3.0] * len(rows)}), folder / "sample/10BT/000_00000.parquet")
+    configs = [{"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]}]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n", encoding="utf-8")
+
+
+def write_hellaswag(folder):
+    """The columns that lm-eval's stock task reads."""
+    folder.joinpath("data").mkdir(parents=True)
+    for split in ("train", "validation"):
+        rows = [
+            {
+                "ind": i,
+                "activity_label": "Walking",
+                "ctx_a": "The old clock watches",
+                "ctx_b": "",
+                "ctx": "The old clock watches",
+                "endings": ["the morning.", "a letter.", "seven stones.", "a song."],
+                "source_id": f"activitynet~v_{i}",
+                "split": "train",
+                "split_type": "indomain",
+                "label": str(i % 4),
+            }
+            for i in range(6)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"data/{split}-00000-of-00001.parquet")
+
+
+def write_recipe(path, name):
+    """The shipped recipe's architecture in sizes that train in a second."""
+    values = yaml.safe_load(load_recipe(name).to_yaml())
+    values["model"] |= {"num_layers": 2, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 0}
+    values["model"] |= {"intermediate_size": 64, "max_seq_len": 64}
+    values["train"] |= {"tokens": 4096, "batch_tokens": 512, "device": "cpu"}
+    values["eval"] |= {"every": 0, "tokens": 1024, "max_new_tokens": 4}
+    values["checkpoint"] |= {"every": 2048}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_fineweb(tmp_path / "HuggingFaceFW" / "fineweb-edu")
+    write_hellaswag(tmp_path / "Rowan" / "hellaswag")
+    (tmp_path / "gpt2").mkdir()
+    train_tokenizer(texts(100), 320).save(tmp_path / "gpt2" / "tokenizer.json")
+    (tmp_path / "recipes").mkdir()
+    for name in ("lightlm", "demo"):
+        write_recipe(tmp_path / "recipes" / f"{name}.yaml", name)
+    (tmp_path / "my-books").mkdir()
+    for number, text in enumerate(texts(60, seed=1)):
+        (tmp_path / "my-books" / f"{number}.txt").write_text(text * 4, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
+    run = Runner(monkeypatch, capsys)
+    ran = set()
+    for line in commands():
+        program, *arguments = shlex.split(line)
+        assert program == "lightlm", line
+        # train:8192 finds no 8,192 entries in a small corpus, which is allowed, and takes what there is.
+        outcome = run(*arguments)
+        assert outcome.code == 0, (line, outcome.stderr)
+        ran.add(arguments[0])
+    assert ran == {"prepare-data", "train", "eval", "generate", "convert", "recipes"}
+    latest = json.loads((stand_ins / "runs/lightlm/hf/config.json").read_text())
+    assert latest["architectures"] == ["Qwen3ForCausalLM"]
+    assert (stand_ins / "runs/books/eval").is_dir()
+    assert list((stand_ins / "runs/lightlm/eval").glob("*hellaswag*.json"))
+
+
+def test_the_readmes_make_targets_exist():
+    makefile = README.with_name("Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"`?make (\w+)", README.read_text(encoding="utf-8"))
+    assert {"demo", "test", "check"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
