@@ -41,6 +41,8 @@ def span_tokens(span: str, total: int) -> int:
     return round(total * share / 100)
 
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and runs: a plain folder name on every system
+
 Tokens = Annotated[int, BeforeValidator(parse_quantity), Field(ge=0)]
 BatchTokens = Annotated[int, BeforeValidator(_parse_batch), Field(ge=1)]
 Span = Annotated[str, BeforeValidator(str), AfterValidator(_check_span)]
@@ -125,7 +127,7 @@ class Recipe(BaseModel):
     # protected_namespaces: pydantic reserves `model_` names, and the contract has a section `model`.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME_PATTERN)
     model: ModelConfig
     data: DataSection
     train: TrainSection

@@ -100,7 +100,7 @@ evals: {}
     ("override", "message"),
     [
         ("train.batch_tokens=1000", "1000 is no whole number of 256-token sequences; nearest: 1024"),
-        ("train.micro_batch=7", "7 does not divide the 32 sequences"),
+        ("train.micro_batch=7", "7 does not divide the 16 sequences"),
         ("train.seq_len=512", "512 exceeds model.max_seq_len 256"),
         ("model.num_kv_heads=3", "3 does not divide num_heads 4"),
         ("train.tokens=0", "must be above 0"),

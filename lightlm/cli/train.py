@@ -107,4 +107,4 @@ def _report(result: "Result", recipe: "Recipe", unigram_entropy: float | None, a
         console.print(f"Interrupted; step {result.step} is saved. Go on with: lightlm train --resume {result.run}")
     else:
         prompt = recipe.eval.prompts[0] if recipe.eval.prompts else "Hello"
-        out.print(f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert')
+        out.print(f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert', soft_wrap=True)

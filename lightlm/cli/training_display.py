@@ -70,7 +70,7 @@ class TrainingDisplay:
             self._live.update(self._table(metrics))
         elif time.monotonic() - self._printed >= _PLAIN_SECONDS or metrics["step"] in (1, self._facts["steps"]):
             self._printed = time.monotonic()
-            console.print("  ".join(f"{key} {value}" for key, value in self._cells(metrics)))
+            self._log("  ".join(f"{key} {value}" for key, value in self._cells(metrics)))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._log(f"[dim]sample:[/] [italic]{escape(prompt)}[/]{escape(text)}")

@@ -1,5 +1,6 @@
 """Run folders: a new one for a recipe, or an earlier one to go on with."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import yaml
 
 from lightlm import checkpoint, files
-from lightlm.errors import CheckpointError, RecipeError
-from lightlm.recipe import Recipe, apply_override, parse_recipe
+from lightlm.errors import CheckpointError, RecipeError, UsageError
+from lightlm.recipe import NAME_PATTERN, Recipe, apply_override, parse_recipe
 
 # What a resumed run may not change: its weights, its data and its batches would no longer be those it began with.
 _FIXED = ("model", "data.dataset", "train.batch_tokens", "train.seq_len", "train.seed")
@@ -21,8 +22,11 @@ def new_run(name: str, *, exact: bool) -> Path:
         exact: refuse a name that is taken; otherwise -2, -3, ... is added to it.
 
     Raises:
+        UsageError: the name is no plain folder name.
         CheckpointError: the name is taken.
     """
+    if not re.match(NAME_PATTERN, name):
+        raise UsageError(f"'{name}' cannot name a run: use letters, digits, '.', '_' and '-'")
     path, number = checkpoint.RUNS / name, 1
     while path.exists():
         if exact:

@@ -21,7 +21,7 @@ from lightlm import checkpoint, files
 from lightlm.data.loader import BatchLoader
 from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.device import autocast, describe, peak_flops, pick_device, pick_dtype
-from lightlm.errors import DataError, LightLMError
+from lightlm.errors import DataError, LightLMError, RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.checkpoint import Progress, pack, prune, unpack
@@ -86,6 +86,21 @@ def fit_recipe(recipe: Recipe, data: DataFolder, observer: Observer) -> Recipe:
     return recipe
 
 
+def check_prompts(recipe: Recipe, data: DataFolder) -> None:
+    """Refuse a prompt too long to be continued now, not at the first validation.
+
+    Raises:
+        RecipeError: a prompt of `eval.prompts` fills the model's context.
+    """
+    for prompt in recipe.eval.prompts:
+        length = len(data.tokenizer.encode(prompt))
+        if length > recipe.model.max_seq_len:
+            raise RecipeError(
+                f"a prompt of eval.prompts has {length} tokens, model.max_seq_len is {recipe.model.max_seq_len}; "
+                f"shorten it: {prompt[:60]!r}"
+            )
+
+
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once. Only the main thread may listen."""
@@ -124,6 +139,7 @@ class Trainer:
         self.run_folder, self.observer, self.sampler = run, observer, sampler
         self.data = DataFolder.open(resolve_dataset(recipe.data.dataset))
         self.recipe = recipe = fit_recipe(recipe, self.data, observer)
+        check_prompts(recipe, self.data)
         self.device = pick_device(recipe.train.device)
         self.dtype = pick_dtype(recipe.train.dtype, self.device)
         self.micro_batch = micro_batch_size(recipe, self.device)

@@ -54,6 +54,7 @@ def test_second_run_gets_a_number_and_a_taken_name_is_refused(lightlm, workspace
         (["--resume", "runs/plain", "--name", "x"], "--name is for new runs"),
         (["tiny.yaml", "--resume", "runs/plain"], "leave RECIPE out"),
         ([], "name a recipe"),
+        (["tiny.yaml", "--name", "../elsewhere"], "cannot name a run"),
         (["tiny.yaml", "train.device=tpu"], "unknown device 'tpu'"),
         (["tiny.yaml", "optimizer.lr"], "write key=value"),
     ],

@@ -244,3 +244,8 @@ def test_data_without_a_validation_split_trains_without_validation(workspace):
     assert result.val_loss is None
     assert "no validation split" in watch.notes[0]
     assert checkpoint.newest_checkpoint(result.run).name == "step_000001"
+
+
+def test_a_prompt_too_long_to_continue_is_refused_at_the_start(workspace):
+    with pytest.raises(RecipeError, match=r"eval.prompts has 40 tokens, model.max_seq_len is 32"):
+        start("tiny.yaml", f"eval.prompts=[{'q' * 40}]", name="long-prompt")
