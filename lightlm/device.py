@@ -49,7 +49,9 @@ def has_fast_bf16(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     if device_type == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        # Private probes: a torch that lacks one is taken to lack the unit.
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return False
 
 

@@ -94,7 +94,9 @@ def _evaluate_one(loaded: "LoadedModel", chosen: "Tasks", batch_size: str, out_p
     path = results.result_file(loaded, chosen.settings, out_path)
     if path is not None:
         results.write(path, document, facts)
-    console.print(f"{loaded.name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False)
+    console.print(
+        f"{loaded.name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False, soft_wrap=True
+    )
     figures = [asdict(row) for row in results.rows(document)]
     return {**facts, "file": str(path) if path else None, "results": figures}
 

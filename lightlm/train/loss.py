@@ -1,6 +1,6 @@
 """Cross-entropy of the next token, computed with the output head in chunks, so that all logits never exist at once.
 
-Shapes: N tokens of a micro-batch, C tokens of a chunk, D hidden size, V vocabulary.
+Shapes: N tokens of a micro-batch, R rows of a buffer, C <= R tokens of a chunk, D hidden size, V vocabulary.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ def chunk_rows(vocab_size: int) -> int:
     """Tokens whose logits are held at once.
 
     Small chunks stay in a CPU's caches, but each adds the whole (V, D) weight gradient once more. Forward and
-    backward of 4,096 tokens on 2 cores: V 8,192, D 256: 99 ms at 256 rows, 147 at 1,024, 167 at 4,096; V 50,257,
-    D 576: 2,178 ms at 256, 1,694 at 1,024, 1,323 at 4,096, where the logits alone are 824 MB.
+    backward of 4,096 tokens on 2 cores: V 8,192, D 256: 74 ms at 256 rows, 62 at 512, 73 at 1,024, 129 at 4,096;
+    V 50,257, D 576: 1,486 ms at 256, 1,168 at 1,024, 1,115 at 4,096, where the logits alone are 824 MB.
     """
-    return 256 if vocab_size <= 16_384 else 1024
+    return 512 if vocab_size <= 16_384 else 1024
 
 
 def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -33,34 +33,32 @@ def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Ten
 class _HeadLoss(torch.autograd.Function):
     """Linear layer and summed cross-entropy in one; gradients are made along with the loss, chunk by chunk.
 
-    Products run in the precision of x; the loss, the softmax and the weight's gradient are fp32.
+    Products run in the precision of x; the loss, the softmax and the weight's gradient are fp32. All chunks share
+    their buffers: on a CPU, a buffer this large is returned to the system when freed, and fresh pages cost more
+    than the arithmetic done in them.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor) -> Tensor:
         weight_VD = master_VD.to(x_ND.dtype)
-        rows = chunk_rows(weight_VD.shape[0])
+        rows = min(chunk_rows(len(weight_VD)), len(x_ND))
         needs_grad = any(ctx.needs_input_grad)
         loss = torch.zeros((), device=x_ND.device, dtype=torch.float32)
+        low_RV = torch.empty(rows, len(weight_VD), device=x_ND.device, dtype=x_ND.dtype)
+        full_RV = torch.empty_like(low_RV, dtype=torch.float32)
         if needs_grad:
-            grad_x_ND = torch.empty_like(x_ND)
-            grad_weight_VD = torch.zeros_like(master_VD)
+            grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), torch.zeros_like(master_VD)
+            product_VD = torch.empty_like(weight_VD)
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, len(x_ND), rows):
                 x_CD, targets_C1 = x_ND[start : start + rows], targets_N[start : start + rows, None]
-                logits_CV = (x_CD @ weight_VD.T).float()
-                target_C1 = logits_CV.gather(1, targets_C1)
-                peak_C1 = logits_CV.amax(-1, keepdim=True)
-                # From here on in the logits' own memory: fresh pages cost a CPU more than the arithmetic.
-                exp_CV = logits_CV.sub_(peak_C1).exp_()
-                total_C1 = exp_CV.sum(-1, keepdim=True)
-                loss += (total_C1.log() + peak_C1 - target_C1).sum()
+                low_CV, full_CV = low_RV[: len(x_CD)], full_RV[: len(x_CD)]
+                torch.mm(x_CD, weight_VD.T, out=low_CV)
+                loss += _cross_entropy_(full_CV.copy_(low_CV), targets_C1)
                 if needs_grad:
-                    # d loss / d logits = softmax - one_hot
-                    exp_CV.div_(total_C1).scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
-                    grad_CV = exp_CV.to(x_ND.dtype)
-                    torch.mm(grad_CV, weight_VD, out=grad_x_ND[start : start + rows])
-                    grad_weight_VD += grad_CV.T @ x_CD
+                    low_CV.copy_(full_CV)
+                    torch.mm(low_CV, weight_VD, out=grad_x_ND[start : start + rows])
+                    grad_weight_VD += torch.mm(low_CV.T, x_CD, out=product_VD)
         if needs_grad:
             ctx.save_for_backward(grad_x_ND, grad_weight_VD)
         return loss
@@ -69,4 +67,14 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x_ND, grad_weight_VD = ctx.saved_tensors
-        return grad_x_ND * grad_loss, grad_weight_VD * grad_loss, None
+        return grad_x_ND * grad_loss, grad_weight_VD.mul_(grad_loss), None
+
+
+def _cross_entropy_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
+    """The summed loss of fp32 logits, which become its gradient, softmax - one_hot, in place."""
+    target_C1 = logits_CV.gather(1, targets_C1)
+    peak_C1 = logits_CV.amax(-1, keepdim=True)
+    exp_CV = logits_CV.sub_(peak_C1).exp_()
+    total_C1 = exp_CV.sum(-1, keepdim=True)
+    exp_CV.div_(total_C1).scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
+    return (total_C1.log() + peak_C1 - target_C1).sum()
