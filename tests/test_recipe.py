@@ -39,7 +39,7 @@ def test_recipe_builds_its_parameter_count_and_opens_with_its_commands(name):
     with torch.device("meta"):
         model = Transformer(config)
     assert model.num_parameters()["total"] == PARAMETERS[name] < 150_000_000
-    head = next(path for path in shipped_recipes() if path.stem == name).read_text(encoding="utf-8").splitlines()[:8]
+    head = next(path for path in shipped_recipes() if path.stem == name).read_text(encoding="utf-8").splitlines()[:10]
     assert any("lightlm prepare-data" in line for line in head)
     assert f"#   lightlm train recipes/{name}.yaml" in [line.split("  #")[0].rstrip() for line in head]
 

@@ -1,7 +1,7 @@
 """`lightlm recipes`: the recipes that LightLM ships."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,7 +46,8 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one
         return
     table = Table(caption="Parameters with 50,257 entries where the vocabulary comes from the data.")
     for heading in ("recipe", "parameters", "tokens", "exports to", "about"):
-        table.add_column(heading, justify="right" if heading in ("parameters", "tokens") else "left")
+        justify: Literal["left", "right"] = "right" if heading in ("parameters", "tokens") else "left"
+        table.add_column(heading, justify=justify, no_wrap=heading != "about")
     for row in rows:
         table.add_row(
             row["recipe"],

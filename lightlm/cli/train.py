@@ -90,7 +90,8 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(title=f"Run {facts['name']}", show_header=False)
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+        table.add_row(key.replace("_", " "), text)
     out.print(table)
 
 

@@ -40,7 +40,7 @@ pipeline_tag: text-generation
 tags: [lightlm]
 ---
 
-# {name}
+# {title}
 
 A language model of {parameters:,} parameters, exported from LightLM {version} as `{architecture}`.
 
@@ -78,6 +78,7 @@ def export_huggingface(
             _write_json(folder / "config.json", _model_json(target.model_type, config, loaded.tokenizer, dtype))
             _write_tokenizer(folder, loaded.tokenizer, config.max_seq_len)
             card = _MODEL_CARD.format(
+                title=loaded.name,
                 name=out.resolve().name,
                 parameters=parameters,
                 version=__version__,
