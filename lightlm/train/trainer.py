@@ -233,7 +233,6 @@ class Trainer:
 
         A signal in between drops them and gives None, so that nothing of the step has happened.
         """
-        self.loader.samples_seen = self.progress.samples
         loss_sum = torch.zeros((), device=self.device)
         for _ in range(self.accumulation):
             if stop.is_set():

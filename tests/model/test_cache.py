@@ -89,3 +89,16 @@ def test_overflow_is_refused_and_changes_nothing():
     assert cache.lengths == [3]
     with pytest.raises(ValueError, match="holds 1 rows"):
         model(torch.tensor([[1], [2]]), cache)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_padding_may_reach_past_the_models_context(name):
+    """Row 0 fills the context; row 1's padding columns stand at positions that no table has."""
+    model = MODELS[name]
+    tokens = torch.randint(97, (2, 48), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        cache = model.new_cache(2)
+        model(tokens[:, :40], cache, [30, 40])
+        logits = model(torch.stack([tokens[0, 30:48], tokens[1, 22:40]]), cache, [18, 8])
+        torch.testing.assert_close(logits[0], model(tokens[:1])[0, 30:], atol=2e-5, rtol=1e-4)
+    assert cache.lengths == [48, 48]
