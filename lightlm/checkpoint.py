@@ -65,14 +65,17 @@ def find_run(reference: str | Path | None = None) -> Path:
     Raises:
         CheckpointError: there is no such run.
     """
-    latest = files.follow(RUNS / "latest")
-    if reference is None or Path(reference) == RUNS / "latest":
-        if latest is None or not latest.is_dir():
-            raise CheckpointError(
-                f"no run yet: {RUNS / 'latest'} does not exist in {Path.cwd()}; "
-                "train a model first (`lightlm train recipes/demo.yaml`) or name a model folder"
-            )
-        return latest
+    if reference is None:
+        reference = RUNS / "latest"
+    for path in (Path(reference), RUNS / reference):
+        # A pointer must be read even where it is a link: a run called `latest` would come to point to itself.
+        if path.name == "latest" and (target := files.follow(path)) is not None and target.is_dir():
+            return target
+    if Path(reference) == RUNS / "latest":
+        raise CheckpointError(
+            f"no run yet: {RUNS / 'latest'} does not exist in {Path.cwd()}; "
+            "train a model first (`lightlm train recipes/demo.yaml`) or name a model folder"
+        )
     for path in (Path(reference), RUNS / reference):
         if (path / "recipe.yaml").is_file():
             return path
@@ -85,6 +88,12 @@ def run_names() -> str:
         ", ".join(sorted(path.parent.name for path in RUNS.glob("*/recipe.yaml") if path.parent.name != "latest"))
         or "none"
     )
+
+
+def mark_latest(run: Path) -> None:
+    """Let `runs/latest` point to this run, if it lies in `runs`."""
+    if run.resolve().parent == RUNS.resolve():
+        files.point_to(RUNS / "latest", run.resolve().name)
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -158,7 +167,7 @@ def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check(folder: Path) -> None:
-    """Verify a checkpoint against its marker: present, every file there, sizes right.
+    """Verify a checkpoint against its marker: present, every file there, sizes and checksums right.
 
     Raises:
         CheckpointError: naming the first file that does not fit.
@@ -170,13 +179,20 @@ def check(folder: Path) -> None:
             f"{folder} is not a complete checkpoint: its marker {MARKER} is missing, so writing it was interrupted; "
             "use another checkpoint of the run, or delete this folder"
         )
-    for name, expected in json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"].items():
+    advice = "use another checkpoint; to resume the run from the one before, delete this folder"
+    try:
+        listing = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / MARKER} is damaged: it is no list of files; {advice}") from None
+    for name, expected in listing.items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size != expected["bytes"]:
             raise CheckpointError(
                 f"{folder / name} is damaged: {MARKER} lists {expected['bytes']} bytes, "
-                f"{'the file is missing' if size is None else f'it has {size}'}; use another checkpoint"
+                f"{'the file is missing' if size is None else f'it has {size}'}; {advice}"
             )
+        if files.checksum(folder / name) != expected["xxh3"]:
+            raise CheckpointError(f"{folder / name} is damaged: its checksum is not the one in {MARKER}; {advice}")
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:

@@ -1,6 +1,7 @@
 """Which device and precision a machine offers."""
 
 import functools
+import re
 
 import torch
 
@@ -15,6 +16,7 @@ _BF16_PEAKS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10": 125e12,
     "RTX 4090": 165e12,
@@ -78,7 +80,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+    # Whole words: "RTX A1000" is no A100, "L40" no L4.
+    return next((peak for part, peak in _BF16_PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def describe(device: torch.device) -> str:

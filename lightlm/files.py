@@ -45,13 +45,21 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `path` when the block ends without an error.
 
     Every file in it is flushed to disk before the rename. With `overwrite`, an existing folder stays in place
-    until the new one is complete. On an error the temporary folder is removed and `path` is untouched.
+    until the new one is complete. On an error the temporary folder is removed and `path` is untouched. A symbolic
+    link is followed: the folder it leads to is filled, on its own disk.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
+        OSError: `path` is a mount point, which cannot be renamed.
     """
+    path = path.resolve()
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)  # a kill between the two renames below
     if path.exists() and not overwrite:
         raise FileExistsError(path)
+    if path.is_mount():
+        raise OSError(f"{path} is a mount point, which cannot be replaced; name a folder inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     remove_folder(temporary)
@@ -66,7 +74,6 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         remove_folder(temporary)
         raise
     if path.exists():
-        old = path.with_name(f".{path.name}.old")
         remove_folder(old)
         os.replace(path, old)
         os.replace(temporary, path)

@@ -1,5 +1,6 @@
 """Quantities as people write them: `10B` tokens, `512K` tokens a batch, `3_000`."""
 
+import math
 import re
 
 _POWERS = {"": 0, "k": 1, "m": 2, "b": 3, "t": 4}
@@ -21,7 +22,7 @@ def parse_quantity(text: str | int | float, base: int = 1000) -> int:
         raise ValueError("write a whole number such as 3000, 512K, 10M or 1.5B")
     digits, factor = match[1].replace("_", ""), base ** _POWERS[match[2].lower()]
     value = float(digits) * factor
-    if value != round(value):
+    if not math.isfinite(value) or value != round(value):
         raise ValueError(f"{text} is not a whole number")
     # Past 2**53 a float no longer holds every integer, so plain digits go through int.
     return int(digits) * factor if digits.isdigit() else round(value)

@@ -41,6 +41,7 @@ def span_tokens(span: str, total: int) -> int:
     return round(total * share / 100)
 
 
+_TEXT_KEYS = ("name", "data.dataset", "train.device")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and runs: a plain folder name on every system
 
 Tokens = Annotated[int, BeforeValidator(parse_quantity), Field(ge=0)]
@@ -153,6 +154,10 @@ class Recipe(BaseModel):
     def problems(self) -> list[Problem]:
         """What does not fit between sections."""
         found = []
+        warmup, decay = (span_tokens(s or "0%", self.train.tokens) for s in (self.schedule.warmup, self.schedule.decay))
+        if warmup + decay > self.train.tokens:
+            spans = f"warmup {self.schedule.warmup}" + (f" and decay {self.schedule.decay}" if decay else "")
+            found.append(("schedule", f"{spans} exceed the run's {self.train.tokens:,} tokens"))
         if self.seq_len > self.model.max_seq_len:
             found.append(("train.seq_len", f"{self.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"))
         elif self.train.batch_tokens % self.seq_len:
@@ -190,7 +195,7 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(f"{path} must hold the sections of a recipe ({', '.join(Recipe.model_fields)})")
     origins = dict(_key_lines(yaml.compose(text)))
     for override in overrides:
@@ -245,7 +250,8 @@ def apply_override(values: dict[str, Any], override: str) -> str:
         if not isinstance(child, dict):
             raise UsageError(f"'{override}': {part} is a value, not a section")
         section = child
-    section[parts[-1]] = value
+    # These are text whatever they look like: a folder may be called 2024 or on.
+    section[parts[-1]] = text if ".".join(parts) in _TEXT_KEYS else value
     return ".".join(parts)
 
 

@@ -61,8 +61,14 @@ def test_truncated_and_missing_files_are_named(saved):
         CheckpointError, match=rf"model.safetensors is damaged.*{len(content)} bytes.*{len(content) - 10}"
     ):
         checkpoint.load_model(saved)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="its checksum is not the one"):
+        checkpoint.load_model(saved)
     weights.unlink()
     with pytest.raises(CheckpointError, match="the file is missing"):
+        checkpoint.load_model(saved)
+    (saved / checkpoint.MARKER).write_text("")
+    with pytest.raises(CheckpointError, match=r"complete.json is damaged"):
         checkpoint.load_model(saved)
 
 

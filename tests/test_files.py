@@ -68,3 +68,21 @@ def test_a_pointer_works_with_and_without_symbolic_links(tmp_path, monkeypatch, 
         assert files.follow(tmp_path / "latest") == tmp_path / name
     assert (tmp_path / "latest").is_symlink() == links
     assert files.follow(tmp_path / "nothing") is None
+
+
+def test_a_linked_folder_is_filled_where_it_leads(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "big")
+    with files.new_folder(tmp_path / "linked", overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert (tmp_path / "linked").is_symlink()
+    assert (tmp_path / "big" / "new").read_text() == "x"
+
+
+def test_a_folder_set_aside_by_a_kill_comes_back(tmp_path):
+    aside = tmp_path / ".out.old"
+    aside.mkdir()
+    (aside / "good").write_text("x")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert (tmp_path / "out" / "good").read_text() == "x"

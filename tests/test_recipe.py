@@ -45,9 +45,9 @@ def test_recipe_builds_its_parameter_count_and_opens_with_its_commands(name):
 
 
 def test_resolved_recipe_reads_back_the_same(tmp_path):
-    recipe = load_recipe("gpt3-125m", ["optimizer.lr=1e-3", "train.tokens=2.5B"])
+    recipe = load_recipe("gpt3-125m", ["optimizer.lr=1e-3", "train.tokens=270B"])
     assert recipe.optimizer.lr == 0.001
-    assert recipe.train.tokens == 2_500_000_000
+    assert recipe.train.tokens == 270_000_000_000
     path = tmp_path / "resolved.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(path) == recipe
@@ -104,6 +104,8 @@ evals: {}
         ("train.seq_len=512", "512 exceeds model.max_seq_len 256"),
         ("model.num_kv_heads=3", "3 does not divide num_heads 4"),
         ("train.tokens=0", "must be above 0"),
+        ("train.tokens=1e400", "is not a whole number"),
+        ("schedule.warmup=2M", "schedule: warmup 2M and decay 20% exceed"),
         ("tracking.backends=[wandb]", "wandb: none can be used yet"),
         ("schedule={name: constant, decay: 20%}", "has no effect with schedule.name=constant"),
         ("name=../escape", "name: string should match pattern"),
@@ -127,7 +129,7 @@ def test_unknown_recipe_names_the_nearest():
         load_recipe("recipes/mobilelm-125m.yaml")
 
 
-@pytest.mark.parametrize("text", ["just text", "- a\n- b", "a: [1", "name: x\n"])
+@pytest.mark.parametrize("text", ["just text", "- a\n- b", "a: [1", "name: x\n", "1: 2\n", ""])
 def test_files_that_are_no_recipe_are_refused(tmp_path, text):
     mistakes(tmp_path, text)
 

@@ -5,7 +5,7 @@ Nothing heavy is imported here or at the top of a command's file, so that `light
 
 import io
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.markup import escape
@@ -62,6 +62,11 @@ def with_resume_value(arguments: list[str]) -> list[str]:
     return filled
 
 
+def _fail(message: str, exit_code: int) -> NoReturn:
+    console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+    sys.exit(exit_code)
+
+
 def main() -> None:
     """Run the command line; a LightLMError becomes one message and its exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -71,8 +76,13 @@ def main() -> None:
     try:
         app(with_resume_value(sys.argv[1:]))
     except LightLMError as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        sys.exit(130)
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # `lightlm recipes show demo | head`
+        sys.stderr.close()
+    except OSError as error:
+        # Permissions, full disks, files where folders should be: the system's own words name the path.
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which must not be imported for this
+            raise
+        _fail(f"the device is out of memory; lower train.micro_batch or --batch-size. {error}", 1)

@@ -82,4 +82,4 @@ def copy_recipe(
     if not target.parent.is_dir():
         raise UsageError(f"there is no folder {target.parent} to copy to")
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    out.print(f"{target}: train it with `lightlm train {target}`")
+    out.print(f"{target}: train it with `lightlm train {target}`", markup=False)

@@ -84,6 +84,7 @@ def train(
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     if as_json:
         print_json(facts)
@@ -91,7 +92,7 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
     table = Table(title=f"Run {facts['name']}", show_header=False)
     for key, value in facts.items():
         text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
-        table.add_row(key.replace("_", " "), text)
+        table.add_row(key.replace("_", " "), Text(text))
     out.print(table)
 
 
@@ -99,13 +100,22 @@ def _report(result: "Result", recipe: "Recipe", unigram_entropy: float | None, a
     if as_json:
         print_json(vars(result) | {"unigram_entropy": unigram_entropy})
         return
-    out.print(f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s")
+    line = f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s"
+    out.print(line, soft_wrap=True, markup=False)
     if result.val_loss is not None:
         out.print(f"Validation loss {result.val_loss:.4f} nats a token, {result.val_bpb:.4f} bits a byte")
         if unigram_entropy is not None:
             out.print(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats a token")
     if result.interrupted:
-        console.print(f"Interrupted; step {result.step} is saved. Go on with: lightlm train --resume {result.run}")
+        console.print(
+            f"Interrupted; step {result.step} is saved. Go on with: lightlm train --resume {result.run}",
+            soft_wrap=True,
+            markup=False,
+        )
     else:
         prompt = recipe.eval.prompts[0] if recipe.eval.prompts else "Hello"
-        out.print(f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert', soft_wrap=True)
+        out.print(
+            f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert',
+            soft_wrap=True,
+            markup=False,
+        )

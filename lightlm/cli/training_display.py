@@ -49,11 +49,11 @@ class TrainingDisplay:
         self._facts = facts
         resumed = f", resumed after step {facts['first_step']:,}" if facts["first_step"] else ""
         console.print(
-            f"[bold]{facts['run']}[/]: {format_quantity(facts['parameters'])} parameters on {facts['device']}, "
+            f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters on {facts['device']}, "
             f"{facts['dtype']}{resumed}"
         )
         console.print(
-            f"{format_quantity(facts['tokens'])} tokens ({facts['epochs']:.2g} epochs of {facts['data']}) in "
+            f"{format_quantity(facts['tokens'])} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
             f"{facts['steps']:,} steps of {facts['batch_tokens']:,}: "
             f"{facts['accumulation']} x {facts['micro_batch']} sequences"
         )
@@ -76,7 +76,7 @@ class TrainingDisplay:
         self._log(f"[dim]sample:[/] [italic]{escape(prompt)}[/]{escape(text)}")
 
     def checkpoint(self, path: Path) -> None:
-        self._log(f"[dim]saved {path}[/]")
+        self._log(f"[dim]saved {escape(str(path))}[/]")
 
     def note(self, message: str) -> None:
         console.print(f"[yellow]Note:[/] {escape(message)}")

@@ -1,13 +1,16 @@
 """The training state beside a checkpoint's weights: what a resumed run needs to go on bit for bit."""
 
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from lightlm import checkpoint, files
-from lightlm.errors import CheckpointError
+from lightlm.data.shards import DataFolder
+from lightlm.errors import CheckpointError, DataError
 
 
 @dataclass
@@ -20,20 +23,40 @@ class Progress:
     seconds: float = 0.0  # spent training, over all interruptions
 
 
-def pack(progress: Progress, optimizer: dict[str, Any]) -> dict[str, Any]:
-    return {"progress": asdict(progress), "optimizer": optimizer, "rng": torch.get_rng_state()}
+def data_identity(data: DataFolder) -> str:
+    """Two folders with the same identity give the same batches: a hash of the tokenizer's and all shards' checksums."""
+    parts = [data.manifest.tokenizer_sha256, *(f"{shard.file} {shard.xxh3}" for shard in data.manifest.shards)]
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
 
 
-def unpack(folder: Path) -> tuple[Progress, dict[str, Any]]:
+def pack(progress: Progress, optimizer: dict[str, Any], data: DataFolder) -> dict[str, Any]:
+    return {
+        "progress": asdict(progress),
+        "optimizer": optimizer,
+        "rng": torch.get_rng_state(),
+        "data": data_identity(data),
+    }
+
+
+def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
     """Progress and optimizer state of a checkpoint; restores torch's random generator.
 
     Raises:
-        CheckpointError: the checkpoint holds weights only.
+        CheckpointError: the checkpoint holds weights only, or its state cannot be read.
+        DataError: `data` is not what the run was trained on.
     """
     path = folder / "training_state.pt"
     if not path.is_file():
         raise CheckpointError(f"{folder} cannot be resumed: {path.name} is missing, it holds weights only")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if state["data"] != data_identity(data):
+        raise DataError(
+            f"{data.path} is not the data that {folder} was trained on: its tokenizer or shards have changed since; "
+            "put the old folder back, or start a new run"
+        )
     torch.set_rng_state(state["rng"])
     return Progress(**state["progress"]), state["optimizer"]
 

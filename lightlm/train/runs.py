@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lightlm import checkpoint, files
+from lightlm import checkpoint
 from lightlm.errors import CheckpointError, RecipeError, UsageError
-from lightlm.recipe import NAME_PATTERN, Recipe, apply_override, parse_recipe
+from lightlm.recipe import NAME_PATTERN, Recipe, load_recipe
 
 # What a resumed run may not change: its weights, its data and its batches would no longer be those it began with.
 _FIXED = ("model", "data.dataset", "train.batch_tokens", "train.seq_len", "train.seed")
 
 
 def new_run(name: str, *, exact: bool) -> Path:
-    """Create `runs/<name>` and let `runs/latest` point to it.
+    """Create `runs/<name>`.
 
     Args:
         exact: refuse a name that is taken; otherwise -2, -3, ... is added to it.
@@ -25,8 +23,8 @@ def new_run(name: str, *, exact: bool) -> Path:
         UsageError: the name is no plain folder name.
         CheckpointError: the name is taken.
     """
-    if not re.match(NAME_PATTERN, name):
-        raise UsageError(f"'{name}' cannot name a run: use letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(NAME_PATTERN, name) or name == "latest":
+        raise UsageError(f"'{name}' cannot name a run: use letters, digits, '.', '_' and '-', and not 'latest'")
     path, number = checkpoint.RUNS / name, 1
     while path.exists():
         if exact:
@@ -36,7 +34,6 @@ def new_run(name: str, *, exact: bool) -> Path:
         number += 1
         path = checkpoint.RUNS / f"{name}-{number}"
     path.mkdir(parents=True)
-    files.point_to(checkpoint.RUNS / "latest", path.name)
     return path
 
 
@@ -51,15 +48,10 @@ def reopen_run(reference: str | None, overrides: Sequence[str]) -> tuple[Recipe,
     path = run / "recipe.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run} cannot be resumed: it holds no recipe.yaml")
-    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    origins = {apply_override(changed, override): f"override {override}" for override in overrides}
-    recipe = parse_recipe(changed, str(path), origins)
-    before = parse_recipe(saved, str(path)).to_dict()
+    before, recipe = load_recipe(path).to_dict(), load_recipe(path, overrides)
     if differing := [key for key in _FIXED if _lookup(before, key) != _lookup(recipe.to_dict(), key)]:
         raise RecipeError(f"{', '.join(differing)} cannot change in a resumed run ({run}); start a new run instead")
     found = checkpoint.checkpoints(run)
-    files.point_to(run.parent / "latest", run.name)
     return recipe, run, found[-1] if found else None
 
 

@@ -55,6 +55,7 @@ def test_second_run_gets_a_number_and_a_taken_name_is_refused(lightlm, workspace
         (["tiny.yaml", "--resume", "runs/plain"], "leave RECIPE out"),
         ([], "name a recipe"),
         (["tiny.yaml", "--name", "../elsewhere"], "cannot name a run"),
+        (["tiny.yaml", "--name", "latest"], "cannot name a run"),
         (["tiny.yaml", "train.device=tpu"], "unknown device 'tpu'"),
         (["tiny.yaml", "optimizer.lr"], "write key=value"),
     ],
@@ -102,3 +103,21 @@ def test_resume_accepts_overrides_without_a_recipe(lightlm, workspace):
     lightlm("train", "tiny.yaml", "train.tokens=256", "--name", "longer")
     assert lightlm("train", "train.tokens=512", "--resume", "longer").code == 0
     assert yaml.safe_load((workspace / "runs/longer/recipe.yaml").read_text())["train"]["tokens"] == 512
+
+
+def test_prompts_with_markup_are_printed_as_they_are(lightlm, workspace):
+    outcome = lightlm("train", "tiny.yaml", "train.tokens=256", 'eval.prompts=["[/b] hi"]', "--name", "markup")
+    assert outcome.code == 0
+    assert "[/b] hi" in outcome.stdout
+
+
+def test_a_file_where_a_folder_should_be_is_one_message(lightlm, tmp_path, monkeypatch, workspace):
+    (tmp_path / "runs").write_text("")
+    (tmp_path / "data").symlink_to(workspace / "data")
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    lightlm("train", "tiny.yaml").assert_one_message("runs")
+
+
+def test_a_dataset_may_be_called_like_a_number(lightlm, workspace):
+    lightlm("train", "tiny.yaml", "data.dataset=2024", "--dry-run").assert_one_message("data/2024")

@@ -13,9 +13,9 @@ from lightlm.data.prepare import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import load_recipe
 from lightlm.train.optimizers import build_optimizer
-from lightlm.train.runs import new_run
+from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.tracking import read_metrics
-from lightlm.train.trainer import Trainer, TrainingDivergedError
+from lightlm.train.trainer import Trainer, TrainingDivergedError, micro_batch_size
 from tests.shapes import build
 from tests.test_recipe import PARAMETERS
 from tests.train.watch import Recorder, resume, start
@@ -212,7 +212,6 @@ def test_a_taken_name_is_refused_or_numbered(whole_run):
     with pytest.raises(CheckpointError, match="exists already"):
         new_run("whole", exact=True)
     assert new_run("whole", exact=False).name == "whole-2"
-    assert checkpoint.find_run().name == "whole-2"
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -249,3 +248,40 @@ def test_data_without_a_validation_split_trains_without_validation(workspace):
 def test_a_prompt_too_long_to_continue_is_refused_at_the_start(workspace):
     with pytest.raises(RecipeError, match=r"eval.prompts has 40 tokens, model.max_seq_len is 32"):
         start("tiny.yaml", f"eval.prompts=[{'q' * 40}]", name="long-prompt")
+
+
+def test_resume_refuses_data_that_changed_under_its_name(workspace):
+    source, folder = str(workspace / "tiny.jsonl"), workspace / "data" / "moving"
+    prepare(source, "train:320", folder, val_fraction=0.1)
+    start("tiny.yaml", "data.dataset=moving", "train.tokens=512", name="moved")
+    prepare(source, "train:320", folder, val_fraction=0.2, overwrite=True)
+    with pytest.raises(DataError, match=r"data/moving is not the data that .*step_000002 was trained on"):
+        resume("moved", "train.tokens=768")
+
+
+def test_latest_moves_when_training_begins_and_survives_being_resumed(workspace):
+    start("tiny.yaml", "train.tokens=256", name="older")
+    start("tiny.yaml", "train.tokens=256", name="newer")
+    reopen_run("older", [])
+    assert checkpoint.find_run().name == "newer"
+    for reference in ("latest", str(workspace / "runs" / "latest"), "runs/latest"):
+        resume(reference, "train.tokens=512")
+        assert checkpoint.find_run().name == "newer"
+        assert checkpoint.newest_checkpoint(checkpoint.find_run()).name == "step_000002"
+    resume("older")
+    assert checkpoint.find_run().name == "older"
+
+
+def test_a_damaged_training_state_is_named(whole_run, workspace):
+    result, _ = start(name="torn", watch=Recorder(terminate_at=2))
+    state = checkpoint.newest_checkpoint(result.run) / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"training_state.pt is damaged.*delete this folder"):
+        resume("torn")
+
+
+def test_automatic_micro_batches_fit_a_gpus_memory(monkeypatch):
+    recipe = load_recipe("lightlm")
+    for gigabytes, sequences in ((80, 16), (24, 4), (1, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=gigabytes: (n * 2**30, n * 2**30))
+        assert micro_batch_size(recipe, torch.device("cuda")) == sequences
