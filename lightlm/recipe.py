@@ -241,7 +241,8 @@ def apply_override(values: dict[str, Any], override: str) -> str:
     if not separator or not all(parts):
         raise UsageError(f"'{override}' is not an override; write key=value, for example optimizer.lr=1e-3")
     try:
-        value = yaml.safe_load(text)
+        # Some values are text whatever they look like: a folder may be called 2024 or [old].
+        value = text if ".".join(parts) in _TEXT_KEYS else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"the value of '{override}' is not valid YAML: {error}") from None
     section = values
@@ -250,8 +251,7 @@ def apply_override(values: dict[str, Any], override: str) -> str:
         if not isinstance(child, dict):
             raise UsageError(f"'{override}': {part} is a value, not a section")
         section = child
-    # These are text whatever they look like: a folder may be called 2024 or on.
-    section[parts[-1]] = text if ".".join(parts) in _TEXT_KEYS else value
+    section[parts[-1]] = value
     return ".".join(parts)
 
 

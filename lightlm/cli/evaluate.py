@@ -46,30 +46,65 @@ def evaluate(
     Stock tasks run unchanged; results are lm-eval's own JSON. To work offline, set HF_HUB_OFFLINE=1 where a folder
     bears the data set's Hub id (Rowan/hellaswag).
     """
+    references: list[str | None] = list(models) if models else [None]
+    if out_path is not None:
+        _check_out(out_path, len(references))
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ..."):
         from lightlm.convert.loading import load_pretrained
         from lightlm.device import pick_device
-        from lightlm.evaluate.harness import evaluation_dtype
+        from lightlm.evaluate.harness import batch_limits, evaluation_dtype
+        from lightlm.evaluate.heldout import HELDOUT
         from lightlm.evaluate.runner import Settings, Tasks
 
+        target = pick_device(device)
+        precision = evaluation_dtype(dtype, target)
+        batch_limits(batch_size, target)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         chosen = Tasks(Settings(names, limit, num_fewshot, data))
-    references: list[str | None] = list(models) if models else [None]
-    if out_path is not None and len(references) > 1 and out_path.suffix == ".json":
-        raise UsageError(f"--out {out_path} is one file for {len(references)} models; give a folder")
-    target = pick_device(device)
+    heldout_data = _heldout_data(references, data) if HELDOUT in chosen.names else None
     reports = []
     for reference in references:
-        loaded = load_pretrained(reference, target, evaluation_dtype(dtype, target))
-        reports.append(_evaluate_one(loaded, chosen, batch_size, out_path))
+        loaded = load_pretrained(reference, target, precision)
+        reports.append(_evaluate_one(loaded, chosen, batch_size, out_path, heldout_data))
     if as_json:
         print_json({"models": reports})
     else:
         _print_table(reports)
 
 
-def _evaluate_one(loaded: "LoadedModel", chosen: "Tasks", batch_size: str, out_path: Path | None) -> dict[str, Any]:
+def _check_out(path: Path, models: int) -> None:
+    """Refuse an --out that could not be written, before hours of evaluation rather than after them."""
+    is_file = path.suffix == ".json"
+    if is_file and models > 1:
+        raise UsageError(f"--out {path} is one file for {models} models; give a folder")
+    if is_file and path.is_dir():
+        raise UsageError(f"--out {path} is a folder, and a name ending in .json means a file; choose another name")
+    folder = path.parent if is_file else path
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())  # "." and "/" always do
+    if not nearest.is_dir():
+        hint = "choose another, or a results file with a name ending in .json" if nearest == path else "choose another"
+        raise UsageError(f"--out {path}: {nearest} is a file, not a folder; {hint}")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"--out {path}: {nearest} cannot be written to; choose another folder")
+
+
+def _heldout_data(references: list[str | None], data: str | None) -> Path:
+    """The data folder of the task heldout, one for all models, found before any of them is loaded."""
+    from lightlm.convert.loading import is_hub_id, locate
+    from lightlm.evaluate.heldout import common_folder
+
+    if data:
+        return common_folder([], data)
+    # A model of the Hub belongs to no run; it need not be downloaded to learn that.
+    return common_folder(
+        [reference if reference is not None and is_hub_id(reference) else locate(reference) for reference in references]
+    )
+
+
+def _evaluate_one(
+    loaded: "LoadedModel", chosen: "Tasks", batch_size: str, out_path: Path | None, heldout_data: Path | None
+) -> dict[str, Any]:
     """Run the tasks on one model and write its files; what the table and --json show of it."""
     from dataclasses import asdict
 
@@ -86,6 +121,7 @@ def _evaluate_one(loaded: "LoadedModel", chosen: "Tasks", batch_size: str, out_p
         "path": str(loaded.path),
         "parameters": loaded.model.num_parameters()["total"],
         **asdict(chosen.settings),
+        "data": None if heldout_data is None else heldout_data.as_posix(),
         "device": str(lm.device),
         "dtype": document["config"]["model_args"]["dtype"],
         "batch_size": batch_size,
@@ -103,20 +139,22 @@ def _evaluate_one(loaded: "LoadedModel", chosen: "Tasks", batch_size: str, out_p
 
 def _print_table(reports: list[dict[str, Any]]) -> None:
     """One model: value and standard error apart. Several: a column each, the best in bold."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("Task", "Metric")
     table.add_column("Documents", justify="right")
     single = len(reports) == 1
     for report in reports:
-        table.add_column("Value" if single else report["model"], justify="right")
+        table.add_column("Value" if single else escape(report["model"]), justify="right")
     if single:
         table.add_column("Stderr", justify="right")
     lines: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
     for column, report in enumerate(reports):
         for row in report["results"]:
             lines.setdefault((row["task"], row["metric"]), [None] * len(reports))[column] = row
-    for (task, metric), cells in lines.items():
+    for names, cells in lines.items():
+        task, metric = map(escape, names)
         found = next(cell for cell in cells if cell)
         documents = "" if found["documents"] is None else f"{found['documents']:,}"
         if single:

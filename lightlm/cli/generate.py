@@ -45,6 +45,12 @@ def generate(
 
     if num_samples < 1:
         raise UsageError(f"num-samples must be at least 1, is {num_samples}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python keeps bytes of an argument that are no text as lone surrogates
+        raise UsageError(
+            f"the prompt is not valid UTF-8 at character {error.start + 1}; type it anew, or set a UTF-8 locale"
+        ) from None
     sampling = Sampling(
         DEFAULT.temperature if temperature is None else temperature, top_k, DEFAULT.top_p if top_p is None else top_p
     )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +51,10 @@ def prepare_data(
     workers: Annotated[int | None, typer.Option(metavar="N", help="Threads that tokenize. Default: all cores.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare again, replacing a finished folder.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Prepare nothing: check a finished folder, checksums included.")
+        bool,
+        typer.Option(
+            "--verify", help="Prepare nothing: check a finished folder (SOURCE may be the folder), checksums included."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
@@ -57,13 +65,14 @@ def prepare_data(
 
     started = time.perf_counter()
     limit = _tokens(max_tokens)
-    opened = open_source(source, text_column)
-    folder = out or Path("data") / opened.name
     if verify:
+        folder = out or _finished_folder(source) or Path("data") / open_source(source, text_column).name
         manifest = verify_folder(folder)
     else:
+        opened = open_source(source, text_column)
+        folder = out or Path("data") / opened.name
         embedded = opened.name == PYDOCS and opened.spec == PYDOCS
-        with _ProgressLine() as line:
+        with _sigterm_as_interrupt(), _ProgressLine() as line:
             manifest = prepare(
                 opened,
                 tokenizer or (PYDOCS_TOKENIZER if embedded else TOKENIZER),
@@ -77,6 +86,25 @@ def prepare_data(
             )
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
     _print(summary, manifest, as_json)
+
+
+def _finished_folder(source: str) -> Path | None:
+    """The prepared folder that SOURCE itself names, by path or by name under data/; its text may be long gone."""
+    folders = (Path(source).expanduser(), Path("data") / source)
+    return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM (kill, a job scheduler's time limit) end the block as Ctrl-C does: half a folder is removed."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in no other
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _first(value: float | None, default: float) -> float:
@@ -167,10 +195,11 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
 
 def _next_command(folder: Path) -> str:
     """The command to run next; the demo recipe reads data/pydocs by itself."""
-    named = folder.parent == Path("data")
-    if named and folder.name == "pydocs":
+    from lightlm.data.shards import dataset_reference
+
+    if folder == Path("data/pydocs"):
         return "lightlm train recipes/demo.yaml"
-    return f"lightlm train recipes/demo.yaml data.dataset={folder.name if named else folder.as_posix()}"
+    return f"lightlm train recipes/demo.yaml {shlex.quote(f'data.dataset={dataset_reference(folder)}')}"
 
 
 def _print(summary: dict[str, Any], manifest: Manifest, as_json: bool) -> None:
@@ -180,6 +209,7 @@ def _print(summary: dict[str, Any], manifest: Manifest, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -199,9 +229,9 @@ def _print(summary: dict[str, Any], manifest: Manifest, as_json: bool) -> None:
         )
     rows.append(("time", f"{summary['seconds']:,.1f} s"))
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     out.print(table)
-    console.print(f"Next: {summary['next']}", soft_wrap=True)
+    console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
 
 
 def _warn(manifest: Manifest) -> None:

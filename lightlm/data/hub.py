@@ -37,6 +37,27 @@ def require_hub(wanted: str, alternative: str) -> None:
         )
 
 
+def hub_answers() -> bool:
+    """Whether the Hub can be reached, found out within `PROBE_SECONDS`; not asked where HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE and _unreachable(constants.ENDPOINT) is None
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """As if HF_HUB_OFFLINE were set, which the libraries read from the environment only when they are imported."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
 @functools.cache
 def _unreachable(endpoint: str) -> str | None:
     """Why `endpoint` gives no answer of any kind, or None; urllib heeds the proxy variables as the Hub does."""

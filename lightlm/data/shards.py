@@ -7,6 +7,7 @@ format of llm.c and modded-nanogpt. Importing this module loads numpy, pydantic 
 import functools
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -261,19 +262,28 @@ def read_manifest(folder: Path) -> Manifest:
 def resolve_dataset(name_or_path: str) -> Path:
     """The folder that a recipe's `data.dataset` means: `data/<name>` for a bare name, else the path as given.
 
-    A bare name falls back on a folder of that name here. The folder need not exist: `DataFolder.open` says
-    what to run.
+    A bare name has no separator and no leading dot: `./books` is the folder here. It falls back on a folder of that
+    name here where there is none under data/. The folder need not exist: `DataFolder.open` says what to run.
     """
     given = Path(name_or_path)
     named = Path("data") / given
-    bare = len(given.parts) == 1 and not given.is_absolute() and name_or_path not in {".", ".."}
+    bare = bool(name_or_path) and not name_or_path.startswith(".") and not set(name_or_path) & {"/", os.sep}
     return named if bare and (named.is_dir() or not given.is_dir()) else given
+
+
+def dataset_reference(folder: Path) -> str:
+    """What to write for `data.dataset` from this directory, so that `resolve_dataset` finds `folder` whatever else is
+    there: its name if it lies in data/, else a path that cannot be taken for a name."""
+    if folder.parent == Path("data") and not folder.name.startswith("."):
+        return folder.name
+    path = folder.as_posix()
+    return path if "/" in path else f"./{path}"
 
 
 def _prepare_command(folder: Path) -> str:
     if folder.parent.name == "data":
-        return f"lightlm prepare-data {folder.name}"
-    return f"lightlm prepare-data SOURCE --out {folder}"
+        return f"lightlm prepare-data {shlex.quote(folder.name)}"
+    return f"lightlm prepare-data SOURCE --out {shlex.quote(str(folder))}"
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest) -> None:

@@ -193,8 +193,15 @@ def _read_hub(shard: Any, repo: str, text_column: str) -> Iterator[str]:
             for row in shard:
                 if text_column not in row:
                     raise missing_column(repo, text_column, list(row))
-                if row[text_column] is not None:
-                    yield row[text_column]
+                text = row[text_column]
+                if text is None:
+                    continue
+                if not isinstance(text, str):
+                    raise DataError(
+                        f"{repo}: the column {text_column!r} holds {type(text).__name__}, not text. "
+                        "Name the one with the text: --text-column NAME"
+                    )
+                yield text
         except hub_errors() as error:
             raise DataError(
                 f"Reading {repo!r} from the Hub stopped: {first_line(error)}. Run the command again."

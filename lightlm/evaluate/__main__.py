@@ -10,9 +10,16 @@ from lightlm.evaluate.heldout import TASKS
 # lm-eval's own default is cuda:0, there or not.
 _DEFAULTS = {"--include_path": str(TASKS), "--device": "auto"}
 
+
+def with_defaults(arguments: list[str]) -> list[str]:
+    """Add our defaults to the arguments of `run`; options given, as `--device cpu` or `--device=cpu`, stay."""
+    if arguments[:1] != ["run"]:
+        return arguments
+    given = {argument.partition("=")[0] for argument in arguments}
+    added = [word for option, value in _DEFAULTS.items() if option not in given for word in (option, value)]
+    return arguments + added
+
+
 if __name__ == "__main__":
-    if "run" in sys.argv[1:2]:
-        for option, value in _DEFAULTS.items():
-            if option not in sys.argv:
-                sys.argv += [option, value]
+    sys.argv[1:] = with_defaults(sys.argv[1:])
     cli_evaluate()

@@ -39,6 +39,14 @@ def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
     return pick_dtype("float32" if name == "auto" else name, device)
 
 
+def batch_limits(batch_size: int | str, device: torch.device) -> BatchSize:
+    """The batches that `--batch-size` means on a device. Raises UsageError for other than a number or `auto`."""
+    try:
+        return BatchSize.of(batch_size, device)
+    except ValueError:
+        raise UsageError(f"batch-size must be a number from 1 on, or auto; is {batch_size}") from None
+
+
 @register_model("lightlm")
 class LightLM(TemplateLM):
     """A model under lm-eval.
@@ -68,10 +76,7 @@ class LightLM(TemplateLM):
         self.loaded = pretrained
         self.model = pretrained.model.eval()
         self._device = self.model.device
-        try:
-            self.limits = BatchSize.of(batch_size, self._device)
-        except ValueError:
-            raise UsageError(f"batch-size must be a number from 1 on, or auto; is {batch_size}") from None
+        self.limits = batch_limits(batch_size, self._device)
 
     @property
     def eot_token_id(self) -> int:

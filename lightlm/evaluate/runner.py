@@ -14,13 +14,15 @@ from typing import Any
 from unittest import mock
 
 import datasets
+from huggingface_hub import constants
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
+from lightlm.data.hub import hub_answers, offline
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.heldout import TASKS
+from lightlm.evaluate.heldout import HELDOUT, TASKS
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
 _CHATTY = ("lm_eval", "datasets", "huggingface_hub", "fsspec", "filelock", "urllib3", "evaluate")
@@ -47,7 +49,7 @@ class Tasks(TaskManager):
     """lm-eval's tasks and ours, and the names chosen among them.
 
     Raises:
-        UsageError: a name matches no task, or there is none.
+        UsageError: a name matches no task, there is none, or heldout is to have examples in its prompt.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -60,6 +62,11 @@ class Tasks(TaskManager):
         self.settings = settings
         self._about_model = metadata
         self.names = [match for name in settings.tasks for match in self._match(name)]
+        if settings.num_fewshot and HELDOUT in self.names:
+            raise UsageError(
+                f"--num-fewshot {settings.num_fewshot}: the task {HELDOUT} reads documents as they are, without "
+                "examples before them; leave the option out, or score the other tasks in a call of their own"
+            )
 
     def _match(self, name: str) -> list[str]:
         if name.endswith(".yaml") and Path(name).is_file():
@@ -82,17 +89,26 @@ class Tasks(TaskManager):
             DataError: a task's data set cannot be reached, or a package that the task needs is missing.
         """
         try:
-            return super().load(task_list)
+            with self._no_vain_retries():
+                return super().load(task_list)
         except ImportError as error:
             raise DataError(f"a task in {', '.join(self.names)} needs a package: {error}") from None
         except (OSError, ValueError) as error:
             raise DataError(self._unreachable(error)) from None
+
+    def _no_vain_retries(self) -> contextlib.AbstractContextManager[object]:
+        """Let `datasets` look into its cache at once where the Hub gives no answer: it would try for 30 s first."""
+        if set(self.names) <= {HELDOUT} or hub_answers():
+            return contextlib.nullcontext()
+        return offline()
 
     def _unreachable(self, error: Exception) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         name = re.search(r"[\w.-]+/[\w.-]+", reason)
         if name is None:
             return f"the tasks {', '.join(self.names)} cannot be loaded: {reason}"
+        if "OfflineModeIsEnabled" in reason and not constants.HF_HUB_OFFLINE:  # our doing, see `load`
+            reason = f"no answer from {constants.ENDPOINT}, and it is not in the cache"
         return (
             f"the data set {name[0]}, needed for {', '.join(self.names)}, cannot be reached ({reason}). "
             f"To work offline, put its files into a folder {name[0]} below the current directory and set "

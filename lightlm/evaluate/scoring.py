@@ -149,7 +149,8 @@ def _score_batch(model: Transformer, groups: list[Group]) -> Iterator[Score]:
     targets_N = torch.tensor([token for _, member in members for token in member.targets], device=model.device)
     log_probs_N, greedy_N = _target_log_probs(model, torch.cat(scored), targets_N)
     lengths = [len(member.targets) for _, member in members]
-    for log_probs, greedy in zip(log_probs_N.split(lengths), greedy_N.split(lengths), strict=True):
+    # Summed on the CPU: Apple's GPUs know no float64.
+    for log_probs, greedy in zip(log_probs_N.cpu().split(lengths), greedy_N.cpu().split(lengths), strict=True):
         yield Score(float(log_probs.double().sum()), bool(greedy.all()))
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def test_the_newest_run_is_scored_and_the_results_lie_in_it(world: Path) -> None
     assert path.name == "step_000007_heldout+quiz.json"
     facts = json.loads(path.with_suffix(".meta.json").read_text())
     assert (facts["dtype"], facts["device"], facts["batch_size"]) == ("float32", "cpu", "auto")
+    assert facts["data"] == "data/tiny"
 
 
 def test_json_is_the_only_thing_printed(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -64,3 +66,40 @@ def test_a_model_that_is_not_there_is_one_message(world: Path) -> None:
     done = CliRunner().invoke(app, ["runs/nothing", "--tasks", "heldout"])
     assert isinstance(done.exception, LightLMError)
     assert "nothing" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "taken"], "taken is a file"),
+        (["--out", "taken/deep/scores.json"], "taken is a file"),
+        (["--out", "folder.json"], "folder.json is a folder"),
+        (["--batch-size", "many"], "batch-size must be a number"),
+        (["--batch-size", "0"], "batch-size must be a number"),
+        (["--num-fewshot", "2"], "--num-fewshot 2: the task heldout"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_loads(
+    world: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    Path("taken").write_text("")
+    Path("folder.json").mkdir()
+    monkeypatch.setattr("lightlm.convert.loading.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    done = CliRunner().invoke(app, ["demo", *arguments])
+    assert isinstance(done.exception, UsageError)
+    assert words in str(done.exception)
+
+
+def test_heldout_of_runs_with_different_data_needs_a_folder_for_both(world: Path) -> None:
+    shutil.copytree("runs/demo", "runs/other [b]", symlinks=True)
+    shutil.copytree("data/tiny", "data/else")
+    Path("runs/other [b]/recipe.yaml").write_text("data: {dataset: else}\n")
+    done = CliRunner().invoke(app, ["demo", "other [b]"])
+    assert isinstance(done.exception, UsageError)
+    for part in ("data/tiny", "data/else", "--data"):
+        assert part in str(done.exception)
+    done = CliRunner().invoke(app, ["demo", "other [b]", "--data", "else", "--out", "scores"], terminal_width=200)
+    assert done.exit_code == 0, done.output
+    assert "[b]" in done.stdout
+    facts = [json.loads(path.read_text())["data"] for path in Path("scores").glob("*.meta.json")]
+    assert facts == ["data/else"] * 2

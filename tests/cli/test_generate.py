@@ -70,6 +70,7 @@ def test_a_full_context_is_told() -> None:
     ("arguments", "kind", "words"),
     [
         (["x", "--temperature", "-1"], UsageError, "temperature"),
+        (["caf\udcff"], UsageError, "not valid UTF-8 at character 4"),
         (["x", "--num-samples", "0"], UsageError, "num-samples"),
         (["x", "--device", "abacus"], UsageError, "abacus"),
         (["The cat ran " * 40], LightLMError, "context holds 40"),

@@ -1,6 +1,11 @@
 """`lightlm prepare-data` as a user types it."""
 
 import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,7 @@ from typer.testing import CliRunner
 
 from lightlm.cli.prepare_data import prepare_data
 from lightlm.data import sources
-from lightlm.data.shards import DataFolder
+from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
 
 DOCUMENTS = tuple(f"Document {n} is about the number {n}, which is followed by {n + 1}." for n in range(50))
@@ -88,3 +93,42 @@ def test_wrong_option_values_are_usage_errors(run, arguments: tuple[str, ...], m
     with pytest.raises(UsageError, match=message):
         run("corpus.jsonl", *arguments)
     assert not Path("data").exists()
+
+
+@pytest.mark.parametrize(
+    "out", ["books", "data/books", "data/.books", "a/my books [old]", "my books [old]", "data/a [b]"]
+)
+def test_the_next_command_names_the_folder_that_was_written(run, out: str) -> None:  # type: ignore[no-untyped-def]
+    for other in ("books", "data/books", ".books"):
+        Path(other).mkdir(parents=True)
+    result = run("corpus.jsonl", "--tokenizer", "train:300", "--out", out)
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("Next: ")]
+    command = shlex.split(line.removeprefix("Next: "))
+    assert command[:-1] == ["lightlm", "train", "recipes/demo.yaml"]
+    assert resolve_dataset(command[-1].removeprefix("data.dataset=")) == Path(out)
+    assert f"{out} (prepared)" in result.stdout
+
+
+@pytest.mark.parametrize("source", ["data/corpus", "corpus"])
+def test_verify_takes_the_finished_folder_also_when_the_text_is_gone(run, source: str) -> None:  # type: ignore[no-untyped-def]
+    run("corpus.jsonl", "--tokenizer", "train:300")
+    Path("corpus.jsonl").unlink()
+    assert json.loads(run(source, "--verify", "--json").stdout)["folder"] == "data/corpus"
+    assert json.loads(run("corpus.jsonl", "--out", "data/corpus", "--verify", "--json").stdout)["status"] == "verified"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
+def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"Document {n} " * 50}) for n in range(400_000)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    partial = tmp_path / "data" / ".corpus.partial"
+    command = [sys.executable, "-m", "lightlm", "prepare-data", "corpus.jsonl", "--tokenizer", "train:300"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not partial.is_dir() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert partial.is_dir()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert list((tmp_path / "data").iterdir()) == []

@@ -109,6 +109,8 @@ def test_a_bare_name_means_the_data_folder_first(tmp_path: Path, monkeypatch: py
     Path("data/mine").mkdir(parents=True)
     assert resolve_dataset("mine") == Path("data/mine")
     assert resolve_dataset("./a/mine") == Path("a/mine")
+    assert resolve_dataset("./mine") == resolve_dataset("mine/") == Path("mine")
+    assert resolve_dataset("..") == Path("..")
 
 
 def test_a_foreign_tokenizer_is_refused(folder: Path) -> None:

@@ -185,5 +185,7 @@ def test_a_hub_data_set_streams_file_by_file(tmp_path: Path, monkeypatch: pytest
     assert [unit.id for unit in source.units()] == ["hf:some-org/corpus#0/2", "hf:some-org/corpus#1/2"]
     with pytest.raises(DataError, match="no column 'body'; there are: id, text"):
         texts(open_source("hf:some-org/corpus", "body"))
+    with pytest.raises(DataError, match=r"corpus: the column 'id' holds int, not text\. .*--text-column"):
+        texts(open_source("hf:some-org/corpus", "id"))
     with pytest.raises(DataError, match=r"cannot be opened: .*nonesuch"):
         texts(open_source("hf:some-org/corpus:nonesuch"))

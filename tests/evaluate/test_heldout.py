@@ -2,15 +2,20 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.data import hub
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate import results, runner
+from lightlm.evaluate.__main__ import with_defaults
 from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.heldout import TASKS, dataset_of
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
 from tests.evaluate.tiny_run import DOCUMENTS, write_world
 
@@ -73,6 +78,19 @@ def test_heldout_without_a_run_needs_a_data_folder(world: LoadedModel) -> None:
     assert results.rows(run_tasks(stranger, Tasks(Settings(["heldout"], data="tiny"))))
 
 
+@pytest.mark.parametrize("recipe", [b"a: [", b"\xff", b"- a", b"", b"data: x", b"data: {dataset: 5}"])
+def test_a_damaged_recipe_is_named(world: LoadedModel, recipe: bytes) -> None:
+    Path("runs/demo/recipe.yaml").write_bytes(recipe)
+    with pytest.raises(DataError, match=r"recipe\.yaml.*--data"):
+        dataset_of(world.path)
+
+
+def test_options_of_lm_evals_command_are_not_overridden() -> None:
+    assert with_defaults(["run", "--device=cpu", "--include_path=x"]) == ["run", "--device=cpu", "--include_path=x"]
+    assert with_defaults(["run", "--device", "cpu"]) == ["run", "--device", "cpu", "--include_path", str(TASKS)]
+    assert with_defaults(["ls", "tasks"]) == ["ls", "tasks"]
+
+
 def test_an_unknown_task_is_named_with_its_nearest() -> None:
     with pytest.raises(UsageError, match=r"'helaswag'.*hellaswag"):
         Tasks(Settings(["heldout", "helaswag"]))
@@ -83,6 +101,21 @@ def test_a_data_set_out_of_reach_is_named_with_the_way_out(world: LoadedModel) -
     path.write_text(Path("quiz.yaml").read_text().replace("dataset_path: json", "dataset_path: nobody/nothing"))
     with pytest.raises(DataError, match=r"(?s)nobody/nothing.*HF_HUB_OFFLINE"):
         run_tasks(LightLM(world), Tasks(Settings(["far.yaml"])))
+
+
+def test_an_unreachable_hub_is_not_retried(world: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub._unreachable.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    path = Path("far.yaml")
+    path.write_text(Path("quiz.yaml").read_text().replace("dataset_path: json", "dataset_path: nobody/nothing"))
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"nobody/nothing.*no answer from http://127\.0\.0\.1:9.*HF_HUB_OFFLINE"):
+        Tasks(Settings(["quiz.yaml", "far.yaml"])).load(["far.yaml"])
+    assert time.monotonic() - started < 10
+    assert not datasets.config.HF_HUB_OFFLINE
+    assert run_tasks(LightLM(world), Tasks(Settings(["quiz.yaml"])))["results"]  # local data need no Hub
 
 
 def test_results_are_lm_evals_own_document_beside_a_file_of_facts(world: LoadedModel, tmp_path: Path) -> None:
