@@ -63,8 +63,8 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     remove_folder(temporary)
-    temporary.mkdir()
     try:
+        temporary.mkdir()  # inside, since a signal may come right after it
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():

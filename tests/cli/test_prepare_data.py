@@ -119,7 +119,7 @@ def test_verify_takes_the_finished_folder_also_when_the_text_is_gone(run, source
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
 def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": f"Document {n} " * 50}) for n in range(400_000)]
+    lines = [json.dumps({"text": f"Document {n} " * 50}) for n in range(200_000)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
     partial = tmp_path / "data" / ".corpus.partial"
     command = [sys.executable, "-m", "lightlm", "prepare-data", "corpus.jsonl", "--tokenizer", "train:300"]
