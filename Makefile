@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
 .PHONY: demo test check lint format bench clean
 
@@ -38,6 +38,7 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
+# pip is not silenced: on Linux the first installation may bring gigabytes of CUDA libraries, and should show it.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 	$(PIP_INSTALL) .
 	touch $@

@@ -74,6 +74,7 @@ def stepper(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe)
+    recipe = load_recipe(options.recipe, options.overrides)
     vocab_size = recipe.model.vocab_size or (8192 if options.recipe == "demo" else 50_257)
     config = replace(recipe.model, vocab_size=vocab_size, max_seq_len=max(options.length + 1, recipe.model.max_seq_len))
     device = pick_device(options.device)
@@ -103,7 +104,7 @@ def main() -> None:
     count = options.sequences * options.length
     speeds = {name: [count / second for second in times] for name, times in seconds.items()}
     result = {
-        "recipe": options.recipe,
+        "recipe": " ".join([options.recipe, *options.overrides]),
         "batch": f"{options.sequences} x {options.length}",
         "dtype": str(dtype).removeprefix("torch."),
         "device": describe(device),

@@ -16,8 +16,9 @@ def chunk_rows(vocab_size: int) -> int:
     """Tokens whose logits are held at once.
 
     Small chunks stay in a CPU's caches, but each adds the whole (V, D) weight gradient once more. Forward and
-    backward of 4,096 tokens on 2 cores: V 8,192, D 256: 74 ms at 256 rows, 62 at 512, 73 at 1,024, 129 at 4,096;
-    V 50,257, D 576: 1,486 ms at 256, 1,168 at 1,024, 1,115 at 4,096, where the logits alone are 824 MB.
+    backward of 4,096 tokens on 2 cores (benchmarks/head_loss.py): V 8,192, D 256: 76 ms at 256 rows, 66 at 512, 75
+    at 1,024, 128 at 4,096; V 50,257, D 576: 1,427 ms at 256, 1,127 at 1,024, 1,044 at 4,096, where the logits alone
+    are 824 MB.
     """
     return 512 if vocab_size <= 16_384 else 1024
 
