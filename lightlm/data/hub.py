@@ -82,21 +82,26 @@ def hub_errors() -> tuple[type[BaseException], ...]:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' retry messages and progress bars off the terminal; LightLM reports both itself."""
+def quiet_libraries(*others: str, level: int = logging.CRITICAL) -> Iterator[None]:
+    """Keep the libraries' retry messages and progress bars off the terminal; LightLM reports both itself.
+
+    Args:
+        others: loggers to silence besides those of the Hub's libraries.
+        level: what is still shown.
+    """
     import datasets
 
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "fsspec", "httpx")]
-    levels = [logger.level for logger in loggers]
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "fsspec", "httpx", *others)]
+    before = [logger.level for logger in loggers]
     bars = datasets.are_progress_bars_disabled()
     for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+        logger.setLevel(level)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger, previous in zip(loggers, before, strict=True):
+            logger.setLevel(previous)
         if not bars:
             datasets.enable_progress_bars()
 

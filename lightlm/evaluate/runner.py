@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import datasets
 from huggingface_hub import constants
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from lightlm.data.hub import hub_answers, offline
+from lightlm.data.hub import hub_answers, offline, quiet_libraries
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.heldout import HELDOUT, TASKS
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
-_CHATTY = ("lm_eval", "datasets", "huggingface_hub", "fsspec", "filelock", "urllib3", "evaluate")
+_CHATTY = ("lm_eval", "filelock", "urllib3", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -149,24 +148,13 @@ def run_tasks(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence lm-eval and the Hub's libraries below errors, and keep what they print off standard output."""
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    levels = [logger.level for logger in loggers]
-    bars = datasets.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            # lm-eval asks git for a commit; outside a repository git's complaint would go to the terminal.
-            mock.patch.object(
-                subprocess, "check_output", functools.partial(subprocess.check_output, stderr=subprocess.DEVNULL)
-            ),
-        ):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
+    with (
+        quiet_libraries(*_CHATTY, level=logging.ERROR),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        # lm-eval asks git for a commit; outside a repository git's complaint would go to the terminal.
+        mock.patch.object(
+            subprocess, "check_output", functools.partial(subprocess.check_output, stderr=subprocess.DEVNULL)
+        ),
+    ):
+        yield
