@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightlm.model import fused
 from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
 from lightlm.model.norms import RMSNorm
@@ -50,6 +51,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.norm_eps = config.norm_eps
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
@@ -67,6 +69,8 @@ class Attention(nn.Module):
         step: Step | None = None,
         layer: int = 0,
     ) -> Tensor:
+        if cache is None and fused.applies(x_BTD):
+            return self._fused(x_BTD, rotation, mask)
         batch, length, _ = x_BTD.shape
         q_BHTK = self.q_norm(self.q_proj(x_BTD).view(batch, length, self.num_heads, self.head_dim)).transpose(1, 2)
         k_BGTK = self.k_norm(self.k_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_dim)).transpose(1, 2)
@@ -85,3 +89,21 @@ class Attention(nn.Module):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(y_BHTK.to(x_BTD.dtype).transpose(1, 2).reshape(batch, length, -1))
+
+    def _fused(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Mask) -> Tensor:
+        joined = fused.linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        cos, sin = (None, None) if rotation is None else (angles[:, 0] for angles in rotation)
+        norm_weights = [getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm)]
+        heads = fused.HeadsFunction.apply(
+            joined, self.num_heads, self.num_kv_heads, self.norm_eps, *norm_weights, cos, sin
+        )
+        q_BHTK, k_BGTK, v_BGTK = (part.transpose(1, 2) for part in heads)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BGTK,
+            v_BGTK,
+            attn_mask=mask.allowed,
+            is_causal=mask.is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return fused.linear(y_BHTK.transpose(1, 2).flatten(2), self.o_proj)

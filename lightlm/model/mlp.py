@@ -6,6 +6,7 @@ Shapes: B batch, T positions, D hidden size, F intermediate size.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightlm.model import fused
 from lightlm.model.config import ModelConfig
 
 
@@ -19,6 +20,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if fused.applies(x_BTD):
+            h_BTF = fused.SwiGLUFunction.apply(fused.linear(x_BTD, self.gate_proj, self.up_proj))
+            return fused.linear(h_BTF, self.down_proj)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
@@ -32,9 +36,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        h_BTF = self.up_proj(x_BTD)
-        h_BTF = F.gelu(h_BTF, approximate="tanh") if self.activation == "gelu" else F.relu(h_BTF).square()
-        return self.down_proj(h_BTF)
+        if fused.applies(x_BTD):
+            return fused.linear(self._activate(fused.linear(x_BTD, self.up_proj)), self.down_proj)
+        return self.down_proj(self._activate(self.up_proj(x_BTD)))
+
+    def _activate(self, h_BTF: Tensor) -> Tensor:
+        return F.gelu(h_BTF, approximate="tanh") if self.activation == "gelu" else F.relu(h_BTF).square()
 
 
 def build_mlp(config: ModelConfig) -> nn.Module:

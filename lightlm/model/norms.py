@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightlm.model import fused
 from lightlm.model.config import ModelConfig
 
 
@@ -17,6 +18,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.applies(x):
+            return fused.RMSNormFunction.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 

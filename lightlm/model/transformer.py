@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightlm.model import fused
 from lightlm.model.attention import Attention, Mask, build_mask
 from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
@@ -139,7 +140,10 @@ class Transformer(nn.Module):
             window: build_mask(positions_BT, num_keys, window, fresh=fresh, aligned=aligned)
             for window in {config.window(layer) for layer in range(config.depth)}
         }
-        x_BTD = self.embed_tokens(tokens_BT)
+        # With a tied head the table's gradient is dense anyway: a sparse part is added to it in place, where a dense
+        # one would be another (V, D) tensor of zeros and a sum of the two.
+        sparse = config.tie_embeddings and fused.applies(self.embed_tokens.weight)
+        x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight, sparse=sparse)
         rotation = None
         if config.position == "learned":
             x_BTD = x_BTD + self.embed_positions(positions_BT)

@@ -1,6 +1,7 @@
 """Cross-entropy of the next token, computed with the output head in chunks, so that all logits never exist at once.
 
-Shapes: N tokens of a micro-batch, R rows of a buffer, C <= R tokens of a chunk, D hidden size, V vocabulary.
+Shapes: N tokens of a micro-batch, R tokens of a chunk, S tokens of a slice, D hidden size, V vocabulary, W vocabulary
+padded to a multiple of 128.
 """
 
 from typing import Any
@@ -9,18 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightlm.model.fused import add_
 from lightlm.model.transformer import Transformer
 
-
-def chunk_rows(vocab_size: int) -> int:
-    """Tokens whose logits are held at once.
-
-    Small chunks stay in a CPU's caches, but each adds the whole (V, D) weight gradient once more. Forward and
-    backward of 4,096 tokens on 2 cores (benchmarks/head_loss.py): V 8,192, D 256: 76 ms at 256 rows, 66 at 512, 75
-    at 1,024, 128 at 4,096; V 50,257, D 576: 1,427 ms at 256, 1,127 at 1,024, 1,044 at 4,096, where the logits alone
-    are 824 MB.
-    """
-    return 512 if vocab_size <= 16_384 else 1024
+# Rows whose length is no multiple of 64 bytes cost matrix units a third of their speed, on GPUs as on CPUs (GPT-2's
+# 50,257 entries are such a length; benchmarks/head_loss.py).
+_VOCAB_MULTIPLE = 128
+# Tokens whose logits are held at once (on a CPU 103 MB in bf16 at 50,257 entries); every chunk adds the whole (V, D)
+# weight gradient once more.
+_CHUNK = {"cpu": 1024, "mps": 2048, "cuda": 8192}
+# Logits that the fp32 softmax works on at once: 1 MB, which stays in a core's cache. A GPU takes a chunk at a time.
+_CPU_SLICE = 1 << 18
 
 
 def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -34,34 +34,14 @@ def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Ten
 class _HeadLoss(torch.autograd.Function):
     """Linear layer and summed cross-entropy in one; gradients are made along with the loss, chunk by chunk.
 
-    Products run in the precision of x; the loss, the softmax and the weight's gradient are fp32. All chunks share
-    their buffers: on a CPU, a buffer this large is returned to the system when freed, and fresh pages cost more
-    than the arithmetic done in them.
+    Products run in the precision of x; the loss, the softmax and the sums of the weight's gradient are fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor) -> Tensor:
-        weight_VD = master_VD.to(x_ND.dtype)
-        rows = min(chunk_rows(len(weight_VD)), len(x_ND))
-        needs_grad = any(ctx.needs_input_grad)
-        loss = torch.zeros((), device=x_ND.device, dtype=torch.float32)
-        low_RV = torch.empty(rows, len(weight_VD), device=x_ND.device, dtype=x_ND.dtype)
-        full_RV = torch.empty_like(low_RV, dtype=torch.float32)
-        if needs_grad:
-            grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), torch.zeros_like(master_VD)
-            product_VD = torch.empty_like(weight_VD)
         with torch.autocast(x_ND.device.type, enabled=False):
-            for start in range(0, len(x_ND), rows):
-                x_CD, targets_C1 = x_ND[start : start + rows], targets_N[start : start + rows, None]
-                low_CV, full_CV = low_RV[: len(x_CD)], full_RV[: len(x_CD)]
-                torch.mm(x_CD, weight_VD.T, out=low_CV)
-                loss += _cross_entropy_(full_CV.copy_(low_CV), targets_C1)
-                if needs_grad:
-                    low_CV.copy_(full_CV)
-                    torch.mm(low_CV, weight_VD, out=grad_x_ND[start : start + rows])
-                    grad_weight_VD += torch.mm(low_CV.T, x_CD, out=product_VD)
-        if needs_grad:
-            ctx.save_for_backward(grad_x_ND, grad_weight_VD)
+            loss, *grads = _head_loss(x_ND, master_VD, targets_N, with_gradients=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
@@ -71,11 +51,53 @@ class _HeadLoss(torch.autograd.Function):
         return grad_x_ND * grad_loss, grad_weight_VD.mul_(grad_loss), None
 
 
-def _cross_entropy_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
-    """The summed loss of fp32 logits, which become its gradient, softmax - one_hot, in place."""
-    target_C1 = logits_CV.gather(1, targets_C1)
-    peak_C1 = logits_CV.amax(-1, keepdim=True)
-    exp_CV = logits_CV.sub_(peak_C1).exp_()
-    total_C1 = exp_CV.sum(-1, keepdim=True)
-    exp_CV.div_(total_C1).scatter_add_(1, targets_C1, torch.full_like(total_C1, -1.0))
-    return (total_C1.log() + peak_C1 - target_C1).sum()
+def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradients: bool) -> tuple[Tensor, ...]:
+    """The summed loss and, where asked for, the gradients of x and of the weight."""
+    vocab_size = len(master_VD)
+    weight_WD = _padded(master_VD, x_ND.dtype)
+    rows = min(_CHUNK[x_ND.device.type], len(x_ND))
+    logits_RW = x_ND.new_empty(rows, len(weight_WD))
+    losses_N = torch.empty(len(x_ND), device=x_ND.device, dtype=torch.float32)
+    if with_gradients:
+        grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), torch.empty_like(master_VD)
+        product_WD = torch.empty_like(weight_WD)
+    for start in range(0, len(x_ND), rows):
+        chunk = slice(start, start + rows)
+        x_RD, targets_R = x_ND[chunk], targets_N[chunk]
+        logits = torch.mm(x_RD, weight_WD.T, out=logits_RW[: len(x_RD)])
+        losses_N[chunk] = _softmax_(logits[:, :vocab_size], targets_R)
+        if with_gradients:
+            logits[:, vocab_size:].zero_()
+            # softmax - 1 at the target, from the loss: 1 - p would cancel where p is near 1
+            logits[torch.arange(len(x_RD), device=logits.device), targets_R] = torch.expm1(-losses_N[chunk]).to(
+                x_ND.dtype
+            )
+            torch.mm(logits, weight_WD, out=grad_x_ND[chunk])
+            torch.mm(logits.T, x_RD, out=product_WD)
+            add_(grad_weight_VD, product_WD[:vocab_size], first=start == 0)
+    loss = losses_N.sum()
+    return (loss, grad_x_ND, grad_weight_VD) if with_gradients else (loss,)
+
+
+def _padded(master_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    vocab_size, hidden_size = master_VD.shape
+    weight_WD = master_VD.new_empty(-(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE, hidden_size, dtype=dtype)
+    weight_WD[:vocab_size] = master_VD
+    weight_WD[vocab_size:] = 0
+    return weight_WD
+
+
+def _softmax_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
+    """The loss of each row; the logits become their softmax in place. Computed in fp32."""
+    rows, vocab_size = logits_RV.shape
+    size = max(_CPU_SLICE // vocab_size, 1) if logits_RV.device.type == "cpu" else rows
+    full_SV = logits_RV.new_empty(size, vocab_size, dtype=torch.float32)
+    losses_R = logits_RV.new_empty(rows, dtype=torch.float32)
+    for start in range(0, rows, size):
+        part, targets = logits_RV[start : start + size], targets_R[start : start + size, None]
+        full = full_SV[: len(part)].copy_(part)
+        target, peak = full.gather(1, targets), full.amax(-1, keepdim=True)
+        total = full.sub_(peak).exp_().sum(-1, keepdim=True)
+        losses_R[start : start + size] = (total.log() + peak - target)[:, 0]
+        part.copy_(full.div_(total))
+    return losses_R

@@ -1,0 +1,237 @@
+"""Hand-written gradients for mixed-precision training on a CPU, where memory traffic costs more than arithmetic.
+
+Each function computes what the plain operations in `norms.py`, `attention.py` and `mlp.py` compute under autocast, to
+rounding, in fewer passes over memory: norms and activations hand on bf16 where autocast would cast fp32 once for
+every product, layers that share an input are one product, and what can be made again cheaply is not saved. Parameters
+stay as they are; only their bf16 copies are joined. benchmarks/train.py measures the gain.
+
+Shapes: B batch, T positions, N = B T tokens, D features in, F features out, H query heads, G key/value heads, K head
+size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Tokens of one product of the weight gradients. Its first factor is read across its rows, which is fast only while a
+# panel of it stays in the cache: 2,048 tokens x 3,072 features take one core 16 ms at once, 10 in two halves.
+_GRADIENT_TOKENS = 1024
+# Elements of lower precision that are added to an fp32 sum at a time: 1 MB in fp32.
+_PIECE = 1 << 18
+
+_copies: dict[tuple[int, ...], Tensor] | None = None
+
+
+def applies(x: Tensor) -> bool:
+    """Whether x is on the way to a gradient on a CPU under bf16 autocast. torch.compile fuses the plain operations."""
+    return (
+        x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+    )
+
+
+@contextmanager
+def kept_weight_copies() -> Iterator[None]:
+    """While no weight changes: bf16 copies made in this block are used again, instead of made for every micro-batch."""
+    global _copies
+    _copies = {}
+    try:
+        yield
+    finally:
+        _copies = None
+
+
+@torch.no_grad()
+def joined_copy(parameters: Sequence[Tensor]) -> Tensor:
+    """The parameters in bf16, joined along their first dimension."""
+    key = tuple(id(parameter) for parameter in parameters)
+    if _copies is not None and key in _copies:
+        return _copies[key]
+    rows = [len(parameter) for parameter in parameters]
+    copy = torch.empty(sum(rows), *parameters[0].shape[1:], dtype=torch.bfloat16)
+    for part, parameter in zip(copy.split(rows), parameters, strict=True):
+        part.copy_(parameter)
+    if _copies is not None:
+        _copies[key] = copy
+    return copy
+
+
+def add_(total: Tensor, part: Tensor, *, first: bool = False) -> None:
+    """Add a matrix of lower precision to an fp32 sum, or begin the sum with it.
+
+    torch would first make an fp32 copy of all of `part`; on a CPU that copy is made in pieces that stay in its caches.
+    """
+    if first:
+        total.copy_(part)
+        return
+    rows = max(_PIECE // part.shape[1], 1) if part.device.type == "cpu" else len(part)
+    for start in range(0, len(part), rows):
+        total[start : start + rows] += part[start : start + rows]
+
+
+def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The outputs (..., F1 + F2 + ...) in bf16 of layers that share the input x (..., D)."""
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return _Linear.apply(x, joined_copy(weights), joined_copy(biases) if biases else None, *weights, *biases)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b from bf16 copies; the gradients go to the parameters, which are passed for that alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_FD: Tensor, bias_F: Tensor | None, *parameters: Tensor) -> Tensor:
+        x_ND = x.to(torch.bfloat16).flatten(0, -2)
+        out_NF = torch.mm(x_ND, weight_FD.T) if bias_F is None else torch.addmm(bias_F, x_ND, weight_FD.T)
+        ctx.save_for_backward(x_ND, weight_FD)
+        ctx.weight_rows = [len(parameter) for parameter in parameters if parameter.ndim == 2]
+        ctx.has_bias = bias_F is not None
+        return out_NF.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_FD = ctx.saved_tensors
+        grad_NF = grad.flatten(0, -2)
+        grad_x = torch.mm(grad_NF, weight_FD).view(*grad.shape[:-1], -1)
+        grad_biases: tuple[Tensor, ...] = ()
+        if ctx.has_bias:
+            grad_biases = torch.mv(grad_NF.T, grad_NF.new_ones(len(grad_NF))).float().split(ctx.weight_rows)
+        return grad_x, None, None, *_weight_gradient(grad_NF, x_ND).split(ctx.weight_rows), *grad_biases
+
+
+def _weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
+    """grad^T x (F, D) in fp32."""
+    total_FD = torch.empty(grad_NF.shape[1], x_ND.shape[1])
+    product_FD = torch.empty_like(total_FD, dtype=torch.bfloat16)
+    for start in range(0, len(x_ND), _GRADIENT_TOKENS):
+        tokens = slice(start, start + _GRADIENT_TOKENS)
+        add_(total_FD, torch.mm(grad_NF[tokens].T, x_ND[tokens], out=product_FD), first=start == 0)
+    return total_FD
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """x (..., D) of any precision -> x / sqrt(mean(x^2) + eps) * weight in bf16, computed in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        full = x.float()
+        scale = _inverse_rms(full, eps)
+        ctx.save_for_backward(x, weight_D, scale)
+        return (full * scale).mul_(weight_D).to(torch.bfloat16)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_D, scale = ctx.saved_tensors
+        normed_ND = (x * scale).flatten(0, -2)
+        grad_ND = grad.to(torch.float32, copy=True).flatten(0, -2)
+        product_ND = grad_ND * normed_ND
+        mean_N = product_ND @ (weight_D / len(weight_D))
+        grad_x = _norm_gradient_(grad_ND, weight_D, normed_ND, mean_N[:, None], scale.flatten(0, -2))
+        return grad_x.view_as(x).to(x.dtype), product_ND.sum(0), None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of fp32 x over its last dimension, which becomes 1."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _norm_gradient_(grad: Tensor, weight: Tensor, normed: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of x from that of normed * weight, in place; `mean` is over features of grad * weight * normed."""
+    return grad.mul_(weight).addcmul_(normed, mean, value=-1).mul_(scale)
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """Joined gate and up (..., 2F) -> silu(gate) * up (..., F)."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        ctx.save_for_backward(both)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        grad_both = torch.empty_like(both)
+        grad_gate, grad_up = grad_both.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_both
+
+
+class HeadsFunction(torch.autograd.Function):
+    """Joined projections (B, T, (H + 2G) K) -> queries (B, T, H, K), keys and values (B, T, G, K), all bf16.
+
+    Queries and keys are normalised where weights are given, and turned where angles are: cos and sin (B or 1, T, K).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        joined: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        norm_eps: float,
+        q_weight_K: Tensor | None,
+        k_weight_K: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = joined.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+        qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
+        scale = weight_HK = None
+        if q_weight_K is not None and k_weight_K is not None:
+            weight_HK = torch.cat((q_weight_K.expand(num_heads, -1), k_weight_K.expand(num_kv_heads, -1)))
+            qk = qk.float()
+            scale = _inverse_rms(qk, norm_eps)
+            qk = qk.mul_(scale).mul_(weight_HK)
+        if cos is not None and sin is not None:
+            qk = _rotate(qk, cos, sin, 1)
+        qk = qk.to(torch.bfloat16)
+        ctx.save_for_backward(joined if scale is not None else None, scale, weight_HK, cos, sin)
+        ctx.num_heads = num_heads
+        q, k = qk.split((num_heads, num_kv_heads), dim=2)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        joined, scale, weight_HK, cos, sin = ctx.saved_tensors
+        grad_heads = torch.cat((grad_q, grad_k, grad_v), dim=2)
+        grad_qk = grad_heads[:, :, : -grad_v.shape[2]]
+        grad_weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        turned = grad_qk if cos is None else _rotate(grad_qk, cos, sin, -1)
+        if scale is not None:
+            normed = joined.view_as(grad_heads)[:, :, : grad_qk.shape[2]] * scale
+            turned = turned.float()
+            product = turned * normed
+            grad_weight_HK = product.flatten(0, 1).sum(0)
+            grad_weights = grad_weight_HK[: ctx.num_heads].sum(0), grad_weight_HK[ctx.num_heads :].sum(0)
+            mean = product.mul_(weight_HK).mean(-1, keepdim=True)
+            turned = _norm_gradient_(turned, weight_HK, normed, mean, scale)
+        if turned is not grad_qk:
+            grad_qk.copy_(turned)
+        return grad_heads.flatten(2), None, None, None, *grad_weights, None, None
+
+
+def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """`rotary.rotate` by the angle (direction 1) or back (-1), without its halves joined and negated on the way."""
+    half = x_BTHK.shape[-1] // 2
+    first, second = x_BTHK[..., :half], x_BTHK[..., half:]
+    cos, sin = (part[:, :, None, :half].to(x_BTHK.dtype) for part in (cos, sin))
+    out = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=direction)
+    return out
