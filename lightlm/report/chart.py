@@ -74,7 +74,7 @@ class Chart:
             self.figure = Figure(figsize=(_WIDTH, _PLOT_HEIGHT))
             self.axes: Axes = self.figure.add_axes((0, 0, 1, 1))
             self.axes.set_xlabel(x_label)
-            self.axes.set_ylabel(y_label)
+            self.axes.set_ylabel(_plain(y_label))
             self.axes.grid(True, color=GRID[0], linewidth=0.8)
             self.axes.set_axisbelow(True)
             self.axes.tick_params(which="both", length=0, pad=5)
@@ -174,12 +174,12 @@ class Chart:
         with matplotlib.rc_context(_STYLE):
             left = 0.16 / _WIDTH
             self.figure.text(
-                left, 1 - 0.16 / height, self.title, fontsize=_FONT + 2, fontweight="bold", va="top", ha="left"
+                left, 1 - 0.16 / height, _plain(self.title), fontsize=_FONT + 2, fontweight="bold", va="top", ha="left"
             )
             if labels:
                 self.figure.legend(
                     list(self._entries.values()),
-                    labels,
+                    [_plain(label) for label in labels],
                     loc="upper left",
                     bbox_to_anchor=(left, 1 - (_TITLE - 0.02) / height),
                     ncols=columns,
@@ -208,6 +208,11 @@ class Chart:
         with matplotlib.rc_context(_STYLE):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
         return _for_page(buffer.getvalue(), prefix, self.title)
+
+
+def _plain(text: str) -> str:
+    """Text of the user's, in which matplotlib would take dollars for the bounds of a formula."""
+    return text.replace("$", r"\$")
 
 
 def colour_variables() -> dict[str, tuple[str, str]]:

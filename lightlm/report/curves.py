@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_SMOOTHING_SHARE = 1 / 40  # of a run's steps that the moving average looks back over
+_SMOOTHING_SHARE = 1 / 30  # of a run's steps that the moving average looks back over
 _YOUNG_SHARE = 1 / 10  # of the values so far that the average may look back over
 _HEAD_SHARE = 1 / 10  # of a run, its initial fall, that does not set the limits of a loss axis
 _SHORT = 20  # steps under which all of a run is shown

@@ -41,7 +41,7 @@ def test_time_goes_on_where_the_clock_began_again():
 
 
 def test_smoothing_is_the_unbiased_moving_average():
-    """Hand-computed for a decay of 1/2, reached from the twentieth value on; against Adam's closed form."""
+    """By hand: with a decay of 1/2, which holds from the twentieth value on, half of each new value counts."""
     constant = smooth(np.full(50, 3.25), 10)
     np.testing.assert_allclose(constant, 3.25, rtol=1e-12)
     values = np.concatenate([np.zeros(20), [8.0, 0.0]])

@@ -115,13 +115,32 @@ def test_overlaid_curves_end_where_their_runs_end(compared):
     assert validation.get_ydata().tolist() == pytest.approx([6 - 3 * 4 / 7 + 0.25])
 
 
+@pytest.mark.parametrize(("seconds", "label", "end"), [(100, "s", 100), (1200, "min", 20), (36_000, "h", 10)])
+def test_time_is_in_the_unit_that_the_longest_run_asks_for(tmp_path, seconds, label, end):
+    metrics = [row | {"seconds": seconds * row["step"] / 4} for row in rows(4)]
+    records = read_records([write_run(tmp_path / "run", metrics)])
+    plot = next(plot for plot in draw_plots(records) if plot.name == "loss_over_time")
+    assert plot.chart.axes.get_xlabel() == f"training time ({label})"
+    assert plot.chart.axes.lines[0].get_xdata()[-1] == end
+
+
+def test_names_that_mean_something_to_matplotlib_or_html_stay_as_they_are(tmp_path):
+    names = ["_a$^{$", "<b>&$"]
+    report = write_report([write_run(tmp_path / name, rows(2)) for name in names], tmp_path / "out")
+    page = Page(report.page.read_text(encoding="utf-8"))
+    assert "b" not in page.tags
+    assert all(name in page.text for name in names)
+    loss = draw_plots(report.records)[0].chart
+    assert [text.get_text().replace("\\$", "$") for text in loss.figure.legends[0].get_texts()] == names
+
+
 def test_summary_figures(compared):
     short, long = (record.summary() for record in compared.records)
     assert (short["parameters"], short["tokens"], short["step"], short["planned_tokens"]) == (28_832, 2048, 8, 5120)
     assert short["tokens_per_second"] == pytest.approx(512)
     assert short["hours"] == pytest.approx(4 / 3600)
     assert short["val_loss"] == pytest.approx(6 - 3 * 4 / 7 + 0.25)
-    assert long["loss"] == pytest.approx(2.5)  # forty steps are too few to average over
+    assert long["loss"] == pytest.approx(2.5 + 3.5 / 39 / 3, abs=1e-4)  # a third of a step behind: 40/30 steps back
     assert (long["spikes"], long["data"], long["device"]) == (1, "tiny", None)
 
 
