@@ -17,6 +17,7 @@ from lightlm.cli.evaluate import evaluate
 from lightlm.cli.generate import generate
 from lightlm.cli.prepare_data import prepare_data
 from lightlm.cli.recipes import recipes
+from lightlm.cli.report import report
 from lightlm.cli.train import NEWEST, train
 from lightlm.errors import LightLMError
 
@@ -49,6 +50,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("convert")(convert)
+app.command("report")(report)
 app.add_typer(recipes, name="recipes")
 
 

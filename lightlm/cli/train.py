@@ -8,8 +8,11 @@ from lightlm.cli.console import console, out, print_json
 from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lightlm.cli.training_display import TrainingDisplay
     from lightlm.recipe import Recipe
-    from lightlm.train.trainer import Result
+    from lightlm.train.trainer import Result, Trainer
 
 NEWEST = "runs/latest"  # what --resume without a value stands for
 
@@ -77,7 +80,8 @@ def train(
     with display:
         result = trainer.train()
     unigram = trainer.data.manifest.unigram
-    _report(result, parsed, unigram.nats_per_token if unigram else None, as_json)
+    page = _draw_report(trainer, display)
+    _report(result, parsed, unigram.nats_per_token if unigram else None, page, as_json)
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -96,9 +100,24 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
     out.print(table)
 
 
-def _report(result: "Result", recipe: "Recipe", unigram_entropy: float | None, as_json: bool) -> None:
+def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> "Path | None":
+    """The run's page and plots. Whatever goes wrong with them, the run itself is saved: a failure is a note."""
+    try:
+        from lightlm.report.build import write_report
+        from lightlm.report.machine import record_machine
+
+        record_machine(trainer.run_folder, trainer.facts())
+        return write_report([trainer.run_folder]).page
+    except Exception as error:
+        display.note(f"no plots were made ({error}); try `lightlm report {trainer.run_folder}`")
+        return None
+
+
+def _report(
+    result: "Result", recipe: "Recipe", unigram_entropy: float | None, page: "Path | None", as_json: bool
+) -> None:
     if as_json:
-        print_json(vars(result) | {"unigram_entropy": unigram_entropy})
+        print_json(vars(result) | {"unigram_entropy": unigram_entropy, "report": page})
         return
     line = f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s"
     out.print(line, soft_wrap=True, markup=False)
@@ -106,6 +125,8 @@ def _report(result: "Result", recipe: "Recipe", unigram_entropy: float | None, a
         out.print(f"Validation loss {result.val_loss:.4f} nats a token, {result.val_bpb:.4f} bits a byte")
         if unigram_entropy is not None:
             out.print(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats a token")
+    if page is not None:
+        out.print(f"Plots and page: {page}", soft_wrap=True, markup=False)
     if result.interrupted:
         console.print(
             f"Interrupted; step {result.step} is saved. Go on with: lightlm train --resume {result.run}",

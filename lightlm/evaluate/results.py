@@ -1,9 +1,8 @@
-"""lm-eval's results as rows of a table, and as files."""
+"""lm-eval's results as rows of a table (`figures`, which reports use without lm-eval), and as files."""
 
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,43 +12,11 @@ from lm_eval.utils import handle_non_serializable
 
 from lightlm import __version__, files
 from lightlm.checkpoint import LoadedModel, run_of
+from lightlm.evaluate.figures import Row as Row
+from lightlm.evaluate.figures import rows as rows
 from lightlm.evaluate.runner import Settings
 
 _MAX_STEM = 120  # a file name ends at 255 bytes; a long list of tasks is cut and told apart by a hash
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure: a task's metric, on so many documents (None for a group of tasks)."""
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    documents: int | None
-    higher_is_better: bool | None
-
-
-def rows(results: dict[str, Any]) -> list[Row]:
-    """Every metric of every task and group in lm-eval's results; a filter other than `none` is part of its name."""
-    found = []
-    for task, metrics in results["results"].items():
-        for key, value in metrics.items():
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            stderr = metrics.get(f"{metric}_stderr,{filter_name}")
-            found.append(
-                Row(
-                    task=task,
-                    metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-                    documents=results["n-samples"].get(task, {}).get("effective"),
-                    higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
-                )
-            )
-    return found
 
 
 def file_stem(settings: Settings) -> str:

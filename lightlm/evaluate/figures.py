@@ -1,0 +1,38 @@
+"""lm-eval's results as rows of a table. Imports nothing heavy: reports read results without lm-eval."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: a task's metric, on so many documents (None for a group of tasks)."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    documents: int | None
+    higher_is_better: bool | None
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """Every metric of every task and group in lm-eval's results; a filter other than `none` is part of its name."""
+    found = []
+    for task, metrics in results["results"].items():
+        for key, value in metrics.items():
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{filter_name}")
+            found.append(
+                Row(
+                    task=task,
+                    metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                    documents=results["n-samples"].get(task, {}).get("effective"),
+                    higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
+                )
+            )
+    return found

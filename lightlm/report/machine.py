@@ -1,0 +1,51 @@
+"""What a run was trained on, kept in `machine.json` of its folder when it ends."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lightlm
+from lightlm import files
+
+_FILE = "machine.json"
+_KEPT = ("device", "dtype", "micro_batch", "accumulation", "world_size", "parallel")
+
+
+def record_machine(run: Path, facts: dict[str, Any]) -> None:
+    """Write down the device, the versions, and what the trainer's facts say of batches and processes."""
+    document = {key: facts[key] for key in _KEPT if key in facts} | {
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightlm": lightlm.__version__,
+        "commit": _commit(),
+    }
+    files.write_text(run / _FILE, json.dumps(document, indent=2) + "\n")
+
+
+def read_machine(run: Path) -> dict[str, Any]:
+    """What `record_machine` wrote, or nothing."""
+    try:
+        document = json.loads((run / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that LightLM runs from, with a + if files differ from it; None if it is installed."""
+    root = Path(lightlm.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None

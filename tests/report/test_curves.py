@@ -1,0 +1,91 @@
+import math
+
+import numpy as np
+import pytest
+
+from lightlm.report.curves import Curves, focus, smooth, thin
+from tests.report.run_folder import rows
+
+NAN = math.nan
+
+
+def test_columns_are_by_step_with_gaps_where_a_figure_is_missing():
+    curves = Curves([{"step": 1, "tokens": 8, "loss": 5.0}, {"step": 2, "tokens": 16, "loss": 4.0, "val_loss": 4.5}])
+    assert curves.tokens.tolist() == [8, 16]
+    np.testing.assert_equal(curves.column("val_loss"), [NAN, 4.5])
+    assert (curves.last("val_loss"), curves.last("loss"), curves.last("mfu")) == (4.5, 4.0, None)
+    assert curves.keys() == ["step", "tokens", "loss", "val_loss"]
+
+
+def test_what_is_no_number_is_a_gap_and_counted_as_lost():
+    values = [5.0, None, NAN, math.inf, True, "4.0", [1]]
+    curves = Curves([{"step": i, "tokens": i, "loss": value} for i, value in enumerate(values)] + [{"step": 99}, 7])
+    np.testing.assert_equal(curves.column("loss"), [5.0, NAN, NAN, NAN, NAN, NAN, NAN])
+    assert (len(curves), curves.lost("loss"), curves.lost("val_loss")) == (7, 6, 0)
+
+
+def test_a_step_done_twice_counts_once_with_its_later_figures():
+    """A crash after step 4, resumed from the checkpoint of step 2."""
+    metrics = [
+        {"step": s, "tokens": 10 * s, "loss": loss} for s, loss in [(1, 9), (2, 8), (3, 7), (4, 6), (3, 5), (4, 4)]
+    ]
+    curves = Curves(metrics)
+    assert curves.steps.tolist() == [1, 2, 3, 4]
+    assert curves.column("loss").tolist() == [9, 8, 5, 4]
+
+
+def test_time_goes_on_where_the_clock_began_again():
+    seconds = [10.0, 20.0, 3.0, 5.0, 2.0]
+    curves = Curves([{"step": i, "tokens": i, "seconds": value} for i, value in enumerate(seconds)])
+    assert curves.seconds.tolist() == [10, 20, 23, 25, 27]
+
+
+def test_smoothing_is_the_unbiased_moving_average():
+    """By hand: with a decay of 1/2, which holds from the twentieth value on, half of each new value counts."""
+    constant = smooth(np.full(50, 3.25), 10)
+    np.testing.assert_allclose(constant, 3.25, rtol=1e-12)
+    values = np.concatenate([np.zeros(20), [8.0, 0.0]])
+    np.testing.assert_allclose(smooth(values, 2)[-2:], [4.0, 2.0], rtol=0.02)
+    np.testing.assert_array_equal(smooth(values, 1), values)
+
+
+def test_smoothing_skips_gaps_and_follows_a_young_curve_closely():
+    smoothed = smooth(np.array([1.0, NAN, 1.0, 1.0]), 5)
+    np.testing.assert_equal(smoothed, [1.0, NAN, 1.0, 1.0])
+    fall = np.linspace(10, 0, 200)  # by 0.05 a step
+    lag = smooth(fall, 100) - fall
+    assert lag[50] < 0.35  # seven steps behind, where an average of full length would be 25
+    assert np.all(lag >= 0)
+
+
+def test_thinning_keeps_ends_and_extremes():
+    x, y = np.arange(50_000.0), np.sin(np.arange(50_000.0))
+    y[12_345], y[40_000] = 9.0, -9.0
+    thin_x, thin_y = thin(x, y, most=1000)
+    assert len(thin_x) <= 1000
+    assert (thin_x[0], thin_x[-1]) == (0, 49_999)
+    assert (thin_y.max(), thin_y.min()) == (9, -9)
+    assert np.all(np.diff(thin_x) > 0)
+    assert np.sum(thin_x < 500) > 50  # enough of the beginning for a logarithmic axis
+    np.testing.assert_array_equal(thin_y, y[thin_x.astype(int)])
+
+
+def test_limits_leave_out_the_first_fall_but_not_of_a_short_run():
+    long = np.concatenate([np.linspace(11, 4, 50), np.linspace(4, 3, 950)])
+    low, high = focus([long])
+    assert 2.8 < low < 3
+    assert 3.9 < high < 4.2
+    low, high = focus([np.array([11.0, 5.0, NAN, 4.0])])
+    assert low < 4
+    assert high > 11
+    assert focus([np.array([NAN])]) is None
+    low, high = focus([np.array([2.0])])
+    assert low < 2 < high
+
+
+@pytest.mark.parametrize("damaged", [[[1, 2], [3]], [], [1, 2], "x", [["a"]]])
+def test_a_table_that_is_none_is_left_out(damaged):
+    good = [[1, 2], [3, 4]]
+    curves = Curves([row | {"moe/load": load} for row, load in zip(rows(2), [good, damaged], strict=True)])
+    table = curves.last_table("moe/load")
+    assert table is None or table.tolist() == good
