@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -108,7 +109,7 @@ def test_plain_lines_come_at_a_rhythm(monkeypatch):
             clock[0] = 1000 + step / 2
             display.step(metrics(step))
     shown = [int(found.replace(",", "")) / 2 for found in re.findall(r"^step ([\d,]+)/", stream.getvalue(), re.M)]
-    gaps = [after - before for before, after in zip(shown, shown[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(shown)]
     assert shown[0] == 0.5
     assert gaps[0] == pytest.approx(10, abs=1)
     assert gaps[-1] == 60
