@@ -150,7 +150,7 @@ class Trackio:
         self._run.log({"sample": trackio.Markdown(_fenced(prompt + text))}, step=step)
 
     def flush(self) -> None:
-        pass  # its thread writes every second
+        pass  # a thread of its own writes
 
     def finish(self, failed: bool) -> None:
         import trackio

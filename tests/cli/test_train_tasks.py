@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -73,10 +74,14 @@ def test_an_unknown_task_is_refused_before_anything_is_written(lightlm, workspac
     assert not (workspace / "runs/typo").exists()
 
 
-def test_a_data_set_out_of_reach_is_refused_at_the_start(lightlm, workspace):
-    """A task from a file whose data are gone."""
+def test_a_multiple_choice_task_is_scored_and_refused_where_its_data_are_gone(lightlm, workspace):
     quiz = write_quiz(workspace)
+    assert lightlm("train", "tiny.yaml", "train.tokens=256", f"eval.tasks=[{quiz}]", "--name", "quiz").code == 0
+    [metrics] = read_metrics(workspace / "runs/quiz")
+    assert metrics["eval/quiz/acc"] * 6 == pytest.approx(round(metrics["eval/quiz/acc"] * 6))
+    assert 0 <= metrics["eval/quiz/acc_norm"] <= 1
     (workspace / "quiz.jsonl").unlink()
+    shutil.rmtree(workspace / "cache")
     outcome = lightlm("train", "tiny.yaml", f"eval.tasks=[{quiz}]", "--name", "no-quiz")
     outcome.assert_one_message("quiz")
     assert not (workspace / "runs/no-quiz").exists()

@@ -38,7 +38,7 @@ def _in_workspace(workspace, monkeypatch):
 @pytest.fixture(scope="module", autouse=True)
 def _no_trackio_left():
     yield
-    shutil.rmtree(os.environ.pop("TRACKIO_DIR"))
+    shutil.rmtree(os.environ.pop("TRACKIO_DIR"), ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +138,12 @@ def test_tensorboard_holds_every_step_once(plain_run):
     assert comparable(metrics) == comparable(plain_run[1].metrics)
 
 
-def test_trackio_holds_every_step_once(plain_run):
+def test_trackio_holds_every_step_once(plain_run, capsys):
     pytest.importorskip("trackio", reason="pip install 'lightlm[tracking]'")
     go("other", "trackio", overrides=["tracking.project=once", "train.tokens=256"])
     result, watch = go_and_repeat_steps("trackio", "trackio")
     assert watch.notes == ["trackio: trackio show --project lightlm"]
+    assert capsys.readouterr().out == ""  # where `--json` puts its one document
     with sqlite3.connect(Path(os.environ["TRACKIO_DIR"], "lightlm.db")) as base:
         rows = base.execute("select run_id, step, metrics from metrics where run_name = 'trackio' order by id")
         logged = [(run, step, json.loads(text)) for run, step, text in rows.fetchall()]
