@@ -5,6 +5,7 @@ values allowed, and the nearest valid key.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -41,7 +42,7 @@ def span_tokens(span: str, total: int) -> int:
     return round(total * share / 100)
 
 
-_TEXT_KEYS = ("name", "data.dataset", "train.device")
+_TEXT_KEYS = ("name", "data.dataset", "train.device", "tracking.project")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and runs: a plain folder name on every system
 
 Tokens = Annotated[int, BeforeValidator(parse_quantity), Field(ge=0)]
@@ -74,6 +75,9 @@ class TrainSection(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     grad_clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 leaves gradients alone
+    skip_spikes: bool = False  # drop the gradients of a step whose loss or gradient norm is a spike or no number
+    spike_threshold: Annotated[float, Field(gt=0)] = 6.0  # standard deviations above the last steps' median
+    spike_window: Annotated[int, Field(ge=8)] = 128  # the steps compared with
 
     def problems(self) -> list[Problem]:
         return [("tokens", "must be above 0")] if self.tokens == 0 else []
@@ -106,6 +110,13 @@ class EvalSection(Section):
     tokens: Annotated[Tokens, Field(ge=1)] = 256_000  # of the validation split, from its start
     prompts: list[str] = ["Hello, I am a language model,"]  # continued at each validation
     max_new_tokens: Annotated[int, Field(ge=1)] = 48
+    tasks: list[str] = []  # lm-eval's tasks, scored during training
+    tasks_every: Tokens = 0  # training tokens between scorings; 0: at the end only
+    limit: Annotated[int, Field(ge=1)] | None = None  # documents a task; null scores all
+
+    def problems(self) -> list[Problem]:
+        idle = [key for key in ("tasks_every", "limit") if getattr(self, key) and not self.tasks]
+        return [(key, "has no effect without eval.tasks; name some, or leave it out") for key in idle]
 
 
 class CheckpointSection(Section):
@@ -114,12 +125,12 @@ class CheckpointSection(Section):
 
 
 class TrackingSection(Section):
-    backends: list[str] = []
+    backends: list[Literal["tensorboard", "wandb", "trackio"]] = []  # besides metrics.jsonl
+    project: Annotated[str, Field(pattern=NAME_PATTERN)] = "lightlm"  # of wandb and trackio
 
     def problems(self) -> list[Problem]:
-        if not self.backends:
-            return []
-        return [("backends", f"{', '.join(self.backends)}: none can be used yet; metrics.jsonl is always written")]
+        twice = sorted({name for name in self.backends if self.backends.count(name) > 1})
+        return [("backends", f"names {name} twice") for name in twice]
 
 
 class Recipe(BaseModel):
@@ -322,6 +333,9 @@ def _describe(section: str, entry: Any) -> Problem:
     given = entry["input"]
     if isinstance(given, str | int | float | bool):
         message = f"{message}, not {given!r}"
+    if entry["type"] == "literal_error":
+        close = difflib.get_close_matches(str(given), re.findall(r"'(.*?)'", entry["ctx"]["expected"]), n=1)
+        message += f"; did you mean {close[0]}?" if close else ""
     return key, message[0].lower() + message[1:]
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lightlm.cli.training_display import TrainingDisplay
     from lightlm.recipe import Recipe
-    from lightlm.train.trainer import Result, Trainer
+    from lightlm.train.trainer import Evaluator, Result, Trainer
 
 NEWEST = "runs/latest"  # what --resume without a value stands for
 
@@ -45,13 +45,18 @@ def train(
     if resume is None and recipe is None:
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
+    import os
     from pathlib import Path
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
 
     from lightlm.cli.training_display import TrainingDisplay
     from lightlm.convert.registry import export_target
     from lightlm.generate.engine import sample_text
     from lightlm.recipe import load_recipe
     from lightlm.train.runs import new_run, reopen_run
+    from lightlm.train.trackers import Trackers
+    from lightlm.train.tracking import Observers
     from lightlm.train.trainer import Trainer
 
     display = TrainingDisplay()
@@ -69,7 +74,10 @@ def train(
         return sample_text(model, trainer.data.tokenizer, prompt, parsed.eval.max_new_tokens, seed=parsed.train.seed)
 
     planned = run or Path("runs") / (name or parsed.name)
-    trainer = Trainer(parsed, planned, display, sampler, checkpoint)
+    trackers = Trackers(parsed.tracking, display.note)
+    trainer = Trainer(parsed, planned, Observers(display, trackers), sampler, checkpoint)
+    if parsed.eval.tasks:
+        trainer.evaluator = _evaluator(trainer)
     if dry_run:
         _print_plan(trainer.facts(), as_json)
         return
@@ -77,13 +85,22 @@ def train(
     trainer.run_folder = run or new_run(name or parsed.name, exact=name is not None)
     if trainer.progress.step >= parsed.total_steps:
         display.note(f"{trainer.run_folder} is complete; raise train.tokens to train it further")
-    with display:
+    with display, trackers:
         result = trainer.train()
     unigram = trainer.data.manifest.unigram
     page = _draw_report(trainer, display)
     _report(result, parsed, unigram.nats_per_token if unigram else None, page, as_json)
     if result.interrupted:
         raise typer.Exit(130)
+
+
+def _evaluator(trainer: "Trainer") -> "Evaluator":
+    """What scores `eval.tasks` during training; its tasks are loaded now, so that a mistake shows at once."""
+    with console.status("Reading lm-eval's list of tasks ..."):
+        from lightlm.evaluate.during_training import TaskScores
+
+        scores = TaskScores(trainer.recipe.eval, trainer.data.path)
+    return lambda model, path: scores(model, trainer.data.tokenizer, path)
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:

@@ -1,20 +1,27 @@
 """What `lightlm train` shows: a live line and a log in a terminal, plain lines elsewhere."""
 
+import re
 import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from lightlm.cli.console import console
+from lightlm.cli.console import console as standard_error
 from lightlm.quantities import format_quantity
 
-_PLAIN_SECONDS = 10.0  # between plain log lines
+# Seconds between plain log lines: 10 at first, one more for each minute, 60 after 50 minutes. An evening's log can
+# be read through, and a day's has 1,500 lines.
+_PLAIN_SECONDS = (10.0, 60.0)
 _SPEED_STEPS = 20  # steps that the shown speed averages over
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move a cursor; a model may write anything
+# The live line leaves out what does not fit, these first.
+_LEAST_IMPORTANT = ("data wait", "MFU", "grad norm", "memory", "lr", "validation", "elapsed", "tokens/s")
 
 
 def _clock(seconds: float) -> str:
@@ -22,10 +29,19 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-class TrainingDisplay:
-    """An `Observer` that draws on standard error."""
+def _width(cells: list[tuple[str, str]]) -> int:
+    return sum(max(len(key), len(value)) + 2 for key, value in cells) - 2
 
-    def __init__(self) -> None:
+
+class TrainingDisplay:
+    """An `Observer` that draws on standard error.
+
+    The live line needs a terminal that understands its cursor movements. Elsewhere (a pipe, a file, TERM=dumb, also
+    where FORCE_COLOR asks for colours in a log) only whole lines are written.
+    """
+
+    def __init__(self, console: Console = standard_error) -> None:
+        self._console = console
         self._live: Live | None = None
         self._facts: dict[str, Any] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=_SPEED_STEPS)
@@ -33,9 +49,6 @@ class TrainingDisplay:
         self._printed = 0.0
 
     def __enter__(self) -> "TrainingDisplay":
-        if console.is_terminal:
-            self._live = Live(console=console, refresh_per_second=4, transient=True)
-            self._live.start()
         return self
 
     def __exit__(
@@ -48,11 +61,11 @@ class TrainingDisplay:
     def start(self, facts: dict[str, Any]) -> None:
         self._facts = facts
         resumed = f", resumed after step {facts['first_step']:,}" if facts["first_step"] else ""
-        console.print(
+        self._log(
             f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters on {facts['device']}, "
             f"{facts['dtype']}{resumed}"
         )
-        console.print(
+        self._log(
             f"{format_quantity(facts['tokens'])} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
             f"{facts['steps']:,} steps of {facts['batch_tokens']:,}: "
             f"{facts['accumulation']} x {facts['micro_batch']} sequences"
@@ -60,29 +73,48 @@ class TrainingDisplay:
 
     def step(self, metrics: dict[str, Any]) -> None:
         self._recent.append((metrics["tokens"], metrics["seconds"]))
+        at = f"step {metrics['step']:>6,}"
         if "val_loss" in metrics:
             self._last_validation = f"{metrics['val_loss']:.4f}"
             self._log(
-                f"step {metrics['step']:>6,}  loss {metrics['loss']:.4f}  "
+                f"{at}  loss {metrics['loss']:.4f}  "
                 f"[bold]validation {metrics['val_loss']:.4f} ({metrics['val_bpb']:.4f} bits a byte)[/]"
             )
-        if self._live is not None:
+        if scores := {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}:
+            self._log(
+                f"{at}  [bold]" + "  ".join(f"{escape(key)} {value:.4f}" for key, value in scores.items()) + "[/]"
+            )
+        if self._is_live():
+            if self._live is None:  # not before: a tracker may ask for a password when the run begins
+                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+                self._live.start()
             self._live.update(self._table(metrics))
-        elif time.monotonic() - self._printed >= _PLAIN_SECONDS or metrics["step"] in (1, self._facts["steps"]):
+        elif self._line_is_due(metrics):
             self._printed = time.monotonic()
             self._log("  ".join(f"{key} {value}" for key, value in self._cells(metrics)))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        self._log(f"[dim]sample:[/] [italic]{escape(prompt)}[/]{escape(text)}")
+        prompt, text = (escape(_CONTROL.sub("�", part)) for part in (prompt, text))
+        self._log(f"[dim]sample:[/] [italic]{prompt}[/]{text}")
 
     def checkpoint(self, path: Path) -> None:
         self._log(f"[dim]saved {escape(str(path))}[/]")
 
     def note(self, message: str) -> None:
-        console.print(f"[yellow]Note:[/] {escape(message)}")
+        self._log(f"[yellow]Note:[/] {escape(_CONTROL.sub('�', message))}")
 
     def _log(self, line: str) -> None:
-        console.print(line, soft_wrap=True)
+        self._console.print(line, soft_wrap=True, emoji=False)
+
+    def _is_live(self) -> bool:
+        console = self._console
+        return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
+
+    def _line_is_due(self, metrics: dict[str, Any]) -> bool:
+        shortest, longest = _PLAIN_SECONDS
+        pause = min(shortest + metrics["seconds"] / 60, longest)
+        first_or_last = metrics["step"] in (self._facts["first_step"] + 1, self._facts["steps"])
+        return first_or_last or time.monotonic() - self._printed >= pause
 
     def _speed(self) -> float:
         """Tokens a second over the last steps."""
@@ -96,20 +128,26 @@ class TrainingDisplay:
         left = self._facts["tokens"] - metrics["tokens"]
         cells = [
             ("step", f"{metrics['step']:,}/{self._facts['steps']:,}"),
-            ("loss", f"{metrics['loss']:.4f}"),
+            ("loss", f"{metrics['loss']:.4f}" + (" spike" if "spike" in metrics else "")),
             ("validation", self._last_validation or "-"),
             ("lr", f"{metrics['lr']:.2e}"),
             ("grad norm", f"{metrics['grad_norm']:.2f}"),
             ("tokens/s", f"{speed:,.0f}"),
+            ("data wait", f"{metrics['data_seconds'] / max(metrics['step_seconds'], 1e-9):.0%}"),
         ]
         if "mfu" in metrics:
             cells.append(("MFU", f"{metrics['mfu']:.1%}"))
+        if "memory" in metrics:
+            cells.append(("memory", f"{metrics['memory'] / 2**30:.2f} GiB"))
         return [*cells, ("elapsed", _clock(metrics["seconds"])), ("left", _clock(left / speed) if speed else "-")]
 
     def _table(self, metrics: dict[str, Any]) -> Table:
         cells = self._cells(metrics)
+        for key in _LEAST_IMPORTANT:
+            if _width(cells) > self._console.width:
+                cells = [cell for cell in cells if cell[0] != key]
         table = Table(box=None, pad_edge=False, header_style="dim")
         for key, _ in cells:
-            table.add_column(key, justify="right")
+            table.add_column(key, justify="right", no_wrap=True)
         table.add_row(*(value for _, value in cells))
         return table

@@ -56,6 +56,7 @@ class LightLM(TemplateLM):
         device: `auto` or a torch device; nothing to say with a loaded model.
         dtype: see `evaluation_dtype`.
         batch_size: sequences in a batch, or `auto`: as many as make up a budget of positions for the device.
+        show_progress: draw bars on a terminal; not beside another live display.
 
     Raises:
         LightLMError: the model cannot be loaded.
@@ -68,8 +69,10 @@ class LightLM(TemplateLM):
         device: str = "auto",
         dtype: str = "auto",
         batch_size: int | str = "auto",
+        show_progress: bool = True,
     ) -> None:
         super().__init__()
+        self._show_progress = show_progress
         if not isinstance(pretrained, LoadedModel):
             target = pick_device(device)
             pretrained = load_pretrained(pretrained, target, evaluation_dtype(dtype, target))
@@ -123,7 +126,7 @@ class LightLM(TemplateLM):
         return totals
 
     def _score(self, pairs: list[tuple[list[int], list[int]]], what: str) -> list[tuple[float, bool]]:
-        with bar(len(pairs), what) as advance:
+        with bar(len(pairs), what, self._show_progress) as advance:
             scores = score(self.model, pairs, self.limits, advance)
         return [(result.log_likelihood, result.greedy) for result in scores]
 
@@ -132,7 +135,7 @@ class LightLM(TemplateLM):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(prompts[i])))
         texts = [""] * len(requests)
-        with bar(len(requests), "Generating") as advance:
+        with bar(len(requests), "Generating", self._show_progress) as advance:
             while order:
                 settings = requests[order[0]].args[1]
                 new_tokens = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)["max_gen_toks"]

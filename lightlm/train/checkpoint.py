@@ -1,7 +1,7 @@
 """The training state beside a checkpoint's weights: what a resumed run needs to go on bit for bit."""
 
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import xxhash
 from lightlm import checkpoint, files
 from lightlm.data.shards import DataFolder
 from lightlm.errors import CheckpointError, DataError
+from lightlm.train.spikes import SpikeHistory
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Progress:
     tokens: int = 0
     samples: int = 0  # the loader's whole state
     seconds: float = 0.0  # spent training, over all interruptions
+    spikes: SpikeHistory = field(default_factory=SpikeHistory)  # empty in checkpoints from before there was one
 
 
 def data_identity(data: DataFolder) -> str:
@@ -58,7 +60,9 @@ def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
             "put the old folder back, or start a new run"
         )
     torch.set_rng_state(state["rng"])
-    return Progress(**state["progress"]), state["optimizer"]
+    progress = dict(state["progress"])
+    spikes = SpikeHistory(**progress.pop("spikes", {}))
+    return Progress(**progress, spikes=spikes), state["optimizer"]
 
 
 def prune(run: Path, keep_last: int) -> None:

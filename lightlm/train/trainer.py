@@ -26,9 +26,12 @@ from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.checkpoint import Progress, pack, prune, unpack
+from lightlm.train.evaluation import preserved
 from lightlm.train.loss import token_loss
+from lightlm.train.metrics import peak_memory, step_metrics
 from lightlm.train.optimizers import build_optimizer, load_named_state, named_state, set_learning_rate
 from lightlm.train.schedules import learning_rate_factor
+from lightlm.train.spikes import Verdict, judge
 from lightlm.train.tracking import MetricsFile, Observer
 from lightlm.train.validation import Validation, validate
 
@@ -38,6 +41,7 @@ _MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
 _MEMORY_SHARE = 0.6  # of free device memory that activations may take
 
 Sampler = Callable[[Transformer, str], str]
+Evaluator = Callable[[Transformer, Path], dict[str, float]]
 
 
 class TrainingDivergedError(LightLMError):
@@ -147,12 +151,20 @@ class Trainer:
         observer: told of every step, sample and checkpoint.
         sampler: continues a prompt with the model, for the samples during training.
         resume_from: a checkpoint of this run to go on from.
+        evaluator: scores the model on the recipe's `eval.tasks`, as `task/metric`; the path is that of the step's
+            checkpoint, which need not exist.
     """
 
     def __init__(
-        self, recipe: Recipe, run: Path, observer: Observer, sampler: Sampler, resume_from: Path | None = None
+        self,
+        recipe: Recipe,
+        run: Path,
+        observer: Observer,
+        sampler: Sampler,
+        resume_from: Path | None = None,
+        evaluator: Evaluator | None = None,
     ) -> None:
-        self.run_folder, self.observer, self.sampler = run, observer, sampler
+        self.run_folder, self.observer, self.sampler, self.evaluator = run, observer, sampler, evaluator
         self.data = DataFolder.open(resolve_dataset(recipe.data.dataset))
         self.recipe = recipe = fit_recipe(recipe, self.data, observer)
         check_prompts(recipe, self.data)
@@ -213,12 +225,13 @@ class Trainer:
         """Run to the end of the recipe, or until Ctrl-C or SIGTERM; either way the last step is saved.
 
         Raises:
-            TrainingDivergedError: a loss or gradient is NaN or infinite; the last checkpoint stays as it was.
+            TrainingDivergedError: a loss or gradient is NaN or infinite, and with `train.skip_spikes` so were those
+                of the steps before it; the last checkpoint stays as it was.
         """
         files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
         checkpoint.mark_latest(self.run_folder)
         metrics_file = MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
-        self.observer.start(self.facts())
+        self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step})
         steps = self.recipe.total_steps
         try:
             with stop_on_signals() as stop:
@@ -229,6 +242,8 @@ class Trainer:
                     last = self.progress.step == steps
                     if last or self._due(self.recipe.eval.every):
                         metrics |= self._validate()
+                    if self.evaluator is not None and (last or self._due(self.recipe.eval.tasks_every)):
+                        metrics |= self._score_tasks(self.evaluator)
                     metrics_file.write(metrics)
                     self.observer.step(metrics)
                     if last or self._due(self.recipe.checkpoint.every):
@@ -265,17 +280,19 @@ class Trainer:
 
     def _step(self, stop: threading.Event) -> dict[str, Any] | None:
         """One optimizer step on one global batch: its metrics, or None if a signal came first."""
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self.loader.seconds_waited
         recipe, before = self.recipe, self.progress
         if (outcome := self._gradients(stop)) is None:
             return None
         loss, norm = outcome
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        verdict = judge(before.spikes, loss, norm, recipe.train)
+        if verdict.diverged:
             self._diverged(before.step + 1, loss, norm)
         middle = before.tokens + self.batch_tokens // 2
         lr = recipe.optimizer.lr * learning_rate_factor(recipe.schedule, middle, recipe.total_steps * self.batch_tokens)
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
+        if not verdict.skip:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.progress = Progress(
@@ -283,20 +300,31 @@ class Trainer:
             before.tokens + self.batch_tokens,
             before.samples + recipe.batch_sequences,
             before.seconds + seconds,
+            verdict.history,
         )
-        self.last_loss = loss
-        metrics = {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": self.batch_tokens / seconds,
-            "seconds": self.progress.seconds,
-        }
-        if self.dtype != torch.float32 and (peak := peak_flops(self.device)):
-            metrics["mfu"] = self.flops_per_token * metrics["tokens_per_second"] / peak
-        return metrics
+        self.last_loss = loss if math.isfinite(loss) else self.last_loss
+        peak = peak_flops(self.device) if self.dtype != torch.float32 else None
+        metrics = step_metrics(
+            self.progress,
+            batch_tokens=self.batch_tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            step_seconds=seconds,
+            data_seconds=self.loader.seconds_waited - waited,
+            memory=peak_memory(self.device),
+            utilisation_per_token=self.flops_per_token / peak if peak else None,
+        )
+        return metrics | self._spike_metrics(verdict)
+
+    def _spike_metrics(self, verdict: Verdict) -> dict[str, bool]:
+        """What metrics.jsonl says of a spike; the first of several in a row is also noted."""
+        if not verdict.spike:
+            return {}
+        if verdict.history.in_a_row == 1:
+            done = "; the step is skipped" if verdict.skip else ""
+            self.observer.note(f"spike at step {self.progress.step}: {verdict.reason}{done}")
+        return {"spike": True} | ({"skipped": True} if verdict.skip else {})
 
     def _diverged(self, step: int, loss: float, norm: float) -> None:
         saved = checkpoint.checkpoints(self.run_folder)
@@ -322,6 +350,17 @@ class Trainer:
             dtype=self.dtype,
         )
         return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+
+    def _score_tasks(self, evaluator: Evaluator) -> dict[str, float]:
+        """The scores of `eval.tasks`; a task that fails, by whatever error, is noted and costs no training."""
+        path = self.run_folder / "checkpoints" / checkpoint.step_name(self.progress.step)
+        try:
+            with preserved(self.model):
+                scores = evaluator(self.model, path)
+        except Exception as error:
+            self.observer.note(f"eval.tasks could not be scored at step {self.progress.step}: {error}")
+            return {}
+        return {f"eval/{name}": value for name, value in scores.items()}
 
     def _sample(self) -> None:
         """Let the model continue the recipe's prompts."""

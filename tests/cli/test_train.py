@@ -121,3 +121,11 @@ def test_a_file_where_a_folder_should_be_is_one_message(lightlm, tmp_path, monke
 
 def test_a_dataset_may_be_called_like_a_number(lightlm, workspace):
     lightlm("train", "tiny.yaml", "data.dataset=2024", "--dry-run").assert_one_message("data/2024")
+
+
+def test_a_missing_tracker_is_refused_before_anything_is_written(lightlm, monkeypatch, workspace):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    for extra in ([], ["--dry-run"]):
+        outcome = lightlm("train", "tiny.yaml", "tracking.backends=[trackio]", "--name", "untracked", *extra)
+        outcome.assert_one_message("trackio cannot be imported here", "pip install 'lightlm[tracking]'")
+    assert not (workspace / "runs/untracked").exists()

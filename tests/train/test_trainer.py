@@ -12,6 +12,7 @@ from lightlm import checkpoint
 from lightlm.data.prepare import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import load_recipe
+from lightlm.train.metrics import MEASURED
 from lightlm.train.optimizers import build_optimizer
 from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.tracking import read_metrics
@@ -36,7 +37,7 @@ def whole_run(workspace):
 
 def comparable(metrics):
     """What must not depend on interruptions: all but times."""
-    return [{key: m[key] for key in m.keys() - {"seconds", "tokens_per_second"}} for m in metrics]
+    return [{key: m[key] for key in m.keys() - MEASURED} for m in metrics]
 
 
 def weights(run):

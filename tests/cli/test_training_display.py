@@ -1,0 +1,189 @@
+"""What training shows, in a terminal (a pseudo-terminal here) and in a plain log."""
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from rich.console import Console
+
+from lightlm.cli import training_display
+from lightlm.cli.training_display import TrainingDisplay
+from tests.corpus import TINY_RECIPE, make_data
+
+needs_terminal = pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+FACTS = {
+    "run": "runs/demo", "parameters": 6_800_000, "device": "cpu", "dtype": "bfloat16", "first_step": 0,
+    "tokens": 4_096_000, "epochs": 1.0, "data": "data/pydocs", "steps": 1000, "batch_tokens": 4096,
+    "accumulation": 1, "micro_batch": 16,
+}  # fmt: skip
+
+
+def metrics(step, **more):
+    return {
+        "step": step, "tokens": 4096 * step, "loss": 5.0, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 8192.0,
+        "seconds": step / 2, "step_seconds": 0.5, "data_seconds": 0.01, "memory": 3 * 2**30, **more,
+    }  # fmt: skip
+
+
+def show(display):
+    """A short run with everything that can happen."""
+    display.start(FACTS)
+    for step in range(1, 11):
+        display.step(metrics(step))
+    display.sample(10, "The old", " sea \x1b[2J\r[/b] :smile: naïve")
+    display.step(metrics(11, val_loss=4.5, val_bpb=1.8, **{"eval/hellaswag/acc_norm": 0.2875}))
+    display.note("spike at step 12: loss 9")
+    display.step(metrics(1000, spike=True))
+
+
+def plain(width=80, **options):
+    stream = io.StringIO()
+    with TrainingDisplay(Console(file=stream, width=width, highlight=False, **options)) as display:
+        show(display)
+    return stream.getvalue()
+
+
+@contextlib.contextmanager
+def terminal():
+    """A pseudo-terminal: the end to write to, and what has arrived at the other once the block has ended."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    received = bytearray()
+
+    def read():
+        with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+            while block := os.read(ours, 4096):
+                received.extend(block)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield theirs, received
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(theirs)
+        reader.join(10)
+        os.close(ours)
+
+
+def in_terminal(width=120, **environment):
+    with terminal() as (end, received):
+        file = os.fdopen(end, "w", encoding="utf-8")
+        console = Console(file=file, width=width, highlight=False, _environ={"TERM": "xterm-256color", **environment})
+        with TrainingDisplay(console) as display:
+            show(display)
+        file.close()
+    return received.decode()
+
+
+def test_a_plain_log_is_whole_lines_without_control_codes():
+    text = plain()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+    lines = text.splitlines()
+    assert lines[0] == "runs/demo: 6.8M parameters on cpu, bfloat16"
+    assert "sample: The old sea �[2J�[/b] :smile: naïve" in lines
+    assert "step     11  loss 5.0000  validation 4.5000 (1.8000 bits a byte)" in lines
+    assert "step     11  hellaswag/acc_norm 0.2875" in lines
+    assert "Note: spike at step 12: loss 9" in lines
+    [first] = [line for line in lines if line.startswith("step 1/1,000")]
+    for part in ("loss 5.0000", "tokens/s 8,192", "memory 3.00 GiB", "data wait 2%", "elapsed 0:00", "left 8:19"):
+        assert part in first
+    assert lines[-1].startswith("step 1,000/1,000  loss 5.0000 spike  validation 4.5000")
+
+
+def test_plain_lines_come_at_a_rhythm(monkeypatch):
+    """Steps of half a second: one line in 10 s at first, one in 60 s after an hour."""
+    clock = [0.0]
+    monkeypatch.setattr(training_display.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    with TrainingDisplay(Console(file=stream, width=300)) as display:
+        display.start(FACTS | {"steps": 20_000})
+        for step in range(1, 10_001):
+            clock[0] = 1000 + step / 2
+            display.step(metrics(step))
+    shown = [int(found.replace(",", "")) / 2 for found in re.findall(r"^step ([\d,]+)/", stream.getvalue(), re.M)]
+    gaps = [after - before for before, after in itertools.pairwise(shown)]
+    assert shown[0] == 0.5
+    assert gaps[0] == pytest.approx(10, abs=1)
+    assert gaps[-1] == 60
+    assert gaps == sorted(gaps)
+
+
+def test_forced_colours_in_a_log_bring_no_cursor_movements():
+    """FORCE_COLOR is usual in continuous integration; its log is no terminal."""
+    text = plain(force_terminal=True, color_system="standard")
+    assert "\x1b[" in text
+    assert "\r" not in text
+    assert set(re.findall(r"\x1b\[[0-9;?]*([A-Za-z])", text)) == {"m"}
+
+
+@needs_terminal
+def test_a_terminal_shows_a_live_line_below_a_log():
+    text = in_terminal()
+    assert "\x1b[2K" in text  # a line wiped to be drawn again
+    assert re.search(r"step +loss +validation +lr +grad norm", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+    assert "1,000/1,000" in text
+    assert "hellaswag/acc_norm 0.2875" in text
+    assert "\x1b[2J" not in text  # the sample's own code
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
+
+
+@needs_terminal
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_live_line_fits_the_terminal(width):
+    rows = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", row) for row in re.split(r"[\r\n]+", in_terminal(width))]
+    live = [row for row in rows if re.match(r"\s*(\d[\d,]*)/1,000\s", row)]
+    assert live
+    assert all(len(row) <= width and "…" not in row for row in live)
+    assert all("5.0000" in row for row in live)
+    assert any("GiB" in row for row in live) == (width >= 120)
+
+
+@needs_terminal
+def test_no_color_is_obeyed_and_a_dumb_terminal_gets_plain_lines():
+    colours = r"\x1b\[[0-9;]*3[0-7]m"
+    assert re.search(colours, in_terminal())
+    assert not re.search(colours, in_terminal(NO_COLOR="1"))
+    dumb = in_terminal(TERM="dumb").replace("\r\n", "\n")  # the terminal driver's own
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", dumb)
+    assert "step 1,000/1,000" in dumb
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("display")
+    make_data(folder, 100)
+    (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+    return folder
+
+
+def environment(**changes):
+    kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
+    return kept | {"TERM": "xterm-256color"} | changes
+
+
+def test_the_command_writes_a_plain_log_to_a_pipe(folder):
+    command = [sys.executable, "-m", "lightlm", "train", "tiny.yaml", "train.tokens=1280"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, check=True)
+    for stream in (done.stdout, done.stderr):
+        assert not re.search(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]" if os.name == "nt" else rb"[\x00-\x09\x0b-\x1f]", stream)
+    assert b"\nstep 5/5  loss " in done.stderr
+
+
+@needs_terminal
+def test_the_command_draws_in_a_terminal_and_keeps_standard_output_clean(folder):
+    command = [sys.executable, "-m", "lightlm", "train", "tiny.yaml", "train.tokens=1280", "--json"]
+    with terminal() as (end, received):
+        done = subprocess.run(command, cwd=folder, env=environment(COLUMNS="120"), stdout=subprocess.PIPE, stderr=end)
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"{")
+    assert b"\x1b" not in done.stdout
+    assert b"\x1b[2K" in received
+    assert b"5/5" in received
