@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from lightlm import checkpoint
 from lightlm.cli.app import main
 
-OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "open")
+REMOVALS = ("os.rename", "os.remove", "os.rmdir")  # about ten a save: the folder, the pointer, the pruned checkpoint
+OPERATIONS = (*REMOVALS, "os.mkdir", "os.symlink", "open")  # about thirty
 # 24 steps, a checkpoint every 2, a milestone every 8, validation every 12.
 RECIPE = (
     "tiny.yaml",
@@ -38,13 +39,13 @@ RECIPE = (
 )
 
 
-def _die_at(number: int, report: Path) -> None:
-    """SIGKILL this process just before its `number`-th change to a file or folder, and say in `report` which."""
+def _die_at(number: int, operations: tuple[str, ...], report: Path) -> None:
+    """SIGKILL this process just before its `number`-th of these operations, and say in `report` which that was."""
     count, lock = 0, threading.Lock()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        if event not in OPERATIONS or (event == "open" and not _writes(*arguments)):
+        if event not in operations or (event == "open" and not _writes(*arguments)):
             return
         with lock:
             count += 1
@@ -60,15 +61,15 @@ def _writes(path: Any, mode: Any, flags: int) -> bool:
     return "runs/" in str(path) and bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
-def _forked(arguments: list[str], folder: Path, log: Path, number: int | None, report: Path) -> None:
+def _forked(arguments: list[str], folder: Path, log: Path, death: str, number: int, report: Path) -> None:
     os.setsid()
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["lightlm", *arguments]
-    if number is not None:
-        _die_at(number, report)
+    if death in ("operation", "removal"):
+        _die_at(number, OPERATIONS if death == "operation" else REMOVALS, report)
     main()
 
 
@@ -100,10 +101,10 @@ class Harness:
     def _live(self, arguments: list[str], name: str, *, doomed: bool, forked: bool) -> bool:
         """One process; whether it came to its end."""
         death = self._death(forked=forked) if doomed else "none"
-        number = self._random.randrange(1, 120) if death == "operation" else None
+        number = self._random.randrange(1, 120 if death == "operation" else 40)
         report = self.folder / "report"
         report.write_text("")
-        with self._process(arguments, number, report, forked=forked) as (process, alive):
+        with self._process(arguments, death, number, report, forked=forked) as (process, alive):
             if death == "moment":
                 self._wait(self._random.uniform(0, 1.2 if forked else 5.0), alive)
             elif death == "saving":
@@ -122,10 +123,10 @@ class Harness:
         return True
 
     @contextlib.contextmanager
-    def _process(self, arguments: list[str], number: int | None, report: Path, *, forked: bool) -> Iterator[Any]:
+    def _process(self, arguments: list[str], death: str, number: int, report: Path, *, forked: bool) -> Iterator[Any]:
         log = self.folder / "log"
         if forked:
-            child = self._context.Process(target=_forked, args=(arguments, self.folder, log, number, report))
+            child = self._context.Process(target=_forked, args=(arguments, self.folder, log, death, number, report))
             child.start()
             yield child.pid, _Alive(lambda: child.exitcode)
             child.join()
@@ -139,10 +140,10 @@ class Harness:
     def _death(self, *, forked: bool) -> str:
         """Kinds in random order, but each equally often; operations can be counted in forks only."""
         if not self._deck:
-            self._deck = ["moment", "saving", "operation", "operation"]
+            self._deck = ["moment", "saving", "operation", "removal"]
             self._random.shuffle(self._deck)
         death = self._deck.pop()
-        return death if forked or death != "operation" else "saving"
+        return death if forked or death in ("moment", "saving") else "saving"
 
     def _await_save(self, name: str, number: int, alive: "_Alive") -> None:
         """Until the process writes its `number`-th checkpoint; one that a process before left does not count."""
