@@ -7,7 +7,9 @@
 """
 
 import json
+import logging
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,20 @@ from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 
 MARKER = "complete.json"
+TRAINING_STATE = "training_state.pt"
 RUNS = Path("runs")
+_MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
+_STEP_NAME = re.compile(r"step_(\d+)")
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's prefixes
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was written: torn, altered or unreadable. `problem` says what, without advice."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}; use another checkpoint, or name the run: it falls back on the one before")
+        self.problem = problem
 
 
 @dataclass
@@ -49,8 +63,9 @@ def step_name(step: int) -> str:
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step_*") if (path / MARKER).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    named = {path: _STEP_NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*")}
+    steps = {path: int(match[1]) for path, match in named.items() if match and (path / MARKER).is_file()}
+    return sorted(steps, key=steps.__getitem__)
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -96,19 +111,40 @@ def mark_latest(run: Path) -> None:
         files.point_to(RUNS / "latest", run.resolve().name)
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """The run's last complete checkpoint.
+def newest_checkpoint(
+    run: Path,
+    examine: Callable[[Path], None] | None = None,
+    warn: Callable[[str], None] = warn,
+) -> Path:
+    """The run's last complete checkpoint that is whole.
+
+    Args:
+        examine: raises DamagedCheckpointError for one that is not; by default `check` of the model's files.
+        warn: told of each damaged one and what is used instead.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: it has none, or all are damaged.
     """
-    found = checkpoints(run)
-    if not found:
+    examine = examine or check_model
+    problems: list[str] = []
+    for path in reversed(checkpoints(run)):
+        try:
+            examine(path)
+        except DamagedCheckpointError as error:
+            problems.append(error.problem)
+            continue
+        for problem in problems:
+            warn(f"{problem}; {path.name} is used instead")
+        return path
+    if problems:
         raise CheckpointError(
-            f"no checkpoint yet in {run}: nothing complete under {run / 'checkpoints'}; "
-            "let the run reach its first checkpoint, or choose another run"
+            f"all {len(problems)} checkpoints of {run} are damaged ({'; '.join(problems)}); "
+            f"to begin the run again with `lightlm train --resume {run}`, delete {run / 'checkpoints'}"
         )
-    return found[-1]
+    raise CheckpointError(
+        f"no checkpoint yet in {run}: nothing complete under {run / 'checkpoints'}; "
+        "let the run reach its first checkpoint, or choose another run"
+    )
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -120,41 +156,73 @@ def write_checkpoint(
     run: Path, step: int, model: Transformer, tokenizer: Tokenizer, training_state: dict[str, Any] | None = None
 ) -> Path:
     """Write `checkpoints/step_...` of a run and let `latest` point to it; returns its path."""
+    return write_states(run, step, model.state_dict(), model.config, tokenizer, training_state)
+
+
+def write_states(
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    training_state: dict[str, Any] | None = None,
+    *,
+    milestone: bool = False,
+) -> Path:
+    """`write_checkpoint` of weights that no model holds: a copy taken earlier, or gathered from several devices.
+
+    Args:
+        milestone: noted in the marker; see `is_milestone`.
+    """
     path = run / "checkpoints" / step_name(step)
-    save_model(path, model, tokenizer, training_state, overwrite=True)
+    with files.new_folder(path, overwrite=True) as folder:
+        _fill(folder, weights, config, tokenizer, training_state, {"milestone": True} if milestone else {})
     files.point_to(path.parent / "latest", path.name)
     return path
 
 
-def save_model(
-    path: Path,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    training_state: dict[str, Any] | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write a checkpoint folder, whole or not at all.
+def is_milestone(checkpoint: Path) -> bool:
+    """Whether a complete checkpoint is to be kept for good."""
+    try:
+        return bool(json.loads((checkpoint / MARKER).read_text(encoding="utf-8")).get("milestone"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, *, overwrite: bool = False) -> None:
+    """Write a checkpoint folder without training state, whole or not at all.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
     """
     with files.new_folder(path, overwrite=overwrite) as folder:
-        save_file(clean_state(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
-        config = {
-            "model_type": "lightlm",
-            "lightlm_version": __version__,
-            "end_of_text_id": tokenizer.end_of_text_id,
-            "model": model.config.to_dict(),
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(folder / "tokenizer.json")
-        if training_state is not None:
-            torch.save(training_state, folder / "training_state.pt")
-        listing = {
-            file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in sorted(folder.iterdir())
-        }
-        (folder / MARKER).write_text(json.dumps({"files": listing}, indent=2) + "\n", encoding="utf-8")
+        _fill(folder, model.state_dict(), model.config, tokenizer, None, {})
+
+
+def _fill(
+    folder: Path,
+    weights: dict[str, Tensor],
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    training_state: dict[str, Any] | None,
+    facts: dict[str, Any],
+) -> None:
+    """Write a checkpoint's files, and last its marker, which also holds `facts`."""
+    save_file(clean_state(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "lightlm",
+        "lightlm_version": __version__,
+        "end_of_text_id": tokenizer.end_of_text_id,
+        "model": model_config.to_dict(),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(folder / "tokenizer.json")
+    if training_state is not None:
+        torch.save(training_state, folder / TRAINING_STATE)
+    listing = {
+        file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in sorted(folder.iterdir())
+    }
+    (folder / MARKER).write_text(json.dumps(facts | {"files": listing}, indent=2) + "\n", encoding="utf-8")
 
 
 def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,11 +234,15 @@ def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return cleaned
 
 
-def check(folder: Path) -> None:
-    """Verify a checkpoint against its marker: present, every file there, sizes and checksums right.
+def check(folder: Path, names: Collection[str] | None = None) -> None:
+    """Verify a checkpoint against its marker: present, files there, sizes and checksums right.
+
+    Args:
+        names: look at these files only.
 
     Raises:
-        CheckpointError: naming the first file that does not fit.
+        DamagedCheckpointError: naming the first file that does not fit.
+        CheckpointError: it is no complete checkpoint.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
@@ -179,20 +251,33 @@ def check(folder: Path) -> None:
             f"{folder} is not a complete checkpoint: its marker {MARKER} is missing, so writing it was interrupted; "
             "use another checkpoint of the run, or delete this folder"
         )
-    advice = "use another checkpoint; to resume the run from the one before, delete this folder"
+    listing = _listing(folder)
+    if unlisted := [name for name in names or _MODEL_FILES if name not in listing]:
+        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it does not list {unlisted[0]}")
+    for name in names or listing:
+        size, checksum = listing[name]
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            raise DamagedCheckpointError(
+                f"{folder / name} is damaged: {MARKER} lists {size} bytes, "
+                f"{'the file is missing' if found is None else f'it has {found}'}"
+            )
+        if files.checksum(folder / name) != checksum:
+            raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {MARKER}")
+
+
+def check_model(folder: Path) -> None:
+    """`check` what using a model needs, which leaves out the two thirds of a checkpoint that only training reads."""
+    check(folder, _MODEL_FILES)
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and checksum of each file that a marker lists."""
     try:
         listing = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / MARKER} is damaged: it is no list of files; {advice}") from None
-    for name, expected in listing.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{folder / name} is damaged: {MARKER} lists {expected['bytes']} bytes, "
-                f"{'the file is missing' if size is None else f'it has {size}'}; {advice}"
-            )
-        if files.checksum(folder / name) != expected["xxh3"]:
-            raise CheckpointError(f"{folder / name} is damaged: its checksum is not the one in {MARKER}; {advice}")
+        return {name: (entry["bytes"], entry["xxh3"]) for name, entry in listing.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is no list of files") from None
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -201,7 +286,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     Raises:
         CheckpointError: the folder is incomplete or damaged, or its parts do not fit each other.
     """
-    check(folder)
+    check_model(folder)
     config = _read_config(folder)
     values = config["model"]
     known = {field.name for field in fields(ModelConfig)}
@@ -215,7 +300,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     try:
         state = load_file(folder / "model.safetensors")
     except SafetensorError as error:
-        raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
+        raise DamagedCheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
     model = build_model(ModelConfig(**values), state, str(folder))
     return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer, folder)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import xxhash
 
+_TEMPORARY = (".partial", ".old", ".deleted")  # what temporary names end with; they begin with a dot
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable. Windows cannot open a folder, and does not need it."""
@@ -20,7 +22,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Flush what has been written to a file to the disk."""
     # Windows flushes only through a descriptor open for writing.
     with path.open("r+b") as file:
         os.fsync(file.fileno())
@@ -30,7 +33,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; a kill at any instant leaves the old or the new file."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_bytes(content)
-    _sync_file(temporary)
+    sync_file(temporary)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
@@ -68,7 +71,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync_file(file)
+                sync_file(file)
         sync_folder(temporary)
     except BaseException:
         remove_folder(temporary)
@@ -95,12 +98,26 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a kill left of the functions above. Only for a folder that no other process writes to."""
+    for path in folder.glob(".*"):
+        name = path.stem.removeprefix(".")
+        if path.suffix == ".old" and not (folder / name).exists():
+            os.replace(path, folder / name)  # a kill between the two renames of `new_folder`
+        elif path.suffix in _TEMPORARY:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 def checksum(path: Path) -> str:
     """The xxh3 (64 bits, 16 hexadecimal digits) of a whole file."""
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    block = memoryview(bytearray(1 << 22))  # one for all reads: fresh memory would cost more than the hash
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 

@@ -121,7 +121,9 @@ class EvalSection(Section):
 
 class CheckpointSection(Section):
     every: Tokens = 0  # training tokens between checkpoints; 0: at the end only
-    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_last: Annotated[int, Field(ge=1)] = 2  # with 1 there is none to fall back on if a disk damages it
+    keep_every: Tokens = 0  # training tokens between checkpoints that are kept for good; 0: none
+    asynchronous: bool = True  # write while training goes on, from a copy in memory of 12 bytes a parameter
 
 
 class TrackingSection(Section):

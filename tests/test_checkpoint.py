@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from lightlm import checkpoint
+from lightlm import checkpoint, files
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import CheckpointError
 from tests.corpus import texts
@@ -21,6 +21,14 @@ def saved(tmp_path, tokenizer):
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: one\n")
     return checkpoint.write_checkpoint(run, 5, build("qwen3"), tokenizer)
+
+
+def rewrite_marker(folder):
+    """As if the files had been written like this."""
+    marker = json.loads((folder / checkpoint.MARKER).read_text())
+    for name, entry in marker["files"].items():
+        entry |= {"bytes": (folder / name).stat().st_size, "xxh3": files.checksum(folder / name)}
+    (folder / checkpoint.MARKER).write_text(json.dumps(marker))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -70,13 +78,19 @@ def test_truncated_and_missing_files_are_named(saved):
     (saved / checkpoint.MARKER).write_text("")
     with pytest.raises(CheckpointError, match=r"complete.json is damaged"):
         checkpoint.load_model(saved)
+    (saved / checkpoint.MARKER).write_text(json.dumps({"files": {"model.safetensors": {"bytes": 1}}}))
+    with pytest.raises(CheckpointError, match=r"complete.json is damaged: it is no list"):
+        checkpoint.load_model(saved)
+    (saved / checkpoint.MARKER).write_text(json.dumps({"files": {}}))
+    with pytest.raises(CheckpointError, match=r"complete.json is damaged: it does not list model.safetensors"):
+        checkpoint.load_model(saved)
 
 
 def test_weights_of_another_shape_are_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     config["model"] |= {"num_layers": 3, "hidden_size": 64}
     (saved / "config.json").write_text(json.dumps(config))
-    (saved / checkpoint.MARKER).write_text(json.dumps({"files": {}}))
+    rewrite_marker(saved)
     with pytest.raises(CheckpointError, match=r"do not fit its configuration: blocks.2.* is missing.* and \d+ more"):
         checkpoint.load_model(saved)
 
@@ -85,7 +99,7 @@ def test_a_key_of_a_later_version_is_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     config["model"]["flux"] = 1
     (saved / "config.json").write_text(json.dumps(config))
-    (saved / checkpoint.MARKER).write_text(json.dumps({"files": {}}))
+    rewrite_marker(saved)
     with pytest.raises(CheckpointError, match="unknown keys flux"):
         checkpoint.load_model(saved)
 

@@ -63,7 +63,7 @@ def train(
     checkpoint: Path | None = None
     run: Path | None = None
     if resume is not None:
-        parsed, run, checkpoint = reopen_run(None if resume == NEWEST else resume, changes)
+        parsed, run, checkpoint = reopen_run(None if resume == NEWEST else resume, changes, display.note)
     else:
         assert recipe is not None
         parsed = load_recipe(recipe, changes)

@@ -46,13 +46,15 @@ def load_pretrained(
 def locate(reference: str | Path | None = None) -> Path:
     """The checkpoint or Hugging Face folder that a reference names, downloaded first if it is a Hub id.
 
+    Of a run it is the newest checkpoint that is whole, with a warning if that is not the newest.
+
     Raises:
         CheckpointError: see `load_pretrained`.
     """
     if reference is None or Path(reference) == RUNS / "latest":
         return checkpoint.newest_checkpoint(checkpoint.find_run())
     if folder := _on_disk(reference):
-        return folder
+        return checkpoint.newest_checkpoint(folder) if (folder / "recipe.yaml").is_file() else folder
     if is_hub_id(reference):
         return _download(str(reference))
     raise CheckpointError(_nothing_found(Path(reference)))
@@ -64,11 +66,12 @@ def is_hub_id(reference: str | Path) -> bool:
 
 
 def _on_disk(reference: str | Path) -> Path | None:
+    """The run or model folder of this path or name."""
     for given in (Path(reference), RUNS / reference):
         path = files.follow(given) or given  # checkpoints/latest is a text file on some machines
-        if (path / "recipe.yaml").is_file():
-            return checkpoint.newest_checkpoint(path)
-        if (path / "config.json").is_file() or (path.is_dir() and path.name.startswith("step_")):
+        if any((path / name).is_file() for name in ("recipe.yaml", "config.json")):
+            return path
+        if path.is_dir() and path.name.startswith("step_"):
             return path
     return None
 

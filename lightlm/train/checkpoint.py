@@ -47,13 +47,8 @@ def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
         CheckpointError: the checkpoint holds weights only, or its state cannot be read.
         DataError: `data` is not what the run was trained on.
     """
-    path = folder / "training_state.pt"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} cannot be resumed: {path.name} is missing, it holds weights only")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    checkpoint.check(folder, [checkpoint.TRAINING_STATE])
+    state = _read(folder)
     if state["data"] != data_identity(data):
         raise DataError(
             f"{data.path} is not the data that {folder} was trained on: its tokenizer or shards have changed since; "
@@ -65,7 +60,30 @@ def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
     return Progress(**progress, spikes=spikes), state["optimizer"]
 
 
+def check_resumable(folder: Path) -> None:
+    """Whether a checkpoint is whole and its training state can be read.
+
+    Raises:
+        DamagedCheckpointError: it is not.
+        CheckpointError: it was never one to resume from: it holds weights only.
+    """
+    checkpoint.check(folder)
+    _read(folder, mmap=True)  # without its tensors, which have just been read for their checksum
+
+
+def _read(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
+    path = folder / checkpoint.TRAINING_STATE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} cannot be resumed: {path.name} is missing, it holds weights only")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise checkpoint.DamagedCheckpointError(f"{path} cannot be read: {error}") from None
+    return state
+
+
 def prune(run: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints."""
+    """Delete all complete checkpoints but the newest `keep_last` and those to be kept for good."""
     for path in checkpoint.checkpoints(run)[:-keep_last]:
-        files.remove_folder(path)
+        if not checkpoint.is_milestone(path):
+            files.remove_folder(path)

@@ -25,11 +25,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state for each parameter name, on the CPU: it fits any grouping and any device."""
+    """The optimizer's own state for each parameter name, so that it fits any grouping; no copy, where it lies."""
     return {
-        name: {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
-        for name, parameter in model.named_parameters()
-        if (state := optimizer.state.get(parameter))
+        name: dict(state) for name, parameter in model.named_parameters() if (state := optimizer.state.get(parameter))
     }
 
 

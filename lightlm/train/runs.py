@@ -1,13 +1,14 @@
 """Run folders: a new one for a recipe, or an earlier one to go on with."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightlm import checkpoint
 from lightlm.errors import CheckpointError, RecipeError, UsageError
 from lightlm.recipe import NAME_PATTERN, Recipe, load_recipe
+from lightlm.train.checkpoint import check_resumable
 
 # What a resumed run may not change: its weights, its data and its batches would no longer be those it began with.
 _FIXED = ("model", "data.dataset", "train.batch_tokens", "train.seq_len", "train.seed")
@@ -26,22 +27,35 @@ def new_run(name: str, *, exact: bool) -> Path:
     if not re.fullmatch(NAME_PATTERN, name) or name == "latest":
         raise UsageError(f"'{name}' cannot name a run: use letters, digits, '.', '_' and '-', and not 'latest'")
     path, number = checkpoint.RUNS / name, 1
-    while path.exists():
+    while path.exists() and not _is_abandoned(path):
         if exact:
             raise CheckpointError(
                 f"{path} exists already; go on with `lightlm train --resume {path}`, or choose another --name"
             )
         number += 1
         path = checkpoint.RUNS / f"{name}-{number}"
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def reopen_run(reference: str | None, overrides: Sequence[str]) -> tuple[Recipe, Path, Path | None]:
+def _is_abandoned(path: Path) -> bool:
+    """A run killed before its recipe was there left nothing to resume, at most a temporary file: its name is free."""
+    return path.is_dir() and all(entry.name.startswith(".") for entry in path.iterdir())
+
+
+def reopen_run(
+    reference: str | None, overrides: Sequence[str], warn: Callable[[str], None] = checkpoint.warn
+) -> tuple[Recipe, Path, Path | None]:
     """The recipe, the folder and the newest checkpoint of a run to resume; no checkpoint means from the start.
 
+    Reads all of the checkpoint, so of several processes one should call this. A damaged one is passed over, and stays
+    where it is until the run goes on (`saving.tidy`).
+
+    Args:
+        warn: told of a damaged checkpoint and of the one that is used instead.
+
     Raises:
-        CheckpointError: no such run.
+        CheckpointError: no such run, or all its checkpoints are damaged.
         RecipeError: an override changes what a run must keep.
     """
     run = checkpoint.find_run(reference)
@@ -51,8 +65,9 @@ def reopen_run(reference: str | None, overrides: Sequence[str]) -> tuple[Recipe,
     before, recipe = load_recipe(path).to_dict(), load_recipe(path, overrides)
     if differing := [key for key in _FIXED if _lookup(before, key) != _lookup(recipe.to_dict(), key)]:
         raise RecipeError(f"{', '.join(differing)} cannot change in a resumed run ({run}); start a new run instead")
-    found = checkpoint.checkpoints(run)
-    return recipe, run, found[-1] if found else None
+    if not checkpoint.checkpoints(run):
+        return recipe, run, None
+    return recipe, run, checkpoint.newest_checkpoint(run, check_resumable, warn)
 
 
 def _lookup(values: dict[str, Any], key: str) -> Any:

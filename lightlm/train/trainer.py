@@ -25,11 +25,12 @@ from lightlm.errors import DataError, LightLMError, RecipeError
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
-from lightlm.train.checkpoint import Progress, pack, prune, unpack
+from lightlm.train.checkpoint import Progress, pack, unpack
 from lightlm.train.evaluation import preserved
 from lightlm.train.loss import token_loss
 from lightlm.train.metrics import peak_memory, step_metrics
 from lightlm.train.optimizers import build_optimizer, load_named_state, named_state, set_learning_rate
+from lightlm.train.saving import Saver, tidy
 from lightlm.train.schedules import learning_rate_factor
 from lightlm.train.spikes import Verdict, judge
 from lightlm.train.tracking import MetricsFile, Observer
@@ -150,7 +151,7 @@ class Trainer:
         run: the run folder, which exists.
         observer: told of every step, sample and checkpoint.
         sampler: continues a prompt with the model, for the samples during training.
-        resume_from: a checkpoint of this run to go on from.
+        resume_from: the newest whole checkpoint of this run, to go on from (`runs.reopen_run`).
         evaluator: scores the model on the recipe's `eval.tasks`, as `task/metric`; the path is that of the step's
             checkpoint, which need not exist.
     """
@@ -174,6 +175,7 @@ class Trainer:
         self.accumulation = recipe.batch_sequences // self.micro_batch
         self.batch_tokens = recipe.batch_sequences * recipe.seq_len
         self.progress = Progress()
+        self.resumed_from = resume_from
         torch.manual_seed(recipe.train.seed)
         if resume_from is None:
             self.model = Transformer(recipe.model).to(self.device)
@@ -230,11 +232,12 @@ class Trainer:
         """
         files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
         checkpoint.mark_latest(self.run_folder)
+        tidy(self.run_folder, self.resumed_from, self.observer)
         metrics_file = MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
         self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step})
         steps = self.recipe.total_steps
         try:
-            with stop_on_signals() as stop:
+            with self._saver() as saver, stop_on_signals() as stop:
                 while self.progress.step < steps and not stop.is_set():
                     metrics = self._step(stop)
                     if metrics is None:
@@ -246,11 +249,12 @@ class Trainer:
                         metrics |= self._score_tasks(self.evaluator)
                     metrics_file.write(metrics)
                     self.observer.step(metrics)
-                    if last or self._due(self.recipe.checkpoint.every):
-                        self._save()
+                    saver.report()
+                    if last or self._due(self.recipe.checkpoint.every) or self._due(self.recipe.checkpoint.keep_every):
+                        self._save(saver, wait=last)
                 interrupted = self.progress.step < steps
                 if interrupted:
-                    self._save()
+                    self._save(saver, wait=True)
         finally:
             metrics_file.close()
         return self._result(interrupted)
@@ -375,14 +379,14 @@ class Trainer:
             self.observer.sample(self.progress.step, prompt, text)
         files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
 
-    def _save(self) -> None:
-        """Write a checkpoint of the last completed step, unless it is there already, and drop old ones."""
-        step = self.progress.step
-        if not (self.run_folder / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER).is_file():
-            state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
-            path = checkpoint.write_checkpoint(self.run_folder, step, self.model, self.data.tokenizer, state)
-            self.observer.checkpoint(path)
-        prune(self.run_folder, self.recipe.checkpoint.keep_last)
+    def _saver(self) -> Saver:
+        return Saver(self.run_folder, self.recipe.checkpoint, self.data.tokenizer, self.model.config, self.observer)
+
+    def _save(self, saver: Saver, *, wait: bool) -> None:
+        """Save the last completed step."""
+        state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
+        milestone = self.progress.step > 0 and self._due(self.recipe.checkpoint.keep_every)
+        saver.save(self.progress.step, self.model.state_dict(), state, milestone=milestone, wait=wait)
 
     def _result(self, interrupted: bool) -> Result:
         progress, validation = self.progress, self.last_validation

@@ -156,6 +156,33 @@ def test_run_skips_an_interrupted_checkpoint(workplace):
     assert load_pretrained("first").name == "first/step_000010"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", checkpoint.MARKER])
+def test_a_run_falls_back_on_the_checkpoint_before_a_damaged_one(name, workplace, tokenizer, caplog):
+    folder = Path("runs/second/checkpoints/step_000020")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:40] + bytes([content[40] ^ 4]) + content[41:])
+    for reference in (None, "second", "runs/latest", "runs/second"):
+        assert same(load_pretrained(reference), tokenizer, 20)
+    (warning,) = {record.getMessage() for record in caplog.records}
+    assert f"step_000020/{name} is damaged" in warning
+    assert warning.endswith("step_000010 is used instead")
+    assert folder.is_dir()
+    with pytest.raises(CheckpointError, match=r"is damaged.*or name the run"):
+        load_pretrained(folder)
+    for path in Path("runs/second/checkpoints").glob("step_*/model.safetensors"):
+        path.write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints of runs/second are damaged \("):
+        load_pretrained("second")
+
+
+def test_training_state_may_be_missing_where_nobody_trains(workplace, tokenizer):
+    """Two thirds of a checkpoint serve only to resume."""
+    run = Path("runs/first")
+    path = write_checkpoint(run, 30, _model(tokenizer, 5), tokenizer, {"progress": {}})
+    (path / checkpoint.TRAINING_STATE).unlink()
+    assert same(load_pretrained("first"), tokenizer, 5)
+
+
 def test_other_config_is_no_checkpoint(workplace):
     folder = Path("runs/first/checkpoints/step_000010")
     config = json.loads((folder / "config.json").read_text())

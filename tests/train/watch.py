@@ -45,5 +45,5 @@ def start(
 
 def resume(reference: str, *overrides: str, watch: Recorder | None = None) -> tuple[Result, Recorder]:
     watch = watch or Recorder()
-    recipe, run, checkpoint = reopen_run(reference, overrides)
+    recipe, run, checkpoint = reopen_run(reference, overrides, watch.note)
     return Trainer(recipe, run, watch, lambda model, prompt: "...", checkpoint).train(), watch
