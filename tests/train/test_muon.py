@@ -96,14 +96,14 @@ def test_muon_agrees_with_torchs_own_on_2d_weights():
 @pytest.mark.parametrize("shape", [(4, 32, 32), (4, 16, 48), (1, 64, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_singular_values_land_in_newton_schulzs_band(shape, dtype):
-    """0.7 to 1.2 for all that were above 1% of the norm."""
+    """0.68 to 1.20 for all that were above 0.2% of the norm."""
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
-    matrices = u @ torch.diag_embed(s.clamp(min=0.02 * s.norm(dim=-1, keepdim=True))) @ vt
+    matrices = u @ torch.diag_embed(s.clamp(min=0.003 * s.norm(dim=-1, keepdim=True))) @ vt
     result = orthogonalise(matrices, 5, dtype)
     assert result.dtype == dtype
     values = torch.linalg.svdvals(result.float())
-    assert 0.66 < values.min() < values.max() < 1.22
+    assert 0.67 < values.min() < values.max() < 1.21
     # The singular vectors stay: U^T X V is diagonal.
     inner = u.mT @ result.float() @ vt.mT
     off_diagonal = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
