@@ -9,7 +9,7 @@ from torch import Tensor
 def cautious_decay_(parameter: Tensor, update: Tensor, rate: float) -> None:
     """parameter -= rate * parameter, only where subtracting `update` does not push it away from zero either
     (arXiv 2510.12402): the mask is update * parameter >= 0, element by element. Shapes are the same."""
-    agreeing = (update * parameter >= 0).to(parameter.dtype)
+    agreeing = (update * parameter).ge_(0)  # 1 or 0 in the parameter's own dtype
     parameter.addcmul_(parameter, agreeing, value=-rate)
 
 

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightlm.recipe import load_recipe
@@ -57,6 +57,7 @@ def test_a_ratio_that_is_no_power_of_two_ends_at_the_full_batch():
     assert growing.stages == ((0, 64), (1_000_000, 128), (3_000_000, 256), (5_000_000, 384))
 
 
+@settings(max_examples=60, deadline=None)
 @given(plans())
 def test_batches_grow_by_doubling_and_reach_the_full_size(drawn):
     growing, start, full, warmup = drawn
@@ -74,6 +75,7 @@ def test_batches_grow_by_doubling_and_reach_the_full_size(drawn):
         assert size == full or 2 * size > line - 1e-6 * line or 2 * size > full
 
 
+@settings(max_examples=60, deadline=None)
 @given(plans(), st.integers(0, 10**6))
 def test_steps_and_tokens_are_those_of_the_walk_from_anywhere_in_it(drawn, choice):
     growing, *_ = drawn
@@ -85,6 +87,7 @@ def test_steps_and_tokens_are_those_of_the_walk_from_anywhere_in_it(drawn, choic
     assert walk(growing, batches[step][0])[0] == batches[step:]
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 500), st.integers(1, 64))
 def test_micro_batches_hold_every_sequence_once(sequences, most):
     sizes = micro_batches(sequences, most)
