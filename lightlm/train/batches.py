@@ -14,7 +14,7 @@ class BatchPlan:
 
     Attributes:
         stages: (first token, sequences): a batch that begins at or after this token, and before the next stage's,
-            has so many sequences. The first stage begins at 0; sizes grow.
+            has so many sequences. The first stage begins at 0, the last within the run; sizes grow.
         seq_len: tokens of a sequence.
         tokens: the run ends with the batch that reaches this count.
     """
@@ -33,7 +33,7 @@ class BatchPlan:
         ends = [first for first, _ in self.stages[1:]] + [self.tokens]
         for (_, sequences), end in zip(self.stages, ends, strict=True):
             size = sequences * self.seq_len
-            count = max(0, -(-(min(end, self.tokens) - tokens) // size))
+            count = max(0, -(-(end - tokens) // size))
             steps, tokens = steps + count, tokens + count * size
         return steps, tokens
 
