@@ -242,9 +242,7 @@ class Recipe(BaseModel):
                     f"{self.train.micro_batch} does not divide the {self.batch_sequences} sequences of a batch",
                 )
             )
-        else:
-            found += self._batch_warmup_problems()
-        return found
+        return found + self._batch_warmup_problems()
 
     def _optimizer_problems(self) -> list[Problem]:
         optimizer, tied = self.optimizer, self.model.tie_embeddings
@@ -260,7 +258,7 @@ class Recipe(BaseModel):
     def _batch_warmup_problems(self) -> list[Problem]:
         schedule, full = self.schedule, self.train.batch_tokens
         start = schedule.batch_start
-        if start is None or not schedule.warms_batch_up:
+        if start is None or not schedule.warms_batch_up or full % self.seq_len:
             return []
         found = []
         if span_tokens(schedule.batch_warmup, self.train.tokens) > self.train.tokens:
