@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
 
 import lightlm
 from lightlm.errors import RecipeError, UsageError
@@ -47,6 +57,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and runs: a plain f
 
 Tokens = Annotated[int, BeforeValidator(parse_quantity), Field(ge=0)]
 BatchTokens = Annotated[int, BeforeValidator(_parse_batch), Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Span = Annotated[str, BeforeValidator(str), AfterValidator(_check_span)]
 Problem = tuple[str, str]  # key, message
 
@@ -56,9 +68,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def idle(self) -> dict[str, str]:
+        """Settings without effect beside the others, and why: refused where given, left out of a resolved recipe."""
+        return {}
+
     def problems(self) -> list[Problem]:
         """What does not fit together within the section."""
-        return []
+        idle = self.idle().items()
+        return [(key, f"has no effect {why}; leave it out") for key, why in idle if key in self.model_fields_set]
+
+    @model_serializer(mode="wrap")
+    def _effective(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        idle = self.idle()
+        return {key: value for key, value in serialize(self).items() if key not in idle}
 
 
 class DataSection(Section):
@@ -84,25 +106,75 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # on matrices only
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """`muon`: Muon for the matrices of the blocks and AdamW for the rest; `adamw`: AdamW for all."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    # Peak rates. One for all is AdamW's custom, and serves Muon too: match_rms_adamw gives its updates AdamW's size.
+    lr: Rate  # of the blocks' matrices, and of each group below that has no rate of its own
+    embedding_lr: Rate | None = None  # tables of tokens and positions, with the head where it is tied
+    head_lr: Rate | None = None  # an untied head
+    scalar_lr: Rate | None = None  # norms and biases
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # of all but norms and biases
+    embedding_weight_decay: Annotated[float, Field(ge=0)] | None = None  # tables and head; left out: weight_decay
+    cautious: bool = False  # decay a weight only in steps whose update shrinks it too (arXiv 2510.12402)
+    betas: tuple[Share, Share] = (0.9, 0.95)  # AdamW's, as in GPT-3
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Share = 0.95  # this and the rest are Muon's; the defaults are Keller Jordan's and torch.optim.Muon's
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5  # of Newton-Schulz
+    update_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"  # original: lr about 0.02 for matrices
+
+    def idle(self) -> dict[str, str]:
+        if self.name == "muon":
+            return {}
+        return dict.fromkeys(("momentum", "nesterov", "ns_steps", "update_scale"), "with optimizer.name=adamw")
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.cautious and not (self.weight_decay or self.embedding_weight_decay):
+            found.append(("cautious", "has no effect without weight_decay; leave it out"))
+        return found
+
+    def missing_rates(self, *, tied: bool) -> list[str]:
+        """Groups whose own peak rate must be given: those on AdamW, where lr is no rate for AdamW."""
+        if self.name == "adamw" or self.update_scale == "match_rms_adamw":
+            return []
+        keys = ["embedding_lr", "scalar_lr"] if tied else ["embedding_lr", "head_lr", "scalar_lr"]
+        return [key for key in keys if getattr(self, key) is None]
 
 
 class ScheduleSection(Section):
-    name: Literal["wsd", "cosine", "constant"] = "wsd"
+    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     warmup: Span = "2%"
-    decay: Span | None = None  # wsd: the last part of the run, 20%; cosine: from the warm-up on, all that remains
+    # wsd: the last part of the run, 20%; cosine and linear: from the warm-up on, all that remains
+    decay: Span | None = None
+    decay_shape: Literal["linear", "sqrt"] = "linear"  # of wsd; sqrt falls as 1 - sqrt (arXiv 2405.18392)
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the peak that the decay ends at
+    batch_warmup: Span = "0%"  # the batch doubles from batch_start to train.batch_tokens over this part of the run
+    batch_start: BatchTokens | None = None
+
+    @property
+    def decay_span(self) -> str | None:
+        """The decay's length; None is all that remains after the warm-up. SmolLM2-135M decays over its last 20%."""
+        return self.decay or ("20%" if self.name == "wsd" else None)
+
+    @property
+    def warms_batch_up(self) -> bool:
+        return span_tokens(self.batch_warmup, 10**18) > 0
+
+    def idle(self) -> dict[str, str]:
+        keys = {"constant": ("decay", "decay_shape", "final_lr"), "wsd": ()}.get(self.name, ("decay_shape",))
+        idle = dict.fromkeys(keys, f"with schedule.name={self.name}")
+        return idle if self.warms_batch_up else idle | {"batch_start": "without schedule.batch_warmup"}
 
     def problems(self) -> list[Problem]:
-        if self.name == "constant":
-            idle = [key for key in ("decay", "final_lr") if key in self.model_fields_set]
-            return [(key, "has no effect with schedule.name=constant; leave it out") for key in idle]
+        found = super().problems()
+        if self.warms_batch_up and self.batch_start is None:
+            found.append(("batch_start", f"is missing: batch_warmup {self.batch_warmup} needs a batch to begin with"))
         shares = [span_tokens(span, 10**6) for span in (self.warmup, self.decay or "0%") if span.endswith("%")]
-        return [("decay", f"warmup {self.warmup} and decay {self.decay} exceed the run")] if sum(shares) > 10**6 else []
+        if sum(shares) > 10**6:
+            found.append(("decay", f"warmup {self.warmup} and decay {self.decay} exceed the run"))
+        return found
 
 
 class EvalSection(Section):
@@ -160,16 +232,13 @@ class Recipe(BaseModel):
         """Sequences in a global batch."""
         return self.train.batch_tokens // self.seq_len
 
-    @property
-    def total_steps(self) -> int:
-        return -(-self.train.tokens // (self.batch_sequences * self.seq_len))
-
     def problems(self) -> list[Problem]:
         """What does not fit between sections."""
-        found = []
-        warmup, decay = (span_tokens(s or "0%", self.train.tokens) for s in (self.schedule.warmup, self.schedule.decay))
+        found = self._optimizer_problems()
+        schedule = self.schedule
+        warmup, decay = (span_tokens(s or "0%", self.train.tokens) for s in (schedule.warmup, schedule.decay_span))
         if warmup + decay > self.train.tokens:
-            spans = f"warmup {self.schedule.warmup}" + (f" and decay {self.schedule.decay}" if decay else "")
+            spans = f"warmup {schedule.warmup}" + (f" and decay {schedule.decay_span}" if decay else "")
             found.append(("schedule", f"{spans} exceed the run's {self.train.tokens:,} tokens"))
         if self.seq_len > self.model.max_seq_len:
             found.append(("train.seq_len", f"{self.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"))
@@ -186,6 +255,36 @@ class Recipe(BaseModel):
                     f"{self.train.micro_batch} does not divide the {self.batch_sequences} sequences of a batch",
                 )
             )
+        return found + self._batch_warmup_problems()
+
+    def _optimizer_problems(self) -> list[Problem]:
+        optimizer, tied = self.optimizer, self.model.tie_embeddings
+        found = []
+        if tied and optimizer.head_lr is not None:
+            message = "has no effect with model.tie_embeddings; embedding_lr is the rate of the shared table"
+            found.append(("optimizer.head_lr", message))
+        return found + [
+            (f"optimizer.{key}", f"is missing: with update_scale=original lr {optimizer.lr:g} is no rate for AdamW")
+            for key in optimizer.missing_rates(tied=tied)
+        ]
+
+    def _batch_warmup_problems(self) -> list[Problem]:
+        schedule, full = self.schedule, self.train.batch_tokens
+        start = schedule.batch_start
+        if start is None or not schedule.warms_batch_up or full % self.seq_len:
+            return []
+        found = []
+        if span_tokens(schedule.batch_warmup, self.train.tokens) > self.train.tokens:
+            message = f"{schedule.batch_warmup} exceeds the run's {self.train.tokens:,} tokens"
+            found.append(("schedule.batch_warmup", message))
+        if start % self.seq_len or full % start or start == full:
+            fitting = [n for n in range(1, self.batch_sequences) if self.batch_sequences % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n * self.seq_len - start), default=0) * self.seq_len
+            message = (
+                f"{start} must be smaller than train.batch_tokens {full}, divide it, and be a whole number of "
+                f"{self.seq_len}-token sequences" + (f"; nearest: {nearest}" if nearest else "")
+            )
+            found.append(("schedule.batch_start", message))
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def train(
         return
     # Only now, with recipe and data known to be good, does a folder appear.
     trainer.run_folder = run or new_run(name or parsed.name, exact=name is not None)
-    if trainer.progress.step >= parsed.total_steps:
+    if trainer.done:
         display.note(f"{trainer.run_folder} is complete; raise train.tokens to train it further")
     with display, trackers:
         result = trainer.train()

@@ -65,9 +65,10 @@ class TrainingDisplay:
             f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters on {facts['device']}, "
             f"{facts['dtype']}{resumed}"
         )
+        growing = f"{facts['first_batch_tokens']:,} to " if facts["first_batch_tokens"] < facts["batch_tokens"] else ""
         self._log(
             f"{format_quantity(facts['tokens'])} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
-            f"{facts['steps']:,} steps of {facts['batch_tokens']:,}: "
+            f"{facts['steps']:,} steps of {growing}{facts['batch_tokens']:,}: "
             f"{facts['accumulation']} x {facts['micro_batch']} sequences"
         )
 

@@ -16,6 +16,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
 from lightlm.report.curves import Curves, newest, smooth, smoothing_window
 from lightlm.report.machine import read_machine
+from lightlm.train.batches import batch_plan
 from lightlm.train.tracking import read_metrics
 
 
@@ -129,9 +130,7 @@ def _read_recipe(run: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str,
         return values if isinstance(values, dict) else {}, {}
     with torch.device("meta"):
         parameters = Transformer(recipe.model).num_parameters()
-    return recipe.to_dict(), parameters | {
-        "planned_tokens": recipe.total_steps * recipe.batch_sequences * recipe.seq_len
-    }
+    return recipe.to_dict(), parameters | {"planned_tokens": batch_plan(recipe).remaining()[1]}
 
 
 def _read_samples(run: Path) -> list[tuple[int, str]]:

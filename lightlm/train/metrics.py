@@ -16,7 +16,7 @@ def step_metrics(
     *,
     batch_tokens: int,
     loss: float,
-    lr: float,
+    rates: dict[str, float],
     grad_norm: float,
     step_seconds: float,
     data_seconds: float,
@@ -27,13 +27,15 @@ def step_metrics(
 
     Args:
         progress: after the step.
+        rates: learning rates by their keys (`optimizers.learning_rates`).
         utilisation_per_token: FLOPs a token over the device's peak FLOP/s; None where the peak is not known.
     """
     metrics: dict[str, Any] = {
         "step": progress.step,
         "tokens": progress.tokens,
         "loss": loss,
-        "lr": lr,
+        **rates,
+        "batch_tokens": batch_tokens,
         "grad_norm": grad_norm,
         "tokens_per_second": batch_tokens / step_seconds,
         "seconds": progress.seconds,

@@ -10,8 +10,18 @@ from lightlm.errors import CheckpointError, RecipeError, UsageError
 from lightlm.recipe import NAME_PATTERN, Recipe, load_recipe
 from lightlm.train.checkpoint import check_resumable
 
-# What a resumed run may not change: its weights, its data and its batches would no longer be those it began with.
-_FIXED = ("model", "data.dataset", "train.batch_tokens", "train.seq_len", "train.seed")
+# What a resumed run may not change: its weights, its data, its batches or its optimizer's state would no longer be
+# those it began with.
+_FIXED = (
+    "model",
+    "data.dataset",
+    "train.batch_tokens",
+    "train.seq_len",
+    "train.seed",
+    "optimizer.name",
+    "schedule.batch_warmup",
+    "schedule.batch_start",
+)
 
 
 def new_run(name: str, *, exact: bool) -> Path:
@@ -71,6 +81,6 @@ def reopen_run(
 
 
 def _lookup(values: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values
+    """The value of a dotted key; None for a setting that has no effect in this recipe and so is not written."""
+    section, _, name = key.partition(".")
+    return values[section].get(name) if name else values[section]

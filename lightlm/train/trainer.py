@@ -25,11 +25,18 @@ from lightlm.errors import DataError, LightLMError, RecipeError
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
+from lightlm.train.batches import batch_plan, micro_batches
 from lightlm.train.checkpoint import Progress, pack, unpack
 from lightlm.train.evaluation import preserved
 from lightlm.train.loss import token_loss
 from lightlm.train.metrics import peak_memory, step_metrics
-from lightlm.train.optimizers import build_optimizer, load_named_state, named_state, set_learning_rate
+from lightlm.train.optimizers import (
+    build_optimizer,
+    learning_rates,
+    load_named_state,
+    named_state,
+    set_learning_rate,
+)
 from lightlm.train.saving import Saver, tidy
 from lightlm.train.schedules import learning_rate_factor
 from lightlm.train.spikes import Verdict, judge
@@ -173,7 +180,6 @@ class Trainer:
         self.dtype = pick_dtype(recipe.train.dtype, self.device)
         self.micro_batch = micro_batch_size(recipe, self.device)
         self.accumulation = recipe.batch_sequences // self.micro_batch
-        self.batch_tokens = recipe.batch_sequences * recipe.seq_len
         self.progress = Progress()
         self.resumed_from = resume_from
         torch.manual_seed(recipe.train.seed)
@@ -182,10 +188,14 @@ class Trainer:
         else:
             self.model = checkpoint.load_model(resume_from, self.device).model
         self.model.train()
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer, self.dtype)
         if resume_from is not None:
             self.progress, optimizer_state = unpack(resume_from, self.data)
             load_named_state(self.model, self.optimizer, optimizer_state)
+        self.step_began = self.progress.tokens  # of the last step
+        self.plan = batch_plan(recipe)
+        steps_left, self.total_tokens = self.plan.remaining(self.progress.tokens)
+        self.total_steps = self.progress.step + steps_left
         self.loader = BatchLoader(
             self.data.split("train"), recipe.seq_len, recipe.train.seed, samples_seen=self.progress.samples
         )
@@ -214,13 +224,14 @@ class Trainer:
             "dtype": str(self.dtype).removeprefix("torch."),
             "data": str(self.data.path),
             "train_tokens": len(self.data.split("train")),
-            "tokens": recipe.total_steps * self.batch_tokens,
-            "steps": recipe.total_steps,
+            "tokens": self.total_tokens,
+            "steps": self.total_steps,
             "first_step": self.progress.step,
-            "batch_tokens": self.batch_tokens,
+            "first_batch_tokens": self.plan.sequences(0) * recipe.seq_len,
+            "batch_tokens": recipe.batch_sequences * recipe.seq_len,
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,
-            "epochs": recipe.total_steps * recipe.batch_sequences / self.loader.num_samples,
+            "epochs": self.total_tokens / recipe.seq_len / self.loader.num_samples,
         }
 
     def train(self) -> Result:
@@ -235,74 +246,80 @@ class Trainer:
         tidy(self.run_folder, self.resumed_from, self.observer)
         metrics_file = MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
         self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step})
-        steps = self.recipe.total_steps
+        settings = self.recipe.checkpoint
         try:
             with self._saver() as saver, stop_on_signals() as stop:
-                while self.progress.step < steps and not stop.is_set():
+                while not self.done and not stop.is_set():
                     metrics = self._step(stop)
                     if metrics is None:
                         break
-                    last = self.progress.step == steps
-                    if last or self._due(self.recipe.eval.every):
+                    if self.done or self._due(self.recipe.eval.every):
                         metrics |= self._validate()
-                    if self.evaluator is not None and (last or self._due(self.recipe.eval.tasks_every)):
+                    if self.evaluator is not None and (self.done or self._due(self.recipe.eval.tasks_every)):
                         metrics |= self._score_tasks(self.evaluator)
                     metrics_file.write(metrics)
                     self.observer.step(metrics)
                     saver.report()
-                    if last or self._due(self.recipe.checkpoint.every) or self._due(self.recipe.checkpoint.keep_every):
-                        self._save(saver, wait=last)
-                interrupted = self.progress.step < steps
+                    if self.done or self._due(settings.every) or self._due(settings.keep_every):
+                        self._save(saver, wait=self.done)
+                interrupted = not self.done
                 if interrupted:
                     self._save(saver, wait=True)
         finally:
             metrics_file.close()
         return self._result(interrupted)
 
+    @property
+    def done(self) -> bool:
+        """Whether the run has all its tokens."""
+        return self.progress.tokens >= self.recipe.train.tokens
+
     def _due(self, every: int) -> bool:
         """Whether the last step crossed a multiple of `every` tokens."""
-        tokens = self.progress.tokens
-        return every > 0 and tokens // every > (tokens - self.batch_tokens) // every
+        return every > 0 and self.progress.tokens // every > self.step_began // every
 
-    def _gradients(self, stop: threading.Event) -> tuple[float, float] | None:
-        """Accumulate one global batch's gradients, clipped: its mean loss and gradient norm.
+    def _gradients(self, stop: threading.Event, sequences: int) -> tuple[float, float] | None:
+        """Accumulate the gradients of a global batch of `sequences`, clipped: its mean loss and gradient norm.
 
         A signal in between drops them and gives None, so that nothing of the step has happened.
         """
+        tokens = sequences * self.recipe.seq_len
         loss_sum = torch.zeros((), device=self.device)
-        for _ in range(self.accumulation):
+        for count in micro_batches(sequences, self.micro_batch):
             if stop.is_set():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
-            inputs, targets = self.loader.next_batch(self.micro_batch)
+            inputs, targets = self.loader.next_batch(count)
             with autocast(self.device, self.dtype):
                 loss = self.loss_function(self.model, inputs.to(self.device), targets.to(self.device))
-            (loss / self.batch_tokens).backward()
+            (loss / tokens).backward()
             loss_sum += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip or math.inf)
-        return loss_sum.item() / self.batch_tokens, norm.item()
+        return loss_sum.item() / tokens, norm.item()
 
     def _step(self, stop: threading.Event) -> dict[str, Any] | None:
         """One optimizer step on one global batch: its metrics, or None if a signal came first."""
         started, waited = time.perf_counter(), self.loader.seconds_waited
         recipe, before = self.recipe, self.progress
-        if (outcome := self._gradients(stop)) is None:
+        sequences = self.plan.sequences(before.tokens)
+        batch_tokens = sequences * recipe.seq_len
+        if (outcome := self._gradients(stop, sequences)) is None:
             return None
         loss, norm = outcome
         verdict = judge(before.spikes, loss, norm, recipe.train)
         if verdict.diverged:
             self._diverged(before.step + 1, loss, norm)
-        middle = before.tokens + self.batch_tokens // 2
-        lr = recipe.optimizer.lr * learning_rate_factor(recipe.schedule, middle, recipe.total_steps * self.batch_tokens)
-        set_learning_rate(self.optimizer, lr)
+        middle = before.tokens + batch_tokens // 2
+        set_learning_rate(self.optimizer, learning_rate_factor(recipe.schedule, middle, self.total_tokens))
         if not verdict.skip:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
+        self.step_began = before.tokens
         self.progress = Progress(
             before.step + 1,
-            before.tokens + self.batch_tokens,
-            before.samples + recipe.batch_sequences,
+            before.tokens + batch_tokens,
+            before.samples + sequences,
             before.seconds + seconds,
             verdict.history,
         )
@@ -310,9 +327,9 @@ class Trainer:
         peak = peak_flops(self.device) if self.dtype != torch.float32 else None
         metrics = step_metrics(
             self.progress,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=batch_tokens,
             loss=loss,
-            lr=lr,
+            rates=learning_rates(self.optimizer),
             grad_norm=norm,
             step_seconds=seconds,
             data_seconds=self.loader.seconds_waited - waited,
@@ -385,7 +402,7 @@ class Trainer:
     def _save(self, saver: Saver, *, wait: bool) -> None:
         """Save the last completed step."""
         state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
-        milestone = self.progress.step > 0 and self._due(self.recipe.checkpoint.keep_every)
+        milestone = self._due(self.recipe.checkpoint.keep_every)
         saver.save(self.progress.step, self.model.state_dict(), state, milestone=milestone, wait=wait)
 
     def _result(self, interrupted: bool) -> Result:

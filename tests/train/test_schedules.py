@@ -34,5 +34,18 @@ def test_gpt3_schedule_stays_at_a_tenth_after_its_decay():
     assert got == pytest.approx([0.5, 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2, 0.1, 0.1])
 
 
+def test_wsd_may_decay_as_one_minus_a_square_root():
+    """arXiv 2405.18392: it falls steeply at first. 1 - sqrt(0.25) after a quarter of the decay."""
+    got = factors([800, 850, 1000], name="wsd", warmup="0%", decay="20%", decay_shape="sqrt", final_lr=0.2)
+    assert got == pytest.approx([1, 0.2 + 0.8 * 0.5, 0.2])
+
+
+def test_linear_falls_from_the_warmup_to_its_floor():
+    got = factors([50, 100, 550, 1000], name="linear", warmup="10%", final_lr=0.1)
+    assert got == pytest.approx([0.5, 1, 0.55, 0.1])
+    got = factors([100, 200, 300, 900], name="linear", warmup="100", decay="200", final_lr=0.5)
+    assert got == pytest.approx([1, 0.75, 0.5, 0.5])
+
+
 def test_constant_ignores_nothing_but_warms_up():
     assert factors([10, 500, 1000], name="constant", warmup="2%") == pytest.approx([0.5, 1, 1])

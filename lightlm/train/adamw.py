@@ -1,0 +1,40 @@
+"""AdamW with cautious weight decay."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cautious_decay_(parameter: Tensor, update: Tensor, rate: float) -> None:
+    """parameter -= rate * parameter, only where subtracting `update` does not push it away from zero either
+    (arXiv 2510.12402): the mask is update * parameter >= 0, element by element. Shapes are the same."""
+    agreeing = (update * parameter).ge_(0)  # 1 or 0 in the parameter's own dtype
+    parameter.addcmul_(parameter, agreeing, value=-rate)
+
+
+class CautiousAdamW(torch.optim.AdamW):
+    """AdamW whose decay touches a weight only where the update shrinks it too; the arguments are AdamW's.
+
+    The fused kernel decays every weight, so it runs without decay, and the decay goes first, as AdamW has it.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
+        groups = [{**group, "weight_decay": 0.0, "cautious_decay": group["weight_decay"]} for group in groups]
+        super().__init__(groups, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if group["cautious_decay"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        direction = self._direction(parameter, group["betas"][0])
+                        cautious_decay_(parameter, direction, group["lr"] * group["cautious_decay"])
+        super().step(closure)
+
+    def _direction(self, parameter: Tensor, beta: float) -> Tensor:
+        """The mean gradient that this step will make: it has the signs of AdamW's update."""
+        assert parameter.grad is not None
+        mean = self.state[parameter].get("exp_avg")
+        return parameter.grad if mean is None else torch.lerp(mean, parameter.grad, 1 - beta)
