@@ -48,14 +48,15 @@ class TrainingDisplay:
     def start(self, facts: dict[str, Any]) -> None:
         self._facts = facts
         resumed = f", resumed after step {facts['first_step']:,}" if facts["first_step"] else ""
+        processes = f"{facts['processes']} processes, each on " if facts["processes"] > 1 else ""
         console.print(
-            f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters on {facts['device']}, "
-            f"{facts['dtype']}{resumed}"
+            f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters on "
+            f"{processes}{facts['device']}, {facts['dtype']}{resumed}"
         )
         console.print(
             f"{format_quantity(facts['tokens'])} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
             f"{facts['steps']:,} steps of {facts['batch_tokens']:,}: "
-            f"{facts['accumulation']} x {facts['micro_batch']} sequences"
+            f"{facts['accumulation']} x {facts['micro_batch']} sequences{' a process' if processes else ''}"
         )
 
     def step(self, metrics: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightlm.errors import CheckpointError
 from lightlm.recipe import OptimizerSection
+from lightlm.train.parallel import like_parameter, whole
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerSection) -> torch.optim.Optimizer:
@@ -25,9 +26,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state for each parameter name, on the CPU: it fits any grouping and any device."""
+    """The optimizer's state for each parameter name, on the CPU: it fits any grouping, any device and any sharding.
+
+    With FSDP all processes must call it.
+    """
     return {
-        name: {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+        name: {key: whole(value).cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
         for name, parameter in model.named_parameters()
         if (state := optimizer.state.get(parameter))
     }
@@ -47,6 +51,6 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, states:
         parameter = parameters[name]
         # AdamW keeps its step count in fp32 on the parameter's device when fused.
         optimizer.state[parameter] = {
-            key: value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+            key: like_parameter(value, parameter) if isinstance(value, torch.Tensor) else value
             for key, value in state.items()
         }

@@ -1,18 +1,15 @@
-"""The training loop: one process, one device.
+"""The training loop, as each process of a run goes through it.
 
 Batches and learning rates are functions of the step, so a run that stops between any two micro-batches and
-resumes from its checkpoint repeats an uninterrupted run exactly.
+resumes from its checkpoint repeats an uninterrupted run exactly. All processes take the same decisions; one writes.
 """
 
-import contextlib
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,22 +17,20 @@ import torch
 from lightlm import checkpoint, files
 from lightlm.data.loader import BatchLoader
 from lightlm.data.shards import DataFolder, resolve_dataset
-from lightlm.device import autocast, describe, peak_flops, pick_device, pick_dtype
+from lightlm.device import describe, peak_flops, pick_dtype
 from lightlm.errors import DataError, LightLMError, RecipeError
-from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.checkpoint import Progress, pack, prune, unpack
-from lightlm.train.loss import token_loss
+from lightlm.train.distributed import World
+from lightlm.train.gradients import Gradients, check_shares, micro_batch_size
 from lightlm.train.optimizers import build_optimizer, load_named_state, named_state, set_learning_rate
+from lightlm.train.parallel import ParallelLoss
+from lightlm.train.runs import claim_run
 from lightlm.train.schedules import learning_rate_factor
-from lightlm.train.tracking import MetricsFile, Observer
+from lightlm.train.signals import stop_on_signals
+from lightlm.train.tracking import MetricsFile, Observer, Silent
 from lightlm.train.validation import Validation, validate
-
-# Tokens of an automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator,
-# products should be large, as far as memory goes.
-_MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
-_MEMORY_SHARE = 0.6  # of free device memory that activations may take
 
 Sampler = Callable[[Transformer, str], str]
 
@@ -56,30 +51,6 @@ class Result:
     loss: float | None
     val_loss: float | None
     val_bpb: float | None
-
-
-def micro_batch_size(recipe: Recipe, device: torch.device) -> int:
-    """Sequences a forward pass: as the recipe says, or the largest divisor of the batch within the device's budget."""
-    if recipe.train.micro_batch != "auto":
-        return recipe.train.micro_batch
-    tokens = _MICRO_TOKENS[device.type]
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        tokens = min(tokens, int(free * _MEMORY_SHARE) // activation_bytes(recipe.model))
-    most = max(tokens // recipe.seq_len, 1)
-    return max(
-        size for size in range(1, recipe.batch_sequences + 1) if recipe.batch_sequences % size == 0 and size <= most
-    )
-
-
-def activation_bytes(config: ModelConfig) -> int:
-    """About what autograd keeps of one token in mixed precision, rounded up.
-
-    benchmarks/activations.py, a layer without compile: 38 KB for `lightlm` (this gives 43), 32 KB for `gpt2-124m`
-    (this gives 74).
-    """
-    config = config.resolved()
-    return config.depth * (32 * config.hidden_size + 16 * config.intermediate_size)
 
 
 def fit_recipe(recipe: Recipe, data: DataFolder, observer: Observer) -> Recipe:
@@ -117,27 +88,6 @@ def check_prompts(recipe: Recipe, data: DataFolder) -> None:
             )
 
 
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once. Only the main thread may listen."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 class Trainer:
     """A run in progress.
 
@@ -147,19 +97,27 @@ class Trainer:
         observer: told of every step, sample and checkpoint.
         sampler: continues a prompt with the model, for the samples during training.
         resume_from: a checkpoint of this run to go on from.
+        world: the processes that share the work; each builds a Trainer of its own with the same arguments.
     """
 
     def __init__(
-        self, recipe: Recipe, run: Path, observer: Observer, sampler: Sampler, resume_from: Path | None = None
+        self,
+        recipe: Recipe,
+        run: Path,
+        observer: Observer,
+        sampler: Sampler,
+        resume_from: Path | None = None,
+        world: World | None = None,
     ) -> None:
+        self.world = world = world or World()
+        observer = observer if world.is_writer else Silent()
         self.run_folder, self.observer, self.sampler = run, observer, sampler
         self.data = DataFolder.open(resolve_dataset(recipe.data.dataset))
         self.recipe = recipe = fit_recipe(recipe, self.data, observer)
         check_prompts(recipe, self.data)
-        self.device = pick_device(recipe.train.device)
+        check_shares(recipe, world.size)
+        self.device = world.pick_device(recipe.train.device)
         self.dtype = pick_dtype(recipe.train.dtype, self.device)
-        self.micro_batch = micro_batch_size(recipe, self.device)
-        self.accumulation = recipe.batch_sequences // self.micro_batch
         self.batch_tokens = recipe.batch_sequences * recipe.seq_len
         self.progress = Progress()
         torch.manual_seed(recipe.train.seed)
@@ -168,6 +126,9 @@ class Trainer:
         else:
             self.model = checkpoint.load_model(resume_from, self.device).model
         self.model.train()
+        self.parameters = self.model.num_parameters()["total"]
+        self.flops_per_token = self.model.flops_per_token(recipe.seq_len)
+        self.loss = self._parallel()
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         if resume_from is not None:
             self.progress, optimizer_state = unpack(resume_from, self.data)
@@ -176,18 +137,49 @@ class Trainer:
             self.data.split("train"), recipe.seq_len, recipe.train.seed, samples_seen=self.progress.samples
         )
         self.token_bytes = torch.from_numpy(self.data.tokenizer.token_bytes())
-        self.loss_function = self._compiled(token_loss)
-        self.flops_per_token = self.model.flops_per_token(recipe.seq_len)
+        self.gradients = self._gradients()
         if not len(self.data.split("val")):
             observer.note(f"{self.data.path} has no validation split: there will be no validation loss")
         self.last_validation: Validation | None = None
         self.last_loss: float | None = None
 
-    def _compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        wanted = self.recipe.train.compile
-        if wanted is True or (wanted == "auto" and self.device.type == "cuda"):
-            return torch.compile(function)
-        return function
+    def _parallel(self) -> ParallelLoss:
+        recipe = self.recipe.train
+        if recipe.parallel == "fsdp" and self.world.size == 1:
+            self.observer.note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
+        compiled = recipe.compile is True or (recipe.compile == "auto" and self.device.type == "cuda")
+        return ParallelLoss(
+            self.model, self.world, strategy=recipe.parallel, compiled=compiled, device=self.device, dtype=self.dtype
+        )
+
+    def _gradients(self) -> Gradients:
+        given = self.recipe.train.micro_batch
+        # Free memory may differ between devices: the least decides for all.
+        size = self.world.smallest(micro_batch_size(self.recipe, self.device, self.world.size))
+        if given not in ("auto", size):
+            self.observer.note(
+                f"train.micro_batch={given} exceeds the {size} sequences that each process has of a batch"
+            )
+        return Gradients(
+            self.loss,
+            self.loader,
+            self.world,
+            self.observer,
+            micro_batch=size,
+            adjustable=given == "auto",
+            clip=self.recipe.train.grad_clip,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a forward pass, which may shrink in the first step to what fits into memory."""
+        return self.gradients.micro_batch
+
+    @property
+    def accumulation(self) -> int:
+        return self.gradients.passes(self.recipe.batch_sequences)
 
     def facts(self) -> dict[str, Any]:
         """What the run is, for the display and for --dry-run."""
@@ -195,8 +187,9 @@ class Trainer:
         return {
             "name": recipe.name,
             "run": str(self.run_folder),
-            "parameters": self.model.num_parameters()["total"],
+            "parameters": self.parameters,
             "device": describe(self.device),
+            "processes": self.world.size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "data": str(self.data.path),
             "train_tokens": len(self.data.split("train")),
@@ -215,61 +208,53 @@ class Trainer:
         Raises:
             TrainingDivergedError: a loss or gradient is NaN or infinite; the last checkpoint stays as it was.
         """
-        files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
-        checkpoint.mark_latest(self.run_folder)
-        metrics_file = MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
+        metrics_file = self._open_run() if self.world.is_writer else None
         self.observer.start(self.facts())
         steps = self.recipe.total_steps
         try:
-            with stop_on_signals() as stop:
-                while self.progress.step < steps and not stop.is_set():
+            with stop_on_signals(launched=self.world.launch is not None) as stop:
+                while self.progress.step < steps:
                     metrics = self._step(stop)
                     if metrics is None:
                         break
                     last = self.progress.step == steps
                     if last or self._due(self.recipe.eval.every):
                         metrics |= self._validate()
-                    metrics_file.write(metrics)
+                    if metrics_file:
+                        metrics_file.write(metrics)
                     self.observer.step(metrics)
                     if last or self._due(self.recipe.checkpoint.every):
                         self._save()
                 interrupted = self.progress.step < steps
                 if interrupted:
                     self._save()
+            # None leaves before the writer's last files are complete: to a launcher, that would be the end.
+            self.world.barrier()
         finally:
-            metrics_file.close()
+            if metrics_file:
+                metrics_file.close()
         return self._result(interrupted)
+
+    def _open_run(self) -> MetricsFile:
+        """What only the writer does at the start: the run's files, and `runs/latest`."""
+        files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
+        if self.world.launch is not None:
+            claim_run(self.run_folder, self.world.launch)
+        checkpoint.mark_latest(self.run_folder)
+        return MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
 
     def _due(self, every: int) -> bool:
         """Whether the last step crossed a multiple of `every` tokens."""
         tokens = self.progress.tokens
         return every > 0 and tokens // every > (tokens - self.batch_tokens) // every
 
-    def _gradients(self, stop: threading.Event) -> tuple[float, float] | None:
-        """Accumulate one global batch's gradients, clipped: its mean loss and gradient norm.
-
-        A signal in between drops them and gives None, so that nothing of the step has happened.
-        """
-        loss_sum = torch.zeros((), device=self.device)
-        for _ in range(self.accumulation):
-            if stop.is_set():
-                self.optimizer.zero_grad(set_to_none=True)
-                return None
-            inputs, targets = self.loader.next_batch(self.micro_batch)
-            with autocast(self.device, self.dtype):
-                loss = self.loss_function(self.model, inputs.to(self.device), targets.to(self.device))
-            (loss / self.batch_tokens).backward()
-            loss_sum += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip or math.inf)
-        return loss_sum.item() / self.batch_tokens, norm.item()
-
     def _step(self, stop: threading.Event) -> dict[str, Any] | None:
         """One optimizer step on one global batch: its metrics, or None if a signal came first."""
         started = time.perf_counter()
         recipe, before = self.recipe, self.progress
-        if (outcome := self._gradients(stop)) is None:
+        if (outcome := self.gradients(before.samples, recipe.batch_sequences, stop)) is None:
             return None
-        loss, norm = outcome
+        loss, norm = outcome.loss, outcome.norm
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._diverged(before.step + 1, loss, norm)
         middle = before.tokens + self.batch_tokens // 2
@@ -313,13 +298,14 @@ class Trainer:
         if not len(self.data.split("val")):
             return {}
         self.last_validation = result = validate(
-            self.model,
+            self.loss,
             self.data.split("val"),
             self.token_bytes,
             seq_len=recipe.seq_len,
             max_tokens=recipe.eval.tokens,
             batch_size=self.micro_batch,
             dtype=self.dtype,
+            world=self.world,
         )
         return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
 
@@ -327,11 +313,14 @@ class Trainer:
         """Let the model continue the recipe's prompts."""
         if not self.recipe.eval.prompts:
             return
+        model = self.loss.whole_model()
+        if not self.world.is_writer:
+            return
         samples = self.run_folder / "samples" / f"{checkpoint.step_name(self.progress.step)}.txt"
         samples.parent.mkdir(exist_ok=True)
         texts = []
         for prompt in self.recipe.eval.prompts:
-            text = self.sampler(self.model, prompt)
+            text = self.sampler(model, prompt)
             texts.append(prompt + text)
             self.observer.sample(self.progress.step, prompt, text)
         files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
@@ -339,11 +328,17 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint of the last completed step, unless it is there already, and drop old ones."""
         step = self.progress.step
-        if not (self.run_folder / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER).is_file():
-            state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
-            path = checkpoint.write_checkpoint(self.run_folder, step, self.model, self.data.tokenizer, state)
-            self.observer.checkpoint(path)
-        prune(self.run_folder, self.recipe.checkpoint.keep_last)
+        marker = self.run_folder / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER
+        if not self.world.from_writer(marker.is_file):
+            # Gathering a sharded run takes all processes.
+            if self.world.is_writer or self.loss.sharded:
+                model = self.loss.whole_model()
+                state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
+            if self.world.is_writer:
+                path = checkpoint.write_checkpoint(self.run_folder, step, model, self.data.tokenizer, state)
+                self.observer.checkpoint(path)
+        if self.world.is_writer:
+            prune(self.run_folder, self.recipe.checkpoint.keep_last)
 
     def _result(self, interrupted: bool) -> Result:
         progress, validation = self.progress, self.last_validation
