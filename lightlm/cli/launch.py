@@ -156,27 +156,23 @@ class _Group:
 
 @contextlib.contextmanager
 def one_voice(world: "World") -> Iterator[None]:
-    """Of the processes that fail, often all for one reason, let the first speak; the others leave with its exit code."""
+    """Of the processes that fail, often all for one reason, let the first speak; the others only leave."""
     launched = LAUNCHED in os.environ
     try:
         yield
-    except LightLMError as error:
-        # The launcher knows better which process went, and why.
-        speaks = world.first("failure") and not (launched and error.exit_code == _PEER_LOST)
-        if not speaks:
-            raise SystemExit(error.exit_code) from None
-        console.quiet = False
-        raise
     except typer.Exit:
         raise
-    except OSError:
-        if not world.first("failure"):
-            raise SystemExit(1) from None
-        console.quiet = False
-        raise
-    except Exception:
+    except Exception as error:
         if world.size == 1 and not launched:
             raise
-        if world.first("failure"):
+        # OutOfMemoryError is torch's, which must not be imported for this; `main` has a message for each of these.
+        known = isinstance(error, LightLMError | OSError) or type(error).__name__ == "OutOfMemoryError"
+        code = getattr(error, "exit_code", 1) if known else _CRASHED
+        # Of a lost process the launcher knows better which one it was, and why.
+        if not world.first("failure") or (launched and code == _PEER_LOST):
+            raise SystemExit(code) from None
+        if not known:
             traceback.print_exc()
-        raise SystemExit(_CRASHED) from None
+            raise SystemExit(code) from None
+        console.quiet = False
+        raise

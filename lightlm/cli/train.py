@@ -60,7 +60,7 @@ def train(
 
     from lightlm.train.distributed import join_world
 
-    with join_world() as world, one_voice(world):
+    with join_world() as world, one_voice(world), world.watched():
         interrupted = _train(world, recipe, changes, name, resume, dry_run, as_json)
     if interrupted:
         raise typer.Exit(130)

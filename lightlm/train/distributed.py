@@ -4,10 +4,12 @@ torchrun, `lightlm train --nproc`, or any launcher that sets RANK, WORLD_SIZE, M
 them. A world of one needs no process group, and every method of it is free.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -150,6 +152,24 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turns failures of communication within the block into one message.
+
+        Raises:
+            PeerLostError: another process is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _is_communication_error(error):
+                raise
+            atexit.register(_leave)
+            raise PeerLostError(
+                f"process {self.rank} of {self.size} lost its connection to the others, one of which has probably "
+                f"ended; `lightlm train --resume` goes on from the last checkpoint. {error}"
+            ) from error
+
     def first(self, event: str) -> bool:
         """Whether this process is the first to claim `event`: one of them reports an error, not all.
 
@@ -158,43 +178,38 @@ class World:
         if self._store is None:
             return True
         try:
-            return self._store.add(f"lightlm/{event}", 1) == 1
+            return self._store.add(event, 1) == 1
         except RuntimeError:  # the store's host is gone
             return self.is_writer
 
 
 @contextlib.contextmanager
 def join_world() -> Iterator[World]:
-    """This process's place among the launched ones, and communication between them while the block lasts.
-
-    Raises:
-        PeerLostError: inside the block, communication failed.
-    """
+    """This process's place among the launched ones, and communication between them while the block lasts."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield World()
         return
     if not dist.is_available():
         raise UsageError(f"this build of torch has no torch.distributed, which {size} processes need; start one")
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    store, rank, size = next(dist.rendezvous(os.environ.get(RENDEZVOUS, "env://"), rank, size, timeout=_TIMEOUT))
+    # torchrun's own store outlives its restarts, and the addresses of dead processes in it (torch 2.13).
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # Gloo also beside NCCL: decisions and objects are exchanged on the CPU, without waiting for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
-        store, rank, size = next(dist.rendezvous(os.environ.get(RENDEZVOUS, "env://"), rank, size, timeout=_TIMEOUT))
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        backend = "cpu:gloo"
-        if torch.cuda.is_available() and dist.is_nccl_available():
-            backend += ",cuda:nccl"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
-        # A prefix of our own: keys would otherwise meet those of torch.
-        store = dist.PrefixStore("lightlm", store)
-        yield World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)), store)
+        yield World(rank, size, local_rank, local_size, dist.PrefixStore("lightlm", store))
+    finally:
         dist.destroy_process_group()
-    except RuntimeError as error:
-        if not _is_communication_error(error):
-            raise
-        raise PeerLostError(
-            f"process {rank} of {size} lost its connection to the others, one of which has probably ended; "
-            f"`lightlm train --resume` goes on from the last checkpoint. {error}"
-        ) from error
-    # After an error the group is left as it is: NCCL may wait for ever for what the others no longer send.
+
+
+def _leave() -> None:
+    """End the process before C++ does: gloo's destructors wait for the lost peer (torch 2.13: until it was killed)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(PeerLostError.exit_code)
 
 
 def _is_communication_error(error: RuntimeError) -> bool:

@@ -1,5 +1,6 @@
 """Gradients of a global batch: this process's part of it, in micro-batches that fit the device's memory."""
 
+import itertools
 import math
 import threading
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class Gradients:
         world, passes = self._world, self.passes(count)
         begin, end = (first + count * rank // world.size for rank in (world.rank, world.rank + 1))
         bounds = [begin + (end - begin) * index // passes for index in range(passes + 1)]
-        return [(start, stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
 
     def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple[Tensor | None, bool]:
         """(this process's summed loss, False); or (None, True) for a signal, (None, False) for too little memory."""

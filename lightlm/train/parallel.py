@@ -93,12 +93,14 @@ def _replicate(module: nn.Module, device: torch.device, compiled: bool) -> nn.Mo
         torch._dynamo.config.optimize_ddp = False
     # Buffers belong to each process: broadcast, one process's counts would replace the others'. Renamed in torch 2.13.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
     return nn.parallel.DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{buffers: False},
+        **options,
     )
 
 

@@ -61,9 +61,9 @@ def run_before_restart(launch: Launch | None) -> Path | None:
 
 def _remember(launch: Launch, folder: Path) -> None:
     # Identifiers come again: process ids, and names given to --rdzv-id. An older run must not pass for this launch's.
-    for record in checkpoint.RUNS.glob(f"*/{_LAUNCH}"):
-        if launch.made(_read(record)):
-            record.unlink(missing_ok=True)
+    for older in checkpoint.RUNS.glob(f"*/{_LAUNCH}"):
+        if launch.made(_read(older)):
+            older.unlink(missing_ok=True)
     record = {"id": launch.id, "host": launch.host, "agent": launch.agent}
     files.write_text(folder / _LAUNCH, json.dumps(record) + "\n")
 
