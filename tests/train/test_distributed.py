@@ -16,7 +16,6 @@ from lightlm.recipe import load_recipe
 from lightlm.train.distributed import Launch, World
 from lightlm.train.gradients import check_shares
 from lightlm.train.runs import new_run, run_before_restart
-from lightlm.train.trainer import Trainer
 from tests.train.group import Command, together, train_together
 from tests.train.watch import Recorder, resume, start
 
