@@ -9,7 +9,7 @@ import torch
 
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
-from lightlm.train.trainer import activation_bytes
+from lightlm.train.gradients import activation_bytes
 
 TOKENS = 256
 

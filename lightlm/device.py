@@ -1,7 +1,10 @@
 """Which device and precision a machine offers."""
 
+import contextlib
+import ctypes
 import functools
 import re
+import sys
 
 import torch
 
@@ -73,6 +76,24 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Mixed precision for `dtype`, or a context that does nothing for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, where the C library can be told to (glibc).
+
+    glibc gives blocks above 32 MB back to the system at once, and the pages of the next such block cost more than most
+    of what is computed in it (benchmarks/allocation.py). It keeps what its malloc gives out, so memory use does not
+    grow past its peak.
+    """
+    if sys.platform != "linux":
+        return
+    # From malloc.h: the sizes from which memory is mapped, and given back, apart from the heap.
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
+        libc = ctypes.CDLL(None)
+        for option in (m_mmap_threshold, m_trim_threshold):
+            libc.mallopt(option, 2**31 - 1)
 
 
 def peak_flops(device: torch.device) -> float | None:

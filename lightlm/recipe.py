@@ -96,6 +96,7 @@ class TrainSection(Section):
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: Literal["auto"] | bool = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # with many processes: a copy of the model in each, or shards of one
     grad_clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 leaves gradients alone
     skip_spikes: bool = False  # drop the gradients of a step whose loss or gradient norm is a spike or no number
     spike_threshold: Annotated[float, Field(gt=0)] = 6.0  # standard deviations above the last steps' median

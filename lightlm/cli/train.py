@@ -1,18 +1,21 @@
 """`lightlm train`."""
 
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lightlm.cli.console import console, out, print_json
+from lightlm.cli.launch import LAUNCHED, launch, one_voice
 from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lightlm.cli.training_display import TrainingDisplay
     from lightlm.recipe import Recipe
-    from lightlm.train.trainer import Evaluator, Result, Trainer
+    from lightlm.train.distributed import World
+    from lightlm.train.trainer import Result, Trainer
 
 NEWEST = "runs/latest"  # what --resume without a value stands for
 
@@ -29,6 +32,10 @@ def train(
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="[RUN]", help="Go on with this run, or with the newest.")
     ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine: one a GPU, or shares of the CPU.")] = 1,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Times to start all again from the last checkpoint when one dies.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the plan, train nothing.")
     ] = False,
@@ -45,28 +52,57 @@ def train(
     if resume is None and recipe is None:
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
-    import os
-    from pathlib import Path
+    if (nproc > 1 or max_restarts) and LAUNCHED not in os.environ:
+        if "WORLD_SIZE" in os.environ:
+            raise UsageError(
+                "--nproc and --max-restarts start processes, and torchrun has started these; leave them out"
+            )
+        raise typer.Exit(launch(sys.argv[1:], nproc, max_restarts))
 
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
 
+    from lightlm.train.distributed import join_world
+
+    with join_world() as world, one_voice(world), world.watched():
+        interrupted = _train(world, recipe, changes, name, resume, dry_run, as_json)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _train(
+    world: "World",
+    reference: str | None,
+    changes: list[str],
+    name: str | None,
+    resume: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> bool:
+    """One process's work; whether it was interrupted."""
     from lightlm.cli.training_display import TrainingDisplay
     from lightlm.convert.registry import export_target
     from lightlm.generate.engine import sample_text
     from lightlm.recipe import load_recipe
-    from lightlm.train.runs import new_run, reopen_run
+    from lightlm.train.runs import new_run, reopen_run, run_before_restart
     from lightlm.train.trackers import Trackers
     from lightlm.train.tracking import Observers
     from lightlm.train.trainer import Trainer
 
     display = TrainingDisplay()
-    checkpoint: Path | None = None
-    run: Path | None = None
-    if resume is not None:
-        parsed, run, checkpoint = reopen_run(None if resume == NEWEST else resume, changes, display.note)
-    else:
-        assert recipe is not None
-        parsed = load_recipe(recipe, changes)
+
+    def choose() -> "tuple[Recipe, Path | None, Path | None]":
+        """The recipe, the run to go on with, and the checkpoint to start from."""
+        before = run_before_restart(world.launch)
+        if before is not None and not (before / "recipe.yaml").exists():
+            assert reference is not None  # a run that is resumed has its recipe
+            return load_recipe(reference, changes), before, None
+        if before is not None or resume is not None:
+            chosen = str(before) if before else None if resume == NEWEST else resume
+            return reopen_run(chosen, changes, display.note)
+        assert reference is not None
+        return load_recipe(reference, changes), None, None
+
+    parsed, run, checkpoint = world.from_writer(choose)
     if refusal := export_target(parsed.model).refusal:
         display.note(f"this recipe's model cannot be exported to Hugging Face: {refusal}")
 
@@ -75,32 +111,34 @@ def train(
 
     planned = run or Path("runs") / (name or parsed.name)
     trackers = Trackers(parsed.tracking, display.note)
-    trainer = Trainer(parsed, planned, Observers(display, trackers), sampler, checkpoint)
+    trainer = Trainer(parsed, planned, Observers(display, trackers), sampler, checkpoint, world)
     if parsed.eval.tasks:
-        trainer.evaluator = _evaluator(trainer)
+        world.from_writer(lambda: _add_evaluator(trainer))
     if dry_run:
         _print_plan(trainer.facts(), as_json)
-        return
+        return False
     # Only now, with recipe and data known to be good, does a folder appear.
-    trainer.run_folder = run or new_run(name or parsed.name, exact=name is not None)
+    trainer.run_folder = world.from_writer(
+        lambda: run or new_run(name or parsed.name, exact=name is not None, launch=world.launch)
+    )
     if trainer.done:
         display.note(f"{trainer.run_folder} is complete; raise train.tokens to train it further")
     with display, trackers:
         result = trainer.train()
-    unigram = trainer.data.manifest.unigram
-    page = _draw_report(trainer, display)
-    _report(result, parsed, unigram.nats_per_token if unigram else None, page, as_json)
-    if result.interrupted:
-        raise typer.Exit(130)
+    if world.is_writer:
+        unigram = trainer.data.manifest.unigram
+        page = _draw_report(trainer, display)
+        _report(result, parsed, unigram.nats_per_token if unigram else None, page, as_json)
+    return result.interrupted
 
 
-def _evaluator(trainer: "Trainer") -> "Evaluator":
+def _add_evaluator(trainer: "Trainer") -> None:
     """What scores `eval.tasks` during training; its tasks are loaded now, so that a mistake shows at once."""
     with console.status("Reading lm-eval's list of tasks ..."):
         from lightlm.evaluate.during_training import TaskScores
 
         scores = TaskScores(trainer.recipe.eval, trainer.data.path)
-    return lambda model, path: scores(model, trainer.data.tokenizer, path)
+    trainer.evaluator = lambda model, path: scores(model, trainer.data.tokenizer, path)
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:

@@ -61,15 +61,16 @@ class TrainingDisplay:
     def start(self, facts: dict[str, Any]) -> None:
         self._facts = facts
         resumed = f", resumed after step {facts['first_step']:,}" if facts["first_step"] else ""
+        processes = f"{facts['processes']} processes, each on " if facts["processes"] > 1 else ""
         self._log(
-            f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters on {facts['device']}, "
-            f"{facts['dtype']}{resumed}"
+            f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters on "
+            f"{processes}{facts['device']}, {facts['dtype']}{resumed}"
         )
         growing = f"{facts['first_batch_tokens']:,} to " if facts["first_batch_tokens"] < facts["batch_tokens"] else ""
         self._log(
             f"{format_quantity(facts['tokens'])} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
             f"{facts['steps']:,} steps of {growing}{facts['batch_tokens']:,}: "
-            f"{facts['accumulation']} x {facts['micro_batch']} sequences"
+            f"{facts['accumulation']} x {facts['micro_batch']} sequences{' a process' if processes else ''}"
         )
 
     def step(self, metrics: dict[str, Any]) -> None:

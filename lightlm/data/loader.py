@@ -5,7 +5,6 @@ order. A sample is `seq_len + 1` tokens of the train stream at `index * seq_len`
 the targets all but the first.
 """
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,8 +48,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 class BatchLoader:
     """Training batches from a token stream, epoch after epoch, each epoch in its own order.
 
-    `samples_seen` is the whole state: save it, and set it to go on from there. `seconds_waited` is the time that
-    callers have spent in `next_batch`.
+    `samples_seen` is the whole state: save it, and set it to go on from there.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int, samples_seen: int = 0) -> None:
@@ -64,7 +62,6 @@ class BatchLoader:
         self.seq_len = seq_len
         self.seed = seed
         self.samples_seen = samples_seen
-        self.seconds_waited = 0.0
         self._stream = stream
 
     @property
@@ -74,10 +71,8 @@ class BatchLoader:
 
     def next_batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The next `count` samples as (inputs, targets), int64 of shape (count, seq_len); moves `samples_seen` on."""
-        started = time.perf_counter()
         batch = self.batch(self.samples_seen, count)
         self.samples_seen += count
-        self.seconds_waited += time.perf_counter() - started
         return batch
 
     def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,9 +58,3 @@ def batch_plan(recipe: Recipe) -> BatchPlan:
     else:
         stages.append((0, full))
     return BatchPlan(tuple(stages), recipe.seq_len, recipe.train.tokens)
-
-
-def micro_batches(sequences: int, most: int) -> list[int]:
-    """`sequences` in forward passes of `most`; the last takes what remains (a batch of a warm-up can be smaller)."""
-    whole, rest = divmod(sequences, most)
-    return [most] * whole + [rest] * (rest > 0)

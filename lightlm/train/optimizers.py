@@ -10,6 +10,7 @@ from lightlm.errors import CheckpointError
 from lightlm.recipe import OptimizerSection
 from lightlm.train.adamw import CautiousAdamW
 from lightlm.train.muon import Muon
+from lightlm.train.parallel import is_sharded, like_parameter, whole
 
 MATRICES = "matrices"
 
@@ -88,9 +89,14 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's own state for each parameter name, so that it fits any grouping; no copy, where it lies."""
+    """The optimizer's own state for each parameter name, so that it fits any grouping; no copy, where it lies.
+
+    A sharded run's is gathered on the CPU, for which all processes must call.
+    """
     return {
-        name: dict(state) for name, parameter in model.named_parameters() if (state := optimizer.state.get(parameter))
+        name: {key: whole(value).cpu() if is_sharded(value) else value for key, value in state.items()}
+        for name, parameter in model.named_parameters()
+        if (state := optimizer.state.get(parameter))
     }
 
 
@@ -108,6 +114,6 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, states:
         parameter = parameters[name]
         # AdamW keeps its step count in fp32 on the parameter's device when fused.
         optimizer.state[parameter] = {
-            key: value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+            key: like_parameter(value, parameter) if isinstance(value, torch.Tensor) else value
             for key, value in state.items()
         }

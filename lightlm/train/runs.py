@@ -1,14 +1,16 @@
 """Run folders: a new one for a recipe, or an earlier one to go on with."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightlm import checkpoint
+from lightlm import checkpoint, files
 from lightlm.errors import CheckpointError, RecipeError, UsageError
 from lightlm.recipe import NAME_PATTERN, Recipe, load_recipe
 from lightlm.train.checkpoint import check_resumable
+from lightlm.train.distributed import Launch
 
 # What a resumed run may not change: its weights, its data, its batches or its optimizer's state would no longer be
 # those it began with.
@@ -22,13 +24,15 @@ _FIXED = (
     "schedule.batch_warmup",
     "schedule.batch_start",
 )
+_LAUNCH = "launch.json"  # which launch a run was last started by
 
 
-def new_run(name: str, *, exact: bool) -> Path:
+def new_run(name: str, *, exact: bool, launch: Launch | None = None) -> Path:
     """Create `runs/<name>`.
 
     Args:
         exact: refuse a name that is taken; otherwise -2, -3, ... is added to it.
+        launch: remembered in the folder, so that the launch finds it again when it restarts its processes.
 
     Raises:
         UsageError: the name is no plain folder name.
@@ -44,13 +48,49 @@ def new_run(name: str, *, exact: bool) -> Path:
             )
         number += 1
         path = checkpoint.RUNS / f"{name}-{number}"
-    path.mkdir(parents=True, exist_ok=True)
+    if _is_abandoned(path):
+        files.remove_folder(path)
+    # Whole or not at all: a kill leaves no run that its launch would not know again.
+    with files.new_folder(path) as folder:
+        if launch is not None:
+            _remember(launch, folder)
     return path
 
 
 def _is_abandoned(path: Path) -> bool:
     """A run killed before its recipe was there left nothing to resume, at most a temporary file: its name is free."""
     return path.is_dir() and all(entry.name.startswith(".") for entry in path.iterdir())
+
+
+def claim_run(run: Path, launch: Launch) -> None:
+    """Make this run the one that `launch` finds again after a restart."""
+    _remember(launch, run)
+
+
+def run_before_restart(launch: Launch | None) -> Path | None:
+    """The run that this launch was at when its processes were restarted, if they are and it had got that far."""
+    if launch is None or not launch.restarts:
+        return None
+    found = [path for path in checkpoint.RUNS.glob(f"*/{_LAUNCH}") if launch.made(_read(path))]
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    # `latest` leads to a run too, by a name that moves.
+    return checkpoint.RUNS / newest.parent.resolve().name if newest else None
+
+
+def _remember(launch: Launch, folder: Path) -> None:
+    # Identifiers come again: process ids, and names given to --rdzv-id. An older run must not pass for this launch's.
+    for older in checkpoint.RUNS.glob(f"*/{_LAUNCH}"):
+        if launch.made(_read(older)):
+            older.unlink(missing_ok=True)
+    record = {"id": launch.id, "host": launch.host, "agent": launch.agent}
+    files.write_text(folder / _LAUNCH, json.dumps(record) + "\n")
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # another run's, deleted or moved in this moment
+        return {}
 
 
 def reopen_run(

@@ -55,6 +55,16 @@ class Observers:
             observer.note(message)
 
 
+class Silent:
+    """The observer of the processes that do not write."""
+
+    def start(self, facts: dict[str, Any]) -> None: ...
+    def step(self, metrics: dict[str, Any]) -> None: ...
+    def sample(self, step: int, prompt: str, text: str) -> None: ...
+    def checkpoint(self, path: Path) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, appended as the run goes.
 

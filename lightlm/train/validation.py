@@ -1,15 +1,18 @@
 """Validation loss and bits per byte on a fixed part of the validation split."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightlm.data.loader import validation_batches
 from lightlm.data.shards import TokenStream
 from lightlm.device import autocast
-from lightlm.model.transformer import Transformer
-from lightlm.train.loss import token_loss
+from lightlm.train.distributed import World
+from lightlm.train.parallel import ParallelLoss
 
 
 @dataclass(frozen=True)
@@ -23,27 +26,42 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    model: Transformer,
+    loss: ParallelLoss,
     stream: TokenStream,
-    token_bytes: torch.Tensor,
+    token_bytes: Tensor,
     *,
     seq_len: int,
     max_tokens: int,
     batch_size: int,
     dtype: torch.dtype,
+    world: World,
 ) -> Validation:
-    """Loss over the first `max_tokens` of a validation stream in windows of `seq_len`.
+    """Loss over the first `max_tokens` of a validation stream in windows of `seq_len`, shared among the processes.
 
     Args:
         token_bytes: UTF-8 bytes that each token id stands for, int tensor (V,); special tokens count 0.
     """
+    model = loss.model
     device = model.device
     nats, tokens, num_bytes = 0.0, 0, 0
     model.eval()
-    for inputs, targets in validation_batches(stream, seq_len, max_tokens, batch_size):
+    for (inputs, targets), counts in _shared(validation_batches(stream, seq_len, max_tokens, batch_size), world):
         with autocast(device, dtype):
-            nats += token_loss(model, inputs.to(device), targets.to(device)).item()
-        tokens += targets.numel()
-        num_bytes += int(token_bytes[targets].sum())
+            batch_nats = loss.evaluate(inputs.to(device), targets.to(device)).item()
+        if counts:
+            nats += batch_nats
+            tokens += targets.numel()
+            num_bytes += int(token_bytes[targets].sum())
     model.train()
+    if world.size > 1:
+        sums = world.sum(torch.tensor([nats, tokens, num_bytes], dtype=torch.float64)).tolist()
+        nats, tokens, num_bytes = sums[0], int(sums[1]), int(sums[2])
     return Validation(nats / tokens, nats / math.log(2) / max(num_bytes, 1), tokens)
+
+
+def _shared(batches: Iterator[tuple[Tensor, Tensor]], world: World) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:
+    """This process's batches, and whether each counts. All processes get equally many, as FSDP needs, so in the last
+    round some repeat another's."""
+    while one_each := list(itertools.islice(batches, world.size)):
+        mine = world.rank < len(one_each)
+        yield one_each[world.rank if mine else 0], mine

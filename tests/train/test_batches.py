@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightlm.recipe import load_recipe
-from lightlm.train.batches import BatchPlan, batch_plan, micro_batches
+from lightlm.train.batches import BatchPlan, batch_plan
 
 
 def plan(*overrides):
@@ -85,15 +85,6 @@ def test_steps_and_tokens_are_those_of_the_walk_from_anywhere_in_it(drawn, choic
     step = choice % len(batches)
     assert growing.remaining(batches[step][0]) == (len(batches) - step, end)
     assert walk(growing, batches[step][0])[0] == batches[step:]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 500), st.integers(1, 64))
-def test_micro_batches_hold_every_sequence_once(sequences, most):
-    sizes = micro_batches(sequences, most)
-    assert sum(sizes) == sequences
-    assert all(size == most for size in sizes[:-1])
-    assert 0 < sizes[-1] <= most
 
 
 def test_marks_that_one_batch_jumps_over_are_skipped():

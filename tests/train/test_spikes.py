@@ -97,14 +97,14 @@ class Poisoned(Recorder):
         self.steps = steps
 
     def run(self, trainer):
-        plain, per_step = trainer.loader.next_batch, trainer.recipe.batch_sequences
+        plain, per_step = trainer.loader.batch, trainer.recipe.batch_sequences
 
-        def next_batch(count):
-            step = trainer.loader.samples_seen // per_step + 1
-            inputs, targets = plain(count)
+        def batch(start, count):
+            step = start // per_step + 1
+            inputs, targets = plain(start, count)
             return (inputs, torch.full_like(targets, 7)) if step in self.steps else (inputs, targets)
 
-        trainer.loader.next_batch = next_batch
+        trainer.loader.batch = batch
         return trainer.train()
 
 

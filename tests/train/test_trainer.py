@@ -12,11 +12,12 @@ from lightlm import checkpoint
 from lightlm.data.prepare import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import load_recipe
+from lightlm.train.gradients import micro_batch_size
 from lightlm.train.metrics import MEASURED
 from lightlm.train.optimizers import build_optimizer
 from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.tracking import read_metrics
-from lightlm.train.trainer import Trainer, TrainingDivergedError, micro_batch_size
+from lightlm.train.trainer import Trainer, TrainingDivergedError
 from tests.shapes import build
 from tests.test_recipe import PARAMETERS
 from tests.train.watch import Recorder, resume, start
@@ -100,15 +101,15 @@ def test_sigterm_and_resume_equal_an_uninterrupted_run_bit_for_bit(whole_run, st
 def test_signal_in_mid_accumulation_undoes_the_step(whole_run):
     """The signal comes inside step 4, between micro-batches: the run saves step 3."""
     trainer = Trainer(load_recipe("tiny.yaml"), new_run("middle", exact=True), Recorder(), lambda *_: "")
-    plain, calls = trainer.loader.next_batch, []
+    plain, calls = trainer.loader.batch, []
 
-    def next_batch(count):
+    def batch(start, count):
         calls.append(count)
         if len(calls) == 3 * trainer.accumulation + 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(count)
+        return plain(start, count)
 
-    trainer.loader.next_batch = next_batch
+    trainer.loader.batch = batch
     assert trainer.accumulation == 4
     result = trainer.train()
     assert result.interrupted

@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next micro-batch."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+@contextlib.contextmanager
+def stop_on_signals(*, launched: bool = False) -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once. Only the main thread may listen.
+
+    Args:
+        launched: one of several processes. Their launcher passes on the Ctrl-C that they have seen already, so a
+            second one means nothing; it is the launcher that ends them at once.
+    """
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT and not launched:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

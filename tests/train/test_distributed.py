@@ -1,0 +1,290 @@
+"""Many processes: the same losses whatever their number, exact resumption, one writer, one voice."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightlm import checkpoint
+from lightlm.errors import LightLMError, RecipeError, UsageError
+from lightlm.recipe import load_recipe
+from lightlm.train.distributed import Launch, World
+from lightlm.train.gradients import check_shares
+from lightlm.train.runs import new_run, run_before_restart
+from tests.train.group import Command, together, train_together
+from tests.train.watch import Recorder, resume, start
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds and forks processes the Linux way")
+
+SHORT = ("train.tokens=2048", "eval.every=1024")  # 8 steps, checkpoints at 5 and 8
+LONG = ("train.tokens=12800", "eval.every=0", "eval.prompts=[]", "checkpoint.every=1280")  # 50 steps
+
+
+@pytest.fixture(autouse=True)
+def _in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
+
+
+@pytest.fixture(scope="module")
+def runs(workspace):
+    """The same short run by 1, 2 and 4 processes: the metrics that each writer saw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        patch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
+        metrics = {1: start("tiny.yaml", *SHORT, name="world-1")[1].metrics}
+        for size in (2, 4):
+            outcomes = together(size, train_together, f"world-{size}", SHORT)
+            metrics[size] = outcomes[0][0]
+            assert not any(seen for seen, _, _ in outcomes[1:])  # the others observe nothing
+        return metrics
+
+
+def values(metrics):
+    return [{key: m[key] for key in m.keys() - {"seconds", "tokens_per_second"}} for m in metrics]
+
+
+def weights(name):
+    return load_file(checkpoint.newest_checkpoint(checkpoint.RUNS / name) / "model.safetensors")
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def assert_close(first, second):
+    assert [m["step"] for m in first] == [m["step"] for m in second]
+    for a, b in zip(first, second, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        for key in ("val_loss", "val_bpb"):
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-6)
+
+
+def test_losses_do_not_depend_on_the_number_of_processes(runs):
+    assert ["val_loss" in m for m in runs[1]] == [False, False, False, True] * 2
+    assert_close(runs[2], runs[1])
+    assert_close(runs[4], runs[1])
+
+
+def test_one_process_writes(runs, workspace):
+    for size, metrics in runs.items():
+        lines = (workspace / f"runs/world-{size}/metrics.jsonl").read_text().splitlines()
+        assert values(map(json.loads, lines)) == values(metrics)
+        assert len(lines) == 8
+
+
+@pytest.mark.parametrize("stop_rank", [0, 3])
+def test_a_signal_to_one_of_four_stops_all_and_resuming_repeats_the_run_bit_for_bit(runs, stop_rank):
+    """Also after DistributedDataParallel has ordered its buckets anew, which a new process has still to do."""
+    name = f"stopped-{stop_rank}"
+    before = together(4, train_together, name, SHORT, 3, stop_rank)
+    assert [interrupted for _, _, interrupted in before] == [True] * 4
+    # With one micro-batch each, the signal comes after they have agreed on step 4, so they finish it.
+    assert [path.name for path in checkpoint.checkpoints(checkpoint.RUNS / name)] == ["step_000004"]
+    after = together(4, train_together, name, (), None, 0, True)
+    assert values(before[0][0] + after[0][0]) == values(runs[4])
+    assert_same_weights(name, "world-4")
+
+
+def test_another_number_of_processes_may_resume(runs):
+    together(2, train_together, "changing", SHORT, 3)
+    _, watch = resume("changing")
+    assert_close(watch.metrics, runs[1][3:])
+
+
+def test_sharded_and_plain_runs_resume_each_other(runs):
+    sharded = (*SHORT, "train.parallel=fsdp")
+    first = together(2, train_together, "shards", sharded, 3)[0][0]
+    shutil.copytree("runs/shards", "runs/shards-copy", symlinks=True)
+    _, watch = resume("shards", "train.parallel=ddp")
+    assert_close(first + watch.metrics, runs[1])
+    assert_close(first + together(2, train_together, "shards-copy", (), None, 0, True)[0][0], runs[1])
+    start("tiny.yaml", *SHORT, name="plain", watch=Recorder(terminate_at=3))
+    onwards = together(2, train_together, "plain", ("train.parallel=fsdp",), None, 0, True)[0][0]
+    assert_close(onwards, runs[1][3:])
+    assert {tensor.dtype for tensor in weights("plain").values()} == {torch.float32}
+
+
+SHAPES = [
+    ("model.block_repeats=2", "model.tie_embeddings=true"),
+    ("model.tie_embeddings=false", "model.norm=layernorm", "model.position=learned", "model.bias=true"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["shared", "untied"])
+def test_shared_blocks_and_untied_heads_in_both_strategies(shape):
+    name, short = shape[0].partition(".")[2].partition("=")[0], (*shape, "train.tokens=768", "eval.prompts=[]")
+    _, single = start("tiny.yaml", *short, name=f"{name}-single")
+    for strategy in ("ddp", "fsdp"):
+        outcomes = together(2, train_together, f"{name}-{strategy}", (*short, f"train.parallel={strategy}"))
+        assert_close(outcomes[0][0], single.metrics)
+
+
+def test_mixed_precision_keeps_sharded_losses_near():
+    short = ("train.tokens=768", "train.dtype=bfloat16", "eval.prompts=[]")
+    _, single = start("tiny.yaml", *short, name="low-single")
+    sharded = together(2, train_together, "low-sharded", (*short, "train.parallel=fsdp"))[0][0]
+    for a, b in zip(sharded, single.metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+    assert {tensor.dtype for tensor in weights("low-sharded").values()} == {torch.float32}
+
+
+def test_a_number_that_does_not_divide_the_batch_names_those_that_do(workspace):
+    recipe = load_recipe("tiny.yaml")
+    with pytest.raises(RecipeError, match=r"3 processes cannot share the 8 sequences.*one of 1, 2, 4, 8 .*of 96"):
+        check_shares(recipe, 3)
+
+
+def test_devices_that_processes_cannot_share(monkeypatch):
+    two = World(0, 2, 0, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="need a GPU each, and it has 1"):
+        two.pick_device("cuda")
+    with pytest.raises(UsageError, match="names one GPU for 2 processes"):
+        two.pick_device("cuda:0")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="cannot train on MPS"):
+        two.pick_device("mps")
+
+
+def small_memory(monkeypatch_or_none, largest, rank=None):
+    """A model whose forward pass fails, as CUDA would, for more than `largest` sequences."""
+    from lightlm.train import parallel
+
+    plain = parallel.token_loss
+
+    def token_loss(model, inputs, targets):
+        if model.training and len(inputs) > largest and rank in (None, int(os.environ.get("RANK", 0))):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, inputs, targets)
+
+    if monkeypatch_or_none is None:
+        parallel.token_loss = token_loss
+    else:
+        monkeypatch_or_none.setattr(parallel, "token_loss", token_loss)
+
+
+def train_in_small_memory(world, name, overrides, largest, rank):
+    small_memory(None, largest, rank)
+    return train_together(world, name, overrides)
+
+
+def test_an_automatic_micro_batch_shrinks_to_what_fits(runs, monkeypatch):
+    """The batch and its samples stay: losses equal those of an undisturbed run."""
+    small_memory(monkeypatch, 3)
+    _, watch = start("tiny.yaml", *SHORT, "train.micro_batch=auto", name="shrunk")
+    assert watch.facts["micro_batch"] == 8
+    assert [note.partition(" does")[0] for note in watch.notes] == [
+        "a micro-batch of 8 sequences", "a micro-batch of 4 sequences"
+    ]  # fmt: skip
+    assert_close(watch.metrics, runs[1])
+
+
+def test_the_smallest_memory_of_two_processes_decides(runs):
+    outcomes = together(2, train_in_small_memory, "unequal", (*SHORT, "train.micro_batch=auto"), 2, 1)
+    assert "going on with 2" in outcomes[0][1][0]
+    assert_close(outcomes[0][0], runs[1])
+
+
+def test_a_given_micro_batch_that_does_not_fit_is_one_error(monkeypatch):
+    small_memory(monkeypatch, 3)
+    with pytest.raises(LightLMError, match=r"train.micro_batch, 8 sequences of 32 tokens, does not fit; set .* 4 or"):
+        start("tiny.yaml", "train.micro_batch=8", name="given")
+    small_memory(monkeypatch, 0)
+    with pytest.raises(LightLMError, match=r"1 sequences.*lower train.seq_len"):
+        start("tiny.yaml", "train.micro_batch=auto", name="hopeless")
+
+
+def test_a_run_is_known_again_by_its_own_launch_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, restarted = Launch("none", "here", 10), Launch("none", "here", 10, restarts=1)
+    run = new_run("a", exact=False, launch=first)
+    checkpoint.mark_latest(run)
+    assert run_before_restart(first) is None  # a new launch begins anew, even with a number that came again
+    assert run_before_restart(restarted) == run
+    assert run_before_restart(Launch("none", "here", 11, restarts=1)) is None
+    assert run_before_restart(Launch("none", "there", 10, restarts=1)) is None
+    job = Launch("job-7", "here", 10)
+    run = new_run("b", exact=False, launch=job)
+    assert run_before_restart(Launch("job-7", "there", 99, restarts=1)) == run  # the writer moved to another machine
+    later = new_run("c", exact=False, launch=job)
+    assert run_before_restart(Launch("job-7", "here", 10, restarts=2)) == later
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workspace):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        patch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
+        together(2, train_together, "undisturbed", LONG)
+    return "undisturbed"
+
+
+@pytest.mark.parametrize("launcher", ["nproc", "torchrun"])
+def test_a_killed_process_is_restarted_and_the_run_goes_on_bit_for_bit(undisturbed, workspace, launcher):
+    name = f"killed-{launcher}"
+    recipe = ("tiny.yaml", *LONG, "--name", name)
+    if launcher == "nproc":
+        command = Command(*recipe, "--nproc", "2", "--max-restarts", "1")
+    else:
+        command = Command(*recipe, torchrun=("--nproc-per-node", "2", "--max-restarts", "1", "--standalone"))
+    command.await_steps(workspace / "runs" / name / "metrics.jsonl", 8)
+    command.signal_rank(1, signal.SIGKILL)
+    code, out, err = command.finish()
+    assert code == 0, err
+    assert out.count("Run runs/") == 1
+    assert "resumed after step" in err
+    if launcher == "nproc":
+        assert "process 1 of 2 was ended by SIGKILL" in err
+        assert "restarting all from the last checkpoint (1 of 1)" in " ".join(err.split())
+        assert "Traceback" not in err
+    lines = (workspace / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 51))
+    assert not (workspace / "runs" / f"{name}-2").exists()
+    assert_same_weights(name, undisturbed)
+
+
+def test_without_restarts_a_killed_process_is_one_message(workspace):
+    command = Command("tiny.yaml", *LONG, "--name", "dead", "--nproc", "2")
+    command.await_steps(workspace / "runs/dead/metrics.jsonl", 8)
+    command.signal_rank(0, signal.SIGKILL)
+    code, out, err = command.finish()
+    assert (code, out) == (1, "")
+    assert err.count("Error:") == 1
+    assert "process 0 of 2 was ended by SIGKILL" in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_saves_once_and_exits_with_130(undisturbed, workspace):
+    command = Command("tiny.yaml", *LONG, "--name", "control-c", "--nproc", "2", "--json")
+    command.await_steps(workspace / "runs/control-c/metrics.jsonl", 3)
+    command.signal_all(signal.SIGINT)
+    code, out, err = command.finish()
+    assert code == 130, err
+    result = json.loads(out)
+    assert result["interrupted"]
+    assert checkpoint.newest_checkpoint(workspace / "runs/control-c").name == f"step_{result['step']:06d}"
+    assert err.count(f"step_{result['step']:06d}") == 1
+    together(2, train_together, "control-c", (), None, 0, True)
+    assert_same_weights("control-c", undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [(("tiny.yaml", "data.dataset=nowhere"), 1, "data/nowhere"), (("--name", "x"), 2, "name a recipe")],
+)
+def test_a_mistake_is_one_message_and_its_exit_code(arguments, code, message):
+    got, out, err = Command(*arguments, "--nproc", "2", "--max-restarts", "2").finish()
+    assert (got, out) == (code, "")
+    assert err.count("Error:") == 1
+    assert message in err
+    assert "Traceback" not in err
