@@ -278,6 +278,17 @@ def test_ctrl_c_saves_once_and_exits_with_130(undisturbed, workspace):
     assert_same_weights("control-c", undisturbed)
 
 
+def test_processes_without_their_launcher_save_and_stop(workspace):
+    command = Command("tiny.yaml", *LONG, "--name", "orphans", "--nproc", "2")
+    command.await_steps(workspace / "runs/orphans/metrics.jsonl", 3)
+    command.signal_launcher(signal.SIGKILL)
+    _, out, _ = command.finish()  # waits for the end of their output too
+    step = len((workspace / "runs/orphans/metrics.jsonl").read_text().splitlines())
+    assert step < 50
+    assert f"Run runs/orphans: step {step}" in out
+    assert checkpoint.newest_checkpoint(workspace / "runs/orphans").name == f"step_{step:06d}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [(("tiny.yaml", "data.dataset=nowhere"), 1, "data/nowhere"), (("--name", "x"), 2, "name a recipe")],
