@@ -97,6 +97,9 @@ class Command:
     def signal_rank(self, rank, number):
         os.kill(_worker(self._process.pid, rank), number)
 
+    def signal_launcher(self, number):
+        self._process.send_signal(number)
+
     def signal_all(self, number):
         os.killpg(self._process.pid, number)
 

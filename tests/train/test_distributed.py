@@ -21,7 +21,8 @@ from tests.train.watch import Recorder, resume, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds and forks processes the Linux way")
 
-SHORT = ("train.tokens=2048", "eval.every=1024")  # 8 steps, checkpoints at 5 and 8
+# 8 steps, checkpoints at 5 and 8; 27 validation windows in batches of 2, the last of which 4 processes cannot share.
+SHORT = ("train.tokens=2048", "eval.every=1024", "eval.tokens=864")
 LONG = ("train.tokens=12800", "eval.every=0", "eval.prompts=[]", "checkpoint.every=1280")  # 50 steps
 
 
@@ -276,6 +277,17 @@ def test_ctrl_c_saves_once_and_exits_with_130(undisturbed, workspace):
     assert err.count(f"step_{result['step']:06d}") == 1
     together(2, train_together, "control-c", (), None, 0, True)
     assert_same_weights("control-c", undisturbed)
+
+
+def test_processes_without_their_launcher_save_and_stop(workspace):
+    command = Command("tiny.yaml", *LONG, "--name", "orphans", "--nproc", "2")
+    command.await_steps(workspace / "runs/orphans/metrics.jsonl", 3)
+    command.signal_launcher(signal.SIGKILL)
+    _, out, _ = command.finish()  # waits for the end of their output too
+    step = len((workspace / "runs/orphans/metrics.jsonl").read_text().splitlines())
+    assert step < 50
+    assert f"Run runs/orphans: step {step}" in out
+    assert checkpoint.newest_checkpoint(workspace / "runs/orphans").name == f"step_{step:06d}"
 
 
 @pytest.mark.parametrize(
