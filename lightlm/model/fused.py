@@ -125,6 +125,7 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         full = x.float()
         scale = _inverse_rms(full, eps)
+        weight_D = weight_D.float()  # bf16 where FSDP gathers it
         ctx.save_for_backward(x, weight_D, scale)
         return (full * scale).mul_(weight_D).to(torch.bfloat16)
 
@@ -193,7 +194,7 @@ class HeadsFunction(torch.autograd.Function):
         qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
         scale = weight_HK = None
         if q_weight_K is not None and k_weight_K is not None:
-            weight_HK = torch.cat((q_weight_K.expand(num_heads, -1), k_weight_K.expand(num_kv_heads, -1)))
+            weight_HK = torch.cat((q_weight_K.expand(num_heads, -1), k_weight_K.expand(num_kv_heads, -1))).float()
             qk = qk.float()
             scale = _inverse_rms(qk, norm_eps)
             qk = qk.mul_(scale).mul_(weight_HK)

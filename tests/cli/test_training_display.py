@@ -20,7 +20,7 @@ needs_terminal = pytest.mark.skipif(os.name == "nt", reason="Windows has no pseu
 FACTS = {
     "run": "runs/demo", "parameters": 6_800_000, "device": "cpu", "dtype": "bfloat16", "first_step": 0,
     "tokens": 4_096_000, "epochs": 1.0, "data": "data/pydocs", "steps": 1000, "batch_tokens": 4096,
-    "accumulation": 1, "micro_batch": 16,
+    "accumulation": 1, "micro_batch": 16, "processes": 1, "first_batch_tokens": 4096,
 }  # fmt: skip
 
 

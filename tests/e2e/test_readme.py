@@ -7,6 +7,8 @@ in ./recipes take that of the shipped ones: the commands themselves are unchange
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,11 +86,29 @@ def stand_ins(tmp_path, monkeypatch):
     return tmp_path
 
 
+def run_processes(line):
+    """A command that starts processes, with two of them, as far as their plan: trained with elsewhere."""
+    if sys.platform != "linux":
+        return
+    program, *arguments = shlex.split(
+        line.replace("nproc 8", "nproc 2").replace("per-node 8", "per-node 2"), comments=True
+    )
+    module = {"lightlm": "lightlm", "torchrun": "torch.distributed.run"}[program]
+    outcome = subprocess.run(
+        [sys.executable, "-m", module, *arguments, "--dry-run"], capture_output=True, text=True, check=False
+    )
+    assert outcome.returncode == 0, (line, outcome.stderr)
+    assert re.search(r"processes\D+2\b", outcome.stdout), outcome.stdout
+
+
 def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
     run = Runner(monkeypatch, capsys)
     ran = set()
     for line in commands():
-        program, *arguments = shlex.split(line)
+        if "nproc" in line:
+            run_processes(line)
+            continue
+        program, *arguments = shlex.split(line, comments=True)
         assert program == "lightlm", line
         # train:8192 finds no 8,192 entries in a small corpus, which is allowed, and takes what there is.
         outcome = run(*arguments)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from lightlm import checkpoint
 from lightlm.cli.app import main
+from tests.train.watch import comparable
 
 REMOVALS = ("os.rename", "os.remove", "os.rmdir")  # about ten a save: the folder, the pointer, the pruned checkpoint
 OPERATIONS = (*REMOVALS, "os.mkdir", "os.symlink", "open")  # about thirty
@@ -222,9 +223,7 @@ def differences(run: Path, whole: Path) -> list[str]:
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
     """Every line, which must be whole, without times."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    times = {"seconds", "tokens_per_second"}
-    return [{key: value for key, value in json.loads(line).items() if key not in times} for line in lines]
+    return comparable(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
 def _unequal(first: Any, second: Any, place: str) -> list[str]:

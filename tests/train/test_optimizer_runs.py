@@ -13,7 +13,7 @@ from lightlm.errors import RecipeError
 from lightlm.recipe import load_recipe
 from lightlm.train.tracking import read_metrics
 from lightlm.train.trainer import Trainer
-from tests.train.watch import Recorder, resume, start
+from tests.train.watch import Recorder, comparable, resume, start
 
 OVERRIDES = {
     "muon": ["optimizer.name=muon", "optimizer.lr=3e-2", "optimizer.embedding_lr=1e-2"],
@@ -26,10 +26,6 @@ OVERRIDES = {
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-
-
-def comparable(metrics):
-    return [{key: m[key] for key in m.keys() - {"seconds", "tokens_per_second"}} for m in metrics]
 
 
 def weights(run):

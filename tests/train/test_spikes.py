@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 
 from lightlm import checkpoint
 from lightlm.recipe import TrainSection, load_recipe
-from lightlm.train.metrics import MEASURED
 from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.spikes import MAX_IN_A_ROW, SpikeHistory, judge
 from lightlm.train.trainer import Trainer, TrainingDivergedError
-from tests.train.watch import Recorder
+from tests.train.watch import Recorder, comparable
 
 # Small enough for 20 steps: judged from step 5 on. At the recipe's own rate of 1e-2 one bad step upsets the next three.
 SPIKY = ["train.spike_window=8", "train.spike_threshold=6", "optimizer.lr=2e-3"]
@@ -120,10 +119,6 @@ def resumed_run(name, steps):
     return watch.run(Trainer(recipe, run, watch, lambda *_: "", saved)), watch
 
 
-def comparable(metrics):
-    return [{key: value for key, value in m.items() if key not in MEASURED} for m in metrics]
-
-
 def state(run, step):
     folder = run / "checkpoints" / f"step_{step:06d}"
     return load_file(folder / "model.safetensors"), torch.load(folder / "training_state.pt", weights_only=True)
@@ -182,7 +177,7 @@ def nan_run(name, steps, *overrides):
     def poison(module, inputs, output):
         return output * math.nan if trainer.model.training and trainer.progress.step + 1 in steps else output
 
-    trainer.model.embed_tokens.register_forward_hook(poison)
+    trainer.model.norm.register_forward_hook(poison)
     return trainer, watch
 
 

@@ -22,7 +22,7 @@ from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.trackers import _BACKENDS, Trackers, _installed
 from lightlm.train.tracking import Observers, read_metrics
 from lightlm.train.trainer import Trainer
-from tests.train.watch import Recorder
+from tests.train.watch import Recorder, comparable
 
 # trackio reads it once, when it is first imported.
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="lightlm-trackio-")
@@ -69,10 +69,6 @@ def go_and_repeat_steps(name, *backends):
     shutil.rmtree(checkpoint.newest_checkpoint(stopped.run))
     assert checkpoint.newest_checkpoint(stopped.run).name == "step_000010"
     return go(name, *backends)
-
-
-def comparable(metrics):
-    return [{key: value for key, value in m.items() if key not in MEASURED} for m in metrics]
 
 
 def numbers(metrics):

@@ -13,14 +13,13 @@ from lightlm.data.prepare import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import load_recipe
 from lightlm.train.gradients import micro_batch_size
-from lightlm.train.metrics import MEASURED
 from lightlm.train.optimizers import build_optimizer
 from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.tracking import read_metrics
 from lightlm.train.trainer import Trainer, TrainingDivergedError
 from tests.shapes import build
 from tests.test_recipe import PARAMETERS
-from tests.train.watch import Recorder, resume, start
+from tests.train.watch import Recorder, comparable, resume, start
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +33,6 @@ def whole_run(workspace):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
         return start(name="whole")
-
-
-def comparable(metrics):
-    """What must not depend on interruptions: all but times."""
-    return [{key: m[key] for key in m.keys() - MEASURED} for m in metrics]
 
 
 def weights(run):

@@ -5,8 +5,14 @@ import signal
 from pathlib import Path
 
 from lightlm.recipe import load_recipe
+from lightlm.train.metrics import MEASURED
 from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.trainer import Result, Trainer
+
+
+def comparable(metrics):
+    """What must not depend on interruptions and machines: all but times and memory."""
+    return [{key: value for key, value in m.items() if key not in MEASURED} for m in metrics]
 
 
 class Recorder:
