@@ -1,66 +1,122 @@
-"""Training speed of LightLM beside transformers: the same model, batch and precision, in turn, in one process.
+"""Training speed of LightLM beside transformers and nanoGPT: the same model, batch and precision, in turn, in one run.
 
-    python benchmarks/train.py                        # the demo's shape
-    python benchmarks/train.py --recipe lightlm --sequences 2 --length 1024
-    python benchmarks/train.py --recipe gpt2-124m --sequences 4 --length 1024 --out benchmarks/results/gpt2-cpu.json
+    python benchmarks/train.py                                                   # the demo's shape
+    python benchmarks/train.py --recipe lightlm --sequences 2 --length 1024 model.qk_norm=false
+    git clone https://github.com/karpathy/nanoGPT
+    python benchmarks/train.py --recipe gpt2-124m --sequences 4 --length 1024 --nanogpt nanoGPT \\
+        --contestants "lightlm,transformers,nanogpt compiled"
 
-Each round runs one step of each (forward, backward, clipping, AdamW), so that a busy moment of the machine meets both.
-The printed speed is the median over rounds; the spread is the range from the slowest to the fastest round.
+Each contestant has a process of its own, so that its allocator settings and its peak memory are its own, and each round
+runs one step of each (forward, backward, clipping, AdamW), so that a busy moment of the machine meets all. Speeds
+are medians over rounds; the spread is the range from the slowest to the fastest round. nanoGPT trains as its train.py
+does: its own optimizer settings and its vocabulary of 50,304. Where a contestant runs both plain and compiled, ratios
+are between the faster of each. All hold their memory at once: 5 to 8 GB each for these shapes.
 """
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from lightlm import __version__
 from lightlm.convert.layouts import write_config
 from lightlm.convert.registry import export_target
-from lightlm.device import autocast, describe, pick_device, pick_dtype
+from lightlm.device import autocast, describe, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import load_recipe
-from lightlm.train.loss import token_loss
+from lightlm.recipe import Recipe, load_recipe
+from lightlm.train.metrics import peak_memory
 from lightlm.train.optimizers import build_optimizer
+from lightlm.train.parallel import LossModule
 
-WARM_UP = 3  # rounds that are not counted
+WARM_UP = 4  # rounds that are not counted: the first steps fault in their memory and compile
 
 
-def lightlm_step(config: ModelConfig, recipe, tokens: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+def lightlm(options: argparse.Namespace, tokens: Tensor, compiled: bool) -> tuple[Any, Callable[[], Tensor], Any]:
+    recipe, config = shape(options)
+    if tokens.device.type == "cpu":
+        keep_freed_memory()
     model = Transformer(config).to(tokens.device)
+    loss = LossModule(model)
+    if compiled:
+        model.compile_blocks() if tokens.device.type == "cpu" else loss.compile()
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-
-    def loss() -> Tensor:
-        return token_loss(model, inputs, targets) / targets.numel()
-
-    return stepper(model, recipe, loss, tokens.device, dtype)
+    return model, lambda: loss(inputs, targets) / targets.numel(), build_optimizer(model, recipe.optimizer)
 
 
-def transformers_step(config: ModelConfig, recipe, tokens: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+def transformers(options: argparse.Namespace, tokens: Tensor, compiled: bool) -> tuple[Any, Callable[[], Tensor], Any]:
+    import transformers
+
+    recipe, config = shape(options)
     values = write_config(export_target(config).model_type, config.resolved())
     # Without dropout, as LightLM trains; scaled_dot_product_attention is transformers' default.
     their_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    model = transformers.AutoModelForCausalLM.from_config(their_config).to(tokens.device)
+    model = transformers.AutoModelForCausalLM.from_config(their_config).to(tokens.device).train()
     model.config.use_cache = False
+    optimizer = build_optimizer(model, recipe.optimizer)
+    if compiled:
+        model.compile()
     # transformers shifts labels itself; one more token gives the same number of predictions.
-    return stepper(model, recipe, lambda: model(tokens, labels=tokens).loss, tokens.device, dtype)
+    return model, lambda: model(tokens, labels=tokens).loss, optimizer
 
 
-def stepper(
-    model: torch.nn.Module, recipe, loss: Callable[[], Tensor], device: torch.device, dtype: torch.dtype
-) -> Callable[[], None]:
-    """One training step of `model`; both sides share all of it but the loss."""
-    optimizer = build_optimizer(model.train(), recipe.optimizer)
+def nanogpt(options: argparse.Namespace, tokens: Tensor, compiled: bool) -> tuple[Any, Callable[[], Tensor], Any]:
+    sys.path.insert(0, str(options.nanogpt))
+    from model import GPT, GPTConfig
 
-    def step() -> None:
+    recipe, config = shape(options)
+    if (config.norm, config.mlp, config.position) != ("layernorm", "gelu", "learned"):
+        raise SystemExit("nanoGPT has only GPT-2's architecture: use --recipe gpt2-124m")
+    model = GPT(
+        GPTConfig(
+            block_size=options.length,
+            vocab_size=50_304,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            n_embd=config.hidden_size,
+            dropout=0.0,
+            bias=config.bias,
+        )
+    ).to(tokens.device)
+    section = recipe.optimizer
+    optimizer = model.configure_optimizers(section.weight_decay, section.lr, section.betas, tokens.device.type)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    run = torch.compile(model) if compiled else model
+    return model, lambda: run(inputs, targets)[1], optimizer
+
+
+CONTESTANTS = {"lightlm": lightlm, "transformers": transformers, "nanogpt": nanogpt}
+
+
+def shape(options: argparse.Namespace) -> tuple[Recipe, ModelConfig]:
+    recipe = load_recipe(options.recipe, options.overrides)
+    vocab_size = recipe.model.vocab_size or (8192 if options.recipe == "demo" else 50_257)
+    length = max(options.length + 1, recipe.model.max_seq_len)
+    return recipe, replace(recipe.model, vocab_size=vocab_size, max_seq_len=length)
+
+
+def contend(name: str, options: argparse.Namespace, pipe: Connection) -> None:
+    """One contestant's process: a step for each message, answered with its seconds; at the end the peak memory."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    torch.manual_seed(0)
+    _, config = shape(options)
+    tokens = torch.randint(config.vocab_size, (options.sequences, options.length + 1), device=device)
+    base, _, suffix = name.partition(" ")
+    model, loss, optimizer = CONTESTANTS[base](options, tokens, suffix == "compiled")
+    while pipe.recv():
+        started = time.perf_counter()
         with autocast(device, dtype):
             value = loss()
         value.backward()
@@ -68,8 +124,8 @@ def stepper(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         value.item()
-
-    return step
+        pipe.send(time.perf_counter() - started)
+    pipe.send(peak_memory(device))
 
 
 def main() -> None:
@@ -79,50 +135,83 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument(
+        "--contestants", default="lightlm,transformers", help="names; 'NAME compiled' for torch.compile"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe, options.overrides)
-    vocab_size = recipe.model.vocab_size or (8192 if options.recipe == "demo" else 50_257)
-    config = replace(recipe.model, vocab_size=vocab_size, max_seq_len=max(options.length + 1, recipe.model.max_seq_len))
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    torch.manual_seed(0)
-    tokens = torch.randint(vocab_size, (options.sequences, options.length + 1), device=device)
-    steps = {
-        "lightlm": lightlm_step(config, recipe, tokens, dtype),
-        "transformers": transformers_step(config, recipe, tokens, dtype),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = options.contestants.split(",")
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    pipes: dict[str, Connection] = {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=contend, args=(name, options, theirs), daemon=True).start()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(WARM_UP + options.rounds):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            taken = pipe.recv()
             if round_number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - started)
-    count = options.sequences * options.length
-    speeds = {name: [count / second for second in times] for name, times in seconds.items()}
-    result = {
-        "recipe": " ".join([options.recipe, *options.overrides]),
-        "batch": f"{options.sequences} x {options.length}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": describe(device),
-        "machine": platform.platform(),
-        "versions": {"lightlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "tokens_per_second": {
-            name: {
-                "median": round(statistics.median(values)),
-                "slowest": round(min(values)),
-                "fastest": round(max(values)),
-            }
-            for name, values in speeds.items()
-        },
-        "ratio": round(statistics.median(speeds["lightlm"]) / statistics.median(speeds["transformers"]), 3),
-    }
+                seconds[name].append(taken)
+    peaks = {}
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        peaks[name] = pipe.recv()
+    result = summary(options, seconds, peaks)
     print(json.dumps(result, indent=2))
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def summary(
+    options: argparse.Namespace, seconds: dict[str, list[float]], peaks: dict[str, int | None]
+) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    device = pick_device(options.device)
+    count = options.sequences * options.length
+    contestants = {}
+    for name, times in seconds.items():
+        speeds = [count / second for second in times]
+        contestants[name] = {
+            "tokens_per_second": round(statistics.median(speeds)),
+            "slowest": round(min(speeds)),
+            "fastest": round(max(speeds)),
+            "peak_memory_gb": round((peaks[name] or 0) / 1e9, 2),
+        }
+    best = {
+        base: max(entry["tokens_per_second"] for name, entry in contestants.items() if name.split()[0] == base)
+        for base in dict.fromkeys(name.split()[0] for name in contestants)
+    }
+    _, config = shape(options)
+    result = {
+        "recipe": " ".join([options.recipe, *options.overrides]),
+        "batch": f"{options.sequences} x {options.length}",
+        "dtype": str(pick_dtype(options.dtype, device)).removeprefix("torch."),
+        "device": describe(device),
+        "machine": f"{platform.platform()}, {processor()}",
+        "versions": {"lightlm": __version__, "torch": torch.__version__, "transformers": version("transformers")},
+        "contestants": contestants,
+        "ratio": {f"to {base}": round(best["lightlm"] / speed, 3) for base, speed in best.items() if base != "lightlm"},
+    }
+    if peak := peak_flops(device):
+        with torch.device("meta"):
+            flops = Transformer(config).flops_per_token(options.length)
+        result["mfu"] = {name: round(speed * flops / peak, 3) for name, speed in best.items()}
+    return result
+
+
+def processor() -> str:
+    """The CPU's name and the features that decide its speed here."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor()
+    text = path.read_text(encoding="utf-8")
+    name = next(line.split(": ")[1] for line in text.splitlines() if line.startswith("model name"))
+    return name + (" with AMX" if "amx_bf16" in text else "")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,11 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
+    def compile_blocks(self) -> None:
+        """Compile each block alone: all share one graph, so this takes seconds where the whole model takes minutes."""
+        for block in self.blocks:
+            block.compile()
+
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
         max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)

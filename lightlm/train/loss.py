@@ -16,11 +16,12 @@ from lightlm.model.transformer import Transformer
 # Rows whose length is no multiple of 64 bytes cost matrix units a third of their speed, on GPUs as on CPUs (GPT-2's
 # 50,257 entries are such a length; benchmarks/head_loss.py).
 _VOCAB_MULTIPLE = 128
-# Tokens whose logits are held at once (on a CPU 103 MB in bf16 at 50,257 entries); every chunk adds the whole (V, D)
+# Tokens whose logits are held at once (on a CPU 206 MB in bf16 at 50,257 entries); every chunk adds the whole (V, D)
 # weight gradient once more.
-_CHUNK = {"cpu": 1024, "mps": 2048, "cuda": 8192}
-# Logits that the fp32 softmax works on at once: 1 MB, which stays in a core's cache. A GPU takes a chunk at a time.
-_CPU_SLICE = 1 << 18
+_CHUNK = {"cpu": 2048, "mps": 2048, "cuda": 8192}
+# Rows that the fp32 softmax works on at once on a CPU: about 1 MB, which stays in its caches, but not so few that
+# starting the operations shows. A GPU takes a chunk at a time.
+_SLICE_ELEMENTS, _SLICE_ROWS = 1 << 18, 16
 
 
 def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def _padded(master_VD: Tensor, dtype: torch.dtype) -> Tensor:
 def _softmax_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     """The loss of each row; the logits become their softmax in place. Computed in fp32."""
     rows, vocab_size = logits_RV.shape
-    size = max(_CPU_SLICE // vocab_size, 1) if logits_RV.device.type == "cpu" else rows
+    size = max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS) if logits_RV.device.type == "cpu" else rows
     full_SV = logits_RV.new_empty(size, vocab_size, dtype=torch.float32)
     losses_R = logits_RV.new_empty(rows, dtype=torch.float32)
     for start in range(0, rows, size):
@@ -99,5 +100,5 @@ def _softmax_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
         target, peak = full.gather(1, targets), full.amax(-1, keepdim=True)
         total = full.sub_(peak).exp_().sum(-1, keepdim=True)
         losses_R[start : start + size] = (total.log() + peak - target)[:, 0]
-        part.copy_(full.div_(total))
+        part.copy_(full.mul_(1.0 / total))
     return losses_R
