@@ -33,9 +33,9 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         mask: Mask,
-        cache: KVCache | None,
-        step: Step | None,
-        layer: int,
+        cache: KVCache | None = None,
+        step: Step | None = None,
+        layer: int = 0,
     ) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache, step, layer)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight.device
 
     def compile_blocks(self) -> None:
-        """Compile each block alone: all share one graph, so this takes seconds where the whole model takes minutes."""
+        """Let torch.compile work on each block alone: all share one graph, so it is done once."""
         for block in self.blocks:
             block.compile()
 
@@ -157,7 +157,12 @@ class Transformer(nn.Module):
             rotation = cos[:, None], sin[:, None]
         for layer in range(config.depth):
             block = self.blocks[layer // config.block_repeats]
-            x_BTD = block(x_BTD, rotation, masks[config.window(layer)], cache, step, layer)
+            if cache is None:
+                # Without the layer's number, which would make torch.compile treat each block as another function.
+                x_BTD = block(x_BTD, rotation, masks[config.window(layer)])
+            else:
+                # Past what wraps a block in training: prompts of every length would each be compiled anew.
+                x_BTD = block.forward(x_BTD, rotation, masks[config.window(layer)], cache, step, layer)
         if cache is not None and step is not None:
             cache.commit(step)
         return self.norm(x_BTD)

@@ -51,10 +51,11 @@ class ParallelLoss:
         self.replicated = strategy == "ddp" and world.size > 1
         self._world = world
         self._local = LossModule(model)
-        if compiled:
-            # FSDP's hooks sit between the blocks, so each is compiled alone.
-            for module in model.blocks if self.sharded else [self._local]:
-                module.compile()
+        # FSDP's hooks sit between the blocks; on a CPU, all blocks are one graph, quick to compile.
+        if compiled and (self.sharded or device.type == "cpu"):
+            model.compile_blocks()
+        elif compiled:
+            self._local.compile()
         self._root: nn.Module = self._local
         if self.sharded:
             _shard(self._local, world, device, dtype)

@@ -24,6 +24,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.batches import batch_plan
 from lightlm.train.checkpoint import Progress, pack, unpack
+from lightlm.train.compilation import compiles
 from lightlm.train.distributed import World
 from lightlm.train.evaluation import preserved
 from lightlm.train.gradients import BatchOutcome, Gradients, check_shares, micro_batch_size
@@ -107,6 +108,8 @@ class Trainer:
         self.model.train()
         self.parameters = self.model.num_parameters()["total"]
         self.flops_per_token = self.model.flops_per_token(recipe.seq_len)
+        compiled = {"compile": compiles(recipe, self.model, self.device)}
+        self.recipe = recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=compiled)})
         self.loss = self._parallel()
         self.optimizer = build_optimizer(self.model, recipe.optimizer, self.dtype)
         if resume_from is not None:
@@ -127,9 +130,13 @@ class Trainer:
         recipe = self.recipe.train
         if recipe.parallel == "fsdp" and self.world.size == 1:
             self.observer.note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
-        compiled = recipe.compile is True or (recipe.compile == "auto" and self.device.type == "cuda")
         return ParallelLoss(
-            self.model, self.world, strategy=recipe.parallel, compiled=compiled, device=self.device, dtype=self.dtype
+            self.model,
+            self.world,
+            strategy=recipe.parallel,
+            compiled=recipe.compile is True,
+            device=self.device,
+            dtype=self.dtype,
         )
 
     def _gradients(self) -> Gradients:
@@ -180,6 +187,7 @@ class Trainer:
             "batch_tokens": recipe.batch_sequences * recipe.seq_len,
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,
+            "compile": self.recipe.train.compile,
             "epochs": self.total_tokens / recipe.seq_len / self.loader.num_samples,
         }
 

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from lightlm import checkpoint
 from lightlm.data.prepare import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
+from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
+from lightlm.train import compilation
 from lightlm.train.gradients import micro_batch_size
 from lightlm.train.optimizers import build_optimizer
 from lightlm.train.runs import new_run, reopen_run
@@ -273,3 +275,23 @@ def test_automatic_micro_batches_fit_a_gpus_memory(monkeypatch):
     for gigabytes, sequences in ((80, 16), (24, 4), (1, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=gigabytes: (n * 2**30, n * 2**30))
         assert micro_batch_size(recipe, torch.device("cuda")) == sequences
+
+
+def test_compiling_on_a_cpu_waits_for_a_run_that_pays(monkeypatch):
+    cpu, model = torch.device("cpu"), Transformer(dataclasses.replace(load_recipe("tiny.yaml").model, vocab_size=320))
+    monkeypatch.setattr(compilation, "_has_compiler", lambda: True)
+    monkeypatch.setattr(compilation.sys, "platform", "linux")
+    short = load_recipe("tiny.yaml")
+    long = load_recipe("tiny.yaml", ["train.tokens=100B"])
+    assert not compilation.compiles(short, model, cpu)
+    assert compilation.compiles(long, model, cpu)
+    assert compilation.compiles(short, model, torch.device("cuda"))
+    assert not compilation.compiles(load_recipe("tiny.yaml", ["train.compile=false"]), model, torch.device("cuda"))
+    monkeypatch.setattr(compilation, "_has_compiler", lambda: False)
+    assert not compilation.compiles(long, model, cpu)
+    with pytest.raises(RecipeError, match=r"needs a C\+\+ compiler"):
+        compilation.compiles(load_recipe("tiny.yaml", ["train.compile=true"]), model, cpu)
+
+
+def test_the_runs_recipe_keeps_whether_it_was_compiled(whole_run):
+    assert load_recipe(whole_run[0].run / "recipe.yaml").train.compile is False

@@ -1,0 +1,44 @@
+"""When `torch.compile` pays."""
+
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from lightlm.errors import RecipeError
+from lightlm.model.transformer import Transformer
+from lightlm.recipe import Recipe
+
+# On a CPU, compiling blocks costs about 20 s and then saves an eighth of a step of `lightlm` (benchmarks/train.py
+# --contestants "lightlm,lightlm compiled"). These are 10 minutes of training at the 0.8 TFLOP/s seen there.
+_CPU_FLOPS = 5e14
+
+
+def compiles(recipe: Recipe, model: Transformer, device: torch.device) -> bool:
+    """Whether to compile: as the recipe says, or, for `auto`, always on CUDA and on a CPU in long runs.
+
+    The answer comes from the recipe and the machine, not from a measurement, so that a run is repeatable; the run's own
+    recipe.yaml keeps it, since compiled and plain losses differ by rounding.
+
+    Raises:
+        RecipeError: the recipe asks for it, and this machine has no C++ compiler.
+    """
+    wanted = recipe.train.compile
+    if wanted is True and device.type == "cpu" and not _has_compiler():
+        raise RecipeError(
+            "train.compile=true needs a C++ compiler (g++ or clang++) and Python's headers, which are not here; "
+            "install them (on Debian: g++ and python3-dev), or set train.compile=false"
+        )
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        long = model.flops_per_token(recipe.seq_len) * recipe.train.tokens >= _CPU_FLOPS
+        return long and sys.platform == "linux" and _has_compiler()
+    return device.type == "cuda"
+
+
+def _has_compiler() -> bool:
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.exists() and any(shutil.which(name) for name in ("g++", "clang++"))
