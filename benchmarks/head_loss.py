@@ -1,5 +1,5 @@
-"""Forward and backward of the output head and its loss on 4,096 tokens (CPU, bf16 products): for several chunk sizes, with
-the vocabulary padded to whole cache lines, and as it is.
+"""Forward and backward of the output head and its loss on 4,096 tokens (CPU, bf16 products): for several chunk sizes,
+with the vocabulary padded to whole cache lines, and as it is.
 
 python benchmarks/head_loss.py
 """

@@ -155,9 +155,19 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(title=f"Run {facts['name']}", show_header=False)
     for key, value in facts.items():
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
-        table.add_row(key.replace("_", " "), Text(text))
+        table.add_row(key.replace("_", " "), Text(_in_words(value)))
     out.print(table)
+
+
+def _in_words(value: Any) -> str:
+    match value:
+        case bool():  # an int too
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.3g}"
+    return str(value)
 
 
 def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> "Path | None":
