@@ -45,3 +45,10 @@ schedule: {name: wsd, warmup: 10%, decay: 20%}
 eval: {every: 2560, tokens: 1024, prompts: [The old], max_new_tokens: 8}
 checkpoint: {every: 1280, keep_last: 2}
 """
+
+
+def make_workspace(folder: Path, count: int = 300) -> Path:
+    """The folder, with data/tiny and tiny.yaml in it."""
+    make_data(folder, count)
+    (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+    return folder

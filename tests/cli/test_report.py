@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.corpus import TINY_RECIPE, make_data
+from tests.corpus import make_workspace
 from tests.report.run_folder import rows, write_run
 
 
@@ -12,8 +12,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def test_training_ends_with_a_page_and_report_makes_it_again(lightlm, tmp_path):
-    make_data(tmp_path, 100)
-    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+    make_workspace(tmp_path, 100)
     outcome = lightlm("train", "tiny.yaml", "train.tokens=512")
     page = tmp_path / "runs/tiny/report.html"
     assert "Plots and page: runs/tiny/report.html" in outcome.stdout.replace("\\", "/")
@@ -36,8 +35,7 @@ def test_training_ends_with_a_page_and_report_makes_it_again(lightlm, tmp_path):
 
 
 def test_a_failure_to_draw_is_a_note_and_not_the_end_of_the_run(lightlm, tmp_path, monkeypatch):
-    make_data(tmp_path, 100)
-    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+    make_workspace(tmp_path, 100)
 
     def broken(*arguments):
         raise RuntimeError("no font")

@@ -9,15 +9,12 @@ import time
 import pytest
 import yaml
 
-from tests.corpus import TINY_RECIPE, make_data
+from tests.corpus import TINY_RECIPE, make_workspace
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train-command")
-    make_data(folder, 100)
-    (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
-    return folder
+    return make_workspace(tmp_path_factory.mktemp("train-command"), 100)
 
 
 @pytest.fixture(autouse=True)

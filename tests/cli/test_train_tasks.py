@@ -14,7 +14,7 @@ from lightlm.train.metrics import MEASURED
 from lightlm.train.runs import new_run
 from lightlm.train.tracking import read_metrics
 from lightlm.train.trainer import Trainer
-from tests.corpus import TINY_RECIPE, make_data
+from tests.corpus import make_workspace
 from tests.evaluate.tiny_run import write_quiz
 from tests.shapes import build
 from tests.train.watch import Recorder
@@ -24,10 +24,7 @@ SHORT = ["train.tokens=2560", "eval.prompts=[The old]"]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train-tasks")
-    make_data(folder, 100)
-    (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
-    return folder
+    return make_workspace(tmp_path_factory.mktemp("train-tasks"), 100)
 
 
 @pytest.fixture(autouse=True)

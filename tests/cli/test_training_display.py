@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lightlm.cli import training_display
 from lightlm.cli.training_display import TrainingDisplay
-from tests.corpus import TINY_RECIPE, make_data
+from tests.corpus import make_workspace
 
 needs_terminal = pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 FACTS = {
@@ -158,10 +158,7 @@ def test_no_color_is_obeyed_and_a_dumb_terminal_gets_plain_lines():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("display")
-    make_data(folder, 100)
-    (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
-    return folder
+    return make_workspace(tmp_path_factory.mktemp("display"), 100)
 
 
 def environment(**changes):

@@ -7,7 +7,7 @@ import pytest
 
 from lightlm.data.tokenizer import train_tokenizer
 from tests.cli.runner import Runner
-from tests.corpus import TINY_RECIPE, make_data, texts
+from tests.corpus import TINY_RECIPE, make_workspace, texts
 
 
 @pytest.fixture
@@ -19,8 +19,7 @@ def lightlm(monkeypatch, capsys):
 def pristine(tmp_path_factory):
     """A folder with data, a recipe, and a finished run."""
     folder = tmp_path_factory.mktemp("pristine")
-    make_data(folder, 100)
-    (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+    make_workspace(folder, 100)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         from lightlm.recipe import load_recipe

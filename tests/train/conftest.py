@@ -1,12 +1,9 @@
 import pytest
 
-from tests.corpus import TINY_RECIPE, make_data
+from tests.corpus import make_workspace
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
     """A folder with data/tiny and tiny.yaml in it."""
-    folder = tmp_path_factory.mktemp("workspace")
-    make_data(folder)
-    (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
-    return folder
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
