@@ -82,27 +82,14 @@ def _train(
     from lightlm.cli.training_display import TrainingDisplay
     from lightlm.convert.registry import export_target
     from lightlm.generate.engine import sample_text
-    from lightlm.recipe import load_recipe
-    from lightlm.train.runs import new_run, reopen_run, run_before_restart
+    from lightlm.train.runs import new_run
     from lightlm.train.trackers import Trackers
     from lightlm.train.tracking import Observers
     from lightlm.train.trainer import Trainer
 
     display = TrainingDisplay()
 
-    def choose() -> "tuple[Recipe, Path | None, Path | None]":
-        """The recipe, the run to go on with, and the checkpoint to start from."""
-        before = run_before_restart(world.launch)
-        if before is not None and not (before / "recipe.yaml").exists():
-            assert reference is not None  # a run that is resumed has its recipe
-            return load_recipe(reference, changes), before, None
-        if before is not None or resume is not None:
-            chosen = str(before) if before else None if resume == NEWEST else resume
-            return reopen_run(chosen, changes, display.note)
-        assert reference is not None
-        return load_recipe(reference, changes), None, None
-
-    parsed, run, checkpoint = world.from_writer(choose)
+    parsed, run, checkpoint = world.from_writer(lambda: _choose(world, reference, changes, resume, display))
     if refusal := export_target(parsed.model).refusal:
         display.note(f"this recipe's model cannot be exported to Hugging Face: {refusal}")
 
@@ -132,6 +119,24 @@ def _train(
     return result.interrupted
 
 
+def _choose(
+    world: "World", reference: str | None, changes: list[str], resume: str | None, display: "TrainingDisplay"
+) -> "tuple[Recipe, Path | None, Path | None]":
+    """The recipe, the run to go on with, and the checkpoint to start from."""
+    from lightlm.recipe import load_recipe
+    from lightlm.train.runs import reopen_run, run_before_restart
+
+    before = run_before_restart(world.launch)
+    if before is not None and not (before / "recipe.yaml").exists():
+        assert reference is not None  # a run that is resumed has its recipe
+        return load_recipe(reference, changes), before, None
+    if before is not None or resume is not None:
+        chosen = str(before) if before else None if resume == NEWEST else resume
+        return reopen_run(chosen, changes, display.note)
+    assert reference is not None
+    return load_recipe(reference, changes), None, None
+
+
 def _add_evaluator(trainer: "Trainer") -> None:
     """What scores `eval.tasks` during training; its tasks are loaded now, so that a mistake shows at once."""
     with console.status("Reading lm-eval's list of tasks ..."):
@@ -150,9 +155,19 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(title=f"Run {facts['name']}", show_header=False)
     for key, value in facts.items():
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
-        table.add_row(key.replace("_", " "), Text(text))
+        table.add_row(key.replace("_", " "), Text(_in_words(value)))
     out.print(table)
+
+
+def _in_words(value: Any) -> str:
+    match value:
+        case bool():  # an int too
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.3g}"
+    return str(value)
 
 
 def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> "Path | None":

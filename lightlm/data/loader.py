@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, epoch, sample index): the loader's whole state is one count of samples.
+"""Batches as a pure function of (seed, epoch, sample index): the loader has no state.
 
 So a run that stops and resumes, or that runs on another number of devices, sees the same samples in the same
 order. A sample is `seq_len + 1` tokens of the train stream at `index * seq_len`: the inputs are all but the last,
@@ -46,12 +46,9 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 class BatchLoader:
-    """Training batches from a token stream, epoch after epoch, each epoch in its own order.
+    """Training batches from a token stream, epoch after epoch, each epoch in its own order."""
 
-    `samples_seen` is the whole state: save it, and set it to go on from there.
-    """
-
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int, samples_seen: int = 0) -> None:
+    def __init__(self, stream: TokenStream, seq_len: int, seed: int) -> None:
         """Raises DataError where the stream holds too few tokens for one sample."""
         self.num_samples = (len(stream) - 1) // seq_len
         if self.num_samples < 1:
@@ -61,35 +58,17 @@ class BatchLoader:
             )
         self.seq_len = seq_len
         self.seed = seed
-        self.samples_seen = samples_seen
         self._stream = stream
 
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 0, that the next sample belongs to."""
-        return self.samples_seen // self.num_samples
-
-    def next_batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next `count` samples as (inputs, targets), int64 of shape (count, seq_len); moves `samples_seen` on."""
-        batch = self.batch(self.samples_seen, count)
-        self.samples_seen += count
-        return batch
-
     def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Samples `start` to `start + count` of the run as (inputs, targets); changes no state.
-
-        With several devices, each asks for its own part of the global batch.
+        """Samples `start` to `start + count` of the run, counted over all epochs, as (inputs, targets): int64 of shape
+        (count, seq_len). With several processes, each asks for its own part of the global batch.
         """
         numbers = np.arange(start, start + count, dtype=np.int64)
         windows = np.empty((count, self.seq_len + 1), dtype=np.int64)
         for row, window in enumerate(self._windows(numbers)):
             windows[row] = self._stream.slice(int(window) * self.seq_len, self.seq_len + 1)
         return _inputs_and_targets(windows)
-
-    def sample(self, number: int) -> np.ndarray:
-        """Sample `number` of the run, counted over all epochs: int64 of shape (seq_len + 1,); changes no state."""
-        window = int(self._windows(np.array([number], dtype=np.int64))[0])
-        return self._stream.slice(window * self.seq_len, self.seq_len + 1)
 
     def _windows(self, numbers: np.ndarray) -> np.ndarray:
         """The window of the stream that each sample number means; a batch may span epochs."""
@@ -104,7 +83,7 @@ class BatchLoader:
 def validation_batches(
     stream: TokenStream, seq_len: int, max_tokens: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The first floor(max_tokens / seq_len) windows (at least one) in order, as (inputs, targets) like `next_batch`.
+    """The first floor(max_tokens / seq_len) windows (at least one) in order, as (inputs, targets) like `batch`.
 
     The last batch may be smaller. A stream shorter than one window gives one shorter window.
     Raises DataError, at the call, where the stream holds no token to predict.

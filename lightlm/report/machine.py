@@ -13,7 +13,7 @@ import lightlm
 from lightlm import files
 
 _FILE = "machine.json"
-_KEPT = ("device", "dtype", "micro_batch", "accumulation", "world_size", "parallel")
+_KEPT = ("device", "dtype", "micro_batch", "accumulation", "processes", "compile")
 
 
 def record_machine(run: Path, facts: dict[str, Any]) -> None:

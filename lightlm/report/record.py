@@ -62,6 +62,7 @@ class Record:
         curves = self.curves
         smoothed = smooth(curves.column("loss"), smoothing_window(len(curves)))
         tokens, seconds = int(curves.tokens[-1]), newest(curves.seconds)
+        device, processes = self.machine.get("device"), self.machine.get("processes", 1)
         return {
             "name": self.name,
             "path": str(self.path),
@@ -77,7 +78,7 @@ class Record:
             "mfu": curves.last("mfu"),
             "hours": seconds / 3600 if seconds is not None else None,
             "spikes": int(curves.flagged("spike").sum()),
-            "device": self.machine.get("device"),
+            "device": f"{processes} x {device}" if device and processes > 1 else device,
             "data": (self.recipe.get("data") or {}).get("dataset"),
         }
 

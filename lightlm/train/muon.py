@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightlm.train.adamw import cautious_decay_
+from lightlm.train.parallel import like_parameter, whole
 
 # The quintic of Keller Jordan's post, chosen for its slope at zero: five steps bring every singular value from 0.002 to
 # 1 of the norm to between 0.68 and 1.20. It never settles at 1; the post found that this costs nothing.
@@ -103,14 +104,16 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         """One step of parameters that are all of the same shape, or of its transpose."""
-        wide = [_as_wide(_gathered(self._direction(parameter))) for parameter in parameters]
+        # FSDP2 shards a weight's rows or its experts. A matrix can only be orthogonalised whole: every rank gathers it,
+        # does the same arithmetic, and keeps its own part.
+        wide = [_as_wide(whole(self._direction(parameter))) for parameter in parameters]
         joined_NRC = wide[0] if len(wide) == 1 else torch.cat(wide)
         updates_NRC = orthogonalise(joined_NRC, self._ns_steps, self._dtype)
         parts = updates_NRC.split([len(matrices) for matrices in wide])
         for parameter, part_NRC in zip(parameters, parts, strict=True):
             rows, columns = parameter.shape[-2:]
             update = (part_NRC.mT if rows > columns else part_NRC).reshape(parameter.shape)
-            update = _sharded_like(parameter, update)
+            update = like_parameter(update, parameter)
             if self._cautious:
                 cautious_decay_(parameter, update, lr * weight_decay)
             else:
@@ -147,21 +150,3 @@ def _as_wide(weights: Tensor) -> Tensor:
     """(out, in) or (E, out, in) as (1 or E, R, C) with R <= C: the products of a step have R rows."""
     matrices = weights.view(-1, *weights.shape[-2:])
     return matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-
-
-# FSDP2 shards a weight's rows or its experts over the ranks, as a DTensor. A matrix can only be orthogonalised whole:
-# every rank gathers it, does the same arithmetic, and keeps its own rows.
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _sharded_like(parameter: Tensor, full: Tensor) -> Tensor:
-    """This rank's part of `full`, which is the same on all ranks, placed like `parameter`; no communication."""
-    if not hasattr(parameter, "full_tensor"):
-        return full
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)

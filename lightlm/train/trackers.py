@@ -24,7 +24,8 @@ from lightlm import files
 from lightlm.errors import RecipeError
 from lightlm.recipe import TrackingSection
 
-STATE = "tracking.json"  # in the run folder: each backend that knows the run, and its id for it
+STATE = "tracking.json"  # in the run folder: each backend that knows the run, its id for it, and `_LOGGED`
+_LOGGED = "logged_step"
 _PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -37,7 +38,7 @@ class Session:
     project: str
     known: str | None  # the backend's id of this run if it began earlier
     first_step: int  # the checkpoint's; 0 for a new run
-    logged_step: int  # the last one in metrics.jsonl, which a killed run leaves past its checkpoint
+    logged_step: int  # the last one that ever stood in metrics.jsonl, which a killed run leaves past its checkpoint
 
 
 class Tracker(Protocol):
@@ -197,10 +198,10 @@ class Trackers:
         run = Path(facts["run"])
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
         known = _read_state(run / STATE)
+        # A run may be killed again before it is as far as it has been: by then metrics.jsonl has been cut.
+        known[_LOGGED] = logged = max(known.get(_LOGGED, 0), facts["logged_step"])
         for name in self._section.backends:
-            session = Session(
-                run, recipe, self._section.project, known.get(name), facts["first_step"], facts["logged_step"]
-            )
+            session = Session(run, recipe, self._section.project, known.get(name), facts["first_step"], logged)
             tracker = self._guarded(name, functools.partial(_BACKENDS[name], session))
             if tracker is not None:
                 self._active[name] = tracker
@@ -249,7 +250,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _read_state(path: Path) -> dict[str, str]:
+def _read_state(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     return {}

@@ -59,8 +59,8 @@ def test_recipes_are_listed_shown_and_copied(lightlm, tmp_path, monkeypatch):
 
 def test_recipes_are_found_in_an_installed_package(tmp_path, monkeypatch):
     """A wheel carries the recipes inside the package."""
-    from lightlm import recipe
+    from lightlm.recipe import recipes_folder
 
     (tmp_path / "lightlm" / "recipes").mkdir(parents=True)
-    monkeypatch.setattr(recipe.lightlm, "__file__", str(tmp_path / "lightlm" / "__init__.py"))
-    assert recipe.recipes_folder() == tmp_path / "lightlm" / "recipes"
+    monkeypatch.setattr("lightlm.__file__", str(tmp_path / "lightlm" / "__init__.py"))
+    assert recipes_folder() == tmp_path / "lightlm" / "recipes"

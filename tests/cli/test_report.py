@@ -18,6 +18,12 @@ def test_training_ends_with_a_page_and_report_makes_it_again(lightlm, tmp_path):
     page = tmp_path / "runs/tiny/report.html"
     assert "Plots and page: runs/tiny/report.html" in outcome.stdout.replace("\\", "/")
     assert "cpu (" in page.read_text(encoding="utf-8")  # the device, from machine.json
+    machine = json.loads((tmp_path / "runs/tiny/machine.json").read_text(encoding="utf-8"))
+    assert {key: machine[key] for key in ("processes", "accumulation", "compile")} == {
+        "processes": 1,
+        "accumulation": 4,
+        "compile": False,
+    }
     assert (tmp_path / "runs/tiny/plots/loss.png").is_file()
 
     page.unlink()

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,9 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(lightlm, workspace):
     outcome = lightlm("train", "tiny.yaml", "train.tokens=2560", "--dry-run", "--json")
     plan = json.loads(outcome.stdout)
     assert (plan["steps"], plan["accumulation"], plan["parameters"]) == (10, 4, 28_832)
-    assert "steps" in lightlm("train", "tiny.yaml", "--dry-run").stdout
+    table = lightlm("train", "tiny.yaml", "train.tokens=2560", "--dry-run").stdout
+    assert re.search(r"parameters\W+28,832\b", table)
+    assert re.search(r"compile\W+no\b", table)
     assert not (workspace / "runs").exists()
 
 

@@ -191,3 +191,10 @@ def test_results_that_are_none_become_a_note(tmp_path):
     (record,) = read_records([run])
     assert record.scores == []
     assert "other.json does not hold lm-eval's results" in " ".join(record.notes)
+
+
+def test_a_runs_speed_is_read_beside_the_processes_that_made_it(tmp_path):
+    one, eight = write_run(tmp_path / "one", rows(3)), write_run(tmp_path / "eight", rows(3))
+    (one / "machine.json").write_text('{"device": "H100"}', encoding="utf-8")  # of a version that did not write it
+    (eight / "machine.json").write_text('{"device": "H100", "processes": 8}', encoding="utf-8")
+    assert [record.summary()["device"] for record in read_records([one, eight])] == ["H100", "8 x H100"]

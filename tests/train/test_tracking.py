@@ -247,6 +247,23 @@ def test_a_tracker_that_fails_is_noted_once_and_training_goes_on(plain_run, monk
     assert all((ours[key] == other[key]).all() for key in other)
 
 
+def test_a_run_killed_twice_sends_no_step_again(monkeypatch):
+    """The second time before it was as far as the first: the metrics file, cut by then, does not know."""
+    sessions = []
+
+    def opened(session):
+        sessions.append((session.first_step, session.logged_step))
+        return Broken("never")
+
+    monkeypatch.setitem(_BACKENDS, "tensorboard", opened)
+    monkeypatch.setattr("lightlm.train.trackers._PACKAGES", {"tensorboard": "json"})
+    for last_step in (13, 11, None):
+        result, _ = go("twice", "tensorboard", terminate_at=last_step)
+        if last_step:
+            shutil.rmtree(checkpoint.newest_checkpoint(result.run))
+    assert sessions == [(0, 0), (10, 13), (10, 13)]
+
+
 def test_a_run_that_fails_is_finished_as_failed(monkeypatch):
     broken = Broken("never")
     monkeypatch.setitem(_BACKENDS, "tensorboard", broken)

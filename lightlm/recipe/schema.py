@@ -1,14 +1,5 @@
-"""Recipes: the YAML file that describes a run, its schema, and overrides like `optimizer.lr=1e-3`.
+"""The schema of a recipe: its sections, their defaults, and what does not fit together."""
 
-Every mistake in a recipe is reported at once, each with its key, the line or override it stands in, the
-values allowed, and the nearest valid key.
-"""
-
-import difflib
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -19,13 +10,9 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    TypeAdapter,
-    ValidationError,
     model_serializer,
 )
 
-import lightlm
-from lightlm.errors import RecipeError, UsageError
 from lightlm.model.config import ModelConfig
 from lightlm.quantities import parse_quantity
 
@@ -52,7 +39,6 @@ def span_tokens(span: str, total: int) -> int:
     return round(total * share / 100)
 
 
-_TEXT_KEYS = ("name", "data.dataset", "train.device", "tracking.project")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and runs: a plain folder name on every system
 
 Tokens = Annotated[int, BeforeValidator(parse_quantity), Field(ge=0)]
@@ -293,189 +279,3 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-
-
-def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by path, or by the name of one that LightLM ships, and apply `key=value` overrides.
-
-    Raises:
-        RecipeError: no such recipe, or mistakes in it; the message lists them all.
-        UsageError: an override is not of the form key=value.
-    """
-    path = find_recipe(reference)
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RecipeError(f"{path} must hold the sections of a recipe ({', '.join(Recipe.model_fields)})")
-    origins = dict(_key_lines(yaml.compose(text)))
-    for override in overrides:
-        key = apply_override(values, override)
-        origins[key] = f"override {override}"
-    return parse_recipe(values, str(path), origins)
-
-
-def parse_recipe(values: dict[str, Any], where: str, origins: dict[str, str] | None = None) -> Recipe:
-    """Check plain values against the schema.
-
-    Args:
-        where: the file, for messages.
-        origins: for each dotted key, the place it came from (`line 12`).
-
-    Raises:
-        RecipeError: listing every mistake.
-    """
-    problems: list[Problem] = []
-    for name, field in Recipe.model_fields.items():
-        if name in values:
-            problems += _section_problems(name, field.rebuild_annotation(), values[name])
-        elif field.is_required():
-            problems.append((name, "is missing"))
-    problems += [(key, _unknown(key)) for key in values if key not in Recipe.model_fields]
-    if not problems:
-        recipe = Recipe(**values)
-        problems = recipe.problems()
-    if problems:
-        lines = []
-        for key, message in problems:
-            place = _origin(key, origins or {})
-            lines.append(f"  {key}: {message}" + (f"  [{place}]" if place else ""))
-        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
-        raise RecipeError(f"{count} in {where}:\n" + "\n".join(lines))
-    return recipe
-
-
-def apply_override(values: dict[str, Any], override: str) -> str:
-    """Set the dotted key of `key=value` in nested `values`; the value is read as YAML. Returns the key."""
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise UsageError(f"'{override}' is not an override; write key=value, for example optimizer.lr=1e-3")
-    try:
-        # Some values are text whatever they look like: a folder may be called 2024 or [old].
-        value = text if ".".join(parts) in _TEXT_KEYS else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"the value of '{override}' is not valid YAML: {error}") from None
-    section = values
-    for part in parts[:-1]:
-        child = section.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise UsageError(f"'{override}': {part} is a value, not a section")
-        section = child
-    section[parts[-1]] = value
-    return ".".join(parts)
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside an installed wheel, or beside the package in a checkout."""
-    package = Path(lightlm.__file__).parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
-
-
-def shipped_recipes() -> list[Path]:
-    return sorted(recipes_folder().glob("*.yaml"))
-
-
-def find_recipe(reference: str | Path) -> Path:
-    """The file at this path, else the shipped recipe of this name (`demo`, `demo.yaml` or `recipes/demo.yaml`).
-
-    Raises:
-        RecipeError: neither exists.
-    """
-    path = Path(reference)
-    if path.is_file():
-        return path
-    shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
-    named_by_path = path.parent in (Path("."), Path("recipes"))
-    if named_by_path and path.suffix in ("", ".yaml") and path.stem in shipped:
-        return shipped[path.stem]
-    close = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise RecipeError(f"no recipe at {path}: no such file, and LightLM ships {', '.join(shipped)}; {hint}".rstrip("; "))
-
-
-def _section_problems(name: str, annotation: Any, value: Any) -> list[Problem]:
-    """The mistakes within one top-level key."""
-    if value is None:
-        value = {}
-    try:
-        section = TypeAdapter(annotation).validate_python(value)
-    except ValidationError as error:
-        # A union (`auto` or a number) fails once a member: those messages become one.
-        messages: dict[str, list[str]] = {}
-        for entry in error.errors(include_url=False):
-            key, message = _describe(name, entry)
-            messages.setdefault(key, []).append(message)
-        return [(key, "; or ".join(parts)) for key, parts in messages.items()]
-    inner = section.problems() if isinstance(section, Section | ModelConfig) else []
-    return [(f"{name}.{key}", message) for key, message in inner]
-
-
-def _describe(section: str, entry: Any) -> Problem:
-    """A pydantic error as (dotted key, message in plain words)."""
-    # Union members appear in the location as type names; only field names and list positions are keys.
-    parts = [str(part) for part in entry["loc"]]
-    known = set(_valid_keys())
-    key = section
-    for part in parts:
-        if (
-            f"{key}.{part}" in known
-            or part.isdigit()
-            or entry["type"].endswith(("extra_forbidden", "unexpected_keyword_argument"))
-        ):
-            key = f"{key}.{part}"
-    if entry["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return key, _unknown(key)
-    if entry["type"] in ("missing", "missing_argument"):
-        return key, "is missing"
-    message = entry["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
-    given = entry["input"]
-    if isinstance(given, str | int | float | bool):
-        message = f"{message}, not {given!r}"
-    if entry["type"] == "literal_error":
-        close = difflib.get_close_matches(str(given), re.findall(r"'(.*?)'", entry["ctx"]["expected"]), n=1)
-        message += f"; did you mean {close[0]}?" if close else ""
-    return key, message[0].lower() + message[1:]
-
-
-def _unknown(key: str) -> str:
-    valid = _valid_keys()
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    # A right name in the wrong section (train.lr) is nearer in meaning than in spelling.
-    name = key.rsplit(".", 1)[-1]
-    close = [other for other in valid if other.rsplit(".", 1)[-1] == name][:1] or close
-    return "unknown key" + (f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(_siblings(key))}")
-
-
-def _siblings(key: str) -> list[str]:
-    section = key.rpartition(".")[0]
-    return [other for other in _valid_keys() if other.rpartition(".")[0] == section]
-
-
-def _valid_keys() -> list[str]:
-    keys = []
-    for name, field in Recipe.model_fields.items():
-        keys.append(name)
-        if field.annotation is ModelConfig:
-            keys += [f"{name}.{entry.name}" for entry in fields(ModelConfig)]
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
-    return keys
-
-
-def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = f"{prefix}{key.value}"
-            yield path, f"line {key.start_mark.line + 1}"
-            yield from _key_lines(value, f"{path}.")
-
-
-def _origin(key: str, origins: dict[str, str]) -> str | None:
-    """The place of a key, or of the section it belongs in."""
-    while key not in origins and "." in key:
-        key = key.rpartition(".")[0]
-    return origins.get(key)

@@ -1,0 +1,33 @@
+"""Recipes: the YAML file that describes a run, its schema, and overrides like `optimizer.lr=1e-3`."""
+
+from lightlm.recipe.loading import apply_override, find_recipe, load_recipe, recipes_folder, shipped_recipes
+from lightlm.recipe.mistakes import parse_recipe
+from lightlm.recipe.schema import (
+    NAME_PATTERN,
+    CheckpointSection,
+    EvalSection,
+    OptimizerSection,
+    Recipe,
+    ScheduleSection,
+    TrackingSection,
+    TrainSection,
+    span_tokens,
+)
+
+__all__ = [
+    "NAME_PATTERN",
+    "CheckpointSection",
+    "EvalSection",
+    "OptimizerSection",
+    "Recipe",
+    "ScheduleSection",
+    "TrackingSection",
+    "TrainSection",
+    "apply_override",
+    "find_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "recipes_folder",
+    "shipped_recipes",
+    "span_tokens",
+]
