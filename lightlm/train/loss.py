@@ -18,7 +18,7 @@ from lightlm.model.transformer import Transformer
 _VOCAB_MULTIPLE = 128
 # Tokens whose logits are held at once (on a CPU 206 MB in bf16 at 50,257 entries); every chunk adds the whole (V, D)
 # weight gradient once more.
-_CHUNK = {"cpu": 2048, "mps": 2048, "cuda": 8192}
+_CHUNK = {"cpu": 2048, "mps": 2048, "cuda": 4096}
 # Rows that the fp32 softmax works on at once on a CPU: about 1 MB, which stays in its caches, but not so few that
 # starting the operations shows. A GPU takes a chunk at a time.
 _SLICE_ELEMENTS, _SLICE_ROWS = 1 << 18, 16
