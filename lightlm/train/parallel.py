@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from lightlm import checkpoint
 from lightlm.model.transformer import Transformer
+from lightlm.recipe import TrainSection
 from lightlm.train.distributed import World
 from lightlm.train.loss import token_loss
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+def compiles(recipe: TrainSection, device: torch.device) -> bool:
+    """Whether a run on this device uses torch.compile: where asked, else on CUDA."""
+    return recipe.compile is True or (recipe.compile == "auto" and device.type == "cuda")
 
 
 class LossModule(nn.Module):

@@ -29,7 +29,7 @@ from lightlm.train.evaluation import preserved
 from lightlm.train.gradients import BatchOutcome, Gradients, check_shares, micro_batch_size
 from lightlm.train.metrics import peak_memory, step_metrics
 from lightlm.train.optimizers import build_optimizer, learning_rates, load_named_state, named_state, set_learning_rate
-from lightlm.train.parallel import ParallelLoss
+from lightlm.train.parallel import ParallelLoss, compiles
 from lightlm.train.preparation import check_prompts, fit_recipe
 from lightlm.train.runs import claim_run
 from lightlm.train.saving import Saver, tidy
@@ -127,9 +127,13 @@ class Trainer:
         recipe = self.recipe.train
         if recipe.parallel == "fsdp" and self.world.size == 1:
             self.observer.note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
-        compiled = recipe.compile is True or (recipe.compile == "auto" and self.device.type == "cuda")
         return ParallelLoss(
-            self.model, self.world, strategy=recipe.parallel, compiled=compiled, device=self.device, dtype=self.dtype
+            self.model,
+            self.world,
+            strategy=recipe.parallel,
+            compiled=compiles(recipe, self.device),
+            device=self.device,
+            dtype=self.dtype,
         )
 
     def _gradients(self) -> Gradients:
