@@ -17,6 +17,7 @@ _PARTS = {
     "activations": "activations of a micro-batch",
     "logits": "logits and the head's gradients",
     "backward": "backward pass of a layer",
+    "gaps": "gaps between them, a tenth",
     "checkpoint_copy": "copy to save from",
     "process": "Python and torch",
     "total": "sum",
@@ -38,27 +39,11 @@ def plan(
         from lightlm.train.plan import make_plan
 
         changes = list(overrides or []) + ([f"train.device={device}"] if device else [])
-        notes = _Notes()
-        document = make_plan(load_recipe(recipe, changes), notes, probe=probe) | {"notes": notes.messages}
+        document = make_plan(load_recipe(recipe, changes), probe=probe)
     if as_json:
         print_json(document)
         return
     _print(document)
-
-
-class _Notes:
-    """An observer that keeps what a plan has to say beside its figures."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.messages.append(message)
-
-    def start(self, facts: dict[str, Any]) -> None: ...
-    def step(self, metrics: dict[str, Any]) -> None: ...
-    def sample(self, step: int, prompt: str, text: str) -> None: ...
-    def checkpoint(self, path: Any) -> None: ...
 
 
 def _print(plan: dict[str, Any]) -> None:
@@ -90,6 +75,8 @@ def _print(plan: dict[str, Any]) -> None:
         out.print(_facts("Measured in 3 steps", times))
     out.print(_facts("Inference", _inference(plan["inference"])))
     out.print(_gpu_table(plan))
+    share = f"{plan['assumed_utilisation']:.0%}"
+    out.print(f"Times are those at {share} of the bf16 peak, an assumption; small batches reach less.", soft_wrap=True)
     for note in plan["notes"]:
         out.print(f"Note: {note}", soft_wrap=True, markup=False)
 
@@ -131,8 +118,6 @@ def _gpu_table(plan: dict[str, Any]) -> "Table":
     table = Table(
         title="One GPU of a kind, not measured",
         title_justify="left",
-        caption=f"Hours are those at {plan['assumed_utilisation']:.0%} of the data sheet's bf16 peak, an assumption.",
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     for heading in ("GPU", "memory", "needed", "fits", "micro-batch", "time"):
@@ -156,4 +141,6 @@ def _bytes(size: float) -> str:
 def _duration(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:.3g} days"
-    return f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
+    if hours >= 1:
+        return f"{hours:.3g} hours"
+    return f"{hours * 60:.3g} minutes" if hours >= 1 / 60 else f"{hours * 3600:.3g} s"

@@ -1,7 +1,7 @@
 """A few real training steps on random tokens, in a process of their own: what a step takes in time and memory.
 
-The process's peak memory is then the probe's alone, and goes back to the system with it. No run folder is touched, and no
-data is needed: what a step costs does not depend on what the tokens say.
+The process's peak memory is then the probe's alone, and goes back to the system with it. No run folder is touched,
+and no data is needed: what a step costs does not depend on what the tokens say.
 """
 
 import json
