@@ -5,6 +5,7 @@ import ctypes
 import functools
 import re
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -12,18 +13,27 @@ from lightlm.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
-_BF16_PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What a vendor's data sheet says."""
+
+    peak: float  # dense bf16 FLOP/s, without sparsity
+    memory: float  # bytes; of the smallest, where there are several
+
+
+# By a part of the device's name.
+ACCELERATORS = {
+    "H200": Accelerator(989e12, 141e9),
+    "H100 PCIe": Accelerator(756e12, 80e9),
+    "H100": Accelerator(989e12, 80e9),
+    "A100": Accelerator(312e12, 40e9),
+    "L40S": Accelerator(362e12, 48e9),
+    "L40": Accelerator(181e12, 48e9),
+    "L4": Accelerator(121e12, 24e9),
+    "A10": Accelerator(125e12, 24e9),
+    "RTX 4090": Accelerator(165e12, 24e9),
+    "RTX 3090": Accelerator(71e12, 24e9),
 }
 
 
@@ -102,7 +112,7 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     # Whole words: "RTX A1000" is no A100, "L40" no L4.
-    return next((peak for part, peak in _BF16_PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    return next((gpu.peak for part, gpu in ACCELERATORS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def describe(device: torch.device) -> str:

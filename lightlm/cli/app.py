@@ -15,6 +15,7 @@ from lightlm.cli.console import console
 from lightlm.cli.convert import convert
 from lightlm.cli.evaluate import evaluate
 from lightlm.cli.generate import generate
+from lightlm.cli.plan import plan
 from lightlm.cli.prepare_data import prepare_data
 from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
@@ -46,6 +47,7 @@ def options(
 
 
 app.command("prepare-data")(prepare_data)
+app.command("plan")(plan)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

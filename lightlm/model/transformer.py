@@ -3,7 +3,9 @@
 Shapes: B batch, T positions in this call, D hidden size, V vocabulary.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,26 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = build_norm(config)
         self.mlp = build_mlp(config)
+        self.compiled = False  # in training, by torch.compile
 
     def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        cache: KVCache | None,
+        step: Step | None,
+        layer: int,
+    ) -> Tensor:
+        if cache is not None:
+            return self._run(x_BTD, rotation, mask, cache, step, layer)
+        # Compiled where gradients are wanted alone: else prompts and documents of every length would each be compiled
+        # anew. Without the layer's number, which would make each block another function to torch.compile.
+        if self.compiled and torch.is_grad_enabled():
+            return _compiled_run()(self, x_BTD, rotation, mask)
+        return self._run(x_BTD, rotation, mask)
+
+    def _run(
         self,
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
@@ -39,6 +59,12 @@ class Block(nn.Module):
     ) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache, step, layer)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+@functools.cache
+def _compiled_run() -> Callable[..., Tensor]:
+    """One for all blocks, and not kept in them: a copy of a model would call its original's."""
+    return torch.compile(Block._run)
 
 
 class Transformer(nn.Module):
@@ -96,7 +122,8 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """Let torch.compile work on each block alone: all share one graph, so it is done once."""
         for block in self.blocks:
-            block.compile()
+            assert isinstance(block, Block)
+            block.compiled = True
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
@@ -157,12 +184,7 @@ class Transformer(nn.Module):
             rotation = cos[:, None], sin[:, None]
         for layer in range(config.depth):
             block = self.blocks[layer // config.block_repeats]
-            if cache is None:
-                # Without the layer's number, which would make torch.compile treat each block as another function.
-                x_BTD = block(x_BTD, rotation, masks[config.window(layer)])
-            else:
-                # Past what wraps a block in training: prompts of every length would each be compiled anew.
-                x_BTD = block.forward(x_BTD, rotation, masks[config.window(layer)], cache, step, layer)
+            x_BTD = block(x_BTD, rotation, masks[config.window(layer)], cache, step, layer)
         if cache is not None and step is not None:
             cache.commit(step)
         return self.norm(x_BTD)

@@ -13,11 +13,11 @@ from torch import Tensor
 from lightlm.data.loader import BatchLoader
 from lightlm.device import autocast
 from lightlm.errors import LightLMError, RecipeError
-from lightlm.model.config import ModelConfig
 from lightlm.model.fused import kept_weight_copies
 from lightlm.recipe import Recipe
 from lightlm.train.batches import BatchPlan
 from lightlm.train.distributed import World
+from lightlm.train.memory import activation_bytes
 from lightlm.train.parallel import ParallelLoss, whole
 from lightlm.train.tracking import Observer
 
@@ -33,16 +33,6 @@ class BatchOutcome:
 
     loss: float  # mean nats a token
     norm: float  # of the whole gradient, before clipping
-
-
-def activation_bytes(config: ModelConfig) -> int:
-    """About what autograd keeps of one token in mixed precision, rounded up.
-
-    benchmarks/activations.py, a layer without compile: 38 KB for `lightlm` (this gives 43), 32 KB for `gpt2-124m`
-    (this gives 74).
-    """
-    config = config.resolved()
-    return config.depth * (32 * config.hidden_size + 16 * config.intermediate_size)
 
 
 def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
@@ -62,16 +52,21 @@ def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
         )
 
 
-def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1) -> int:
+def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1, free: int | None = None) -> int:
     """Sequences a forward pass: as the recipe says, or the largest divisor of a process's share of the batch that
-    lies within the device's budget."""
+    lies within the device's budget.
+
+    Args:
+        free: bytes of a GPU's memory; asked of the device unless given.
+    """
     share = recipe.batch_sequences // processes
     if recipe.train.micro_batch != "auto":
         return min(recipe.train.micro_batch, share)
     tokens = _MICRO_TOKENS[device.type]
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        tokens = min(tokens, int(free * _MEMORY_SHARE) // activation_bytes(recipe.model))
+        free = torch.cuda.mem_get_info(device)[0] if free is None else free
+        a_token = activation_bytes(recipe.model, mixed=True, fused=False)  # the most that it may be
+        tokens = min(tokens, int(free * _MEMORY_SHARE) // a_token)
     most = max(tokens // recipe.seq_len, 1)
     return max(size for size in _divisors(share) if size <= most)
 

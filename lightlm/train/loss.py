@@ -80,6 +80,26 @@ def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradi
     return (loss, grad_x_ND, grad_weight_VD) if with_gradients else (loss,)
 
 
+def head_loss_bytes(
+    tokens: int, hidden_size: int, vocab_size: int, device_type: str, dtype: torch.dtype, *, accumulates: bool
+) -> int:
+    """What `_head_loss` holds at its peak.
+
+    Args:
+        accumulates: the weight already has a gradient, so the new one is memory of its own.
+    """
+    rows, element = min(_CHUNK[device_type], tokens), dtype.itemsize
+    padded = -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    softmax_rows = max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS) if device_type == "cpu" else rows
+    return (
+        element * rows * padded  # logits
+        + 4 * softmax_rows * vocab_size
+        + 2 * element * padded * hidden_size  # the weight's copy, and its gradient from one chunk
+        + 2 * element * tokens * hidden_size  # x and its gradient
+        + (4 * vocab_size * hidden_size if accumulates else 0)
+    )
+
+
 def _padded(master_VD: Tensor, dtype: torch.dtype) -> Tensor:
     vocab_size, hidden_size = master_VD.shape
     weight_WD = master_VD.new_empty(-(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE, hidden_size, dtype=dtype)

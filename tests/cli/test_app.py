@@ -20,7 +20,7 @@ heavy = {"torch", "numpy", "pydantic", "yaml", "datasets", "tokenizers", "lm_eva
 print("HEAVY", sorted(heavy & sys.modules.keys()))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("prepare-data", "train", "eval", "generate", "convert", "recipes"):
+    for command in ("prepare-data", "plan", "train", "eval", "generate", "convert", "recipes"):
         assert command in result.stdout
     assert "HEAVY []" in result.stdout
 

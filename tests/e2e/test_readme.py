@@ -114,7 +114,7 @@ def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
         outcome = run(*arguments)
         assert outcome.code == 0, (line, outcome.stderr)
         ran.add(arguments[0])
-    assert ran == {"prepare-data", "train", "eval", "generate", "convert", "report", "recipes"}
+    assert ran == {"prepare-data", "plan", "train", "eval", "generate", "convert", "report", "recipes"}
     latest = json.loads((stand_ins / "runs/lightlm/hf/config.json").read_text())
     assert latest["architectures"] == ["Qwen3ForCausalLM"]
     assert (stand_ins / "runs/books/eval").is_dir()

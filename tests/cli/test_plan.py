@@ -1,0 +1,114 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from lightlm.recipe import load_recipe
+from tests.corpus import TINY_RECIPE, make_data
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+    return tmp_path
+
+
+def in_a_process(*arguments):
+    """A process of its own: a peak of memory is this command's alone."""
+    done = subprocess.run([sys.executable, "-m", "lightlm", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds depends on the C library; measured on Linux")
+def test_a_demo_run_takes_what_was_planned(folder):
+    make_data(folder)
+    # Long enough to save once before the end, which takes a copy of weights and optimizer state.
+    demo = ["demo", "data.dataset=tiny", "model.vocab_size=8192", "train.tokens=16K", "checkpoint.every=8K"]
+    demo += ["eval.tokens=4K", "eval.prompts=[]"]
+    plan = in_a_process("plan", *demo, "--json")
+    result = in_a_process("train", *demo, "--json")
+
+    rows = [json.loads(line) for line in (folder / "runs/demo/metrics.jsonl").read_text().splitlines()]
+    assert plan["run"]["steps"] == len(rows) == result["step"]
+    assert plan["run"]["tokens"] == result["tokens"]
+    weights = load_file(folder / "runs/demo/checkpoints/step_000004/model.safetensors")
+    assert plan["model"]["parameters"] == sum(weight.numel() for weight in weights.values())
+    memory = max(row["memory"] for row in rows)
+    parts = plan["machine"]["memory"]
+    assert sum(parts.values()) == 2 * parts["total"]
+    assert parts["checkpoint_copy"] == parts["weights"] + parts["optimizer"]
+    assert parts["total"] == pytest.approx(memory, rel=0.15)
+    assert plan["machine"]["measured"]["memory"] == pytest.approx(memory, rel=0.15)
+
+
+def test_a_plan_needs_no_data_and_leaves_nothing_behind(lightlm, folder):
+    plan = json.loads(lightlm("plan", "tiny.yaml", "--json").stdout)
+    assert plan["model"]["vocab_size"] == 50_257
+    assert any("no data at data" in note and "50,257" in note for note in plan["notes"])
+    assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
+
+    measured, run = plan["machine"]["measured"], plan["run"]
+    # 5,120 tokens in batches of 256, in micro-batches of 2 x 32; validated at 2,560 tokens and at the end.
+    assert (run["steps"], run["validations"], plan["machine"]["accumulation"]) == (20, 2, 4)
+    assert measured["step_seconds"] == pytest.approx(4 * measured["pass_seconds"] + measured["update_seconds"])
+    training = run["steps"] * measured["step_seconds"] / 3600
+    assert training < measured["hours"] < 2 * training
+
+
+def test_the_vocabulary_comes_from_prepared_data(lightlm, folder):
+    make_data(folder, 100)
+    plan = json.loads(lightlm("plan", "tiny.yaml", "--no-probe", "--json").stdout)
+    assert plan["model"]["vocab_size"] == 320
+    assert plan["machine"]["measured"] is None
+    assert any("not probed" in note for note in plan["notes"])
+
+
+def test_gpus_get_what_fits_them(lightlm, folder):
+    plan = json.loads(lightlm("plan", "lightlm", "--no-probe", "--json").stdout)
+    gpus = {row["gpu"]: row for row in plan["gpus"]}
+    assert gpus["H100"]["micro_batch"] > gpus["L4"]["micro_batch"]
+    assert all(row["fits"] and row["memory"] < 0.9 * row["device_memory"] for row in gpus.values())
+    # 10B tokens; validation adds less than a hundredth.
+    seconds = 10e9 * plan["model"]["flops_per_token"] / (989e12 * plan["assumed_utilisation"])
+    assert gpus["H100"]["hours"] == pytest.approx(seconds / 3600, rel=0.05)
+
+    large = ["plan", "lightlm", "train.micro_batch=256", "train.dtype=float32", "--no-probe", "--json"]
+    plan = json.loads(lightlm(*large).stdout)
+    assert not any(row["fits"] for row in plan["gpus"])
+    assert all(row["hours"] is None for row in plan["gpus"])  # no table of fp32 peaks
+
+
+def test_a_missing_device_is_planned_for_and_an_unknown_one_refused(lightlm, folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = json.loads(lightlm("plan", "tiny.yaml", "train.dtype=auto", "--device", "cuda", "--json").stdout)
+    assert plan["machine"]["measured"] is None
+    assert plan["machine"]["dtype"] == "bfloat16"
+    assert "process" not in plan["machine"]["memory"]  # a GPU's memory alone
+    assert any("not probed: device 'cuda' is not available" in note for note in plan["notes"])
+    lightlm("plan", "tiny.yaml", "--device", "tpu").assert_one_message("unknown device 'tpu'")
+
+
+def test_the_table_names_every_part(lightlm, folder):
+    text = lightlm("plan", "demo", "--no-probe", "eval.tasks=[heldout]").stdout
+    for words in ("parameters", "FLOPs a token", "activations of a micro-batch", "logits", "H100", "an assumption"):
+        assert words in text, words
+    assert "leave out eval.tasks (heldout)" in text
+
+
+def test_a_probe_that_dies_leaves_the_estimate(lightlm, folder, monkeypatch):
+    failed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr("lightlm.train.probe.subprocess.run", lambda *_, **__: failed)
+    plan = json.loads(lightlm("plan", "tiny.yaml", "--json").stdout)
+    assert plan["machine"]["measured"] is None
+    assert plan["machine"]["memory"]["total"] > 0
+    assert any("exit code -9" in note and "memory" in note for note in plan["notes"])
+
+
+def test_every_shipped_recipe_can_be_planned(lightlm, folder):
+    for name in ("gpt2-124m", "gpt3-125m", "mobilellm-ls-125m"):
+        plan = json.loads(lightlm("plan", name, "--no-probe", "--json").stdout)
+        assert plan["run"]["tokens"] >= load_recipe(name).train.tokens

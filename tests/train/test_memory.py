@@ -1,0 +1,78 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightlm.model.transformer import Transformer
+from lightlm.recipe import OptimizerSection
+from lightlm.train.loss import token_loss
+from lightlm.train.memory import activation_bytes, inference_parts, mask_bytes, optimizer_bytes
+from lightlm.train.optimizers import build_optimizer
+from tests.shapes import SHAPES
+
+LENGTH = 16
+
+
+def saved_bytes(config, sequences, dtype, length=LENGTH):
+    """Storage of all that autograd saves in a forward pass."""
+    model = Transformer(config)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no storage takes another's place
+        return tensor
+
+    tokens = torch.randint(config.vocab_size, (sequences, length))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        output = model.hidden_states(tokens)
+    assert output.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_are_what_autograd_keeps(name, dtype):
+    mixed = dtype == torch.bfloat16
+    # Weights and masks do not depend on the number of sequences; token ids are 8 bytes a token.
+    config = SHAPES[name]
+    a_token = (saved_bytes(config, 3, dtype) - saved_bytes(config, 1, dtype)) / (2 * LENGTH) - 8
+    assert activation_bytes(config, mixed=mixed, fused=mixed) == pytest.approx(a_token, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_plain_operations_under_autocast(dtype, monkeypatch):
+    monkeypatch.setattr("lightlm.model.fused.applies", lambda x: False)
+    for config in SHAPES.values():
+        a_token = (saved_bytes(config, 3, dtype) - saved_bytes(config, 1, dtype)) / (2 * LENGTH) - 8
+        kept = activation_bytes(config, mixed=dtype == torch.bfloat16, fused=False)
+        assert kept == pytest.approx(a_token, rel=0.05), config
+
+
+def test_banded_layers_keep_a_mask_each():
+    config = replace(SHAPES["gpt3"], num_layers=4)
+    whole = replace(config, sliding_window=0)
+    extra = saved_bytes(config, 1, torch.bfloat16, 48) - saved_bytes(whole, 1, torch.bfloat16, 48)
+    assert mask_bytes(config, 48, mixed=True) == pytest.approx(extra, rel=0.05)
+    assert mask_bytes(whole, 48, mixed=True) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_state_is_counted(name):
+    model = Transformer(SHAPES["qwen3"])
+    section = OptimizerSection(name=name, lr=1e-3)
+    optimizer = build_optimizer(model, section)
+    token_loss(model, torch.randint(97, (1, 8)), torch.randint(97, (1, 8))).backward()
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values() if value.ndim]
+    assert optimizer_bytes(model, section) == sum(value.nbytes for value in state)
+
+
+def test_inference_counts_the_cache_that_generation_makes():
+    model = Transformer(SHAPES["shared"])
+    cache = model.new_cache(1)
+    parts = inference_parts(model)
+    assert parts["cache_float32"] == 2 * parts["cache_bfloat16"] == cache.keys.nbytes + cache.values.nbytes
+    assert parts["weights_float32"] == sum(p.nbytes for p in model.parameters())
