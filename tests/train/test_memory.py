@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -76,3 +78,11 @@ def test_inference_counts_the_cache_that_generation_makes():
     parts = inference_parts(model)
     assert parts["cache_float32"] == 2 * parts["cache_bfloat16"] == cache.keys.nbytes + cache.values.nbytes
     assert parts["weights_float32"] == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is inherited on Linux")
+def test_a_process_does_not_report_the_peak_of_the_one_that_started_it():
+    block = b"x" * 800_000_000
+    code = "import torch; from lightlm.train.metrics import peak_memory; print(peak_memory(torch.device('cpu')))"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50e6 < int(outcome.stdout) < len(block)
