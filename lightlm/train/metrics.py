@@ -1,5 +1,6 @@
 """The figures of one training step, as they stand in metrics.jsonl; docs/metrics.md says what each means."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ def peak_memory(device: torch.device) -> int | None:
 
         return int(psutil.Process().memory_info().peak_wset)
     if sys.platform == "linux":
-        # Not ru_maxrss: it begins at what the process that started this one held at its own peak.
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        # Not ru_maxrss, where this is known: it begins at what the process that started this one held at its own peak.
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
