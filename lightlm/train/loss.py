@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from lightlm.model.fused import add_
 from lightlm.model.transformer import Transformer
 
-# Rows whose length is no multiple of 64 bytes cost matrix units a third of their speed, on GPUs as on CPUs (GPT-2's
-# 50,257 entries are such a length; benchmarks/head_loss.py).
+# Rows whose length is no multiple of a cache line slow matrix units down; GPT-2's 50,257 entries are such a length.
 _VOCAB_MULTIPLE = 128
 # Tokens whose logits are held at once (on a CPU 206 MB in bf16 at 50,257 entries); every chunk adds the whole (V, D)
 # weight gradient once more.
