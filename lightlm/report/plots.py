@@ -167,10 +167,10 @@ def _gradient_norm(records: Sequence[Record]) -> Plot | None:
         norms[norms <= 0] = np.nan  # a logarithm has no place for them
         _curve(chart, records, i, tokens, norms, "smoothed")
         spikes = record.curves.flagged("spike")
-        chart.points("loss spike", tokens[spikes], norms[spikes], i, joined=False, mark="X")
+        chart.points("spike", tokens[spikes], norms[spikes], i, joined=False, mark="X")
         marked = marked or bool(spikes.any())
     chart.log_y()
-    return Plot("grad_norm", "Logarithmic." + (" Crosses: steps flagged as loss spikes." if marked else ""), chart)
+    return Plot("grad_norm", "Logarithmic." + (" Crosses: steps flagged as spikes." if marked else ""), chart)
 
 
 def _throughput(records: Sequence[Record]) -> Plot | None:
