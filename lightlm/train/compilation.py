@@ -11,8 +11,8 @@ from lightlm.errors import RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 
-# On a CPU, compiling blocks costs about 20 s and then saves an eighth of a step of `lightlm` (benchmarks/train.py
-# --contestants "lightlm,lightlm compiled"). These are 10 minutes of training at the 0.8 TFLOP/s seen there.
+# On a CPU, compiling blocks takes a good part of a minute and then saves an eighth of a step of `lightlm`
+# (benchmarks/train.py --contestants "lightlm,lightlm compiled"). These are 10 minutes of training at 0.8 TFLOP/s.
 _CPU_FLOPS = 5e14
 
 

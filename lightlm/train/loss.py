@@ -67,7 +67,6 @@ def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradi
         logits = torch.mm(x_RD, weight_WD.T, out=logits_RW[: len(x_RD)])
         losses_N[chunk] = _softmax_(logits[:, :vocab_size], targets_R)
         if with_gradients:
-            logits[:, vocab_size:].zero_()
             # softmax - 1 at the target, from the loss: 1 - p would cancel where p is near 1
             logits[torch.arange(len(x_RD), device=logits.device), targets_R] = torch.expm1(-losses_N[chunk]).to(
                 x_ND.dtype

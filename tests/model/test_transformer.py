@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
+from lightlm.model import transformer
 from lightlm.model.config import ModelConfig
 from lightlm.model.rotary import rotary_table, rotate
-from lightlm.model.transformer import Transformer
+from lightlm.model.transformer import Block, Transformer
 from tests.shapes import SHAPES, build
 
 
@@ -153,3 +154,17 @@ def test_impossible_shapes_are_refused(change, message):
 def test_too_long_a_sequence_is_refused():
     with pytest.raises(ValueError, match="49 positions given, max_seq_len is 48"):
         build("llama")(torch.zeros(1, 49, dtype=torch.long))
+
+
+def test_blocks_run_compiled_in_training_alone(monkeypatch):
+    """Prompts and documents of every length would each be compiled anew."""
+    compiled = []
+    monkeypatch.setattr(transformer, "_compiled_run", lambda: lambda *args: compiled.append(1) or Block._run(*args))
+    model, tokens = build("llama"), torch.randint(97, (2, 6))
+    model.compile_blocks()
+    expected = model(tokens)
+    assert len(compiled) == model.config.depth
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), expected)
+    torch.testing.assert_close(model(tokens, model.new_cache(2)), expected)
+    assert len(compiled) == model.config.depth
