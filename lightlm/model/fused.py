@@ -47,14 +47,16 @@ def kept_weight_copies() -> Iterator[None]:
 
 
 @torch.no_grad()
-def joined_copy(parameters: Sequence[Tensor]) -> Tensor:
-    """The parameters in bf16, joined along their first dimension."""
+def joined_copy(parameters: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The parameters in bf16, joined along a dimension."""
     key = tuple(id(parameter) for parameter in parameters)
     if _copies is not None and key in _copies:
         return _copies[key]
-    rows = [len(parameter) for parameter in parameters]
-    copy = torch.empty(sum(rows), *parameters[0].shape[1:], dtype=torch.bfloat16)
-    for part, parameter in zip(copy.split(rows), parameters, strict=True):
+    sizes = [parameter.shape[dim] for parameter in parameters]
+    shape = list(parameters[0].shape)
+    shape[dim] = sum(sizes)
+    copy = torch.empty(shape, dtype=torch.bfloat16)
+    for part, parameter in zip(copy.split(sizes, dim), parameters, strict=True):
         part.copy_(parameter)
     if _copies is not None:
         _copies[key] = copy

@@ -13,11 +13,11 @@ from lightlm.model.config import ModelConfig
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.bias)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if fused.applies(x_BTD):
@@ -45,5 +45,5 @@ class MLP(nn.Module):
 
 
 def build_mlp(config: ModelConfig) -> nn.Module:
-    """The feed-forward network of one block."""
-    return SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
+    """The dense feed-forward network of one block."""
+    return SwiGLU(config, config.intermediate_size) if config.mlp == "swiglu" else MLP(config)

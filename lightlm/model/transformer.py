@@ -10,25 +10,28 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightlm.model import fused
 from lightlm.model.attention import Attention, Mask, build_mask
 from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
+from lightlm.model.experts import Experts
 from lightlm.model.mlp import build_mlp
+from lightlm.model.moe import MoE, Routing
 from lightlm.model.norms import build_norm
 from lightlm.model.rotary import rotary_table
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then the feed-forward network."""
+    """Pre-norm residual block: attention, then the feed-forward network, dense or of experts."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = build_norm(config)
-        self.mlp = build_mlp(config)
+        self.mlp = MoE(config) if config.has_experts(index) else build_mlp(config)
         self.compiled = False  # in training, by torch.compile
 
     def forward(
@@ -39,7 +42,7 @@ class Block(nn.Module):
         cache: KVCache | None,
         step: Step | None,
         layer: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Routing | None]:
         if cache is not None:
             return self._run(x_BTD, rotation, mask, cache, step, layer)
         # Compiled where gradients are wanted alone: else prompts and documents of every length would each be compiled
@@ -56,13 +59,16 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         step: Step | None = None,
         layer: int = 0,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache, step, layer)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        if isinstance(self.mlp, MoE):
+            y_BTD, routing = self.mlp(self.mlp_norm(x_BTD))
+            return x_BTD + y_BTD, routing
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), None
 
 
 @functools.cache
-def _compiled_run() -> Callable[..., Tensor]:
+def _compiled_run() -> Callable[..., tuple[Tensor, Routing | None]]:
     """One for all blocks, and not kept in them: a copy of a model would call its original's."""
     return torch.compile(Block._run)
 
@@ -85,7 +91,8 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.max_seq_len, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.recompute_blocks = False  # activation checkpointing (arXiv 1604.06174), where gradients are wanted
         self.norm = build_norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -105,7 +112,7 @@ class Transformer(nn.Module):
                 parameter.zero_()
             elif parameter.ndim < 2:
                 parameter.fill_(1.0)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            elif name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
                 parameter.normal_(0.0, std / math.sqrt(2 * self.config.depth))
             else:
                 parameter.normal_(0.0, std / 2 if name.startswith("embed_positions") else std)
@@ -140,7 +147,13 @@ class Transformer(nn.Module):
     def head(self, x_BTD: Tensor) -> Tensor:
         return F.linear(x_BTD, self.head_weight)
 
-    def hidden_states(self, tokens_BT: Tensor, cache: KVCache | None = None, counts: list[int] | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        tokens_BT: Tensor,
+        cache: KVCache | None = None,
+        counts: list[int] | None = None,
+        routings: list[Routing] | None = None,
+    ) -> Tensor:
         """The final norm's output (B, T, D), from which `head` makes logits.
 
         Args:
@@ -149,6 +162,7 @@ class Transformer(nn.Module):
             cache: keys and values of what came before; this call appends to it.
             counts: with a cache, how many columns of each row are tokens; the rest is padding on the right,
                 is not stored, and its output means nothing. Default: all.
+            routings: a list that gets what each layer of experts did, where gradients are wanted.
 
         Raises:
             ValueError: more positions than max_seq_len or than the cache holds, or counts without a cache.
@@ -184,24 +198,42 @@ class Transformer(nn.Module):
             rotation = cos[:, None], sin[:, None]
         for layer in range(config.depth):
             block = self.blocks[layer // config.block_repeats]
-            x_BTD = block(x_BTD, rotation, masks[config.window(layer)], cache, step, layer)
+            arguments = x_BTD, rotation, masks[config.window(layer)], cache, step, layer
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x_BTD, routing = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_BTD, routing = block(*arguments)
+            if routings is not None and routing is not None:
+                routings.append(routing)
         if cache is not None and step is not None:
             cache.commit(step)
         return self.norm(x_BTD)
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameter counts: `total` (a tied head counts once) and its part in `embedding` tables and head."""
+        """Parameter counts: `total` (a tied head counts once), those `active` for a token (all but the experts it is
+        not sent to), and the total's part in `embedding` tables and head."""
         tables = ("embed_tokens.", "embed_positions.", "lm_head.")
         sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        total = sum(sizes.values())
         return {
-            "total": sum(sizes.values()),
+            "total": total,
+            "active": total - self._idle_parameters(),
             "embedding": sum(size for name, size in sizes.items() if name.startswith(tables)),
         }
 
+    def _idle_parameters(self) -> int:
+        """Parameters of the experts that a token is not sent to."""
+        experts = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+        config = self.config
+        return experts // config.num_experts * (config.num_experts - config.num_experts_per_tok) if experts else 0
+
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward and backward floating-point operations a token: 6 a weight used, and attention's 12 K H S
+        """Forward and backward floating-point operations a token: 6 an active weight, and attention's 12 K H S
         a layer over S visible positions, without a discount for causality (arXiv 2204.02311, appendix B)."""
         config = self.config
-        block_weights = sum(p.numel() for p in self.blocks.parameters()) * config.block_repeats
+        block_weights = sum(p.numel() for p in self.blocks.parameters()) - self._idle_parameters()
         visible = sum(min(config.window(layer) or seq_len, seq_len) for layer in range(config.depth))
-        return 6 * (block_weights + self.head_weight.numel()) + 12 * config.num_heads * config.head_dim * visible
+        return (
+            6 * (block_weights * config.block_repeats + self.head_weight.numel())
+            + 12 * config.num_heads * config.head_dim * visible
+        )

@@ -82,6 +82,7 @@ class TrainSection(Section):
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: Literal["auto"] | bool = "auto"
+    activation_checkpointing: bool = False  # keep only the blocks' inputs; the backward pass computes the rest again
     parallel: Literal["ddp", "fsdp"] = "ddp"  # with many processes: a copy of the model in each, or shards of one
     grad_clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 leaves gradients alone
     skip_spikes: bool = False  # drop the gradients of a step whose loss or gradient norm is a spike or no number
@@ -128,6 +129,16 @@ class OptimizerSection(Section):
             return []
         keys = ["embedding_lr", "scalar_lr"] if tied else ["embedding_lr", "head_lr", "scalar_lr"]
         return [key for key in keys if getattr(self, key) is None]
+
+
+class MoESection(Section):
+    """How routers are trained, with model.num_experts. A null is the default for the kind of `model.router`."""
+
+    bias_update_rate: Annotated[float, Field(ge=0)] | None = None  # sigmoid: of the selection bias, a step; 0.001
+    # Of the loss that counts a balanced layer as 1, layers summed. sigmoid: within each sequence, 1e-4 as in
+    # DeepSeek-V3; softmax: over a forward pass, 1e-2 as in the Switch Transformer
+    balance_loss: Annotated[float, Field(ge=0)] | None = None
+    z_loss: Annotated[float, Field(ge=0)] = 0.0  # of mean(logsumexp(logits)^2); ST-MoE has 1e-3 (arXiv 2202.08906)
 
 
 class ScheduleSection(Section):
@@ -205,6 +216,7 @@ class Recipe(BaseModel):
     data: DataSection
     train: TrainSection
     optimizer: OptimizerSection
+    moe: MoESection = MoESection()
     schedule: ScheduleSection = ScheduleSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -219,9 +231,33 @@ class Recipe(BaseModel):
         """Sequences in a global batch."""
         return self.train.batch_tokens // self.seq_len
 
+    @property
+    def router_training(self) -> MoESection:
+        """`moe` with the defaults of the router's kind written out."""
+        sigmoid, given = self.model.router == "sigmoid", self.moe
+        rate = given.bias_update_rate if given.bias_update_rate is not None else 0.001
+        balance = given.balance_loss if given.balance_loss is not None else 1e-4 if sigmoid else 1e-2
+        return MoESection(bias_update_rate=rate if sigmoid else None, balance_loss=balance, z_loss=given.z_loss)
+
+    @model_serializer(mode="wrap")
+    def _effective(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialize(self)
+        if not self.model.num_experts:
+            del values["moe"]
+            return values
+        return values | {"moe": {k: v for k, v in self.router_training.model_dump().items() if v is not None}}
+
+    def _moe_problems(self) -> list[Problem]:
+        if not self.model.num_experts:
+            given = [key for key, value in self.moe.model_dump().items() if value]
+            return [(f"moe.{key}", "has no effect without model.num_experts; leave it out") for key in given]
+        if self.model.router == "softmax" and self.moe.bias_update_rate:
+            return [("moe.bias_update_rate", "has no effect with model.router=softmax; leave it out")]
+        return []
+
     def problems(self) -> list[Problem]:
         """What does not fit between sections."""
-        found = self._optimizer_problems()
+        found = self._optimizer_problems() + self._moe_problems()
         schedule = self.schedule
         warmup, decay = (span_tokens(s or "0%", self.train.tokens) for s in (schedule.warmup, schedule.decay_span))
         if warmup + decay > self.train.tokens:

@@ -18,7 +18,7 @@ from lightlm.recipe import Recipe
 from lightlm.train.batches import BatchPlan
 from lightlm.train.distributed import World
 from lightlm.train.memory import activation_bytes
-from lightlm.train.parallel import ParallelLoss, whole
+from lightlm.train.parallel import ParallelLoss, PassLoss, whole
 from lightlm.train.tracking import Observer
 
 # Tokens of an automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator,
@@ -33,6 +33,21 @@ class BatchOutcome:
 
     loss: float  # mean nats a token
     norm: float  # of the whole gradient, before clipping
+    load_LE: Tensor | None = None  # int64, on the device: tokens that each expert of each layer got
+    loads: list[list[int]] | None = None  # the same, on the host
+
+
+@dataclass
+class _Sums:
+    """Over the micro-batches of this process."""
+
+    loss: Tensor
+    load_LE: Tensor | None = None
+
+    def add(self, part: PassLoss) -> None:
+        self.loss += part.loss.detach()
+        if part.load_LE is not None:
+            self.load_LE = part.load_LE if self.load_LE is None else self.load_LE + part.load_LE
 
 
 def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
@@ -65,7 +80,9 @@ def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1, f
     tokens = _MICRO_TOKENS[device.type]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] if free is None else free
-        a_token = activation_bytes(recipe.model, mixed=True, fused=False)  # the most that it may be
+        # The most that it may be.
+        recompute = recipe.train.activation_checkpointing
+        a_token = activation_bytes(recipe.model, mixed=True, fused=False, recompute=recompute)
         tokens = min(tokens, int(free * _MEMORY_SHARE) // a_token)
     most = max(tokens // recipe.seq_len, 1)
     return max(size for size in _divisors(share) if size <= most)
@@ -119,19 +136,31 @@ class Gradients:
         while True:
             # A sharded run gathers its weights anew for each pass, to be rid of them in between.
             with contextlib.nullcontext() if self._loss.sharded else kept_weight_copies():
-                loss_sum, stopped = self._accumulate(first, count, stop)
-            if loss_sum is not None:
+                sums, stopped = self._accumulate(first, count, stop)
+            if sums is not None:
                 break
             self._drop()
             if stopped:
                 return None
             self._shrink()
         norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip or math.inf))
+        return self._outcome(sums, norm, count)
+
+    def _outcome(self, sums: "_Sums", norm: Tensor, count: int) -> BatchOutcome:
+        loss, load_LE = sums.loss, sums.load_LE
         if self._world.size > 1:
-            loss_sum = self._world.sum(loss_sum.double())
-        # The step's one wait for the device.
-        total, norm_value = torch.stack([loss_sum, norm.to(loss_sum.dtype)]).tolist()
-        return BatchOutcome(total / (count * self._loader.seq_len), norm_value)
+            loss = self._world.sum(loss.double())
+            load_LE = None if load_LE is None else self._world.sum(load_LE)
+        # The step's one wait for the device. Loads are below 2**24, so fp32 holds them exactly.
+        numbers = torch.stack([loss, norm.to(loss.dtype)])
+        if load_LE is not None:
+            numbers = torch.cat([numbers, load_LE.flatten().to(loss.dtype)])
+        total, norm_value, *flat = numbers.tolist()
+        loads = None
+        if load_LE is not None:
+            width = load_LE.shape[1]
+            loads = [[int(load) for load in flat[start : start + width]] for start in range(0, len(flat), width)]
+        return BatchOutcome(total / (count * self._loader.seq_len), norm_value, load_LE, loads)
 
     def passes(self, count: int) -> int:
         """Micro-batches that a global batch of `count` sequences takes."""
@@ -144,34 +173,34 @@ class Gradients:
         bounds = [begin + (end - begin) * index // passes for index in range(passes + 1)]
         return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
 
-    def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple[Tensor | None, bool]:
-        """(this process's summed loss, False); or (None, True) for a signal, (None, False) for too little memory."""
+    def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple["_Sums | None", bool]:
+        """(this process's sums, False); or (None, True) for a signal, (None, False) for too little memory."""
         parts = self._parts(first, count)
-        loss_sum, full = torch.zeros((), device=self._device), False
+        sums, full = _Sums(torch.zeros((), device=self._device)), False
         for index, (start, size) in enumerate(parts):
             # Before each pass, all processes agree whether to go on: none is left waiting for another's gradients.
             stopped, full = self._world.any(stop.is_set() or self._world.abandoned, full)
             if stopped or full:
                 return None, stopped
             last = index == len(parts) - 1
-            loss = self._pass(start, size, count, last=last)
-            if loss is None:
+            losses = self._pass(start, size, count, last=last)
+            if losses is None:
                 full = True
                 continue
-            loss_sum += loss
+            sums.add(losses)
             self._fetch_ahead(*((parts[0][0] + count, parts[0][1]) if last else parts[index + 1]))
-        return (None if full else loss_sum), False
+        return (None if full else sums), False
 
-    def _pass(self, start: int, size: int, count: int, *, last: bool) -> Tensor | None:
-        """Forward and backward over samples `start` to `start + size`: their summed loss, or None without memory."""
+    def _pass(self, start: int, size: int, count: int, *, last: bool) -> PassLoss | None:
+        """Forward and backward over samples `start` to `start + size`: their losses, or None without memory."""
         try:
             inputs, targets = self._batch(start, size)
             with self._loss.synchronised(last):
                 with autocast(self._device, self._dtype):
-                    loss = self._loss(inputs, targets)
+                    losses = self._loss(inputs, targets)
                 # The processes' gradients are averaged, so each is divided by its own share of the tokens alone.
-                (loss / (count * self._loader.seq_len / self._world.size)).backward()
-            return loss.detach()
+                (losses.objective / (count * self._loader.seq_len / self._world.size)).backward()
+            return losses
         except torch.OutOfMemoryError as error:
             if self._loss.communicates(last):
                 # The others already wait for this process's part: there is no way back.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightlm.model.fused import add_
+from lightlm.model.moe import Routing
 from lightlm.model.transformer import Transformer
 
 # Rows whose length is no multiple of a cache line slow matrix units down; GPT-2's 50,257 entries are such a length.
@@ -23,9 +24,15 @@ _CHUNK = {"cpu": 2048, "mps": 2048, "cuda": 4096}
 _SLICE_ELEMENTS, _SLICE_ROWS = 1 << 18, 16
 
 
-def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-    """The sum of -ln p(target) over a batch, in nats: an fp32 scalar."""
-    x_ND = model.hidden_states(inputs_BT).flatten(0, 1)
+def token_loss(
+    model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, routings: list[Routing] | None = None
+) -> Tensor:
+    """The sum of -ln p(target) over a batch, in nats: an fp32 scalar.
+
+    Args:
+        routings: see `Transformer.hidden_states`.
+    """
+    x_ND = model.hidden_states(inputs_BT, routings=routings).flatten(0, 1)
     if torch.is_autocast_enabled(x_ND.device.type):
         x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
     return _HeadLoss.apply(x_ND, model.head_weight, targets_BT.flatten())

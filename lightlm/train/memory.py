@@ -12,10 +12,11 @@ from lightlm.train.loss import head_loss_bytes
 from lightlm.train.optimizers import MATRICES, parameter_groups
 
 
-def activation_bytes(config: ModelConfig, *, mixed: bool, fused: bool) -> int:
+def activation_bytes(config: ModelConfig, *, mixed: bool, fused: bool, recompute: bool = False) -> int:
     """What autograd keeps of one token up to the head.
 
     Args:
+        recompute: only the blocks' inputs are kept, and at the peak what one block makes anew.
         mixed: products run in 16 bits.
         fused: the hand-written gradients of `model/fused.py`; what torch.compile keeps depends on its version and is
             taken to be the same. Otherwise the plain operations as torch runs them on a CPU; CUDA's own RMSNorm keeps
@@ -24,6 +25,8 @@ def activation_bytes(config: ModelConfig, *, mixed: bool, fused: bool) -> int:
     config = config.resolved()
     element = 2 if mixed else 4
     layer = _fused_layer(config, element) if fused else _plain_layer(config, element)
+    if recompute:
+        return config.depth * 4 * config.hidden_size + layer + _norm(config, fused)
     return config.depth * layer + _norm(config, fused)
 
 
@@ -96,6 +99,7 @@ def training_parts(
     sequences: int,
     seq_len: int,
     accumulates: bool,
+    recompute: bool,
 ) -> dict[str, int]:
     """Bytes on the training device by part. Their sum takes all to be held at once, as in a run that accumulates.
 
@@ -103,6 +107,7 @@ def training_parts(
         model: may be on the meta device.
         sequences: of a micro-batch.
         accumulates: a batch has several micro-batches, so the head's gradient exists twice.
+        recompute: activation checkpointing.
     """
     config, mixed, tokens = model.config, dtype != torch.float32, sequences * seq_len
     parameters = model.num_parameters()["total"]
@@ -113,7 +118,7 @@ def training_parts(
         "gradients": 4 * parameters,
         "optimizer": optimizer_bytes(model, section),
         "weight_copies": 2 * products if mixed else 0,
-        "activations": tokens * activation_bytes(config, mixed=mixed, fused=fused)
+        "activations": tokens * activation_bytes(config, mixed=mixed, fused=fused, recompute=recompute)
         + mask_bytes(config, seq_len, mixed=mixed),
         "logits": head_loss_bytes(
             tokens, config.hidden_size, config.vocab_size, device_type, dtype, accumulates=accumulates

@@ -2,29 +2,45 @@
 
 import contextlib
 import inspect
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lightlm import checkpoint
+from lightlm.model.moe import Router, Routing
 from lightlm.model.transformer import Transformer
 from lightlm.train.distributed import World
 from lightlm.train.loss import token_loss
+from lightlm.train.routers import RouterLosses
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+class PassLoss(NamedTuple):
+    """Of one micro-batch."""
+
+    objective: Tensor  # what gradients are taken of: the loss, and the routers' losses times the tokens
+    loss: Tensor  # the summed cross-entropy, in nats
+    load_LE: Tensor | None  # tokens that each expert of each layer got; None without experts
+
+
 class LossModule(nn.Module):
     """`token_loss` as a module: the root that every wrapper needs, so that none of them reaches into the model."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, router_losses: RouterLosses) -> None:
         super().__init__()
         self.model = model
+        self.router_losses = router_losses
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return token_loss(self.model, inputs_BT, targets_BT)
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> PassLoss:
+        routings: list[Routing] = []
+        loss = token_loss(self.model, inputs_BT, targets_BT, routings)
+        if not routings:
+            return PassLoss(loss, loss, None)
+        objective = loss + targets_BT.numel() * self.router_losses(routings)
+        return PassLoss(objective, loss.detach(), torch.stack([routing.load_E for routing in routings]))
 
 
 class ParallelLoss:
@@ -34,6 +50,7 @@ class ParallelLoss:
         strategy: `ddp`, a copy of everything in each process; or `fsdp`, parameters, gradients and optimizer state
             sharded (FSDP2). In a world of one both are the plain model.
         dtype: the precision that FSDP gathers the blocks' weights in.
+        router_losses: of a mixture of experts.
     """
 
     def __init__(
@@ -45,12 +62,13 @@ class ParallelLoss:
         compiled: bool,
         device: torch.device,
         dtype: torch.dtype,
+        router_losses: RouterLosses,
     ) -> None:
         self.model = model
         self.sharded = strategy == "fsdp" and world.size > 1
         self.replicated = strategy == "ddp" and world.size > 1
         self._world = world
-        self._local = LossModule(model)
+        self._local = LossModule(model, router_losses)
         # FSDP's hooks sit between the blocks; on a CPU, all blocks are one graph, quick to compile.
         if compiled and (self.sharded or device.type == "cpu"):
             model.compile_blocks()
@@ -62,13 +80,13 @@ class ParallelLoss:
         elif self.replicated:
             self._root = _replicate(self._local, device, compiled)
 
-    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """The summed loss; its backward pass must run inside `synchronised`."""
+    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> PassLoss:
+        """The losses; the objective's backward pass must run inside `synchronised`."""
         return self._root(inputs_BT, targets_BT)
 
     def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """The summed loss without gradients. With FSDP all processes must call it equally often."""
-        return self._local(inputs_BT, targets_BT)
+        """The summed cross-entropy without gradients. With FSDP all processes must call it equally often."""
+        return self._local(inputs_BT, targets_BT).loss
 
     def synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a forward and backward pass. DDP averages gradients in the last of a batch only.
@@ -111,7 +129,7 @@ def _replicate(module: nn.Module, device: torch.device, compiled: bool) -> nn.Mo
 def _shard(module: LossModule, world: World, device: torch.device, dtype: torch.dtype) -> None:
     """FSDP2 (arXiv 2304.11277): each block a group of its own, then all that remains.
 
-    Under mixed precision, blocks are gathered in `dtype`, half of the traffic. The tables and the head stay fp32:
+    Under mixed precision, blocks are gathered in `dtype`, half of the traffic. Routers, tables and the head stay fp32:
     the head adds its gradient up chunk by chunk, and autocast casts for its products anyway, as in one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -121,9 +139,12 @@ def _shard(module: LossModule, world: World, device: torch.device, dtype: torch.
     low = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in module.model.blocks:
+        for router in (part for part in block.modules() if isinstance(part, Router)):
+            fully_shard(router, mesh=mesh, mp_policy=full)
         fully_shard(block, mesh=mesh, mp_policy=low)
-    fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    fully_shard(module, mesh=mesh, mp_policy=full)
 
 
 def is_sharded(value: Any) -> TypeGuard["DTensor"]:

@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "recipe": recipe.name,
         "model": {
             "parameters": counts["total"],
-            "active_parameters": counts["total"],  # every weight serves every token
+            "active_parameters": counts["active"],
             "embedding_parameters": counts["embedding"],
             "vocab_size": recipe.model.vocab_size,
             "flops_per_token": flops,
@@ -220,6 +220,7 @@ def _parts(
         sequences=sequences,
         seq_len=recipe.seq_len,
         accumulates=recipe.batch_sequences > sequences,
+        recompute=recipe.train.activation_checkpointing,
     )
 
 

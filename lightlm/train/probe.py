@@ -30,6 +30,7 @@ from lightlm.train.gradients import Gradients, micro_batch_size
 from lightlm.train.metrics import peak_memory
 from lightlm.train.optimizers import build_optimizer
 from lightlm.train.parallel import ParallelLoss
+from lightlm.train.routers import router_losses
 from lightlm.train.tracking import Silent
 
 _WARM_UP, _TIMED = 2, 3  # on a CPU the first two steps fault their memory in; on a GPU the first may compile
@@ -97,8 +98,15 @@ def _measure(recipe: Recipe) -> tuple[int, float, float, float, int | None]:
     torch.manual_seed(recipe.train.seed)
     model = Transformer(recipe.model).to(device)
     world = World()
+    model.recompute_blocks = recipe.train.activation_checkpointing
     loss = ParallelLoss(
-        model, world, strategy="ddp", compiled=compiles(recipe, model, device), device=device, dtype=dtype
+        model,
+        world,
+        strategy="ddp",
+        compiled=compiles(recipe, model, device),
+        device=device,
+        dtype=dtype,
+        router_losses=router_losses(recipe),
     )
     optimizer = build_optimizer(model, recipe.optimizer, dtype)
     planned = micro_batch_size(recipe, device)

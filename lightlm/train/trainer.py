@@ -32,6 +32,7 @@ from lightlm.train.metrics import peak_memory, step_metrics
 from lightlm.train.optimizers import build_optimizer, learning_rates, load_named_state, named_state, set_learning_rate
 from lightlm.train.parallel import ParallelLoss
 from lightlm.train.preparation import check_prompts, fit_recipe
+from lightlm.train.routers import move_selection_biases, router_losses
 from lightlm.train.runs import claim_run
 from lightlm.train.saving import Saver, tidy
 from lightlm.train.schedules import learning_rate_factor
@@ -106,6 +107,7 @@ class Trainer:
         else:
             self.model = checkpoint.load_model(resume_from, self.device).model
         self.model.train()
+        self.model.recompute_blocks = recipe.train.activation_checkpointing
         self.parameters = self.model.num_parameters()["total"]
         self.flops_per_token = self.model.flops_per_token(recipe.seq_len)
         compiled = {"compile": compiles(recipe, self.model, self.device)}
@@ -137,6 +139,7 @@ class Trainer:
             compiled=recipe.compile is True,
             device=self.device,
             dtype=self.dtype,
+            router_losses=router_losses(self.recipe),
         )
 
     def _gradients(self) -> Gradients:
@@ -258,6 +261,8 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate_factor(recipe.schedule, middle, self.total_tokens))
         if not verdict.skip:
             self.optimizer.step()
+            if outcome.load_LE is not None and (rate := recipe.router_training.bias_update_rate):
+                move_selection_biases(self.model, outcome.load_LE, rate)
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.step_began = before.tokens

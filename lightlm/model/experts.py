@@ -1,0 +1,262 @@
+"""The routed experts of a layer as stacked weights, and three ways to compute them that agree to rounding.
+
+- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it and inside torch.compile.
+- padded: batched products over equally many tokens of each expert, and one product each for the tokens beyond, on all
+  other devices. On a CPU a batched product is up to four times as fast as one product an expert.
+- single: one product for each expert that got a token, where tokens are too few for batches: decoding.
+
+benchmarks/experts.py times them. Nothing is dropped in any of them.
+
+Shapes: N tokens, K experts of a token, E experts, D hidden size, F intermediate size, R rows: tokens in the experts'
+order, one for each choice, with padding; C rows of each expert in a batched product.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lightlm.model import fused
+from lightlm.model.config import ModelConfig
+
+# Of experts in the order of their loads, the first whose load is no longer batched in full: padding the others up to a
+# larger load costs more than computing what is beyond a smaller one expert by expert (0.3, 0.5 and 0.75 were tried).
+_BATCHED_QUANTILE = 0.3
+_ROW_MULTIPLE = 16  # of C: the rows of a tile of a CPU's matrix unit
+_SINGLE_ROWS = 4  # an expert: with fewer rows on average, products of one expert each
+
+
+class Experts(nn.Module):
+    """E networks down(silu(gate(x)) * up(x)) without biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        shape = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_proj = nn.Parameter(torch.empty(shape))
+        self.up_proj = nn.Parameter(torch.empty(shape))
+        self.down_proj = nn.Parameter(torch.empty(shape).mT.contiguous())
+
+    def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """For each token, the sum over its experts of weight times output (N, D).
+
+        Args:
+            ids_NK: the experts of each token, all different.
+            weights_NK: fp32.
+        """
+        if torch.compiler.is_compiling() or _has_grouped_mm(x_ND, self.gate_proj):
+            return self._grouped(x_ND, ids_NK, weights_NK)
+        if not torch.is_grad_enabled() and ids_NK.numel() < _SINGLE_ROWS * len(self.gate_proj):
+            return self._single(x_ND, ids_NK, weights_NK)
+        return self._padded(x_ND, ids_NK, weights_NK)
+
+    def _grouped(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        dtype = _compute_dtype(x_ND)
+        order_R = ids_NK.flatten().argsort(stable=True)
+        experts_E = torch.arange(len(self.gate_proj), device=ids_NK.device)
+        ends_E = torch.searchsorted(ids_NK.flatten()[order_R], experts_E, right=True).to(torch.int32)
+        x_RD = _Spread.apply(x_ND.to(dtype), order_R, ids_NK.shape[1])
+        gate_RF = F.grouped_mm(x_RD, self.gate_proj.to(dtype).mT, offs=ends_E)
+        up_RF = F.grouped_mm(x_RD, self.up_proj.to(dtype).mT, offs=ends_E)
+        h_RF = F.silu(gate_RF) * up_RF * weights_NK.flatten()[order_R].to(dtype)[:, None]
+        return _Gather.apply(F.grouped_mm(h_RF, self.down_proj.to(dtype).mT, offs=ends_E), order_R, ids_NK.shape[1])
+
+    def _padded(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        parameters = self.gate_proj, self.up_proj, self.down_proj
+        if fused.applies(x_ND):
+            both_E2FD = fused.joined_copy(parameters[:2], dim=1)
+            down_EDF = fused.joined_copy(parameters[2:])
+        else:
+            with torch.no_grad():
+                both_E2FD = torch.cat(parameters[:2], dim=1).to(_compute_dtype(x_ND))
+                down_EDF = parameters[2].to(both_E2FD.dtype)
+        rows = _Rows.of(ids_NK, len(self.gate_proj))
+        return _PaddedExperts.apply(x_ND.to(both_E2FD.dtype), weights_NK, both_E2FD, down_EDF, rows, *parameters)
+
+    def _single(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        dtype = _compute_dtype(x_ND)
+        x_ND, weights_NK = x_ND.to(dtype), weights_NK.to(dtype)
+        y_ND = torch.zeros_like(x_ND)
+        tokens: dict[int, list[int]] = {}
+        for pair, expert in enumerate(ids_NK.flatten().tolist()):
+            tokens.setdefault(expert, []).append(pair)
+        for expert, pairs in tokens.items():
+            token = [pair // ids_NK.shape[1] for pair in pairs]
+            x_RD = x_ND[token]
+            h_RF = F.silu(F.linear(x_RD, self.gate_proj[expert].to(dtype))) * F.linear(
+                x_RD, self.up_proj[expert].to(dtype)
+            )
+            h_RF *= weights_NK.flatten()[pairs, None]
+            y_ND[token] += F.linear(h_RF, self.down_proj[expert].to(dtype))
+        return y_ND
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
+    """CUDA's kernels: bf16 from compute capability 8.0 on, rows of whole 16 bytes; on a CPU it is a loop."""
+    return (
+        x_ND.device.type == "cuda"
+        and _compute_dtype(x_ND) == torch.bfloat16
+        and torch.cuda.get_device_capability(x_ND.device) >= (8, 0)
+        and all(size % 8 == 0 for size in weight_EFD.shape[1:])
+    )
+
+
+class _Spread(torch.autograd.Function):
+    """Rows (N, D) once for each of their K choices, in the given order; the gradient is a sum in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_R: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.choices = choices
+        return x_ND.index_select(0, order_R // choices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (order_R,) = ctx.saved_tensors
+        return _sum_choices(grad_RD, order_R, ctx.choices), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The reverse of `_Spread`: rows (R, D) summed over the K choices of each token."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.choices = choices
+        return _sum_choices(y_RD, order_R, choices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (order_R,) = ctx.saved_tensors
+        return grad_ND.index_select(0, order_R // ctx.choices), None, None
+
+
+def _sum_choices(rows_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
+    place_R = torch.empty_like(order_R)
+    place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    return rows_RD.index_select(0, place_R).view(-1, choices, rows_RD.shape[1]).sum(1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where each choice is computed: first C rows for each expert, then what is beyond, expert by expert."""
+
+    pair_R: Tensor  # which choice (n K + k) a row is; N K for padding
+    token_R: Tensor  # of the choice; any for padding, whose weight is 0
+    row_NK: Tensor  # of each choice
+    batched: int  # C
+    beyond: list[tuple[int, int, int]]  # (expert, first row, end)
+
+    @staticmethod
+    @torch.no_grad()
+    def of(ids_NK: Tensor, num_experts: int) -> "_Rows":
+        """Waits for the device once, for the loads."""
+        num_pairs = ids_NK.numel()
+        order_P = ids_NK.flatten().argsort(stable=True)
+        load_E = torch.bincount(ids_NK.flatten(), minlength=num_experts)
+        loads = load_E.tolist()
+        batched = sorted(loads)[int(_BATCHED_QUANTILE * num_experts)]
+        batched = -(-batched // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        beyond, end = [], num_experts * batched
+        for expert, load in enumerate(loads):
+            if load > batched:
+                beyond.append((expert, end, end + load - batched))
+                end += load - batched
+        expert_P = ids_NK.flatten()[order_P]
+        place_P = torch.arange(num_pairs, device=ids_NK.device) - (load_E.cumsum(0) - load_E)[expert_P]
+        extra_E = (load_E - batched).clamp(min=0)
+        beyond_E = num_experts * batched + extra_E.cumsum(0) - extra_E
+        row_P = torch.where(place_P < batched, expert_P * batched + place_P, beyond_E[expert_P] + place_P - batched)
+        pair_R = torch.full((end,), num_pairs, device=ids_NK.device)
+        pair_R[row_P] = order_P
+        row_NK = torch.empty_like(order_P)
+        row_NK[order_P] = row_P
+        token_R = (pair_R // ids_NK.shape[1]).clamp_(max=len(ids_NK) - 1)
+        return _Rows(pair_R, token_R, row_NK.view_as(ids_NK), batched, beyond)
+
+    def product(self, x_RI: Tensor, weights_EIO: Tensor) -> Tensor:
+        """Each row times its expert's (I, O) weight: (R, O)."""
+        out_RO = x_RI.new_empty(len(x_RI), weights_EIO.shape[2])
+        num_experts, end = len(weights_EIO), len(weights_EIO) * self.batched
+        torch.bmm(
+            x_RI[:end].view(num_experts, self.batched, x_RI.shape[1]),
+            weights_EIO,
+            out=out_RO[:end].view(num_experts, self.batched, out_RO.shape[1]),
+        )
+        for expert, start, stop in self.beyond:
+            torch.mm(x_RI[start:stop], weights_EIO[expert], out=out_RO[start:stop])
+        return out_RO
+
+    def weight_gradient(self, grad_RO: Tensor, x_RI: Tensor, num_experts: int) -> Tensor:
+        """The gradients (E, O, I) of the experts' (O, I) weights."""
+        end = num_experts * self.batched
+        grad_EOI = torch.bmm(
+            grad_RO[:end].view(num_experts, self.batched, grad_RO.shape[1]).mT,
+            x_RI[:end].view(num_experts, self.batched, x_RI.shape[1]),
+        )
+        for expert, start, stop in self.beyond:
+            grad_EOI[expert].addmm_(grad_RO[start:stop].T, x_RI[start:stop])
+        return grad_EOI
+
+    def collect(self, rows_RD: Tensor, weights_NK: Tensor | None = None) -> Tensor:
+        """For each token, the (weighted) sum of its choices' rows (N, D)."""
+        if rows_RD.device.type == "cpu":
+            # Nine times as fast as gathering the rows and summing them.
+            return F.embedding_bag(self.row_NK, rows_RD, mode="sum", per_sample_weights=weights_NK)
+        rows_NKD = rows_RD.index_select(0, self.row_NK.flatten()).unflatten(0, self.row_NK.shape)
+        return (rows_NKD if weights_NK is None else rows_NKD * weights_NK[..., None]).sum(1)
+
+
+class _PaddedExperts(torch.autograd.Function):
+    """All experts' networks from copies of their weights; the gradients go to the parameters, passed for that alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weights_NK: Tensor,
+        both_E2FD: Tensor,
+        down_EDF: Tensor,
+        rows: _Rows,
+        *parameters: Tensor,
+    ) -> Tensor:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            both_R2F = rows.product(x_ND.index_select(0, rows.token_R), both_E2FD.mT)
+            gate_RF, up_RF = both_R2F.chunk(2, dim=-1)
+            y_RD = rows.product(F.silu(gate_RF).mul_(up_RF), down_EDF.mT)
+            ctx.save_for_backward(x_ND, weights_NK, both_R2F, both_E2FD, down_EDF)
+            ctx.rows = rows
+            return rows.collect(y_RD, weights_NK.to(x_ND.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weights_NK, both_R2F, both_E2FD, down_EDF = ctx.saved_tensors
+        rows, num_experts = ctx.rows, len(both_E2FD)
+        gate_RF, up_RF = both_R2F.chunk(2, dim=-1)
+        with_padding = torch.cat((weights_NK.flatten(), weights_NK.new_zeros(1)))
+        weight_R1 = with_padding.index_select(0, rows.pair_R).to(x_ND.dtype)[:, None]
+        grad_RD = grad_ND.to(x_ND.dtype).index_select(0, rows.token_R)
+        grad_h_RF = rows.product(grad_RD, down_EDF)
+        silu_RF = F.silu(gate_RF)
+        h_RF = silu_RF * up_RF
+        grad_weights_NK = torch.linalg.vecdot(grad_h_RF, h_RF).float()[rows.row_NK]
+        grad_h_RF.mul_(weight_R1)
+        grad_down_EDF = rows.weight_gradient(grad_RD, h_RF.mul_(weight_R1), num_experts).float()
+        grad_both_R2F = torch.empty_like(both_R2F)
+        grad_gate_RF, grad_up_RF = grad_both_R2F.chunk(2, dim=-1)
+        torch.mul(grad_h_RF, silu_RF, out=grad_up_RF)
+        torch.ops.aten.silu_backward.grad_input(grad_h_RF.mul_(up_RF), gate_RF, grad_input=grad_gate_RF)
+        grad_both_E2FD = rows.weight_gradient(grad_both_R2F, x_ND.index_select(0, rows.token_R), num_experts)
+        grad_x_ND = rows.collect(rows.product(grad_both_R2F, both_E2FD))
+        grad_gate_EFD, grad_up_EFD = (part.float() for part in grad_both_E2FD.chunk(2, dim=1))
+        return grad_x_ND, grad_weights_NK, None, None, None, grad_gate_EFD, grad_up_EFD, grad_down_EDF

@@ -1,0 +1,49 @@
+"""How the routers of a mixture of experts are trained: their losses, and the bias that balances without one.
+
+Shapes: L layers of experts as run, E experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightlm.model.moe import Router, Routing
+from lightlm.model.transformer import Transformer
+from lightlm.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RouterLosses:
+    """What a layer's losses are multiplied by; layers are summed."""
+
+    balance: float = 0.0
+    z: float = 0.0
+
+    def __call__(self, routings: list[Routing]) -> Tensor:
+        """The losses of all layers, in nats a token."""
+        total = torch.zeros((), device=routings[0].z.device)
+        if self.balance:
+            total = total + self.balance * torch.stack([routing.balance for routing in routings]).sum()
+        if self.z:
+            total = total + self.z * torch.stack([routing.z for routing in routings]).sum()
+        return total
+
+
+def router_losses(recipe: Recipe) -> RouterLosses:
+    settings = recipe.router_training
+    return RouterLosses(settings.balance_loss or 0.0, settings.z_loss)
+
+
+@torch.no_grad()
+def move_selection_biases(model: Transformer, load_LE: Tensor, rate: float) -> None:
+    """Raise the bias of experts with less than the mean load by `rate`, and lower the others' (arXiv 2408.15664).
+
+    Args:
+        load_LE: tokens of the whole global batch that each expert got. Layers that repeat a block share its bias.
+    """
+    routers = [module for module in model.blocks.modules() if isinstance(module, Router)]
+    load_LRE = load_LE.view(len(routers), model.config.block_repeats, -1)
+    for router, load_E in zip(routers, load_LRE.sum(1).double().unbind(), strict=True):
+        assert router.selection_bias is not None
+        router.selection_bias += rate * torch.sign(load_E.mean() - load_E).to(router.selection_bias.dtype)
