@@ -1,6 +1,7 @@
 """The routed experts of a layer as stacked weights, and three ways to compute them that agree to rounding.
 
-- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it and inside torch.compile.
+- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it and, in bf16, inside
+  torch.compile.
 - padded: batched products over equally many tokens of each expert, and one product each for the tokens beyond, on all
   other devices. On a CPU a batched product is up to four times as fast as one product an expert.
 - single: one product for each expert that got a token, where tokens are too few for batches: decoding.
@@ -46,7 +47,7 @@ class Experts(nn.Module):
             ids_NK: the experts of each token, all different.
             weights_NK: fp32.
         """
-        if torch.compiler.is_compiling() or _has_grouped_mm(x_ND, self.gate_proj):
+        if _has_grouped_mm(x_ND, self.gate_proj):
             return self._grouped(x_ND, ids_NK, weights_NK)
         if not torch.is_grad_enabled() and ids_NK.numel() < _SINGLE_ROWS * len(self.gate_proj):
             return self._single(x_ND, ids_NK, weights_NK)
@@ -63,6 +64,7 @@ class Experts(nn.Module):
         h_RF = F.silu(gate_RF) * up_RF * weights_NK.flatten()[order_R].to(dtype)[:, None]
         return _Gather.apply(F.grouped_mm(h_RF, self.down_proj.to(dtype).mT, offs=ends_E), order_R, ids_NK.shape[1])
 
+    @torch.compiler.disable  # its shapes depend on the loads: torch.compile leaves it out of its graph
     def _padded(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         parameters = self.gate_proj, self.up_proj, self.down_proj
         if fused.applies(x_ND):
@@ -99,13 +101,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
-    """CUDA's kernels: bf16 from compute capability 8.0 on, rows of whole 16 bytes; on a CPU it is a loop."""
-    return (
-        x_ND.device.type == "cuda"
-        and _compute_dtype(x_ND) == torch.bfloat16
-        and torch.cuda.get_device_capability(x_ND.device) >= (8, 0)
-        and all(size % 8 == 0 for size in weight_EFD.shape[1:])
-    )
+    """CUDA's kernels: bf16 from compute capability 8.0 on, rows of whole 16 bytes. On a CPU, where it is a loop, it is
+    what torch.compile can take into a graph, and of the same kind alone (torch 2.13)."""
+    device = x_ND.device
+    if _compute_dtype(x_ND) != torch.bfloat16 or any(size % 8 for size in weight_EFD.shape[1:]):
+        return False
+    if torch.compiler.is_compiling():
+        return device.type in ("cpu", "cuda")
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Spread(torch.autograd.Function):

@@ -167,8 +167,15 @@ def test_the_path_of_each_situation(monkeypatch, dtype):
     assert taken(monkeypatch, 7, grad=False, dtype=dtype) == "single"
     assert taken(monkeypatch, 8, grad=False, dtype=dtype) == "padded"
     assert taken(monkeypatch, 1, grad=True, dtype=dtype) == "padded"
-    assert taken(monkeypatch, 1, grad=False, dtype=dtype, compiling=True) == "grouped"
-    assert taken(monkeypatch, 100, grad=True, dtype=dtype, compiling=True) == "grouped"
+
+
+def test_what_torch_compile_takes_into_its_graph(monkeypatch):
+    compiled = {"grad": True, "compiling": True}
+    assert taken(monkeypatch, 100, dtype=torch.bfloat16, **compiled) == "grouped"
+    assert taken(monkeypatch, 100, dtype=torch.bfloat16, **compiled, device="cuda") == "grouped"
+    assert taken(monkeypatch, 100, dtype=torch.float32, **compiled) == "padded"
+    assert taken(monkeypatch, 100, dtype=torch.bfloat16, **compiled, inner=20) == "padded"
+    assert taken(monkeypatch, 100, dtype=torch.bfloat16, **compiled, device="mps") == "padded"
 
 
 def test_grouped_products_where_a_gpu_has_them(monkeypatch):
