@@ -23,9 +23,11 @@ from lightlm.model import fused
 from lightlm.model.config import ModelConfig
 
 # Of experts in the order of their loads, the first whose load is no longer batched in full: padding the others up to a
-# larger load costs more than computing what is beyond a smaller one expert by expert (0.3, 0.5 and 0.75 were tried).
-_BATCHED_QUANTILE = 0.3
-_ROW_MULTIPLE = 16  # of C: the rows of a tile of a CPU's matrix unit
+# larger load costs more than computing what is beyond a smaller one expert by expert (benchmarks/experts.py; 0.3 is as good, 0.75 and 0.99 are not).
+_BATCHED_QUANTILE = 0.5
+# Row counts are multiples of this part of a mean load, and of the rows of a tile of a CPU's matrix unit: oneDNN makes a
+# kernel for each new shape, which takes 1 to 2 ms, far more than a small product.
+_UNITS_PER_EXPERT, _ROW_MULTIPLE = 8, 16
 _SINGLE_ROWS = 4  # an expert: with fewer rows on average, products of one expert each
 
 
@@ -91,6 +93,10 @@ class Experts(nn.Module):
             h_RF *= weights_NK.flatten()[pairs, None]
             y_ND[token] += F.linear(h_RF, self.down_proj[expert].to(dtype))
         return y_ND
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -164,18 +170,18 @@ class _Rows:
         order_P = ids_NK.flatten().argsort(stable=True)
         load_E = torch.bincount(ids_NK.flatten(), minlength=num_experts)
         loads = load_E.tolist()
-        batched = sorted(loads)[int(_BATCHED_QUANTILE * num_experts)]
-        batched = -(-batched // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        beyond, end = [], num_experts * batched
+        unit = _round_up(num_pairs // (num_experts * _UNITS_PER_EXPERT) or 1, _ROW_MULTIPLE)
+        batched = _round_up(sorted(loads)[int(_BATCHED_QUANTILE * num_experts)], unit)
+        beyond, begins, end = [], [], num_experts * batched
         for expert, load in enumerate(loads):
+            begins.append(end)
             if load > batched:
-                beyond.append((expert, end, end + load - batched))
-                end += load - batched
+                beyond.append((expert, end, end + _round_up(load - batched, unit)))
+                end = beyond[-1][2]
         expert_P = ids_NK.flatten()[order_P]
         place_P = torch.arange(num_pairs, device=ids_NK.device) - (load_E.cumsum(0) - load_E)[expert_P]
-        extra_E = (load_E - batched).clamp(min=0)
-        beyond_E = num_experts * batched + extra_E.cumsum(0) - extra_E
-        row_P = torch.where(place_P < batched, expert_P * batched + place_P, beyond_E[expert_P] + place_P - batched)
+        begin_P = torch.tensor(begins, device=ids_NK.device)[expert_P]
+        row_P = torch.where(place_P < batched, expert_P * batched, begin_P - batched) + place_P
         pair_R = torch.full((end,), num_pairs, device=ids_NK.device)
         pair_R[row_P] = order_P
         row_NK = torch.empty_like(order_P)
