@@ -1,7 +1,7 @@
 """Validation loss of mixtures of experts beside a dense model with the same active parameters: the same tokens in the
 same order, with several seeds each, one run after the other.
 
-    python benchmarks/moe_quality.py DATA --seeds 1 2 3 --variants dense moe --out benchmarks/results/moe-quality-cpu.json
+    python benchmarks/moe_quality.py DATA --seeds 1 2 3 --variants dense moe --out moe-quality.json
 
 DATA is a folder of `lightlm prepare-data CORPUS --tokenizer train:8192`. Runs that OUT already holds are not repeated.
 """

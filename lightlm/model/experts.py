@@ -1,6 +1,7 @@
 """The routed experts of a layer as stacked weights, and three ways to compute them that agree to rounding.
 
-- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it and inside torch.compile.
+- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it. Not on CPUs, where it is
+  a loop over experts that makes oneDNN build kernels for every new load: three times as slow as padding.
 - padded: batched products over equally many tokens of each expert, and one product each for the tokens beyond, on all
   other devices. On a CPU a batched product is up to four times as fast as one product an expert.
 - single: one product for each expert that got a token, where tokens are too few for batches: decoding.
@@ -11,6 +12,7 @@ Shapes: N tokens, K experts of a token, E experts, D hidden size, F intermediate
 order, one for each choice, with padding; C rows of each expert in a batched product.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,8 @@ from lightlm.model import fused
 from lightlm.model.config import ModelConfig
 
 # Of experts in the order of their loads, the first whose load is no longer batched in full: padding the others up to a
-# larger load costs more than computing what is beyond a smaller one expert by expert (benchmarks/experts.py; 0.3 is as good, 0.75 and 0.99 are not).
+# larger load costs more than computing what is beyond a smaller one expert by expert. 0.3 is as good by
+# benchmarks/experts.py, 0.75 and 0.99 are not.
 _BATCHED_QUANTILE = 0.5
 # Row counts are multiples of this part of a mean load, and of the rows of a tile of a CPU's matrix unit: oneDNN makes a
 # kernel for each new shape, which takes 1 to 2 ms, far more than a small product.
@@ -48,7 +51,7 @@ class Experts(nn.Module):
             ids_NK: the experts of each token, all different.
             weights_NK: fp32.
         """
-        if torch.compiler.is_compiling() or _has_grouped_mm(x_ND, self.gate_proj):
+        if _has_grouped_mm(x_ND, self.gate_proj):
             return self._grouped(x_ND, ids_NK, weights_NK)
         if not torch.is_grad_enabled() and ids_NK.numel() < _SINGLE_ROWS * len(self.gate_proj):
             return self._single(x_ND, ids_NK, weights_NK)
@@ -78,21 +81,18 @@ class Experts(nn.Module):
         return _PaddedExperts.apply(x_ND.to(both_E2FD.dtype), weights_NK, both_E2FD, down_EDF, rows, *parameters)
 
     def _single(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        dtype = _compute_dtype(x_ND)
-        x_ND, weights_NK = x_ND.to(dtype), weights_NK.to(dtype)
-        y_ND = torch.zeros_like(x_ND)
-        tokens: dict[int, list[int]] = {}
-        for pair, expert in enumerate(ids_NK.flatten().tolist()):
-            tokens.setdefault(expert, []).append(pair)
-        for expert, pairs in tokens.items():
-            token = [pair // ids_NK.shape[1] for pair in pairs]
-            x_RD = x_ND[token]
-            h_RF = F.silu(F.linear(x_RD, self.gate_proj[expert].to(dtype))) * F.linear(
-                x_RD, self.up_proj[expert].to(dtype)
-            )
-            h_RF *= weights_NK.flatten()[pairs, None]
-            y_ND[token] += F.linear(h_RF, self.down_proj[expert].to(dtype))
-        return y_ND
+        dtype, choices = _compute_dtype(x_ND), ids_NK.shape[1]
+        order_R = ids_NK.flatten().argsort(stable=True)
+        x_RD = x_ND.to(dtype).index_select(0, order_R // choices)
+        y_RD = torch.empty_like(x_RD)
+        stop = 0
+        for expert, rows in itertools.groupby(sorted(ids_NK.flatten().tolist())):
+            start, stop = stop, stop + len(list(rows))
+            x = x_RD[start:stop]
+            gate, up, down = (part[expert].to(dtype) for part in (self.gate_proj, self.up_proj, self.down_proj))
+            torch.mm(F.silu(F.linear(x, gate)).mul_(F.linear(x, up)), down.T, out=y_RD[start:stop])
+        y_RD *= weights_NK.flatten()[order_R, None].to(dtype)
+        return _sum_choices(y_RD, order_R, choices)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -109,9 +109,14 @@ def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
     return (
         x_ND.device.type == "cuda"
         and _compute_dtype(x_ND) == torch.bfloat16
-        and torch.cuda.get_device_capability(x_ND.device) >= (8, 0)
         and all(size % 8 == 0 for size in weight_EFD.shape[1:])
+        and (torch.compiler.is_compiling() or torch.cuda.get_device_capability(x_ND.device) >= (8, 0))
     )
+
+
+def keep_padding_uncompiled() -> None:
+    """Let torch.compile leave `_padded` as it is, whose shapes are those of its data, and compile what is around it."""
+    Experts._padded = torch.compiler.disable(Experts._padded)  # type: ignore[method-assign]
 
 
 class _Spread(torch.autograd.Function):
