@@ -6,6 +6,7 @@ from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 
 _BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_seq_len": 48, "vocab_size": 97}
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_kv_heads": 2}
 _GPT2 = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True}
 
 SHAPES = {
@@ -15,6 +16,10 @@ SHAPES = {
     "qwen3": ModelConfig(**_BASE, num_kv_heads=1, head_dim=16, qk_norm=True, tie_embeddings=False),
     "relu2": ModelConfig(**_BASE, mlp="relu2", bias=True),
     "shared": ModelConfig(**_BASE, num_kv_heads=2, block_repeats=2, sliding_window=7),
+    "moe": ModelConfig(
+        **_BASE, **_EXPERTS, num_shared_experts=1, first_k_dense=1, qk_norm=True, routed_scaling_factor=1.5
+    ),
+    "softmax_moe": ModelConfig(**_BASE, **_EXPERTS, router="softmax", norm_topk_prob=False),
 }
 
 
@@ -25,4 +30,7 @@ def build(name: str, seed: int = 0) -> Transformer:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("selection_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model

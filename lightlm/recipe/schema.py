@@ -248,10 +248,11 @@ class Recipe(BaseModel):
         return values | {"moe": {k: v for k, v in self.router_training.model_dump().items() if v is not None}}
 
     def _moe_problems(self) -> list[Problem]:
+        moe = self.moe
+        given = [key for key, value in moe if key in moe.model_fields_set and value is not None]
         if not self.model.num_experts:
-            given = [key for key, value in self.moe.model_dump().items() if value]
             return [(f"moe.{key}", "has no effect without model.num_experts; leave it out") for key in given]
-        if self.model.router == "softmax" and self.moe.bias_update_rate:
+        if self.model.router == "softmax" and "bias_update_rate" in given:
             return [("moe.bias_update_rate", "has no effect with model.router=softmax; leave it out")]
         return []
 

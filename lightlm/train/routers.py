@@ -44,6 +44,7 @@ def move_selection_biases(model: Transformer, load_LE: Tensor, rate: float) -> N
     """
     routers = [module for module in model.blocks.modules() if isinstance(module, Router)]
     load_LRE = load_LE.view(len(routers), model.config.block_repeats, -1)
-    for router, load_E in zip(routers, load_LRE.sum(1).double().unbind(), strict=True):
+    for router, load_E in zip(routers, load_LRE.sum(1).unbind(), strict=True):
         assert router.selection_bias is not None
-        router.selection_bias += rate * torch.sign(load_E.mean() - load_E).to(router.selection_bias.dtype)
+        # E times the mean, in whole numbers: exact, and MPS has no float64.
+        router.selection_bias += rate * torch.sign(load_E.sum() - len(load_E) * load_E)
