@@ -116,10 +116,13 @@ def _evaluate_one(
     console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
     lm = LightLM(loaded, batch_size=batch_size)
     document = run_tasks(lm, chosen)
+    counts = loaded.model.num_parameters()
     facts: dict[str, Any] = {
         "model": loaded.name,
         "path": str(loaded.path),
-        "parameters": loaded.model.num_parameters()["total"],
+        "parameters": counts["total"],
+        "active_parameters": counts["active"],
+        "flops_per_token": loaded.model.flops_per_token(loaded.model.config.max_seq_len),
         **asdict(chosen.settings),
         "data": None if heldout_data is None else heldout_data.as_posix(),
         "device": str(lm.device),
@@ -163,6 +166,20 @@ def _print_table(reports: list[dict[str, Any]]) -> None:
         else:
             table.add_row(task, metric, documents, *_side_by_side(cells))
     out.print(table)
+    if any(report["active_parameters"] != report["parameters"] for report in reports):
+        _print_sizes(reports)
+
+
+def _print_sizes(reports: list[dict[str, Any]]) -> None:
+    """What a token costs, which with experts does not follow from the model's size."""
+    from lightlm.quantities import format_quantity
+
+    for report in reports:
+        total, active, flops = (
+            format_quantity(report[key]) for key in ("parameters", "active_parameters", "flops_per_token")
+        )
+        line = f"{report['model']}: {total} parameters, {active} active for a token, {flops} FLOPs a trained token"
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def _side_by_side(cells: list[dict[str, Any] | None]) -> list[str]:

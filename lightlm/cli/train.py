@@ -155,7 +155,8 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(title=f"Run {facts['name']}", show_header=False)
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), Text(_in_words(value)))
+        if key != "active_parameters" or value != facts["parameters"]:
+            table.add_row(key.replace("_", " "), Text(_in_words(value)))
     out.print(table)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
@@ -22,6 +22,8 @@ _SPEED_STEPS = 20  # steps that the shown speed averages over
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move a cursor; a model may write anything
 # The live line leaves out what does not fit, these first.
 _LEAST_IMPORTANT = ("data wait", "MFU", "grad norm", "memory", "lr", "validation", "elapsed", "tokens/s")
+_LEAST_IMPORTANT_OF_EXPERTS = ("dropped", "bias range", "entropy", "by layer", "dead experts")
+_LEVELS = "▁▂▃▄▅▆▇█"  # of a layer's violation, from 0 to 1 and beyond: an expert with twice its share is a full bar
 
 
 def _clock(seconds: float) -> str:
@@ -31,6 +33,11 @@ def _clock(seconds: float) -> str:
 
 def _width(cells: list[tuple[str, str]]) -> int:
     return sum(max(len(key), len(value)) + 2 for key, value in cells) - 2
+
+
+def _bars(violations: list[float]) -> str:
+    """A bar for each layer, the first on the left."""
+    return "".join(_LEVELS[min(int(violation * len(_LEVELS)), len(_LEVELS) - 1)] for violation in violations)
 
 
 class TrainingDisplay:
@@ -46,6 +53,7 @@ class TrainingDisplay:
         self._facts: dict[str, Any] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=_SPEED_STEPS)
         self._last_validation = ""
+        self._layers: dict[str, Any] = {}  # what was last said of the experts layer by layer
         self._printed = 0.0
 
     def __enter__(self) -> "TrainingDisplay":
@@ -62,8 +70,14 @@ class TrainingDisplay:
         self._facts = facts
         resumed = f", resumed after step {facts['first_step']:,}" if facts["first_step"] else ""
         processes = f"{facts['processes']} processes, each on " if facts["processes"] > 1 else ""
+        active = ""
+        if facts["active_parameters"] != facts["parameters"]:
+            active = (
+                f" ({format_quantity(facts['active_parameters'])} active for a token, "
+                f"{format_quantity(facts['flops_per_token'])} FLOPs)"
+            )
         self._log(
-            f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters on "
+            f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters{active} on "
             f"{processes}{facts['device']}, {facts['dtype']}{resumed}"
         )
         growing = f"{facts['first_batch_tokens']:,} to " if facts["first_batch_tokens"] < facts["batch_tokens"] else ""
@@ -75,6 +89,8 @@ class TrainingDisplay:
 
     def step(self, metrics: dict[str, Any]) -> None:
         self._recent.append((metrics["tokens"], metrics["seconds"]))
+        if "moe/load" in metrics:
+            self._layers = {key: value for key, value in metrics.items() if key.startswith("moe/")}
         at = f"step {metrics['step']:>6,}"
         if "val_loss" in metrics:
             self._last_validation = f"{metrics['val_loss']:.4f}"
@@ -90,10 +106,11 @@ class TrainingDisplay:
             if self._live is None:  # not before: a tracker may ask for a password when the run begins
                 self._live = Live(console=self._console, refresh_per_second=4, transient=True)
                 self._live.start()
-            self._live.update(self._table(metrics))
+            self._live.update(self._tables(metrics))
         elif self._line_is_due(metrics):
             self._printed = time.monotonic()
-            self._log("  ".join(f"{key} {value}" for key, value in self._cells(metrics)))
+            cells = self._cells(metrics) + self._expert_cells(metrics)
+            self._log("  ".join(f"{key} {value}" for key, value in cells))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         prompt, text = (escape(_CONTROL.sub("�", part)) for part in (prompt, text))
@@ -143,9 +160,31 @@ class TrainingDisplay:
             cells.append(("memory", f"{metrics['memory'] / 2**30:.2f} GiB"))
         return [*cells, ("elapsed", _clock(metrics["seconds"])), ("left", _clock(left / speed) if speed else "-")]
 
-    def _table(self, metrics: dict[str, Any]) -> Table:
-        cells = self._cells(metrics)
-        for key in _LEAST_IMPORTANT:
+    def _expert_cells(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+        """How evenly the experts are used; nothing for a dense model."""
+        if "moe/violation" not in metrics:
+            return []
+        cells = [
+            ("violation", f"{metrics['moe/violation']:.2f}"),
+            ("worst", f"{metrics['moe/violation_worst']:.2f}"),
+            ("entropy", f"{metrics['moe/entropy']:.3f}"),
+            ("dead experts", f"{metrics['moe/dead_experts']:,}"),
+        ]
+        if "moe/bias_range" in self._layers:
+            cells.append(("bias range", f"{self._layers['moe/bias_range']:.3f}"))
+        return [*cells, ("dropped", f"{metrics['moe/dropped']:,}")]
+
+    def _tables(self, metrics: dict[str, Any]) -> Table | Group:
+        """The live line; of a mixture of experts two."""
+        table = self._table(self._cells(metrics), _LEAST_IMPORTANT)
+        if not (cells := self._expert_cells(metrics)):
+            return table
+        if "moe/layer_violation" in self._layers and "utf" in self._console.encoding.lower():
+            cells.append(("by layer", _bars(self._layers["moe/layer_violation"])))
+        return Group(table, self._table(cells, _LEAST_IMPORTANT_OF_EXPERTS))
+
+    def _table(self, cells: list[tuple[str, str]], least_important: tuple[str, ...]) -> Table:
+        for key in least_important:
             if _width(cells) > self._console.width:
                 cells = [cell for cell in cells if cell[0] != key]
         table = Table(box=None, pad_edge=False, header_style="dim")

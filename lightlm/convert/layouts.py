@@ -3,21 +3,27 @@
 Imports nothing heavy, like `registry`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightlm.errors import ConvertError
-from lightlm.model.config import ModelConfig
+SELECTION_BIAS = "e_score_correction_bias"  # of sigmoid routers: a buffer, fp32 in every file
 
 
 @dataclass(frozen=True)
 class Link:
-    """One of their modules and ours that hold the same weights; `{}` stands for the layer."""
+    """One of their modules and ours that hold the same weights, or one tensor by its full name.
+
+    `{}` stands for the layer, `*` for the expert: ours are stacked in one tensor, theirs have a name each.
+    """
 
     theirs: str
     ours: tuple[str, ...]  # more than one: theirs is these, concatenated along the output
     transposed: bool = False  # GPT-2's Conv1D stores its weight (input, output)
+
+    @property
+    def by_expert(self) -> bool:
+        return "*" in self.theirs
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Layout:
     links: tuple[Link, ...]
     bias_keys: tuple[str, ...] = ()  # their keys for ModelConfig.bias, where the class leaves the choice
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
+    rope: dict[str, float] = field(default_factory=dict)  # rotary settings where config.json has none
+    aliases: dict[str, str] = field(default_factory=dict)  # key -> its name in another version of transformers
+    stacked_links: tuple[Link, ...] = ()  # names where experts lie stacked on disk (save_original_format=False)
 
     @property
     def has_rope(self) -> bool:
@@ -75,6 +84,33 @@ _LLAMA_LINKS = (
     Link("model.layers.{}.mlp.down_proj", ("blocks.{}.mlp.down_proj",)),
     Link("model.norm", ("norm",)),
     Link("lm_head", ("lm_head",)),
+)
+_MOE_KEYS = {
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "norm_topk_prob": "norm_topk_prob",
+}
+_MOE_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
+_EXPERT_LINKS = (
+    Link("model.layers.{}.mlp.gate", ("blocks.{}.mlp.router",)),
+    Link("model.layers.{}.mlp.experts.*.gate_proj.weight", ("blocks.{}.mlp.experts.gate_proj",)),
+    Link("model.layers.{}.mlp.experts.*.up_proj.weight", ("blocks.{}.mlp.experts.up_proj",)),
+    Link("model.layers.{}.mlp.experts.*.down_proj.weight", ("blocks.{}.mlp.experts.down_proj",)),
+)
+_STACKED_LINKS = (
+    Link("model.layers.{}.mlp.gate", ("blocks.{}.mlp.router",)),
+    Link(
+        "model.layers.{}.mlp.experts.gate_up_proj",
+        ("blocks.{}.mlp.experts.gate_proj", "blocks.{}.mlp.experts.up_proj"),
+    ),
+    Link("model.layers.{}.mlp.experts.down_proj", ("blocks.{}.mlp.experts.down_proj",)),
+)
+_GLM_LINKS = (
+    *_LLAMA_LINKS,
+    Link(f"model.layers.{{}}.mlp.gate.{SELECTION_BIAS}", ("blocks.{}.mlp.router.selection_bias",)),
+    Link("model.layers.{}.mlp.shared_experts.gate_proj", ("blocks.{}.mlp.shared.gate_proj",)),
+    Link("model.layers.{}.mlp.shared_experts.up_proj", ("blocks.{}.mlp.shared.up_proj",)),
+    Link("model.layers.{}.mlp.shared_experts.down_proj", ("blocks.{}.mlp.shared.down_proj",)),
 )
 _GPT2_QKV = ("blocks.{}.attention.q_proj", "blocks.{}.attention.k_proj", "blocks.{}.attention.v_proj")
 
@@ -148,101 +184,84 @@ LAYOUTS = {
         constants={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
         links=_LLAMA_LINKS,
     ),
+    "glm4_moe": Layout(
+        architecture="Glm4MoeForCausalLM",
+        base="model.",
+        keys={
+            **_LLAMA_KEYS,
+            **_MOE_KEYS,
+            "qk_norm": "use_qk_norm",
+            "num_experts": "n_routed_experts",
+            "num_shared_experts": "n_shared_experts",
+            "first_k_dense": "first_k_dense_replace",
+            "routed_scaling_factor": "routed_scaling_factor",
+        },
+        fixed={**_MOE_FIXED, "router": "sigmoid"},
+        defaults={
+            **_LLAMA_DEFAULTS,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "use_qk_norm": False,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+        },
+        constants={"hidden_act": ("silu",), "attention_bias": (False,), "n_group": (1,), "topk_group": (1,)},
+        links=_GLM_LINKS + _EXPERT_LINKS,
+        stacked_links=_GLM_LINKS + _STACKED_LINKS,
+        # Layers for speculative decoding. Read, the number says nothing: transformers writes 1 for models without any.
+        written={"num_nextn_predict_layers": 0},
+        rope={"partial_rotary_factor": 0.5},
+    ),
+    "qwen3_moe": Layout(
+        architecture="Qwen3MoeForCausalLM",
+        base="model.",
+        keys={**_LLAMA_KEYS, **_MOE_KEYS, "num_experts": "num_experts", "first_k_dense": "mlp_only_layers"},
+        fixed={**_MOE_FIXED, "router": "softmax", "qk_norm": True},
+        defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 4, "norm_topk_prob": False, "mlp_only_layers": None},
+        constants={
+            "hidden_act": ("silu",),
+            "attention_bias": (False,),
+            "use_sliding_window": (False,),
+            "decoder_sparse_step": (1,),
+        },
+        links=_LLAMA_LINKS + _EXPERT_LINKS,
+        stacked_links=_LLAMA_LINKS + _STACKED_LINKS,
+        aliases={"num_experts": "num_local_experts"},  # transformers 4 and 5
+    ),
+    "mixtral": Layout(
+        architecture="MixtralForCausalLM",
+        base="model.",
+        keys={
+            **{ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "intermediate_size"},
+            "num_experts": "num_local_experts",
+            "num_experts_per_tok": "num_experts_per_tok",
+            "moe_intermediate_size": "intermediate_size",
+        },
+        fixed={**_MOE_FIXED, "router": "softmax", "qk_norm": False},
+        defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+        constants={"hidden_act": ("silu",)},
+        links=(
+            *_LLAMA_LINKS,
+            Link("model.layers.{}.block_sparse_moe.gate", ("blocks.{}.mlp.router",)),
+            Link("model.layers.{}.block_sparse_moe.experts.*.w1.weight", ("blocks.{}.mlp.experts.gate_proj",)),
+            Link("model.layers.{}.block_sparse_moe.experts.*.w3.weight", ("blocks.{}.mlp.experts.up_proj",)),
+            Link("model.layers.{}.block_sparse_moe.experts.*.w2.weight", ("blocks.{}.mlp.experts.down_proj",)),
+        ),
+        stacked_links=_LLAMA_LINKS + _STACKED_LINKS,
+        rope={"rope_theta": 1_000_000.0},
+    ),
 }
 
 
-def layer_links(layout: Layout, depth: int, repeats: int = 1) -> Iterator[Link]:
-    """Every link of a model of `depth` layers with the layers' numbers put in; block i is their layers
+def layer_links(links: Iterable[Link], depth: int, repeats: int = 1) -> Iterator[Link]:
+    """These links of a model of `depth` layers with the layers' numbers put in; block i is their layers
     i x repeats to (i + 1) x repeats - 1."""
-    for link in layout.links:
+    for link in links:
         if "{}" not in link.theirs:
             yield link
             continue
         for layer in range(depth):
             ours = tuple(name.format(layer // repeats) for name in link.ours)
-            yield Link(link.theirs.format(layer), ours, link.transposed)
-
-
-def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
-    """The shape part of a config.json, as transformers 4.56 and 5 both read it."""
-    layout = LAYOUTS[model_type]
-    values: dict[str, Any] = {"architectures": [layout.architecture], "model_type": model_type}
-    values |= {theirs: getattr(config, ours) for ours, theirs in layout.keys.items()}
-    values[layout.keys["num_layers"]] = config.depth
-    values[layout.keys["norm_eps"]] = float(config.norm_eps)
-    values[layout.keys["init_std"]] = min(float(config.init_std), 1.0)  # more is refused there; nothing depends on it
-    values |= {key: allowed[0] for key, allowed in layout.constants.items()}
-    values |= dict.fromkeys(layout.bias_keys, config.bias)
-    if layout.has_rope:
-        theta = float(config.rope_theta)
-        values["rope_theta"] = theta  # read by transformers 4 and most other tools
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}  # read by transformers 5
-    return values | layout.written
-
-
-def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
-    """The model type and the shape that a config.json describes.
-
-    Raises:
-        ConvertError: LightLM has no such model; the message lists every key in the way.
-    """
-    model_type = values.get("model_type")
-    if model_type not in LAYOUTS:
-        raise ConvertError(
-            f"{where}: model_type is {model_type!r}; LightLM reads {', '.join(sorted(LAYOUTS))} (dense models without "
-            "quantisation), and its own checkpoints"
-        )
-    layout = LAYOUTS[model_type]
-    rope = _rope_settings(values) if layout.has_rope else {}
-    problems = [
-        f"{theirs} is missing" for theirs in layout.keys.values() if theirs not in values | layout.defaults
-    ] + _problems(layout, model_type, values, rope)
-    if problems:
-        raise ConvertError(f"{where} describes a model LightLM does not have: {'; '.join(problems)}")
-    settings: dict[str, Any] = {
-        ours: values.get(theirs, layout.defaults.get(theirs)) for ours, theirs in layout.keys.items()
-    }
-    # null leaves the size to the class's rule, which is ours too: num_heads, hidden_size / num_heads, 4 x hidden_size.
-    settings = {ours: 0 if value is None else value for ours, value in settings.items()}
-    if layout.bias_keys:
-        settings["bias"] = values.get(layout.bias_keys[0], False)
-    if layout.has_rope:
-        settings["rope_theta"] = rope["rope_theta"]
-    try:
-        return model_type, ModelConfig(**settings, **layout.fixed).resolved()
-    except (TypeError, ValueError) as error:
-        raise ConvertError(f"{where} does not describe a model: {error}") from None
-
-
-def _rope_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Type, base and rotated share of the rotary embedding, wherever a version of transformers put them."""
-    nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    return {
-        "rope_type": nested.get("rope_type", nested.get("type", "default")),
-        "rope_theta": nested.get("rope_theta", values.get("rope_theta", 10_000.0)),
-        "partial_rotary_factor": nested.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)),
-    }
-
-
-def _problems(layout: Layout, model_type: str, values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
-    problems = []
-    for key, allowed in layout.constants.items():
-        if (value := values.get(key, allowed[0])) not in allowed:
-            problems.append(f"{key} is {value!r}, must be {' or '.join(repr(one) for one in allowed)}")
-    biases = {key: values.get(key, False) for key in layout.bias_keys}
-    if len(set(biases.values())) > 1:
-        problems.append(" and ".join(f"{key} is {value!r}" for key, value in biases.items()) + ", must be equal")
-    if rope.get("rope_type", "default") != "default":
-        key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-        problems.append(f"{key} has rope_type {rope['rope_type']!r}, must be 'default' (positions unscaled)")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, must be 1.0")
-    window = values.get("sliding_window", 4096) if model_type == "mistral" else None
-    if window is not None and window < values.get("max_position_embeddings", 0):
-        problems.append(f"sliding_window is {window!r}, must be null or at least max_position_embeddings")
-    if banded := sorted(set(values.get("layer_types") or ()) - {"full_attention"}):
-        problems.append(f"layer_types has {', '.join(banded)}, must be full_attention throughout")
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method")
-        problems.append(f"quantization_config has quant_method {method!r}; export full-precision weights first")
-    return problems
+            yield replace(link, theirs=link.theirs.format(layer), ours=ours)

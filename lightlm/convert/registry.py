@@ -29,6 +29,8 @@ def export_target(config: ModelConfig) -> ExportTarget:
     kind = (config.norm, config.position, config.mlp)
     if kind == ("layernorm", "learned", "gelu"):
         architecture, model_type, obstacles = "GPT2LMHeadModel", "gpt2", _gpt2_obstacles(config)
+    elif kind == ("rmsnorm", "rope", "swiglu") and config.num_experts:
+        architecture, model_type, obstacles = _moe_class(config)
     elif kind == ("rmsnorm", "rope", "swiglu") and config.qk_norm:
         architecture, model_type, obstacles = "Qwen3ForCausalLM", "qwen3", _qwen3_obstacles(config)
     elif kind == ("rmsnorm", "rope", "swiglu"):
@@ -36,8 +38,8 @@ def export_target(config: ModelConfig) -> ExportTarget:
     else:
         return ExportTarget(
             refusal=f"no Hugging Face class has norm: {config.norm}, position: {config.position} and mlp: {config.mlp} "
-            "together (GPT2LMHeadModel has layernorm, learned and gelu; LlamaForCausalLM and Qwen3ForCausalLM have "
-            "rmsnorm, rope and swiglu)"
+            "together (GPT2LMHeadModel has layernorm, learned and gelu; LlamaForCausalLM, Qwen3ForCausalLM and all "
+            "classes with experts have rmsnorm, rope and swiglu)"
         )
     if any(0 < config.window(layer) < config.max_seq_len for layer in range(config.depth)):
         obstacles.append(f"sliding_window: {config.sliding_window} (every layer sees all positions)")
@@ -72,3 +74,23 @@ def _llama_obstacles(config: ModelConfig) -> list[str]:
 
 def _qwen3_obstacles(config: ModelConfig) -> list[str]:
     return ["bias: true (the feed-forward network has none)"] if config.bias else []
+
+
+def _moe_class(config: ModelConfig) -> tuple[str, str, list[str]]:
+    if config.router == "sigmoid":
+        # It chooses among groups of experts, of which there is one, by the sum of the best two in each.
+        too_few = ["num_experts: 1 (it has at least 2)"] if config.num_experts == 1 else []
+        return "Glm4MoeForCausalLM", "glm4_moe", too_few
+    obstacles = []
+    other = "with router: sigmoid Glm4MoeForCausalLM has it"
+    if config.num_shared_experts:
+        obstacles.append(f"num_shared_experts: {config.num_shared_experts} ({other})")
+    if config.routed_scaling_factor != 1.0:
+        obstacles.append(f"routed_scaling_factor: {config.routed_scaling_factor} ({other})")
+    if config.qk_norm:
+        return "Qwen3MoeForCausalLM", "qwen3_moe", obstacles
+    if config.first_k_dense:
+        obstacles.append(f"first_k_dense: {config.first_k_dense} (every layer has experts)")
+    if not config.norm_topk_prob:
+        obstacles.append("norm_topk_prob: false (weights of the chosen experts sum to 1)")
+    return "MixtralForCausalLM", "mixtral", obstacles

@@ -1,7 +1,7 @@
 """The routed experts of a layer as stacked weights, and three ways to compute them that agree to rounding.
 
-- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it and, in bf16, inside
-  torch.compile.
+- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it. Not on CPUs, where it is
+  a loop over experts that makes oneDNN build kernels for every new load: three times as slow as padding.
 - padded: batched products over equally many tokens of each expert, and one product each for the tokens beyond, on all
   other devices. On a CPU a batched product is up to four times as fast as one product an expert.
 - single: one product for each expert that got a token, where tokens are too few for batches: decoding.
@@ -12,6 +12,8 @@ Shapes: N tokens, K experts of a token, E experts, D hidden size, F intermediate
 order, one for each choice, with padding; C rows of each expert in a batched product.
 """
 
+import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +26,12 @@ from lightlm.model import fused
 from lightlm.model.config import ModelConfig
 
 # Of experts in the order of their loads, the first whose load is no longer batched in full: padding the others up to a
-# larger load costs more than computing what is beyond a smaller one expert by expert (0.3, 0.5 and 0.75 were tried).
-_BATCHED_QUANTILE = 0.3
-_ROW_MULTIPLE = 16  # of C: the rows of a tile of a CPU's matrix unit
+# larger load costs more than computing what is beyond a smaller one expert by expert. 0.3 is as good by
+# benchmarks/experts.py, 0.75 and 0.99 are not.
+_BATCHED_QUANTILE = 0.5
+# Row counts are multiples of this part of a mean load, and of the rows of a tile of a CPU's matrix unit: oneDNN makes a
+# kernel for each new shape, which takes 1 to 2 ms, far more than a small product.
+_UNITS_PER_EXPERT, _ROW_MULTIPLE = 8, 16
 _SINGLE_ROWS = 4  # an expert: with fewer rows on average, products of one expert each
 
 
@@ -64,7 +69,6 @@ class Experts(nn.Module):
         h_RF = F.silu(gate_RF) * up_RF * weights_NK.flatten()[order_R].to(dtype)[:, None]
         return _Gather.apply(F.grouped_mm(h_RF, self.down_proj.to(dtype).mT, offs=ends_E), order_R, ids_NK.shape[1])
 
-    @torch.compiler.disable  # its shapes depend on the loads: torch.compile leaves it out of its graph
     def _padded(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         parameters = self.gate_proj, self.up_proj, self.down_proj
         if fused.applies(x_ND):
@@ -78,21 +82,22 @@ class Experts(nn.Module):
         return _PaddedExperts.apply(x_ND.to(both_E2FD.dtype), weights_NK, both_E2FD, down_EDF, rows, *parameters)
 
     def _single(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        dtype = _compute_dtype(x_ND)
-        x_ND, weights_NK = x_ND.to(dtype), weights_NK.to(dtype)
-        y_ND = torch.zeros_like(x_ND)
-        tokens: dict[int, list[int]] = {}
-        for pair, expert in enumerate(ids_NK.flatten().tolist()):
-            tokens.setdefault(expert, []).append(pair)
-        for expert, pairs in tokens.items():
-            token = [pair // ids_NK.shape[1] for pair in pairs]
-            x_RD = x_ND[token]
-            h_RF = F.silu(F.linear(x_RD, self.gate_proj[expert].to(dtype))) * F.linear(
-                x_RD, self.up_proj[expert].to(dtype)
-            )
-            h_RF *= weights_NK.flatten()[pairs, None]
-            y_ND[token] += F.linear(h_RF, self.down_proj[expert].to(dtype))
-        return y_ND
+        dtype, choices = _compute_dtype(x_ND), ids_NK.shape[1]
+        order_R = ids_NK.flatten().argsort(stable=True)
+        x_RD = x_ND.to(dtype).index_select(0, order_R // choices)
+        y_RD = torch.empty_like(x_RD)
+        stop = 0
+        for expert, rows in itertools.groupby(sorted(ids_NK.flatten().tolist())):
+            start, stop = stop, stop + len(list(rows))
+            x = x_RD[start:stop]
+            gate, up, down = (part[expert].to(dtype) for part in (self.gate_proj, self.up_proj, self.down_proj))
+            torch.mm(F.silu(F.linear(x, gate)).mul_(F.linear(x, up)), down.T, out=y_RD[start:stop])
+        y_RD *= weights_NK.flatten()[order_R, None].to(dtype)
+        return _sum_choices(y_RD, order_R, choices)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -101,14 +106,19 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
-    """CUDA's kernels: bf16 from compute capability 8.0 on, rows of whole 16 bytes. On a CPU, where it is a loop, it is
-    what torch.compile can take into a graph, and of the same kind alone (torch 2.13)."""
-    device = x_ND.device
-    if _compute_dtype(x_ND) != torch.bfloat16 or any(size % 8 for size in weight_EFD.shape[1:]):
-        return False
-    if torch.compiler.is_compiling():
-        return device.type in ("cpu", "cuda")
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """CUDA's kernels: bf16 from compute capability 8.0 on, rows of whole 16 bytes; on a CPU it is a loop."""
+    return (
+        x_ND.device.type == "cuda"
+        and _compute_dtype(x_ND) == torch.bfloat16
+        and all(size % 8 == 0 for size in weight_EFD.shape[1:])
+        and (torch.compiler.is_compiling() or torch.cuda.get_device_capability(x_ND.device) >= (8, 0))
+    )
+
+
+@functools.cache
+def keep_padding_uncompiled() -> None:
+    """Let torch.compile leave `_padded` as it is, whose shapes are those of its data, and compile what is around it."""
+    Experts._padded = torch.compiler.disable(Experts._padded)  # type: ignore[method-assign]
 
 
 class _Spread(torch.autograd.Function):
@@ -167,18 +177,18 @@ class _Rows:
         order_P = ids_NK.flatten().argsort(stable=True)
         load_E = torch.bincount(ids_NK.flatten(), minlength=num_experts)
         loads = load_E.tolist()
-        batched = sorted(loads)[int(_BATCHED_QUANTILE * num_experts)]
-        batched = -(-batched // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        beyond, end = [], num_experts * batched
+        unit = _round_up(num_pairs // (num_experts * _UNITS_PER_EXPERT) or 1, _ROW_MULTIPLE)
+        batched = _round_up(sorted(loads)[int(_BATCHED_QUANTILE * num_experts)], unit)
+        beyond, begins, end = [], [], num_experts * batched
         for expert, load in enumerate(loads):
+            begins.append(end)
             if load > batched:
-                beyond.append((expert, end, end + load - batched))
-                end += load - batched
+                beyond.append((expert, end, end + _round_up(load - batched, unit)))
+                end = beyond[-1][2]
         expert_P = ids_NK.flatten()[order_P]
         place_P = torch.arange(num_pairs, device=ids_NK.device) - (load_E.cumsum(0) - load_E)[expert_P]
-        extra_E = (load_E - batched).clamp(min=0)
-        beyond_E = num_experts * batched + extra_E.cumsum(0) - extra_E
-        row_P = torch.where(place_P < batched, expert_P * batched + place_P, beyond_E[expert_P] + place_P - batched)
+        begin_P = torch.tensor(begins, device=ids_NK.device)[expert_P]
+        row_P = torch.where(place_P < batched, expert_P * batched, begin_P - batched) + place_P
         pair_R = torch.full((end,), num_pairs, device=ids_NK.device)
         pair_R[row_P] = order_P
         row_NK = torch.empty_like(order_P)

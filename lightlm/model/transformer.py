@@ -16,7 +16,7 @@ from lightlm.model import fused
 from lightlm.model.attention import Attention, Mask, build_mask
 from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
-from lightlm.model.experts import Experts
+from lightlm.model.experts import Experts, keep_padding_uncompiled
 from lightlm.model.mlp import build_mlp
 from lightlm.model.moe import MoE, Routing
 from lightlm.model.norms import build_norm
@@ -70,6 +70,7 @@ class Block(nn.Module):
 @functools.cache
 def _compiled_run() -> Callable[..., tuple[Tensor, Routing | None]]:
     """One for all blocks, and not kept in them: a copy of a model would call its original's."""
+    keep_padding_uncompiled()
     return torch.compile(Block._run)
 
 

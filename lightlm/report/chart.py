@@ -12,7 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogFormatterMathtext,
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullFormatter,
+)
 
 from lightlm.quantities import format_quantity
 from lightlm.report.curves import Floats, thin
@@ -32,7 +39,8 @@ RUNS = [
 ]
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
 
-_WIDTH, _PLOT_HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TITLE, _LEGEND_ROW = 6.8, 2.95, 0.82, 0.22, 0.62, 0.46, 0.25  # inches
+PLOT_HEIGHT = 2.95  # inches, as those below
+_WIDTH, _LEFT, _RIGHT, _BOTTOM, _TITLE, _LEGEND_ROW = 6.8, 0.82, 0.22, 0.62, 0.46, 0.25
 _FONT = 11.5
 _LEGEND_CHARACTERS = 66  # that fit in one row of the legend, where an entry's line takes 6
 _STYLE: Any = {  # matplotlib types its keys one by one, and only from 3.11 on
@@ -66,12 +74,15 @@ class Chart:
         title: above the axes, on the left.
         x_label, y_label: with units.
         name_all: show a legend also if it has a single entry, as of the one run of several with this metric.
+        height: of the axes, in inches.
     """
 
-    def __init__(self, title: str, x_label: str, y_label: str, *, name_all: bool = False) -> None:
-        self.title, self._name_all = title, name_all
+    def __init__(
+        self, title: str, x_label: str, y_label: str, *, name_all: bool = False, height: float = PLOT_HEIGHT
+    ) -> None:
+        self.title, self.height, self._name_all = title, height, name_all
         with matplotlib.rc_context(_STYLE):
-            self.figure = Figure(figsize=(_WIDTH, _PLOT_HEIGHT))
+            self.figure = Figure(figsize=(_WIDTH, height))
             self.axes: Axes = self.figure.add_axes((0, 0, 1, 1))
             self.axes.set_xlabel(x_label)
             self.axes.set_ylabel(_plain(y_label))
@@ -80,6 +91,11 @@ class Chart:
             self.axes.tick_params(which="both", length=0, pad=5)
         self._entries: dict[str, Line2D] = {}
         self._right = _RIGHT
+
+    @property
+    def width(self) -> float:
+        """Of the axes, in inches."""
+        return _WIDTH - _LEFT - self._right
 
     def line(self, label: str, x: Floats, y: Floats, run: int, *, faint: bool = False, style: object = None) -> None:
         """A curve in a run's colour; `faint` for the raw values behind a smoothed curve, which have no label."""
@@ -141,11 +157,13 @@ class Chart:
         self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _exponent(value)))
 
     def colour_bar(self, image: AxesImage) -> None:
-        """The scale of a map of colours, in a strip inside the right margin."""
+        """The scale of a map of colours, whose values are multiples, in a strip inside the right margin."""
         with matplotlib.rc_context(_STYLE):
             bar = self.figure.colorbar(image, ax=self.axes, cax=self.axes.inset_axes((1.02, 0, 0.025, 1)))
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
+        bar.ax.yaxis.set_major_locator(MultipleLocator(0.5))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         self._right = 0.8
 
     def log_y(self) -> None:
@@ -166,11 +184,9 @@ class Chart:
         columns = max(min(_LEGEND_CHARACTERS // widest, len(labels)), 1)
         rows = math.ceil(len(labels) / columns)
         header = _TITLE + rows * _LEGEND_ROW
-        height = header + _PLOT_HEIGHT + _BOTTOM
+        height = header + self.height + _BOTTOM
         self.figure.set_size_inches(_WIDTH, height)
-        self.axes.set_position(
-            (_LEFT / _WIDTH, _BOTTOM / height, (_WIDTH - _LEFT - self._right) / _WIDTH, _PLOT_HEIGHT / height)
-        )
+        self.axes.set_position((_LEFT / _WIDTH, _BOTTOM / height, self.width / _WIDTH, self.height / height))
         with matplotlib.rc_context(_STYLE):
             left = 0.16 / _WIDTH
             self.figure.text(

@@ -59,16 +59,26 @@ class Curves:
         """The newest finite figure."""
         return newest(self.column(key))
 
-    def last_table(self, key: str) -> Floats | None:
-        """The newest list of lists, such as the loads of experts by layer (layers x experts), or None."""
-        for row in reversed(self._rows):
+    def arrays(self, key: str, dimensions: int) -> tuple[NDArray[np.int64], Floats] | None:
+        """Lists of numbers, such as the loads of experts by layer (layers x experts).
+
+        Returns:
+            The indices of the steps that have them, and the lists stacked (steps, ...); those of another shape than
+            the newest are left out. None if no step has any.
+        """
+        found = []
+        for i, row in enumerate(self._rows):
             if isinstance(row.get(key), list):
                 try:
-                    table = np.array(row[key], dtype=np.float64)
+                    array = np.array(row[key], dtype=np.float64)
                 except (ValueError, TypeError):
-                    return None
-                return table if table.ndim == 2 and table.size else None
-        return None
+                    continue
+                if array.ndim == dimensions and array.size and np.isfinite(array).all():
+                    found.append((i, array))
+        if not found:
+            return None
+        found = [(i, array) for i, array in found if array.shape == found[-1][1].shape]
+        return np.array([i for i, _ in found]), np.stack([array for _, array in found])
 
 
 def newest(column: Floats) -> float | None:

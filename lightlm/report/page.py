@@ -7,7 +7,7 @@ from typing import Any
 
 from lightlm import __version__
 from lightlm.report.chart import RUNS, colour_variables
-from lightlm.report.plots import Plot
+from lightlm.report.drawing import Plot
 from lightlm.report.record import Record, Score
 from lightlm.report.summary import summary_table
 

@@ -1,42 +1,18 @@
 """The figures of a report: each is drawn if its metrics are there, every run in a colour of its own."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from lightlm.report.chart import RUNS, Chart, spread
-from lightlm.report.curves import Curves, Floats, focus, smooth, smoothing_window
+from lightlm.report.chart import spread
+from lightlm.report.curves import Curves, Floats, focus
+from lightlm.report.drawing import TOKENS, Axis, Plot, curve, empty_chart, label, runs_with
+from lightlm.report.experts import expert_plots
 from lightlm.report.record import Record
 
-_RAW_RUNS = 3  # up to which the unsmoothed values are drawn behind the curves
-_HEAT_RUNS = 4  # up to which each run's expert load gets a figure
 _GIB = 2.0**30
 _GROUP_STYLES = (None, (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # of parameter groups
-_HEAT_COLOURS = [RUNS[1][0], "#f7f7f5", RUNS[0][0]]  # too little, balanced, too much
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A finished figure; `name` is its file's, and unique in a report."""
-
-    name: str
-    caption: str
-    chart: Chart
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """What the figures have along x."""
-
-    label: str
-    of: Callable[[Curves], Floats]
-    quantities: bool
-
-
-_TOKENS = _Axis("training tokens", lambda curves: curves.tokens, True)
 
 
 def draw_plots(records: Sequence[Record]) -> list[Plot]:
@@ -48,9 +24,9 @@ def draw_plots(records: Sequence[Record]) -> list[Plot]:
 def _all_plots(records: Sequence[Record]) -> Iterator[Plot | None]:
     time = _time_axis(records)
     zoom = "The first tenth of each run, its steep fall, does not set the limits."
-    yield _loss(records, "loss", "Loss", _TOKENS, f"Moving average over the raw losses. {zoom}")
+    yield _loss(records, "loss", "Loss", TOKENS, f"Moving average over the raw losses. {zoom}")
     yield _loss(records, "loss_over_time", "Loss over time", time, "The same against time spent in training steps.")
-    yield _loss(records, "loss_log", "Loss, the whole run", _TOKENS, "Logarithmic in tokens.", whole=True)
+    yield _loss(records, "loss_log", "Loss, the whole run", TOKENS, "Logarithmic in tokens.", whole=True)
     yield _marks(records, "val_bpb", "Validation, bits a byte", "bits a byte", "Comparable across tokenizers.")
     yield _learning_rates(records)
     yield _gradient_norm(records)
@@ -59,57 +35,28 @@ def _all_plots(records: Sequence[Record]) -> Iterator[Plot | None]:
     yield _share(records, "mfu", "Model FLOPs utilisation", "share of the peak", lambda curves: curves.column("mfu"))
     yield _memory(records)
     yield from _evaluations(records)
-    yield from _experts(records)
+    yield from expert_plots(records)
 
 
-def _time_axis(records: Sequence[Record]) -> _Axis:
+def _time_axis(records: Sequence[Record]) -> Axis:
     """Seconds, minutes or hours, as the longest run asks for."""
     longest = max(float(np.nanmax(record.curves.seconds, initial=0.0)) for record in records)
     unit, size = ("s", 1.0) if longest < 180 else ("min", 60.0) if longest < 3 * 3600 else ("h", 3600.0)
-    return _Axis(f"training time ({unit})", lambda curves: curves.seconds / size, False)
-
-
-def _having(records: Sequence[Record], key: str) -> list[tuple[int, Record]]:
-    """The runs with this metric, each with its number, which is its colour."""
-    return [(i, record) for i, record in enumerate(records) if np.isfinite(record.curves.column(key)).any()]
-
-
-def _chart(records: Sequence[Record], title: str, y_label: str, axis: _Axis = _TOKENS) -> Chart:
-    """A figure over tokens or time, as far as the longest run goes, so that all figures can be read together."""
-    chart = Chart(title, axis.label, y_label, name_all=len(records) > 1)
-    chart.from_zero("x", max(float(np.nanmax(axis.of(record.curves), initial=0.0)) for record in records))
-    if axis.quantities:
-        chart.quantities("x")
-    return chart
-
-
-def _label(records: Sequence[Record], record: Record, what: str) -> str:
-    """Of one run the legend says what a line is, of several which run's it is."""
-    return what if len(records) == 1 else record.name
-
-
-def _curve(chart: Chart, records: Sequence[Record], i: int, x: Floats, y: Floats, what: str) -> list[Floats]:
-    """A smoothed curve, and the raw values behind it while there are few runs; what the limits should fit."""
-    smoothed = smooth(y, smoothing_window(len(y)))
-    chart.line(_label(records, records[i], what), x, smoothed, i)
-    if len(records) > _RAW_RUNS:
-        return [smoothed]
-    chart.line("", x, y, i, faint=True)
-    return [smoothed, y]
+    return Axis(f"training time ({unit})", lambda curves: curves.seconds / size, False)
 
 
 def _loss(
-    records: Sequence[Record], name: str, title: str, axis: _Axis, caption: str, *, whole: bool = False
+    records: Sequence[Record], name: str, title: str, axis: Axis, caption: str, *, whole: bool = False
 ) -> Plot | None:
-    chart = _chart(records, title, "nats a token", axis)
+    chart = empty_chart(records, title, "nats a token", axis)
     shown: list[Floats] = []
-    for i, record in _having(records, "loss"):
+    for i, record in runs_with(records, "loss"):
         x = axis.of(record.curves)
         if not np.isfinite(x).any():
             continue
-        shown += _curve(chart, records, i, x, record.curves.column("loss"), "training, smoothed")
+        shown += curve(chart, records, i, x, record.curves.column("loss"), "training, smoothed")
         validation = record.curves.column("val_loss")
-        chart.points(_label(records, record, "validation"), x, validation, i, joined=len(records) == 1)
+        chart.points(label(records, record, "validation"), x, validation, i, joined=len(records) == 1)
         shown.append(validation)
     if not shown:
         return None
@@ -118,23 +65,23 @@ def _loss(
         chart.log_quantities_x()
     elif limits := focus(shown):
         chart.axes.set_ylim(*limits)
-    if len(records) > 1 and _having(records, "val_loss"):
+    if len(records) > 1 and runs_with(records, "val_loss"):
         caption += " Circles: validation."
     return Plot(name, caption, chart)
 
 
 def _marks(records: Sequence[Record], key: str, title: str, unit: str, caption: str) -> Plot | None:
     """Something measured now and then."""
-    if not (having := _having(records, key)):
+    if not (having := runs_with(records, key)):
         return None
-    chart = _chart(records, title, unit)
+    chart = empty_chart(records, title, unit)
     for i, record in having:
         chart.points(record.name, record.curves.tokens, record.curves.column(key), i)
     return Plot(key.replace("/", "_"), caption, chart)
 
 
 def _learning_rates(records: Sequence[Record]) -> Plot | None:
-    chart = _chart(records, "Learning rate", "learning rate")
+    chart = empty_chart(records, "Learning rate", "learning rate")
     rates = []
     for i, record in enumerate(records):
         groups = [key for key in record.curves.keys("lr") if key == "lr" or key.startswith("lr_")]
@@ -158,14 +105,14 @@ def _learning_rates(records: Sequence[Record]) -> Plot | None:
 
 
 def _gradient_norm(records: Sequence[Record]) -> Plot | None:
-    if not (having := _having(records, "grad_norm")):
+    if not (having := runs_with(records, "grad_norm")):
         return None
-    chart = _chart(records, "Gradient norm", "global norm before clipping")
+    chart = empty_chart(records, "Gradient norm", "global norm before clipping")
     marked = False
     for i, record in having:
         norms, tokens = record.curves.column("grad_norm"), record.curves.tokens
         norms[norms <= 0] = np.nan  # a logarithm has no place for them
-        _curve(chart, records, i, tokens, norms, "smoothed")
+        curve(chart, records, i, tokens, norms, "smoothed")
         spikes = record.curves.flagged("spike")
         chart.points("spike", tokens[spikes], norms[spikes], i, joined=False, mark="X")
         marked = marked or bool(spikes.any())
@@ -174,14 +121,14 @@ def _gradient_norm(records: Sequence[Record]) -> Plot | None:
 
 
 def _throughput(records: Sequence[Record]) -> Plot | None:
-    if not (having := _having(records, "tokens_per_second")):
+    if not (having := runs_with(records, "tokens_per_second")):
         return None
-    chart = _chart(records, "Throughput", "tokens a second")
+    chart = empty_chart(records, "Throughput", "tokens a second")
     highest = 0.0
     for i, record in having:
         speeds = record.curves.column("tokens_per_second")
         highest = max(highest, float(np.nanpercentile(speeds, 99.5)))
-        _curve(chart, records, i, record.curves.tokens, speeds, "smoothed")
+        curve(chart, records, i, record.curves.tokens, speeds, "smoothed")
     chart.quantities("y")
     chart.from_zero("y", highest)
     return Plot("throughput", "Of training steps; validation and saving do not count.", chart)
@@ -197,13 +144,13 @@ def _data_wait(curves: Curves) -> Floats:
 def _share(
     records: Sequence[Record], name: str, title: str, unit: str, figure: Callable[[Curves], Floats]
 ) -> Plot | None:
-    chart = _chart(records, title, unit)
+    chart = empty_chart(records, title, unit)
     highest = 0.0
     for i, record in enumerate(records):
         values = figure(record.curves)
         if np.isfinite(values).any():
             highest = max(highest, float(np.nanpercentile(values, 99.5)))
-            _curve(chart, records, i, record.curves.tokens, values, "smoothed")
+            curve(chart, records, i, record.curves.tokens, values, "smoothed")
     if not chart.axes.lines:
         return None
     chart.from_zero("y", max(highest, 0.02))
@@ -212,9 +159,9 @@ def _share(
 
 
 def _memory(records: Sequence[Record]) -> Plot | None:
-    if not (having := _having(records, "memory")):
+    if not (having := runs_with(records, "memory")):
         return None
-    chart = _chart(records, "Memory", "GiB")
+    chart = empty_chart(records, "Memory", "GiB")
     for i, record in having:
         chart.line(record.name, record.curves.tokens, record.curves.column("memory") / _GIB, i)
     chart.from_zero("y", max(float(np.nanmax(record.curves.column("memory"))) for _, record in having) / _GIB)
@@ -228,36 +175,3 @@ def _evaluations(records: Sequence[Record]) -> Iterator[Plot | None]:
         if not key.endswith("_stderr"):
             task, _, metric = key.removeprefix("eval/").rpartition("/")
             yield _marks(records, key, f"{task}: {metric}" if task else metric, metric, "Measured during training.")
-
-
-def _experts(records: Sequence[Record]) -> Iterator[Plot | None]:
-    """Mixtures of experts: every scalar `moe/<name>` over tokens, and the newest load of each layer's experts."""
-    for key in dict.fromkeys(key for record in records for key in record.curves.keys("moe/")):
-        words = key.removeprefix("moe/").replace("_", " ").replace("/", ", ")
-        chart = _chart(records, f"Experts: {words}", words)
-        for i, record in _having(records, key):
-            tokens, values = record.curves.tokens, record.curves.column(key)
-            if np.array_equal(values, np.round(values), equal_nan=True):  # a count, which has no halves
-                chart.line(record.name, tokens, values, i)
-            else:
-                _curve(chart, records, i, tokens, values, "smoothed")
-        yield Plot(key.replace("/", "_"), "", chart)
-    for i, record in enumerate(records[:_HEAT_RUNS]):
-        if (load := record.curves.last_table("moe/load")) is not None:
-            yield _load_map(record, load, i, several=len(records) > 1)
-
-
-def _load_map(record: Record, load: Floats, number: int, *, several: bool) -> Plot:
-    """Layers by experts, as multiples of an equal share: 1 is balanced, 0 is dead."""
-    title = f"Expert load, {record.name}" if several else "Expert load"
-    chart = Chart(title, "expert", "layer")
-    means = load.mean(axis=1, keepdims=True)
-    relative = np.divide(load, means, out=np.zeros_like(load), where=means > 0)
-    colours = LinearSegmentedColormap.from_list("load", _HEAT_COLOURS)
-    image = chart.axes.imshow(relative, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="nearest")
-    chart.axes.grid(False)
-    for axis in (chart.axes.xaxis, chart.axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-    chart.colour_bar(image)
-    caption = "Tokens of the newest step, as multiples of an equal share: 1 is balanced, 0 is a dead expert."
-    return Plot(f"moe_load_{number}" if several else "moe_load", caption, chart)

@@ -41,7 +41,8 @@ class Record:
     Args:
         name: how the report calls it.
         recipe: the recipe's sections as plain values, every default written out.
-        parameters: `Transformer.num_parameters` and `planned_tokens`, empty if this version cannot read the recipe.
+        parameters: `Transformer.num_parameters`, `flops_per_token` and `planned_tokens`, empty if this version cannot
+            read the recipe.
         samples: (step, text) of every validation.
         machine: see `lightlm.report.machine`; empty for runs without it.
         notes: what a reader should know before trusting the curves.
@@ -68,6 +69,7 @@ class Record:
             "path": str(self.path),
             "parameters": self.parameters.get("total"),
             "active_parameters": self.parameters.get("active"),
+            "flops_per_token": self.parameters.get("flops_per_token"),
             "step": int(curves.steps[-1]),
             "tokens": tokens,
             "planned_tokens": self.parameters.get("planned_tokens"),
@@ -130,8 +132,9 @@ def _read_recipe(run: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str,
         notes.append(f"This version of LightLM cannot read the recipe, so its parameters are not counted: {error}")
         return values if isinstance(values, dict) else {}, {}
     with torch.device("meta"):
-        parameters = Transformer(recipe.model).num_parameters()
-    return recipe.to_dict(), parameters | {"planned_tokens": batch_plan(recipe).remaining()[1]}
+        model = Transformer(recipe.model)
+    counts = model.num_parameters() | {"flops_per_token": model.flops_per_token(recipe.seq_len)}
+    return recipe.to_dict(), counts | {"planned_tokens": batch_plan(recipe).remaining()[1]}
 
 
 def _read_samples(run: Path) -> list[tuple[int, str]]:

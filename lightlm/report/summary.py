@@ -28,6 +28,7 @@ def _hours(hours: float) -> str:
 _COLUMNS = [
     Column("parameters", "Parameters", "Params", format_quantity),
     Column("active_parameters", "Active", "Active", format_quantity),
+    Column("flops_per_token", "FLOPs a token", "", format_quantity),
     Column("tokens", "Tokens", "Tokens", format_quantity),
     Column("step", "Steps", "Steps", "{:,}".format),
     Column("loss", "Loss", "Loss", "{:.4f}".format),

@@ -48,3 +48,16 @@ def move_selection_biases(model: Transformer, load_LE: Tensor, rate: float) -> N
         assert router.selection_bias is not None
         # E times the mean, in whole numbers: exact, and MPS has no float64.
         router.selection_bias += rate * torch.sign(load_E.sum() - len(load_E) * load_E)
+
+
+@torch.no_grad()
+def selection_bias_ranges(model: Transformer) -> list[float] | None:
+    """The largest minus the smallest selection bias of each layer (L); None for routers without one. Waits for the
+    device."""
+    routers = [module for module in model.blocks.modules() if isinstance(module, Router)]
+    biases = [router.selection_bias for router in routers if router.selection_bias is not None]
+    if not biases:
+        return None
+    bias_RE = torch.stack(biases)
+    ranges: list[float] = (bias_RE.amax(1) - bias_RE.amin(1)).repeat_interleave(model.config.block_repeats).tolist()
+    return ranges

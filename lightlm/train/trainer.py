@@ -28,6 +28,7 @@ from lightlm.train.compilation import compiles
 from lightlm.train.distributed import World
 from lightlm.train.evaluation import preserved
 from lightlm.train.gradients import BatchOutcome, Gradients, check_shares, micro_batch_size
+from lightlm.train.loads import load_metrics
 from lightlm.train.metrics import peak_memory, step_metrics
 from lightlm.train.optimizers import build_optimizer, learning_rates, load_named_state, named_state, set_learning_rate
 from lightlm.train.parallel import ParallelLoss
@@ -108,7 +109,7 @@ class Trainer:
             self.model = checkpoint.load_model(resume_from, self.device).model
         self.model.train()
         self.model.recompute_blocks = recipe.train.activation_checkpointing
-        self.parameters = self.model.num_parameters()["total"]
+        self.parameters = self.model.num_parameters()
         self.flops_per_token = self.model.flops_per_token(recipe.seq_len)
         compiled = {"compile": compiles(recipe, self.model, self.device)}
         self.recipe = recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=compiled)})
@@ -177,7 +178,9 @@ class Trainer:
         return {
             "name": recipe.name,
             "run": str(self.run_folder),
-            "parameters": self.parameters,
+            "parameters": self.parameters["total"],
+            "active_parameters": self.parameters["active"],
+            "flops_per_token": self.flops_per_token,
             "device": describe(self.device),
             "processes": self.world.size,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -286,6 +289,7 @@ class Trainer:
             memory=peak_memory(self.device),
             utilisation_per_token=self.flops_per_token / (peak * self.world.size) if peak else None,
         )
+        metrics |= load_metrics(self.model, self.progress.step, batch_tokens, outcome.loads)
         return metrics | self._spike_metrics(verdict)
 
     def _spike_metrics(self, verdict: Verdict) -> dict[str, bool]:

@@ -18,7 +18,8 @@ from tests.corpus import make_workspace
 
 needs_terminal = pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 FACTS = {
-    "run": "runs/demo", "parameters": 6_800_000, "device": "cpu", "dtype": "bfloat16", "first_step": 0,
+    "run": "runs/demo", "parameters": 6_800_000, "active_parameters": 6_800_000, "flops_per_token": 40_000_000,
+    "device": "cpu", "dtype": "bfloat16", "first_step": 0,
     "tokens": 4_096_000, "epochs": 1.0, "data": "data/pydocs", "steps": 1000, "batch_tokens": 4096,
     "accumulation": 1, "micro_batch": 16, "processes": 1, "first_batch_tokens": 4096,
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +9,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lightlm.checkpoint import LoadedModel
 from lightlm.convert.huggingface import export_huggingface, import_huggingface, is_untouched_export
 from lightlm.convert.registry import export_target
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
-from lightlm.model.transformer import Transformer
+from tests.convert import models
+from tests.convert.models import loaded
 from tests.shapes import SHAPES
 
 transformers = pytest.importorskip("transformers")
@@ -24,21 +23,8 @@ transformers = pytest.importorskip("transformers")
 SAMPLES = ["", "The cat", " leading space", "two  spaces\n\n\ttab", "naïve café 日本語 🙂", "don't 3.14 ,.", "x" * 200]
 
 
-def loaded(config, tokenizer, path="model"):
-    torch.manual_seed(0)
-    model = Transformer(replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return LoadedModel(model, tokenizer, Path(path))
-
-
-@torch.no_grad()
 def difference(model, folder, **options):
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    length = min(24, model.config.max_seq_len)
-    tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
-    return (model(tokens) - theirs(tokens).logits).abs().max().item()
+    return models.difference(model, transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval())
 
 
 SIZED = {name: replace(config, vocab_size=0) for name, config in SHAPES.items()}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from lightlm.checkpoint import load_model, save_model
 from lightlm.convert.huggingface import import_huggingface
 from lightlm.errors import CheckpointError, ConvertError, LightLMError
+from tests.convert.models import difference, edit, roughen, write
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,34 +41,13 @@ def build(family, vocab_size, **changes):
     config_class, values = FAMILIES[family]
     torch.manual_seed(0)
     config = config_class(**{**values, **changes}, vocab_size=vocab_size, eos_token_id=0, bos_token_id=0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return roughen(transformers.AutoModelForCausalLM.from_config(config))
 
 
 @pytest.fixture
 def folder(tokenizer, tmp_path):
     """A Llama folder as transformers writes it, with a tokenizer."""
     return write(build("llama grouped, tied", tokenizer.vocab_size), tokenizer, tmp_path / "llama")
-
-
-def write(model, tokenizer, path, **options):
-    model.save_pretrained(path, **options)
-    tokenizer.save(path / "tokenizer.json")
-    return path
-
-
-def edit(path, **changes):
-    values = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in values.items() if value != "DELETED"}))
-
-
-@torch.no_grad()
-def difference(model, theirs, length=40):
-    tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
-    return (model(tokens) - theirs(tokens).logits).abs().max().item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -177,7 +157,11 @@ def test_end_of_text(places, expected, folder, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
-        ("llama", {"model_type": "gpt_neox"}, ["'gpt_neox'", "gpt2, llama, mistral, qwen3"]),
+        (
+            "llama",
+            {"model_type": "gpt_neox"},
+            ["'gpt_neox'", "glm4_moe, gpt2, llama, mistral, mixtral, qwen3, qwen3_moe"],
+        ),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
         ("llama", {"attention_bias": True}, ["attention_bias is True", "mlp_bias is False"]),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_parameters", "'llama3'"]),

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightlm import checkpoint
 from lightlm.data.tokenizer import train_tokenizer
-from lightlm.model import transformer
+from lightlm.model import experts, transformer
 from lightlm.model.config import ModelConfig
+from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import MoE, Router, batch_balance_loss, sequence_balance_loss
 from lightlm.model.transformer import Block, Transformer
 from lightlm.recipe import OptimizerSection
@@ -284,11 +285,14 @@ def test_recomputation_changes_no_bit_and_counts_nothing_twice(name, mixed):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["moe", "softmax_moe"])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_a_compiled_block_is_one_graph_in_bf16_and_computes_the_same(name, mixed, recompute, monkeypatch):
-    """Traced as for any backend, which itself would take a minute; in fp32 the experts stay outside of the graph."""
-    run = torch.compile(Block._run, backend="aot_eager", fullgraph=mixed)
+@pytest.mark.parametrize("situation", ["fp32", "mixed", "grouped"])
+def test_a_compiled_block_computes_the_same(name, situation, recompute, monkeypatch):
+    """Traced as for any backend, which itself would take a minute. With grouped products, a GPU's, it is one graph."""
+    mixed, grouped = situation != "fp32", situation == "grouped"
+    keep_padding_uncompiled()
+    run = torch.compile(Block._run, backend="aot_eager", fullgraph=grouped)
     monkeypatch.setattr(transformer, "_compiled_run", lambda: run)
+    monkeypatch.setattr(experts, "_has_grouped_mm", lambda x, weight: grouped)
     outcomes = []
     for compiled in (False, True):
         model = build(name)

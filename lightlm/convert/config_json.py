@@ -1,0 +1,128 @@
+"""A model's shape as a Hugging Face config.json, by the tables in `layouts`.
+
+Imports nothing heavy, like `registry`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightlm.convert.layouts import LAYOUTS, Layout
+from lightlm.errors import ConvertError
+from lightlm.model.config import ModelConfig
+
+
+def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
+    """The shape part of a config.json, as transformers 4.56 and 5 both read it."""
+    layout = LAYOUTS[model_type]
+    values: dict[str, Any] = {"architectures": [layout.architecture], "model_type": model_type}
+    values |= {theirs: getattr(config, ours) for ours, theirs in layout.keys.items()}
+    values[layout.keys["num_layers"]] = config.depth
+    for ours in ("norm_eps", "routed_scaling_factor"):
+        if ours in layout.keys:
+            values[layout.keys[ours]] = float(getattr(config, ours))
+    values[layout.keys["init_std"]] = min(float(config.init_std), 1.0)  # more is refused there; nothing depends on it
+    values |= {key: allowed[0] for key, allowed in layout.constants.items()}
+    values |= dict.fromkeys(layout.bias_keys, config.bias)
+    dense_layers = config.first_k_dense * config.block_repeats
+    if "first_k_dense_replace" in values:
+        values["first_k_dense_replace"] = dense_layers
+    if "mlp_only_layers" in values:
+        values["mlp_only_layers"] = list(range(dense_layers))
+    if layout.has_rope:
+        rope = {"rope_theta": float(config.rope_theta)}
+        if "partial_rotary_factor" in layout.rope:
+            rope["partial_rotary_factor"] = 1.0
+        values |= rope  # read by transformers 4 and most other tools
+        values["rope_parameters"] = {"rope_type": "default", **rope}  # read by transformers 5
+    values |= {other: values[key] for key, other in layout.aliases.items()}
+    return values | layout.written
+
+
+def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
+    """The model type and the shape that a config.json describes.
+
+    Raises:
+        ConvertError: LightLM has no such model; the message lists every key in the way.
+    """
+    model_type = values.get("model_type")
+    if model_type not in LAYOUTS:
+        raise ConvertError(
+            f"{where}: model_type is {model_type!r}; LightLM reads {', '.join(sorted(LAYOUTS))} (without "
+            "quantisation), and its own checkpoints"
+        )
+    layout = LAYOUTS[model_type]
+    values = {key: values[other] for key, other in layout.aliases.items() if other in values} | values
+    rope = _rope_settings(layout, values) if layout.has_rope else {}
+    problems = [
+        f"{theirs} is missing" for theirs in layout.keys.values() if theirs not in values | layout.defaults
+    ] + _problems(layout, model_type, values, rope)
+    if problems:
+        raise ConvertError(f"{where} describes a model LightLM does not have: {'; '.join(problems)}")
+    settings: dict[str, Any] = {
+        ours: values.get(theirs, layout.defaults.get(theirs)) for ours, theirs in layout.keys.items()
+    }
+    # null leaves the size to the class's rule, which is ours too: num_heads, hidden_size / num_heads, 4 x hidden_size.
+    settings = {ours: 0 if value is None else value for ours, value in settings.items()}
+    if isinstance(settings.get("first_k_dense"), list):
+        settings["first_k_dense"] = len(settings["first_k_dense"])
+    if layout.bias_keys:
+        settings["bias"] = values.get(layout.bias_keys[0], False)
+    if layout.has_rope:
+        settings["rope_theta"] = rope["rope_theta"]
+    try:
+        return model_type, ModelConfig(**settings, **layout.fixed).resolved()
+    except (TypeError, ValueError) as error:
+        raise ConvertError(f"{where} does not describe a model: {error}") from None
+
+
+def _rope_settings(layout: Layout, values: dict[str, Any]) -> dict[str, Any]:
+    """Type, base and rotated share of the rotary embedding, wherever a version of transformers put them."""
+    nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    given = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0} | layout.rope | values | nested
+    return {
+        "rope_type": nested.get("rope_type", nested.get("type", "default")),
+        "rope_theta": given["rope_theta"],
+        "partial_rotary_factor": given["partial_rotary_factor"],
+    }
+
+
+def _problems(layout: Layout, model_type: str, values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+    problems = []
+    for key, allowed in layout.constants.items():
+        if (value := values.get(key, allowed[0])) not in allowed:
+            problems.append(f"{key} is {value!r}, must be {' or '.join(repr(one) for one in allowed)}")
+    biases = {key: values.get(key, False) for key in layout.bias_keys}
+    if len(set(biases.values())) > 1:
+        problems.append(" and ".join(f"{key} is {value!r}" for key, value in biases.items()) + ", must be equal")
+    if rope.get("rope_type", "default") != "default":
+        key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+        problems.append(f"{key} has rope_type {rope['rope_type']!r}, must be 'default' (positions unscaled)")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, must be 1.0")
+    windows = {"mistral": 4096, "mixtral": None}  # what a missing key means; elsewhere it has no effect
+    window = values.get("sliding_window", windows[model_type]) if model_type in windows else None
+    if window is not None and window < values.get("max_position_embeddings", 0):
+        problems.append(f"sliding_window is {window!r}, must be null or at least max_position_embeddings")
+    if banded := sorted(set(values.get("layer_types") or ()) - {"full_attention"}):
+        problems.append(f"layer_types has {', '.join(banded)}, must be full_attention throughout")
+    dense = values.get("mlp_only_layers") or []
+    if "mlp_only_layers" in layout.defaults and (not isinstance(dense, list) or dense != list(range(len(dense)))):
+        problems.append(f"mlp_only_layers is {dense!r}, must be the first layers without a gap")
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method")
+        problems.append(f"quantization_config has quant_method {method!r}; export full-precision weights first")
+    return problems
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConvertError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConvertError(f"{path} is no JSON object")
+    return values

@@ -1,0 +1,156 @@
+"""A model's weights under the names of a Hugging Face class, by the tables in `layouts`, and back; and their files."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightlm.convert.config_json import read_json
+from lightlm.convert.layouts import LAYOUTS, SELECTION_BIAS, Layout, Link, layer_links
+from lightlm.errors import ConvertError
+from lightlm.model.config import ModelConfig
+from lightlm.model.transformer import Transformer
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Causal masks of old GPT-2 files and rotary frequencies of old Llama files: constants, not weights.
+_CONSTANTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+_KINDS = (".weight", ".bias", "")  # of a link's names: a module's tensors, or a tensor named in full
+
+
+def their_state(
+    model_type: str, config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a file that the class loads, from those of our checkpoint."""
+    state = state | _empty_shared_experts(config)
+    theirs = {}
+    for link in layer_links(LAYOUTS[model_type].links, config.depth, config.block_repeats):
+        for kind in _KINDS:
+            if link.ours[0] + kind not in state:
+                continue
+            tensor = torch.cat([state[name + kind] for name in link.ours])
+            if not link.theirs.endswith(SELECTION_BIAS):
+                tensor = tensor.to(dtype)
+            parts = tensor.unbind() if link.by_expert else (_turned(link, tensor),)
+            # Copied where blocks repeat: a safetensors file cannot hold one tensor under two names.
+            for name, part in zip(_names(link, kind, config), parts, strict=True):
+                theirs[name] = part.clone(memory_format=torch.contiguous_format)
+    return theirs
+
+
+def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors of our checkpoint in float32, from those of a folder.
+
+    Raises:
+        ConvertError: tensors are missing or left over, or contradict the configuration; the message names them.
+    """
+    layout = LAYOUTS[model_type]
+    given = _weights_alone(layout, config, given, folder)
+    stacked = any(name.endswith(".experts.gate_up_proj") for name in given)
+    with torch.device("meta"):
+        wanted = Transformer(config).state_dict().keys()
+    state: dict[str, Tensor] = {}
+    problems = []
+    for link in layer_links(layout.stacked_links if stacked else layout.links, config.num_layers):
+        for kind in _KINDS:
+            if link.ours[0] + kind not in wanted:
+                continue
+            names = _names(link, kind, config)
+            if missing := [name for name in names if name not in given]:
+                problems += [f"{name} is missing" for name in missing]
+                continue
+            tensors = [given.pop(name).float() for name in names]
+            if len({tensor.shape for tensor in tensors}) > 1:
+                problems.append(f"{names[0]} and those of the other experts differ in shape")
+                continue
+            tensor = torch.stack(tensors) if link.by_expert else _turned(link, tensors[0])
+            # Equal parts: gate and up are, and so are GPT-2's, which has a key head for every query head.
+            parts = tensor.tensor_split(len(link.ours), dim=1 if tensor.ndim == 3 else 0)
+            for name, part in zip(link.ours, parts, strict=True):
+                state[name + kind] = part.clone(memory_format=torch.contiguous_format)
+    problems += [f"{name} belongs to no part of {layout.architecture}" for name in sorted(given)]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ConvertError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:5])}{more}")
+    return state
+
+
+def _names(link: Link, kind: str, config: ModelConfig) -> list[str]:
+    """Their names of one of our tensors: one, or one for each expert."""
+    name = link.theirs + kind
+    return [name.replace("*", str(expert)) for expert in range(config.num_experts)] if link.by_expert else [name]
+
+
+def _turned(link: Link, tensor: Tensor) -> Tensor:
+    return tensor.t() if link.transposed and tensor.ndim == 2 else tensor
+
+
+def _empty_shared_experts(config: ModelConfig) -> dict[str, Tensor]:
+    """What a class that always has shared experts loads where there are none: tensors without elements."""
+    if config.num_shared_experts:
+        return {}
+    return {
+        f"blocks.{block}.mlp.shared.{name}.weight": torch.empty(shape)
+        for block in range(config.num_layers)
+        if config.has_experts(block)
+        for name, shape in (
+            ("gate_proj", (0, config.hidden_size)),
+            ("up_proj", (0, config.hidden_size)),
+            ("down_proj", (config.hidden_size, 0)),
+        )
+    }
+
+
+def _weights_alone(layout: Layout, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors under their full names, without constants, empty ones and the copy of a tied head."""
+    given = {name: tensor for name, tensor in given.items() if tensor.numel() and not _CONSTANTS.search(name)}
+    if not any(name.startswith(layout.base) for name in given):  # saved from the model without its head
+        given = {name if name.startswith("lm_head.") else layout.base + name: given[name] for name in given}
+    if config.tie_embeddings and "lm_head.weight" in given:
+        embedding = given.get(layout.links[0].theirs + ".weight")
+        if embedding is not None and not torch.equal(given.pop("lm_head.weight"), embedding):
+            raise ConvertError(
+                f"{folder}: config.json says tie_word_embeddings: true, but lm_head.weight differs from the embedding; "
+                "set it to false if the head is its own"
+            )
+    return given
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder under their names.
+
+    Raises:
+        ConvertError: there are none, or a file is missing or damaged.
+    """
+    for name in WEIGHT_FILES:
+        if not (folder / name).is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return _load_tensors(folder / name)
+        parts = read_json(folder / name).get("weight_map")
+        if not isinstance(parts, dict):
+            raise ConvertError(f"{folder / name} is damaged: it has no weight_map")
+        state: dict[str, Tensor] = {}
+        for part in sorted(set(parts.values())):
+            if not (folder / part).is_file():
+                raise ConvertError(f"{folder / part} is missing, though {name} lists it; download it again")
+            state |= _load_tensors(folder / part)
+        return state
+    raise ConvertError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)} is there")
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConvertError(f"{path} cannot be read, it is damaged or cut off: {error}") from None

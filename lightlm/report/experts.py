@@ -1,0 +1,217 @@
+"""The figures of a mixture of experts, from `moe/` in metrics.jsonl (docs/metrics.md)."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axis import Axis as Ticks
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ticker import FixedLocator, FuncFormatter
+
+from lightlm.report.chart import MUTED, PLOT_HEIGHT, RUNS, Chart
+from lightlm.report.curves import Floats, focus, smooth, smoothing_window
+from lightlm.report.drawing import Plot, curve, empty_chart, label, runs_with
+from lightlm.report.record import Record
+
+_HEAT_RUNS = 4  # up to which each run's loads get figures of their own
+_HEAT_COLOURS = [RUNS[1][0], "#f7f7f5", RUNS[0][0]]  # too little, balanced, too much
+_MOMENTS = 200  # parts of a run that figures by layer are averaged over, such as the columns of a map
+_TALLEST = 7.0  # inches
+_EXPERT_ROW = 0.0134  # inches of an expert in a map over time: two pixels of the PNG
+_LAYER_ROW = 0.14  # inches of a layer in a map of one moment
+_TICK = 0.24  # inches that a tick's number takes
+_EXPECTED_ZERO = ("moe/dead_experts", "moe/dropped")
+
+
+@dataclass(frozen=True)
+class _Balance:
+    """A figure that every layer has; `mean` and `worst` are the keys of what each step says of them all."""
+
+    name: str
+    title: str
+    mean: str | None
+    worst: str
+    layers: str
+    unit: str
+    span: tuple[float, float]  # balanced, and what the axis reaches at least
+    caption: str
+
+
+_BALANCES = (
+    _Balance(
+        "moe_violation",
+        "Load violation",
+        "moe/violation",
+        "moe/violation_worst",
+        "moe/layer_violation",
+        "equal shares",
+        (0.0, 0.5),
+        "What a layer's fullest expert gets beyond an equal share, in shares: 0 is balanced.",
+    ),
+    _Balance(
+        "moe_entropy",
+        "Load entropy",
+        "moe/entropy",
+        "moe/entropy_lowest",
+        "moe/layer_entropy",
+        "share of log E",
+        (1.0, 0.95),
+        "Entropy of a layer's loads over that of equal shares: 1 is balanced.",
+    ),
+    _Balance(
+        "moe_bias_range",
+        "Range of the selection bias",
+        None,
+        "moe/bias_range",
+        "moe/layer_bias_range",
+        "of a score",
+        (0.0, 0.01),
+        "The largest bias of a layer minus its smallest; scores lie between 0 and 1.",
+    ),
+)
+
+
+def expert_plots(records: Sequence[Record]) -> Iterator[Plot | None]:
+    """Balance over tokens, the loads over time, and the newest loads of each layer's experts."""
+    drawn = set()
+    for balance in _BALANCES:
+        yield _balance(records, balance)
+        drawn |= {balance.mean, balance.worst}
+    for key in dict.fromkeys(key for record in records for key in record.curves.keys("moe/")):
+        if key not in drawn and not (key in _EXPECTED_ZERO and _always_zero(records, key)):
+            yield _other(records, key)
+    for i, record in enumerate(records[:_HEAT_RUNS]):
+        yield from _load_maps(record, i if len(records) > 1 else None)
+
+
+def _always_zero(records: Sequence[Record], key: str) -> bool:
+    return not any(np.nan_to_num(record.curves.column(key)).any() for record in records)
+
+
+def _balance(records: Sequence[Record], balance: _Balance) -> Plot | None:
+    """Of one run every layer, their mean, and the worst; of several the mean, and in dots the worst."""
+    chart = empty_chart(records, balance.title, balance.unit)
+    several = len(records) > 1
+    dots = (0, (1, 1.2)) if several and balance.mean else None
+    shown = []
+    for i, record in runs_with(records, balance.worst):
+        tokens = record.curves.tokens
+        if not several and (layers := record.curves.arrays(balance.layers, 1)) is not None:
+            ends, values_ML = _by_moment(tokens[layers[0]], layers[1])
+            for values in values_ML.T:
+                chart.line("", ends, values, i, faint=True)
+            shown.append(values_ML.ravel())
+        if balance.mean is not None:
+            chart.line(label(records, record, "mean of the layers"), tokens, _smooth(record, balance.mean), i)
+        worst = record.curves.column(balance.worst) if balance.mean is None else _smooth(record, balance.worst)
+        chart.line(label(records, record, "worst layer"), tokens, worst, i if several else 1, style=dots)
+        shown += [worst, np.array(balance.span)]
+    if (limits := focus(shown)) is None:
+        return None
+    chart.axes.set_ylim(*limits)
+    key = " Dots: the worst layer." if dots else " Faint: each layer." if not several else ""
+    return Plot(balance.name, balance.caption + key, chart)
+
+
+def _smooth(record: Record, key: str) -> Floats:
+    values = record.curves.column(key)
+    return smooth(values, smoothing_window(len(values)))
+
+
+def _other(records: Sequence[Record], key: str) -> Plot:
+    words = key.removeprefix("moe/").replace("_", " ").replace("/", ", ")
+    chart = empty_chart(records, f"Experts: {words}", words)
+    for i, record in runs_with(records, key):
+        tokens, values = record.curves.tokens, record.curves.column(key)
+        if np.array_equal(values, np.round(values), equal_nan=True):  # a count, which has no halves
+            chart.line(record.name, tokens, values, i)
+        else:
+            curve(chart, records, i, tokens, values, "smoothed")
+    return Plot(key.replace("/", "_"), "", chart)
+
+
+def _load_maps(record: Record, number: int | None) -> Iterator[Plot]:
+    """Loads as multiples of an equal share: 1 is balanced, 0 is a dead expert."""
+    if (found := record.curves.arrays("moe/load", 2)) is None:
+        return
+    indices, load_SLE = found
+    means = load_SLE.mean(axis=2, keepdims=True)
+    relative_SLE = np.divide(load_SLE, means, out=np.zeros_like(load_SLE), where=means > 0)
+    first_layer = _first_layer(record)
+    ending, named = ("", "") if number is None else (f"_{number}", f", {record.name}")
+    of_zero = "".join(f" {_zero_in_words(record, key)}" for key in _EXPECTED_ZERO if record.curves.keys(key))
+    chart = _map_over_time(f"Expert load over time{named}", record.curves.tokens[indices], relative_SLE, first_layer)
+    caption = "Each layer's experts, the busiest on top, in multiples of an equal share: 1 is balanced." + of_zero
+    yield Plot(f"moe_load_over_time{ending}", caption, chart)
+    chart = _map_of_a_moment(f"Expert load{named}", relative_SLE[-1], first_layer)
+    step = int(record.curves.steps[indices[-1]])
+    caption = f"Tokens of step {step:,}, in multiples of an equal share: 1 is balanced, 0 is a dead expert."
+    yield Plot(f"moe_load{ending}", caption, chart)
+
+
+def _zero_in_words(record: Record, key: str) -> str:
+    what = key.removeprefix("moe/").replace("_", " ")
+    return f"{what.capitalize()}: {'none in any step.' if _always_zero([record], key) else 'see the figure.'}"
+
+
+def _first_layer(record: Record) -> int:
+    """The number of the first layer with experts, as run; layers are counted from 0, as a checkpoint's blocks are."""
+    model = record.recipe.get("model") or {}
+    return int(model.get("first_k_dense", 0)) * int(model.get("block_repeats", 1))
+
+
+def _by_moment(tokens_S: Floats, values_S: Floats) -> tuple[Floats, Floats]:
+    """Of equal parts of the run, their ends in tokens and the means of the figures in them; where there are none, the
+    next one's, whose batch the part is in."""
+    edges = np.linspace(0, tokens_S[-1], _MOMENTS + 1)
+    bounds = np.searchsorted(tokens_S, edges, side="right")
+    means = [values_S[start : max(stop, start + 1)].mean(axis=0) for start, stop in itertools.pairwise(bounds)]
+    return edges[1:], np.stack(means)
+
+
+def _map_over_time(title: str, tokens_S: Floats, relative_SLE: Floats, first_layer: int) -> Chart:
+    """Experts by moments of the run, layer under layer; in a layer the busiest is on top, or nothing could be seen of
+    rows two pixels high."""
+    _, num_layers, num_experts = relative_SLE.shape
+    rows = num_layers * num_experts
+    chart = Chart(title, "training tokens", "layer", height=_height(rows * _EXPERT_ROW))
+    ends, relative_MLE = _by_moment(tokens_S, relative_SLE)
+    order_1LE = relative_MLE.mean(axis=0, keepdims=True).argsort(axis=2)[:, :, ::-1]
+    relative_MLE = np.take_along_axis(relative_MLE, order_1LE, axis=2)
+    _draw_map(chart, relative_MLE.reshape(len(ends), rows).T, (0, float(ends[-1]), rows, 0))
+    for layer in range(1, num_layers):
+        chart.axes.axhline(layer * num_experts, color=MUTED[0], linewidth=0.5)
+    chart.quantities("x")
+    _number(chart.axes.yaxis, num_layers, chart.height, first=first_layer, size=num_experts)
+    return chart
+
+
+def _map_of_a_moment(title: str, relative_LE: Floats, first_layer: int) -> Chart:
+    num_layers, num_experts = relative_LE.shape
+    chart = Chart(title, "expert", "layer", height=_height(num_layers * _LAYER_ROW))
+    _draw_map(chart, relative_LE, (0, num_experts, num_layers, 0))
+    _number(chart.axes.xaxis, num_experts, chart.width)
+    _number(chart.axes.yaxis, num_layers, chart.height, first=first_layer)
+    return chart
+
+
+def _height(wanted: float) -> float:
+    return min(max(wanted, PLOT_HEIGHT), _TALLEST)
+
+
+def _draw_map(chart: Chart, relative: Floats, extent: tuple[float, float, float, float]) -> None:
+    colours = LinearSegmentedColormap.from_list("load", _HEAT_COLOURS)
+    image = chart.axes.imshow(
+        relative, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="none", extent=extent
+    )
+    chart.axes.grid(False)
+    chart.colour_bar(image)
+
+
+def _number(ticks: Ticks, count: int, inches: float, *, first: int = 0, size: int = 1) -> None:
+    """Write numbers from `first` on in the middle of `count` cells of this size, every n-th if there is no room."""
+    every = next(n for n in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, count) if count * _TICK <= inches * n)
+    ticks.set_major_locator(FixedLocator([(i + 0.5) * size for i in range(0, count, every)]))
+    ticks.set_major_formatter(FuncFormatter(lambda place, _: f"{first + math.floor(place / size)}"))
