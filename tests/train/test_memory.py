@@ -1,16 +1,20 @@
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from lightlm.model import experts
+from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import OptimizerSection
 from lightlm.train import memory
 from lightlm.train.loss import token_loss
-from lightlm.train.memory import activation_bytes, inference_parts, mask_bytes, optimizer_bytes
+from lightlm.train.memory import activation_bytes, backward_bytes, inference_parts, mask_bytes, optimizer_bytes
 from lightlm.train.optimizers import build_optimizer
 from tests.shapes import SHAPES
 
@@ -74,6 +78,75 @@ def test_plain_operations_under_autocast(dtype, monkeypatch):
         a_token = (saved_bytes(config, 3, dtype) - saved_bytes(config, 1, dtype)) / (2 * LENGTH) - 8
         expected = a_token + (0 if mixed else indices_of_rows(config))
         assert activation_bytes(config, mixed=mixed, fused=False) == pytest.approx(expected, rel=0.05), config
+
+
+class Peak(TorchDispatchMode):
+    """The bytes that operations hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse:
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _count(self, storage):
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, key, size):
+        self._seen.remove(key)
+        self.live -= size
+
+
+def peak_bytes(config, sequences, dtype, recompute):
+    torch.manual_seed(0)
+    model = Transformer(config)
+    model.recompute_blocks = recompute
+    tokens = torch.randint(config.vocab_size, (sequences, config.max_seq_len))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with Peak() as peak:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model.hidden_states(tokens, routings=[])
+        output.backward(torch.ones_like(output))
+    return peak.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("experts_each", [0, 8])
+def test_the_peak_of_a_pass_and_what_recomputation_saves_of_it(experts_each, dtype):
+    """A bound from above: what is counted as held at once mostly is."""
+    config = ModelConfig(num_layers=6, hidden_size=128, num_heads=4, num_kv_heads=2, max_seq_len=64, vocab_size=97)
+    if experts_each:
+        config = replace(config, num_experts=experts_each, num_shared_experts=1, moe_intermediate_size=128)
+    mixed, counted = dtype != torch.float32, []
+    for recompute, at_least in ((False, 0.9), (True, 0.6)):
+        measured = (peak_bytes(config, 24, dtype, recompute) - peak_bytes(config, 8, dtype, recompute)) / (16 * 64)
+        counted.append(activation_bytes(config, mixed=mixed, fused=mixed, recompute=recompute))
+        assert at_least < measured / (counted[-1] + backward_bytes(config, mixed=mixed)) < 1.02
+    assert counted[1] < counted[0] / 2
+
+
+def test_rows_are_padded_as_assumed():
+    """8,192 tokens whose experts' loads vary by a fifth, as in a run that balances them."""
+    generator = torch.Generator().manual_seed(0)
+    for num_experts, chosen in ((16, 2), (32, 4)):
+        preference_E = 0.12 * torch.randn(num_experts, generator=generator)
+        noise_NE = -torch.empty(8192, num_experts).exponential_(generator=generator).log()
+        ids_NK = (preference_E + noise_NE).topk(chosen).indices
+        load_E = torch.bincount(ids_NK.flatten(), minlength=num_experts).double()
+        assert 0.05 < load_E.std() / load_E.mean() < 0.25
+        rows = len(experts._Rows.of(ids_NK, num_experts).pair_R)
+        assert rows / ids_NK.numel() == pytest.approx(memory._PADDING, abs=0.1)
 
 
 def test_banded_layers_keep_a_mask_each():
