@@ -12,6 +12,7 @@ Shapes: N tokens, K experts of a token, E experts, D hidden size, F intermediate
 order, one for each choice, with padding; C rows of each expert in a batched product.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,7 @@ def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
     )
 
 
+@functools.cache
 def keep_padding_uncompiled() -> None:
     """Let torch.compile leave `_padded` as it is, whose shapes are those of its data, and compile what is around it."""
     Experts._padded = torch.compiler.disable(Experts._padded)  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlm import checkpoint
+from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import Router, Routing
 from lightlm.model.transformer import Transformer
 from lightlm.train.distributed import World
@@ -73,6 +74,7 @@ class ParallelLoss:
         if compiled and (self.sharded or device.type == "cpu"):
             model.compile_blocks()
         elif compiled:
+            keep_padding_uncompiled()
             self._local.compile()
         self._root: nn.Module = self._local
         if self.sharded:

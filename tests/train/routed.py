@@ -17,13 +17,8 @@ MOE = (
     "model.moe_intermediate_size=24",
     "eval.prompts=[]",
 )
-SIGMOID = (
-    *MOE,
-    "model.num_shared_experts=1",
-    "model.first_k_dense=1",
-    "model.num_layers=3",
-    "moe.bias_update_rate=0.01",
-)
+SIGMOID_MODEL = (*MOE, "model.num_shared_experts=1", "model.first_k_dense=1", "model.num_layers=3")
+SIGMOID = (*SIGMOID_MODEL, "moe.bias_update_rate=0.01")
 SOFTMAX = (*MOE, "model.router=softmax", "model.norm_topk_prob=false")
 SHORT = "train.tokens=1280"  # 5 steps
 
