@@ -152,3 +152,15 @@ def test_the_summary_counts_active_parameters_and_operations(tmp_path):
     shown = dict(zip(headings, row, strict=True))
     assert shown["Active"] == format_quantity(summary["active_parameters"])
     assert shown["FLOPs a token"] == format_quantity(summary["flops_per_token"])
+
+
+def test_runs_whose_tokens_cost_differently_are_compared_over_compute(tmp_path):
+    sparse, dense = write_experts(tmp_path / "sparse", loads()), write_run(tmp_path / "dense", rows(STEPS))
+    found = plots(sparse, dense)
+    chart = found["loss_over_compute"].chart
+    costs = [record.summary()["flops_per_token"] for record in read_records([sparse, dense])]
+    ends = {line.get_color(): line.get_xdata()[-1] for line in chart.axes.lines if line.get_linewidth() > 1.5}
+    assert list(ends.values()) == pytest.approx([40 * 256 * cost / 1e9 for cost in costs])
+    assert chart.axes.get_xlabel() == "training GFLOPs"
+    twin = write_experts(tmp_path / "twin", loads(1))
+    assert "loss_over_compute" not in plots(sparse, twin)
