@@ -19,7 +19,12 @@ PARAMETERS = {
     "moe": 144_952_064,
     "moe-demo": 12_738_560,
 }
-VOCABULARY = {"demo": 8192, "moe-demo": 8192, "lightlm": 50_257, "moe": 50_257}  # where the recipe leaves it to the data
+VOCABULARY = {
+    "demo": 8192,
+    "moe-demo": 8192,
+    "lightlm": 50_257,
+    "moe": 50_257,
+}  # where the recipe leaves it to the data
 
 
 def mistakes(tmp_path, text, overrides=()):
