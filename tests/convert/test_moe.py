@@ -204,13 +204,14 @@ def test_a_tie_of_two_experts_may_go_either_way(tokenizer, tmp_path):
     hook.remove()
     best = (routed[0][2] + router.selection_bias)[20].topk(3)  # the first sequence's 21st token
     beaten = best.indices[2]
-    router.selection_bias[beaten] += best.values[1] - best.values[2] - 1e-6
+    bias = router.selection_bias[beaten] + best.values[1] - best.values[2]
     differences = []
-    for nudge in (2e-6, 2e-2):
+    for gap in (1e-6, 1e-3):
+        router.selection_bias[beaten] = bias - gap
         export_huggingface(model, tmp_path / "hf", overwrite=True)
         path = tmp_path / "hf" / "model.safetensors"
         state = load_file(path)
-        state["model.layers.1.mlp.gate.e_score_correction_bias"][beaten] += nudge
+        state["model.layers.1.mlp.gate.e_score_correction_bias"][beaten] += 2 * gap
         save_file(state, path, metadata={"format": "pt"})
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
         assert (model.model(tokens) - theirs(tokens).logits)[0, 20].abs().max() > 10 * TOLERANCE
