@@ -14,13 +14,14 @@ are between the faster of each. All hold their memory at once: 5 to 8 GB each fo
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,8 +31,10 @@ import torch
 from torch import Tensor
 
 from lightlm import __version__
-from lightlm.convert.layouts import write_config
+from lightlm.convert.config_json import write_config
 from lightlm.convert.registry import export_target
+from lightlm.data.loader import BatchLoader
+from lightlm.data.shards import DataFolder
 from lightlm.device import autocast, describe, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
@@ -39,39 +42,48 @@ from lightlm.recipe import Recipe, load_recipe
 from lightlm.train.metrics import peak_memory
 from lightlm.train.optimizers import build_optimizer
 from lightlm.train.parallel import LossModule
+from lightlm.train.routers import router_losses
 
 WARM_UP = 4  # rounds that are not counted: the first steps fault in their memory and compile
 
 
-def lightlm(options: argparse.Namespace, tokens: Tensor, compiled: bool) -> tuple[Any, Callable[[], Tensor], Any]:
+# The model, its mean loss of tokens (B, T + 1), and its optimizer.
+Contestant = tuple[Any, Callable[[Tensor], Tensor], torch.optim.Optimizer]
+
+
+def lightlm(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
     recipe, config = shape(options)
-    if tokens.device.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()
-    model = Transformer(config).to(tokens.device)
-    loss = LossModule(model)
+    model = Transformer(config).to(device)
+    loss = LossModule(model, router_losses(recipe))
     if compiled:
-        model.compile_blocks() if tokens.device.type == "cpu" else loss.compile()
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-    return model, lambda: loss(inputs, targets) / targets.numel(), build_optimizer(model, recipe.optimizer)
+        model.compile_blocks() if device.type == "cpu" else loss.compile()
+
+    def mean_loss(tokens: Tensor) -> Tensor:
+        targets = tokens[:, 1:].contiguous()
+        return loss(tokens[:, :-1], targets).objective / targets.numel()
+
+    return model, mean_loss, build_optimizer(model, recipe.optimizer)
 
 
-def transformers(options: argparse.Namespace, tokens: Tensor, compiled: bool) -> tuple[Any, Callable[[], Tensor], Any]:
+def transformers(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
     import transformers
 
     recipe, config = shape(options)
     values = write_config(export_target(config).model_type, config.resolved())
     # Without dropout, as LightLM trains; scaled_dot_product_attention is transformers' default.
     their_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    model = transformers.AutoModelForCausalLM.from_config(their_config).to(tokens.device).train()
+    model = transformers.AutoModelForCausalLM.from_config(their_config).to(device).train()
     model.config.use_cache = False
     optimizer = build_optimizer(model, recipe.optimizer)
     if compiled:
         model.compile()
     # transformers shifts labels itself; one more token gives the same number of predictions.
-    return model, lambda: model(tokens, labels=tokens).loss, optimizer
+    return model, lambda tokens: model(tokens, labels=tokens).loss, optimizer
 
 
-def nanogpt(options: argparse.Namespace, tokens: Tensor, compiled: bool) -> tuple[Any, Callable[[], Tensor], Any]:
+def nanogpt(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
     sys.path.insert(0, str(options.nanogpt))
     from model import GPT, GPTConfig
 
@@ -88,12 +100,11 @@ def nanogpt(options: argparse.Namespace, tokens: Tensor, compiled: bool) -> tupl
             dropout=0.0,
             bias=config.bias,
         )
-    ).to(tokens.device)
+    ).to(device)
     section = recipe.optimizer
-    optimizer = model.configure_optimizers(section.weight_decay, section.lr, section.betas, tokens.device.type)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    optimizer = model.configure_optimizers(section.weight_decay, section.lr, section.betas, device.type)
     run = torch.compile(model) if compiled else model
-    return model, lambda: run(inputs, targets)[1], optimizer
+    return model, lambda tokens: run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1], optimizer
 
 
 CONTESTANTS = {"lightlm": lightlm, "transformers": transformers, "nanogpt": nanogpt}
@@ -101,9 +112,28 @@ CONTESTANTS = {"lightlm": lightlm, "transformers": transformers, "nanogpt": nano
 
 def shape(options: argparse.Namespace) -> tuple[Recipe, ModelConfig]:
     recipe = load_recipe(options.recipe, options.overrides)
-    vocab_size = recipe.model.vocab_size or (8192 if options.recipe == "demo" else 50_257)
+    vocab_size = recipe.model.vocab_size or (8192 if "demo" in options.recipe else 50_257)
     length = max(options.length + 1, recipe.model.max_seq_len)
-    return recipe, replace(recipe.model, vocab_size=vocab_size, max_seq_len=length)
+    config = replace(recipe.model, vocab_size=vocab_size, max_seq_len=length)
+    if getattr(options, "dense", False):
+        from moe import dense_config
+
+        config = dense_config(config)
+        recipe = recipe.model_copy(update={"model": config})
+    return recipe, config
+
+
+def batches_of(options: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:
+    """Endless batches (B, T + 1): of prepared data where given, else of random tokens."""
+    shape_BT = options.sequences, options.length + 1
+    if options.data is None:
+        _, config = shape(options)
+        while True:
+            yield torch.randint(config.vocab_size, shape_BT, device=device)
+    loader = BatchLoader(DataFolder.open(options.data).split("train"), options.length, 0)
+    for start in itertools.count(0, options.sequences):
+        inputs, targets = loader.batch(start, options.sequences)
+        yield torch.cat([inputs, targets[:, -1:]], dim=1).to(device)
 
 
 def contend(name: str, options: argparse.Namespace, pipe: Connection) -> None:
@@ -111,14 +141,14 @@ def contend(name: str, options: argparse.Namespace, pipe: Connection) -> None:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     torch.manual_seed(0)
-    _, config = shape(options)
-    tokens = torch.randint(config.vocab_size, (options.sequences, options.length + 1), device=device)
     base, _, suffix = name.partition(" ")
-    model, loss, optimizer = CONTESTANTS[base](options, tokens, suffix == "compiled")
+    model, loss, optimizer = CONTESTANTS[base](options, device, suffix == "compiled")
+    batches = batches_of(options, device)
     while pipe.recv():
+        tokens = next(batches)
         started = time.perf_counter()
         with autocast(device, dtype):
-            value = loss()
+            value = loss(tokens)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -130,25 +160,41 @@ def contend(name: str, options: argparse.Namespace, pipe: Connection) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, recipe="demo", contestants="lightlm,transformers")
+    options = parser.parse_args()
+    seconds, peaks = compete(options.contestants.split(","), options, contend)
+    report(summary(options, seconds, peaks), options.out)
+
+
+def add_options(parser: argparse.ArgumentParser, recipe: str, contestants: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--recipe", default=recipe)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument(
-        "--contestants", default="lightlm,transformers", help="names; 'NAME compiled' for torch.compile"
-    )
+    parser.add_argument("--data", type=Path, help="a prepared folder; random tokens otherwise")
+    parser.add_argument("--contestants", default=contestants, help="names; 'NAME compiled' for torch.compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    names = options.contestants.split(",")
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    print(json.dumps(result, indent=2))
+    if out:
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def compete(
+    names: list[str], options: argparse.Namespace, target: Callable[..., None]
+) -> tuple[dict[str, list[float]], dict[str, int | None]]:
+    """The seconds of each contestant's steps, and its peak memory."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     pipes: dict[str, Connection] = {}
     for name in names:
         pipes[name], theirs = context.Pipe()
-        context.Process(target=contend, args=(name, options, theirs), daemon=True).start()
+        context.Process(target=target, args=(name, options, theirs), daemon=True).start()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(WARM_UP + options.rounds):
         for name, pipe in pipes.items():
@@ -160,10 +206,7 @@ def main() -> None:
     for name, pipe in pipes.items():
         pipe.send(False)
         peaks[name] = pipe.recv()
-    result = summary(options, seconds, peaks)
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return seconds, peaks
 
 
 def summary(

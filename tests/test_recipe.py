@@ -16,8 +16,15 @@ PARAMETERS = {
     "lightlm": 135_155_328,
     "mobilellm-125m": 124_635_456,
     "mobilellm-ls-125m": 124_635_456,
+    "moe": 144_952_064,
+    "moe-demo": 12_738_560,
 }
-VOCABULARY = {"demo": 8192, "lightlm": 50_257}  # where the recipe leaves it to the data
+VOCABULARY = {
+    "demo": 8192,
+    "moe-demo": 8192,
+    "lightlm": 50_257,
+    "moe": 50_257,
+}  # where the recipe leaves it to the data
 
 
 def mistakes(tmp_path, text, overrides=()):

@@ -166,7 +166,7 @@ class TrainingDisplay:
             return []
         cells = [
             ("violation", f"{metrics['moe/violation']:.2f}"),
-            ("worst", f"{metrics['moe/violation_worst']:.2f}"),
+            ("worst layer", f"{metrics['moe/violation_worst']:.2f}"),
             ("entropy", f"{metrics['moe/entropy']:.3f}"),
             ("dead experts", f"{metrics['moe/dead_experts']:,}"),
         ]

@@ -36,6 +36,9 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
         values |= rope  # read by transformers 4 and most other tools
         values["rope_parameters"] = {"rope_type": "default", **rope}  # read by transformers 5
     values |= {other: values[key] for key, other in layout.aliases.items()}
+    if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
+        # transformers 5 takes grouped products unless told otherwise, and those refuse rows of no whole 16 bytes.
+        values["experts_implementation"] = "eager"
     return values | layout.written
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightlm.report.chart import Chart
-from lightlm.report.curves import Curves, Floats, smooth, smoothing_window
+from lightlm.report.curves import Floats, smooth, smoothing_window
 from lightlm.report.record import Record
 
 _RAW_RUNS = 3  # up to which the unsmoothed values are drawn behind the curves
@@ -26,11 +26,11 @@ class Axis:
     """What the figures have along x."""
 
     label: str
-    of: Callable[[Curves], Floats]
+    of: Callable[[Record], Floats]
     quantities: bool
 
 
-TOKENS = Axis("training tokens", lambda curves: curves.tokens, True)
+TOKENS = Axis("training tokens", lambda record: record.curves.tokens, True)
 
 
 def runs_with(records: Sequence[Record], key: str) -> list[tuple[int, Record]]:
@@ -41,7 +41,7 @@ def runs_with(records: Sequence[Record], key: str) -> list[tuple[int, Record]]:
 def empty_chart(records: Sequence[Record], title: str, y_label: str, axis: Axis = TOKENS) -> Chart:
     """A figure over tokens or time, as far as the longest run goes, so that all figures can be read together."""
     chart = Chart(title, axis.label, y_label, name_all=len(records) > 1)
-    chart.from_zero("x", max(float(np.nanmax(axis.of(record.curves), initial=0.0)) for record in records))
+    chart.from_zero("x", max(float(np.nanmax(axis.of(record), initial=0.0)) for record in records))
     if axis.quantities:
         chart.quantities("x")
     return chart

@@ -66,7 +66,7 @@ _BALANCES = (
         None,
         "moe/bias_range",
         "moe/layer_bias_range",
-        "of a score",
+        "scores",
         (0.0, 0.01),
         "The largest bias of a layer minus its smallest; scores lie between 0 and 1.",
     ),

@@ -12,6 +12,7 @@ from lightlm.report.experts import expert_plots
 from lightlm.report.record import Record
 
 _GIB = 2.0**30
+_FLOPS = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 _GROUP_STYLES = (None, (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # of parameter groups
 
 
@@ -26,6 +27,8 @@ def _all_plots(records: Sequence[Record]) -> Iterator[Plot | None]:
     zoom = "The first tenth of each run, its steep fall, does not set the limits."
     yield _loss(records, "loss", "Loss", TOKENS, f"Moving average over the raw losses. {zoom}")
     yield _loss(records, "loss_over_time", "Loss over time", time, "The same against time spent in training steps.")
+    if (compute := _compute_axis(records)) is not None:
+        yield _loss(records, "loss_over_compute", "Loss over compute", compute, f"By active parameters. {zoom}")
     yield _loss(records, "loss_log", "Loss, the whole run", TOKENS, "Logarithmic in tokens.", whole=True)
     yield _marks(records, "val_bpb", "Validation, bits a byte", "bits a byte", "Comparable across tokenizers.")
     yield _learning_rates(records)
@@ -42,7 +45,20 @@ def _time_axis(records: Sequence[Record]) -> Axis:
     """Seconds, minutes or hours, as the longest run asks for."""
     longest = max(float(np.nanmax(record.curves.seconds, initial=0.0)) for record in records)
     unit, size = ("s", 1.0) if longest < 180 else ("min", 60.0) if longest < 3 * 3600 else ("h", 3600.0)
-    return Axis(f"training time ({unit})", lambda curves: curves.seconds / size, False)
+    return Axis(f"training time ({unit})", lambda record: record.curves.seconds / size, False)
+
+
+def _compute_axis(records: Sequence[Record]) -> Axis | None:
+    """Operations of training, where the runs' tokens cost differently much; else it would be the tokens again."""
+    if len({cost for record in records if (cost := record.parameters.get("flops_per_token"))}) < 2:
+        return None
+
+    def operations(record: Record) -> Floats:
+        return record.curves.tokens * record.parameters.get("flops_per_token", np.nan)
+
+    most = max(float(np.nanmax(operations(record), initial=0.0)) for record in records)
+    size, unit = next((pair for pair in _FLOPS if most >= pair[0]), (1.0, "FLOPs"))
+    return Axis(f"training {unit}", lambda record: operations(record) / size, False)
 
 
 def _loss(
@@ -51,7 +67,7 @@ def _loss(
     chart = empty_chart(records, title, "nats a token", axis)
     shown: list[Floats] = []
     for i, record in runs_with(records, "loss"):
-        x = axis.of(record.curves)
+        x = axis.of(record)
         if not np.isfinite(x).any():
             continue
         shown += curve(chart, records, i, x, record.curves.column("loss"), "training, smoothed")

@@ -58,7 +58,7 @@ def layers_are_due(step: int) -> bool:
     Every step up to 256, every second one up to 512, every fourth one up to 1,024, and so on: each doubling of a run
     adds 128, whatever its length will be, and is as finely resolved as the one before.
     """
-    return step % (1 << max((step - 1).bit_length() - _EVERY_STEP_BITS, 0)) == 0
+    return step % (1 << max(step.bit_length() - _EVERY_STEP_BITS, 0)) == 0
 
 
 def _entropy(load_LE: NDArray[np.int64]) -> NDArray[np.float64]:

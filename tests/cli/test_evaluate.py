@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from lightlm.cli.evaluate import evaluate
 from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate import runner
+from lightlm.quantities import format_quantity
 from tests.evaluate.tiny_run import write_world
 
 app = typer.Typer()
@@ -33,6 +34,25 @@ def test_the_newest_run_is_scored_and_the_results_lie_in_it(world: Path) -> None
     facts = json.loads(path.with_suffix(".meta.json").read_text())
     assert (facts["dtype"], facts["device"], facts["batch_size"]) == ("float32", "cpu", "auto")
     assert facts["data"] == "data/tiny"
+
+
+def test_a_mixture_of_experts_is_scored_with_what_a_token_costs(world: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False, "moe_intermediate_size": 8}
+    table = 32 * write_world(world / "sparse", **experts).tokenizer.vocab_size
+    dense, sparse = ["demo", "sparse/runs/demo"]
+    done = CliRunner().invoke(app, [dense, "--tasks", "quiz.yaml", "--limit", "2"])
+    assert "parameters" not in done.stdout
+    done = CliRunner().invoke(app, [dense, sparse, "--tasks", "quiz.yaml", "--limit", "2", "--out", "scores"])
+    assert done.exit_code == 0, done.output
+    # A layer has 3,072 weights of attention, 128 of its router, 64 of norms, and 768 an expert; then the last norm.
+    total, active = table + 2 * (3_264 + 4 * 768) + 32, table + 2 * (3_264 + 768) + 32
+    # 6 for each active weight (the table is the head too; the last norm is left out), 12 x 32 x 40 positions a layer.
+    flops = 6 * (active - 32) + 2 * 12 * 32 * 40
+    words = f"{format_quantity(total)} parameters, {format_quantity(active)} active for a token"
+    assert f"{words}, {format_quantity(flops)} FLOPs a trained token" in done.stdout
+    [file] = (world / "scores").glob("demo_*_quiz_limit2.meta.json")
+    facts = json.loads(file.read_text())  # of the last of the two, which bear one name
+    assert (facts["parameters"], facts["active_parameters"], facts["flops_per_token"]) == (total, active, flops)
 
 
 def test_json_is_the_only_thing_printed(world: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,12 @@
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from safetensors.torch import load_file
 
+from lightlm.quantities import format_quantity
 from lightlm.recipe import load_recipe
 from tests.corpus import TINY_RECIPE, make_data
 
@@ -97,6 +99,20 @@ def test_the_table_names_every_part(lightlm, folder):
     for words in ("parameters", "FLOPs a token", "activations of a micro-batch", "logits", "H100", "an assumption"):
         assert words in text, words
     assert "leave out eval.tasks (heldout)" in text
+
+
+def test_experts_cost_what_is_active(lightlm, folder):
+    """Eight experts of which two are used: the operations of a dense network of two experts' size, and a router's."""
+    dense = json.loads(lightlm("plan", "tiny.yaml", "--no-probe", "--json").stdout)["model"]
+    experts = ["model.num_experts=8", "model.num_experts_per_tok=2", "model.moe_intermediate_size=32"]
+    sparse = json.loads(lightlm("plan", "tiny.yaml", *experts, "--no-probe", "--json").stdout)["model"]
+    routers = 2 * 8 * 32
+    assert sparse["active_parameters"] == dense["parameters"] + routers
+    assert sparse["parameters"] == sparse["active_parameters"] + 2 * 6 * 3 * 32 * 32
+    assert sparse["flops_per_token"] == dense["flops_per_token"] + 6 * routers
+    table = lightlm("plan", "tiny.yaml", *experts, "--no-probe").stdout
+    for key, name in (("parameters", "parameters"), ("active_parameters", "active for a token")):
+        assert re.search(rf"^ *{name} +{re.escape(format_quantity(sparse[key]))} *$", table, re.MULTILINE)
 
 
 def test_a_probe_that_dies_leaves_the_estimate(lightlm, folder, monkeypatch):

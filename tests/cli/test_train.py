@@ -32,6 +32,16 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(lightlm, workspace):
     assert not (workspace / "runs").exists()
 
 
+def test_a_dry_run_of_experts_counts_what_is_active(lightlm):
+    experts = ["model.num_experts=4", "model.num_experts_per_tok=2", "model.moe_intermediate_size=16"]
+    plan = json.loads(lightlm("train", "tiny.yaml", *experts, "--dry-run", "--json").stdout)
+    assert plan["parameters"] - plan["active_parameters"] == 2 * 2 * 3 * 16 * 32  # two idle experts in two layers
+    table = lightlm("train", "tiny.yaml", *experts, "--dry-run").stdout
+    assert re.search(rf"active parameters\W+{plan['active_parameters']:,}\b", table)
+    assert re.search(rf"flops per token\W+{plan['flops_per_token']:,}\b", table)
+    assert "active parameters" not in lightlm("train", "tiny.yaml", "--dry-run").stdout
+
+
 def test_plain_log_has_no_carriage_returns_and_json_stands_alone(lightlm, workspace):
     outcome = lightlm("train", "tiny.yaml", "train.tokens=512", "--json", "--name", "plain")
     result = json.loads(outcome.stdout)

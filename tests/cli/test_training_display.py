@@ -74,14 +74,29 @@ def terminal():
         os.close(ours)
 
 
-def in_terminal(width=120, **environment):
+def in_terminal(width=120, shown=show, encoding="utf-8", **environment):
     with terminal() as (end, received):
-        file = os.fdopen(end, "w", encoding="utf-8")
+        file = os.fdopen(end, "w", encoding=encoding)
         console = Console(file=file, width=width, highlight=False, _environ={"TERM": "xterm-256color", **environment})
         with TrainingDisplay(console) as display:
-            show(display)
+            shown(display)
         file.close()
     return received.decode()
+
+
+def experts(**more):
+    return {
+        "moe/violation": 0.25, "moe/violation_worst": 1.5, "moe/entropy": 0.9876, "moe/entropy_lowest": 0.9,
+        "moe/dead_experts": 1, "moe/dropped": 0, **more,
+    }  # fmt: skip
+
+
+def show_experts(display):
+    """A step with figures by layer, and one without."""
+    display.start(FACTS | {"active_parameters": 2_500_000, "flops_per_token": 15_000_000})
+    by_layer = {"moe/load": [[2, 2]] * 3, "moe/layer_violation": [0.0, 0.5, 1.5], "moe/bias_range": 0.0125}
+    display.step(metrics(1, **experts(), **by_layer))
+    display.step(metrics(1000, **experts()))
 
 
 def test_a_plain_log_is_whole_lines_without_control_codes():
@@ -155,6 +170,38 @@ def test_no_color_is_obeyed_and_a_dumb_terminal_gets_plain_lines():
     dumb = in_terminal(TERM="dumb").replace("\r\n", "\n")  # the terminal driver's own
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", dumb)
     assert "step 1,000/1,000" in dumb
+
+
+def test_a_log_of_experts_says_what_is_active_and_how_evenly_they_are_used():
+    stream = io.StringIO()
+    with TrainingDisplay(Console(file=stream, width=80)) as display:
+        show_experts(display)
+    first, _, *steps = stream.getvalue().splitlines()
+    assert first == "runs/demo: 6.8M parameters (2.5M active for a token, 15M FLOPs) on cpu, bfloat16"
+    assert len(steps) == 2
+    for line in steps:  # the range of the bias is the last one known
+        assert line.endswith(
+            "violation 0.25  worst layer 1.50  entropy 0.988  dead experts 1  bias range 0.013  dropped 0"
+        )
+
+
+@needs_terminal
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_experts_have_a_second_live_line_that_fits_too(width):
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_terminal(width, show_experts))
+    live = [row for row in re.split(r"[\r\n]+", text) if re.search(r"0\.25|violation", row)]
+    assert live
+    assert all(len(row) <= width and "…" not in row for row in live)
+    assert all("1.50" in row for row in live if "0.25" in row)
+    assert ("▁▅█" in text) == (width >= 60)
+    assert ("dropped" in text) == (width >= 80)
+
+
+@needs_terminal
+def test_a_terminal_without_block_characters_gets_no_bars():
+    text = in_terminal(120, show_experts, encoding="ascii")
+    assert "1.50" in text
+    assert "by layer" not in text
 
 
 @pytest.fixture(scope="module")

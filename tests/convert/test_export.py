@@ -98,6 +98,19 @@ def test_every_configuration_is_refused_or_equal(data, tokenizer, tmp_path_facto
         sliding_window=pick(0, 0, 0, 4, 32),
         full_attention_every=pick(1, 2),
     )
+    if kind == families[1] and pick(False, True):
+        config = replace(
+            config,
+            bias=False,
+            num_experts=pick(1, 2, 3, 4),
+            num_experts_per_tok=pick(1, 2, 2),
+            num_shared_experts=pick(0, 0, 1, 2),
+            moe_intermediate_size=pick(0, 8, 10),
+            first_k_dense=pick(0, 0, 1),
+            router=pick("sigmoid", "softmax"),
+            norm_topk_prob=pick(True, True, False),
+            routed_scaling_factor=pick(1.0, 1.0, 2),
+        )
     assume(not config.problems())
     model = loaded(config, tokenizer)
     folder = tmp_path_factory.mktemp("hf") / "hf"

@@ -9,6 +9,7 @@ from lightlm.model.config import ModelConfig
 from tests.shapes import SHAPES
 
 GPT2, LLAMA, QWEN3 = SHAPES["gpt2"], SHAPES["llama"], SHAPES["qwen3"]
+MOE = replace(LLAMA, num_experts=4, num_experts_per_tok=2)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,10 @@ GPT2, LLAMA, QWEN3 = SHAPES["gpt2"], SHAPES["llama"], SHAPES["qwen3"]
         (replace(LLAMA, sliding_window=48), "LlamaForCausalLM"),
         (replace(LLAMA, sliding_window=5, full_attention_every=1), "LlamaForCausalLM"),
         (replace(LLAMA, vocab_size=0), "LlamaForCausalLM"),
+        (replace(MOE, num_shared_experts=1, routed_scaling_factor=2.5, first_k_dense=1), "Glm4MoeForCausalLM"),
+        (replace(MOE, qk_norm=True, norm_topk_prob=False), "Glm4MoeForCausalLM"),
+        (replace(MOE, router="softmax"), "MixtralForCausalLM"),
+        (replace(MOE, router="softmax", qk_norm=True, first_k_dense=1, norm_topk_prob=False), "Qwen3MoeForCausalLM"),
     ],
 )
 def test_class(config, architecture):
@@ -46,6 +51,17 @@ def test_class(config, architecture):
         (replace(GPT2, head_dim=16), ["head_dim: 16"]),
         (replace(QWEN3, bias=True), ["Qwen3ForCausalLM", "bias: true"]),
         (replace(LLAMA, hidden_size=34, head_dim=8), ["num_heads: 4", "hidden_size: 34"]),
+        (replace(MOE, sliding_window=5), ["Glm4MoeForCausalLM", "sliding_window: 5"]),
+        (replace(MOE, num_experts=1, num_experts_per_tok=1, norm_topk_prob=False), ["num_experts: 1"]),
+        (replace(MOE, norm="layernorm"), ["norm: layernorm", "classes with experts have rmsnorm"]),
+        (
+            replace(MOE, router="softmax", qk_norm=True, num_shared_experts=2, routed_scaling_factor=2.5),
+            ["Qwen3MoeForCausalLM", "num_shared_experts: 2 (with router: sigmoid", "routed_scaling_factor: 2.5"],
+        ),
+        (
+            replace(MOE, router="softmax", first_k_dense=1, norm_topk_prob=False, num_shared_experts=1),
+            ["MixtralForCausalLM", "first_k_dense: 1", "norm_topk_prob: false", "num_shared_experts: 1"],
+        ),
     ],
 )
 def test_refusal_names_the_keys(config, named):

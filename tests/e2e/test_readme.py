@@ -78,7 +78,7 @@ def stand_ins(tmp_path, monkeypatch):
     (tmp_path / "gpt2").mkdir()
     train_tokenizer(texts(100), 320).save(tmp_path / "gpt2" / "tokenizer.json")
     (tmp_path / "recipes").mkdir()
-    for name in ("lightlm", "demo"):
+    for name in ("moe", "lightlm", "demo"):
         write_recipe(tmp_path / "recipes" / f"{name}.yaml", name)
     (tmp_path / "my-books").mkdir()
     for number, text in enumerate(texts(60, seed=1)):
@@ -115,10 +115,10 @@ def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
         assert outcome.code == 0, (line, outcome.stderr)
         ran.add(arguments[0])
     assert ran == {"prepare-data", "plan", "train", "eval", "generate", "convert", "report", "recipes"}
-    latest = json.loads((stand_ins / "runs/lightlm/hf/config.json").read_text())
-    assert latest["architectures"] == ["Qwen3ForCausalLM"]
+    latest = json.loads((stand_ins / "runs/moe/hf/config.json").read_text())
+    assert latest["architectures"] == ["Glm4MoeForCausalLM"]
     assert (stand_ins / "runs/books/eval").is_dir()
-    assert list((stand_ins / "runs/lightlm/eval").glob("*hellaswag*.json"))
+    assert list((stand_ins / "runs/moe/eval").glob("*hellaswag*.json"))
 
 
 def test_the_readmes_make_targets_exist():

@@ -1,7 +1,9 @@
 """A whole little world for evaluation: a data folder, a run with a checkpoint trained on nothing, and a quiz."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,13 +40,12 @@ def tiny_tokenizer() -> Tokenizer:
     return train_tokenizer(DOCUMENTS * 3, 320)
 
 
-def tiny_model(tokenizer: Tokenizer, seed: int = 0) -> Transformer:
+def tiny_model(tokenizer: Tokenizer, seed: int = 0, **shape: Any) -> Transformer:
     torch.manual_seed(seed)
-    model = Transformer(
-        ModelConfig(
-            num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, max_seq_len=40, vocab_size=tokenizer.vocab_size
-        )
+    dense = ModelConfig(
+        num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, max_seq_len=40, vocab_size=tokenizer.vocab_size
     )
+    model = Transformer(replace(dense, **shape))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -91,10 +92,10 @@ def write_quiz(folder: Path) -> Path:
     return path
 
 
-def write_world(folder: Path) -> LoadedModel:
+def write_world(folder: Path, **shape: Any) -> LoadedModel:
     """`data/tiny`, `runs/demo` with one checkpoint, and `quiz.yaml` below `folder`."""
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer)
+    model = tiny_model(tokenizer, **shape)
     write_data(folder / "data" / "tiny", tokenizer)
     run = folder / "runs" / "demo"
     run.mkdir(parents=True)

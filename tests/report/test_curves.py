@@ -83,9 +83,12 @@ def test_limits_leave_out_the_first_fall_but_not_of_a_short_run():
     assert low < 2 < high
 
 
-@pytest.mark.parametrize("damaged", [[[1, 2], [3]], [], [1, 2], "x", [["a"]]])
-def test_a_table_that_is_none_is_left_out(damaged):
+@pytest.mark.parametrize("damaged", [[[1, 2], [3]], [], [1, 2], "x", [["a"]], [[1, None], [3, 4]], [[1, 2, 3]] * 2])
+def test_a_table_that_is_none_or_of_another_shape_is_left_out(damaged):
     good = [[1, 2], [3, 4]]
-    curves = Curves([row | {"moe/load": load} for row, load in zip(rows(2), [good, damaged], strict=True)])
-    table = curves.last_table("moe/load")
-    assert table is None or table.tolist() == good
+    curves = Curves([row | {"moe/load": load} for row, load in zip(rows(3), [good, damaged, good], strict=True)])
+    indices, tables = curves.arrays("moe/load", 2)
+    assert indices.tolist() == [0, 2]
+    assert tables.tolist() == [good, good]
+    assert curves.arrays("moe/load", 3) is None
+    assert curves.arrays("moe/other", 2) is None

@@ -92,7 +92,7 @@ def test_plots_are_images_with_both_runs_in_them(compared):
     assert {"loss", "loss_over_time", "loss_log", "learning_rate", "grad_norm", "throughput", "val_bpb"} <= set(
         compared.plots
     )
-    assert {"memory", "moe_load_1"} <= set(compared.plots)
+    assert {"memory", "moe_load_1", "moe_load_over_time_1"} <= set(compared.plots)
     assert not {"mfu", "data_wait"} & set(compared.plots)
     for path in compared.plots.values():
         with Image.open(path) as image:

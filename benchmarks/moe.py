@@ -1,0 +1,135 @@
+"""Training speed of a mixture of experts: beside a dense model of the same active parameters, and beside transformers.
+
+    python benchmarks/moe.py --recipe moe-demo --data data/pydocs
+    python benchmarks/moe.py --recipe moe --sequences 2 --length 2048 --data data/corpus --contestants lightlm,dense
+    python benchmarks/moe.py --recipe moe-demo --data data/pydocs \\
+        --contestants "lightlm,dense,transformers eager,transformers grouped_mm,transformers batched_mm"
+
+The model is first trained for --settle steps on the data, with a fast balancing bias: untrained routers send all tokens
+to the same few experts. All contestants but the dense one then start from its weights, so that the same experts are
+chosen, and take a step of each batch in turn, as in train.py. `transformers NAME` sets its experts' implementation.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import train
+from safetensors.torch import save_file
+from train import Contestant
+
+from lightlm.convert.config_json import write_config
+from lightlm.convert.registry import export_target
+from lightlm.convert.weights import their_state
+from lightlm.device import autocast, pick_device, pick_dtype
+from lightlm.model.config import ModelConfig
+from lightlm.model.transformer import Transformer
+from lightlm.train.optimizers import build_optimizer
+from lightlm.train.parallel import LossModule
+from lightlm.train.routers import move_selection_biases, router_losses
+
+SETTLING_RATE = 0.02  # of the selection bias: fast, for a few steps
+
+
+def lightlm(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
+    model, loss, optimizer = train.lightlm(options, device, compiled)
+    model.load_state_dict(torch.load(options.folder / "state.pt", map_location=device, weights_only=True))
+    return model, loss, optimizer
+
+
+def dense(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
+    return train.lightlm(argparse.Namespace(**vars(options) | {"dense": True}), device, compiled)
+
+
+def transformers(options: argparse.Namespace, device: torch.device, implementation: str) -> Contestant:
+    import transformers
+
+    recipe, _ = train.shape(options)
+    chosen = {"experts_implementation": implementation} if implementation else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, **chosen)
+    model = model.to(device).train()
+    model.config.use_cache = False
+    return model, lambda tokens: model(tokens, labels=tokens).loss, build_optimizer(model, recipe.optimizer)
+
+
+def dense_config(config: ModelConfig) -> ModelConfig:
+    """The dense shape with as many active parameters, to the nearest feature of each layer (routers left out)."""
+    config = config.resolved()
+    active = (config.num_experts_per_tok + config.num_shared_experts) * config.moe_intermediate_size
+    layers, first = config.num_layers, config.first_k_dense
+    size = round((first * config.intermediate_size + (layers - first) * active) / layers)
+    fields = config.__dataclass_fields__
+    moe_keys = [key for key in fields if "expert" in key or key.startswith(("moe_", "first_k", "router", "routed"))]
+    return replace(config, intermediate_size=size, **{key: fields[key].default for key in moe_keys})
+
+
+def settle(options: argparse.Namespace) -> list[float]:
+    """Train the model a little and leave it in the folder, in our format and theirs: its last loads' violations."""
+    device = pick_device(options.device)
+    recipe, config = train.shape(options)
+    torch.manual_seed(0)
+    model = Transformer(config).to(device)
+    loss, optimizer = LossModule(model, router_losses(recipe)), build_optimizer(model, recipe.optimizer)
+    batches = train.batches_of(options, device)
+    violations: list[float] = []
+    for _ in range(options.settle):
+        tokens = next(batches)
+        with autocast(device, pick_dtype(options.dtype, device)):
+            result = loss(tokens[:, :-1], tokens[:, 1:].contiguous())
+        (result.objective / (tokens.numel() - len(tokens))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert result.load_LE is not None, "this recipe has no experts"
+        move_selection_biases(model, result.load_LE, SETTLING_RATE)
+        violations = (result.load_LE.amax(1) / result.load_LE.double().mean(1) - 1).tolist()
+    torch.save(model.state_dict(), options.folder / "state.pt")
+    target = export_target(config).model_type
+    values = write_config(target, config.resolved())
+    (options.folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    save_file(
+        their_state(target, config.resolved(), state, torch.float32),
+        options.folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return violations
+
+
+def contend(name: str, options: argparse.Namespace, pipe: Connection) -> None:
+    base, _, suffix = name.partition(" ")
+    if base == "transformers":
+        train.CONTESTANTS[base] = lambda options, device, _: transformers(options, device, suffix)
+    else:
+        train.CONTESTANTS[base] = {"lightlm": lightlm, "dense": dense}[base]
+    train.contend(name, options, pipe)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    train.add_options(parser, recipe="moe-demo", contestants="lightlm,dense,transformers")
+    parser.add_argument("--settle", type=int, default=40, help="steps of training before the measurement")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        violations = settle(options)
+        seconds, peaks = train.compete(options.contestants.split(","), options, contend)
+    _, config = train.shape(options)
+    with torch.device("meta"):
+        models = {"lightlm": Transformer(config), "dense": Transformer(dense_config(config))}
+    result = train.summary(options, seconds, peaks) | {
+        "parameters": {name: model.num_parameters() for name, model in models.items()},
+        "flops_per_token": {name: model.flops_per_token(options.length) for name, model in models.items()},
+        "violation": [round(violation, 2) for violation in violations],
+    }
+    if "dense" in seconds:
+        result["step_time_to_dense"] = round(1 / result["ratio"].pop("to dense"), 3)
+    train.report(result, options.out)
+
+
+if __name__ == "__main__":
+    main()
