@@ -1,13 +1,15 @@
 """Training speed of a mixture of experts: beside a dense model of the same active parameters, and beside transformers.
 
-    python benchmarks/moe.py --recipe moe-demo --data data/pydocs
+    lightlm train recipes/moe-demo.yaml
+    python benchmarks/moe.py --recipe moe-demo --data data/pydocs --start runs/moe-demo optimizer.lr=1e-6
     python benchmarks/moe.py --recipe moe --sequences 2 --length 2048 --data data/corpus --contestants lightlm,dense
     python benchmarks/moe.py --recipe moe-demo --data data/pydocs \\
         --contestants "lightlm,dense,transformers eager,transformers grouped_mm,transformers batched_mm"
 
-The model is first trained for --settle steps on the data, with a fast balancing bias: untrained routers send all tokens
-to the same few experts. All contestants but the dense one then start from its weights, so that the same experts are
-chosen, and take a step of each batch in turn, as in train.py. `transformers NAME` sets its experts' implementation.
+The model is that of --start, or is first trained for --settle steps on the data: untrained routers send all tokens to
+the same few experts, and it takes hundreds of steps until they are balanced. A rate near 0 then keeps them as they are.
+All contestants but the dense one start from its weights, so that the same experts are chosen, and take a step of
+each batch in turn, as in train.py. `transformers NAME` sets its experts' implementation.
 """
 
 import argparse
@@ -23,16 +25,17 @@ from safetensors.torch import save_file
 from train import Contestant
 
 from lightlm.convert.config_json import write_config
+from lightlm.convert.loading import load_pretrained
 from lightlm.convert.registry import export_target
 from lightlm.convert.weights import their_state
-from lightlm.device import autocast, pick_device, pick_dtype
+from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.train.optimizers import build_optimizer
 from lightlm.train.parallel import LossModule
 from lightlm.train.routers import move_selection_biases, router_losses
 
-SETTLING_RATE = 0.02  # of the selection bias: fast, for a few steps
+SETTLING_RATE = 0.1  # of the selection bias, falling to 0 over the steps: fast, for they are few
 
 
 def lightlm(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
@@ -70,23 +73,28 @@ def dense_config(config: ModelConfig) -> ModelConfig:
 def settle(options: argparse.Namespace) -> list[float]:
     """Train the model a little and leave it in the folder, in our format and theirs: its last loads' violations."""
     device = pick_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     recipe, config = train.shape(options)
     torch.manual_seed(0)
     model = Transformer(config).to(device)
     loss, optimizer = LossModule(model, router_losses(recipe)), build_optimizer(model, recipe.optimizer)
     batches = train.batches_of(options, device)
+    if options.start is not None:
+        model.load_state_dict(load_pretrained(options.start).model.state_dict())
     violations: list[float] = []
-    for _ in range(options.settle):
+    for step in range(options.settle if options.start is None else 1):
         tokens = next(batches)
         with autocast(device, pick_dtype(options.dtype, device)):
             result = loss(tokens[:, :-1], tokens[:, 1:].contiguous())
-        (result.objective / (tokens.numel() - len(tokens))).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         assert result.load_LE is not None, "this recipe has no experts"
-        move_selection_biases(model, result.load_LE, SETTLING_RATE)
         violations = (result.load_LE.amax(1) / result.load_LE.double().mean(1) - 1).tolist()
+        if options.start is None:
+            (result.objective / (tokens.numel() - len(tokens))).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            move_selection_biases(model, result.load_LE, SETTLING_RATE * (1 - step / options.settle))
     torch.save(model.state_dict(), options.folder / "state.pt")
     target = export_target(config).model_type
     values = write_config(target, config.resolved())
@@ -113,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_options(parser, recipe="moe-demo", contestants="lightlm,dense,transformers")
     parser.add_argument("--settle", type=int, default=40, help="steps of training before the measurement")
+    parser.add_argument("--start", type=Path, help="a run or a checkpoint of the recipe, instead of --settle")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
