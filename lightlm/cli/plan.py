@@ -68,6 +68,7 @@ def _print(plan: dict[str, Any]) -> None:
     if measured:
         times = {
             "a micro-batch, forward and backward": f"{measured['pass_seconds']:.3g} s",
+            "a micro-batch in validation": f"{measured['forward_seconds']:.3g} s",
             "clipping and optimizer": f"{measured['update_seconds']:.3g} s",
             "a step": f"{measured['step_seconds']:.3g} s, {measured['tokens_per_second']:,.0f} tokens/s",
             "the run": _duration(measured["hours"]),

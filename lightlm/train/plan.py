@@ -188,6 +188,7 @@ def _measurements(probe: Probe, recipe: Recipe, work: Work, accumulation: int, c
     return {
         "pass_seconds": probe.pass_seconds,
         "update_seconds": probe.update_seconds,
+        "forward_seconds": probe.forward_seconds,
         "step_seconds": step_seconds,
         "tokens_per_second": recipe.batch_sequences * recipe.seq_len / step_seconds,
         "memory": None if probe.memory is None else probe.memory + copy,

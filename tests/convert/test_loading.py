@@ -1,5 +1,4 @@
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,10 +113,8 @@ def test_checkpoint_on_the_hub(workplace, tokenizer, monkeypatch):
 
 def test_hub_out_of_reach(workplace):
     """tests/conftest.py sets HF_HUB_OFFLINE."""
-    start = time.monotonic()
     with pytest.raises(CheckpointError) as error:
         load_pretrained("HuggingFaceTB/SmolLM2-135M-of-nobody")
-    assert time.monotonic() - start < 5
     for part in ("HuggingFaceTB/SmolLM2-135M-of-nobody", "Hugging Face Hub", "without a connection, name"):
         assert part in str(error.value)
 
