@@ -8,9 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
 
+from lightlm.data.hub_files import HubFile
 from lightlm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as parquet
+
+File: TypeAlias = Path | HubFile
 
 BLOCK_BYTES = 64 << 20  # of an uncompressed .jsonl file: a few seconds of tokenizing
 
@@ -34,16 +40,17 @@ class Unit:
     read: Read
 
 
-def suffix_of(path: Path) -> str | None:
+def suffix_of(path: File) -> str | None:
     """Which of `SUFFIXES` a file name ends in, case aside; None for a file that cannot be read."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def file_units(path: Path, name: str, text_column: str) -> Iterator[Unit]:
+def file_units(path: File, name: str, text_column: str) -> Iterator[Unit]:
     """The units of one file, whose ids start with `name`; opens Parquet files to count their row groups."""
     match suffix_of(path):
         case ".txt" | ".md":
+            assert isinstance(path, Path)  # in a Hub data set, `datasets` makes each line of a text file a row
             yield Unit(name, partial(read_text, path))
         case ".parquet":
             for group in range(_row_groups(path, text_column)):
@@ -70,7 +77,7 @@ def read_text(path: Path) -> Iterator[str]:
     yield text.replace("\r\n", "\n")
 
 
-def read_json_block(path: Path, start: int, text_column: str) -> Iterator[str]:
+def read_json_block(path: File, start: int, text_column: str) -> Iterator[str]:
     """The documents of the lines that begin in the block of `BLOCK_BYTES` bytes at `start`."""
     try:
         with path.open("rb") as file:
@@ -84,7 +91,7 @@ def read_json_block(path: Path, start: int, text_column: str) -> Iterator[str]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_compressed_json(path: Path, text_column: str) -> Iterator[str]:
+def read_compressed_json(path: File, text_column: str) -> Iterator[str]:
     """The documents of a .jsonl.gz or .jsonl.zst file, one a line."""
     number = 0
     try:
@@ -95,13 +102,12 @@ def read_compressed_json(path: Path, text_column: str) -> Iterator[str]:
         raise DataError(f"{path}: damaged or truncated after line {number} ({error})") from error
 
 
-def read_row_group(path: Path, group: int, text_column: str) -> Iterator[str]:
+def read_row_group(path: File, group: int, text_column: str) -> Iterator[str]:
     """The documents of one row group of a Parquet file; null texts are left out."""
     import pyarrow
-    import pyarrow.parquet as parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with _parquet(path) as file:
             for batch in file.iter_batches(row_groups=[group], columns=[text_column], batch_size=1024):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pyarrow.ArrowException, OSError) as error:
@@ -110,13 +116,18 @@ def read_row_group(path: Path, group: int, text_column: str) -> Iterator[str]:
         raise DataError(f"{path}: row group {group} holds text that is not UTF-8 ({error})") from error
 
 
-def _row_groups(path: Path, text_column: str) -> int:
-    """How many row groups a Parquet file has. Raises DataError where it has no such text column."""
-    import pyarrow
+def _parquet(path: File) -> "parquet.ParquetFile":
     import pyarrow.parquet as parquet
 
+    return path.open_parquet() if isinstance(path, HubFile) else parquet.ParquetFile(path)
+
+
+def _row_groups(path: File, text_column: str) -> int:
+    """How many row groups a Parquet file has. Raises DataError where it has no such text column."""
+    import pyarrow
+
     try:
-        with parquet.ParquetFile(path) as file:
+        with _parquet(path) as file:
             schema, groups = file.schema_arrow, file.num_row_groups
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
@@ -161,14 +172,14 @@ def _json_text(line: bytes, where: Callable[[], str], text_column: str) -> Itera
     yield text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _block_line(path: Path, end: int) -> str:
+def _block_line(path: File, end: int) -> str:
     """The line that ends at byte `end`; only an error asks, so counting from the start of the file is fine."""
     with path.open("rb") as file:
         lines = file.read(end).splitlines()
     return f"{path}, line {len(lines)}"
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+def _decompressed(raw: BinaryIO, path: File) -> BinaryIO:
     if suffix_of(path) == ".jsonl.gz":
         return gzip.open(raw, "rb")  # type: ignore[return-value]
     import pyarrow

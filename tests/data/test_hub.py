@@ -1,0 +1,398 @@
+"""Data sets on the Hub, read through the real client libraries from a loopback server that fails on order."""
+
+import gzip
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lightlm.data import hub_files
+from lightlm.data.hub import HubError
+from lightlm.data.hub_names import HUB_DATASETS, parse_hub
+from lightlm.data.hub_source import HubSource
+from lightlm.data.readers import Unit
+from lightlm.data.sources import open_source
+from lightlm.errors import DataError, LightLMError
+from tests.corpus import texts as corpus
+from tests.hub import Fault, Hub, make_fineweb_edu, use
+
+REPO = "HuggingFaceFW/fineweb-edu"
+# Long, so that a file is larger than the 64 KB that pyarrow reads in search of a footer.
+DOCUMENTS = [f"{number}: " + 20 * text for number, text in enumerate(corpus(90))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fineweb_edu(tmp_path_factory.mktemp("fineweb-edu"), DOCUMENTS, row_group=10)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as server:
+        use(server, tmp_path / "cache", monkeypatch)
+        hub_files._footer.cache_clear()
+        yield server
+
+
+def source(spec: str = "fineweb-edu", text_column: str = "text") -> HubSource:
+    opened = open_source(spec, text_column)
+    assert isinstance(opened, HubSource)
+    return opened
+
+
+def read(source: HubSource) -> list[str]:
+    return [text for unit in source.units() for text in unit.read()]
+
+
+def row_groups(files: int, groups: int) -> list[str]:
+    return [
+        f"sample/10BT/{file:03d}_00000.parquet#row_group={group}" for file in range(files) for group in range(groups)
+    ]
+
+
+def test_the_sample_is_read_in_order_by_row_groups_at_one_commit(hub: Hub, folder: Path) -> None:
+    commit = hub.add(REPO, folder)
+    opened = source()
+    units = list(opened.units())
+    assert [unit.id for unit in units] == row_groups(3, 3) == [unit.id for unit in source().units()]
+    restored: list[Unit] = pickle.loads(pickle.dumps(units))
+    assert [text for unit in restored for text in unit.read()] == DOCUMENTS
+    assert opened.revision == commit
+    assert (opened.name, opened.spec) == ("fineweb-edu", f"hf:{REPO}:sample-10BT")
+    # Each row group is one request, and of the repository nothing is looked at but what the configuration names.
+    contents = [r for r in hub.requests if "/cdn/" in r.path]
+    assert len(contents) == 3 + 9 + 3  # the second listing found the footer of one file still there, of two others not
+    assert all("sample/10BT" in r.path for r in contents)
+    assert not any("/tree/" in r.path and "/data" in r.path for r in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("spec", "first", "name"),
+    [
+        ("fineweb-edu:100BT", f"sample-100BT {DOCUMENTS[0]}", "fineweb-edu-100BT"),
+        ("fineweb-edu:full", f"2013 {DOCUMENTS[0]}", "fineweb-edu-full"),
+        ("fineweb-edu:CC-MAIN-2013-20", f"2013 {DOCUMENTS[0]}", "fineweb-edu-CC-MAIN-2013-20"),
+        (f"hf:{REPO}", f"2013 {DOCUMENTS[0]}", "fineweb-edu"),
+        (f"hf:{REPO}:sample-10BT@v1", DOCUMENTS[0], "fineweb-edu-sample-10BT"),
+    ],
+)
+def test_configurations_and_revisions(hub: Hub, folder: Path, spec: str, first: str, name: str) -> None:
+    hub.add(REPO, folder)
+    hub.add(REPO, folder, branch="v1")
+    opened = source(spec)
+    assert next(iter(next(opened.units()).read())) == first
+    assert opened.name == name
+
+
+FAULTS = [
+    Fault("status", r"GET /api/datasets/.*/revision/main", times=2, status=503),
+    Fault("status", "GET .*README", times=2),
+    Fault("status", "HEAD .*README", times=2),
+    Fault("close", r"/api/datasets/.*/revision/main"),
+    Fault("drop", r"/paths-info/", times=3),
+    Fault("status", r"/resolve/.*10BT", times=4, status=429),
+    Fault("status", r"/cdn/", times=4, status=500),
+    Fault("status", r"/cdn/.*001_00000", times=2, status=504),
+    Fault("drop", r"/cdn/.*002_00000", times=4),
+    Fault("close", r"/cdn/.*000_00000", times=4),
+    Fault("slow", r"/cdn/.*001_00000", seconds=1.0),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.kind}-{f.status}-{f.match}")
+def test_a_fault_that_passes_changes_nothing(hub: Hub, folder: Path, fault: Fault) -> None:
+    hub.add(REPO, folder)
+    hub.faults.append(Fault(**vars(fault)))
+    assert read(source()) == DOCUMENTS
+    assert hub.faults[0].times == 0  # it did happen
+
+
+def test_a_line_that_drops_again_and_again_costs_pieces_and_repeats_no_document(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_files, "PIECE_BYTES", 20_000)
+    hub.add(REPO, folder)
+    answered = 0
+
+    def every_third(line: str) -> None:
+        nonlocal answered
+        answered += "/cdn/" in line
+        if "/cdn/" in line and answered % 3 == 0:
+            hub.faults.append(Fault("drop", "/cdn/"))
+
+    hub.before_request = every_third
+    assert read(source()) == DOCUMENTS
+    ranges = [tuple(map(int, re.findall(r"\d+", r.range or ""))) for r in hub.requests if "/cdn/" in r.path]
+    assert len(ranges) > 30
+    assert all(end - start < 20_000 for start, end in ranges)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("status", "500"), ("drop", "peer closed connection"), ("slow", "timed out")]
+)
+def test_a_fault_that_stays_ends_in_one_message(hub: Hub, folder: Path, kind: str, reason: str) -> None:
+    hub.add(REPO, folder)
+    units = list(source().units())
+    hub.clear()
+    hub.faults.append(Fault(kind, r"/cdn/.*001_00000", times=99, seconds=0.8))  # type: ignore[arg-type]
+    assert len(list(units[2].read())) == 10
+    with pytest.raises(HubError, match=f"Reading {REPO}/sample/10BT/001_00000.parquet .*failed 5 times.*{reason}"):
+        list(units[3].read())
+    assert sum("001_00000" in r.path and "/cdn/" in r.path for r in hub.requests) == 5 or kind == "slow"
+
+
+def test_what_is_refused_is_asked_for_once(hub: Hub, folder: Path) -> None:
+    hub.add(REPO, folder)
+    units = list(source().units())
+    hub.clear()
+    hub.faults.append(Fault("status", "/resolve/", times=99, status=403))
+    with pytest.raises(HubError, match=r"refuses access to HuggingFaceFW/fineweb-edu.*hf auth login"):
+        list(units[0].read())
+    assert len(hub.requests) == 1
+
+
+def test_a_later_run_fetches_what_is_missing(hub: Hub, folder: Path) -> None:
+    hub.add(REPO, folder)
+    done = [unit.id for unit in source().units()][:7]
+    hub_files._footer.cache_clear()
+    hub.clear()
+    rest = [text for unit in source().units() if unit.id not in done for text in unit.read()]
+    assert rest == DOCUMENTS[-20:]
+    fetched = [r for r in hub.requests if "/cdn/" in r.path]
+    assert len(fetched) == 3 + 2  # three footers, two row groups
+    assert [r.sent for r in fetched if "002_" not in r.path] == [65536, 65536]
+
+
+def test_a_branch_that_moves_is_not_followed(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    before = hub.add(REPO, folder)
+    other = make_fineweb_edu(tmp_path / "other", [f"new {text}" for text in DOCUMENTS], files=4)
+    opened = source()
+    moved = False
+
+    def move(line: str) -> None:
+        nonlocal moved
+        if "/cdn/" in line and "001_00000" in line and not moved:
+            moved = True
+            hub.add(REPO, other)
+
+    hub.before_request = move
+    assert read(opened) == DOCUMENTS
+    assert moved
+    assert opened.revision == before
+    assert read(source().at(before)) == DOCUMENTS  # a resumed run, which knows the commit
+    assert read(source())[0] == f"new {DOCUMENTS[0]}"
+
+
+def test_a_branch_that_moves_while_it_is_looked_up_gives_one_version(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    commits = [hub.add(REPO, folder)]
+    other = make_fineweb_edu(tmp_path / "other", DOCUMENTS[:40], files=1)
+
+    def move(line: str) -> None:
+        if "README" in line and len(commits) == 1:
+            commits.append(hub.add(REPO, other))
+
+    hub.before_request = move
+    opened = source()
+    assert read(opened) == DOCUMENTS
+    assert opened.revision == commits[0] != commits[1]
+
+
+def test_content_that_changes_under_a_commit_is_noticed(hub: Hub, folder: Path) -> None:
+    commit = hub.add(REPO, folder)
+    units = list(source().units())
+    files = hub.repositories[f"datasets/{REPO}"].commits[commit]
+    files["sample/10BT/001_00000.parquet"] += b"more"
+    with pytest.raises(HubError, match=r"001_00000\.parquet has .* bytes at commit .*If HF_ENDPOINT is a mirror"):
+        list(units[3].read())
+
+
+def test_a_mirror_without_ranges_is_read(hub: Hub, folder: Path) -> None:
+    hub.add(REPO, folder)
+    hub.ranges = False
+    assert read(source()) == DOCUMENTS
+
+
+def gate(hub: Hub) -> None:
+    hub.repositories[f"datasets/{REPO}"].gated = True
+
+
+def script(hub: Hub) -> None:
+    commit = hub.repositories[f"datasets/{REPO}"].branches["main"]
+    files = hub.repositories[f"datasets/{REPO}"].commits[commit]
+    files["fineweb-edu.py"] = b"print()"
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "message"),
+    [
+        ("hf:some/thing", None, r"no data set 'some/thing' on the Hub, or it is private\. .*hf auth login"),
+        ("fineweb-edu:nope", None, r"no configuration 'nope'; there are: default, sample-10BT, sample-100BT, CC-MAIN"),
+        ("fineweb-edu@v9", None, r"no branch, tag or commit 'v9'\. There are: main\."),
+        ("fineweb-edu", gate, r"open only to those who accepted its terms, at https.*fineweb-edu\. .*hf auth login"),
+        ("fineweb-edu", script, r"is a program, .* try hf:HuggingFaceFW/fineweb-edu@refs/convert/parquet"),
+        ("python-edu", None, r"python-edu cannot be prepared: it lists files .* holds no text"),
+        ("hf:a/b/c", None, r"write a Hub data set as hf:organisation/name"),
+        ("hf:a/b:", None, r"write a Hub data set as hf:organisation/name"),
+    ],
+)
+def test_what_is_missing_or_refused_is_one_message(
+    hub: Hub, folder: Path, spec: str, change: Callable[[Hub], None] | None, message: str
+) -> None:
+    hub.add(REPO, folder)
+    if change:
+        change(hub)
+    with pytest.raises(LightLMError, match=message):
+        list(source(spec).units())
+
+
+def test_a_gated_data_set_is_read_with_a_token_that_stays_on_the_hub(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, folder)
+    gate(hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert read(source()) == DOCUMENTS  # the server's other host answers 400 to a request that carries the token
+
+
+def test_a_split_or_a_column_that_is_not_there_is_named(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    hub.add(REPO, folder)
+    with pytest.raises(DataError, match=r"fineweb-edu/sample/10BT/000.*no column 'body'; there are: text, id, url"):
+        list(source(text_column="body").units())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "test.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    declared = "---\nconfigs:\n- config_name: a\n  data_files:\n  - split: test\n    path: test.jsonl\n---\n"
+    (other / "README.md").write_text(declared, encoding="utf-8")
+    hub.add("org/tests", other)
+    with pytest.raises(DataError, match=r"no train split; there are: test"):
+        list(source("hf:org/tests").units())
+
+
+def json_lines(*documents: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+
+
+def test_other_formats_are_read_file_by_file_through_faults(hub: Hub, tmp_path: Path) -> None:
+    repositories = {
+        "lines": {"train-1.jsonl": json_lines("a", "b"), "train-2.jsonl.gz": gzip.compress(json_lines("c"))},
+        "json": {"data/train.json": json_lines(*"abc")},
+        "tables": {
+            "x.tsv": b"n\ttext\n1\ta\n2\tb\n",
+            "y.tsv": b"n\ttext\n3\tc\n",
+            "README.md": b'---\nconfigs:\n- config_name: one\n  data_files: "*.tsv"\n  sep: "\\t"\n---\n',
+        },
+    }
+    for name, files in repositories.items():
+        for path, content in files.items():
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_bytes(content)
+        hub.add(f"org/{name}", tmp_path / name)
+        opened = source(f"hf:org/{name}")
+        data = [path for path in files if path != "README.md"]
+        assert [unit.id.partition("#")[0] for unit in opened.units()] == data
+        hub.faults.append(Fault("drop", f"GET /(cdn/)?datasets/org/{name}.*{data[0]}"))
+        units = pickle.loads(pickle.dumps(list(opened.units())))
+        assert [text for unit in units for text in unit.read()] == ["a", "b", "c"]
+        assert hub.faults.pop().times == 0
+
+
+def test_a_streamed_file_that_breaks_goes_on_at_the_row_where_it_broke(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` gives rows in batches, so a break between rows is made here, where it streams."""
+    from lightlm.data import hub_source
+
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "x.csv").write_text("text\n" + "".join(f"row {i}\n" for i in range(9)), encoding="utf-8")
+    hub.add("org/x", tmp_path / "x")
+    whole, breaks = hub_source._stream, iter([3, 3, 7])
+
+    def breaking(*arguments: object) -> Iterator[dict[str, str]]:
+        stop = next(breaks, None)
+        for number, row in enumerate(whole(*arguments)):  # type: ignore[arg-type]
+            if number == stop:
+                raise ConnectionResetError("the line went dead")
+            yield row
+
+    monkeypatch.setattr(hub_source, "_stream", breaking)
+    assert read(source("hf:org/x")) == [f"row {i}" for i in range(9)]
+
+
+def test_a_download_survives_faults_and_serves_without_a_network(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add(REPO, folder)
+    hub.faults += [Fault("drop", "/cdn/.*000_0", times=2), Fault("status", "/cdn/.*001_0", status=502)]
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    seen: list[tuple[int, int]] = []
+    listing = source().download(lambda files, size, _: seen.append((files, size)))
+    assert [fault.times for fault in hub.faults] == [0, 0]
+    assert seen[-1] == (3, listing.total_bytes)
+
+    hub.clear()
+    source().download()
+    assert hub.body_bytes("/cdn/") == 0  # nothing is fetched twice
+
+    hub.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    opened = source()
+    assert read(opened) == DOCUMENTS
+    assert opened.revision == commit
+    assert [unit.id for unit in opened.units()][3] == "sample/10BT/001_00000.parquet#row_group=0"
+    assert read(source().at(commit)) == DOCUMENTS
+    assert not hub.requests
+    with pytest.raises(DataError, match=r"at commit 0123abc is not in the cache .*--download-only"):
+        source().at("0123abc").units().__next__()
+    with pytest.raises(
+        DataError,
+        match=r"hf:HuggingFaceFW/fineweb-edu:sample-100BT is not in the cache at .*: lightlm "
+        r"prepare-data hf:HuggingFaceFW/fineweb-edu:sample-100BT --download-only",
+    ):
+        list(source("fineweb-edu:100BT").units())
+
+
+def test_an_unfinished_download_names_the_missing_files(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, folder)
+    hub.faults.append(Fault("status", "/cdn/.*002_0", times=99))
+    with pytest.raises(HubError, match=r"Downloading .*002_00000\.parquet .*failed 5 times in a row \(.*500"):
+        source().download()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"\d of the 3 files .*002_00000\.parquet.*sample-10BT --download-only"):
+        list(source().units())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.clear()
+    assert read(source()) == DOCUMENTS  # online, what is in the cache is read there
+    cached = {path for path, _ in source().listing.files if source().listing.cached(path)}
+    assert not any(path in r.path for r in hub.requests for path in cached)
+
+
+def test_a_download_needs_room(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(REPO, folder)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DataError, match=r"needs 0\.0 GB, and the disk of .* Set HF_HOME"):
+        source().download()
+    assert not any("/cdn/" in r.path for r in hub.requests)
+
+
+@pytest.mark.parametrize("name", [name for name, named in HUB_DATASETS.items() if not named.without_text])
+def test_every_short_name_has_a_long_form(name: str) -> None:
+    request = parse_hub(name, "text")
+    assert request is not None
+    assert request.name == name
+    long = parse_hub(request.spec, request.text_column)
+    assert long is not None
+    assert (long.repo, long.config) == (request.repo, request.config)
+
+
+def test_a_named_data_set_knows_its_text_column() -> None:
+    for column, expected in (("text", "page"), ("title", "title")):
+        request = parse_hub("wikitext-103", column)
+        assert request is not None
+        assert request.text_column == expected
