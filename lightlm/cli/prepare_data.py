@@ -28,7 +28,7 @@ def prepare_data(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="pydocs, fineweb-edu, tinystories, hf:org/name[:config], or a file or folder of "
+            help="pydocs, fineweb-edu, another named data set, hf:org/name[:config][@revision], or a file or folder of "
             ".txt .md .jsonl[.gz|.zst] .parquet",
         ),
     ],
@@ -56,6 +56,13 @@ def prepare_data(
             "--verify", help="Prepare nothing: check a finished folder (SOURCE may be the folder), checksums included."
         ),
     ] = False,
+    download_only: Annotated[
+        bool,
+        typer.Option(
+            "--download-only",
+            help="Prepare nothing: fetch a Hub data set and the tokenizer into the Hub's cache, for HF_HUB_OFFLINE=1.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
@@ -63,6 +70,10 @@ def prepare_data(
     from lightlm.data.prepare import verify as verify_folder
     from lightlm.data.sources import PYDOCS, open_source
 
+    if download_only:
+        from lightlm.cli.download_data import download_data
+
+        return download_data(open_source(source, text_column), tokenizer or TOKENIZER, as_json)
     started = time.perf_counter()
     limit = _tokens(max_tokens)
     if verify:

@@ -169,28 +169,34 @@ def hub_errors() -> tuple[type[BaseException], ...]:
 
 
 @contextlib.contextmanager
-def quiet_libraries(*others: str, level: int = logging.CRITICAL) -> Iterator[None]:
+def quiet_libraries(*others: str, level: int = logging.CRITICAL, bars: bool = False) -> Iterator[None]:
     """Keep the libraries' retry messages and progress bars off the terminal; LightLM reports both itself.
 
     Args:
         others: loggers to silence besides those of the Hub's libraries.
         level: what is still shown.
+        bars: leave the Hub's own progress bars of downloads where they are.
     """
     import datasets
+    from huggingface_hub import utils
 
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "fsspec", "httpx", *others)]
     before = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
+    shown = not datasets.are_progress_bars_disabled(), not bars and not utils.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(level)
     datasets.disable_progress_bars()
+    if shown[1]:
+        utils.disable_progress_bars()
     try:
         yield
     finally:
         for logger, previous in zip(loggers, before, strict=True):
             logger.setLevel(previous)
-        if not bars:
+        if shown[0]:
             datasets.enable_progress_bars()
+        if shown[1]:
+            utils.enable_progress_bars()
 
 
 def download_tokenizer(repo: str, alternative: str) -> Path:

@@ -113,7 +113,7 @@ class HubSource:
         wanted = [(path, size) for path, size in listing.files if listing.cached(path) is None]
         _check_room(sum(size for _, size in wanted))
         done_files, done_bytes = len(listing.files) - len(wanted), listing.total_bytes - sum(size for _, size in wanted)
-        with quiet_libraries(), ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
+        with quiet_libraries(bars=True), ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
             sizes = {pool.submit(_download, listing, path): size for path, size in wanted}
             try:
                 for finished in as_completed(sizes):
