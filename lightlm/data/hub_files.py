@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 # (1,000 documents, some 3 MB) whole, and bounds the memory of a row group that is a file's only one.
 PIECE_BYTES = 8 << 20
 
+# Where the Hub has sent this process for a file's content, by URL. The address is signed for about an hour. Without it
+# each row group would also cost a question to the Hub, which allows an anonymous client some 10 a second.
+_locations: dict[str, str] = {}
+_EXPIRED = (401, 403, 404, 410)
+
 # Footers kept per process: units of the same file follow one another, and the footer of a 2 GB file of FineWeb
 # (690 row groups of 10 columns) would be a large part of what each unit reads.
 FOOTERS = 4
@@ -118,23 +123,37 @@ def fetch(file: HubFile, start: int, end: int) -> bytes:
 
 
 def _request(file: HubFile, start: int, end: int) -> bytes:
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import hf_raise_for_status
 
-    response = get_session().get(
-        hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.commit),
-        # Compressed on its way, a range would not have the length that was asked for.
-        headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"},
-        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-    )
+    url = hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.commit)
+    # Compressed on its way, a range would not have the length that was asked for.
+    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    response = _ask(url, headers)
     hf_raise_for_status(response)
-    content = response.content
+    content: bytes = response.content
     if response.status_code == 200 and len(content) == file.size:
         return content[start:end]  # a mirror that knows no ranges
     _check_version(file, [*response.history, response])
     if len(content) != end - start:
         raise ConnectionError(f"{len(content)} of {end - start} bytes came")
+    if response.history:
+        _locations[url] = str(response.url)
     return content
+
+
+def _ask(url: str, headers: dict[str, str]) -> Any:
+    """The answer to a request for a file, from the place that the Hub named last time if that still answers."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    if url in _locations:
+        response = get_session().get(_locations[url], headers=headers, timeout=seconds)
+        if response.status_code not in _EXPIRED:
+            return response
+        _locations.pop(url, None)
+    return get_session().get(url, headers={**build_hf_headers(), **headers}, timeout=seconds)
 
 
 def _check_version(file: HubFile, answers: list[Any]) -> None:

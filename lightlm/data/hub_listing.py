@@ -187,7 +187,8 @@ def record_path(repo: str, config: str | None, revision: str) -> Path:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "lightlm"
-    return folder / f"{urllib.parse.quote(f'{config or chr(42)}@{revision}', safe='@')}.json"
+    name = urllib.parse.quote((config or "") + "@" + revision, safe="@")
+    return folder / f"{name}.json"
 
 
 def write_record(listing: Listing, revision: str) -> None:

@@ -100,6 +100,7 @@ FAULTS = [
     Fault("drop", r"/cdn/.*002_00000", times=4),
     Fault("close", r"/cdn/.*000_00000", times=4),
     Fault("slow", r"/cdn/.*001_00000", seconds=1.0),
+    Fault("slow", r"/paths-info/", seconds=1.0),
 ]
 
 
@@ -149,10 +150,21 @@ def test_what_is_refused_is_asked_for_once(hub: Hub, folder: Path) -> None:
     hub.add(REPO, folder)
     units = list(source().units())
     hub.clear()
-    hub.faults.append(Fault("status", "/resolve/", times=99, status=403))
+    hub.faults.append(Fault("status", "/resolve/|/cdn/", times=99, status=403))
     with pytest.raises(HubError, match=r"refuses access to HuggingFaceFW/fineweb-edu.*hf auth login"):
         list(units[0].read())
-    assert len(hub.requests) == 1
+    assert len(hub.requests) == 2  # the address of the content, which may have expired, and the Hub
+
+
+def test_the_hub_is_asked_once_for_the_address_of_a_file_and_again_when_that_expires(hub: Hub, folder: Path) -> None:
+    hub.add(REPO, folder)
+    units = list(source().units())
+    asked = [r.path for r in hub.requests if r.path.endswith(".parquet") and "/resolve/" in r.path]
+    assert len(asked) == 3
+    hub.clear()
+    hub.faults.append(Fault("status", "/cdn/.*001_0", status=403))
+    assert [text for unit in units for text in unit.read()] == DOCUMENTS
+    assert ["001_0" in r.path for r in hub.requests if "/resolve/" in r.path] == [True]
 
 
 def test_a_later_run_fetches_what_is_missing(hub: Hub, folder: Path) -> None:
@@ -220,6 +232,11 @@ def gate(hub: Hub) -> None:
     hub.repositories[f"datasets/{REPO}"].gated = True
 
 
+def lock_readme(hub: Hub) -> None:
+    """Taken for a repository without a README, it would be read with all its files."""
+    hub.faults.append(Fault("status", "README", times=99, status=403))
+
+
 def script(hub: Hub) -> None:
     commit = hub.repositories[f"datasets/{REPO}"].branches["main"]
     files = hub.repositories[f"datasets/{REPO}"].commits[commit]
@@ -232,6 +249,7 @@ def script(hub: Hub) -> None:
         ("hf:some/thing", None, r"no data set 'some/thing' on the Hub, or it is private\. .*hf auth login"),
         ("fineweb-edu:nope", None, r"no configuration 'nope'; there are: default, sample-10BT, sample-100BT, CC-MAIN"),
         ("fineweb-edu@v9", None, r"no branch, tag or commit 'v9'\. There are: main\."),
+        ("fineweb-edu", lock_readme, r"refuses access to HuggingFaceFW/fineweb-edu .*hf auth login"),
         ("fineweb-edu", gate, r"open only to those who accepted its terms, at https.*fineweb-edu\. .*hf auth login"),
         ("fineweb-edu", script, r"is a program, .* try hf:HuggingFaceFW/fineweb-edu@refs/convert/parquet"),
         ("python-edu", None, r"python-edu cannot be prepared: it lists files .* holds no text"),
