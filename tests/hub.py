@@ -29,10 +29,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow
-import pyarrow.parquet as parquet
-import pytest
-
 PAGE = 100  # entries of a tree listing in one answer; the Hub's is 1,000
 CDN_SUFFIXES = (".parquet", ".gz", ".zst")  # what a repository keeps in large-file storage
 
@@ -56,7 +52,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it was answered; `sent` counts the bytes of the body that were written."""
+    """A request as it was answered; `sent` counts the bytes of its body, all of them or a dropped half."""
 
     method: str
     path: str
@@ -312,34 +308,26 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, body, {"X-Error-Message": message, **named, **(headers or {})})
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        fault = self._fault.kind if self._fault is not None else None
+        half = len(body) // 2
+        sent = b"" if self.command == "HEAD" else body[:half] if fault == "drop" else body
+        self._record(status, len(sent))  # first, so that a test which has its answer finds the request
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        sent = 0
-        if self.command != "HEAD":
-            sent = self._send(body)
-        self._record(status, sent)
-
-    def _send(self, body: bytes) -> int:
-        """Write the body, or the half of it that a fault lets through; returns the bytes written."""
-        half = len(body) // 2
         try:
-            if self._fault is not None and self._fault.kind == "drop":
-                self.wfile.write(body[:half])
-                self.close_connection = True
-                return half
-            if self._fault is not None and self._fault.kind == "slow":
-                self.wfile.write(body[:half])
+            if fault == "slow":
+                self.wfile.write(sent[:half])
                 self.wfile.flush()
-                time.sleep(self._fault.seconds)
-                self.wfile.write(body[half:])
-            else:
-                self.wfile.write(body)
+                time.sleep(self._fault.seconds if self._fault else 0)
+                sent = sent[half:]
+            self.wfile.write(sent)
         except OSError:  # the client has given up
             self.close_connection = True
-        return len(body)
+        if fault == "drop":
+            self.close_connection = True
 
     def _record(self, status: int, sent: int) -> None:
         request = Request(self.command, self._path, self.headers.get("Range"), status, sent)
@@ -356,76 +344,6 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
     if path.endswith(CDN_SUFFIXES):
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
     return entry
-
-
-def use(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:
-    """Point the libraries of this process to the server, with an empty cache, short timeouts and no waiting.
-
-    They read HF_ENDPOINT and the like when they are imported; a process started with those variables needs no patch.
-    """
-    import datasets
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    patch.setattr(constants, "ENDPOINT", hub.url)
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    patch.setattr(constants, "HF_HUB_OFFLINE", False)
-    patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
-    patch.setattr(datasets.config, "HUB_DATASETS_URL", hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}")
-    patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    patch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-    patch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
-    patch.setattr("lightlm.data.hub.RETRY_DELAYS", (0.0, 0.0, 0.0, 0.0))
-    huggingface_hub.HfFileSystem.clear_instance_cache()
-
-
-FINEWEB_README = """---
-license: odc-by
-configs:
-- config_name: default
-  default: true
-  data_files:
-  - split: train
-    path: data/*/*
-- config_name: sample-10BT
-  data_files:
-  - split: train
-    path: sample/10BT/*
-- config_name: sample-100BT
-  data_files:
-  - split: train
-    path: sample/100BT/*
-- config_name: CC-MAIN-2013-20
-  data_files:
-  - split: train
-    path: data/CC-MAIN-2013-20/*
----
-# FineWeb-Edu
-"""
-
-
-def make_fineweb_edu(folder: Path, texts: list[str], files: int = 3, row_group: int = 20) -> Path:
-    """A folder laid out like HuggingFaceFW/fineweb-edu, its columns included, with `texts` as sample-10BT."""
-    share = -(-len(texts) // files)
-    parts = {f"sample/10BT/{i:03d}_00000.parquet": texts[i * share : (i + 1) * share] for i in range(files)}
-    parts["sample/100BT/000_00000.parquet"] = [f"sample-100BT {text}" for text in texts[:5]]
-    parts["data/CC-MAIN-2013-20/train-00000-of-00001.parquet"] = [f"2013 {text}" for text in texts[:5]]
-    parts["data/CC-MAIN-2025-26/000_00000.parquet"] = [f"2025 {text}" for text in texts[:5]]
-    for name, documents in parts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        ids = [hashlib.sha256(text.encode()).hexdigest() for text in documents]
-        columns = {
-            "text": documents,
-            "id": [f"<urn:uuid:{identity}>" for identity in ids],
-            "url": [f"https://example.org/{identity}/{identity[::-1]}" for identity in ids],
-            "language_score": [0.9] * len(documents),
-            "score": [2.5 + number % 4 * 0.5 for number in range(len(documents))],
-        }
-        parquet.write_table(pyarrow.table(columns), folder / name, row_group_size=row_group, compression="none")
-    (folder / "README.md").write_text(FINEWEB_README, encoding="utf-8")
-    return folder
 
 
 def main() -> None:

@@ -11,17 +11,17 @@ from lightlm.data.hub import HubError, first_line, hub_errors, persistently
 if TYPE_CHECKING:
     import pyarrow.parquet as parquet
 
-# The most that one request asks for, and that a broken connection costs. It holds a row group of the FineWeb family
-# (1,000 documents, some 3 MB) whole, and bounds the memory of a row group that is a file's only one.
+# The most that one request asks for, and that a broken connection costs. Row groups of a thousand documents are one
+# request; a row group that holds a whole file is many, and never in memory at once.
 PIECE_BYTES = 8 << 20
 
-# Where the Hub has sent this process for a file's content, by URL. The address is signed for about an hour. Without it
-# each row group would also cost a question to the Hub, which allows an anonymous client some 10 a second.
+# Where the Hub has sent this process for a file's content, by URL; the address is signed and expires. Without it, each
+# row group would also cost a question to the Hub, which limits the questions of a client.
 _locations: dict[str, str] = {}
 _EXPIRED = (401, 403, 404, 410)
 
-# Footers kept per process: units of the same file follow one another, and the footer of a 2 GB file of FineWeb
-# (690 row groups of 10 columns) would be a large part of what each unit reads.
+# Footers kept per process: units of the same file follow one another, and the footer of a file with hundreds of row
+# groups would be a large part of what each unit reads.
 FOOTERS = 4
 
 

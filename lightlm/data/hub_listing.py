@@ -2,7 +2,7 @@
 
 `datasets` knows the rules by which patterns and folder names make splits, and finds the files. The configuration is
 looked up here, in the repository's README, because `datasets` also expands the patterns of the first configuration:
-for sample-10BT of fineweb-edu that is a listing of each of 110 folders.
+for sample-10BT of fineweb-edu that is a listing of the folder of every crawl.
 """
 
 import functools
@@ -198,12 +198,15 @@ def write_record(listing: Listing, revision: str) -> None:
 
 
 def read_record(repo: str, config: str | None, revision: str) -> Listing | None:
-    """The listing of a download that was begun; None where there was none."""
+    """The listing of a download that was begun; None where there was none that this version can read."""
     path = record_path(repo, config, revision)
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return Listing(**{**record, "files": [(name, size) for name, size in record["files"]]})
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Listing(**{**record, "files": [(name, size) for name, size in record["files"]]})
+    except (ValueError, TypeError, KeyError):  # of another version of LightLM
+        return None
 
 
 # Messages

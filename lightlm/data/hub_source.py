@@ -3,13 +3,12 @@
 import functools
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightlm.data.hub import back_off, first_line, hub_errors, persistently, quiet_libraries, require_hub
+from lightlm.data.hub import HubError, back_off, first_line, hub_errors, persistently, quiet_libraries, require_hub
 from lightlm.data.hub_files import HubFile
 from lightlm.data.hub_listing import Listing, list_files, read_record, refusal, write_record
 from lightlm.data.hub_names import HubRequest
@@ -19,10 +18,6 @@ from lightlm.errors import DataError
 OFFLINE_HINT = (
     "What works offline: `lightlm prepare-data pydocs`, and local files or folders (`lightlm prepare-data PATH`)."
 )
-DOWNLOADS_AT_ONCE = 4
-
-# (files done, bytes done, the listing)
-DownloadProgress = Callable[[int, int, Listing], None]
 
 
 class HubSource:
@@ -42,9 +37,14 @@ class HubSource:
         self._request = request
         self._commit = commit
 
-    def at(self, revision: str) -> "HubSource":
+    def at_revision(self, revision: str) -> "HubSource":
         """The same source at a commit that an earlier run has settled on, wherever its branch points now."""
         return HubSource(self._request, revision)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files, all columns of them."""
+        return self.listing.total_bytes
 
     @property
     def revision(self) -> str | None:
@@ -53,7 +53,7 @@ class HubSource:
 
     @functools.cached_property
     def listing(self) -> Listing:
-        """Settled at the first use, and the same from then on. Raises DataError."""
+        """Settled at the first use, and the same from then on. Raises DataError or HubError."""
         from huggingface_hub import constants
 
         request, asked = self._request, self._request.revision or "main"
@@ -101,7 +101,7 @@ class HubSource:
             return Path(listing.repo, path).absolute()
         return listing.cached(path) or HubFile(listing.repo, listing.commit, path, size)
 
-    def download(self, progress: DownloadProgress | None = None) -> Listing:
+    def download(self) -> Listing:
         """Put the files into the Hub's cache, where later runs find them, also under HF_HUB_OFFLINE.
 
         What is there already stays; a broken download goes on where it stopped. Raises HubError or DataError.
@@ -112,18 +112,10 @@ class HubSource:
         write_record(listing, self._request.revision or "main")
         wanted = [(path, size) for path, size in listing.files if listing.cached(path) is None]
         _check_room(sum(size for _, size in wanted))
-        done_files, done_bytes = len(listing.files) - len(wanted), listing.total_bytes - sum(size for _, size in wanted)
-        with quiet_libraries(bars=True), ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
-            sizes = {pool.submit(_download, listing, path): size for path, size in wanted}
-            try:
-                for finished in as_completed(sizes):
-                    finished.result()
-                    done_files, done_bytes = done_files + 1, done_bytes + sizes[finished]
-                    if progress is not None:
-                        progress(done_files, done_bytes, listing)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        # One after another: Ctrl-C ends a download at once, which it would not with threads.
+        with quiet_libraries(bars=True):
+            for path, _ in wanted:
+                _download(listing, path)
         return listing
 
 
@@ -187,7 +179,9 @@ def _download(listing: Listing, path: str) -> None:
     try:
         persistently(f"Downloading {listing.repo}/{path}", fetch)
     except hub_errors() as error:
-        raise refusal(listing.repo, str(listing.commit), error) from error
+        meaning = refusal(listing.repo, str(listing.commit), error)
+        where = f"{listing.repo}/{path} cannot be downloaded"
+        raise meaning if isinstance(meaning, HubError) else DataError(f"{where}: {first_line(error)}") from error
 
 
 def _check_room(wanted: int) -> None:

@@ -13,16 +13,15 @@ import pytest
 from lightlm.data.shards import DataFolder
 from lightlm.data.tokenizer import train_tokenizer
 from tests.corpus import texts
-from tests.hub import Fault, Hub, make_fineweb_edu
+from tests.hub import Fault, Hub
+from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu
 
-REPO = "HuggingFaceFW/fineweb-edu"
-DOCUMENTS = [f"{number}: " + 20 * text for number, text in enumerate(texts(90))]
 COMMAND = [sys.executable, "-m", "lightlm", "prepare-data", "fineweb-edu"]
 
 
 @pytest.fixture(scope="module")
 def fineweb_edu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_fineweb_edu(tmp_path_factory.mktemp("fineweb-edu"), DOCUMENTS, row_group=10)
+    return make_fineweb_edu(tmp_path_factory.mktemp("fineweb-edu"), DOCUMENTS)
 
 
 @pytest.fixture(scope="module")

@@ -4,38 +4,20 @@ import gzip
 import json
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lightlm.data import hub_files
-from lightlm.data.hub import HubError
-from lightlm.data.hub_names import HUB_DATASETS, parse_hub
+from lightlm.data.hub import HubError, back_off
 from lightlm.data.hub_source import HubSource
 from lightlm.data.readers import Unit
 from lightlm.data.sources import open_source
 from lightlm.errors import DataError, LightLMError
-from tests.corpus import texts as corpus
-from tests.hub import Fault, Hub, make_fineweb_edu, use
-
-REPO = "HuggingFaceFW/fineweb-edu"
-# Long, so that a file is larger than the 64 KB that pyarrow reads in search of a footer.
-DOCUMENTS = [f"{number}: " + 20 * text for number, text in enumerate(corpus(90))]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_fineweb_edu(tmp_path_factory.mktemp("fineweb-edu"), DOCUMENTS, row_group=10)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with Hub() as server:
-        use(server, tmp_path / "cache", monkeypatch)
-        hub_files._footer.cache_clear()
-        yield server
+from tests.hub import Fault, Hub
+from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu
 
 
 def source(spec: str = "fineweb-edu", text_column: str = "text") -> HubSource:
@@ -54,8 +36,8 @@ def row_groups(files: int, groups: int) -> list[str]:
     ]
 
 
-def test_the_sample_is_read_in_order_by_row_groups_at_one_commit(hub: Hub, folder: Path) -> None:
-    commit = hub.add(REPO, folder)
+def test_the_sample_is_read_in_order_by_row_groups_at_one_commit(hub: Hub, fineweb_edu: Path) -> None:
+    commit = hub.add(REPO, fineweb_edu)
     opened = source()
     units = list(opened.units())
     assert [unit.id for unit in units] == row_groups(3, 3) == [unit.id for unit in source().units()]
@@ -80,9 +62,9 @@ def test_the_sample_is_read_in_order_by_row_groups_at_one_commit(hub: Hub, folde
         (f"hf:{REPO}:sample-10BT@v1", DOCUMENTS[0], "fineweb-edu-sample-10BT"),
     ],
 )
-def test_configurations_and_revisions(hub: Hub, folder: Path, spec: str, first: str, name: str) -> None:
-    hub.add(REPO, folder)
-    hub.add(REPO, folder, branch="v1")
+def test_configurations_and_revisions(hub: Hub, fineweb_edu: Path, spec: str, first: str, name: str) -> None:
+    hub.add(REPO, fineweb_edu)
+    hub.add(REPO, fineweb_edu, branch="v1")
     opened = source(spec)
     assert next(iter(next(opened.units()).read())) == first
     assert opened.name == name
@@ -105,18 +87,18 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.kind}-{f.status}-{f.match}")
-def test_a_fault_that_passes_changes_nothing(hub: Hub, folder: Path, fault: Fault) -> None:
-    hub.add(REPO, folder)
+def test_a_fault_that_passes_changes_nothing(hub: Hub, fineweb_edu: Path, fault: Fault) -> None:
+    hub.add(REPO, fineweb_edu)
     hub.faults.append(Fault(**vars(fault)))
     assert read(source()) == DOCUMENTS
     assert hub.faults[0].times == 0  # it did happen
 
 
 def test_a_line_that_drops_again_and_again_costs_pieces_and_repeats_no_document(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, fineweb_edu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_files, "PIECE_BYTES", 20_000)
-    hub.add(REPO, folder)
+    hub.add(REPO, fineweb_edu)
     answered = 0
 
     def every_third(line: str) -> None:
@@ -135,8 +117,8 @@ def test_a_line_that_drops_again_and_again_costs_pieces_and_repeats_no_document(
 @pytest.mark.parametrize(
     ("kind", "reason"), [("status", "500"), ("drop", "peer closed connection"), ("slow", "timed out")]
 )
-def test_a_fault_that_stays_ends_in_one_message(hub: Hub, folder: Path, kind: str, reason: str) -> None:
-    hub.add(REPO, folder)
+def test_a_fault_that_stays_ends_in_one_message(hub: Hub, fineweb_edu: Path, kind: str, reason: str) -> None:
+    hub.add(REPO, fineweb_edu)
     units = list(source().units())
     hub.clear()
     hub.faults.append(Fault(kind, r"/cdn/.*001_00000", times=99, seconds=0.8))  # type: ignore[arg-type]
@@ -146,8 +128,8 @@ def test_a_fault_that_stays_ends_in_one_message(hub: Hub, folder: Path, kind: st
     assert sum("001_00000" in r.path and "/cdn/" in r.path for r in hub.requests) == 5 or kind == "slow"
 
 
-def test_what_is_refused_is_asked_for_once(hub: Hub, folder: Path) -> None:
-    hub.add(REPO, folder)
+def test_what_is_refused_is_asked_for_once(hub: Hub, fineweb_edu: Path) -> None:
+    hub.add(REPO, fineweb_edu)
     units = list(source().units())
     hub.clear()
     hub.faults.append(Fault("status", "/resolve/|/cdn/", times=99, status=403))
@@ -156,8 +138,8 @@ def test_what_is_refused_is_asked_for_once(hub: Hub, folder: Path) -> None:
     assert len(hub.requests) == 2  # the address of the content, which may have expired, and the Hub
 
 
-def test_the_hub_is_asked_once_for_the_address_of_a_file_and_again_when_that_expires(hub: Hub, folder: Path) -> None:
-    hub.add(REPO, folder)
+def test_the_hub_is_asked_once_for_a_files_address_and_again_when_that_expires(hub: Hub, fineweb_edu: Path) -> None:
+    hub.add(REPO, fineweb_edu)
     units = list(source().units())
     asked = [r.path for r in hub.requests if r.path.endswith(".parquet") and "/resolve/" in r.path]
     assert len(asked) == 3
@@ -167,8 +149,8 @@ def test_the_hub_is_asked_once_for_the_address_of_a_file_and_again_when_that_exp
     assert ["001_0" in r.path for r in hub.requests if "/resolve/" in r.path] == [True]
 
 
-def test_a_later_run_fetches_what_is_missing(hub: Hub, folder: Path) -> None:
-    hub.add(REPO, folder)
+def test_a_later_run_fetches_what_is_missing(hub: Hub, fineweb_edu: Path) -> None:
+    hub.add(REPO, fineweb_edu)
     done = [unit.id for unit in source().units()][:7]
     hub_files._footer.cache_clear()
     hub.clear()
@@ -179,8 +161,8 @@ def test_a_later_run_fetches_what_is_missing(hub: Hub, folder: Path) -> None:
     assert [r.sent for r in fetched if "002_" not in r.path] == [65536, 65536]
 
 
-def test_a_branch_that_moves_is_not_followed(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    before = hub.add(REPO, folder)
+def test_a_branch_that_moves_is_not_followed(hub: Hub, fineweb_edu: Path, tmp_path: Path) -> None:
+    before = hub.add(REPO, fineweb_edu)
     other = make_fineweb_edu(tmp_path / "other", [f"new {text}" for text in DOCUMENTS], files=4)
     opened = source()
     moved = False
@@ -195,12 +177,12 @@ def test_a_branch_that_moves_is_not_followed(hub: Hub, folder: Path, tmp_path: P
     assert read(opened) == DOCUMENTS
     assert moved
     assert opened.revision == before
-    assert read(source().at(before)) == DOCUMENTS  # a resumed run, which knows the commit
+    assert read(source().at_revision(before)) == DOCUMENTS  # a resumed run, which knows the commit
     assert read(source())[0] == f"new {DOCUMENTS[0]}"
 
 
-def test_a_branch_that_moves_while_it_is_looked_up_gives_one_version(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    commits = [hub.add(REPO, folder)]
+def test_a_branch_that_moves_during_the_look_up_gives_one_version(hub: Hub, fineweb_edu: Path, tmp_path: Path) -> None:
+    commits = [hub.add(REPO, fineweb_edu)]
     other = make_fineweb_edu(tmp_path / "other", DOCUMENTS[:40], files=1)
 
     def move(line: str) -> None:
@@ -213,8 +195,8 @@ def test_a_branch_that_moves_while_it_is_looked_up_gives_one_version(hub: Hub, f
     assert opened.revision == commits[0] != commits[1]
 
 
-def test_content_that_changes_under_a_commit_is_noticed(hub: Hub, folder: Path) -> None:
-    commit = hub.add(REPO, folder)
+def test_content_that_changes_under_a_commit_is_noticed(hub: Hub, fineweb_edu: Path) -> None:
+    commit = hub.add(REPO, fineweb_edu)
     units = list(source().units())
     files = hub.repositories[f"datasets/{REPO}"].commits[commit]
     files["sample/10BT/001_00000.parquet"] += b"more"
@@ -222,8 +204,8 @@ def test_content_that_changes_under_a_commit_is_noticed(hub: Hub, folder: Path) 
         list(units[3].read())
 
 
-def test_a_mirror_without_ranges_is_read(hub: Hub, folder: Path) -> None:
-    hub.add(REPO, folder)
+def test_a_mirror_without_ranges_is_read(hub: Hub, fineweb_edu: Path) -> None:
+    hub.add(REPO, fineweb_edu)
     hub.ranges = False
     assert read(source()) == DOCUMENTS
 
@@ -258,9 +240,9 @@ def script(hub: Hub) -> None:
     ],
 )
 def test_what_is_missing_or_refused_is_one_message(
-    hub: Hub, folder: Path, spec: str, change: Callable[[Hub], None] | None, message: str
+    hub: Hub, fineweb_edu: Path, spec: str, change: Callable[[Hub], None] | None, message: str
 ) -> None:
-    hub.add(REPO, folder)
+    hub.add(REPO, fineweb_edu)
     if change:
         change(hub)
     with pytest.raises(LightLMError, match=message):
@@ -268,16 +250,16 @@ def test_what_is_missing_or_refused_is_one_message(
 
 
 def test_a_gated_data_set_is_read_with_a_token_that_stays_on_the_hub(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, fineweb_edu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.add(REPO, folder)
+    hub.add(REPO, fineweb_edu)
     gate(hub)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert read(source()) == DOCUMENTS  # the server's other host answers 400 to a request that carries the token
 
 
-def test_a_split_or_a_column_that_is_not_there_is_named(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    hub.add(REPO, folder)
+def test_a_split_or_a_column_that_is_not_there_is_named(hub: Hub, fineweb_edu: Path, tmp_path: Path) -> None:
+    hub.add(REPO, fineweb_edu)
     with pytest.raises(DataError, match=r"fineweb-edu/sample/10BT/000.*no column 'body'; there are: text, id, url"):
         list(source(text_column="body").units())
     other = tmp_path / "other"
@@ -340,77 +322,23 @@ def test_a_streamed_file_that_breaks_goes_on_at_the_row_where_it_broke(
     assert read(source("hf:org/x")) == [f"row {i}" for i in range(9)]
 
 
-def test_a_download_survives_faults_and_serves_without_a_network(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 1.0),
+        ({"Retry-After": "7"}, 7.0),
+        ({"RateLimit": '"api";r=0;t=55'}, 55.0),
+        ({"RateLimit": '"api";r=20;t=55'}, 1.0),  # not what the answer is about
+        ({"Retry-After": "9999"}, 300.0),
+    ],
+)
+def test_the_wait_is_as_long_as_the_hub_asks(
+    headers: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = hub.add(REPO, folder)
-    hub.faults += [Fault("drop", "/cdn/.*000_0", times=2), Fault("status", "/cdn/.*001_0", status=502)]
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
-    seen: list[tuple[int, int]] = []
-    listing = source().download(lambda files, size, _: seen.append((files, size)))
-    assert [fault.times for fault in hub.faults] == [0, 0]
-    assert seen[-1] == (3, listing.total_bytes)
+    class RateLimitError(OSError):
+        response = SimpleNamespace(status_code=429, headers=headers)
 
-    hub.clear()
-    source().download()
-    assert hub.body_bytes("/cdn/") == 0  # nothing is fetched twice
-
-    hub.clear()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    opened = source()
-    assert read(opened) == DOCUMENTS
-    assert opened.revision == commit
-    assert [unit.id for unit in opened.units()][3] == "sample/10BT/001_00000.parquet#row_group=0"
-    assert read(source().at(commit)) == DOCUMENTS
-    assert not hub.requests
-    with pytest.raises(DataError, match=r"at commit 0123abc is not in the cache .*--download-only"):
-        source().at("0123abc").units().__next__()
-    with pytest.raises(
-        DataError,
-        match=r"hf:HuggingFaceFW/fineweb-edu:sample-100BT is not in the cache at .*: lightlm "
-        r"prepare-data hf:HuggingFaceFW/fineweb-edu:sample-100BT --download-only",
-    ):
-        list(source("fineweb-edu:100BT").units())
-
-
-def test_an_unfinished_download_names_the_missing_files(
-    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.add(REPO, folder)
-    hub.faults.append(Fault("status", "/cdn/.*002_0", times=99))
-    with pytest.raises(HubError, match=r"Downloading .*002_00000\.parquet .*failed 5 times in a row \(.*500"):
-        source().download()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"\d of the 3 files .*002_00000\.parquet.*sample-10BT --download-only"):
-        list(source().units())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    hub.clear()
-    assert read(source()) == DOCUMENTS  # online, what is in the cache is read there
-    cached = {path for path, _ in source().listing.files if source().listing.cached(path)}
-    assert not any(path in r.path for r in hub.requests for path in cached)
-
-
-def test_a_download_needs_room(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add(REPO, folder)
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DataError, match=r"needs 0\.0 GB, and the disk of .* Set HF_HOME"):
-        source().download()
-    assert not any("/cdn/" in r.path for r in hub.requests)
-
-
-@pytest.mark.parametrize("name", [name for name, named in HUB_DATASETS.items() if not named.without_text])
-def test_every_short_name_has_a_long_form(name: str) -> None:
-    request = parse_hub(name, "text")
-    assert request is not None
-    assert request.name == name
-    long = parse_hub(request.spec, request.text_column)
-    assert long is not None
-    assert (long.repo, long.config) == (request.repo, request.config)
-
-
-def test_a_named_data_set_knows_its_text_column() -> None:
-    for column, expected in (("text", "page"), ("title", "title")):
-        request = parse_hub("wikitext-103", column)
-        assert request is not None
-        assert request.text_column == expected
+    waited: list[float] = []
+    monkeypatch.setattr("lightlm.data.hub.time.sleep", waited.append)
+    back_off("Reading", RateLimitError(), 1)
+    assert waited == [seconds]
