@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import xxhash
 
-from lightlm.data.readers import SUFFIXES, Unit, file_units, missing_column, suffix_of
+from lightlm.data.readers import SUFFIXES, file_units, missing_column, suffix_of
+from lightlm.data.texts import Unit
 from lightlm.errors import DataError
 
 # Name -> (Hub repository, configuration). Later names go here.
