@@ -12,7 +12,8 @@ from lightlm.data.hub import HubError, back_off, first_line, hub_errors, persist
 from lightlm.data.hub_files import HubFile
 from lightlm.data.hub_listing import Listing, list_files, read_record, refusal, write_record
 from lightlm.data.hub_names import HubRequest
-from lightlm.data.readers import Unit, file_units, missing_column
+from lightlm.data.readers import file_units, missing_column
+from lightlm.data.texts import Unit
 from lightlm.errors import DataError
 
 OFFLINE_HINT = (
@@ -93,7 +94,7 @@ class HubSource:
                 yield from file_units(file, path, self._request.text_column)
             else:
                 location = file.url if isinstance(file, HubFile) else str(file)
-                yield Unit(path, partial(_read_rows, listing, location, self._request.text_column))
+                yield Unit(path, partial(_read_rows, listing, location, self._request.text_column), size)
 
     def _open(self, path: str, size: int) -> Path | HubFile:
         listing = self.listing

@@ -120,6 +120,8 @@ class Manifest(BaseModel):
     split_rule: str
     text_bytes: dict[Split, int]
     skipped_documents: int
+    dropped: dict[str, int] = {}
+    bad: list[str] = []
     unigram: UnigramEntropy | None
     lightlm_version: str
     settings: dict[str, str | int | float | None]

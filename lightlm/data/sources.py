@@ -11,7 +11,8 @@ import xxhash
 
 from lightlm.data.hub_names import HUB_DATASETS, parse_hub
 from lightlm.data.hub_source import HubSource
-from lightlm.data.readers import SUFFIXES, Unit, file_units, suffix_of
+from lightlm.data.readers import SUFFIXES, file_units, suffix_of
+from lightlm.data.texts import Unit
 from lightlm.errors import DataError
 
 PYDOCS = "pydocs"
@@ -45,9 +46,8 @@ class Source(Protocol):
 
 
 def open_source(spec: str, text_column: str = "text") -> Source:
-    """The source that `spec` names: `pydocs`, a file, a folder, or a data set on the Hub.
+    """The source that `spec` names: `pydocs`, a name in `HUB_DATASETS`, `hf:org/name[:config]`, a file or a folder.
 
-    The last is a name in `HUB_DATASETS` or hf:organisation/name, either with [:configuration][@revision].
     Nothing is read yet, and the network is not used. Raises DataError for a path or a name that does not exist.
     """
     if spec == PYDOCS:
