@@ -261,7 +261,7 @@ def test_a_gated_data_set_is_read_with_a_token_that_stays_on_the_hub(
 def test_a_split_or_a_column_that_is_not_there_is_named(hub: Hub, fineweb_edu: Path, tmp_path: Path) -> None:
     hub.add(REPO, fineweb_edu)
     with pytest.raises(DataError, match=r"fineweb-edu/sample/10BT/000.*no column 'body'; there are: text, id, url"):
-        list(source(text_column="body").units())
+        read(source(text_column="body"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "test.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
