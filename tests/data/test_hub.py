@@ -279,7 +279,7 @@ def json_lines(*documents: str) -> bytes:
 def test_other_formats_are_read_file_by_file_through_faults(hub: Hub, tmp_path: Path) -> None:
     repositories = {
         "lines": {"train-1.jsonl": json_lines("a", "b"), "train-2.jsonl.gz": gzip.compress(json_lines("c"))},
-        "json": {"data/train.json": json_lines(*"abc")},
+        "json": {"data/train.json": json_lines(*"abc"), "README.md": b"# No metadata\n"},
         "tables": {
             "x.tsv": b"n\ttext\n1\ta\n2\tb\n",
             "y.tsv": b"n\ttext\n3\tc\n",
