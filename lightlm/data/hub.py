@@ -85,6 +85,10 @@ def may_pass(error: BaseException) -> bool:
         library = type(link).__module__.partition(".")[0]
         if library in _NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
             return True
+        if isinstance(link, RuntimeError) and "client has been closed" in str(
+            link
+        ):  # by another thread, after an error
+            return True
     return False
 
 

@@ -108,7 +108,8 @@ def _configs(repo: str, commit: str | None) -> list[dict[str, Any]]:
             return []
     if not path.is_file():
         return []
-    declared = DatasetCard.load(path, ignore_metadata_errors=True).data.to_dict().get("configs")
+    with quiet_libraries():  # a README without metadata is nothing to warn of
+        declared = DatasetCard.load(path, ignore_metadata_errors=True).data.to_dict().get("configs")
     entries = declared if isinstance(declared, list) else []
     return [entry for entry in entries if isinstance(entry, dict) and "config_name" in entry]
 

@@ -261,7 +261,7 @@ def test_a_gated_data_set_is_read_with_a_token_that_stays_on_the_hub(
 def test_a_split_or_a_column_that_is_not_there_is_named(hub: Hub, fineweb_edu: Path, tmp_path: Path) -> None:
     hub.add(REPO, fineweb_edu)
     with pytest.raises(DataError, match=r"fineweb-edu/sample/10BT/000.*no column 'body'; there are: text, id, url"):
-        list(source(text_column="body").units())
+        read(source(text_column="body"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "test.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
@@ -279,7 +279,7 @@ def json_lines(*documents: str) -> bytes:
 def test_other_formats_are_read_file_by_file_through_faults(hub: Hub, tmp_path: Path) -> None:
     repositories = {
         "lines": {"train-1.jsonl": json_lines("a", "b"), "train-2.jsonl.gz": gzip.compress(json_lines("c"))},
-        "json": {"data/train.json": json_lines(*"abc")},
+        "json": {"data/train.json": json_lines(*"abc"), "README.md": b"# No metadata\n"},
         "tables": {
             "x.tsv": b"n\ttext\n1\ta\n2\tb\n",
             "y.tsv": b"n\ttext\n3\tc\n",
