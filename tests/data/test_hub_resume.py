@@ -32,7 +32,7 @@ def test_a_run_that_broke_off_goes_on_at_its_commit(
     seen: list[str] = []
     hub_files._footer.cache_clear()
     hub.before_request = fail_after_the_footer
-    with pytest.raises(HubError, match="002_00000.parquet .*failed 5 times"):
+    with pytest.raises(HubError, match=r"002_00000\.parquet .*failed 5 times"):
         prepare("fineweb-edu", "train:300", tmp_path / "data", workers=1)
 
     hub.clear()
