@@ -13,7 +13,7 @@ LARGE_LINE_BYTES = 32 << 20  # `json.loads` takes up to nine bytes of memory a b
 
 _STRUCTURE = re.compile(rb'["{}\[\],:]')
 _COLON = re.compile(rb"\s*:")
-_ESCAPE_END = re.compile(rb"\\u[0-9a-fA-F]{0,3}\Z")
+_ESCAPE_END = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _HIGH_SURROGATE_END = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
 
 
@@ -107,21 +107,16 @@ def _border(line: bytes, start: int, border: int, end: int) -> int:
         return end
     while line[border] & 0xC0 == 0x80:  # inside a character
         border -= 1
-    tail = line[max(start, border - 64) : border]
-    backslashes = len(tail) - len(tail.rstrip(b"\\"))
-    if backslashes % 2:
-        return border - 1
-    escape = _ESCAPE_END.search(tail)
-    if escape is not None and _odd_backslash(tail, escape.start()):
-        border -= len(escape.group())
-        tail = tail[: escape.start()]
-    surrogate = _HIGH_SURROGATE_END.search(tail)
-    if surrogate is not None and _odd_backslash(tail, surrogate.start()):
-        border -= len(surrogate.group())
+    for unfinished in (_ESCAPE_END, _HIGH_SURROGATE_END):  # the second, too, after the first has been left out
+        found = unfinished.search(line[max(start, border - 6) : border])
+        if found is not None and _escapes(line, start, border - len(found.group())):
+            border -= len(found.group())
     return border
 
 
-def _odd_backslash(tail: bytes, place: int) -> bool:
+def _escapes(line: bytes, start: int, place: int) -> bool:
     """Whether the backslash at `place` begins an escape, rather than being itself escaped."""
-    before = tail[:place]
-    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 0
+    before = place
+    while before > start and line[before - 1] == ord("\\"):
+        before -= 1
+    return (place - before) % 2 == 0

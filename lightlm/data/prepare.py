@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,6 +240,7 @@ class _Run:
     ) -> None:
         self._source, self._options, self._partial, self._engine = source, options, partial, engine
         self._progress = progress
+        self._lock = threading.Lock()
         self._counts = [0, 0, 0]  # documents, bytes of text, tokens
         self._done_bytes = 0
         self._source_bytes: int | None = getattr(source, "size", None)
@@ -345,6 +347,8 @@ class _Run:
         if limit is not None and tokens >= limit:
             return
         blocks, given = self._blocks(state.blocks)
+        if state.documents:
+            self._report(0, 0, 0)  # where this process begins
         for record in self._engine(job, blocks, self._report):
             block = given.pop(record.number)
             if limit is not None and tokens + record.total_tokens >= limit:
@@ -380,10 +384,11 @@ class _Run:
         return give(), given
 
     def _report(self, documents: int, text_bytes: int, tokens: int) -> None:
-        counts = self._counts
-        counts[0], counts[1], counts[2] = counts[0] + documents, counts[1] + text_bytes, counts[2] + tokens
-        done = min(1.0, self._done_bytes / self._source_bytes) if self._source_bytes else None
-        self._progress(Progress(TOKENIZING, counts[0], counts[1], counts[2], self._options.max_tokens, done))
+        with self._lock:
+            counts = self._counts
+            counts[0], counts[1], counts[2] = counts[0] + documents, counts[1] + text_bytes, counts[2] + tokens
+            done = min(1.0, self._done_bytes / self._source_bytes) if self._source_bytes else None
+            self._progress(Progress(TOKENIZING, counts[0], counts[1], counts[2], self._options.max_tokens, done))
 
     def _check(self, assembly: Assembly) -> None:
         """Raises DataError where there is nothing to train on."""

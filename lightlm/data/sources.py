@@ -107,6 +107,7 @@ class LocalSource:
         self.spec = str(self._root)
         self.description = f"{len(self._files)} file{'s' * (len(self._files) != 1)} under {path}"
         self.revision = self.fingerprint = self._listing_hash()
+        self.size = sum(path.stat().st_size for path in self._files)
 
     def _find_files(self, given: Path) -> list[Path]:
         supported = ", ".join(SUFFIXES)
