@@ -102,9 +102,7 @@ def mixed_source(folder: Path, seed: int) -> list[str]:
     everything: list[str] = []
     for number in range(rng.randint(1, 6)):
         documents = [
-            " ".join(
-                rng.choice(['"it\'s"', "naïve", "日本。", "42", "\\u00e9", "a\nb", "<|endoftext|>"]) for _ in range(n)
-            )
+            " ".join(rng.choice(['"it\'s"', "naïve", "日本。", "42", "\\u00e9", "a\nb", "<|endoftext|>"]) for _ in range(n))
             for n in rng.choices([0, 1, 9, 80, 600], k=rng.choice([1, 3, 20]))
         ]
         path = folder / f"{number}"

@@ -7,6 +7,7 @@ import pytest
 from lightlm.data import blocks, hub_files
 from lightlm.data.hub import HubError
 from lightlm.data.prepare import prepare
+from lightlm.data.sources import open_source
 from tests.hub import Fault, Hub
 from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu
 
@@ -45,3 +46,13 @@ def test_a_run_that_broke_off_goes_on_at_its_commit(
     fetched = [r.path[-17:-8] for r in hub.requests if "/cdn/" in r.path]
     assert fetched.count("000_00000") == fetched.count("001_00000") == 1  # their footers
     assert fetched.count("002_00000") in {3, 4}
+
+
+@pytest.mark.parametrize("stage", ["footer", "row group"])
+def test_a_failing_hub_is_no_bad_data_to_skip(hub: Hub, fineweb_edu: Path, tmp_path: Path, stage: str) -> None:
+    hub.add(REPO, fineweb_edu)
+    if stage == "row group":
+        list(open_source("fineweb-edu").units())  # keeps the footers
+    hub.faults.append(Fault("status", r"/cdn/.*001_0", times=99))
+    with pytest.raises(HubError, match=r"001_00000\.parquet .*failed 5 times"):
+        prepare("fineweb-edu", "train:300", tmp_path / "data", workers=1, skip_bad=True)
