@@ -11,10 +11,12 @@ import http.client
 import logging
 import re
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,6 +55,26 @@ def persistently(what: str, action: Callable[[], T]) -> T:
         except hub_errors() as error:
             failures += 1
             back_off(what, error, failures)
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """The result of `action`, or TimeoutError after `seconds`: the Hub's client sets no limit to some requests.
+
+    A request given up for lost goes on in a thread that does not keep the process from ending.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError as error:
+        raise error if future.done() else TimeoutError(f"no answer in {seconds:g} s") from error
 
 
 def back_off(what: str, error: BaseException, failures: int) -> None:

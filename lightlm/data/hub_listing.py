@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightlm.data.hub import HubError, causes, first_line, hub_errors, persistently, quiet_libraries
+from lightlm.data.hub import HubError, causes, first_line, hub_errors, persistently, quiet_libraries, within
 from lightlm.errors import DataError, LightLMError
 from lightlm.files import write_text
 
 SPLIT = "train"
 PATHS_AT_ONCE = 500  # in one question for the sizes of files
+LISTING_SECONDS = 300.0  # for one try to find the files: a request for each of some hundred folders, on a slow line
 _NOT_OPTIONS = ("config_name", "data_files", "data_dir", "default", "description")
 
 
@@ -72,7 +73,8 @@ def list_files(repo: str, config: str | None, revision: str) -> Listing:
             commit = _commit(repo, revision)
         chosen = _choose(repo, _configs(repo, commit), config)
         with quiet_libraries():
-            builder = persistently(f"Listing {repo}", functools.partial(_builder, repo, config, commit, chosen))
+            find = functools.partial(_builder, repo, config, commit, chosen)
+            builder = persistently(f"Listing {repo}", lambda: within(LISTING_SECONDS, find))
         files = _files(repo, commit, builder.config.data_files or {})
     except hub_errors() as error:
         raise refusal(repo, commit or revision, error) from error
@@ -176,7 +178,8 @@ def _sizes(repo: str, commit: str, paths: Sequence[str]) -> list[int]:
     for start in range(0, len(paths), PATHS_AT_ONCE):
         part = list(paths[start : start + PATHS_AT_ONCE])
         ask = functools.partial(api.get_paths_info, repo, part, revision=commit, repo_type="dataset")
-        sizes.update({entry.path: entry.size for entry in persistently(f"Listing {repo}", ask)})  # type: ignore[union-attr]
+        entries = persistently(f"Listing {repo}", functools.partial(within, LISTING_SECONDS, ask))
+        sizes.update({entry.path: entry.size for entry in entries})  # type: ignore[union-attr]
     return [sizes[path] for path in paths]
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightlm.data import hub_files
+from lightlm.data import hub_files, hub_listing
 from lightlm.data.hub import HubError, back_off
 from lightlm.data.hub_source import HubSource
 from lightlm.data.readers import Unit
@@ -82,7 +82,6 @@ FAULTS = [
     Fault("drop", r"/cdn/.*002_00000", times=4),
     Fault("close", r"/cdn/.*000_00000", times=4),
     Fault("slow", r"/cdn/.*001_00000", seconds=1.0),
-    Fault("slow", r"/paths-info/", seconds=1.0),
 ]
 
 
@@ -126,6 +125,18 @@ def test_a_fault_that_stays_ends_in_one_message(hub: Hub, fineweb_edu: Path, kin
     with pytest.raises(HubError, match=f"Reading {REPO}/sample/10BT/001_00000.parquet .*failed 5 times.*{reason}"):
         list(units[3].read())
     assert sum("001_00000" in r.path and "/cdn/" in r.path for r in hub.requests) == 5 or kind == "slow"
+
+
+@pytest.mark.parametrize("request_path", ["/tree/", "/paths-info/"])
+def test_a_listing_that_stalls_is_asked_for_again(
+    hub: Hub, fineweb_edu: Path, request_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client itself would wait for ever."""
+    monkeypatch.setattr(hub_listing, "LISTING_SECONDS", 2.0)
+    hub.add(REPO, fineweb_edu)
+    hub.faults.append(Fault("slow", request_path, seconds=20.0))
+    assert read(source()) == DOCUMENTS
+    assert len([r for r in hub.requests if request_path in r.path]) > 1
 
 
 def test_what_is_refused_is_asked_for_once(hub: Hub, fineweb_edu: Path) -> None:
