@@ -107,9 +107,8 @@ def may_pass(error: BaseException) -> bool:
         library = type(link).__module__.partition(".")[0]
         if library in _NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
             return True
-        if isinstance(link, RuntimeError) and "client has been closed" in str(
-            link
-        ):  # by another thread, after an error
+        # httpx, of a client that another thread has closed after an error of its own.
+        if isinstance(link, RuntimeError) and "client has been closed" in str(link):
             return True
     return False
 
