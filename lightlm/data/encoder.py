@@ -123,16 +123,20 @@ def plain_definition(tokenizer: Tokenizer) -> bytes:
     Special tokens are left out, so that a text cannot contain one; so are the template that adds some, truncation
     and padding. Added tokens that are not special stay: `tokenizers` finds them in texts, too.
     """
-    content = json.loads(tokenizer.definition)
-    added = content.get("added_tokens") or []
-    content["added_tokens"] = [
-        token for token in added if not token.get("special") and token["id"] != tokenizer.end_of_text_id
-    ]
-    content["post_processor"] = content["truncation"] = content["padding"] = None
-    return json.dumps(content).encode()
+    added = tokenizer.content.get("added_tokens") or []
+    plain = [token for token in added if not token.get("special") and token["id"] != tokenizer.end_of_text_id]
+    changes = {"added_tokens": plain, "post_processor": None, "truncation": None, "padding": None}
+    return json.dumps(tokenizer.content | changes).encode()
 
 
 _making = threading.Lock()
+_known: dict[tuple[bytes, int], Tokenizer] = {}
+
+
+def remember(tokenizer: Tokenizer) -> None:
+    """Spare `worker_encoder` the third of a second that it takes to make this tokenizer again."""
+    _known.clear()
+    _known[tokenizer.definition, tokenizer.end_of_text_id] = tokenizer
 
 
 def choose_encoder(wanted: str, definition: Path, end_of_text_id: int) -> tuple[str, str | None]:
@@ -152,14 +156,16 @@ def choose_encoder(wanted: str, definition: Path, end_of_text_id: int) -> tuple[
         if wanted == GIGATOKEN:
             raise DataError(f"gigatoken cannot be used here ({error}); continue with --encoder tokenizers") from error
         return TOKENIZERS, str(error)
-    specials = tuple(token["content"] for token in json.loads(tokenizer.definition).get("added_tokens") or ())
+    specials = tuple(token["content"] for token in tokenizer.content.get("added_tokens") or ())
     compare(encoder, tokenizer, (*HARD_TEXTS, *specials, "x".join(specials)), "a test text")
     return GIGATOKEN, None
 
 
 @functools.lru_cache(maxsize=2)
 def _made(definition: bytes, end_of_text_id: int, name: str) -> tuple[Tokenizer, Encoder]:
-    tokenizer = Tokenizer(definition, origin="the tokenizer", end_of_text_id=end_of_text_id)
+    tokenizer = _known.get((definition, end_of_text_id))
+    if tokenizer is None:
+        tokenizer = Tokenizer(definition, origin="the tokenizer", end_of_text_id=end_of_text_id)
     return tokenizer, GigatokenEncoder(tokenizer) if name == GIGATOKEN else ReferenceEncoder(tokenizer)
 
 

@@ -75,9 +75,10 @@ class _Encoding:
 
     def run_cut(self) -> None:
         """Encode the only document in two: all but its end for training, its end for validation."""
+        place = self._place_of_cut()  # first: a large text should not be held while it is read again
         for parts in self._reader.visible_documents():
             text = _Cuttable(parts)
-            self._large(text.up_to(self._place_of_cut()), "train")
+            self._large(text.up_to(place), "train")
             self._large(text.rest(), "val")
             if self._block.limit is not None:
                 break

@@ -1,15 +1,20 @@
 """One JSON line of hundreds of megabytes: its text in parts, without a second and a third copy of the line."""
 
 import json
+import mmap
 import re
+import tempfile
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import pyarrow
 
 from lightlm.data.texts import CHUNK_BYTES, Texts
 from lightlm.errors import DataError
 
-LARGE_LINE_BYTES = 32 << 20  # `json.loads` takes up to nine bytes of memory a byte: the line and the text as UCS-4
+LARGE_LINE_BYTES = 16 << 20  # `json.loads` takes up to nine bytes of memory a byte: the line and the text as UCS-4
+
+Line = bytes | mmap.mmap  # a large one lies in a file without a name
 
 _STRUCTURE = re.compile(rb'["{}\[\],:]')
 _COLON = re.compile(rb"\s*:")
@@ -17,7 +22,22 @@ _ESCAPE_END = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _HIGH_SURROGATE_END = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
 
 
-def large_line(line: bytes, where: Callable[[], str], text_column: str) -> Iterator[Texts]:
+def lines_of(file: BinaryIO) -> Iterator[Line]:
+    """The lines of a file; those above `LARGE_LINE_BYTES` as memory maps. Raises what the file raises."""
+    while line := file.readline(LARGE_LINE_BYTES):
+        if len(line) < LARGE_LINE_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        with tempfile.TemporaryFile() as spool:
+            spool.write(line)
+            while not line.endswith(b"\n") and (line := file.readline(CHUNK_BYTES)):
+                spool.write(line)
+            spool.flush()
+            del line
+            yield mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def large_line(line: Line, where: Callable[[], str], text_column: str) -> Iterator[Texts]:
     """The text of one JSON line above `LARGE_LINE_BYTES`, in parts. `where()` names the line in an error.
 
     Raises DataError, at the latest with the part that is wrong, where the line is no object with such a text.
@@ -26,14 +46,14 @@ def large_line(line: bytes, where: Callable[[], str], text_column: str) -> Itera
 
     span = _text_span(line, json.dumps(text_column).encode(), text_column)
     if span is None:
-        parse_record(line, where, text_column)  # says what is wrong, or finds a spelling that the search did not
+        parse_record(line[:], where, text_column)  # says what is wrong, or finds a spelling that the search did not
         raise DataError(f"{where()}: {len(line) >> 20} MB of JSON whose text under {text_column!r} cannot be found")
     start, end = span
     parse_record(line[: start + 1] + line[end:], where, text_column)  # everything but the text
     return _parts(line, start + 1, end, where)
 
 
-def _text_span(line: bytes, quoted_name: bytes, name: str) -> tuple[int, int] | None:
+def _text_span(line: Line, quoted_name: bytes, name: str) -> tuple[int, int] | None:
     """Where the quotes around the text are; None where the top object has no such string.
 
     As with `json.loads`, the last of several counts.
@@ -72,7 +92,7 @@ def _is_name(key: bytes, name: str) -> bool:
         return False
 
 
-def _closing_quote(line: bytes, position: int) -> int | None:
+def _closing_quote(line: Line, position: int) -> int | None:
     """The quote that ends a string, which is one after an even number of backslashes."""
     while (quote := line.find(b'"', position)) >= 0:
         before = quote
@@ -84,7 +104,7 @@ def _closing_quote(line: bytes, position: int) -> int | None:
     return None
 
 
-def _parts(line: bytes, start: int, end: int, where: Callable[[], str]) -> Iterator[Texts]:
+def _parts(line: Line, start: int, end: int, where: Callable[[], str]) -> Iterator[Texts]:
     """The characters between two quotes, in parts that cut no character, escape or pair of surrogates."""
     while True:
         border = _border(line, start, min(start + CHUNK_BYTES, end), end)
@@ -101,7 +121,7 @@ def _parts(line: bytes, start: int, end: int, where: Callable[[], str]) -> Itera
         start = border
 
 
-def _border(line: bytes, start: int, border: int, end: int) -> int:
+def _border(line: Line, start: int, border: int, end: int) -> int:
     """The nearest place at or before `border` where the text may be cut."""
     if border >= end:
         return end
@@ -114,7 +134,7 @@ def _border(line: bytes, start: int, border: int, end: int) -> int:
     return border
 
 
-def _escapes(line: bytes, start: int, place: int) -> bool:
+def _escapes(line: Line, start: int, place: int) -> bool:
     """Whether the backslash at `place` begins an escape, rather than being itself escaped."""
     before = place
     while before > start and line[before - 1] == ord("\\"):

@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 from lightlm import __version__
 from lightlm.data.assembly import Assembly
 from lightlm.data.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
-from lightlm.data.encoder import AUTO, choose_encoder
+from lightlm.data.encoder import AUTO, choose_encoder, remember
 from lightlm.data.engine import Engine, ThreadEngine, done_or_encoded
 from lightlm.data.partial import Partial, Setting, different_settings
 from lightlm.data.pieces import Record
@@ -250,6 +250,7 @@ class _Run:
         try:
             self._pin(partial.open(settings, overwrite=overwrite))
             tokenizer = self._tokenizer()
+            remember(tokenizer)
             partial.note_revision(self._source.revision)
             manifest = self._assemble(self._job(tokenizer), tokenizer, settings)
             write_text(partial.folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 import pyarrow
 
 from lightlm.data.hub_files import HubFile
-from lightlm.data.jsontext import LARGE_LINE_BYTES, large_line
+from lightlm.data.jsontext import Line, large_line, lines_of
 from lightlm.data.texts import ABANDONED, CHUNK_BYTES, BadRecord, Stream, Texts, Unit, in_chunks, pack, read_strings
 from lightlm.errors import DataError
 
@@ -24,7 +24,7 @@ File: TypeAlias = Path | HubFile
 
 BLOCK_BYTES = 64 << 20  # of an uncompressed .jsonl file: a second of work
 
-Line = tuple[bytes, Callable[[], str]]  # and a function that names its place in an error
+PlacedLine = tuple[Line, Callable[[], str]]  # and a function that names its place in an error
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -121,8 +121,9 @@ def read_json_block(path: File, start: int, text_column: str, bad: BadRecord) ->
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _block_lines(path: File, file: BinaryIO, end: int) -> Iterator[Line]:
-    while file.tell() < end and (line := file.readline()):
+def _block_lines(path: File, file: BinaryIO, end: int) -> Iterator[PlacedLine]:
+    lines = lines_of(file)
+    while file.tell() < end and (line := next(lines, None)) is not None:
         yield line, partial(_block_line, path, file.tell())
 
 
@@ -135,9 +136,9 @@ def read_compressed_json(path: File, text_column: str, bad: BadRecord) -> Iterat
     """The documents of a .jsonl.gz or .jsonl.zst file, one a line."""
     number = 0
 
-    def lines(stream: BinaryIO) -> Iterator[Line]:
+    def lines(stream: BinaryIO) -> Iterator[PlacedLine]:
         nonlocal number
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(lines_of(stream), start=1):
             yield line, partial("{}, line {}".format, path, number)
 
     try:
@@ -147,13 +148,13 @@ def read_compressed_json(path: File, text_column: str, bad: BadRecord) -> Iterat
         raise DataError(f"{path}: damaged or truncated after line {number} ({error})") from error
 
 
-def _json_texts(lines: Iterator[Line], text_column: str, bad: BadRecord) -> Iterator[Texts]:
+def _json_texts(lines: Iterator[PlacedLine], text_column: str, bad: BadRecord) -> Iterator[Texts]:
     """The texts of JSON lines: packed, and large ones in parts. Those before a damaged end of the file come first."""
     small: list[str] = []
     characters = 0
     try:
         for line, where in lines:
-            if len(line) > LARGE_LINE_BYTES:
+            if not isinstance(line, bytes):
                 yield from pack(small)
                 small, characters = [], 0
                 yield from _large_text(line, where, text_column, bad)
@@ -175,7 +176,7 @@ def _json_texts(lines: Iterator[Line], text_column: str, bad: BadRecord) -> Iter
     yield from pack(small)
 
 
-def _large_text(line: bytes, where: Callable[[], str], text_column: str, bad: BadRecord) -> Iterator[Texts]:
+def _large_text(line: Line, where: Callable[[], str], text_column: str, bad: BadRecord) -> Iterator[Texts]:
     begun = False
     try:
         for texts in large_line(line, where, text_column):
@@ -199,6 +200,8 @@ def read_row_group(path: File, group: int, text_column: str, bad: BadRecord) -> 
                 column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
                 yield from in_chunks(column.cast(pyarrow.large_string()))
                 del batch, column  # one large text would be held while the next is read
+                if rows == 1:
+                    pyarrow.default_memory_pool().release_unused()
     except (pyarrow.ArrowException, OSError) as error:
         if "UTF8" in str(error).replace("-", "").upper():
             raise DataError(f"{path}: row group {group} holds text that is not UTF-8 ({error})") from error

@@ -54,7 +54,7 @@ class Tokenizer:
         import tokenizers
 
         try:
-            self._json: dict[str, Any] = json.loads(definition)
+            self.content: dict[str, Any] = json.loads(definition)
             self._tokenizer = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
         except Exception as error:  # `tokenizers` raises bare Exception for every malformed definition
             raise DataError(f"{origin} is not a tokenizer.json that `tokenizers` can read: {error}") from error
@@ -140,12 +140,12 @@ class Tokenizer:
         """
         if not self.byte_level:
             return None
-        return re.compile(_SPACE_BORDER) if _adds_space(self._json.get("pre_tokenizer")) else _BORDER
+        return re.compile(_SPACE_BORDER) if _adds_space(self.content.get("pre_tokenizer")) else _BORDER
 
     @functools.cached_property
     def byte_level(self) -> bool:
         """Whether tokens are made of bytes, each its own character of an alphabet, as GPT-2's are."""
-        return "ByteLevel" in {*_types(self._json.get("pre_tokenizer")), *_types(self._json.get("decoder"))}
+        return "ByteLevel" in {*_types(self.content.get("pre_tokenizer")), *_types(self.content.get("decoder"))}
 
     def _text_bytes(self, token: str) -> int:
         if self.byte_level:

@@ -1,5 +1,6 @@
 """Blocks and pieces: whatever the borders, the workers and the sizes, the folder is the same; large texts too."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -39,7 +40,6 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CHUNK_BYTES", 700)
     monkeypatch.setattr(texts, "LARGE_BYTES", 1_500)
     monkeypatch.setattr(jsontext, "LARGE_LINE_BYTES", 1_500)
-    monkeypatch.setattr(readers, "LARGE_LINE_BYTES", 1_500)
     monkeypatch.setattr(assembly, "SAVE_TOKENS", 500)
     monkeypatch.setattr(assembly, "COPY_TOKENS", 300)
 
@@ -75,7 +75,7 @@ def test_spans_of_blocks_give_the_order_of_the_rule(names: list[int], borders: l
     holder, train, val = Holder(None, validated=fraction == 0), [], []  # type: tuple[Holder, list[str], list[str]]
     edges = [0, *sorted(min(border, len(names)) for border in borders), len(names)]
     pieces: list[list[str]] = []
-    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, end) in enumerate(itertools.pairwise(edges)):
         part = list(zip(documents[start:end], keys[start:end], strict=True))
         mine = [(text, key) for text, key in part if key >= fraction * 2**32]
         first = next((n for n, (_, key) in enumerate(part) if key < fraction * 2**32), None)
@@ -102,7 +102,9 @@ def mixed_source(folder: Path, seed: int) -> list[str]:
     everything: list[str] = []
     for number in range(rng.randint(1, 6)):
         documents = [
-            " ".join(rng.choice(['"it\'s"', "naïve", "日本。", "42", "\\u00e9", "a\nb", "<|endoftext|>"]) for _ in range(n))
+            " ".join(
+                rng.choice(['"it\'s"', "naïve", "日。", "42", "\\u00e9", "a\nb", "<|endoftext|>"]) for _ in range(n)
+            )
             for n in rng.choices([0, 1, 9, 80, 600], k=rng.choice([1, 3, 20]))
         ]
         path = folder / f"{number}"
@@ -190,7 +192,7 @@ def test_large_json_lines_give_what_small_ones_give(
 
     expected = read()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "LARGE_LINE_BYTES", 1)
+        patch.setattr(jsontext, "LARGE_LINE_BYTES", 1)
         patch.setattr(jsontext, "CHUNK_BYTES", size)
         assert read() == expected
 
@@ -212,7 +214,7 @@ def test_mistakes_in_large_lines_are_said_as_in_small_ones(
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(line)
     for size in (1 << 20, 1):
-        monkeypatch.setattr(readers, "LARGE_LINE_BYTES", size)
+        monkeypatch.setattr(jsontext, "LARGE_LINE_BYTES", size)
         with pytest.raises(DataError, match=message):
             list(readers.read_json_block(tmp_path / "a.jsonl", 0, "text", raise_bad))
 
