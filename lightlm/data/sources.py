@@ -4,25 +4,18 @@ import difflib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import xxhash
 
-from lightlm.data.readers import SUFFIXES, Unit, file_units, missing_column, suffix_of
+from lightlm.data.hub_names import HUB_DATASETS, parse_hub
+from lightlm.data.hub_source import HubSource
+from lightlm.data.readers import SUFFIXES, file_units, suffix_of
+from lightlm.data.texts import Unit
 from lightlm.errors import DataError
 
-# Name -> (Hub repository, configuration). Later names go here.
-HUB_DATASETS: dict[str, tuple[str, str | None]] = {
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
-    "tinystories": ("roneneldan/TinyStories", None),
-}
 PYDOCS = "pydocs"
-OFFLINE_HINT = (
-    "What works offline: `lightlm prepare-data pydocs`, and local files or folders (`lightlm prepare-data PATH`)."
-)
 
 
 class Source(Protocol):
@@ -59,16 +52,9 @@ def open_source(spec: str, text_column: str = "text") -> Source:
     """
     if spec == PYDOCS:
         return PydocsSource()
-    if spec in HUB_DATASETS:
-        return HubSource(spec, *HUB_DATASETS[spec], text_column)
-    if spec.startswith("hf:"):
-        repo, _, config = spec.removeprefix("hf:").partition(":")
-        if repo.count("/") != 1 or not all(repo.split("/")):
-            raise DataError(
-                f"{spec}: write a Hub data set as hf:organisation/name or hf:organisation/name:configuration"
-            )
-        name = repo.rpartition("/")[2]
-        return HubSource(f"{name}-{config}" if config else name, repo, config or None, text_column)
+    request = parse_hub(spec, text_column)
+    if request is not None:
+        return HubSource(request)
     path = Path(spec).expanduser()
     if path.exists():
         return LocalSource(path, text_column)
@@ -121,6 +107,7 @@ class LocalSource:
         self.spec = str(self._root)
         self.description = f"{len(self._files)} file{'s' * (len(self._files) != 1)} under {path}"
         self.revision = self.fingerprint = self._listing_hash()
+        self.size = sum(path.stat().st_size for path in self._files)
 
     def _find_files(self, given: Path) -> list[Path]:
         supported = ", ".join(SUFFIXES)
@@ -150,62 +137,6 @@ class LocalSource:
     def units(self) -> Iterator[Unit]:
         for path in self._files:
             yield from file_units(path, self._relative(path), self._column)
-
-
-class HubSource:
-    """The train split of a Hub data set, streamed: one unit per file of the data set."""
-
-    fingerprint = None
-
-    def __init__(self, name: str, repo: str, config: str | None, text_column: str) -> None:
-        self.name = name
-        self.spec = f"hf:{repo}:{config}" if config else f"hf:{repo}"
-        self.description = f"{self.spec.removeprefix('hf:')} on the Hugging Face Hub"
-        self._repo, self._config, self._column = repo, config, text_column
-
-    @functools.cached_property
-    def revision(self) -> str | None:
-        from lightlm.data.hub import dataset_revision, require_hub
-
-        if not Path(self._repo).is_dir():
-            require_hub(f"The data set {self._repo!r}", OFFLINE_HINT)
-        return dataset_revision(self._repo)
-
-    def units(self) -> Iterator[Unit]:
-        from lightlm.data.hub import load_streaming
-
-        dataset = load_streaming(self._repo, self._config, self.revision)
-        if dataset.column_names is not None:
-            if self._column not in dataset.column_names:
-                raise missing_column(self._repo, self._column, dataset.column_names)
-            dataset = dataset.select_columns([self._column])
-        count = dataset.num_shards
-        for index in range(count):
-            shard = dataset.shard(num_shards=count, index=index)
-            yield Unit(f"{self.spec}#{index}/{count}", partial(_read_hub, shard, self._repo, self._column))
-
-
-def _read_hub(shard: Any, repo: str, text_column: str) -> Iterator[str]:
-    from lightlm.data.hub import first_line, hub_errors, quiet_libraries
-
-    with quiet_libraries():
-        try:
-            for row in shard:
-                if text_column not in row:
-                    raise missing_column(repo, text_column, list(row))
-                text = row[text_column]
-                if text is None:
-                    continue
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"{repo}: the column {text_column!r} holds {type(text).__name__}, not text. "
-                        "Name the one with the text: --text-column NAME"
-                    )
-                yield text
-        except hub_errors() as error:
-            raise DataError(
-                f"Reading {repo!r} from the Hub stopped: {first_line(error)}. Run the command again."
-            ) from error
 
 
 def _stem(path: Path) -> str:
