@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +17,7 @@ from lightlm.data.jsontext import Line, large_line, lines_of
 from lightlm.data.texts import ABANDONED, CHUNK_BYTES, BadRecord, Stream, Texts, Unit, in_chunks, pack, read_strings
 from lightlm.errors import DataError
 
+SPOOLED_BYTES = 64 << 20  # of a batch of rows: one text makes up nearly all of it
 BLOCK_BYTES = 64 << 20  # of an uncompressed .jsonl file: a second of work
 
 PlacedLine = tuple[Line, Callable[[], str]]  # and a function that names its place in an error
@@ -195,14 +197,29 @@ def read_row_group(path: Path, group: int, text_column: str, bad: BadRecord) -> 
                 if column.null_count:
                     column = column.drop_null()
                 column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
-                yield from in_chunks(column.cast(pyarrow.large_string()))
-                del batch, column  # one large text would be held while the next is read
-                if rows == 1:
-                    pyarrow.default_memory_pool().release_unused()
+                texts = in_chunks(column.cast(pyarrow.large_string()))
+                if column.nbytes > SPOOLED_BYTES:
+                    texts = _spooled(texts)
+                del batch, column
+                yield from texts
     except (pyarrow.ArrowException, OSError) as error:
         if "UTF8" in str(error).replace("-", "").upper():
             raise DataError(f"{path}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{path}: row group {group} cannot be read: {error}") from error
+
+
+def _spooled(texts: Iterator[Texts]) -> Iterator[Texts]:
+    """The same texts, from a temporary file: what Arrow holds of a large text is freed before it is encoded."""
+    lengths: list[tuple[int, bool]] = []
+    with tempfile.TemporaryFile() as file:
+        for array, unfinished in texts:
+            for text in array:
+                lengths.append((file.write(text.as_buffer()), unfinished))
+        del texts, array, text
+        pyarrow.default_memory_pool().release_unused()
+        file.seek(0)
+        for length, unfinished in lengths:
+            yield Texts(_array(file.read(length).decode()), unfinished)
 
 
 def _batch_rows(group: Any) -> int:
