@@ -85,6 +85,12 @@ class Partial:
         """Remove everything; `locked` removes the rest."""
         self._note.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove what a kill left that came after the folder was put in place."""
+        if self.path.is_dir() and not self.folder.exists():
+            with contextlib.suppress(DataError), self.locked():  # another process may be at this very moment
+                self.discard()
+
     @property
     def worth_keeping(self) -> bool:
         """Whether at least one block is finished."""

@@ -158,9 +158,10 @@ def prepare(
     with _clear_errors(target):
         restore_folder(target)
         existing = _existing(target, settings, overwrite)
-        if existing is not None:
-            return existing
         partial = Partial(target)
+        if existing is not None:
+            partial.clear()
+            return existing
         with partial.locked():
             run = _Run(source, options, partial, engine or ThreadEngine(workers), progress or (lambda _: None))
             return run.run(settings, overwrite)
