@@ -34,20 +34,20 @@ class Partial:
         """Keep other processes out. Raises DataError where one is at work."""
         from filelock import FileLock, Timeout
 
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock", timeout=0)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            yield
         except Timeout as error:
             raise DataError(
                 f"Another `lightlm prepare-data` is writing {self._target}; wait for it, or choose another folder "
                 "with --out"
             ) from error
-        try:
-            yield
         finally:
+            mine = lock.is_locked or not any(self.path.glob("*"))  # a signal may come before the lock
             lock.release()
-            if not self._note.exists():
+            if mine and not self._note.exists():
                 remove_folder(self.path)
 
     def open(self, settings: Mapping[str, Setting], *, overwrite: bool) -> str | None:

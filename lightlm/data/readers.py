@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
+import pyarrow.ipc
 
 from lightlm.data.jsontext import Line, large_line, lines_of
 from lightlm.data.texts import ABANDONED, CHUNK_BYTES, BadRecord, Stream, Texts, Unit, in_chunks, pack, read_strings
 from lightlm.errors import DataError
 
-SPOOLED_BYTES = 64 << 20  # of a batch of rows: one text makes up nearly all of it
+SPOOLED_BYTES = 256 << 20  # of a row group
+_SPOOLED = pyarrow.schema([("text", pyarrow.large_string()), ("unfinished", pyarrow.bool_())])
 BLOCK_BYTES = 64 << 20  # of an uncompressed .jsonl file: a second of work
 
 PlacedLine = tuple[Line, Callable[[], str]]  # and a function that names its place in an error
@@ -191,35 +193,49 @@ def read_row_group(path: Path, group: int, text_column: str, bad: BadRecord) -> 
     try:
         # A buffer: else the whole column of the row group, which may be gigabytes, is read before its first page.
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            rows = _batch_rows(file.metadata.row_group(group))
-            for batch in file.iter_batches(row_groups=[group], columns=[text_column], batch_size=rows):
-                column = batch.column(0)
-                if column.null_count:
-                    column = column.drop_null()
-                column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
-                texts = in_chunks(column.cast(pyarrow.large_string()))
-                if column.nbytes > SPOOLED_BYTES:
-                    texts = _spooled(texts)
-                del batch, column
+            texts = _row_texts(file, group, text_column)
+            if file.metadata.row_group(group).total_byte_size <= SPOOLED_BYTES:
                 yield from texts
+                return
+            spool = _spool(texts)
+        with spool:
+            yield from _spooled(spool)
     except (pyarrow.ArrowException, OSError) as error:
         if "UTF8" in str(error).replace("-", "").upper():
             raise DataError(f"{path}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{path}: row group {group} cannot be read: {error}") from error
 
 
-def _spooled(texts: Iterator[Texts]) -> Iterator[Texts]:
-    """The same texts, from a temporary file: what Arrow holds of a large text is freed before it is encoded."""
-    lengths: list[tuple[int, bool]] = []
-    with tempfile.TemporaryFile() as file:
-        for array, unfinished in texts:
-            for text in array:
-                lengths.append((file.write(text.as_buffer()), unfinished))
-        del texts, array, text
-        pyarrow.default_memory_pool().release_unused()
+def _row_texts(file: Any, group: int, text_column: str) -> Iterator[Texts]:
+    rows = _batch_rows(file.metadata.row_group(group))
+    for batch in file.iter_batches(row_groups=[group], columns=[text_column], batch_size=rows):
+        column = batch.column(0)
+        if column.null_count:
+            column = column.drop_null()
+        column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
+        yield from in_chunks(column.cast(pyarrow.large_string()))
+        del batch, column  # one large text would be held while the next is read
+
+
+def _spool(texts: Iterator[Texts]) -> BinaryIO:
+    """Texts in a temporary file: of a large one Arrow's reader holds two or three copies until it is closed."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    try:
+        with pyarrow.ipc.new_stream(file, _SPOOLED) as sink:
+            for array, unfinished in texts:
+                flags = pyarrow.array([unfinished] * len(array))
+                sink.write_batch(pyarrow.record_batch([array, flags], schema=_SPOOLED))
         file.seek(0)
-        for length, unfinished in lengths:
-            yield Texts(_array(file.read(length).decode()), unfinished)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _spooled(file: BinaryIO) -> Iterator[Texts]:
+    pyarrow.default_memory_pool().release_unused()
+    for batch in pyarrow.ipc.open_stream(file):
+        yield Texts(batch.column(0), unfinished=batch.column(1)[0].as_py())
 
 
 def _batch_rows(group: Any) -> int:
