@@ -10,7 +10,7 @@ from lightlm.data.blocks import Block, Job
 from lightlm.data.encoding import Report, encode_block
 from lightlm.data.pieces import Record, read_record
 
-AHEAD = 2  # blocks that are done or under way beyond one for each worker: the order must not make workers wait
+AHEAD = 8  # blocks that are done or under way beyond one for each worker: a second of forcing shards to the disk
 
 
 class Engine(Protocol):
