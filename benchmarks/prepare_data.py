@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--peer-megabytes", type=float, default=20)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--only", choices=[*PEERS, "lightlm"])
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--work", type=Path, help="a folder for temporary files")
     parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -195,11 +196,16 @@ def main() -> None:
             arguments.corpus, arguments.tokenizer, Path(arguments.peer[1]), arguments.peer_megabytes
         )
         return
-    names = ("gigatoken", "tokenizers", "tiktoken", "pyarrow", "numpy")
-    print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}, "
-          + ", ".join(f"{name} {version(name)}" for name in names))  # fmt: skip
+    print(machine())
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         compare(arguments, Path(work))
+
+
+def machine() -> str:
+    names = ("gigatoken", "tokenizers", "tiktoken", "pyarrow", "numpy")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    processor = platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores, {processor}, Python {platform.python_version()}, {versions}"
 
 
 def compare(arguments: argparse.Namespace, work: Path) -> None:
@@ -208,7 +214,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         (work / "corpus").mkdir()
         corpus = repeat(corpus, int(float(arguments.repeat_to.upper().removesuffix("GB")) * 1e9), work / "corpus")
     everything = text_bytes(corpus, float("inf"))
-    speeds = {}
+    speeds, rows = {}, []
     print(f"{'':12}{'MB of text':>12}{'seconds':>10}{'MB/s':>8}{'peak MB':>10}")
     for name in ("lightlm", *PEERS):
         if arguments.only not in (None, name) or (arguments.repeat_to and name != "lightlm"):
@@ -228,7 +234,13 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
             again, memory = measured(command)
             seconds, peak = min(seconds, again), max(peak, memory)
         speeds[name] = size / 1e6 / seconds
+        rows.append(
+            {"name": name, "text_mb": size / 1e6, "seconds": seconds, "mb_per_s": speeds[name], "peak_mb": peak}
+        )
         print(f"{name:12}{size / 1e6:12.1f}{seconds:10.2f}{speeds[name]:8.1f}{peak:10.0f}", flush=True)
+    if arguments.out:
+        what = {"machine": machine(), "corpus": str(arguments.corpus), "repeated_to": arguments.repeat_to}
+        arguments.out.write_text(json.dumps(what | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
     for name in speeds.keys() - {"lightlm"}:
         ratio = f", lightlm is {speeds['lightlm'] / speeds[name]:.0f} times as fast" if "lightlm" in speeds else ""
         theirs = tokens_of(work / name)

@@ -48,7 +48,7 @@ def prepare_data(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads that read and tokenize. Default: all cores.")
+        int | None, typer.Option(metavar="N", help="Threads that read and tokenize. Default: all cores, 8 at most.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, replacing what is there.")] = False,
     verify: Annotated[

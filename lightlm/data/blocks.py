@@ -17,7 +17,7 @@ import pyarrow
 from lightlm.data.texts import Texts, Unit, in_chunks
 from lightlm.errors import DataError
 
-BLOCK_BYTES = 16 << 20  # units below this are put together: 100,000 small files are not 100,000 pieces
+BLOCK_BYTES = 4 << 20  # on disk; units below this are put together: 100,000 small files are not 100,000 pieces
 BLOCK_UNITS = 10_000
 
 BLANK, UNREADABLE = "blank", "unreadable"

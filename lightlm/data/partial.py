@@ -34,20 +34,20 @@ class Partial:
         """Keep other processes out. Raises DataError where one is at work."""
         from filelock import FileLock, Timeout
 
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock", timeout=0)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            yield
         except Timeout as error:
             raise DataError(
                 f"Another `lightlm prepare-data` is writing {self._target}; wait for it, or choose another folder "
                 "with --out"
             ) from error
-        try:
-            yield
         finally:
+            mine = lock.is_locked or not any(self.path.glob("*"))  # a signal may come before the lock
             lock.release()
-            if not self._note.exists():
+            if mine and not self._note.exists():
                 remove_folder(self.path)
 
     def open(self, settings: Mapping[str, Setting], *, overwrite: bool) -> str | None:
@@ -84,6 +84,12 @@ class Partial:
     def discard(self) -> None:
         """Remove everything; `locked` removes the rest."""
         self._note.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what a kill left that came after the folder was put in place."""
+        if self.path.is_dir() and not self.folder.exists():
+            with contextlib.suppress(DataError), self.locked():  # another process may be at this very moment
+                self.discard()
 
     @property
     def worth_keeping(self) -> bool:

@@ -8,7 +8,6 @@ Blocks are encoded anywhere and in any order, and assembled in theirs. Everythin
 
 import contextlib
 import errno
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from lightlm.data.assembly import Assembly
 from lightlm.data.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
 from lightlm.data.encoder import AUTO, choose_encoder, remember
 from lightlm.data.engine import Engine, ThreadEngine, done_or_encoded
+from lightlm.data.options import SHARD_TOKENS, Options
 from lightlm.data.partial import Partial, Setting, different_settings
 from lightlm.data.pieces import Record
 from lightlm.data.sampling import training_sample
@@ -31,7 +31,7 @@ from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_si
 from lightlm.errors import DataError, UsageError
 from lightlm.files import restore_folder, write_text
 
-SHARD_TOKENS = 100_000_000  # 200 MB a shard, the size that llm.c and modded-nanogpt use
+MOST_WORKERS = 8  # by default: each takes some 80 MB of memory
 
 TRAINING_TOKENIZER, TOKENIZING = "training the tokenizer", "tokenizing"
 
@@ -54,46 +54,6 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to prepare a source, beyond the source itself; see `prepare`."""
-
-    tokenizer: str
-    text_column: str = "text"
-    max_tokens: int | None = None
-    val_fraction: float = 0.005
-    shard_tokens: int = SHARD_TOKENS
-    skip_bad: bool = False
-    encoder: str = AUTO
-    filters: tuple[DocumentFilter, ...] = ()
-
-    def check(self) -> None:
-        """Raises UsageError where a value is out of its range."""
-        if not 0 <= self.val_fraction < 1:
-            raise UsageError(
-                f"--val-fraction {self.val_fraction}: a number from 0 (no validation split) to below 1 is needed"
-            )
-        for option, value in (("--max-tokens", self.max_tokens), ("shard_tokens", self.shard_tokens)):
-            if value is not None and value < 1:
-                raise UsageError(f"{option} {value}: at least 1 is needed")
-        requested_vocab_size(self.tokenizer)
-
-    def settings(self, source: Source) -> dict[str, Setting]:
-        """What decides the content of the folder; whatever else may change between two runs of the command.
-
-        A later setting is left out, or None, at its default, so that folders made before it are recognised.
-        """
-        return {
-            "source": source.spec,
-            "content": source.fingerprint,
-            "tokenizer": _tokenizer_identity(self.tokenizer),
-            "text_column": self.text_column,
-            "max_tokens": self.max_tokens,
-            "val_fraction": self.val_fraction,
-            "shard_tokens": self.shard_tokens,
-        }
 
 
 @runtime_checkable
@@ -127,7 +87,7 @@ def prepare(
         tokenizer_spec: `train:N`, or what `load_tokenizer` takes.
         max_tokens: stop after the document that reaches this many tokens, both splits together.
         val_fraction: the share of documents for validation (see `splitting.SPLIT_RULE`); 0 for no validation split.
-        workers: threads of the default engine; all cores by default.
+        workers: threads of the default engine; all cores, but at most `MOST_WORKERS`, by default.
         overwrite: replace a finished folder; it stays in place until the new one is complete.
         skip_bad: leave out what cannot be read, and count and list it in the manifest.
         encoder: `auto` (gigatoken where it can be used), `gigatoken` or `tokenizers`; the ids are the same.
@@ -151,16 +111,18 @@ def prepare(
     options.check()
     if isinstance(source, str):
         source = open_source(source, text_column)
-    workers = workers or available_cores()
-    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # the threads of `tokenizers`
+    if workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # the threads of `tokenizers`
+    workers = workers or min(available_cores(), MOST_WORKERS)
     target = Path(os.path.abspath(out)).resolve()
     settings = options.settings(source)
     with _clear_errors(target):
         restore_folder(target)
         existing = _existing(target, settings, overwrite)
-        if existing is not None:
-            return existing
         partial = Partial(target)
+        if existing is not None:
+            partial.clear()
+            return existing
         with partial.locked():
             run = _Run(source, options, partial, engine or ThreadEngine(workers), progress or (lambda _: None))
             return run.run(settings, overwrite)
@@ -176,12 +138,6 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
 def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _tokenizer_identity(spec: str) -> str:
-    """What the settings say of the tokenizer: a local file's hash, since its path says nothing; else the spec."""
-    path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
-    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else spec
 
 
 def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Manifest | None:
@@ -350,20 +306,21 @@ class _Run:
         blocks, given = self._blocks(state.blocks)
         if state.documents:
             self._report(0, 0, 0)  # where this process begins
-        for record in self._engine(job, blocks, self._report):
-            block = given.pop(record.number)
-            if limit is not None and tokens + record.total_tokens >= limit:
-                block = replace(block, limit=limit - tokens)
-                record = done_or_encoded(job, block)
-            documents, tokens = documents + record.documents, tokens + record.total_tokens
-            waiting.append((block, record))
-            self._done_bytes += block.size
-            if documents > 1:
-                for _, ready in waiting:
-                    assembly.add(ready)
-                waiting = []
-            if block.limit is not None:
-                break
+        with contextlib.closing(self._engine(job, blocks, self._report)) as records:
+            for record in records:
+                block = given.pop(record.number)
+                if limit is not None and tokens + record.total_tokens >= limit:
+                    block = replace(block, limit=limit - tokens)
+                    record = done_or_encoded(job, block)
+                documents, tokens = documents + record.documents, tokens + record.total_tokens
+                waiting.append((block, record))
+                self._done_bytes += block.size
+                if documents > 1:
+                    for _, ready in waiting:
+                        assembly.add(ready)
+                    waiting = []
+                if block.limit is not None:
+                    break
         for block, record in waiting:
             if record.documents == 1:
                 assembly.hold_nothing_back()

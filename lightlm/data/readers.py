@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import pyarrow
+import pyarrow.ipc
 
 from lightlm.data.hub_files import HubFile
 from lightlm.data.jsontext import Line, large_line, lines_of
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 File: TypeAlias = Path | HubFile
 
+SPOOLED_BYTES = 256 << 20  # of a row group
+_SPOOLED = pyarrow.schema([("text", pyarrow.large_string()), ("unfinished", pyarrow.bool_())])
 BLOCK_BYTES = 64 << 20  # of an uncompressed .jsonl file: a second of work
 
 PlacedLine = tuple[Line, Callable[[], str]]  # and a function that names its place in an error
@@ -192,20 +196,49 @@ def read_row_group(path: File, group: int, text_column: str, bad: BadRecord) -> 
     """The documents of one row group of a Parquet file; null texts are left out."""
     try:
         with _parquet(path) as file:
-            rows = _batch_rows(file.metadata.row_group(group))
-            for batch in file.iter_batches(row_groups=[group], columns=[text_column], batch_size=rows):
-                column = batch.column(0)
-                if column.null_count:
-                    column = column.drop_null()
-                column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
-                yield from in_chunks(column.cast(pyarrow.large_string()))
-                del batch, column  # one large text would be held while the next is read
-                if rows == 1:
-                    pyarrow.default_memory_pool().release_unused()
+            texts = _row_texts(file, group, text_column)
+            if file.metadata.row_group(group).total_byte_size <= SPOOLED_BYTES:
+                yield from texts
+                return
+            spool = _spool(texts)
+        with spool:
+            yield from _spooled(spool)
     except (pyarrow.ArrowException, OSError) as error:
         if "UTF8" in str(error).replace("-", "").upper():
             raise DataError(f"{path}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{path}: row group {group} cannot be read: {error}") from error
+
+
+def _row_texts(file: Any, group: int, text_column: str) -> Iterator[Texts]:
+    rows = _batch_rows(file.metadata.row_group(group))
+    for batch in file.iter_batches(row_groups=[group], columns=[text_column], batch_size=rows):
+        column = batch.column(0)
+        if column.null_count:
+            column = column.drop_null()
+        column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
+        yield from in_chunks(column.cast(pyarrow.large_string()))
+        del batch, column  # one large text would be held while the next is read
+
+
+def _spool(texts: Iterator[Texts]) -> BinaryIO:
+    """Texts in a temporary file: of a large one Arrow's reader holds two or three copies until it is closed."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    try:
+        with pyarrow.ipc.new_stream(file, _SPOOLED) as sink:
+            for array, unfinished in texts:
+                flags = pyarrow.array([unfinished] * len(array))
+                sink.write_batch(pyarrow.record_batch([array, flags], schema=_SPOOLED))
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _spooled(file: BinaryIO) -> Iterator[Texts]:
+    pyarrow.default_memory_pool().release_unused()
+    for batch in pyarrow.ipc.open_stream(file):
+        yield Texts(batch.column(0), unfinished=batch.column(1)[0].as_py())
 
 
 def _batch_rows(group: Any) -> int:

@@ -36,6 +36,7 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every border falls somewhere: between units, blocks, chunks, parts of a text, shards and saved states."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3_000)
     monkeypatch.setattr(readers, "BLOCK_BYTES", 2_000)
+    monkeypatch.setattr(readers, "SPOOLED_BYTES", 4_000)
     for module in (texts, readers, jsontext):
         monkeypatch.setattr(module, "CHUNK_BYTES", 700)
     monkeypatch.setattr(texts, "LARGE_BYTES", 1_500)

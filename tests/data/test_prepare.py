@@ -186,3 +186,15 @@ def test_unigram_entropy_is_the_cross_entropy_of_the_counts(tmp_path: Path, sour
     assert manifest.unigram is not None
     assert manifest.unigram.nats_per_token == pytest.approx(nats)
     assert manifest.unigram.bits_per_byte == pytest.approx(per_byte)
+
+
+def test_a_folder_made_before_a_setting_existed_is_recognised(tmp_path: Path, source: str) -> None:
+    """A later setting is None, or absent, at its default; fields that came later have defaults."""
+    prepare(source, "train:300", tmp_path / "out", val_fraction=0.2)
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["settings"]["max_tokens"], content["dropped"], content["bad"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert prepare(source, "train:300", tmp_path / "out", val_fraction=0.2).already_prepared
+    with pytest.raises(DataError, match="max_tokens: None there, 500 now"):
+        prepare(source, "train:300", tmp_path / "out", val_fraction=0.2, max_tokens=500)

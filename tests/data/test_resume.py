@@ -121,6 +121,26 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, source: Path, tokeni
     assert not (tmp_path / ".out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"val_fraction": 1e-9}, {"val_fraction": 0}, {"max_tokens": 14_000}, {"val_fraction": 1e-9, "max_tokens": 14_000}],
+    ids=str,
+)
+def test_what_is_held_back_and_what_is_left_survive_every_stop(
+    options: dict[str, Any], tmp_path: Path, source: Path, tokenizer: str, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every second block, with a state saved in between."""
+    monkeypatch.setattr(assembly, "SAVE_TOKENS", 2_500)
+    prepare(str(source), tokenizer, tmp_path / "whole", shard_tokens=3_000, **options)
+    manifest, stops = None, 0
+    while manifest is None:
+        with contextlib.suppress(Stop), stopping(2):
+            manifest = prepare(str(source), tokenizer, tmp_path / "out", shard_tokens=3_000, workers=1, **options)
+        stops += manifest is None
+    assert stops >= 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_other_settings_are_refused_in_the_middle_too(
     tmp_path: Path, source: Path, tokenizer: str, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
