@@ -2,16 +2,18 @@
 
 import difflib
 import functools
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import xxhash
 
-from lightlm.data.readers import SUFFIXES, file_units, missing_column, suffix_of
-from lightlm.data.texts import Unit
+from lightlm.data.filters import Filter
+from lightlm.data.readers import PLAIN, SUFFIXES, file_units, missing_column, suffix_of
+from lightlm.data.texts import BadRecord, FilteredOut, Texts, Unit, pack, read_strings
 from lightlm.errors import DataError
 
 # Name -> (Hub repository, configuration). Later names go here.
@@ -53,15 +55,25 @@ class Source(Protocol):
         """The units in their order. Raises DataError where the source cannot be read."""
 
 
-def open_source(spec: str, text_column: str = "text") -> Source:
-    """The source that `spec` names: `pydocs`, a name in `HUB_DATASETS`, `hf:org/name[:config]`, a file or a folder.
+@runtime_checkable
+class Revisable(Protocol):
+    """A source that can be read in the state in which an earlier process began to read it."""
 
-    Nothing is read yet, and the network is not used. Raises DataError for a path or a name that does not exist.
+    def at_revision(self, revision: str) -> Source: ...
+
+
+def open_source(spec: str, text_column: str = "text", chosen: Filter | None = None) -> Source:
+    """The source that `spec` names: `pydocs`, a name in `HUB_DATASETS`, `hf:org/name[:config]`, a file, folder or glob.
+
+    Only records that `chosen` keeps are read. Nothing is read yet, and the network is not used.
+    Raises DataError for a path or a name that does not exist, or has no columns for `chosen` to judge by.
     """
     if spec == PYDOCS:
+        if chosen is not None:
+            raise DataError(f'--filter "{chosen.text}": {PYDOCS} has no columns to judge by')
         return PydocsSource()
     if spec in HUB_DATASETS:
-        return HubSource(spec, *HUB_DATASETS[spec], text_column)
+        return HubSource(spec, *HUB_DATASETS[spec], text_column, chosen)
     if spec.startswith("hf:"):
         repo, _, config = spec.removeprefix("hf:").partition(":")
         if repo.count("/") != 1 or not all(repo.split("/")):
@@ -69,10 +81,10 @@ def open_source(spec: str, text_column: str = "text") -> Source:
                 f"{spec}: write a Hub data set as hf:organisation/name or hf:organisation/name:configuration"
             )
         name = repo.rpartition("/")[2]
-        return HubSource(f"{name}-{config}" if config else name, repo, config or None, text_column)
+        return HubSource(f"{name}-{config}" if config else name, repo, config or None, text_column, chosen)
     path = Path(spec).expanduser()
-    if path.exists():
-        return LocalSource(path, text_column)
+    if path.exists() or glob.has_magic(spec):
+        return LocalSource(path, text_column, chosen)
     raise _unknown(spec)
 
 
@@ -111,15 +123,19 @@ def _pydocs() -> Iterator[str]:
 
 
 class LocalSource:
-    """One file, or every supported file below a folder, sorted by path; hidden files and folders are left out."""
+    """One file, or every supported file below a folder or that a glob matches, sorted by path.
 
-    def __init__(self, path: Path, text_column: str) -> None:
-        """Raises DataError where no file at `path` can be read."""
-        self._root = path.resolve()
-        self._column = text_column
+    Hidden files and folders are left out.
+    """
+
+    def __init__(self, path: Path, text_column: str, chosen: Filter | None = None) -> None:
+        """Raises DataError where no file at `path` can be read, or one has no columns for `chosen` to judge by."""
+        root, self._pattern = (path, "**/*") if path.exists() else _split_glob(path)
+        self._root = root.resolve()
+        self._column, self._chosen = text_column, chosen
         self._files = self._find_files(path)
         self.name = _stem(self._root) or "data"
-        self.spec = str(self._root)
+        self.spec = str(self._root if path.exists() else self._root / self._pattern)
         self.description = f"{len(self._files)} file{'s' * (len(self._files) != 1)} under {path}"
         self.revision = self.fingerprint = self._listing_hash()
         self.size = sum(path.stat().st_size for path in self._files)
@@ -129,12 +145,18 @@ class LocalSource:
         if self._root.is_file():
             if suffix_of(self._root) is None:
                 raise DataError(f"{given}: this kind of file cannot be read; supported are {supported}")
-            return [self._root]
-        found = (path for path in self._root.rglob("*") if path.is_file() and suffix_of(path) is not None)
-        visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(self._root).parts)]
-        if not visible:
-            raise DataError(f"{given}: no file in this folder can be read; supported are {supported}")
-        return sorted(visible, key=self._relative)
+            files = [self._root]
+        else:
+            found = {path for path in self._root.glob(self._pattern) if path.is_file() and suffix_of(path) is not None}
+            visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(self._root).parts)]
+            if not visible:
+                place = "in this folder" if given.exists() else "that this pattern matches"
+                raise DataError(f"{given}: no file {place} can be read; supported are {supported}")
+            files = sorted(visible, key=self._relative)
+        plain = [path for path in files if suffix_of(path) in PLAIN]
+        if plain and self._chosen is not None:
+            raise DataError(f'--filter "{self._chosen.text}": {plain[0]} is plain text, without columns to judge by')
+        return files
 
     def _relative(self, path: Path) -> str:
         """The file's name in unit ids: relative to the folder, with forward slashes on every system."""
@@ -151,7 +173,7 @@ class LocalSource:
 
     def units(self) -> Iterator[Unit]:
         for path in self._files:
-            yield from file_units(path, self._relative(path), self._column)
+            yield from file_units(path, self._relative(path), self._column, self._chosen)
 
 
 class HubSource:
@@ -159,11 +181,13 @@ class HubSource:
 
     fingerprint = None
 
-    def __init__(self, name: str, repo: str, config: str | None, text_column: str) -> None:
+    def __init__(
+        self, name: str, repo: str, config: str | None, text_column: str, chosen: Filter | None = None
+    ) -> None:
         self.name = name
         self.spec = f"hf:{repo}:{config}" if config else f"hf:{repo}"
         self.description = f"{self.spec.removeprefix('hf:')} on the Hugging Face Hub"
-        self._repo, self._config, self._column = repo, config, text_column
+        self._repo, self._config, self._column, self._chosen = repo, config, text_column, chosen
 
     @functools.cached_property
     def revision(self) -> str | None:
@@ -180,14 +204,20 @@ class HubSource:
         if dataset.column_names is not None:
             if self._column not in dataset.column_names:
                 raise missing_column(self._repo, self._column, dataset.column_names)
-            dataset = dataset.select_columns([self._column])
+            if self._chosen is None:
+                dataset = dataset.select_columns([self._column])
         count = dataset.num_shards
         for index in range(count):
             shard = dataset.shard(num_shards=count, index=index)
-            yield Unit(f"{self.spec}#{index}/{count}", partial(_read_hub, shard, self._repo, self._column))
+            stream = partial(_read_hub, shard, self._repo, self._column, self._chosen)
+            yield Unit(f"{self.spec}#{index}/{count}", partial(read_strings, stream), stream=stream)
 
 
-def _read_hub(shard: Any, repo: str, text_column: str) -> Iterator[str]:
+def _read_hub(shard: Any, repo: str, text_column: str, chosen: Filter | None, bad: BadRecord) -> Iterator[Texts]:
+    yield from pack(_hub_texts(shard, repo, text_column, chosen, bad))
+
+
+def _hub_texts(shard: Any, repo: str, text_column: str, chosen: Filter | None, bad: BadRecord) -> Iterator[str]:
     from lightlm.data.hub import first_line, hub_errors, quiet_libraries
 
     with quiet_libraries():
@@ -197,6 +227,9 @@ def _read_hub(shard: Any, repo: str, text_column: str) -> Iterator[str]:
                     raise missing_column(repo, text_column, list(row))
                 text = row[text_column]
                 if text is None:
+                    continue
+                if chosen is not None and not chosen.keeps(row, lambda: repo):
+                    bad(FilteredOut())
                     continue
                 if not isinstance(text, str):
                     raise DataError(
@@ -208,6 +241,12 @@ def _read_hub(shard: Any, repo: str, text_column: str) -> Iterator[str]:
             raise DataError(
                 f"Reading {repo!r} from the Hub stopped: {first_line(error)}. Run the command again."
             ) from error
+
+
+def _split_glob(path: Path) -> tuple[Path, str]:
+    """A pattern as the folder before its first wildcard, and the rest."""
+    fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
+    return Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
 
 
 def _stem(path: Path) -> str:
