@@ -92,6 +92,11 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         ("folder", f"{summary['folder']} ({summary['status']})"),
         ("documents", f"{summary['documents']:,}"),
         ("left out", causes or "nothing"),
+        *(
+            [("flagged", ", ".join(f"{n:,} {cause}" for cause, n in manifest.flagged.items()))]
+            if manifest.flagged
+            else []
+        ),
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
         ("vocabulary", f"{summary['vocab_size']:,}"),
@@ -121,6 +126,12 @@ def _warn(manifest: Manifest) -> None:
         console.print(f"Left out: {message}", markup=False, soft_wrap=True)
     if len(manifest.bad) > LISTED:
         console.print(f"... {len(manifest.bad) - LISTED:,} more of these are in manifest.json under `bad`.")
+    if manifest.listed:
+        console.print("The documents that share text with evaluation sets are in manifest.json under `listed`.")
+    for name, coverage in manifest.evaluation_sets.items():
+        if coverage["too_short"]:
+            found = f"{coverage['too_short']:,} of {coverage['examples']:,} examples of {name}"
+            console.print(f"{found} are too short to be looked for: they have no 13 words in a row.")
     spec = str(manifest.settings.get("tokenizer"))
     wanted = spec.removeprefix("train:")
     if wanted != spec and manifest.vocab_size < int(wanted):

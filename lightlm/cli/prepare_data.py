@@ -24,13 +24,13 @@ TOKENIZER, VAL_FRACTION = "gpt2", 0.005
 
 def prepare_data(
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="pydocs, fineweb-edu, another named data set, hf:org/name[:config][@revision], or a file or folder of "
-            ".txt .md .jsonl[.gz|.zst] .parquet",
+            help="pydocs, fineweb-edu, another named data set, hf:org/name[:config][@revision], a file, folder or "
+            "glob of .txt .md .jsonl[.gz|.zst] .parquet, or - for standard input",
         ),
-    ],
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help=f"Default: {TOKENIZER}; for pydocs {PYDOCS_TOKENIZER}."),
@@ -70,52 +70,75 @@ def prepare_data(
     encoder: Annotated[
         str, typer.Option(metavar="auto|gigatoken|tokenizers", help="What tokenizes; the tokens are the same.")
     ] = "auto",
+    mix: Annotated[
+        str | None, typer.Option(metavar="A=0.7,B=0.3", help="Several sources instead of SOURCE, by shares of tokens.")
+    ] = None,
+    filter_text: Annotated[
+        str | None, typer.Option("--filter", metavar="EXPR", help="Read only rows such as 'score >= 3'.")
+    ] = None,
+    dedup: Annotated[
+        str | None, typer.Option(metavar="exact|near", help="Leave out documents that repeat an earlier one.")
+    ] = None,
+    decontaminate: Annotated[
+        str | None,
+        typer.Option(metavar="T1,T2", help="Find documents that share 13 words in a row with lm-eval's tasks."),
+    ] = None,
+    contaminated: Annotated[
+        str, typer.Option(metavar="drop|flag", help="Leave those documents out, or only count and list them.")
+    ] = "drop",
     sample: Annotated[int, typer.Option(metavar="N", help="Show the beginnings of N documents at the end.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
+    from lightlm.cli.data_selection import evaluation_sets, open_named, opened, parse_filter
     from lightlm.cli.preparation_display import ProgressLine, print_summary
+    from lightlm.data.deduplication import checked_mode
     from lightlm.data.prepare import prepare
     from lightlm.data.prepare import verify as verify_folder
     from lightlm.data.samples import beginnings
     from lightlm.data.shards import DataFolder
-    from lightlm.data.sources import PYDOCS, open_source
+    from lightlm.data.sources import PYDOCS
 
     if download_only:
         from lightlm.cli.download_data import download_data
 
-        return download_data(open_source(source, text_column), tokenizer or TOKENIZER, as_json)
+        return download_data(open_named(source, mix, text_column, None), tokenizer or TOKENIZER, as_json)
     started = time.perf_counter()
-    limit = _tokens(max_tokens)
+    limit, chosen, mode = _tokens(max_tokens), parse_filter(filter_text), checked_mode(dedup)
     if verify:
-        folder = out or _finished_folder(source) or Path("data") / open_source(source, text_column).name
+        folder = out or _finished_folder(source) or Path("data") / open_named(source, mix, text_column, chosen).name
         manifest = verify_folder(folder)
     else:
-        opened = open_source(source, text_column)
-        folder = out or Path("data") / opened.name
-        embedded = opened.name == PYDOCS and opened.spec == PYDOCS
-        with _sigterm_as_interrupt(), _kept(folder), ProgressLine() as line:
-            manifest = prepare(
-                opened,
-                tokenizer or (PYDOCS_TOKENIZER if embedded else TOKENIZER),
-                folder,
-                text_column=text_column,
-                max_tokens=limit,
-                val_fraction=_first(val_fraction, PYDOCS_VAL_FRACTION if embedded else VAL_FRACTION),
-                workers=workers,
-                overwrite=overwrite,
-                skip_bad=skip_bad,
-                encoder=encoder,
-                progress=line.update,
-            )
+        sets = evaluation_sets(decontaminate, contaminated)
+        with _sigterm_as_interrupt(), opened(source, mix, text_column, chosen, out) as (text_source, folder):
+            embedded = text_source.name == PYDOCS and text_source.spec == PYDOCS
+            with _kept(folder), ProgressLine() as line:
+                manifest = prepare(
+                    text_source,
+                    tokenizer or (PYDOCS_TOKENIZER if embedded else TOKENIZER),
+                    folder,
+                    text_column=text_column,
+                    max_tokens=limit,
+                    val_fraction=_first(val_fraction, PYDOCS_VAL_FRACTION if embedded else VAL_FRACTION),
+                    workers=workers,
+                    overwrite=overwrite,
+                    skip_bad=skip_bad,
+                    encoder=encoder,
+                    dedup=mode,
+                    decontaminate=sets,
+                    filter=chosen,
+                    progress=line.update,
+                )
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
     if sample:
         summary["samples"] = beginnings(DataFolder.open(folder), sample)
     print_summary(summary, manifest, as_json)
 
 
-def _finished_folder(source: str) -> Path | None:
+def _finished_folder(source: str | None) -> Path | None:
     """The prepared folder that SOURCE itself names, by path or by name under data/; its text may be long gone."""
+    if source is None:
+        return None
     folders = (Path(source).expanduser(), Path("data") / source)
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 
@@ -172,6 +195,8 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "documents": manifest.documents("train") + manifest.documents("val"),
         "skipped_documents": manifest.skipped_documents,
         "dropped": manifest.dropped,
+        "flagged": manifest.flagged,
+        "evaluation_sets": manifest.evaluation_sets,
         "train_tokens": manifest.tokens("train"),
         "val_tokens": manifest.tokens("val"),
         "text_bytes": sum(manifest.text_bytes.values()),

@@ -36,6 +36,8 @@ class AssemblyState(BaseModel):
     writers: dict[Split, WriterState]
     dropped: dict[str, int] = {}
     bad: list[str] = []
+    flagged: dict[str, int] = {}
+    listed: list[str] = []
 
 
 class Assembly:
@@ -73,6 +75,8 @@ class Assembly:
             self._writers[split].state.text_bytes += record.text_bytes[split]
         state.dropped = dict(sorted((Counter(state.dropped) + Counter(record.dropped)).items()))
         state.bad += record.bad[: LISTED - len(state.bad)]
+        state.flagged = dict(sorted((Counter(state.flagged) + Counter(record.flagged)).items()))
+        state.listed += record.listed[: LISTED - len(state.listed)]
         state.blocks, state.documents = record.number + 1, state.documents + record.documents
         state.tokens += record.total_tokens
         self._unsaved.append(record.number)

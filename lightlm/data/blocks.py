@@ -14,22 +14,24 @@ from typing import Protocol
 import numpy as np
 import pyarrow
 
-from lightlm.data.texts import Texts, Unit, in_chunks
+from lightlm.data.deduplication import Signer
+from lightlm.data.texts import FilteredOut, Texts, Unit, in_chunks
 from lightlm.errors import DataError
 
 BLOCK_BYTES = 4 << 20  # on disk; units below this are put together: 100,000 small files are not 100,000 pieces
 BLOCK_UNITS = 10_000
 
-BLANK, UNREADABLE = "blank", "unreadable"
+BLANK, UNREADABLE, FILTERED = "blank", "unreadable", "filtered"
 LISTED = 100  # messages about bad records that a block keeps; all are counted
 
 
 class DocumentFilter(Protocol):
-    """Says which documents to leave out: the hook for de-duplication, decontamination and the like.
+    """Says which documents to leave out: the hook for decontamination and the like.
 
     Called with a unit's id, the number in that unit of the first text, and whole texts; gives a cause for each text to
     leave out, by its index in `texts`. Must be picklable, and its answer depend on its arguments and its own state
-    alone. A text above `LARGE_BYTES` counts as one in the numbering, but is not passed.
+    alone. Where it has an attribute `drops` that is False, the texts are only counted and listed. A text above
+    `LARGE_BYTES` counts as one in the numbering, but is not passed.
     """
 
     def __call__(self, unit: str, first: int, texts: pyarrow.Array) -> dict[int, str]: ...
@@ -46,6 +48,7 @@ class Job:
     val_fraction: float
     skip_bad: bool = False
     filters: tuple[DocumentFilter, ...] = ()
+    signer: Signer | None = None  # then a piece has a table of its documents, see `lightlm.data.selection`
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class BlockReader:
     def __init__(self, job: Job, block: Block) -> None:
         self.dropped: Counter[str] = Counter()
         self.bad: list[str] = []
+        self.flagged: Counter[str] = Counter()
+        self.listed: list[str] = []
         self._job, self._block = job, block
 
     def steps(self) -> Iterator[Texts | Iterator[str]]:
@@ -130,7 +135,10 @@ class BlockReader:
                 yield lead
 
     def reject(self, error: DataError) -> None:
-        """Raise a mistake, or note it where bad records are skipped."""
+        """Raise a mistake, or note it where bad records are skipped; count what a filter leaves out."""
+        if isinstance(error, FilteredOut):
+            self.dropped[FILTERED] += error.records
+            return
         if not self._job.skip_bad:
             raise error
         self.dropped[UNREADABLE] += 1
@@ -140,7 +148,13 @@ class BlockReader:
     def _filtered(self, unit: str, first: int, texts: Texts) -> Texts:
         causes: dict[int, str] = {}
         for document_filter in self._job.filters:
-            causes = document_filter(unit, first, texts.array) | causes
+            found = document_filter(unit, first, texts.array)
+            listed = [f"{unit}, document {first + index}: {cause}" for index, cause in sorted(found.items())]
+            self.listed += listed[: LISTED - len(self.listed)]
+            if getattr(document_filter, "drops", True):
+                causes = found | causes
+            else:
+                self.flagged.update(found.values())
         if not causes:
             return texts
         self.dropped.update(causes.values())

@@ -17,8 +17,9 @@ from lightlm.data.blocks import BLANK, AbandonedError, Block, BlockReader, Job
 from lightlm.data.cutting import encode_large, place_of_cut
 from lightlm.data.encoder import EncoderError, check_sample, worker_encoder
 from lightlm.data.pieces import PieceWriter, Record
+from lightlm.data.places import Places
 from lightlm.data.shards import Split, token_dtype
-from lightlm.data.splitting import KEYS, Candidate, keys_of
+from lightlm.data.splitting import KEYS, keys_of
 from lightlm.data.texts import Texts, byte_lengths, in_chunks
 from lightlm.errors import DataError
 
@@ -51,7 +52,7 @@ class _Encoding:
         self._report = report or (lambda *_: None)
         self._reader = BlockReader(job, block)
         self._tokenizer, self._encoder = worker_encoder(job.tokenizer, job.end_of_text_id, job.encoder)
-        self._least = KEYS  # the smallest key so far
+        self._places = Places(piece.record)
         self._full = False  # the limit is reached
 
     def run(self) -> None:
@@ -94,7 +95,8 @@ class _Encoding:
 
     def _close(self) -> None:
         self._record.dropped = dict(sorted((cause, n) for cause, n in self._reader.dropped.items() if n))
-        self._record.bad = self._reader.bad
+        self._record.bad, self._record.listed = self._reader.bad, self._reader.listed
+        self._record.flagged = dict(sorted(self._reader.flagged.items()))
 
     def _flush(self, pending: list[pyarrow.Array]) -> None:
         if self._full or not pending:
@@ -117,8 +119,10 @@ class _Encoding:
         self._reader.dropped[BLANK] += int(blank.sum())
         lengths, keys, text_bytes = lengths[:count], keys[:count], byte_lengths(visible)[:count]
         tokens = _with_ends(ids[: lengths.sum()], lengths, self._job.end_of_text_id)
+        if self._job.signer is not None:
+            self._piece.add_rows(self._job.signer.sign(visible[:count].to_pylist()), lengths + 1, text_bytes)
         val = keys < self._job.val_fraction * KEYS
-        self._place(val, lengths + 1, keys, text_bytes)
+        self._places.add(val, lengths + 1, keys, text_bytes)
         if val.any():
             chosen = np.repeat(val, lengths + 1)
             self._piece.add("train", tokens[~chosen])
@@ -154,8 +158,10 @@ class _Encoding:
         self._piece.spool(np.array([self._job.end_of_text_id]))
         lengths, keys = np.array([self._piece.spooled()]), np.array([digest.intdigest() % KEYS])
         self._fitting(lengths)
+        if self._job.signer is not None:
+            self._piece.add_rows(self._job.signer.of_hash(digest.intdigest()), lengths, np.array([text_bytes]))
         val = keys < self._job.val_fraction * KEYS if split is None else np.array([split == "val"])
-        self._place(val, lengths, keys, np.array([text_bytes]))
+        self._places.add(val, lengths, keys, np.array([text_bytes]))
         self._piece.unspool("val" if val[0] else "train")
         self._report(1, 0, 1)
 
@@ -166,35 +172,6 @@ class _Encoding:
         reached = np.flatnonzero(self._record.total_tokens + np.cumsum(lengths) >= self._block.limit)
         self._full = bool(reached.size)
         return int(reached[0]) + 1 if reached.size else len(lengths)
-
-    def _place(self, val: np.ndarray, lengths: np.ndarray, keys: np.ndarray, text_bytes: np.ndarray) -> None:
-        """Count documents, about to be added, by split, and note what `splitting.Holder` must know of them."""
-        first = int(val.argmax()) if val.any() else len(val)
-        if self._record.border is None:
-            starts = self._record.tokens["train"] + np.cumsum(lengths) - lengths
-            self._note_minima(starts[:first], lengths[:first], keys[:first], text_bytes[:first])
-            if first < len(val):
-                self._record.border = int(starts[first])
-        self._record.documents += len(val)
-        self._record.text_bytes["val"] += int(text_bytes[val].sum())
-        self._record.text_bytes["train"] += int(text_bytes[~val].sum())
-
-    def _note_minima(self, starts: np.ndarray, lengths: np.ndarray, keys: np.ndarray, text_bytes: np.ndarray) -> None:
-        """Note the documents whose keys are below all before them in the block."""
-        if not len(keys):
-            return
-        before = np.minimum.accumulate(np.concatenate([[self._least], keys[:-1]]))
-        self._record.minima += [
-            Candidate(
-                block=self._block.number,
-                key=int(keys[i]),
-                start=int(starts[i]),
-                tokens=int(lengths[i]),
-                text_bytes=int(text_bytes[i]),
-            )
-            for i in np.flatnonzero(keys < before)
-        ]
-        self._least = min(self._least, int(keys.min()))
 
 
 def _with_ends(ids: np.ndarray, lengths: np.ndarray, end_of_text_id: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lightlm.data.filters import Filter
 from lightlm.errors import DataError
 
 # FineWeb's own samples of 10, 100 and 350 billion tokens, and everything.
@@ -47,13 +48,17 @@ HUB_DATASETS: dict[str, NamedDataset] = {
 
 @dataclass(frozen=True)
 class HubRequest:
-    """A data set as the user asked for it. `name` is the data folder's default name; None means the Hub's default."""
+    """A data set as the user asked for it. `name` is the data folder's default name; None means the Hub's default.
+
+    Only records that `chosen` keeps are read.
+    """
 
     name: str
     repo: str
     config: str | None
     revision: str | None
     text_column: str
+    chosen: Filter | None = None
 
     @property
     def spec(self) -> str:
@@ -62,7 +67,7 @@ class HubRequest:
         return f"hf:{self.repo}{config}" + (f"@{self.revision}" if self.revision else "")
 
 
-def parse_hub(spec: str, text_column: str) -> HubRequest | None:
+def parse_hub(spec: str, text_column: str, chosen: Filter | None = None) -> HubRequest | None:
     """What `spec` asks of the Hub; None where it is no name of a Hub data set.
 
     `text_column` is the user's; a named data set may have another in place of the usual `text`. Raises DataError for
@@ -77,13 +82,13 @@ def parse_hub(spec: str, text_column: str) -> HubRequest | None:
             raise DataError(f"{name} cannot be prepared: {named.without_text}.")
         column = named.text_column if text_column == "text" else text_column
         wanted = named.configs.get(config, config) if config else named.config
-        return HubRequest(_folder(name, config), named.repo, wanted, revision, column)
+        return HubRequest(_folder(name, config), named.repo, wanted, revision, column, chosen)
     if name.count("/") != 1 or not all(name.split("/")) or (spec.endswith((":", "@"))):
         raise DataError(
             f"{spec}: write a Hub data set as hf:organisation/name or hf:organisation/name:configuration, either with "
             "@revision (a branch, a tag or a commit) at its end"
         )
-    return HubRequest(_folder(name.rpartition("/")[2], config), name, config, revision, text_column)
+    return HubRequest(_folder(name.rpartition("/")[2], config), name, config, revision, text_column, chosen)
 
 
 def _parts(text: str) -> tuple[str, str | None, str | None]:

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightlm.data.filters import Filter
 from lightlm.data.hub import HubError, back_off, first_line, hub_errors, persistently, quiet_libraries, require_hub
 from lightlm.data.hub_files import HubFile
 from lightlm.data.hub_listing import Listing, list_files, read_record, refusal, write_record
 from lightlm.data.hub_names import HubRequest
 from lightlm.data.readers import file_units, missing_column
-from lightlm.data.texts import Unit
+from lightlm.data.texts import BadRecord, FilteredOut, Texts, Unit, pack, read_strings
 from lightlm.errors import DataError
 
 OFFLINE_HINT = (
@@ -87,14 +88,15 @@ class HubSource:
 
     def units(self) -> Iterator[Unit]:
         """The units in the order of the files. Their ids are paths in the repository, and places in the files."""
-        listing = self.listing
+        listing, column, chosen = self.listing, self._request.text_column, self._request.chosen
         for path, size in listing.files:
             file = self._open(path, size)
             if _is_read_here(listing, path):
-                yield from file_units(file, path, self._request.text_column)
+                yield from file_units(file, path, column, chosen)
             else:
                 location = file.url if isinstance(file, HubFile) else str(file)
-                yield Unit(path, partial(_read_rows, listing, location, self._request.text_column), size)
+                stream = partial(_read_packed, listing, location, column, chosen)
+                yield Unit(path, partial(read_strings, stream), size, stream)
 
     def _open(self, path: str, size: int) -> Path | HubFile:
         listing = self.listing
@@ -128,7 +130,15 @@ def _is_read_here(listing: Listing, path: str) -> bool:
     return lines and listing.builder == "json" and not listing.options
 
 
-def _read_rows(listing: Listing, location: str, text_column: str) -> Iterator[str]:
+def _read_packed(
+    listing: Listing, location: str, text_column: str, chosen: Filter | None, bad: BadRecord
+) -> Iterator[Texts]:
+    return pack(_read_rows(listing, location, text_column, chosen, bad))
+
+
+def _read_rows(
+    listing: Listing, location: str, text_column: str, chosen: Filter | None, bad: BadRecord
+) -> Iterator[str]:
     """The texts of a file that `datasets` streams. After a failure the rows already given are passed over."""
     rows = failures = 0
     where = f"{listing.repo}/{location.rpartition('/')[2]}"
@@ -137,7 +147,9 @@ def _read_rows(listing: Listing, location: str, text_column: str) -> Iterator[st
             for row in itertools.islice(_stream(listing, location), rows, None):
                 rows, failures = rows + 1, 0
                 text = _text(row, where, text_column)
-                if text is not None:
+                if chosen is not None and not chosen.keeps(row, lambda: where):
+                    bad(FilteredOut())
+                elif text is not None:
                     yield text
             return
         except hub_errors() as error:

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import pyarrow
 
+from lightlm.data.filters import Filter
 from lightlm.data.texts import CHUNK_BYTES, Texts
 from lightlm.errors import DataError
 
@@ -37,7 +38,7 @@ def lines_of(file: BinaryIO) -> Iterator[Line]:
             yield mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def large_line(line: Line, where: Callable[[], str], text_column: str) -> Iterator[Texts]:
+def large_line(line: Line, where: Callable[[], str], text_column: str, chosen: Filter | None = None) -> Iterator[Texts]:
     """The text of one JSON line above `LARGE_LINE_BYTES`, in parts. `where()` names the line in an error.
 
     Raises DataError, at the latest with the part that is wrong, where the line is no object with such a text.
@@ -46,10 +47,11 @@ def large_line(line: Line, where: Callable[[], str], text_column: str) -> Iterat
 
     span = _text_span(line, json.dumps(text_column).encode(), text_column)
     if span is None:
-        parse_record(line[:], where, text_column)  # says what is wrong, or finds a spelling that the search did not
+        # Says what is wrong, or finds a spelling that the search did not.
+        parse_record(line[:], where, text_column, chosen)
         raise DataError(f"{where()}: {len(line) >> 20} MB of JSON whose text under {text_column!r} cannot be found")
     start, end = span
-    parse_record(line[: start + 1] + line[end:], where, text_column)  # everything but the text
+    parse_record(line[: start + 1] + line[end:], where, text_column, chosen)  # everything but the text
     return _parts(line, start + 1, end, where)
 
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightlm.data.blocks import DocumentFilter
+from lightlm.data.decontamination import Decontaminator
+from lightlm.data.deduplication import Mode, Signer
 from lightlm.data.encoder import AUTO
+from lightlm.data.filters import Filter
 from lightlm.data.partial import Setting
 from lightlm.data.sources import Source
 from lightlm.data.tokenizer import requested_vocab_size
@@ -26,6 +29,14 @@ class Options:
     skip_bad: bool = False
     encoder: str = AUTO
     filters: tuple[DocumentFilter, ...] = ()
+    dedup: Mode | None = None
+    decontaminate: Decontaminator | None = None
+    filter: Filter | None = None
+
+    @property
+    def all_filters(self) -> tuple[DocumentFilter, ...]:
+        """What judges each document by itself."""
+        return (*self.filters, *([self.decontaminate] if self.decontaminate is not None else []))
 
     def check(self) -> None:
         """Raises UsageError where a value is out of its range."""
@@ -51,6 +62,9 @@ class Options:
             "max_tokens": self.max_tokens,
             "val_fraction": self.val_fraction,
             "shard_tokens": self.shard_tokens,
+            "filter": None if self.filter is None else self.filter.text,
+            "decontaminate": None if self.decontaminate is None else self.decontaminate.identity,
+            "dedup": None if self.dedup is None else Signer(self.dedup).method,
         }
 
 

@@ -12,20 +12,25 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from lightlm import __version__
 from lightlm.data.assembly import Assembly
 from lightlm.data.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
+from lightlm.data.decontamination import Decontaminator
+from lightlm.data.deduplication import Mode
 from lightlm.data.encoder import AUTO, choose_encoder, remember
 from lightlm.data.engine import Engine, ThreadEngine, done_or_encoded
+from lightlm.data.filters import Filter
+from lightlm.data.mixture_source import MixtureSource
 from lightlm.data.options import SHARD_TOKENS, Options
 from lightlm.data.partial import Partial, Setting, different_settings
 from lightlm.data.pieces import Record
 from lightlm.data.sampling import training_sample
-from lightlm.data.shards import DataFolder, Manifest
-from lightlm.data.sources import Source, open_source
+from lightlm.data.selection import Selector
+from lightlm.data.shards import DataFolder, Manifest, token_dtype
+from lightlm.data.sources import Revisable, Source, open_source
 from lightlm.data.splitting import SPLIT_RULE
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
 from lightlm.errors import DataError, UsageError
@@ -56,13 +61,6 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
-@runtime_checkable
-class Revisable(Protocol):
-    """A source that can be read in the state in which an earlier process began to read it."""
-
-    def at_revision(self, revision: str) -> Source: ...
-
-
 def prepare(
     source: Source | str,
     tokenizer_spec: str,
@@ -77,6 +75,9 @@ def prepare(
     skip_bad: bool = False,
     encoder: str = AUTO,
     filters: tuple[DocumentFilter, ...] = (),
+    dedup: Mode | None = None,
+    decontaminate: Decontaminator | None = None,
+    filter: Filter | None = None,
     engine: Engine | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
@@ -92,6 +93,10 @@ def prepare(
         skip_bad: leave out what cannot be read, and count and list it in the manifest.
         encoder: `auto` (gigatoken where it can be used), `gigatoken` or `tokenizers`; the ids are the same.
         filters: say which documents to leave out; the manifest counts them by cause.
+        dedup: leave out documents that repeat an earlier one: `exact`, or `near`, see `lightlm.data.deduplication`.
+        decontaminate: leave out, or list, documents that share 13 words in a row with evaluation sets.
+        filter: with a source given by its name, read only the records that it keeps; with a `Source`, the one it was
+            opened with.
         engine: runs the blocks; threads of this process by default.
         progress: called after each few megabytes of text.
 
@@ -106,11 +111,12 @@ def prepare(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: at least 1 is needed")
     options = Options(
-        tokenizer_spec, text_column, max_tokens, val_fraction, shard_tokens, skip_bad, encoder, filters
+        tokenizer_spec, text_column, max_tokens, val_fraction, shard_tokens, skip_bad, encoder, filters, dedup,
+        decontaminate, filter,
     )  # fmt: skip
     options.check()
     if isinstance(source, str):
-        source = open_source(source, text_column)
+        source = open_source(source, text_column, filter)
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # the threads of `tokenizers`
     workers = workers or min(available_cores(), MOST_WORKERS)
@@ -199,12 +205,13 @@ class _Run:
         self._lock = threading.Lock()
         self._counts = [0, 0, 0]  # documents, bytes of text, tokens
         self._done_bytes = 0
-        self._source_bytes: int | None = getattr(source, "size", None)
+        self._source_bytes: int | None = None
 
     def run(self, settings: dict[str, Setting], overwrite: bool) -> Manifest:
         partial = self._partial
         try:
             self._pin(partial.open(settings, overwrite=overwrite))
+            self._source_bytes = getattr(self._source, "size", None)
             tokenizer = self._tokenizer()
             remember(tokenizer)
             partial.note_revision(self._source.revision)
@@ -221,14 +228,15 @@ class _Run:
 
     def _pin(self, revision: str | None) -> None:
         """Read the source in the state in which the preparation began."""
-        if revision is None or revision == self._source.revision:
+        if revision is None:
             return
-        if not isinstance(self._source, Revisable):
+        if isinstance(self._source, Revisable):  # at once: what is its latest state, only the network could tell
+            self._source = self._source.at_revision(revision)
+        elif revision != self._source.revision:
             raise DataError(
                 f"{self._source.spec} has changed since {self._partial.path} was begun: {revision} then, "
                 f"{self._source.revision} now. Use --overwrite to start over."
             )
-        self._source = self._source.at_revision(revision)
 
     def _tokenizer(self) -> Tokenizer:
         """The tokenizer, as the process that began the preparation left it."""
@@ -262,7 +270,7 @@ class _Run:
             encoder=encoder,
             val_fraction=self._options.val_fraction,
             skip_bad=self._options.skip_bad,
-            filters=self._options.filters,
+            filters=self._options.all_filters,
         )
 
     def _assemble(self, job: Job, tokenizer: Tokenizer, settings: dict[str, Setting]) -> Manifest:
@@ -271,7 +279,10 @@ class _Run:
             partial.folder, partial.work, partial.pieces, tokenizer, options.val_fraction, options.shard_tokens
         )
         try:
-            self._feed(assembly, job)
+            if options.dedup is not None or isinstance(self._source, MixtureSource):
+                self._feed_selected(assembly, job, tokenizer)
+            else:
+                self._feed(assembly, job)
             assembly.finish()
         finally:
             assembly.abandon()
@@ -290,6 +301,9 @@ class _Run:
             skipped_documents=state.dropped.get(BLANK, 0),
             dropped=state.dropped,
             bad=state.bad,
+            flagged=state.flagged,
+            listed=state.listed,
+            evaluation_sets=options.decontaminate.coverage if options.decontaminate is not None else {},
             unigram=assembly.unigram(),
             lightlm_version=__version__,
             settings=settings,
@@ -326,6 +340,31 @@ class _Run:
                 assembly.hold_nothing_back()
                 record = done_or_encoded(job, replace(block, only=True))
             assembly.add(record)
+
+    def _feed_selected(self, assembly: Assembly, job: Job, tokenizer: Tokenizer) -> None:
+        """The same where a document's fate depends on others; the only document of a source is not cut here."""
+        state, source = assembly.state, self._source
+        self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
+        parts = source.parts if isinstance(source, MixtureSource) else [(source, Fraction(1))]
+        selector = Selector(
+            self._partial.work,
+            [blocks_of(part.units()) for part, _ in parts],
+            [share for _, share in parts],
+            dedup=self._options.dedup,
+            max_tokens=self._options.max_tokens,
+            done=state.blocks,
+        )
+        waiting: list[Record] = []  # until there are two documents, as above
+        for record in selector.pieces(self._engine, job, self._report, token_dtype(tokenizer.vocab_size)):
+            waiting.append(record)
+            if state.documents + sum(ready.documents for ready in waiting) > 1:
+                for ready in waiting:
+                    assembly.add(ready)
+                waiting = []
+        for ready in waiting:
+            if ready.documents:
+                assembly.hold_nothing_back()
+            assembly.add(ready)
 
     def _blocks(self, start: int) -> tuple[Iterator[Block], dict[int, Block]]:
         """The blocks from number `start` on, and those that have been given and not been taken back."""

@@ -14,9 +14,22 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 import pyarrow
 import pyarrow.ipc
 
+from lightlm.data.filters import Filter
 from lightlm.data.hub_files import HubFile
 from lightlm.data.jsontext import Line, large_line, lines_of
-from lightlm.data.texts import ABANDONED, CHUNK_BYTES, BadRecord, Stream, Texts, Unit, in_chunks, pack, read_strings
+from lightlm.data.row_filter import RowFilter
+from lightlm.data.texts import (
+    ABANDONED,
+    CHUNK_BYTES,
+    BadRecord,
+    FilteredOut,
+    Stream,
+    Texts,
+    Unit,
+    in_chunks,
+    pack,
+    read_strings,
+)
 from lightlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +43,8 @@ BLOCK_BYTES = 64 << 20  # of an uncompressed .jsonl file: a second of work
 
 PlacedLine = tuple[Line, Callable[[], str]]  # and a function that names its place in an error
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+PLAIN = (".txt", ".md")
+SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 def suffix_of(path: File) -> str | None:
@@ -39,27 +53,30 @@ def suffix_of(path: File) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def file_units(path: File, name: str, text_column: str) -> Iterator[Unit]:
-    """The units of one file, whose ids start with `name`; opens Parquet files to count their row groups."""
+def file_units(path: File, name: str, text_column: str, chosen: Filter | None = None) -> Iterator[Unit]:
+    """The units of one file, whose ids start with `name`; opens Parquet files to count their row groups.
+
+    Only records that `chosen` keeps are read; a plain text has no columns to judge by.
+    """
     size = path.stat().st_size
     match suffix_of(path):
         case ".txt" | ".md":
             yield _unit(name, size, partial(read_text, path))
         case ".parquet":
             try:
-                groups = _row_groups(path, text_column)
+                groups = _row_groups(path, text_column, chosen)
             except DataError as error:  # said when it is read: --skip-bad may leave it out
                 yield _unit(f"{name}#unreadable", size, partial(_unreadable, error))
                 return
             for group in range(groups):
-                stream = partial(read_row_group, path, group, text_column)
+                stream = partial(read_row_group, path, group, text_column, chosen=chosen)
                 yield _unit(f"{name}#row_group={group}", size // groups, stream)
         case ".jsonl":
             for start in range(0, size, BLOCK_BYTES):
-                stream = partial(read_json_block, path, start, text_column)
+                stream = partial(read_json_block, path, start, text_column, chosen=chosen)
                 yield _unit(f"{name}#byte={start}", min(BLOCK_BYTES, size - start), stream)
         case _:
-            yield _unit(name, size, partial(read_compressed_json, path, text_column))
+            yield _unit(name, size, partial(read_compressed_json, path, text_column, chosen=chosen))
 
 
 def _unit(name: str, size: int, stream: Stream) -> Unit:
@@ -112,7 +129,9 @@ class _Utf8(codecs.IncrementalDecoder):
             ) from error
 
 
-def read_json_block(path: File, start: int, text_column: str, bad: BadRecord) -> Iterator[Texts]:
+def read_json_block(
+    path: File, start: int, text_column: str, bad: BadRecord, chosen: Filter | None = None
+) -> Iterator[Texts]:
     """The documents of the lines that begin in the block of `BLOCK_BYTES` bytes at `start`."""
     try:
         with path.open("rb") as file:
@@ -120,7 +139,7 @@ def read_json_block(path: File, start: int, text_column: str, bad: BadRecord) ->
                 # The line that holds the byte before this block began in an earlier one, even if it ends right there.
                 file.seek(start - 1)
                 _skip_line(file)
-            yield from _json_texts(_block_lines(path, file, start + BLOCK_BYTES), text_column, bad)
+            yield from _json_texts(_block_lines(path, file, start + BLOCK_BYTES), text_column, chosen, bad)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -136,7 +155,7 @@ def _skip_line(file: BinaryIO) -> None:
         pass
 
 
-def read_compressed_json(path: File, text_column: str, bad: BadRecord) -> Iterator[Texts]:
+def read_compressed_json(path: File, text_column: str, bad: BadRecord, chosen: Filter | None = None) -> Iterator[Texts]:
     """The documents of a .jsonl.gz or .jsonl.zst file, one a line."""
     number = 0
 
@@ -147,12 +166,14 @@ def read_compressed_json(path: File, text_column: str, bad: BadRecord) -> Iterat
 
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
-            yield from _json_texts(lines(stream), text_column, bad)
+            yield from _json_texts(lines(stream), text_column, chosen, bad)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or truncated after line {number} ({error})") from error
 
 
-def _json_texts(lines: Iterator[PlacedLine], text_column: str, bad: BadRecord) -> Iterator[Texts]:
+def _json_texts(
+    lines: Iterator[PlacedLine], text_column: str, chosen: Filter | None, bad: BadRecord
+) -> Iterator[Texts]:
     """The texts of JSON lines: packed, and large ones in parts. Those before a damaged end of the file come first."""
     small: list[str] = []
     characters = 0
@@ -161,10 +182,10 @@ def _json_texts(lines: Iterator[PlacedLine], text_column: str, bad: BadRecord) -
             if not isinstance(line, bytes):
                 yield from pack(small)
                 small, characters = [], 0
-                yield from _large_text(line, where, text_column, bad)
+                yield from _large_text(line, where, text_column, chosen, bad)
                 continue
             try:
-                text = _json_text(line, where, text_column)
+                text = _json_text(line, where, text_column, chosen)
             except DataError as error:
                 bad(error)
                 continue
@@ -180,10 +201,12 @@ def _json_texts(lines: Iterator[PlacedLine], text_column: str, bad: BadRecord) -
     yield from pack(small)
 
 
-def _large_text(line: Line, where: Callable[[], str], text_column: str, bad: BadRecord) -> Iterator[Texts]:
+def _large_text(
+    line: Line, where: Callable[[], str], text_column: str, chosen: Filter | None, bad: BadRecord
+) -> Iterator[Texts]:
     begun = False
     try:
-        for texts in large_line(line, where, text_column):
+        for texts in large_line(line, where, text_column, chosen):
             yield texts
             begun = texts.unfinished
     except DataError as error:
@@ -192,11 +215,17 @@ def _large_text(line: Line, where: Callable[[], str], text_column: str, bad: Bad
             yield ABANDONED
 
 
-def read_row_group(path: File, group: int, text_column: str, bad: BadRecord) -> Iterator[Texts]:
-    """The documents of one row group of a Parquet file; null texts are left out."""
+def read_row_group(
+    path: File, group: int, text_column: str, bad: BadRecord, chosen: Filter | None = None
+) -> Iterator[Texts]:
+    """The documents of one row group of a Parquet file; null texts are left out, and what `chosen` does not keep."""
     try:
         with _parquet(path) as file:
-            texts = _row_texts(file, group, text_column)
+            picked = RowFilter(str(path), file, chosen) if chosen is not None else None
+            if picked is not None and picked.passes_over(group):
+                bad(FilteredOut(file.metadata.row_group(group).num_rows))
+                return
+            texts = _row_texts(file, group, text_column, picked, bad)
             if file.metadata.row_group(group).total_byte_size <= SPOOLED_BYTES:
                 yield from texts
                 return
@@ -209,10 +238,13 @@ def read_row_group(path: File, group: int, text_column: str, bad: BadRecord) -> 
         raise DataError(f"{path}: row group {group} cannot be read: {error}") from error
 
 
-def _row_texts(file: Any, group: int, text_column: str) -> Iterator[Texts]:
+def _row_texts(file: Any, group: int, text_column: str, picked: RowFilter | None, bad: BadRecord) -> Iterator[Texts]:
     rows = _batch_rows(file.metadata.row_group(group))
-    for batch in file.iter_batches(row_groups=[group], columns=[text_column], batch_size=rows):
-        column = batch.column(0)
+    columns = [text_column, *(picked.columns if picked is not None else ())]
+    for batch in file.iter_batches(row_groups=[group], columns=columns, batch_size=rows):
+        if picked is not None:
+            batch = picked.rows(batch, bad)
+        column = batch.column(text_column)
         if column.null_count:
             column = column.drop_null()
         column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
@@ -255,8 +287,8 @@ def _parquet(path: File) -> "parquet.ParquetFile":
     return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
-def _row_groups(path: File, text_column: str) -> int:
-    """How many row groups a Parquet file has. Raises DataError where it has no such text column."""
+def _row_groups(path: File, text_column: str, chosen: Filter | None) -> int:
+    """How many row groups a Parquet file has. Raises DataError where it lacks the text column, or a filter's."""
     try:
         with _parquet(path) as file:
             schema, groups = file.schema_arrow, file.num_row_groups
@@ -269,6 +301,8 @@ def _row_groups(path: File, text_column: str) -> int:
         test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     ):
         raise DataError(f"{path}: the column {text_column!r} holds {kind}, not text")
+    if chosen is not None:
+        chosen.arrow(schema, str(path))
     return groups
 
 
@@ -280,17 +314,17 @@ def missing_column(where: str, text_column: str, columns: list[str]) -> DataErro
     )
 
 
-def _json_text(line: bytes, where: Callable[[], str], text_column: str) -> str | None:
+def _json_text(line: bytes, where: Callable[[], str], text_column: str, chosen: Filter | None) -> str | None:
     """The text of one JSON line; None for a blank line or a null text. `where()` names the line in an error."""
-    text = parse_record(line, where, text_column) if line.strip() else None
+    text = parse_record(line, where, text_column, chosen) if line.strip() else None
     if text is None:
         return None
     # JSON can spell half of a surrogate pair ("\ud83d"), which is no character; it becomes U+FFFD.
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def parse_record(line: bytes, where: Callable[[], str], text_column: str) -> str | None:
-    """The text of one JSON line as it stands there; None for a null."""
+def parse_record(line: bytes, where: Callable[[], str], text_column: str, chosen: Filter | None = None) -> str | None:
+    """The text of one JSON line as it stands there; None for a null. Raises FilteredOut, or DataError for a mistake."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
@@ -304,6 +338,8 @@ def parse_record(line: bytes, where: Callable[[], str], text_column: str) -> str
     text = record[text_column]
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where()}: {text_column!r} holds {type(text).__name__}, not text")
+    if chosen is not None and not chosen.keeps(record, where):
+        raise FilteredOut
     return text
 
 

@@ -24,7 +24,7 @@ def training_sample(
     `report` is called with the documents and characters so far.
     """
     total = reported = 0
-    for documents, text in enumerate(_beginnings(units, skip_bad), start=1):
+    for documents, text in enumerate(beginnings(units, skip_bad), start=1):
         piece = text[: SAMPLE_CHARACTERS - total]
         total += len(piece)
         if total - reported >= REPORT_CHARACTERS:
@@ -35,7 +35,7 @@ def training_sample(
             return
 
 
-def _beginnings(units: Iterable[Unit], skip_bad: bool) -> Iterator[str]:
+def beginnings(units: Iterable[Unit], skip_bad: bool) -> Iterator[str]:
     """The first `SAMPLE_DOCUMENT_CHARACTERS` of each document."""
     for unit in units:
         beginning: str | None = None  # of a large document

@@ -122,6 +122,9 @@ class Manifest(BaseModel):
     skipped_documents: int
     dropped: dict[str, int] = {}
     bad: list[str] = []
+    flagged: dict[str, int] = {}
+    listed: list[str] = []
+    evaluation_sets: dict[str, dict[str, int]] = {}
     unigram: UnigramEntropy | None
     lightlm_version: str
     settings: dict[str, str | int | float | None]

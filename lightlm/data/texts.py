@@ -18,7 +18,16 @@ CHUNK_DOCUMENTS = 20_000
 LARGE_BYTES = 8 << 20  # a text above this is encoded in parts
 
 BadRecord = Callable[[DataError], None]
-"""Called by a reader with the mistake that spoils one record: raises it, or counts it and returns."""
+"""Called by a reader with the mistake that spoils one record: raises it, or counts it and returns. Also called with
+`FilteredOut`, which is no mistake."""
+
+
+class FilteredOut(DataError):  # noqa: N818 - it goes an error's way, but is none
+    """So many records are left out because a `--filter` says so."""
+
+    def __init__(self, records: int = 1) -> None:
+        super().__init__(f"{records} records")
+        self.records = records
 
 
 class Texts(NamedTuple):
@@ -68,7 +77,8 @@ class Unit:
 
 def raise_bad(error: DataError) -> None:
     """The `BadRecord` of a run that skips nothing."""
-    raise error
+    if not isinstance(error, FilteredOut):
+        raise error
 
 
 def pack(texts: Iterable[str]) -> Iterator[Texts]:
