@@ -76,8 +76,11 @@ class _Encoding:
 
     def run_cut(self) -> None:
         """Encode the only document in two: all but its end for training, its end for validation."""
-        place = self._place_of_cut()  # first: a large text should not be held while it is read again
-        for parts in self._reader.visible_documents():
+        chosen, place = self._place_of_cut()  # first: a large text should not be held while it is read again
+        for number, parts in enumerate(self._reader.visible_documents()):
+            if number != chosen:
+                _length(self._reader, parts)  # notes what is wrong with it
+                continue
             text = _Cuttable(parts)
             self._large(text.up_to(place), "train")
             self._large(text.rest(), "val")
@@ -85,13 +88,25 @@ class _Encoding:
                 break
         self._close()
 
-    def _place_of_cut(self) -> int | None:
-        """Found by reading the document twice more: it may be large."""
-        characters = sum(map(len, self._only_document()))
-        return place_of_cut(self._only_document(), self._job.val_fraction, characters)
+    def _place_of_cut(self) -> tuple[int, int | None]:
+        """Which document it is, and where to cut it. Found by reading it twice more: it may be large.
 
-    def _only_document(self) -> Iterator[str]:
-        return next(BlockReader(self._job, self._block).visible_documents(), iter(()))
+        Others turn out to be bad in their middle.
+        """
+        reader = BlockReader(self._job, self._block)
+        for number, parts in enumerate(reader.visible_documents()):
+            characters = _length(reader, parts)
+            if characters is not None:
+                return number, place_of_cut(self._document(number), self._job.val_fraction, characters)
+        raise AssertionError("a block with the only document has one")
+
+    def _document(self, chosen: int) -> Iterator[str]:
+        reader = BlockReader(self._job, self._block)
+        for number, parts in enumerate(reader.visible_documents()):
+            if number == chosen:
+                yield from parts
+                return
+            _length(reader, parts)
 
     def _close(self) -> None:
         self._record.dropped = dict(sorted((cause, n) for cause, n in self._reader.dropped.items() if n))
@@ -183,6 +198,17 @@ def _with_ends(ids: np.ndarray, lengths: np.ndarray, end_of_text_id: int) -> np.
     tokens[inside] = ids
     tokens[ends] = end_of_text_id
     return tokens
+
+
+def _length(reader: BlockReader, parts: Iterator[str]) -> int | None:
+    """Use up a document: its characters, or None where it turns out to be bad, which is noted."""
+    try:
+        return sum(map(len, parts))
+    except AbandonedError:
+        return None
+    except DataError as error:
+        reader.reject(error)
+        return None
 
 
 class _Cuttable:

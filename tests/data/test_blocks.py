@@ -238,3 +238,31 @@ def test_filters_say_which_documents_to_leave_out(tmp_path: Path, tokenizer: str
     assert sorted(kept) == sorted(text for n, text in enumerate(documents) if n % 2 or n not in small)
     assert sum(map(len, numbers.values())) == len(small)
     assert all(found == sorted(set(found)) for found in numbers.values())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0)])
+@pytest.mark.parametrize("limit", [None, 10])
+def test_the_only_good_document_is_cut_alone_beside_large_bad_ones(
+    order: tuple[int, ...],
+    limit: int | None,
+    tmp_path: Path,
+    tokenizer: str,
+    tiny_sizes: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a large document turns out to be in its middle, when its beginning has been read."""
+    for module in (blocks, readers):  # all in one block
+        monkeypatch.setattr(module, "BLOCK_BYTES", 100_000)
+    good = json.dumps({"text": "".join(f"Line {n} of the good document.\n" for n in range(200))})
+    bad = '{"text": "' + "A beginning of words. " * 300 + "\\q" + ' and more."}'
+    lines = {"good": [good], "both": [[bad, good][which] for which in order]}
+    folders = {}
+    for name, chosen in lines.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(chosen), encoding="utf-8")
+        manifest = prepare(str(path), tokenizer, tmp_path / name, val_fraction=0.1, skip_bad=True, max_tokens=limit)
+        folders[name] = {key: data for key, data in contents(tmp_path / name).items() if key != "manifest.json"}
+    seen = order if limit is None else order[: order.index(1) + 1]
+    assert manifest.dropped == ({"unreadable": seen.count(0)} if 0 in seen else {})
+    assert folders["both"] == folders["good"]
+    assert len(folders["good"]) == 3  # a train and a val shard, and the tokenizer
