@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from lightlm.data.engine import Engine
     from lightlm.data.shards import Manifest
 
 # pydocs must work without a network, and its 9 MB are no match for a vocabulary of 50,257. Its 1,600 documents
@@ -48,7 +49,7 @@ def prepare_data(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads that read and tokenize. Default: all cores.")
+        int | None, typer.Option(metavar="N", help="Threads that read and tokenize, or Ray tasks. Default: all cores.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, replacing what is there.")] = False,
     verify: Annotated[
@@ -70,6 +71,18 @@ def prepare_data(
     encoder: Annotated[
         str, typer.Option(metavar="auto|gigatoken|tokenizers", help="What tokenizes; the tokens are the same.")
     ] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="threads|ray", help="Where to work: this machine, or a Ray cluster; the folder is the same."
+        ),
+    ] = "threads",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="The cluster of --engine ray. Default: RAY_ADDRESS, or Ray on this machine."
+        ),
+    ] = None,
     sample: Annotated[int, typer.Option(metavar="N", help="Show the beginnings of N documents at the end.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
@@ -85,6 +98,7 @@ def prepare_data(
         from lightlm.cli.download_data import download_data
 
         return download_data(open_source(source, text_column), tokenizer or TOKENIZER, as_json)
+    chosen_engine = _engine(engine, workers, ray_address)
     started = time.perf_counter()
     limit = _tokens(max_tokens)
     if verify:
@@ -106,6 +120,7 @@ def prepare_data(
                 overwrite=overwrite,
                 skip_bad=skip_bad,
                 encoder=encoder,
+                engine=chosen_engine,
                 progress=line.update,
             )
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
@@ -144,6 +159,21 @@ def _kept(folder: Path) -> Iterator[None]:
         if folder.absolute().with_name(f".{folder.absolute().name}.partial").exists():
             console.print("Stopped. What is finished is kept: run the same command again to go on from there.")
         raise
+
+
+def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine | None:
+    """What runs the blocks; None for threads of this process. Raises UsageError for another name or a missing Ray."""
+    from lightlm.errors import UsageError
+
+    if name not in ("threads", "ray"):
+        raise UsageError(f"--engine {name}: choose one of threads, ray")
+    if name == "threads":
+        if ray_address is not None:
+            raise UsageError("--ray-address is for --engine ray")
+        return None
+    from lightlm.data.ray_engine import RayEngine
+
+    return RayEngine(workers, ray_address)
 
 
 def _first(value: float | None, default: float) -> float:
