@@ -164,6 +164,7 @@ def _connected(address: str | None) -> Iterator[Any]:
 def _connect(address: str | None) -> tuple[Any, bool]:
     """The `ray` module, connected, and whether the connection is new."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it prints a warning about GPUs
     import ray
 
