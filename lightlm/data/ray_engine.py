@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from lightlm.errors import DataError, LightLMError, UsageError
 
 RETRIES = 3  # of a block whose worker or node was lost; a block that kills every worker must end
 ARRIVAL_SECONDS = 10.0  # until what another node wrote must be seen here: network file systems keep listings a while
+KNOCK_SECONDS = 10.0
 CANCEL_SECONDS = 5.0  # until cancelled tasks that have not stopped are killed
 SHARED = "With --engine ray the source and the folder to write (--out) must be on storage that has the same path on all"
 
@@ -171,11 +173,19 @@ def _connect(address: str | None) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     try:
+        _knock(address or os.environ.get("RAY_ADDRESS", ""))
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         where = f"The Ray cluster at {address}" if address else "Ray"
         raise DataError(f"{where} cannot be used: {str(error).strip()}") from error
     return ray, True
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens: Ray itself would try for minutes."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
 @contextlib.contextmanager

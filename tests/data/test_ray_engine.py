@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,3 +206,16 @@ def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray_engine, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     with pytest.raises(UsageError, match=r"lightlm\[ray\]"):
         RayEngine()
+
+
+def test_a_cluster_that_does_not_answer_is_one_message(
+    tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    job = a_job(tmp_path / "pieces", tokenizer)
+    with pytest.raises(DataError, match=rf"The Ray cluster at 127\.0\.0\.1:{port} cannot be used: .*refused"):
+        next(RayEngine(address=f"127.0.0.1:{port}")(job, iter(source_blocks(source)), lambda *_: None))
