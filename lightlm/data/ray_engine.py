@@ -177,7 +177,10 @@ def _connect(address: str | None) -> tuple[Any, bool]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         where = f"The Ray cluster at {address}" if address else "Ray"
-        raise DataError(f"{where} cannot be used: {str(error).strip()}") from error
+        advice = (
+            "It needs the same versions of Ray and Python as this machine, and may ask for a token (RAY_AUTH_MODE)."
+        )
+        raise DataError(f"{where} cannot be used: {str(error).strip()}. {advice}") from error
     return ray, True
 
 
