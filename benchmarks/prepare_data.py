@@ -12,9 +12,11 @@ token after each document and writes shards of 100M uint16 tokens in llm.c's lay
 
 The slow ones get the first `--peer-megabytes` of the corpus only; megabytes a second are of UTF-8 text and of the whole
 process, start included. Peak memory is of the whole process tree (proportional set size, polled ten times a second).
+Beside LightLM it needs `pip install tiktoken psutil`.
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -196,6 +198,9 @@ def main() -> None:
             arguments.corpus, arguments.tokenizer, Path(arguments.peer[1]), arguments.peer_megabytes
         )
         return
+    missing = [name for name in ("tiktoken", "psutil") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"this benchmark needs packages that are not installed: pip install {' '.join(missing)}")
     print(machine())
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         compare(arguments, Path(work))

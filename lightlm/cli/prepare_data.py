@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from lightlm.data.engine import Engine
     from lightlm.data.shards import Manifest
 
 # pydocs must work without a network, and its 9 MB are no match for a vocabulary of 50,257. Its 1,600 documents
@@ -48,7 +49,11 @@ def prepare_data(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads that read and tokenize. Default: all cores, 8 at most.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Threads that read and tokenize, or Ray tasks. Default: all cores, of this machine 8 at most.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, replacing what is there.")] = False,
     verify: Annotated[
@@ -86,6 +91,18 @@ def prepare_data(
     contaminated: Annotated[
         str, typer.Option(metavar="drop|flag", help="Leave those documents out, or only count and list them.")
     ] = "drop",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="threads|ray", help="Where to work: this machine, or a Ray cluster; the folder is the same."
+        ),
+    ] = "threads",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="The cluster of --engine ray. Default: RAY_ADDRESS, or Ray on this machine."
+        ),
+    ] = None,
     sample: Annotated[int, typer.Option(metavar="N", help="Show the beginnings of N documents at the end.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
@@ -103,6 +120,7 @@ def prepare_data(
         from lightlm.cli.download_data import download_data
 
         return download_data(open_named(source, mix, text_column, None), tokenizer or TOKENIZER, as_json)
+    chosen_engine = _engine(engine, workers, ray_address)
     started = time.perf_counter()
     limit, chosen, mode = _tokens(max_tokens), parse_filter(filter_text), checked_mode(dedup)
     if verify:
@@ -127,6 +145,7 @@ def prepare_data(
                     dedup=mode,
                     decontaminate=sets,
                     filter=chosen,
+                    engine=chosen_engine,
                     progress=line.update,
                 )
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
@@ -167,6 +186,21 @@ def _kept(folder: Path) -> Iterator[None]:
         if folder.absolute().with_name(f".{folder.absolute().name}.partial").exists():
             console.print("Stopped. What is finished is kept: run the same command again to go on from there.")
         raise
+
+
+def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine | None:
+    """What runs the blocks; None for threads of this process. Raises UsageError for another name or a missing Ray."""
+    from lightlm.errors import UsageError
+
+    if name not in ("threads", "ray"):
+        raise UsageError(f"--engine {name}: choose one of threads, ray")
+    if name == "threads":
+        if ray_address is not None:
+            raise UsageError("--ray-address is for --engine ray")
+        return None
+    from lightlm.data.ray_engine import RayEngine
+
+    return RayEngine(workers, ray_address)
 
 
 def _first(value: float | None, default: float) -> float:

@@ -154,6 +154,13 @@ def test_progress_says_speed_and_time_left_of_this_process(
     assert shown in progress_text(first, now, seconds)
 
 
+def test_engines_that_do_not_exist_or_take_no_address(run) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match="--engine slurm: choose one of threads, ray"):
+        run("corpus.jsonl", "--engine", "slurm")
+    with pytest.raises(UsageError, match="--ray-address is for --engine ray"):
+        run("corpus.jsonl", "--ray-address", "10.0.0.1:6379")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
 def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"Document {n} " * 50}) for n in range(200_000)]

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 
 from lightlm.data import hub_files, hub_listing
+from lightlm.data.filters import Filter
 from lightlm.data.hub import HubError, back_off
 from lightlm.data.hub_source import HubSource
 from lightlm.data.readers import Unit
@@ -213,6 +216,34 @@ def test_content_that_changes_under_a_commit_is_noticed(hub: Hub, fineweb_edu: P
     files["sample/10BT/001_00000.parquet"] += b"more"
     with pytest.raises(HubError, match=r"001_00000\.parquet has .* bytes at commit .*If HF_ENDPOINT is a mirror"):
         list(units[3].read())
+
+
+def test_a_filter_fetches_no_row_group_that_holds_nothing_for_it(hub: Hub, tmp_path: Path) -> None:
+    rows = [{"text": text, "score": number // 10} for number, text in enumerate(DOCUMENTS)]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet", row_group_size=10, compression="none")
+    hub.add("some/corpus", folder)
+    units = list(open_source("hf:some/corpus", "text", Filter("score in [2, 7]")).units())
+    hub.clear()
+    rejected: list[DataError] = []
+    found = [text for unit in units for texts in unit.texts(rejected.append) for text in texts.array.to_pylist()]
+    assert found == DOCUMENTS[20:30] + DOCUMENTS[70:80]
+    assert sum(error.records for error in rejected) == 70  # type: ignore[attr-defined]
+    assert sum("/cdn/" in r.path for r in hub.requests) <= 2 * 2  # the columns of two row groups of nine
+
+
+def test_rows_that_datasets_streams_are_filtered(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = "".join(f"document {n},{n % 3}\n" for n in range(30))
+    (folder / "a.csv").write_text(f"text,score\n{lines}", encoding="utf-8")
+    hub.add("some/corpus", folder)
+    opened = open_source("hf:some/corpus", "text", Filter("score >= 2"))
+    rejected: list[DataError] = []
+    found = [t for unit in opened.units() for texts in unit.texts(rejected.append) for t in texts.array.to_pylist()]
+    assert found == [f"document {n}" for n in range(2, 30, 3)]
+    assert len(rejected) == 20
 
 
 def test_a_mirror_without_ranges_is_read(hub: Hub, fineweb_edu: Path) -> None:
