@@ -156,8 +156,11 @@ def prepare_data(
 
 def _finished_folder(source: str | None) -> Path | None:
     """The prepared folder that SOURCE itself names, by path or by name under data/; its text may be long gone."""
+    from lightlm.data.standard_input import NAME, SPEC
+
     if source is None:
         return None
+    source = NAME if source == SPEC else source
     folders = (Path(source).expanduser(), Path("data") / source)
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 

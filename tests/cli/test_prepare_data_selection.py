@@ -51,6 +51,7 @@ def test_json_lines_and_text_come_through_a_pipe() -> None:
     assert (made["folder"], made["documents"], made["status"]) == ("data/stdin", 60, "prepared")
     assert sorted(documents("data/stdin")) == sorted(row["text"] for row in ROWS)
     assert run("-", stdin=lines)["status"] == "already prepared"
+    assert run("-", "--verify")["status"] == "verified"
     with pytest.raises(DataError, match="content: xxh3"):
         run("-", stdin=lines + lines)
     text = "A story.\n\nIt has {two} paragraphs.\n" * 40
