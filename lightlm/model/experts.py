@@ -3,10 +3,10 @@
 - grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it. Not on CPUs, where it is
   a loop over experts that makes oneDNN build kernels for every new load: three times as slow as padding.
 - padded: batched products over equally many tokens of each expert, and one product each for the tokens beyond, on all
-  other devices. On a CPU a batched product is up to four times as fast as one product an expert.
+  other devices. benchmarks/experts.py times them.
 - single: one product for each expert that got a token, where tokens are too few for batches: decoding.
 
-benchmarks/experts.py times them. Nothing is dropped in any of them.
+Nothing is dropped in any of them.
 
 Shapes: N tokens, K experts of a token, E experts, D hidden size, F intermediate size, R rows: tokens in the experts'
 order, one for each choice, with padding; C rows of each expert in a batched product.
@@ -30,7 +30,7 @@ from lightlm.model.config import ModelConfig
 # benchmarks/experts.py, 0.75 and 0.99 are not.
 _BATCHED_QUANTILE = 0.5
 # Row counts are multiples of this part of a mean load, and of the rows of a tile of a CPU's matrix unit: oneDNN makes a
-# kernel for each new shape, which takes 1 to 2 ms, far more than a small product.
+# kernel for each new shape, which takes longer than a small product.
 _UNITS_PER_EXPERT, _ROW_MULTIPLE = 8, 16
 _SINGLE_ROWS = 4  # an expert: with fewer rows on average, products of one expert each
 
@@ -223,7 +223,7 @@ class _Rows:
     def collect(self, rows_RD: Tensor, weights_NK: Tensor | None = None) -> Tensor:
         """For each token, the (weighted) sum of its choices' rows (N, D)."""
         if rows_RD.device.type == "cpu":
-            # Nine times as fast as gathering the rows and summing them.
+            # One pass over memory, where gathering the rows and summing them takes three.
             return F.embedding_bag(self.row_NK, rows_RD, mode="sum", per_sample_weights=weights_NK)
         rows_NKD = rows_RD.index_select(0, self.row_NK.flatten()).unflatten(0, self.row_NK.shape)
         return (rows_NKD if weights_NK is None else rows_NKD * weights_NK[..., None]).sum(1)
