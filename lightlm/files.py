@@ -56,9 +56,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OSError: `path` is a mount point, which cannot be renamed.
     """
     path = path.resolve()
-    old = path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.replace(old, path)  # a kill between the two renames below
+    restore_folder(path)
     if path.exists() and not overwrite:
         raise FileExistsError(path)
     if path.is_mount():
@@ -69,20 +67,38 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir()  # inside, since a signal may come right after it
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-        sync_folder(temporary)
+        sync_tree(temporary)
     except BaseException:
         remove_folder(temporary)
         raise
+    replace_folder(temporary, path)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder, and the folder, to the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            sync_file(file)
+    sync_folder(folder)
+
+
+def restore_folder(path: Path) -> None:
+    """Undo the first half of a `replace_folder` that a kill cut short."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give the complete folder `new`, on the same disk, the name `path`; a folder of that name is deleted."""
+    old = path.with_name(f".{path.name}.old")
     if path.exists():
         remove_folder(old)
         os.replace(path, old)
-        os.replace(temporary, path)
+        os.replace(new, path)
         remove_folder(old)
     else:
-        os.replace(temporary, path)
+        os.replace(new, path)
     sync_folder(path.parent)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lightlm.data.prepare import Progress
+    from lightlm.data.engine import Engine
     from lightlm.data.shards import Manifest
 
 # pydocs must work without a network, and its 9 MB are no match for a vocabulary of 50,257. Its 1,600 documents
@@ -25,13 +25,13 @@ TOKENIZER, VAL_FRACTION = "gpt2", 0.005
 
 def prepare_data(
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="pydocs, fineweb-edu, tinystories, hf:org/name[:config], or a file or folder of "
-            ".txt .md .jsonl[.gz|.zst] .parquet",
+            help="pydocs, fineweb-edu, another named data set, hf:org/name[:config][@revision], a file, folder or "
+            "glob of .txt .md .jsonl[.gz|.zst] .parquet, or - for standard input",
         ),
-    ],
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help=f"Default: {TOKENIZER}; for pydocs {PYDOCS_TOKENIZER}."),
@@ -48,55 +48,126 @@ def prepare_data(
             help=f"Share of documents for validation. Default: {VAL_FRACTION}; pydocs {PYDOCS_VAL_FRACTION}.",
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Threads that tokenize. Default: all cores.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare again, replacing a finished folder.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Threads that read and tokenize, or Ray tasks. Default: all cores, of this machine 8 at most.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, replacing what is there.")] = False,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify", help="Prepare nothing: check a finished folder (SOURCE may be the folder), checksums included."
         ),
     ] = False,
+    download_only: Annotated[
+        bool,
+        typer.Option(
+            "--download-only",
+            help="Prepare nothing: fetch a Hub data set and the tokenizer into the Hub's cache, for HF_HUB_OFFLINE=1.",
+        ),
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what cannot be read, and count and list it.")
+    ] = False,
+    encoder: Annotated[
+        str, typer.Option(metavar="auto|gigatoken|tokenizers", help="What tokenizes; the tokens are the same.")
+    ] = "auto",
+    mix: Annotated[
+        str | None, typer.Option(metavar="A=0.7,B=0.3", help="Several sources instead of SOURCE, by shares of tokens.")
+    ] = None,
+    filter_text: Annotated[
+        str | None, typer.Option("--filter", metavar="EXPR", help="Read only rows such as 'score >= 3'.")
+    ] = None,
+    dedup: Annotated[
+        str | None, typer.Option(metavar="exact|near", help="Leave out documents that repeat an earlier one.")
+    ] = None,
+    decontaminate: Annotated[
+        str | None,
+        typer.Option(metavar="T1,T2", help="Find documents that share 13 words in a row with lm-eval's tasks."),
+    ] = None,
+    contaminated: Annotated[
+        str, typer.Option(metavar="drop|flag", help="Leave those documents out, or only count and list them.")
+    ] = "drop",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="threads|ray", help="Where to work: this machine, or a Ray cluster; the folder is the same."
+        ),
+    ] = "threads",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="The cluster of --engine ray. Default: RAY_ADDRESS, or Ray on this machine."
+        ),
+    ] = None,
+    sample: Annotated[int, typer.Option(metavar="N", help="Show the beginnings of N documents at the end.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
+    from lightlm.cli.data_selection import evaluation_sets, open_named, opened, parse_filter
+    from lightlm.cli.preparation_display import ProgressLine, print_summary
+    from lightlm.data.deduplication import checked_mode
     from lightlm.data.prepare import prepare
     from lightlm.data.prepare import verify as verify_folder
-    from lightlm.data.sources import PYDOCS, open_source
+    from lightlm.data.samples import beginnings
+    from lightlm.data.shards import DataFolder
+    from lightlm.data.sources import PYDOCS
 
+    if download_only:
+        from lightlm.cli.download_data import download_data
+
+        return download_data(open_named(source, mix, text_column, None), tokenizer or TOKENIZER, as_json)
+    chosen_engine = _engine(engine, workers, ray_address)
     started = time.perf_counter()
-    limit = _tokens(max_tokens)
+    limit, chosen, mode = _tokens(max_tokens), parse_filter(filter_text), checked_mode(dedup)
     if verify:
-        folder = out or _finished_folder(source) or Path("data") / open_source(source, text_column).name
+        folder = out or _finished_folder(source) or Path("data") / open_named(source, mix, text_column, chosen).name
         manifest = verify_folder(folder)
     else:
-        opened = open_source(source, text_column)
-        folder = out or Path("data") / opened.name
-        embedded = opened.name == PYDOCS and opened.spec == PYDOCS
-        with _sigterm_as_interrupt(), _ProgressLine() as line:
-            manifest = prepare(
-                opened,
-                tokenizer or (PYDOCS_TOKENIZER if embedded else TOKENIZER),
-                folder,
-                text_column=text_column,
-                max_tokens=limit,
-                val_fraction=_first(val_fraction, PYDOCS_VAL_FRACTION if embedded else VAL_FRACTION),
-                workers=workers,
-                overwrite=overwrite,
-                progress=line.update,
-            )
+        sets = evaluation_sets(decontaminate, contaminated)
+        with _sigterm_as_interrupt(), opened(source, mix, text_column, chosen, out) as (text_source, folder):
+            embedded = text_source.name == PYDOCS and text_source.spec == PYDOCS
+            with _kept(folder), ProgressLine() as line:
+                manifest = prepare(
+                    text_source,
+                    tokenizer or (PYDOCS_TOKENIZER if embedded else TOKENIZER),
+                    folder,
+                    text_column=text_column,
+                    max_tokens=limit,
+                    val_fraction=_first(val_fraction, PYDOCS_VAL_FRACTION if embedded else VAL_FRACTION),
+                    workers=workers,
+                    overwrite=overwrite,
+                    skip_bad=skip_bad,
+                    encoder=encoder,
+                    dedup=mode,
+                    decontaminate=sets,
+                    filter=chosen,
+                    engine=chosen_engine,
+                    progress=line.update,
+                )
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
-    _print(summary, manifest, as_json)
+    if sample:
+        summary["samples"] = beginnings(DataFolder.open(folder), sample)
+    print_summary(summary, manifest, as_json)
 
 
-def _finished_folder(source: str) -> Path | None:
+def _finished_folder(source: str | None) -> Path | None:
     """The prepared folder that SOURCE itself names, by path or by name under data/; its text may be long gone."""
+    from lightlm.data.standard_input import NAME, SPEC
+
+    if source is None:
+        return None
+    source = NAME if source == SPEC else source
     folders = (Path(source).expanduser(), Path("data") / source)
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM (kill, a job scheduler's time limit) end the block as Ctrl-C does: half a folder is removed."""
+    """Let SIGTERM (kill, a job scheduler's time limit) end the block as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in no other
         yield
         return
@@ -105,6 +176,34 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """After an interruption, say whether something is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from lightlm.cli.console import console
+
+        if folder.absolute().with_name(f".{folder.absolute().name}.partial").exists():
+            console.print("Stopped. What is finished is kept: run the same command again to go on from there.")
+        raise
+
+
+def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine | None:
+    """What runs the blocks; None for threads of this process. Raises UsageError for another name or a missing Ray."""
+    from lightlm.errors import UsageError
+
+    if name not in ("threads", "ray"):
+        raise UsageError(f"--engine {name}: choose one of threads, ray")
+    if name == "threads":
+        if ray_address is not None:
+            raise UsageError("--ray-address is for --engine ray")
+        return None
+    from lightlm.data.ray_engine import RayEngine
+
+    return RayEngine(workers, ray_address)
 
 
 def _first(value: float | None, default: float) -> float:
@@ -123,64 +222,18 @@ def _tokens(text: str | None) -> int | None:
         raise UsageError(f"--max-tokens {text}: {error}") from error
 
 
-class _ProgressLine:
-    """One live line on a terminal; elsewhere (a log file) a line every ten seconds."""
-
-    LOG_SECONDS = 10.0
-
-    def __init__(self) -> None:
-        from rich.status import Status
-
-        from lightlm.cli.console import console
-
-        self._console = console
-        self._status = Status("reading …", console=console) if console.is_terminal else None
-        self._phase, self._since, self._logged = "", time.perf_counter(), time.perf_counter()
-
-    def __enter__(self) -> _ProgressLine:
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._status:
-            self._status.stop()
-
-    def update(self, progress: Progress) -> None:
-        """Show how far the preparation has come."""
-        now = time.perf_counter()
-        if progress.phase != self._phase:
-            self._phase, self._since = progress.phase, now
-        text = self._text(progress, now - self._since)
-        if self._status:
-            self._status.update(text)
-        elif now - self._logged >= self.LOG_SECONDS:
-            self._logged = now
-            self._console.print(text)
-
-    @staticmethod
-    def _text(progress: Progress, seconds: float) -> str:
-        from lightlm.quantities import format_quantity
-
-        megabytes = progress.text_bytes / 1e6
-        parts = [f"{progress.documents:,} documents", f"{megabytes:,.1f} MB"]
-        if progress.tokens:
-            parts.append(f"{format_quantity(progress.tokens)} tokens")
-        if progress.target_tokens:
-            parts.append(f"{progress.tokens / progress.target_tokens:.0%}")
-        if seconds > 0.5:  # the first report of a phase sets the clock
-            parts.append(f"{megabytes / seconds:.1f} MB/s")
-        return f"{progress.phase}: {', '.join(parts)}"
-
-
 def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool) -> dict[str, Any]:
     """What `--json` prints and the table shows."""
+    megabytes = sum(manifest.text_bytes.values()) / 1e6
     return {
         "folder": folder.as_posix(),
         "source": manifest.source,
         "status": "verified" if verified else "already prepared" if manifest.already_prepared else "prepared",
         "documents": manifest.documents("train") + manifest.documents("val"),
         "skipped_documents": manifest.skipped_documents,
+        "dropped": manifest.dropped,
+        "flagged": manifest.flagged,
+        "evaluation_sets": manifest.evaluation_sets,
         "train_tokens": manifest.tokens("train"),
         "val_tokens": manifest.tokens("val"),
         "text_bytes": sum(manifest.text_bytes.values()),
@@ -189,6 +242,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "shards": len(manifest.shards),
         "unigram": manifest.unigram.model_dump() if manifest.unigram else None,
         "seconds": round(seconds, 3),
+        "megabytes_per_second": None if verified or manifest.already_prepared else round(megabytes / seconds, 1),
         "next": _next_command(folder),
     }
 
@@ -200,47 +254,3 @@ def _next_command(folder: Path) -> str:
     if folder == Path("data/pydocs"):
         return "lightlm train recipes/demo.yaml"
     return f"lightlm train recipes/demo.yaml {shlex.quote(f'data.dataset={dataset_reference(folder)}')}"
-
-
-def _print(summary: dict[str, Any], manifest: Manifest, as_json: bool) -> None:
-    from lightlm.cli.console import console, out, print_json
-
-    _warn(manifest)
-    if as_json:
-        print_json(summary)
-        return
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    skipped = f" ({summary['skipped_documents']:,} blank ones left out)" if summary["skipped_documents"] else ""
-    rows = [
-        ("folder", f"{summary['folder']} ({summary['status']})"),
-        ("documents", f"{summary['documents']:,}{skipped}"),
-        ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
-        ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
-        ("vocabulary", f"{summary['vocab_size']:,}"),
-        ("shards", f"{summary['shards']:,}"),
-    ]
-    if manifest.unigram:
-        nats, bits = manifest.unigram.nats_per_token, manifest.unigram.bits_per_byte
-        rows.append(
-            ("unigram entropy", f"{nats:.3f} nats per token, {bits:.3f} bits per byte (a model must do better)")
-        )
-    rows.append(("time", f"{summary['seconds']:,.1f} s"))
-    for name, value in rows:
-        table.add_row(name, escape(value))
-    out.print(table)
-    console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
-
-
-def _warn(manifest: Manifest) -> None:
-    """Say where the result is not quite what was asked for."""
-    from lightlm.cli.console import console
-
-    spec = str(manifest.settings.get("tokenizer"))
-    wanted = spec.removeprefix("train:")
-    if wanted != spec and manifest.vocab_size < int(wanted):
-        console.print(f"The text is too short for {int(wanted):,} entries: the tokenizer has {manifest.vocab_size:,}.")
-    if not manifest.tokens("val"):
-        console.print("There is no validation split.")

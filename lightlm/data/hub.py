@@ -1,23 +1,134 @@
 """Reaching the Hugging Face Hub, or saying at once and in one message that it cannot be reached.
 
 The libraries retry an unreachable Hub for 24 s per request and print each attempt; a single probe answers in
-at most `PROBE_SECONDS` (measured without a route: 0.05 s).
+at most `PROBE_SECONDS` (measured without a route: 0.05 s). A Hub that has been reached and then fails is asked
+again with back-off: see `persistently`.
 """
 
 import contextlib
 import functools
+import http.client
 import logging
-import os
+import re
 import ssl
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from lightlm.errors import DataError
+from lightlm.errors import DataError, LightLMError
 
 PROBE_SECONDS = 5.0
+
+# Seconds before the second, third, ... try: five tries in a minute outlast a restarted gateway or a dropped line.
+RETRY_DELAYS = (1.0, 4.0, 15.0, 40.0)
+# The Hub says after how many seconds of its five-minute window a client over its rate limit may ask again.
+LONGEST_DELAY = 300.0
+PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+_NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class HubError(LightLMError):
+    """The Hub failed repeatedly, refuses access, or served something else than was asked for.
+
+    It is no DataError: whoever leaves out bad records of a corpus must stop here.
+    """
+
+
+def persistently(what: str, action: Callable[[], T]) -> T:
+    """The result of `action`, tried again after each of `RETRY_DELAYS` while it fails for reasons that may pass.
+
+    `what` begins the messages, for example "Reading org/name/file.parquet". Raises HubError when the last try fails,
+    and an error that will not pass (a missing file, a refused token) as it is.
+    """
+    failures = 0
+    while True:
+        try:
+            return action()
+        except hub_errors() as error:
+            failures += 1
+            back_off(what, error, failures)
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """The result of `action`, or TimeoutError after `seconds`: the Hub's client sets no limit to some requests.
+
+    A request given up for lost goes on in a thread that does not keep the process from ending.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError as error:
+        raise error if future.done() else TimeoutError(f"no answer in {seconds:g} s") from error
+
+
+def back_off(what: str, error: BaseException, failures: int) -> None:
+    """Wait after the `failures`-th failure in a row; raise `error` if that cannot help, or HubError if it has not."""
+    if not may_pass(error):
+        raise error
+    if failures > len(RETRY_DELAYS):
+        raise HubError(
+            f"{what} from the Hugging Face Hub failed {failures} times in a row ({first_line(error)}). "
+            "Run the same command again when the connection is better."
+        ) from error
+    delay = max(RETRY_DELAYS[failures - 1], min(_requested_delay(error), LONGEST_DELAY))
+    _log.log(
+        logging.WARNING if failures > 1 else logging.INFO,  # a single hiccup an hour is no news
+        f"{what} failed ({first_line(error)}); trying again in {delay:.0f} s",
+    )
+    time.sleep(delay)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error of the Hub's libraries, or one it was raised from, is of a kind that may be gone in a minute."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    for link in causes(error):
+        if isinstance(link, OfflineModeIsEnabled):
+            return False
+        status = getattr(getattr(link, "response", None), "status_code", None)
+        if status is not None:
+            return status in PASSING_STATUSES
+        library = type(link).__module__.partition(".")[0]
+        if library in _NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
+            return True
+        # httpx, of a client that another thread has closed after an error of its own.
+        if isinstance(link, RuntimeError) and "client has been closed" in str(link):
+            return True
+    return False
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, the one that it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _requested_delay(error: BaseException) -> float:
+    """Seconds that the answer asks to wait for (Retry-After, or the reset time of the Hub's rate limit); 0 if none."""
+    for link in causes(error):
+        headers = getattr(getattr(link, "response", None), "headers", None)
+        if headers is not None:
+            after = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", ""))
+            reset = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
+            return float(max(int(match[1]) if match else 0 for match in (after, reset)))
+    return 0.0
 
 
 def require_hub(wanted: str, alternative: str) -> None:
@@ -64,8 +175,8 @@ def _unreachable(endpoint: str) -> str | None:
     try:
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS):
             return None
-    except urllib.error.HTTPError:
-        return None  # an error page is an answer
+    except (urllib.error.HTTPError, http.client.RemoteDisconnected):
+        return None  # an error page is an answer, and a connection that was taken and dropped may do better next time
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         # The Hub's client may trust certificates that urllib does not know: let it decide.
@@ -78,32 +189,39 @@ def hub_errors() -> tuple[type[BaseException], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     # HfHubHTTPError's parent is the HTTP library's root error: requests or httpx, depending on the version.
-    return OSError, ValueError, DatasetsError, HfHubHTTPError.__mro__[1]
+    # `datasets` raises RuntimeError for a repository whose data a program makes.
+    return OSError, ValueError, RuntimeError, DatasetsError, HfHubHTTPError.__mro__[1]
 
 
 @contextlib.contextmanager
-def quiet_libraries(*others: str, level: int = logging.CRITICAL) -> Iterator[None]:
+def quiet_libraries(*others: str, level: int = logging.CRITICAL, bars: bool = False) -> Iterator[None]:
     """Keep the libraries' retry messages and progress bars off the terminal; LightLM reports both itself.
 
     Args:
         others: loggers to silence besides those of the Hub's libraries.
         level: what is still shown.
+        bars: leave the Hub's own progress bars of downloads where they are.
     """
     import datasets
+    from huggingface_hub import utils
 
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "fsspec", "httpx", *others)]
     before = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
+    shown = not datasets.are_progress_bars_disabled(), not bars and not utils.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(level)
     datasets.disable_progress_bars()
+    if shown[1]:
+        utils.disable_progress_bars()
     try:
         yield
     finally:
         for logger, previous in zip(loggers, before, strict=True):
             logger.setLevel(previous)
-        if not bars:
+        if shown[0]:
             datasets.enable_progress_bars()
+        if shown[1]:
+            utils.enable_progress_bars()
 
 
 def download_tokenizer(repo: str, alternative: str) -> Path:
@@ -119,38 +237,12 @@ def download_tokenizer(repo: str, alternative: str) -> Path:
     require_hub(f"the tokenizer {repo!r}", alternative)
     try:
         with quiet_libraries():
-            return Path(hf_hub_download(repo, "tokenizer.json"))
+            fetch = functools.partial(hf_hub_download, repo, "tokenizer.json")
+            return Path(persistently(f"Fetching the tokenizer {repo!r}", fetch))
     except hub_errors() as error:
         raise DataError(
             f"the tokenizer.json of {repo!r} cannot be fetched: {first_line(error)}. {alternative}"
         ) from error
-
-
-def load_streaming(repo: str, config: str | None, revision: str | None) -> Any:
-    """The train split of a Hub data set as a streaming `datasets.IterableDataset`; nothing is downloaded yet.
-
-    A relative folder of the same name takes precedence, as everywhere in `datasets`. Raises DataError.
-    """
-    import datasets
-
-    try:
-        with quiet_libraries():
-            return datasets.load_dataset(repo, config, split="train", streaming=True, revision=revision)
-    except hub_errors() as error:
-        name = repo if config is None else f"{repo}:{config}"
-        raise DataError(f"the data set {name!r} cannot be opened: {first_line(error)}") from error
-
-
-def dataset_revision(repo: str) -> str | None:
-    """The commit that a Hub data set's main branch points to now; None for a local folder of that name."""
-    if os.path.isdir(repo):
-        return None
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(repo, timeout=PROBE_SECONDS * 6).sha
-    except hub_errors() as error:
-        raise DataError(f"the data set {repo!r} cannot be found on the Hub: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from lightlm.data.ngrams import mix
 from lightlm.data.shards import TokenStream
 from lightlm.errors import DataError
 
@@ -32,17 +33,10 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     while pending.any():
         left, right = values[pending] >> half, values[pending] & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         values[pending] = (left << half) | right
         pending = values >= np.uint64(size)
     return values.astype(np.int64)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Scatter uint64 values over 64 bits: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class BatchLoader:

@@ -1,54 +1,61 @@
-"""Text to token shards: read a source, tokenize it, split it, and write a data folder that appears whole."""
+"""Text to token shards: read a source, tokenize it, split it, and write a data folder that appears whole.
 
-import hashlib
+    source.units() -> blocks_of -> engine: encode_block -> pieces on disk -> Assembly -> shards -> manifest, rename
+
+Blocks are encoded anywhere and in any order, and assembled in theirs. Everything stays in `.<name>.partial` (see
+`lightlm.data.partial`) until it is complete, and the same command goes on from there after a kill.
+"""
+
+import contextlib
+import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
 from lightlm import __version__
-from lightlm.data.shards import (
-    SPLITS,
-    DataFolder,
-    Manifest,
-    Split,
-    UnigramEntropy,
-    token_dtype,
-)
-from lightlm.data.sources import Source, open_source
-from lightlm.data.splitting import SPLIT_RULE, Document, Splitter, cut_near_end
-from lightlm.data.statistics import cross_entropy
+from lightlm.data.assembly import Assembly
+from lightlm.data.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
+from lightlm.data.decontamination import Decontaminator
+from lightlm.data.deduplication import Mode
+from lightlm.data.encoder import AUTO, choose_encoder, remember
+from lightlm.data.engine import Engine, ThreadEngine, done_or_encoded
+from lightlm.data.filters import Filter
+from lightlm.data.mixture_source import MixtureSource
+from lightlm.data.options import SHARD_TOKENS, Options
+from lightlm.data.partial import Partial, Setting, different_settings
+from lightlm.data.pieces import Record
+from lightlm.data.sampling import training_sample
+from lightlm.data.selection import Selector
+from lightlm.data.shards import DataFolder, Manifest, token_dtype
+from lightlm.data.sources import Revisable, Source, open_source
+from lightlm.data.splitting import SPLIT_RULE
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
-from lightlm.data.writer import SplitWriter
 from lightlm.errors import DataError, UsageError
-from lightlm.files import new_folder, write_text
+from lightlm.files import restore_folder, write_text
 
-SHARD_TOKENS = 100_000_000  # 200 MB a shard, the size that llm.c and modded-nanogpt use
-
-# Texts are tokenized together until they make this many characters or documents: enough to keep every core busy
-# (the tokenizer's threads share out documents), and some 100 MB of memory.
-CHUNK_CHARACTERS = 4_000_000
-CHUNK_DOCUMENTS = 2_000
-
-# A tokenizer is trained on the first documents, at most 1M characters of each, up to 32M characters in all: merges
-# hardly change beyond, and training takes seconds.
-SAMPLE_CHARACTERS = 32_000_000
-SAMPLE_DOCUMENT_CHARACTERS = 1_000_000
+MOST_WORKERS = 8  # by default: each takes some 80 MB of memory
 
 TRAINING_TOKENIZER, TOKENIZING = "training the tokenizer", "tokenizing"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a preparation has come; counts start again in each phase. `target_tokens` is `max_tokens`."""
+    """How far a preparation has come; counts start again in each phase.
+
+    `target_tokens` is `max_tokens`; `done` is the share of the source that is finished, where its size is known.
+    `note` is something to tell the user once.
+    """
 
     phase: str
     documents: int
     text_bytes: int
     tokens: int
     target_tokens: int | None
+    done: float | None = None
+    note: str | None = None
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -65,6 +72,13 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
+    skip_bad: bool = False,
+    encoder: str = AUTO,
+    filters: tuple[DocumentFilter, ...] = (),
+    dedup: Mode | None = None,
+    decontaminate: Decontaminator | None = None,
+    filter: Filter | None = None,
+    engine: Engine | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
     """Tokenize a source into the data folder `out`, and return its manifest.
@@ -74,44 +88,50 @@ def prepare(
         tokenizer_spec: `train:N`, or what `load_tokenizer` takes.
         max_tokens: stop after the document that reaches this many tokens, both splits together.
         val_fraction: the share of documents for validation (see `splitting.SPLIT_RULE`); 0 for no validation split.
-        workers: threads that tokenize; all cores by default. The first tokenization in a process fixes it.
+        workers: threads of the default engine; all cores, but at most `MOST_WORKERS`, by default.
         overwrite: replace a finished folder; it stays in place until the new one is complete.
-        progress: called after each chunk of documents.
+        skip_bad: leave out what cannot be read, and count and list it in the manifest.
+        encoder: `auto` (gigatoken where it can be used), `gigatoken` or `tokenizers`; the ids are the same.
+        filters: say which documents to leave out; the manifest counts them by cause.
+        dedup: leave out documents that repeat an earlier one: `exact`, or `near`, see `lightlm.data.deduplication`.
+        decontaminate: leave out, or list, documents that share 13 words in a row with evaluation sets.
+        filter: with a source given by its name, read only the records that it keeps; with a `Source`, the one it was
+            opened with.
+        engine: runs the blocks; threads of this process by default.
+        progress: called after each few megabytes of text.
 
-    A folder already prepared with the same settings is left alone: the result has `already_prepared` set.
+    A folder already prepared with the same settings is left alone: the result has `already_prepared` set. A
+    preparation that stopped is gone on with.
 
     Raises:
         UsageError: an argument is out of its range.
-        DataError: the source or the tokenizer cannot be read, the source is empty, the train split would be, or
-            `out` holds something else.
+        DataError: the source or the tokenizer cannot be read, the source is empty, the train split would be, `out`
+            holds something else or cannot be written, or the encoder is wrong.
     """
-    _check_arguments(max_tokens, val_fraction, workers, shard_tokens)
-    requested_vocab_size(tokenizer_spec)
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: at least 1 is needed")
+    options = Options(
+        tokenizer_spec, text_column, max_tokens, val_fraction, shard_tokens, skip_bad, encoder, filters, dedup,
+        decontaminate, filter,
+    )  # fmt: skip
+    options.check()
     if isinstance(source, str):
-        source = open_source(source, text_column)
-    target = Path(os.path.abspath(out))
-    settings: dict[str, str | int | float | None] = {
-        "source": source.spec,
-        "content": source.fingerprint,
-        "tokenizer": _tokenizer_identity(tokenizer_spec),
-        "text_column": text_column,
-        "max_tokens": max_tokens,
-        "val_fraction": val_fraction,
-        "shard_tokens": shard_tokens,
-    }
-    existing = _existing(target, settings, overwrite)
-    if existing is not None:
-        return existing
+        source = open_source(source, text_column, filter)
     if workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(workers)
-    report = progress or (lambda _: None)
-    with new_folder(target, overwrite=True) as folder:
-        tokenizer = _tokenizer(tokenizer_spec, source, report)
-        tokenizer.save(folder / "tokenizer.json")
-        written = _write_splits(folder, source, tokenizer, max_tokens, val_fraction, shard_tokens, report)
-        manifest = _manifest(source, tokenizer, written, settings)
-        write_text(folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
-    return manifest
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # the threads of `tokenizers`
+    workers = workers or min(available_cores(), MOST_WORKERS)
+    target = Path(os.path.abspath(out)).resolve()
+    settings = options.settings(source)
+    with _clear_errors(target):
+        restore_folder(target)
+        existing = _existing(target, settings, overwrite)
+        partial = Partial(target)
+        if existing is not None:
+            partial.clear()
+            return existing
+        with partial.locked():
+            run = _Run(source, options, partial, engine or ThreadEngine(workers), progress or (lambda _: None))
+            return run.run(settings, overwrite)
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:
@@ -121,21 +141,12 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     return folder.manifest
 
 
-def _check_arguments(max_tokens: int | None, val_fraction: float, workers: int | None, shard_tokens: int) -> None:
-    if not 0 <= val_fraction < 1:
-        raise UsageError(f"--val-fraction {val_fraction}: a number from 0 (no validation split) to below 1 is needed")
-    for option, value in (("--max-tokens", max_tokens), ("--workers", workers), ("shard_tokens", shard_tokens)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option} {value}: at least 1 is needed")
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tokenizer_identity(spec: str) -> str:
-    """What the settings say of the tokenizer: a local file's hash, since its path says nothing; else the spec."""
-    path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
-    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else spec
-
-
-def _existing(target: Path, settings: dict[str, str | int | float | None], overwrite: bool) -> Manifest | None:
+def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Manifest | None:
     """The manifest of a folder prepared with these settings; None where `target` is free to write.
 
     Raises DataError where it holds anything else.
@@ -144,6 +155,8 @@ def _existing(target: Path, settings: dict[str, str | int | float | None], overw
         return None
     if not target.is_dir():
         raise DataError(f"{target} is a file; choose another folder with --out")
+    if target.is_mount():
+        raise DataError(f"{target} is a mount point, which cannot be replaced; name a folder inside it with --out")
     names = sorted(path.name for path in target.iterdir())
     foreign = [name for name in names if not (name in {"manifest.json", "tokenizer.json"} or name.endswith(".bin"))]
     if not names:
@@ -156,154 +169,239 @@ def _existing(target: Path, settings: dict[str, str | int | float | None], overw
     if overwrite:
         return None
     manifest = DataFolder.open(target).manifest
-    changed = [key for key, value in settings.items() if manifest.settings.get(key) != value]
+    changed = different_settings(manifest.settings, settings)
     if changed:
-        differences = "; ".join(f"{key}: {manifest.settings.get(key)} there, {settings[key]} now" for key in changed)
         raise DataError(
-            f"{target} was prepared with other settings ({differences}). "
+            f"{target} was prepared with other settings ({changed}). "
             "Use --overwrite to prepare it again, or --out for another folder."
         )
     return manifest.model_copy(update={"already_prepared": True})
 
 
-def _texts(source: Source) -> Iterator[str]:
-    for unit in source.units():
-        yield from unit.read()
-
-
-def _tokenizer(spec: str, source: Source, report: ProgressCallback) -> Tokenizer:
-    vocab_size = requested_vocab_size(spec)
-    if vocab_size is None:
-        # The source first: where both need the network, its message tells the way out of both.
-        next(source.units(), None)
-        return load_tokenizer(spec)
-    return train_tokenizer(_sample(source, report), vocab_size)
-
-
-def _sample(source: Source, report: ProgressCallback) -> Iterator[str]:
-    """The beginnings of the first documents, for training a tokenizer; validation documents are among them."""
-    total = reported = 0
-    for documents, text in enumerate(_texts(source), start=1):
-        piece = text[: min(SAMPLE_DOCUMENT_CHARACTERS, SAMPLE_CHARACTERS - total)]
-        total += len(piece)
-        if total - reported >= CHUNK_CHARACTERS:
-            reported = total
-            report(Progress(TRAINING_TOKENIZER, documents, total, 0, None))
-        yield piece
-        if total >= SAMPLE_CHARACTERS:
-            return
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    characters = 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text)
-        if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-@dataclass
-class _Written:
-    """What went into the shards: the writers, closed, and how many blank documents were left out."""
-
-    writers: dict[Split, SplitWriter]
-    skipped: int
-
-
-def _write_splits(
-    folder: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    max_tokens: int | None,
-    val_fraction: float,
-    shard_tokens: int,
-    report: ProgressCallback,
-) -> _Written:
-    """Tokenize every document into the shards of its split. Raises DataError where there is nothing to train on."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {s: SplitWriter(folder, s, dtype, tokenizer.vocab_size, shard_tokens) for s in SPLITS}
-    written = _Written(writers, 0)
-
-    def write(split: Split, document: Document) -> None:
-        tokens = np.array([*document.ids, tokenizer.end_of_text_id], dtype=np.int64)
-        writers[split].add(tokens, len(document.text.encode()))
-
+@contextlib.contextmanager
+def _clear_errors(target: Path) -> Iterator[None]:
+    """Say what a failing disk or a missing permission means for the user."""
     try:
-        splitter = Splitter(val_fraction)
-        for document in _encoded(source, tokenizer, max_tokens, written, report):
-            for split, ready in splitter.route(document):
-                write(split, ready)
-        for split, ready in splitter.finish():
-            write(split, ready)
-        if splitter.only_document is not None:
-            parts = cut_near_end(splitter.only_document, val_fraction)
-            for split, text in zip(SPLITS, parts, strict=True):
-                if text:
-                    write(split, Document(text, tokenizer.encode(text)))
-        for writer in writers.values():
-            writer.close()
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    _check_written(source, written, val_fraction)
-    return written
+        yield
+    except OSError as error:
+        where = f"{error.filename or target}: " if error.errno not in (errno.ENOSPC, errno.EDQUOT) else ""
+        if not where:
+            advice = f"The disk that holds {target.parent} is full ({error.strerror}). Free some space"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = f"{where}{error.strerror}. Allow it, or choose another folder with --out"
+        else:
+            advice = f"{where}{error.strerror or error}. See to it"
+        raise DataError(f"{advice}, and run the same command again: what is finished is kept.") from error
 
 
-def _encoded(
-    source: Source, tokenizer: Tokenizer, max_tokens: int | None, written: _Written, report: ProgressCallback
-) -> Iterator[Document]:
-    """The source's documents with their token ids, up to the one that reaches `max_tokens`; counts the blank ones."""
-    documents = text_bytes = tokens = 0
-    for chunk in _chunks(_texts(source)):
-        texts = [text for text in chunk if text and not text.isspace()]
-        written.skipped += len(chunk) - len(texts)
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            yield Document(text, ids)
-            documents, text_bytes, tokens = documents + 1, text_bytes + len(text), tokens + len(ids) + 1
-            if max_tokens is not None and tokens >= max_tokens:
-                break
-        report(Progress(TOKENIZING, documents, text_bytes, tokens, max_tokens))
-        if max_tokens is not None and tokens >= max_tokens:
+class _Run:
+    """One preparation, begun or gone on with."""
+
+    def __init__(
+        self, source: Source, options: Options, partial: Partial, engine: Engine, progress: ProgressCallback
+    ) -> None:
+        self._source, self._options, self._partial, self._engine = source, options, partial, engine
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._counts = [0, 0, 0]  # documents, bytes of text, tokens
+        self._done_bytes = 0
+        self._source_bytes: int | None = None
+
+    def run(self, settings: dict[str, Setting], overwrite: bool) -> Manifest:
+        partial = self._partial
+        try:
+            self._pin(partial.open(settings, overwrite=overwrite))
+            self._source_bytes = getattr(self._source, "size", None)
+            tokenizer = self._tokenizer()
+            remember(tokenizer)
+            partial.note_revision(self._source.revision)
+            manifest = self._assemble(self._job(tokenizer), tokenizer, settings)
+            write_text(partial.folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+            partial.finish()
+            return manifest
+        except BaseException as error:
+            if isinstance(error, _NothingError) or not partial.worth_keeping:
+                partial.discard()
+            elif isinstance(error, DataError) and not isinstance(error, UsageError):
+                error.args = (f"{error} What is finished is kept: run the same command again to go on from there.",)
+            raise
+
+    def _pin(self, revision: str | None) -> None:
+        """Read the source in the state in which the preparation began."""
+        if revision is None:
             return
+        if isinstance(self._source, Revisable):  # at once: what is its latest state, only the network could tell
+            self._source = self._source.at_revision(revision)
+        elif revision != self._source.revision:
+            raise DataError(
+                f"{self._source.spec} has changed since {self._partial.path} was begun: {revision} then, "
+                f"{self._source.revision} now. Use --overwrite to start over."
+            )
 
+    def _tokenizer(self) -> Tokenizer:
+        """The tokenizer, as the process that began the preparation left it."""
+        path = self._partial.folder / "tokenizer.json"
+        if path.is_file():
+            return Tokenizer.from_file(path)
+        vocab_size = requested_vocab_size(self._options.tokenizer)
+        if vocab_size is None:
+            # The source first: where both need the network, its message tells the way out of both.
+            next(self._source.units(), None)
+            tokenizer = load_tokenizer(self._options.tokenizer)
+        else:
+            sample = training_sample(self._source.units(), self._report_sample, skip_bad=self._options.skip_bad)
+            tokenizer = train_tokenizer(sample, vocab_size)
+        tokenizer.save(path)
+        return tokenizer
 
-def _check_written(source: Source, written: _Written, val_fraction: float) -> None:
-    if written.writers["train"].entries:
-        return
-    if written.writers["val"].entries:
-        raise DataError(
-            f"Every document of {source.spec} falls into validation at --val-fraction {val_fraction}, and none is left "
-            "to train on; choose a smaller fraction."
+    def _report_sample(self, documents: int, characters: int) -> None:
+        self._progress(Progress(TRAINING_TOKENIZER, documents, characters, 0, None))
+
+    def _job(self, tokenizer: Tokenizer) -> Job:
+        definition = self._partial.folder / "tokenizer.json"
+        encoder, reason = choose_encoder(self._options.encoder, definition, tokenizer.end_of_text_id)
+        if reason is not None:
+            note = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
+            self._progress(Progress(TOKENIZING, 0, 0, 0, self._options.max_tokens, note=note))
+        return Job(
+            folder=self._partial.pieces,
+            tokenizer=definition,
+            end_of_text_id=tokenizer.end_of_text_id,
+            encoder=encoder,
+            val_fraction=self._options.val_fraction,
+            skip_bad=self._options.skip_bad,
+            filters=self._options.all_filters,
         )
-    blank = f" ({written.skipped} blank documents were left out)" if written.skipped else ""
-    raise DataError(f"{source.spec} holds no text{blank}; nothing was written.")
+
+    def _assemble(self, job: Job, tokenizer: Tokenizer, settings: dict[str, Setting]) -> Manifest:
+        partial, options = self._partial, self._options
+        assembly = Assembly(
+            partial.folder, partial.work, partial.pieces, tokenizer, options.val_fraction, options.shard_tokens
+        )
+        try:
+            if options.dedup is not None or isinstance(self._source, MixtureSource):
+                self._feed_selected(assembly, job, tokenizer)
+            else:
+                self._feed(assembly, job)
+            assembly.finish()
+        finally:
+            assembly.abandon()
+        self._check(assembly)
+        state = assembly.state
+        return Manifest(
+            source=self._source.spec,
+            description=self._source.description,
+            revision=self._source.revision,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text_id=tokenizer.end_of_text_id,
+            shards=assembly.shards,
+            split_rule=SPLIT_RULE,
+            text_bytes=assembly.text_bytes,
+            skipped_documents=state.dropped.get(BLANK, 0),
+            dropped=state.dropped,
+            bad=state.bad,
+            flagged=state.flagged,
+            listed=state.listed,
+            evaluation_sets=options.decontaminate.coverage if options.decontaminate is not None else {},
+            unigram=assembly.unigram(),
+            lightlm_version=__version__,
+            settings=settings,
+        )
+
+    def _feed(self, assembly: Assembly, job: Job) -> None:
+        """Encode the blocks that are still to be done and hand them to the assembly, up to `max_tokens`."""
+        limit, state = self._options.max_tokens, assembly.state
+        self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
+        waiting: list[tuple[Block, Record]] = []  # while there is one document only, whose fate depends on a second
+        documents, tokens = state.documents, state.tokens
+        if limit is not None and tokens >= limit:
+            return
+        blocks, given = self._blocks(state.blocks)
+        if state.documents:
+            self._report(0, 0, 0)  # where this process begins
+        with contextlib.closing(self._engine(job, blocks, self._report)) as records:
+            for record in records:
+                block = given.pop(record.number)
+                if limit is not None and tokens + record.total_tokens >= limit:
+                    block = replace(block, limit=limit - tokens)
+                    record = done_or_encoded(job, block)
+                documents, tokens = documents + record.documents, tokens + record.total_tokens
+                waiting.append((block, record))
+                self._done_bytes += block.size
+                if documents > 1:
+                    for _, ready in waiting:
+                        assembly.add(ready)
+                    waiting = []
+                if block.limit is not None:
+                    break
+        for block, record in waiting:
+            if record.documents == 1:
+                assembly.hold_nothing_back()
+                record = done_or_encoded(job, replace(block, only=True))
+            assembly.add(record)
+
+    def _feed_selected(self, assembly: Assembly, job: Job, tokenizer: Tokenizer) -> None:
+        """The same where a document's fate depends on others; the only document of a source is not cut here."""
+        state, source = assembly.state, self._source
+        self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
+        parts = source.parts if isinstance(source, MixtureSource) else [(source, Fraction(1))]
+        selector = Selector(
+            self._partial.work,
+            [blocks_of(part.units()) for part, _ in parts],
+            [share for _, share in parts],
+            dedup=self._options.dedup,
+            max_tokens=self._options.max_tokens,
+            done=state.blocks,
+        )
+        waiting: list[Record] = []  # until there are two documents, as above
+        for record in selector.pieces(self._engine, job, self._report, token_dtype(tokenizer.vocab_size)):
+            waiting.append(record)
+            if state.documents + sum(ready.documents for ready in waiting) > 1:
+                for ready in waiting:
+                    assembly.add(ready)
+                waiting = []
+        for ready in waiting:
+            if ready.documents:
+                assembly.hold_nothing_back()
+            assembly.add(ready)
+
+    def _blocks(self, start: int) -> tuple[Iterator[Block], dict[int, Block]]:
+        """The blocks from number `start` on, and those that have been given and not been taken back."""
+        given: dict[int, Block] = {}
+
+        def give() -> Iterator[Block]:
+            for block in blocks_of(self._source.units()):
+                if block.number < start:
+                    self._done_bytes += block.size
+                    continue
+                given[block.number] = block
+                yield block
+
+        return give(), given
+
+    def _report(self, documents: int, text_bytes: int, tokens: int) -> None:
+        with self._lock:
+            counts = self._counts
+            counts[0], counts[1], counts[2] = counts[0] + documents, counts[1] + text_bytes, counts[2] + tokens
+            done = min(1.0, self._done_bytes / self._source_bytes) if self._source_bytes else None
+            self._progress(Progress(TOKENIZING, counts[0], counts[1], counts[2], self._options.max_tokens, done))
+
+    def _check(self, assembly: Assembly) -> None:
+        """Raises DataError where there is nothing to train on."""
+        splits = {entry.split for entry in assembly.shards}
+        if "train" in splits:
+            return
+        if "val" in splits:
+            raise _NothingError(
+                f"Every document of {self._source.spec} falls into validation at --val-fraction "
+                f"{self._options.val_fraction}, and none is left to train on; choose a smaller fraction."
+            )
+        dropped = assembly.state.dropped
+        causes = ", ".join(f"{count} {cause}" for cause, count in dropped.items())
+        left_out = f" ({causes} documents were left out)" if causes else ""
+        raise _NothingError(f"{self._source.spec} holds no text{left_out}; nothing was written.")
 
 
-def _manifest(
-    source: Source, tokenizer: Tokenizer, written: _Written, settings: dict[str, str | int | float | None]
-) -> Manifest:
-    writers = written.writers
-    train, val = writers["train"], writers["val"]
-    unigram: UnigramEntropy | None = None
-    if val.text_bytes:
-        unigram = cross_entropy(train.token_counts, val.token_counts, val.text_bytes)
-    return Manifest(
-        source=source.spec,
-        description=source.description,
-        revision=source.revision,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text_id=tokenizer.end_of_text_id,
-        shards=[*train.entries, *val.entries],
-        split_rule=SPLIT_RULE,
-        text_bytes={split: writers[split].text_bytes for split in SPLITS},
-        skipped_documents=written.skipped,
-        unigram=unigram,
-        lightlm_version=__version__,
-        settings=settings,
-    )
+class _NothingError(DataError):
+    """The source leaves nothing to train on, however often it is read."""

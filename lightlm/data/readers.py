@@ -1,122 +1,296 @@
 """Reading documents out of local files; every mistake in a file is reported with the file and the place in it."""
 
+import codecs
 import gzip
 import io
 import json
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
+import pyarrow
+import pyarrow.ipc
+
+from lightlm.data.filters import Filter
+from lightlm.data.hub_files import HubFile
+from lightlm.data.jsontext import Line, large_line, lines_of
+from lightlm.data.row_filter import RowFilter
+from lightlm.data.texts import (
+    ABANDONED,
+    CHUNK_BYTES,
+    BadRecord,
+    FilteredOut,
+    Stream,
+    Texts,
+    Unit,
+    in_chunks,
+    pack,
+    read_strings,
+)
 from lightlm.errors import DataError
 
-BLOCK_BYTES = 64 << 20  # of an uncompressed .jsonl file: a few seconds of tokenizing
+if TYPE_CHECKING:
+    import pyarrow.parquet as parquet
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+File: TypeAlias = Path | HubFile
 
+SPOOLED_BYTES = 256 << 20  # of a row group
+_SPOOLED = pyarrow.schema([("text", pyarrow.large_string()), ("unfinished", pyarrow.bool_())])
+BLOCK_BYTES = 64 << 20  # of an uncompressed .jsonl file: a second of work
 
-class Read(Protocol):
-    """Yields the documents of a unit in their order; called anew for each pass."""
+PlacedLine = tuple[Line, Callable[[], str]]  # and a function that names its place in an error
 
-    def __call__(self) -> Iterator[str]: ...
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A part of a source that can be read on its own: a file, a block of a file, a row group.
-
-    `id` is the same in every pass over an unchanged source, and unique in it. Units can be pickled.
-    """
-
-    id: str
-    read: Read
+PLAIN = (".txt", ".md")
+SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
-def suffix_of(path: Path) -> str | None:
+def suffix_of(path: File) -> str | None:
     """Which of `SUFFIXES` a file name ends in, case aside; None for a file that cannot be read."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def file_units(path: Path, name: str, text_column: str) -> Iterator[Unit]:
-    """The units of one file, whose ids start with `name`; opens Parquet files to count their row groups."""
+def file_units(path: File, name: str, text_column: str, chosen: Filter | None = None) -> Iterator[Unit]:
+    """The units of one file, whose ids start with `name`; opens Parquet files to count their row groups.
+
+    Only records that `chosen` keeps are read; a plain text has no columns to judge by.
+    """
+    size = path.stat().st_size
     match suffix_of(path):
         case ".txt" | ".md":
-            yield Unit(name, partial(read_text, path))
+            yield _unit(name, size, partial(read_text, path))
         case ".parquet":
-            for group in range(_row_groups(path, text_column)):
-                yield Unit(f"{name}#row_group={group}", partial(read_row_group, path, group, text_column))
+            try:
+                groups = _row_groups(path, text_column, chosen)
+            except DataError as error:  # said when it is read: --skip-bad may leave it out
+                yield _unit(f"{name}#unreadable", size, partial(_unreadable, error))
+                return
+            for group in range(groups):
+                stream = partial(read_row_group, path, group, text_column, chosen=chosen)
+                yield _unit(f"{name}#row_group={group}", size // groups, stream)
         case ".jsonl":
-            for start in range(0, path.stat().st_size, BLOCK_BYTES):
-                yield Unit(f"{name}#byte={start}", partial(read_json_block, path, start, text_column))
+            for start in range(0, size, BLOCK_BYTES):
+                stream = partial(read_json_block, path, start, text_column, chosen=chosen)
+                yield _unit(f"{name}#byte={start}", min(BLOCK_BYTES, size - start), stream)
         case _:
-            yield Unit(name, partial(read_compressed_json, path, text_column))
+            yield _unit(name, size, partial(read_compressed_json, path, text_column, chosen=chosen))
 
 
-def read_text(path: Path) -> Iterator[str]:
+def _unit(name: str, size: int, stream: Stream) -> Unit:
+    return Unit(name, partial(read_strings, stream), size, stream)
+
+
+def _unreadable(error: DataError, bad: BadRecord) -> Iterator[Texts]:
+    bad(error)
+    yield from ()
+
+
+def read_text(path: File, bad: BadRecord) -> Iterator[Texts]:
     """The one document of a text file, with its line ends made uniform and a byte-order mark left out."""
+    decoder = io.IncrementalNewlineDecoder(_Utf8(path), translate=False)
+    held = ""  # the decoder keeps back a CR at the end, until it knows what follows
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        with path.open("rb") as file:
+            while block := file.read(CHUNK_BYTES):
+                text = decoder.decode(block).replace("\r\n", "\n")
+                if held and text:
+                    yield Texts(_array(held), unfinished=True)
+                held = text or held
+            text = decoder.decode(b"", final=True)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}. "
-            "Convert the file, for example with: iconv -f LATIN1 -t UTF-8"
-        ) from error
-    yield text.replace("\r\n", "\n")
+    yield Texts(_array(held + text))
 
 
-def read_json_block(path: Path, start: int, text_column: str) -> Iterator[str]:
+def _array(text: str) -> pyarrow.Array:
+    return pyarrow.array([text], pyarrow.large_string())
+
+
+class _Utf8(codecs.IncrementalDecoder):
+    """UTF-8 without its byte-order mark; says where in the file a byte is wrong."""
+
+    def __init__(self, path: File) -> None:
+        super().__init__()
+        self._path, self._offset = path, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+    def decode(self, block: bytes, final: bool = False) -> str:  # type: ignore[override]
+        self._offset += len(block)
+        try:
+            return self._decoder.decode(block, final)
+        except UnicodeDecodeError as error:
+            place = self._offset - len(error.object) + error.start
+            raise DataError(
+                f"{self._path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place}. "
+                "Convert the file, for example with: iconv -f LATIN1 -t UTF-8"
+            ) from error
+
+
+def read_json_block(
+    path: File, start: int, text_column: str, bad: BadRecord, chosen: Filter | None = None
+) -> Iterator[Texts]:
     """The documents of the lines that begin in the block of `BLOCK_BYTES` bytes at `start`."""
     try:
         with path.open("rb") as file:
             if start:
                 # The line that holds the byte before this block began in an earlier one, even if it ends right there.
                 file.seek(start - 1)
-                file.readline()
-            while file.tell() < start + BLOCK_BYTES and (line := file.readline()):
-                yield from _json_text(line, partial(_block_line, path, file.tell()), text_column)
+                _skip_line(file)
+            yield from _json_texts(_block_lines(path, file, start + BLOCK_BYTES), text_column, chosen, bad)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_compressed_json(path: Path, text_column: str) -> Iterator[str]:
+def _block_lines(path: File, file: BinaryIO, end: int) -> Iterator[PlacedLine]:
+    lines = lines_of(file)
+    while file.tell() < end and (line := next(lines, None)) is not None:
+        yield line, partial(_block_line, path, file.tell())
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while (piece := file.readline(CHUNK_BYTES)) and not piece.endswith(b"\n"):
+        pass
+
+
+def read_compressed_json(path: File, text_column: str, bad: BadRecord, chosen: Filter | None = None) -> Iterator[Texts]:
     """The documents of a .jsonl.gz or .jsonl.zst file, one a line."""
     number = 0
+
+    def lines(stream: BinaryIO) -> Iterator[PlacedLine]:
+        nonlocal number
+        for number, line in enumerate(lines_of(stream), start=1):
+            yield line, partial("{}, line {}".format, path, number)
+
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
-            for number, line in enumerate(stream, start=1):
-                yield from _json_text(line, partial("{}, line {}".format, path, number), text_column)
+            yield from _json_texts(lines(stream), text_column, chosen, bad)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or truncated after line {number} ({error})") from error
 
 
-def read_row_group(path: Path, group: int, text_column: str) -> Iterator[str]:
-    """The documents of one row group of a Parquet file; null texts are left out."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
+def _json_texts(
+    lines: Iterator[PlacedLine], text_column: str, chosen: Filter | None, bad: BadRecord
+) -> Iterator[Texts]:
+    """The texts of JSON lines: packed, and large ones in parts. Those before a damaged end of the file come first."""
+    small: list[str] = []
+    characters = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(row_groups=[group], columns=[text_column], batch_size=1024):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        for line, where in lines:
+            if not isinstance(line, bytes):
+                yield from pack(small)
+                small, characters = [], 0
+                yield from _large_text(line, where, text_column, chosen, bad)
+                continue
+            try:
+                text = _json_text(line, where, text_column, chosen)
+            except DataError as error:
+                bad(error)
+                continue
+            if text is not None:
+                small.append(text)
+                characters += len(text)
+            if characters >= CHUNK_BYTES:
+                yield from pack(small)
+                small, characters = [], 0
+    except (OSError, EOFError, zlib.error):
+        yield from pack(small)
+        raise
+    yield from pack(small)
+
+
+def _large_text(
+    line: Line, where: Callable[[], str], text_column: str, chosen: Filter | None, bad: BadRecord
+) -> Iterator[Texts]:
+    begun = False
+    try:
+        for texts in large_line(line, where, text_column, chosen):
+            yield texts
+            begun = texts.unfinished
+    except DataError as error:
+        bad(error)
+        if begun:
+            yield ABANDONED
+
+
+def read_row_group(
+    path: File, group: int, text_column: str, bad: BadRecord, chosen: Filter | None = None
+) -> Iterator[Texts]:
+    """The documents of one row group of a Parquet file; null texts are left out, and what `chosen` does not keep."""
+    try:
+        with _parquet(path) as file:
+            picked = RowFilter(str(path), file, chosen) if chosen is not None else None
+            if picked is not None and picked.passes_over(group):
+                bad(FilteredOut(file.metadata.row_group(group).num_rows))
+                return
+            texts = _row_texts(file, group, text_column, picked, bad)
+            if file.metadata.row_group(group).total_byte_size <= SPOOLED_BYTES:
+                yield from texts
+                return
+            spool = _spool(texts)
+        with spool:
+            yield from _spooled(spool)
     except (pyarrow.ArrowException, OSError) as error:
+        if "UTF8" in str(error).replace("-", "").upper():
+            raise DataError(f"{path}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{path}: row group {group} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: row group {group} holds text that is not UTF-8 ({error})") from error
 
 
-def _row_groups(path: Path, text_column: str) -> int:
-    """How many row groups a Parquet file has. Raises DataError where it has no such text column."""
-    import pyarrow
+def _row_texts(file: Any, group: int, text_column: str, picked: RowFilter | None, bad: BadRecord) -> Iterator[Texts]:
+    rows = _batch_rows(file.metadata.row_group(group))
+    columns = [text_column, *(picked.columns if picked is not None else ())]
+    for batch in file.iter_batches(row_groups=[group], columns=columns, batch_size=rows):
+        if picked is not None:
+            batch = picked.rows(batch, bad)
+        column = batch.column(text_column)
+        if column.null_count:
+            column = column.drop_null()
+        column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
+        yield from in_chunks(column.cast(pyarrow.large_string()))
+        del batch, column  # one large text would be held while the next is read
+
+
+def _spool(texts: Iterator[Texts]) -> BinaryIO:
+    """Texts in a temporary file: of a large one Arrow's reader holds two or three copies until it is closed."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    try:
+        with pyarrow.ipc.new_stream(file, _SPOOLED) as sink:
+            for array, unfinished in texts:
+                flags = pyarrow.array([unfinished] * len(array))
+                sink.write_batch(pyarrow.record_batch([array, flags], schema=_SPOOLED))
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _spooled(file: BinaryIO) -> Iterator[Texts]:
+    pyarrow.default_memory_pool().release_unused()
+    for batch in pyarrow.ipc.open_stream(file):
+        yield Texts(batch.column(0), unfinished=batch.column(1)[0].as_py())
+
+
+def _batch_rows(group: Any) -> int:
+    """How many rows of a row group make about one chunk, by its average; few, since one text may be far above it."""
+    return max(1, min(4_096, int(group.num_rows * CHUNK_BYTES / max(1, group.total_byte_size))))
+
+
+def _parquet(path: File) -> "parquet.ParquetFile":
     import pyarrow.parquet as parquet
 
+    if isinstance(path, HubFile):
+        return path.open_parquet()
+    # A buffer: else the whole column of a row group, which may be gigabytes, is read before its first page.
+    return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+
+def _row_groups(path: File, text_column: str, chosen: Filter | None) -> int:
+    """How many row groups a Parquet file has. Raises DataError where it lacks the text column, or a filter's."""
     try:
-        with parquet.ParquetFile(path) as file:
+        with _parquet(path) as file:
             schema, groups = file.schema_arrow, file.num_row_groups
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
@@ -127,6 +301,8 @@ def _row_groups(path: Path, text_column: str) -> int:
         test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     ):
         raise DataError(f"{path}: the column {text_column!r} holds {kind}, not text")
+    if chosen is not None:
+        chosen.arrow(schema, str(path))
     return groups
 
 
@@ -138,10 +314,17 @@ def missing_column(where: str, text_column: str, columns: list[str]) -> DataErro
     )
 
 
-def _json_text(line: bytes, where: Callable[[], str], text_column: str) -> Iterator[str]:
-    """The text of one JSON line; nothing for a blank line or a null text. `where()` names the line in an error."""
-    if not line.strip():
-        return
+def _json_text(line: bytes, where: Callable[[], str], text_column: str, chosen: Filter | None) -> str | None:
+    """The text of one JSON line; None for a blank line or a null text. `where()` names the line in an error."""
+    text = parse_record(line, where, text_column, chosen) if line.strip() else None
+    if text is None:
+        return None
+    # JSON can spell half of a surrogate pair ("\ud83d"), which is no character; it becomes U+FFFD.
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def parse_record(line: bytes, where: Callable[[], str], text_column: str, chosen: Filter | None = None) -> str | None:
+    """The text of one JSON line as it stands there; None for a null. Raises FilteredOut, or DataError for a mistake."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
@@ -153,25 +336,22 @@ def _json_text(line: bytes, where: Callable[[], str], text_column: str) -> Itera
     if text_column not in record:
         raise missing_column(where(), text_column, list(record))
     text = record[text_column]
-    if text is None:
-        return
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
         raise DataError(f"{where()}: {text_column!r} holds {type(text).__name__}, not text")
-    # JSON can spell half of a surrogate pair ("\ud83d"), which is no character; it becomes U+FFFD.
-    yield text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if chosen is not None and not chosen.keeps(record, where):
+        raise FilteredOut
+    return text
 
 
-def _block_line(path: Path, end: int) -> str:
+def _block_line(path: File, end: int) -> str:
     """The line that ends at byte `end`; only an error asks, so counting from the start of the file is fine."""
     with path.open("rb") as file:
         lines = file.read(end).splitlines()
     return f"{path}, line {len(lines)}"
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+def _decompressed(raw: BinaryIO, path: File) -> BinaryIO:
     if suffix_of(path) == ".jsonl.gz":
         return gzip.open(raw, "rb")  # type: ignore[return-value]
-    import pyarrow
-
     # Unlike the reader of the zstandard package, Arrow's notices a file that ends in the middle of a frame.
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))

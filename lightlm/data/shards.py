@@ -120,6 +120,11 @@ class Manifest(BaseModel):
     split_rule: str
     text_bytes: dict[Split, int]
     skipped_documents: int
+    dropped: dict[str, int] = {}
+    bad: list[str] = []
+    flagged: dict[str, int] = {}
+    listed: list[str] = []
+    evaluation_sets: dict[str, dict[str, int]] = {}
     unigram: UnigramEntropy | None
     lightlm_version: str
     settings: dict[str, str | int | float | None]
@@ -192,18 +197,31 @@ class TokenStream:
 class DataFolder:
     """A prepared data folder whose manifest, tokenizer and shards have been found to fit one another."""
 
-    def __init__(self, path: Path, manifest: Manifest, streams: dict[Split, TokenStream]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        streams: dict[Split, TokenStream],
+        tokenizer: "Tokenizer | None" = None,
+    ) -> None:
+        """Without `tokenizer`, it is the folder's tokenizer.json."""
         self.path = path
         self.manifest = manifest
         self._streams = streams
+        self._tokenizer = tokenizer
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "DataFolder":
         """Open and check a data folder; checksums are left to `verify`, since they read every byte.
 
+        A folder of shards that llm.c or modded-nanogpt wrote opens, too (see `lightlm.data.foreign`).
         Raises DataError naming what is missing or does not fit: the folder, the manifest, the tokenizer or a shard.
         """
+        from lightlm.data.foreign import is_foreign, open_foreign
+
         folder = Path(path)
+        if is_foreign(folder):
+            return open_foreign(folder)
         manifest = read_manifest(folder)
         _check_tokenizer(folder, manifest)
         streams = {
@@ -220,6 +238,8 @@ class DataFolder:
         """The tokenizer that the shards were written with."""
         from lightlm.data.tokenizer import Tokenizer
 
+        if self._tokenizer is not None:
+            return self._tokenizer
         return Tokenizer.from_file(self.path / "tokenizer.json", end_of_text_id=self.manifest.end_of_text_id)
 
     def split(self, name: Split) -> TokenStream:
@@ -227,14 +247,40 @@ class DataFolder:
         return self._streams[name]
 
     def verify(self) -> None:
-        """Compare every shard's checksum with the manifest's. Raises DataError naming the first that differs."""
-        for entry in self.manifest.shards:
-            actual = checksum(self.path / entry.file)
+        """Compare every shard with the manifest: checksum, documents, the range of ids; and look for stray shards.
+
+        Raises DataError naming the first that differs.
+        """
+        manifest = read_manifest(self.path)  # a folder without one has nothing to be compared with
+        known = {entry.file for entry in manifest.shards}
+        stray = sorted(path.name for path in self.path.glob("*.bin") if path.name not in known)
+        if stray:
+            raise DataError(f"{self.path / stray[0]}: the manifest does not list this shard. Move it elsewhere.")
+        for entry in manifest.shards:
+            path = self.path / entry.file
+            actual = checksum(path)
             if actual != entry.xxh3:
                 raise DataError(
-                    f"{self.path / entry.file}: checksum {actual} where the manifest says {entry.xxh3}; the file has "
+                    f"{path}: checksum {actual} where the manifest says {entry.xxh3}; the file has "
                     "changed since it was written. Copy it again, or prepare the data again with --overwrite."
                 )
+            documents, highest = _documents_and_highest(open_shard(path), manifest.end_of_text_id)
+            if documents != entry.documents or highest >= manifest.vocab_size:
+                raise DataError(
+                    f"{path}: {documents} documents end in it and its highest token id is {highest}, where the "
+                    f"manifest says {entry.documents} and a vocabulary of {manifest.vocab_size}. "
+                    "Prepare the data again with --overwrite."
+                )
+
+
+def _documents_and_highest(tokens: np.ndarray, end_of_text_id: int) -> tuple[int, int]:
+    """How many documents end in a shard, and its highest id; -1 for an empty one."""
+    documents, highest = 0, -1
+    for start in range(0, len(tokens), 1 << 24):
+        block = tokens[start : start + (1 << 24)]
+        documents += int(np.count_nonzero(block == end_of_text_id))
+        highest = max(highest, int(block.max()))
+    return documents, highest
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -2,27 +2,22 @@
 
 import difflib
 import functools
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import xxhash
 
-from lightlm.data.readers import SUFFIXES, Unit, file_units, missing_column, suffix_of
+from lightlm.data.filters import Filter
+from lightlm.data.hub_names import HUB_DATASETS, parse_hub
+from lightlm.data.hub_source import HubSource
+from lightlm.data.readers import PLAIN, SUFFIXES, file_units, suffix_of
+from lightlm.data.texts import Unit
 from lightlm.errors import DataError
 
-# Name -> (Hub repository, configuration). Later names go here.
-HUB_DATASETS: dict[str, tuple[str, str | None]] = {
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
-    "tinystories": ("roneneldan/TinyStories", None),
-}
 PYDOCS = "pydocs"
-OFFLINE_HINT = (
-    "What works offline: `lightlm prepare-data pydocs`, and local files or folders (`lightlm prepare-data PATH`)."
-)
 
 
 class Source(Protocol):
@@ -52,26 +47,29 @@ class Source(Protocol):
         """The units in their order. Raises DataError where the source cannot be read."""
 
 
-def open_source(spec: str, text_column: str = "text") -> Source:
-    """The source that `spec` names: `pydocs`, a name in `HUB_DATASETS`, `hf:org/name[:config]`, a file or a folder.
+@runtime_checkable
+class Revisable(Protocol):
+    """A source that can be read in the state in which an earlier process began to read it."""
 
-    Nothing is read yet, and the network is not used. Raises DataError for a path or a name that does not exist.
+    def at_revision(self, revision: str) -> Source: ...
+
+
+def open_source(spec: str, text_column: str = "text", chosen: Filter | None = None) -> Source:
+    """The source that `spec` names: `pydocs`, a name in `HUB_DATASETS`, `hf:org/name[:config]`, a file, folder or glob.
+
+    Only records that `chosen` keeps are read. Nothing is read yet, and the network is not used.
+    Raises DataError for a path or a name that does not exist, or has no columns for `chosen` to judge by.
     """
     if spec == PYDOCS:
+        if chosen is not None:
+            raise DataError(f'--filter "{chosen.text}": {PYDOCS} has no columns to judge by')
         return PydocsSource()
-    if spec in HUB_DATASETS:
-        return HubSource(spec, *HUB_DATASETS[spec], text_column)
-    if spec.startswith("hf:"):
-        repo, _, config = spec.removeprefix("hf:").partition(":")
-        if repo.count("/") != 1 or not all(repo.split("/")):
-            raise DataError(
-                f"{spec}: write a Hub data set as hf:organisation/name or hf:organisation/name:configuration"
-            )
-        name = repo.rpartition("/")[2]
-        return HubSource(f"{name}-{config}" if config else name, repo, config or None, text_column)
+    request = parse_hub(spec, text_column, chosen)
+    if request is not None:
+        return HubSource(request)
     path = Path(spec).expanduser()
-    if path.exists():
-        return LocalSource(path, text_column)
+    if path.exists() or glob.has_magic(spec):
+        return LocalSource(path, text_column, chosen)
     raise _unknown(spec)
 
 
@@ -110,29 +108,40 @@ def _pydocs() -> Iterator[str]:
 
 
 class LocalSource:
-    """One file, or every supported file below a folder, sorted by path; hidden files and folders are left out."""
+    """One file, or every supported file below a folder or that a glob matches, sorted by path.
 
-    def __init__(self, path: Path, text_column: str) -> None:
-        """Raises DataError where no file at `path` can be read."""
-        self._root = path.resolve()
-        self._column = text_column
+    Hidden files and folders are left out.
+    """
+
+    def __init__(self, path: Path, text_column: str, chosen: Filter | None = None) -> None:
+        """Raises DataError where no file at `path` can be read, or one has no columns for `chosen` to judge by."""
+        root, self._pattern = (path, "**/*") if path.exists() else _split_glob(path)
+        self._root = root.resolve()
+        self._column, self._chosen = text_column, chosen
         self._files = self._find_files(path)
         self.name = _stem(self._root) or "data"
-        self.spec = str(self._root)
+        self.spec = str(self._root if path.exists() else self._root / self._pattern)
         self.description = f"{len(self._files)} file{'s' * (len(self._files) != 1)} under {path}"
         self.revision = self.fingerprint = self._listing_hash()
+        self.size = sum(path.stat().st_size for path in self._files)
 
     def _find_files(self, given: Path) -> list[Path]:
         supported = ", ".join(SUFFIXES)
         if self._root.is_file():
             if suffix_of(self._root) is None:
                 raise DataError(f"{given}: this kind of file cannot be read; supported are {supported}")
-            return [self._root]
-        found = (path for path in self._root.rglob("*") if path.is_file() and suffix_of(path) is not None)
-        visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(self._root).parts)]
-        if not visible:
-            raise DataError(f"{given}: no file in this folder can be read; supported are {supported}")
-        return sorted(visible, key=self._relative)
+            files = [self._root]
+        else:
+            found = {path for path in self._root.glob(self._pattern) if path.is_file() and suffix_of(path) is not None}
+            visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(self._root).parts)]
+            if not visible:
+                place = "in this folder" if given.exists() else "that this pattern matches"
+                raise DataError(f"{given}: no file {place} can be read; supported are {supported}")
+            files = sorted(visible, key=self._relative)
+        plain = [path for path in files if suffix_of(path) in PLAIN]
+        if plain and self._chosen is not None:
+            raise DataError(f'--filter "{self._chosen.text}": {plain[0]} is plain text, without columns to judge by')
+        return files
 
     def _relative(self, path: Path) -> str:
         """The file's name in unit ids: relative to the folder, with forward slashes on every system."""
@@ -149,63 +158,13 @@ class LocalSource:
 
     def units(self) -> Iterator[Unit]:
         for path in self._files:
-            yield from file_units(path, self._relative(path), self._column)
+            yield from file_units(path, self._relative(path), self._column, self._chosen)
 
 
-class HubSource:
-    """The train split of a Hub data set, streamed: one unit per file of the data set."""
-
-    fingerprint = None
-
-    def __init__(self, name: str, repo: str, config: str | None, text_column: str) -> None:
-        self.name = name
-        self.spec = f"hf:{repo}:{config}" if config else f"hf:{repo}"
-        self.description = f"{self.spec.removeprefix('hf:')} on the Hugging Face Hub"
-        self._repo, self._config, self._column = repo, config, text_column
-
-    @functools.cached_property
-    def revision(self) -> str | None:
-        from lightlm.data.hub import dataset_revision, require_hub
-
-        if not Path(self._repo).is_dir():
-            require_hub(f"The data set {self._repo!r}", OFFLINE_HINT)
-        return dataset_revision(self._repo)
-
-    def units(self) -> Iterator[Unit]:
-        from lightlm.data.hub import load_streaming
-
-        dataset = load_streaming(self._repo, self._config, self.revision)
-        if dataset.column_names is not None:
-            if self._column not in dataset.column_names:
-                raise missing_column(self._repo, self._column, dataset.column_names)
-            dataset = dataset.select_columns([self._column])
-        count = dataset.num_shards
-        for index in range(count):
-            shard = dataset.shard(num_shards=count, index=index)
-            yield Unit(f"{self.spec}#{index}/{count}", partial(_read_hub, shard, self._repo, self._column))
-
-
-def _read_hub(shard: Any, repo: str, text_column: str) -> Iterator[str]:
-    from lightlm.data.hub import first_line, hub_errors, quiet_libraries
-
-    with quiet_libraries():
-        try:
-            for row in shard:
-                if text_column not in row:
-                    raise missing_column(repo, text_column, list(row))
-                text = row[text_column]
-                if text is None:
-                    continue
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"{repo}: the column {text_column!r} holds {type(text).__name__}, not text. "
-                        "Name the one with the text: --text-column NAME"
-                    )
-                yield text
-        except hub_errors() as error:
-            raise DataError(
-                f"Reading {repo!r} from the Hub stopped: {first_line(error)}. Run the command again."
-            ) from error
+def _split_glob(path: Path) -> tuple[Path, str]:
+    """A pattern as the folder before its first wildcard, and the rest."""
+    fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
+    return Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
 
 
 def _stem(path: Path) -> str:

@@ -1,88 +1,80 @@
 """Which documents are for validation: decided by the text alone, so that order and company do not matter."""
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+import numpy as np
+import pyarrow
 import xxhash
+from pydantic import BaseModel
 
-from lightlm.data.shards import Split
+from lightlm.data.texts import buffers_of
 
 SPLIT_RULE = (
     "a document is for validation if xxh3_64(its UTF-8 text) mod 2**32 < val_fraction * 2**32; where none is, the one "
     "with the smallest such value; a source of one document is cut near its end, after a line"
 )
+KEYS = 2**32
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text with its token ids (without the end-of-text id)."""
-
-    text: str
-    ids: list[int]
-
-    @property
-    def key(self) -> int:
-        """The hash that decides its split, from 0 to 2**32 - 1."""
-        return xxhash.xxh3_64_intdigest(self.text.encode()) % 2**32
+def keys_of(texts: pyarrow.Array) -> np.ndarray:
+    """The hash that decides each text's split: int64 of shape (texts,), from 0 to 2**32 - 1."""
+    offsets, data = buffers_of(texts)
+    view = data.data
+    hashes = (xxhash.xxh3_64_intdigest(view[a:b]) % KEYS for a, b in itertools.pairwise(offsets.tolist()))
+    return np.fromiter(hashes, np.int64, len(texts))
 
 
-class Splitter:
-    """Sends each document to a split as it comes, holding back at most one.
+class Candidate(BaseModel):
+    """A document that validation gets if no other qualifies: where it is among a block's train tokens."""
 
-    The one held back is the first document, until it is known not to be the only one; and, as long as no document
-    has been for validation, the one with the smallest hash, which is then the whole validation split.
+    block: int
+    key: int
+    start: int
+    tokens: int
+    text_bytes: int
+
+
+class Span(BaseModel):
+    """Consecutive train tokens of a block."""
+
+    block: int
+    start: int
+    tokens: int
+
+
+class Holder:
+    """Holds one document back as long as none has been for validation: the one with the smallest key so far.
+
+    A document that is held keeps its place in the train stream open; it is put there when a smaller one takes over,
+    or right after the first document that is for validation by its own key. So the order of the train stream depends
+    on the documents alone, not on how they are shared out over blocks.
     """
 
-    def __init__(self, val_fraction: float) -> None:
-        self._fraction = val_fraction
-        self._documents = 0
-        self._held: Document | None = None
-        self._validated = val_fraction == 0  # zero asks for no validation split at all
+    def __init__(self, held: Candidate | None, *, validated: bool) -> None:
+        self.held, self.validated = held, validated
 
-    def route(self, document: Document) -> Iterator[tuple[Split, Document]]:
-        """The documents whose split is now known."""
-        self._documents += 1
-        if self._documents == 1:
-            self._held = document
-            return
-        first, self._held = (self._held, None) if self._documents == 2 else (None, self._held)
-        for candidate in (first, document):
-            if candidate is not None:
-                yield from self._decide(candidate)
+    def train_spans(self, block: int, tokens: int, minima: list[Candidate], border: int | None) -> Iterator[Span]:
+        """What of a block's train tokens (and of earlier blocks') follows in the train stream.
 
-    def _decide(self, document: Document) -> Iterator[tuple[Split, Document]]:
-        if document.key < self._fraction * 2**32:
-            self._validated = True
-            yield "val", document
-        elif not self._validated and (self._held is None or document.key < self._held.key):
-            document, self._held = self._held, document  # type: ignore[assignment]
-            if document is not None:
-                yield "train", document
-        else:
-            yield "train", document
-        if self._validated and self._held is not None:
-            yield "train", self._held
-            self._held = None
+        `minima` are the block's documents with smaller keys than all before them in it, up to its first one for
+        validation, which stands at train token `border` (None where it has none).
+        """
+        position = 0
+        if not self.validated:
+            for candidate in minima:
+                if self.held is not None and candidate.key >= self.held.key:
+                    continue
+                yield Span(block=block, start=position, tokens=candidate.start - position)
+                yield from self._release()
+                self.held, position = candidate, candidate.start + candidate.tokens
+            if border is not None:
+                yield Span(block=block, start=position, tokens=border - position)
+                yield from self._release()
+                position, self.validated = border, True
+        yield Span(block=block, start=position, tokens=tokens - position)
 
-    def finish(self) -> Iterator[tuple[Split, Document]]:
-        """The document held back, after the last; for a source of one document see `only_document`."""
-        if self._held is not None and self._documents > 1:
-            yield "val", self._held
-
-    @property
-    def only_document(self) -> str | None:
-        """The text of the document held back where it was the only one."""
-        return self._held.text if self._held is not None and self._documents == 1 else None
-
-
-def cut_near_end(text: str, val_fraction: float) -> tuple[str, str]:
-    """A text as (train, val), cut after the last line (else word) that ends before the last `val_fraction` of it.
-
-    The second part is empty where there is no such place, or no validation is wanted.
-    """
-    limit = int(len(text) * (1 - val_fraction))
-    for border in ("\n", " "):
-        cut = text.rfind(border, 0, limit) + 1
-        if val_fraction > 0 and text[:cut].strip() and text[cut:].strip():
-            return text[:cut], text[cut:]
-    return text, ""
+    def _release(self) -> Iterator[Span]:
+        if self.held is not None:
+            yield Span(block=self.held.block, start=self.held.start, tokens=self.held.tokens)
+            self.held = None

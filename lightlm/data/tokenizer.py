@@ -33,8 +33,10 @@ OFFLINE_HINT = (
 MIN_VOCAB_SIZE = 300
 
 PIECE_CHARACTERS = 200_000
-GROUP_CHARACTERS = 4_000_000
-_LINE_BORDER = re.compile(r"(?<=\S\n)(?=\S)")
+GROUP_CHARACTERS = 1_000_000  # encoded together: 150 MB of memory
+# Where a text may be cut without a change of its ids (see `Tokenizer.border`).
+_SPACE_BORDER = r"(?<=\S)(?= \S)"
+_BORDER = re.compile(rf"(?<=\S\n)(?=\S)|{_SPACE_BORDER}|(?<=[^\W\d_])(?=[。，、！？])")
 
 
 class Tokenizer:
@@ -52,11 +54,11 @@ class Tokenizer:
         import tokenizers
 
         try:
+            self.content: dict[str, Any] = json.loads(definition)
             self._tokenizer = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
-            self._json: dict[str, Any] = json.loads(definition)
         except Exception as error:  # `tokenizers` raises bare Exception for every malformed definition
             raise DataError(f"{origin} is not a tokenizer.json that `tokenizers` can read: {error}") from error
-        self._definition = definition
+        self.definition = definition
         self._tokenizer.encode_special_tokens = True
         # Definitions made for encoders cut every text at 512 tokens; a corpus must not be cut.
         self._tokenizer.no_truncation()
@@ -67,6 +69,10 @@ class Tokenizer:
         self.end_of_text_id: int = self._end_of_text(origin) if end_of_text_id is None else end_of_text_id
         if not 0 <= self.end_of_text_id < self.vocab_size:
             raise DataError(f"{origin}: end-of-text id {end_of_text_id} is outside its {self.vocab_size} entries")
+        marker = self._added.get(self.end_of_text_id)
+        if marker is not None and not marker.special:  # else `tokenizers` would find it inside texts
+            self._tokenizer.add_special_tokens([tokenizers.AddedToken(marker.content, normalized=False, special=True)])
+            self._added = self._tokenizer.get_added_tokens_decoder()
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], end_of_text_id: int | None = None) -> "Tokenizer":
@@ -111,17 +117,13 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the definition, byte for byte as it was read, so that its hash stays what it was."""
-        write_bytes(Path(path), self._definition)
+        write_bytes(Path(path), self.definition)
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """A long text in pieces that give the ids of the whole; encoding 54 MB at once took 8 GB of memory.
-
-        Byte-level pre-tokenizers never join a line end between two visible characters to what follows it. Others
-        may add a space in front of every piece, so their texts stay whole.
-        """
+        """A long text in pieces that give the ids of the whole; encoding 54 MB at once took 8 GB of memory."""
         start = 0
-        while self._byte_level and len(text) - start > PIECE_CHARACTERS:
-            border = _LINE_BORDER.search(text, start + PIECE_CHARACTERS)
+        while self.border is not None and len(text) - start > PIECE_CHARACTERS:
+            border = self.border.search(text, start + PIECE_CHARACTERS)
             if border is None:
                 break
             yield text[start : border.start()]
@@ -129,11 +131,24 @@ class Tokenizer:
         yield text[start:]
 
     @functools.cached_property
-    def _byte_level(self) -> bool:
-        return "ByteLevel" in {*_types(self._json.get("pre_tokenizer")), *_types(self._json.get("decoder"))}
+    def border(self) -> re.Pattern[str] | None:
+        """Matches, with no width, where a text may be cut without a change of its ids; None where it never may be.
+
+        Byte-level pre-tokenizers never join a line end between two visible characters to what follows it, nor a
+        single space, or an ideographic comma, to the letter before it. Those that put a space in front of a text
+        leave only places that have one. Others (Metaspace) may do the same without saying so.
+        """
+        if not self.byte_level:
+            return None
+        return re.compile(_SPACE_BORDER) if _adds_space(self.content.get("pre_tokenizer")) else _BORDER
+
+    @functools.cached_property
+    def byte_level(self) -> bool:
+        """Whether tokens are made of bytes, each its own character of an alphabet, as GPT-2's are."""
+        return "ByteLevel" in {*_types(self.content.get("pre_tokenizer")), *_types(self.content.get("decoder"))}
 
     def _text_bytes(self, token: str) -> int:
-        if self._byte_level:
+        if self.byte_level:
             return len(token)  # each character of the byte alphabet stands for one byte
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return 1
@@ -172,6 +187,13 @@ def _types(part: Any) -> set[str]:
     if isinstance(part, list):
         return set().union(*(_types(value) for value in part))
     return set()
+
+
+def _adds_space(part: Any) -> bool:
+    """Whether a pre-tokenizer, or one inside it, puts a space in front of every text."""
+    if isinstance(part, dict):
+        return part.get("add_prefix_space") is True or any(map(_adds_space, part.values()))
+    return isinstance(part, list) and any(map(_adds_space, part))
 
 
 def requested_vocab_size(spec: str) -> int | None:

@@ -12,8 +12,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from lightlm.cli.preparation_display import progress_text
 from lightlm.cli.prepare_data import prepare_data
 from lightlm.data import sources
+from lightlm.data.prepare import Progress
 from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
 
@@ -115,6 +117,48 @@ def test_verify_takes_the_finished_folder_also_when_the_text_is_gone(run, source
     Path("corpus.jsonl").unlink()
     assert json.loads(run(source, "--verify", "--json").stdout)["folder"] == "data/corpus"
     assert json.loads(run("corpus.jsonl", "--out", "data/corpus", "--verify", "--json").stdout)["status"] == "verified"
+
+
+def test_bad_records_are_counted_and_listed(run) -> None:  # type: ignore[no-untyped-def]
+    with Path("corpus.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n" + "\n".join(["no json"] * 9))
+    result = run("corpus.jsonl", "--tokenizer", "train:300", "--skip-bad")
+    assert result.exit_code == 0, result.output
+    assert "9 unreadable" in result.stdout
+    assert result.stderr.count("Left out: ") == 5
+    assert "line 51: not valid JSON" in result.stderr
+    assert "4 more" in result.stderr
+
+
+def test_samples_are_beginnings_of_documents(run) -> None:  # type: ignore[no-untyped-def]
+    summary = json.loads(run("corpus.jsonl", "--tokenizer", "train:300", "--sample", "3", "--json").stdout)
+    assert len(set(summary["samples"])) == 3
+    assert all(any(text.startswith(sample) for text in DOCUMENTS) for sample in summary["samples"])
+    assert summary["samples"][0] == next(text for text in DOCUMENTS if text.startswith(summary["samples"][0]))
+    shown = run("corpus.jsonl", "--tokenizer", "train:300", "--sample", "2").stdout
+    assert summary["samples"][0] in shown
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "seconds", "shown"),
+    [
+        (Progress("p", 0, 0, 0, None), Progress("p", 10, 50_000_000, 9_000_000, None), 2.0, "25.0 MB/s"),
+        (Progress("p", 0, 0, 0, 100), Progress("p", 1, 10, 25, 100), 60.0, "25%, 0.0 MB/s, 0:03:00 left"),
+        (Progress("p", 0, 0, 0, None, 0.0), Progress("p", 1, 10, 25, None, 0.5), 3600.0, "50%, 0.0 MB/s, 1:00:00 left"),
+        (Progress("p", 5, 10**8, 0, None, 0.5), Progress("p", 9, 2 * 10**8, 1, None, 0.75), 5.0, "20.0 MB/s, 0:00:05"),
+    ],
+)
+def test_progress_says_speed_and_time_left_of_this_process(
+    first: Progress, now: Progress, seconds: float, shown: str
+) -> None:
+    assert shown in progress_text(first, now, seconds)
+
+
+def test_engines_that_do_not_exist_or_take_no_address(run) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match="--engine slurm: choose one of threads, ray"):
+        run("corpus.jsonl", "--engine", "slurm")
+    with pytest.raises(UsageError, match="--ray-address is for --engine ray"):
+        run("corpus.jsonl", "--ray-address", "10.0.0.1:6379")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lightlm.data import prepare as module
+from lightlm.data import texts as sizes
 from lightlm.data.prepare import Progress, prepare, verify
 from lightlm.data.shards import DataFolder
-from lightlm.data.splitting import Document, Splitter, cut_near_end
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError, UsageError
 
@@ -57,30 +55,6 @@ def test_the_split_does_not_depend_on_order_or_company(tmp_path: Path, source: s
     assert old <= new <= old | {"Another document."}
 
 
-@given(texts=st.lists(st.text(min_size=1), min_size=2, max_size=12, unique=True), fraction=st.floats(0, 0.9))
-def test_two_documents_are_enough_for_validation(texts: list[str], fraction: float) -> None:
-    def split(ordered: list[str]) -> dict[str, list[str]]:
-        splitter, result = Splitter(fraction), {"train": [], "val": []}
-        for text in ordered:
-            for name, document in splitter.route(Document(text, [])):
-                result[name].append(document.text)
-        for name, document in splitter.finish():
-            result[name].append(document.text)
-        return {name: sorted(found) for name, found in result.items()}
-
-    result = split(texts)
-    assert sorted(result["train"] + result["val"]) == sorted(texts)
-    assert bool(result["val"]) == (fraction > 0)
-    assert split(texts[::-1]) == result
-
-
-@given(text=st.text(alphabet="ab \n", max_size=60), fraction=st.floats(0, 0.99))
-def test_cutting_one_document_loses_nothing(text: str, fraction: float) -> None:
-    train, val = cut_near_end(text, fraction)
-    assert train + val == text
-    assert not val or train[-1] in " \n"
-
-
 def test_one_document_alone_is_cut_near_its_end(tmp_path: Path) -> None:
     text = "".join(f"Line {n} of the only document.\n" for n in range(200))
     (tmp_path / "input.txt").write_text(text, encoding="utf-8")
@@ -100,7 +74,7 @@ def test_blank_documents_are_skipped_and_counted(tmp_path: Path) -> None:
 def test_max_tokens_stops_after_the_document_that_reaches_it(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr(sizes, "CHUNK_DOCUMENTS", 7)
     prepare(source, "train:300", tmp_path / "all", val_fraction=0.2)
     lengths = [len(ids) + 1 for ids in DataFolder.open(tmp_path / "all").tokenizer.encode_batch(DOCUMENTS)]
     limit = sum(lengths[:10])
@@ -194,7 +168,7 @@ def test_vocabularies_past_65536_are_written_as_uint32(tmp_path: Path, source: s
 
 
 def test_progress_counts_up_to_the_whole(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_DOCUMENTS", 13)
+    monkeypatch.setattr(sizes, "CHUNK_DOCUMENTS", 13)
     reports: list[Progress] = []
     manifest = prepare(source, "train:300", tmp_path / "out", progress=reports.append)
     tokenizing = [report for report in reports if report.phase == module.TOKENIZING]
@@ -212,3 +186,15 @@ def test_unigram_entropy_is_the_cross_entropy_of_the_counts(tmp_path: Path, sour
     assert manifest.unigram is not None
     assert manifest.unigram.nats_per_token == pytest.approx(nats)
     assert manifest.unigram.bits_per_byte == pytest.approx(per_byte)
+
+
+def test_a_folder_made_before_a_setting_existed_is_recognised(tmp_path: Path, source: str) -> None:
+    """A later setting is None, or absent, at its default; fields that came later have defaults."""
+    prepare(source, "train:300", tmp_path / "out", val_fraction=0.2)
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["settings"]["max_tokens"], content["dropped"], content["bad"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert prepare(source, "train:300", tmp_path / "out", val_fraction=0.2).already_prepared
+    with pytest.raises(DataError, match="max_tokens: None there, 500 now"):
+        prepare(source, "train:300", tmp_path / "out", val_fraction=0.2, max_tokens=500)

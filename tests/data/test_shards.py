@@ -136,6 +136,20 @@ def test_shards_that_do_not_fit_the_manifest_are_named(folder: Path) -> None:
         DataFolder.open(folder)
 
 
+def test_verifying_counts_again(folder: Path) -> None:
+    path = folder / "manifest.json"
+    good = path.read_text(encoding="utf-8")
+    content = json.loads(good)
+    content["shards"][0]["documents"] += 1
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match=r"train_000000\.bin: \d+ documents end in it"):
+        DataFolder.open(folder).verify()
+    path.write_text(good, encoding="utf-8")
+    write_shard(folder / "train_000099.bin", np.arange(10))
+    with pytest.raises(DataError, match=r"train_000099\.bin: the manifest does not list"):
+        DataFolder.open(folder).verify()
+
+
 def test_an_incomplete_manifest_names_the_field(folder: Path) -> None:
     path = folder / "manifest.json"
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -182,10 +182,14 @@ def test_a_hub_data_set_streams_file_by_file(tmp_path: Path, monkeypatch: pytest
     write_parquet(folder / "train-00001-of-00002.parquet", ["three"])
     source = open_source("hf:some-org/corpus")
     assert texts(source) == ["one", "two", "three"]
-    assert [unit.id for unit in source.units()] == ["hf:some-org/corpus#0/2", "hf:some-org/corpus#1/2"]
+    assert [unit.id for unit in source.units()] == [
+        "data/train-00000-of-00002.parquet#row_group=0",
+        "data/train-00000-of-00002.parquet#row_group=1",
+        "data/train-00001-of-00002.parquet#row_group=0",
+    ]
     with pytest.raises(DataError, match="no column 'body'; there are: id, text"):
         texts(open_source("hf:some-org/corpus", "body"))
-    with pytest.raises(DataError, match=r"corpus: the column 'id' holds int, not text\. .*--text-column"):
+    with pytest.raises(DataError, match=r"corpus.*: the column 'id' holds int64, not text"):
         texts(open_source("hf:some-org/corpus", "id"))
     with pytest.raises(DataError, match=r"cannot be opened: .*nonesuch"):
         texts(open_source("hf:some-org/corpus:nonesuch"))

@@ -1,0 +1,140 @@
+"""What `lightlm prepare-data` shows: a line while it works, and a table at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightlm.data.prepare import Progress
+    from lightlm.data.shards import Manifest
+
+LISTED = 5  # messages about records that were left out; the manifest has more
+
+
+class ProgressLine:
+    """One live line on a terminal; elsewhere (a log file) a line every ten seconds."""
+
+    LOG_SECONDS = 10.0
+
+    def __init__(self) -> None:
+        from rich.status import Status
+
+        from lightlm.cli.console import console
+
+        self._console = console
+        self._status = Status("reading …", console=console) if console.is_terminal else None
+        self._lock = threading.Lock()
+        self._first: Progress | None = None  # of this phase
+        self._since = self._logged = time.perf_counter()
+
+    def __enter__(self) -> ProgressLine:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Show how far the preparation has come; may be called from any thread."""
+        with self._lock:
+            self._update(progress, time.perf_counter())
+
+    def _update(self, progress: Progress, now: float) -> None:
+        if progress.note is not None:
+            self._console.print(progress.note, markup=False, soft_wrap=True)
+        if self._first is None or progress.phase != self._first.phase:
+            self._first, self._since = progress, now
+        if self._status:
+            self._status.update(progress_text(self._first, progress, now - self._since))
+        elif now - self._logged >= self.LOG_SECONDS:
+            self._logged = now
+            self._console.print(progress_text(self._first, progress, now - self._since))
+
+
+def progress_text(first: Progress, progress: Progress, seconds: float) -> str:
+    """The line `seconds` after `first`, which sets the clock: what was there before costs no time."""
+    from lightlm.quantities import format_quantity
+
+    parts = [f"{progress.documents:,} documents", f"{progress.text_bytes / 1e6:,.1f} MB"]
+    if progress.tokens:
+        parts.append(f"{format_quantity(progress.tokens)} tokens")
+    before, done = first.done or 0.0, progress.done
+    if progress.target_tokens:
+        before, done = first.tokens / progress.target_tokens, min(1.0, progress.tokens / progress.target_tokens)
+    if done is not None:
+        parts.append(f"{done:.0%}")
+    if seconds > 0.5:
+        parts.append(f"{(progress.text_bytes - first.text_bytes) / 1e6 / seconds:.1f} MB/s")
+        if done is not None and done > before:
+            left = int(seconds * (1 - done) / (done - before))
+            parts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+    return f"{progress.phase}: {', '.join(parts)}"
+
+
+def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) -> None:
+    from lightlm.cli.console import console, out, print_json
+
+    _warn(manifest)
+    if as_json:
+        print_json(summary)
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    dropped = manifest.dropped or {"blank": manifest.skipped_documents}  # an older version counted blank ones alone
+    causes = ", ".join(f"{count:,} {cause}" for cause, count in dropped.items() if count)
+    rows = [
+        ("folder", f"{summary['folder']} ({summary['status']})"),
+        ("documents", f"{summary['documents']:,}"),
+        ("left out", causes or "nothing"),
+        *(
+            [("flagged", ", ".join(f"{n:,} {cause}" for cause, n in manifest.flagged.items()))]
+            if manifest.flagged
+            else []
+        ),
+        ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
+        ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
+        ("vocabulary", f"{summary['vocab_size']:,}"),
+        ("shards", f"{summary['shards']:,}"),
+    ]
+    if manifest.unigram:
+        nats, bits = manifest.unigram.nats_per_token, manifest.unigram.bits_per_byte
+        rows.append(
+            ("unigram entropy", f"{nats:.3f} nats per token, {bits:.3f} bits per byte (a model must do better)")
+        )
+    speed = f" ({summary['megabytes_per_second']:,.1f} MB/s)" if summary["megabytes_per_second"] else ""
+    rows.append(("time", f"{summary['seconds']:,.1f} s{speed}"))
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    out.print(table)
+    for number, text in enumerate(summary.get("samples", ()), start=1):
+        out.print(f"\n--- document {number} of the train split", markup=False)
+        out.print(text, markup=False, soft_wrap=True)
+    console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
+
+
+def _warn(manifest: Manifest) -> None:
+    """Say where the result is not quite what was asked for."""
+    from lightlm.cli.console import console
+
+    for message in manifest.bad[:LISTED]:
+        console.print(f"Left out: {message}", markup=False, soft_wrap=True)
+    if len(manifest.bad) > LISTED:
+        console.print(f"... {len(manifest.bad) - LISTED:,} more of these are in manifest.json under `bad`.")
+    if manifest.listed:
+        console.print("The documents that share text with evaluation sets are in manifest.json under `listed`.")
+    for name, coverage in manifest.evaluation_sets.items():
+        if coverage["too_short"]:
+            found = f"{coverage['too_short']:,} of {coverage['examples']:,} examples of {name}"
+            console.print(f"{found} are too short to be looked for: they have no 13 words in a row.")
+    spec = str(manifest.settings.get("tokenizer"))
+    wanted = spec.removeprefix("train:")
+    if wanted != spec and manifest.vocab_size < int(wanted):
+        console.print(f"The text is too short for {int(wanted):,} entries: the tokenizer has {manifest.vocab_size:,}.")
+    if not manifest.tokens("val"):
+        console.print("There is no validation split.")

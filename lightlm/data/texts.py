@@ -1,0 +1,148 @@
+"""Texts as they travel from readers to encoders: packed in Arrow arrays, and big ones in parts.
+
+An Arrow array holds its texts' UTF-8 end to end, so nothing is done per document that can be done per megabyte.
+A text above `LARGE_BYTES` travels alone, in parts, so that memory does not grow with it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow
+
+from lightlm.errors import DataError
+
+CHUNK_BYTES = 4 << 20  # texts are packed and encoded in chunks of this size: 15 ms of work, some 40 MB of memory
+CHUNK_DOCUMENTS = 20_000
+LARGE_BYTES = 8 << 20  # a text above this is encoded in parts
+
+BadRecord = Callable[[DataError], None]
+"""Called by a reader with the mistake that spoils one record: raises it, or counts it and returns. Also called with
+`FilteredOut`, which is no mistake."""
+
+
+class FilteredOut(DataError):  # noqa: N818 - it goes an error's way, but is none
+    """So many records are left out because a `--filter` says so."""
+
+    def __init__(self, records: int = 1) -> None:
+        super().__init__(f"{records} records")
+        self.records = records
+
+
+class Texts(NamedTuple):
+    """Whole texts (a LargeStringArray without nulls), or one part of a large one.
+
+    With `unfinished`, the array is the one part of a text that goes on in the next `Texts`; the part that ends it
+    comes alone, too, with `unfinished` False; `ABANDONED` in its place means that the text is not to be used.
+    """
+
+    array: pyarrow.Array
+    unfinished: bool = False
+
+
+ABANDONED = Texts(pyarrow.array([], pyarrow.large_string()))
+
+
+class Stream(Protocol):
+    """Yields the texts of a unit in their order; called anew for each pass."""
+
+    def __call__(self, bad: BadRecord) -> Iterator[Texts]: ...
+
+
+class Read(Protocol):
+    """Yields the documents of a unit in their order, each a string; called anew for each pass."""
+
+    def __call__(self) -> Iterator[str]: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a source that can be read on its own: a file, a block of a file, a row group.
+
+    `id` is the same in every pass over an unchanged source, and unique in it. Units can be pickled. A reader gives
+    `stream` where it can (Arrow arrays, texts of any size), and otherwise `read`. `size` is its bytes on disk, where
+    known: small units are worked on together, and the share of the source that is done follows from it.
+    """
+
+    id: str
+    read: Read
+    size: int | None = None
+    stream: Stream | None = None
+
+    def texts(self, bad: BadRecord) -> Iterator[Texts]:
+        """The unit's texts, packed."""
+        return self.stream(bad) if self.stream is not None else pack(self.read())
+
+
+def raise_bad(error: DataError) -> None:
+    """The `BadRecord` of a run that skips nothing."""
+    if not isinstance(error, FilteredOut):
+        raise error
+
+
+def pack(texts: Iterable[str]) -> Iterator[Texts]:
+    """Strings packed into arrays of about `CHUNK_BYTES`."""
+    chunk: list[str] = []
+    characters = 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text)
+        if characters >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
+            yield Texts(pyarrow.array(chunk, pyarrow.large_string()))
+            chunk, characters = [], 0
+    if chunk:
+        yield Texts(pyarrow.array(chunk, pyarrow.large_string()))
+
+
+def read_strings(stream: Stream) -> Iterator[str]:
+    """The documents of a stream as strings, large ones joined; raises the first mistake."""
+    parts: list[str] = []
+    for array, unfinished in stream(raise_bad):
+        if unfinished or parts:
+            parts.append(array[0].as_py())
+            if not unfinished:
+                yield "".join(parts)
+                parts = []
+        else:
+            yield from array.to_pylist()
+
+
+def buffers_of(array: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, data) of a LargeStringArray without a copy: int64 of shape (texts + 1,) and uint8."""
+    _, offsets, data = array.buffers()
+    if not len(array) or offsets is None:
+        return np.zeros(1, np.int64), np.zeros(0, np.uint8)
+    ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+    return ends, np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8)
+
+
+def byte_lengths(array: pyarrow.Array) -> np.ndarray:
+    """UTF-8 bytes of each text: int64 of shape (texts,)."""
+    return np.diff(buffers_of(array)[0])
+
+
+def in_chunks(array: pyarrow.Array) -> Iterator[Texts]:
+    """Whole texts in arrays of at most `CHUNK_BYTES`, or of one text; those above `LARGE_BYTES` in parts."""
+    offsets, data = buffers_of(array)
+    first = 0
+    while first < len(array):
+        if offsets[first + 1] - offsets[first] > LARGE_BYTES:
+            yield from _parts(data, int(offsets[first]), int(offsets[first + 1]))
+            first += 1
+            continue
+        fitting = int(np.searchsorted(offsets, offsets[first] + CHUNK_BYTES, side="right")) - 1
+        last = min(max(fitting, first + 1), first + CHUNK_DOCUMENTS, len(array))
+        yield Texts(array.slice(first, last - first))
+        first = last
+
+
+def _parts(data: np.ndarray, start: int, end: int) -> Iterator[Texts]:
+    """One large text in parts of about `CHUNK_BYTES`, cut between characters."""
+    while start < end:
+        border = min(start + CHUNK_BYTES, end)
+        while border < end and data[border] & 0xC0 == 0x80:  # inside a character
+            border += 1
+        part = data[start:border].tobytes().decode()
+        yield Texts(pyarrow.array([part], pyarrow.large_string()), unfinished=border < end)
+        start = border

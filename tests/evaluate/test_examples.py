@@ -1,0 +1,59 @@
+"""The texts of evaluation sets, as decontamination looks for them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightlm.data.decontamination import Decontaminator
+from lightlm.errors import DataError, UsageError
+from lightlm.evaluate import runner
+from lightlm.evaluate.examples import scored_examples
+from tests.evaluate.tiny_run import write_quiz
+
+WINOGRANDE_LIKE = """
+task: blanks
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/blanks.jsonl}}, cache_dir: {folder}/cache}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: gold
+doc_to_target: "{{{{rest}}}}"
+doc_to_choice: "{{{{[start + a, start + b]}}}}"
+"""
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Spares 6 s: lm-eval's thousands of files.
+    monkeypatch.setattr(runner, "_OURS", {"heldout", "quiz.yaml", "blanks.yaml"})
+    write_quiz(tmp_path)
+
+
+def test_every_text_and_the_answered_prompt() -> None:
+    examples = scored_examples(["quiz.yaml"])["quiz"]
+    assert len(examples) == 6
+    assert set(examples[1]) >= {"The cat number 1 sat", " on the mat", " after it ran", " faster"}
+    assert any("The cat number 1 sat" in text and text.endswith("after it ran") for text in examples[1])
+
+
+def test_prompts_that_are_chosen_by_number(tmp_path: Path) -> None:
+    record = {"start": "The trophy is bigger than the box because the ", "a": "trophy", "b": "box", "gold": 0}
+    record["rest"] = "is so very large"
+    (tmp_path / "blanks.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (tmp_path / "blanks.yaml").write_text(WINOGRANDE_LIKE.format(folder=tmp_path.as_posix()), encoding="utf-8")
+    examples = scored_examples(["blanks.yaml"])
+    assert f"{record['start']}trophy is so very large" in examples["blanks"][0]
+    found_in = Decontaminator(examples).found_in
+    assert found_in("As we know, the trophy is bigger than the box because the trophy is so very large.") == ["blanks"]
+    assert found_in("As we know, the trophy is bigger than the box because it is so very large.") == []
+
+
+def test_what_cannot_be_looked_for() -> None:
+    with pytest.raises(UsageError, match="--decontaminate heldout"):
+        scored_examples(["heldout"])
+    text = Path("quiz.yaml").read_text(encoding="utf-8")
+    Path("blanks.yaml").write_text(text.replace("dataset_path: json", "dataset_path: nobody/nothing"), encoding="utf-8")
+    with pytest.raises(DataError, match="nobody/nothing"):
+        scored_examples(["blanks.yaml"])
