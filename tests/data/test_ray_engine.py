@@ -148,7 +148,10 @@ def source_blocks(source: Path) -> list[Block]:
     return list(blocks.blocks_of(LocalSource(source, "text").units()))
 
 
-def test_closing_stops_the_tasks_and_bounds_are_kept(tmp_path: Path, source: Path, tokenizer: str) -> None:
+def test_closing_stops_the_tasks_and_bounds_are_kept(
+    tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_engine, "CANCEL_SECONDS", 60.0)  # a busy machine may take more than 5 s to tell a worker
     begun, stopped = tmp_path / "begun", tmp_path / "stopped"
 
     def hang(unit: str) -> None:
