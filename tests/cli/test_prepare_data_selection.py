@@ -120,3 +120,22 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run(*arguments)
     assert not Path("data").exists()
+
+
+def test_a_download_refuses_what_says_how_to_prepare() -> None:
+    """Every option but those of the download itself, so that a new one is refused until it is honoured."""
+    values = {"--max-tokens": "1B", "--val-fraction": "0.1", "--workers": "2", "--sample": "3", "--engine": "ray"}
+    app = typer.Typer()
+    app.command()(prepare_data)
+    options = {option.opts[0]: option for option in typer.main.get_command(app).params if option.opts[0][:2] == "--"}
+    honoured = {"--tokenizer", "--text-column", "--download-only", "--json"}
+    assert honoured < options.keys()
+    for name in options.keys() - honoured - {"--mix", "--install-completion", "--show-completion"}:
+        flag = getattr(options[name], "is_flag", False)
+        with pytest.raises(UsageError, match=f"prepares nothing, so {name} would have no effect"):
+            run("tinystories", "--download-only", name, *([] if flag else [values.get(name, "x")]))
+    with pytest.raises(UsageError, match="so --filter, --dedup would have no effect"):
+        run("tinystories", "--dedup", "near", "--download-only", "--filter", "score > 1")
+    with pytest.raises(UsageError, match="give each SOURCE of --mix by itself"):
+        run("--mix", "tinystories=1,fineweb-edu=1", "--download-only")
+    assert not Path("data").exists()
