@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightlm.data.prepare import Progress
-    from lightlm.data.shards import Manifest
+    from lightlm.data.shards import Manifest, MixedSource
 
 LISTED = 5  # messages about records that were left out; the manifest has more
 
@@ -98,6 +98,7 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
             else []
         ),
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
+        *((f"  {part.reached:.2%}", _of_mixture(part)) for part in manifest.mixture),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
         ("vocabulary", f"{summary['vocab_size']:,}"),
         ("shards", f"{summary['shards']:,}"),
@@ -116,6 +117,10 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         out.print(f"\n--- document {number} of the train split", markup=False)
         out.print(text, markup=False, soft_wrap=True)
     console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
+
+
+def _of_mixture(part: MixedSource) -> str:
+    return f"{part.tokens:,} in {part.documents:,} documents of {part.source} ({part.share:.2%} asked for)"
 
 
 def _warn(manifest: Manifest) -> None:

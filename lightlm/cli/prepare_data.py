@@ -235,6 +235,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "skipped_documents": manifest.skipped_documents,
         "dropped": manifest.dropped,
         "flagged": manifest.flagged,
+        "mixture": [part.model_dump() for part in manifest.mixture],
         "evaluation_sets": manifest.evaluation_sets,
         "train_tokens": manifest.tokens("train"),
         "val_tokens": manifest.tokens("val"),

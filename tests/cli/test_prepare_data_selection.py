@@ -77,13 +77,18 @@ def test_a_mixture() -> None:
     assert made["folder"] == "data/a-b"
     first, second = ({row["text"] for row in ROWS}, set(texts(60, 8)))
     opened = DataFolder.open("data/a-b")
-    counts = [0, 0]
+    counts, counted = [0, 0], [0, 0]
     for ids in opened.split("train").documents():
         text = opened.tokenizer.decode(ids)
         assert text in first | second
         counts[text in second] += len(ids) + 1
+        counted[text in second] += 1
     assert 1_500 <= counts[0] < 1_900
     assert 500 <= counts[1] < 900
+    assert [(part["share"], part["tokens"]) for part in made["mixture"]] == [(0.75, counts[0]), (0.25, counts[1])]
+    assert [part["documents"] for part in made["mixture"]] == counted
+    assert [part["reached"] for part in made["mixture"]] == [count / sum(counts) for count in counts]
+    assert [Path(part["source"]).name for part in made["mixture"]] == ["a.jsonl", "b.jsonl"]
 
 
 def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
