@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,17 +98,19 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
             if manifest.flagged
             else []
         ),
+        *(
+            ("looked for", f"{coverage['examples']:,} examples of {name}")
+            for name, coverage in manifest.evaluation_sets.items()
+        ),
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
-        *((f"  {part.reached:.2%}", _of_mixture(part)) for part in manifest.mixture),
+        *(("mixture" * (part is manifest.mixture[0]), _of_mixture(part)) for part in manifest.mixture),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
         ("vocabulary", f"{summary['vocab_size']:,}"),
         ("shards", f"{summary['shards']:,}"),
     ]
     if manifest.unigram:
         nats, bits = manifest.unigram.nats_per_token, manifest.unigram.bits_per_byte
-        rows.append(
-            ("unigram entropy", f"{nats:.3f} nats per token, {bits:.3f} bits per byte (a model must do better)")
-        )
+        rows.append(("unigram entropy", f"{nats:.3f} nats per token, {bits:.3f} bits per byte (models do better)"))
     speed = f" ({summary['megabytes_per_second']:,.1f} MB/s)" if summary["megabytes_per_second"] else ""
     rows.append(("time", f"{summary['seconds']:,.1f} s{speed}"))
     for name, value in rows:
@@ -120,7 +123,11 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
 
 
 def _of_mixture(part: MixedSource) -> str:
-    return f"{part.tokens:,} in {part.documents:,} documents of {part.source} ({part.share:.2%} asked for)"
+    """In a form that fits a line of a terminal: a path as seen from here."""
+    name = part.source
+    if Path(name).is_relative_to(Path.cwd()):
+        name = Path(name).relative_to(Path.cwd()).as_posix()
+    return f"{name} {part.reached:.2%} (asked {100 * part.share:.4g}%), {part.tokens:,} tokens, {part.documents:,} documents"
 
 
 def _warn(manifest: Manifest) -> None:

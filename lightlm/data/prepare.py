@@ -209,8 +209,8 @@ class _Run:
 
     def run(self, settings: dict[str, Setting], overwrite: bool) -> Manifest:
         partial = self._partial
+        self._pin(partial.open(settings, overwrite=overwrite))
         try:
-            self._pin(partial.open(settings, overwrite=overwrite))
             self._source_bytes = getattr(self._source, "size", None)
             tokenizer = self._tokenizer()
             remember(tokenizer)
