@@ -127,7 +127,8 @@ def _of_mixture(part: MixedSource) -> str:
     name = part.source
     if Path(name).is_relative_to(Path.cwd()):
         name = Path(name).relative_to(Path.cwd()).as_posix()
-    return f"{name} {part.reached:.2%} (asked {100 * part.share:.4g}%), {part.tokens:,} tokens, {part.documents:,} documents"
+    shares = f"{part.reached:.2%} (asked {100 * part.share:.4g}%)"
+    return f"{name} {shares}, {part.tokens:,} tokens, {part.documents:,} documents"
 
 
 def _warn(manifest: Manifest) -> None:
