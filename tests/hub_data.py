@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from lightlm.data import hub_files
+from lightlm.data import footers
 from tests.corpus import texts as corpus
 from tests.hub import Hub
 
@@ -37,7 +37,7 @@ def use(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
     patch.setattr("lightlm.data.hub.RETRY_DELAYS", (0.0, 0.0, 0.0, 0.0))
     huggingface_hub.HfFileSystem.clear_instance_cache()
-    hub_files._footer.cache_clear()
+    footers._footer.cache_clear()
 
 
 FINEWEB_README = """---

@@ -5,7 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import typer
+
     from lightlm.data.sources import Source
+
+HONOURED = ("source", "tokenizer", "text_column", "download_only", "as_json")
+
+
+def refuse_other_options(context: typer.Context) -> None:
+    """Raises UsageError where an option was given that says how to prepare: whole files are fetched."""
+    from lightlm.errors import UsageError
+
+    given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
+    options = [option.opts[0] for option in context.command.params if option.name in given - set(HONOURED)]
+    if "--mix" in options:
+        raise UsageError("--download-only fetches one data set: give each SOURCE of --mix by itself")
+    if options:
+        raise UsageError(
+            f"--download-only fetches whole files and prepares nothing, so {', '.join(options)} would have no effect; "
+            "leave that out here, and give it to the command that prepares"
+        )
 
 
 def download_data(source: Source, tokenizer: str, as_json: bool) -> None:

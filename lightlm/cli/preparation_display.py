@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightlm.data.prepare import Progress
-    from lightlm.data.shards import Manifest
+    from lightlm.data.shards import Manifest, MixedSource
 
 LISTED = 5  # messages about records that were left out; the manifest has more
 
@@ -97,16 +98,19 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
             if manifest.flagged
             else []
         ),
+        *(
+            ("looked for", f"{coverage['examples']:,} examples of {name}")
+            for name, coverage in manifest.evaluation_sets.items()
+        ),
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
+        *(("mixture" * (part is manifest.mixture[0]), _of_mixture(part)) for part in manifest.mixture),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
         ("vocabulary", f"{summary['vocab_size']:,}"),
         ("shards", f"{summary['shards']:,}"),
     ]
     if manifest.unigram:
         nats, bits = manifest.unigram.nats_per_token, manifest.unigram.bits_per_byte
-        rows.append(
-            ("unigram entropy", f"{nats:.3f} nats per token, {bits:.3f} bits per byte (a model must do better)")
-        )
+        rows.append(("unigram entropy", f"{nats:.3f} nats per token, {bits:.3f} bits per byte (models do better)"))
     speed = f" ({summary['megabytes_per_second']:,.1f} MB/s)" if summary["megabytes_per_second"] else ""
     rows.append(("time", f"{summary['seconds']:,.1f} s{speed}"))
     for name, value in rows:
@@ -116,6 +120,15 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         out.print(f"\n--- document {number} of the train split", markup=False)
         out.print(text, markup=False, soft_wrap=True)
     console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
+
+
+def _of_mixture(part: MixedSource) -> str:
+    """In a form that fits a line of a terminal: a path as seen from here."""
+    name = part.source
+    if Path(name).is_relative_to(Path.cwd()):
+        name = Path(name).relative_to(Path.cwd()).as_posix()
+    shares = f"{part.reached:.2%} (asked {100 * part.share:.4g}%)"
+    return f"{name} {shares}, {part.tokens:,} tokens, {part.documents:,} documents"
 
 
 def _warn(manifest: Manifest) -> None:

@@ -24,6 +24,7 @@ TOKENIZER, VAL_FRACTION = "gpt2", 0.005
 
 
 def prepare_data(
+    context: typer.Context,
     source: Annotated[
         str | None,
         typer.Argument(
@@ -117,8 +118,9 @@ def prepare_data(
     from lightlm.data.sources import PYDOCS
 
     if download_only:
-        from lightlm.cli.download_data import download_data
+        from lightlm.cli.download_data import download_data, refuse_other_options
 
+        refuse_other_options(context)
         return download_data(open_named(source, mix, text_column, None), tokenizer or TOKENIZER, as_json)
     chosen_engine = _engine(engine, workers, ray_address)
     started = time.perf_counter()
@@ -233,6 +235,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "skipped_documents": manifest.skipped_documents,
         "dropped": manifest.dropped,
         "flagged": manifest.flagged,
+        "mixture": [part.model_dump() for part in manifest.mixture],
         "evaluation_sets": manifest.evaluation_sets,
         "train_tokens": manifest.tokens("train"),
         "val_tokens": manifest.tokens("val"),

@@ -26,11 +26,16 @@ LISTED = 1_000  # messages about skipped records that the manifest keeps
 
 
 class AssemblyState(BaseModel):
-    """How far the assembly has come: `blocks` are in the shards up to what the writers' states say."""
+    """How far the assembly has come: `blocks` are in the shards up to what the writers' states say.
+
+    `source_documents` and `source_tokens` are by the number of a mixture's source.
+    """
 
     blocks: int = 0
     documents: int = 0
     tokens: int = 0
+    source_documents: dict[int, int] = {}
+    source_tokens: dict[int, int] = {}
     held: Candidate | None = None
     validated: bool
     writers: dict[Split, WriterState]
@@ -79,6 +84,12 @@ class Assembly:
         state.listed += record.listed[: LISTED - len(state.listed)]
         state.blocks, state.documents = record.number + 1, state.documents + record.documents
         state.tokens += record.total_tokens
+        if record.source is not None:
+            for by_source, count in (
+                (state.source_documents, record.documents),
+                (state.source_tokens, record.total_tokens),
+            ):
+                by_source[record.source] = by_source.get(record.source, 0) + count
         self._unsaved.append(record.number)
         self._unsaved_tokens += record.total_tokens
         if self._unsaved_tokens >= SAVE_TOKENS:

@@ -93,11 +93,15 @@ class _Encoding:
 
         Others turn out to be bad in their middle.
         """
+        number, characters = self._measured()  # lets go of that reading: of a JSON line it holds a memory map
+        return number, place_of_cut(self._document(number), self._job.val_fraction, characters)
+
+    def _measured(self) -> tuple[int, int]:
         reader = BlockReader(self._job, self._block)
         for number, parts in enumerate(reader.visible_documents()):
             characters = _length(reader, parts)
             if characters is not None:
-                return number, place_of_cut(self._document(number), self._job.val_fraction, characters)
+                return number, characters
         raise AssertionError("a block with the only document has one")
 
     def _document(self, chosen: int) -> Iterator[str]:

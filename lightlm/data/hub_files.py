@@ -1,15 +1,11 @@
 """Files on the Hugging Face Hub, read in place by ranges; every range is asked for again where the network fails."""
 
-import functools
 import io
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lightlm.data.hub import HubError, first_line, hub_errors, persistently
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as parquet
 
 # The most that one request asks for, and that a broken connection costs. Row groups of a thousand documents are one
 # request; a row group that holds a whole file is many, and never in memory at once.
@@ -19,10 +15,6 @@ PIECE_BYTES = 8 << 20
 # row group would also cost a question to the Hub, which limits the questions of a client.
 _locations: dict[str, str] = {}
 _EXPIRED = (401, 403, 404, 410)
-
-# Footers kept per process: units of the same file follow one another, and the footer of a file with hundreds of row
-# groups would be a large part of what each unit reads.
-FOOTERS = 4
 
 
 class _Status(NamedTuple):
@@ -63,20 +55,6 @@ class HubFile:
         assert mode == "rb"
         raw = RemoteFile(self)
         return raw if buffering == 0 else io.BufferedReader(raw, PIECE_BYTES)  # type: ignore[return-value]
-
-    def open_parquet(self) -> "parquet.ParquetFile":
-        """The file as Parquet: a column of a row group is one request for each `PIECE_BYTES` of it."""
-        import pyarrow.parquet as parquet
-
-        source = self.open(buffering=0)
-        return parquet.ParquetFile(source, metadata=_footer(self), buffer_size=PIECE_BYTES, pre_buffer=False)
-
-
-@functools.lru_cache(maxsize=FOOTERS)
-def _footer(file: HubFile) -> "parquet.FileMetaData":
-    import pyarrow.parquet as parquet
-
-    return parquet.read_metadata(file.open(buffering=0))
 
 
 class RemoteFile(io.RawIOBase):

@@ -35,7 +35,8 @@ def lines_of(file: BinaryIO) -> Iterator[Line]:
                 spool.write(line)
             spool.flush()
             del line
-            yield mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)
+            with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as large:
+                yield large
 
 
 def large_line(line: Line, where: Callable[[], str], text_column: str, chosen: Filter | None = None) -> Iterator[Texts]:

@@ -1,9 +1,10 @@
 """Several sources as one, mixed by tokens; see `lightlm.data.mixture`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from lightlm.data.sampling import beginnings
+from lightlm.data.shards import MixedSource
 from lightlm.data.sources import Revisable, Source
 from lightlm.data.texts import Unit
 from lightlm.errors import DataError
@@ -44,6 +45,20 @@ class MixtureSource:
                 )
             parts.append((source, share))
         return MixtureSource(parts)
+
+    def reached(self, tokens: Mapping[int, int], documents: Mapping[int, int]) -> list[MixedSource]:
+        """What the parts have given, from counts by their numbers; not all of them are zero."""
+        total = sum(tokens.values())
+        return [
+            MixedSource(
+                source=source.spec,
+                share=float(share),
+                reached=tokens.get(number, 0) / total,
+                tokens=tokens.get(number, 0),
+                documents=documents.get(number, 0),
+            )
+            for number, (source, share) in enumerate(self.parts)
+        ]
 
     def units(self) -> Iterator[Unit]:
         """One unit of the beginnings of documents in their shares, for training a tokenizer.

@@ -53,8 +53,8 @@ class Partial:
     def open(self, settings: Mapping[str, Setting], *, overwrite: bool) -> str | None:
         """Go on with what is there, or begin; gives the source's revision as it was when the preparation began.
 
-        What `--overwrite` began, `--overwrite` goes on with; anything else it throws away. Raises DataError where
-        other settings are under way.
+        What `--overwrite` began, `--overwrite` goes on with; anything else it throws away, and so is what has no
+        finished block. Raises DataError where other settings are under way.
         """
         note = self._read()
         whole = note is not None and self.folder.is_dir()  # else a kill came right after the folder was put in place
@@ -62,6 +62,9 @@ class Partial:
             self._begin(settings, overwrite)
             return None
         changed = different_settings(note["settings"], settings)
+        if changed and not self.worth_keeping:
+            self._begin(settings, overwrite)
+            return None
         if changed:
             raise DataError(
                 f"{self.path} holds an unfinished preparation with other settings ({changed}). Finish it with those, "

@@ -30,6 +30,7 @@ class Record(BaseModel):
     """What a piece holds.
 
     `first_unit`, `limit` and `only` say which block it is of; for `minima` and `border` see `splitting.Holder`;
+    `source` is which part of a mixture it is of;
     `bad` are the first messages of `--skip-bad`; `flagged` counts documents that a filter only points out, `listed` are
     the first that filters found. `xxh3` is of the piece's files.
     """
@@ -38,6 +39,7 @@ class Record(BaseModel):
     first_unit: str
     limit: int | None
     only: bool
+    source: int | None = None
     documents: int = 0
     tokens: dict[Split, int] = Field(default_factory=_zeros)
     text_bytes: dict[Split, int] = Field(default_factory=_zeros)

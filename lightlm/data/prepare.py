@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from lightlm import __version__
-from lightlm.data.assembly import Assembly
+from lightlm.data.assembly import Assembly, AssemblyState
 from lightlm.data.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
 from lightlm.data.decontamination import Decontaminator
 from lightlm.data.deduplication import Mode
@@ -29,7 +29,7 @@ from lightlm.data.partial import Partial, Setting, different_settings
 from lightlm.data.pieces import Record
 from lightlm.data.sampling import training_sample
 from lightlm.data.selection import Selector
-from lightlm.data.shards import DataFolder, Manifest, token_dtype
+from lightlm.data.shards import DataFolder, Manifest, MixedSource, token_dtype
 from lightlm.data.sources import Revisable, Source, open_source
 from lightlm.data.splitting import SPLIT_RULE
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
@@ -209,8 +209,8 @@ class _Run:
 
     def run(self, settings: dict[str, Setting], overwrite: bool) -> Manifest:
         partial = self._partial
+        self._pin(partial.open(settings, overwrite=overwrite))
         try:
-            self._pin(partial.open(settings, overwrite=overwrite))
             self._source_bytes = getattr(self._source, "size", None)
             tokenizer = self._tokenizer()
             remember(tokenizer)
@@ -304,10 +304,16 @@ class _Run:
             flagged=state.flagged,
             listed=state.listed,
             evaluation_sets=options.decontaminate.coverage if options.decontaminate is not None else {},
+            mixture=self._mixture(state),
             unigram=assembly.unigram(),
             lightlm_version=__version__,
             settings=settings,
         )
+
+    def _mixture(self, state: AssemblyState) -> list[MixedSource]:
+        if not isinstance(self._source, MixtureSource):
+            return []
+        return self._source.reached(state.source_tokens, state.source_documents)
 
     def _feed(self, assembly: Assembly, job: Job) -> None:
         """Encode the blocks that are still to be done and hand them to the assembly, up to `max_tokens`."""

@@ -8,14 +8,13 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.ipc
 
 from lightlm.data.filters import Filter
-from lightlm.data.hub_files import HubFile
+from lightlm.data.footers import File, footer, has_matches, open_parquet
 from lightlm.data.jsontext import Line, large_line, lines_of
 from lightlm.data.row_filter import RowFilter
 from lightlm.data.texts import (
@@ -31,11 +30,6 @@ from lightlm.data.texts import (
     read_strings,
 )
 from lightlm.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as parquet
-
-File: TypeAlias = Path | HubFile
 
 SPOOLED_BYTES = 256 << 20  # of a row group
 _SPOOLED = pyarrow.schema([("text", pyarrow.large_string()), ("unfinished", pyarrow.bool_())])
@@ -220,11 +214,11 @@ def read_row_group(
 ) -> Iterator[Texts]:
     """The documents of one row group of a Parquet file; null texts are left out, and what `chosen` does not keep."""
     try:
-        with _parquet(path) as file:
-            picked = RowFilter(str(path), file, chosen) if chosen is not None else None
-            if picked is not None and picked.passes_over(group):
-                bad(FilteredOut(file.metadata.row_group(group).num_rows))
-                return
+        if chosen is not None and not has_matches(path, group, chosen):
+            bad(FilteredOut(footer(path).row_group(group).num_rows))
+            return
+        with open_parquet(path) as file:
+            picked = RowFilter(str(path), file.schema_arrow, chosen) if chosen is not None else None
             texts = _row_texts(file, group, text_column, picked, bad)
             if file.metadata.row_group(group).total_byte_size <= SPOOLED_BYTES:
                 yield from texts
@@ -254,6 +248,7 @@ def _row_texts(file: Any, group: int, text_column: str, picked: RowFilter | None
 
 def _spool(texts: Iterator[Texts]) -> BinaryIO:
     """Texts in a temporary file: of a large one Arrow's reader holds two or three copies until it is closed."""
+    pyarrow.default_memory_pool().release_unused()  # 190 MB, where large texts have been encoded
     file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     try:
         with pyarrow.ipc.new_stream(file, _SPOOLED) as sink:
@@ -278,20 +273,11 @@ def _batch_rows(group: Any) -> int:
     return max(1, min(4_096, int(group.num_rows * CHUNK_BYTES / max(1, group.total_byte_size))))
 
 
-def _parquet(path: File) -> "parquet.ParquetFile":
-    import pyarrow.parquet as parquet
-
-    if isinstance(path, HubFile):
-        return path.open_parquet()
-    # A buffer: else the whole column of a row group, which may be gigabytes, is read before its first page.
-    return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-
-
 def _row_groups(path: File, text_column: str, chosen: Filter | None) -> int:
     """How many row groups a Parquet file has. Raises DataError where it lacks the text column, or a filter's."""
     try:
-        with _parquet(path) as file:
-            schema, groups = file.schema_arrow, file.num_row_groups
+        found = footer(path)
+        schema, groups = found.schema.to_arrow_schema(), found.num_row_groups
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
     if text_column not in schema.names:

@@ -64,7 +64,6 @@ class Selector:
         max_tokens: int | None,
         done: int,
     ) -> None:
-        self.tokens = [0] * len(sources)  # that stay, by source
         self._raw, self._notes = work / "raw", work / "notes"
         for folder in (self._raw, self._notes):
             folder.mkdir(exist_ok=True)
@@ -91,10 +90,9 @@ class Selector:
         for number, (portion, limit) in enumerate(self._mixer.arrange(portions, self._schedule.finished), self._done):
             chosen = portion.item
             keep = chosen.verdicts == KEPT if limit is None else _up_to(limit, chosen)
-            record = _copy_chosen(chosen, keep, self._raw, job, number, dtype)
+            record = _copy_chosen(portion, keep, self._raw, job, number, dtype)
             self._write_note(number, portion, chosen.rows[keep, :-2])
             remove_piece(self._raw, chosen.record.number)
-            self.tokens[portion.source] += record.total_tokens
             yield record
 
     def _numbered(self, source: int, blocks: Iterator[Block], start: int, sources: int) -> Iterator[Block]:
@@ -144,10 +142,12 @@ def read_table(folder: Path, number: int, columns: int) -> np.ndarray:
     return content.reshape(-1, columns + 2)
 
 
-def _copy_chosen(chosen: Chosen, keep: np.ndarray, raw: Path, job: Job, number: int, dtype: np.dtype[Any]) -> Record:
+def _copy_chosen(
+    portion: Portion[Chosen], keep: np.ndarray, raw: Path, job: Job, number: int, dtype: np.dtype[Any]
+) -> Record:
     """Make piece `number` in `job.folder` of the documents to keep in a raw piece."""
-    old = chosen.record
-    record = Record(number=number, first_unit=old.first_unit, limit=None, only=False)
+    chosen, old = portion.item, portion.item.record
+    record = Record(number=number, first_unit=old.first_unit, limit=None, only=False, source=portion.source)
     record.bad, record.flagged, record.listed = old.bad, old.flagged, old.listed
     causes = Counter(CAUSES[verdict] for verdict in chosen.verdicts.tolist() if verdict != KEPT)
     record.dropped = dict(sorted((Counter(old.dropped) + causes).items()))

@@ -106,6 +106,16 @@ class UnigramEntropy(BaseModel):
     bits_per_byte: float
 
 
+class MixedSource(BaseModel):
+    """One source of a mixture: the share of tokens that was asked for, and what came of it."""
+
+    source: str
+    share: float
+    reached: float
+    tokens: int
+    documents: int
+
+
 class Manifest(BaseModel):
     """What `manifest.json` says of a data folder; `text_bytes` is UTF-8 bytes of text per split."""
 
@@ -125,6 +135,7 @@ class Manifest(BaseModel):
     flagged: dict[str, int] = {}
     listed: list[str] = []
     evaluation_sets: dict[str, dict[str, int]] = {}
+    mixture: list[MixedSource] = []
     unigram: UnigramEntropy | None
     lightlm_version: str
     settings: dict[str, str | int | float | None]

@@ -77,13 +77,18 @@ def test_a_mixture() -> None:
     assert made["folder"] == "data/a-b"
     first, second = ({row["text"] for row in ROWS}, set(texts(60, 8)))
     opened = DataFolder.open("data/a-b")
-    counts = [0, 0]
+    counts, counted = [0, 0], [0, 0]
     for ids in opened.split("train").documents():
         text = opened.tokenizer.decode(ids)
         assert text in first | second
         counts[text in second] += len(ids) + 1
+        counted[text in second] += 1
     assert 1_500 <= counts[0] < 1_900
     assert 500 <= counts[1] < 900
+    assert [(part["share"], part["tokens"]) for part in made["mixture"]] == [(0.75, counts[0]), (0.25, counts[1])]
+    assert [part["documents"] for part in made["mixture"]] == counted
+    assert [part["reached"] for part in made["mixture"]] == [count / sum(counts) for count in counts]
+    assert [Path(part["source"]).name for part in made["mixture"]] == ["a.jsonl", "b.jsonl"]
 
 
 def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,4 +124,23 @@ def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> N
 def test_wrong_usage(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run(*arguments)
+    assert not Path("data").exists()
+
+
+def test_a_download_refuses_what_says_how_to_prepare() -> None:
+    """Every option but those of the download itself, so that a new one is refused until it is honoured."""
+    values = {"--max-tokens": "1B", "--val-fraction": "0.1", "--workers": "2", "--sample": "3", "--engine": "ray"}
+    app = typer.Typer()
+    app.command()(prepare_data)
+    options = {option.opts[0]: option for option in typer.main.get_command(app).params if option.opts[0][:2] == "--"}
+    honoured = {"--tokenizer", "--text-column", "--download-only", "--json"}
+    assert honoured < options.keys()
+    for name in options.keys() - honoured - {"--mix", "--install-completion", "--show-completion"}:
+        flag = getattr(options[name], "is_flag", False)
+        with pytest.raises(UsageError, match=f"prepares nothing, so {name} would have no effect"):
+            run("tinystories", "--download-only", name, *([] if flag else [values.get(name, "x")]))
+    with pytest.raises(UsageError, match="so --filter, --dedup would have no effect"):
+        run("tinystories", "--dedup", "near", "--download-only", "--filter", "score > 1")
+    with pytest.raises(UsageError, match="give each SOURCE of --mix by itself"):
+        run("--mix", "tinystories=1,fineweb-edu=1", "--download-only")
     assert not Path("data").exists()

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from lightlm.data import hub_files, hub_listing
+from lightlm.data import footers, hub_files, hub_listing
 from lightlm.data.filters import Filter
 from lightlm.data.hub import HubError, back_off
 from lightlm.data.hub_source import HubSource
@@ -166,7 +166,7 @@ def test_the_hub_is_asked_once_for_a_files_address_and_again_when_that_expires(h
 def test_a_later_run_fetches_what_is_missing(hub: Hub, fineweb_edu: Path) -> None:
     hub.add(REPO, fineweb_edu)
     done = [unit.id for unit in source().units()][:7]
-    hub_files._footer.cache_clear()
+    footers._footer.cache_clear()
     hub.clear()
     rest = [text for unit in source().units() if unit.id not in done for text in unit.read()]
     assert rest == DOCUMENTS[-20:]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightlm.data import blocks, hub_files
+from lightlm.data import blocks, footers
 from lightlm.data.hub import HubError
 from lightlm.data.prepare import prepare
 from lightlm.data.sources import open_source
@@ -31,7 +31,7 @@ def test_a_run_that_broke_off_goes_on_at_its_commit(
 
     # The tokenizer is trained on all texts, which reads the last file once: a footer and three row groups.
     seen: list[str] = []
-    hub_files._footer.cache_clear()
+    footers._footer.cache_clear()
     hub.before_request = fail_after_the_footer
     with pytest.raises(HubError, match=r"002_00000\.parquet .*failed 5 times"):
         prepare("fineweb-edu", "train:300", tmp_path / "data", workers=1)
@@ -39,7 +39,7 @@ def test_a_run_that_broke_off_goes_on_at_its_commit(
     hub.clear()
     hub.before_request = None
     hub.add(REPO, make_fineweb_edu(tmp_path / "newer", [f"new {text}" for text in DOCUMENTS]))
-    hub_files._footer.cache_clear()
+    footers._footer.cache_clear()
     manifest = prepare("fineweb-edu", "train:300", tmp_path / "data", workers=1)
     assert manifest.revision == commit == reference.revision
     assert contents(tmp_path / "data") == contents(tmp_path / "reference")

@@ -146,13 +146,26 @@ def test_other_settings_are_refused_in_the_middle_too(
 ) -> None:
     with stopping(3), pytest.raises(Stop):
         prepare(str(source), tokenizer, tmp_path / "out", workers=1)
-    with pytest.raises(DataError, match=r"unfinished preparation .*val_fraction: 0\.005 there, 0\.2 now.*--overwrite"):
+    with pytest.raises(
+        DataError, match=r"unfinished preparation .*val_fraction: 0\.005 there, 0\.2 now.*--out for another folder\.$"
+    ):
         prepare(str(source), tokenizer, tmp_path / "out", val_fraction=0.2)
     with stopping(-1) as done:
         prepare(str(source), tokenizer, tmp_path / "out", val_fraction=0.2, overwrite=True)
     assert 0 in done
     prepare(str(source), tokenizer, tmp_path / "whole", val_fraction=0.2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_has_no_finished_block_is_in_nobodys_way(
+    tmp_path: Path, source: Path, tokenizer: str, small: None
+) -> None:
+    with stopping(1), pytest.raises(Stop):
+        prepare(str(source), tokenizer, tmp_path / "out", workers=1)
+    for record in (tmp_path / ".out.partial/work/pieces").glob("*.json"):
+        record.unlink()  # as a kill leaves it
+    prepare(str(source), tokenizer, tmp_path / "out", val_fraction=0.2)
+    assert DataFolder.open(tmp_path / "out").manifest.settings["val_fraction"] == 0.2
 
 
 def test_a_piece_that_lost_its_end_is_made_again(
@@ -261,6 +274,8 @@ def test_a_block_stops_when_another_has_failed(
         chunks.append(1)
         if len(chunks) == 5:
             raise Stop
+        if len(chunks) > 5:
+            time.sleep(0.5)  # for the main thread to hear of it, however busy the machine is
         real(self, array)
 
     monkeypatch.setattr(encoding_module._Encoding, "_whole", whole)

@@ -74,7 +74,7 @@ def test_a_changed_file_changes_the_fingerprint(tmp_path: Path) -> None:
 def test_blocks_of_a_jsonl_file_hold_each_line_once(
     tmp_path_factory: pytest.TempPathFactory, documents: list[str], block: int
 ) -> None:
-    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    path = tmp_path_factory.getbasetemp() / "blocks.jsonl"
     path.write_bytes(b"".join(json.dumps({"text": d}, ensure_ascii=False).encode() + b"\n" for d in documents))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "BLOCK_BYTES", block)

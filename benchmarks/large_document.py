@@ -1,0 +1,68 @@
+"""The peak of memory of preparing one document of hundreds of megabytes, as text, JSON and Parquet.
+
+python benchmarks/large_document.py CORPUS --tokenizer tokenizer.json [--megabytes 500] [--out FILE]
+
+CORPUS holds .parquet files with a column `text`, whose texts are put end to end. Each trial is a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FORMS = ("document.txt", "document.jsonl", "zstd.parquet", "dictionary.parquet")
+
+
+def make(corpus: Path, folder: Path, size: int) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    texts = parquet.read_table(sorted(corpus.glob("*.parquet"))[0], columns=["text"])["text"].to_pylist()
+    raw = "".join(texts).encode()
+    text = (raw * (size // len(raw) + 1))[:size].decode("utf-8", "ignore")
+    (folder / FORMS[0]).write_text(text, encoding="utf-8")
+    (folder / FORMS[1]).write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    table = pyarrow.table({"text": pyarrow.array([text], pyarrow.large_string())})
+    for form, dictionary in ((FORMS[2], False), (FORMS[3], True)):
+        parquet.write_table(table, folder / form, compression="zstd", use_dictionary=dictionary)
+
+
+def measure(source: Path, tokenizer: Path) -> None:
+    """Prepare it; print the process's peak in megabytes and a checksum of the train split."""
+    import resource
+
+    from lightlm.data.prepare import prepare
+
+    with tempfile.TemporaryDirectory(dir=source.parent) as out:
+        made = prepare(str(source), str(tokenizer), Path(out) / "data")
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(json.dumps({"form": source.name, "peak_mb": round(peak / 1e6), "train_xxh3": made.shards[0].xxh3}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="GPT-2's tokenizer.json")
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step == "measure":
+        measure(arguments.corpus, arguments.tokenizer)
+    elif arguments.step:
+        make(arguments.corpus, Path(arguments.step), arguments.megabytes * 10**6)
+    else:  # stays small itself: a child's peak is at least its parent's
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
+            size = ["--megabytes", str(arguments.megabytes)]
+            subprocess.run([*command, str(arguments.corpus), *size, "--step", folder], check=True)
+            rows = []
+            for form in FORMS:
+                trial = [*command, str(Path(folder) / form), "--step", "measure"]
+                rows.append(json.loads(subprocess.run(trial, capture_output=True, text=True, check=True).stdout))
+                print(rows[-1], flush=True)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps({"megabytes": arguments.megabytes, "rows": rows}, indent=2) + "\n")
