@@ -261,6 +261,8 @@ def test_a_block_stops_when_another_has_failed(
         chunks.append(1)
         if len(chunks) == 5:
             raise Stop
+        if len(chunks) > 5:
+            time.sleep(0.5)  # for the main thread to hear of it
         real(self, array)
 
     monkeypatch.setattr(encoding_module._Encoding, "_whole", whole)
