@@ -85,6 +85,7 @@ FAULTS = [
     Fault("drop", r"/cdn/.*002_00000", times=4),
     Fault("close", r"/cdn/.*000_00000", times=4),
     Fault("slow", r"/cdn/.*001_00000", seconds=1.0),
+    Fault("short", r"/cdn/.*001_00000", times=3),
 ]
 
 
