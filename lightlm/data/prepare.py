@@ -133,6 +133,9 @@ def prepare(
             partial.clear()
             return existing
         with partial.locked():
+            existing = _existing(target, settings, overwrite)  # another process may have finished in the meantime
+            if existing is not None:
+                return existing
             run = _Run(source, options, partial, engine or ThreadEngine(workers), progress or (lambda _: None))
             return run.run(settings, overwrite)
 

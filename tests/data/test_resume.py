@@ -300,3 +300,21 @@ def test_overwrite_starts_over_what_was_begun_without_it(
     with stopping(-1) as done:
         prepare(str(source), tokenizer, tmp_path / "out", overwrite=True)
     assert 0 in done
+
+
+def test_a_folder_that_another_process_finishes_in_the_last_moment_is_not_replaced(
+    tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the folder and the lock."""
+    real = Partial.locked
+
+    def locked(self: Partial) -> contextlib.AbstractContextManager[None]:
+        monkeypatch.undo()
+        prepare(str(source), tokenizer, tmp_path / "out", max_tokens=5_000)
+        return real(self)
+
+    monkeypatch.setattr(Partial, "locked", locked)
+    with pytest.raises(DataError, match="prepared with other settings"):
+        prepare(str(source), tokenizer, tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+    assert prepare(str(source), tokenizer, tmp_path / "out", max_tokens=5_000).already_prepared
