@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from lightlm.data import jsontext, readers
-from lightlm.data.prepare import prepare
+from lightlm.data.prepare import prepare, verify
 from lightlm.data.standard_input import standard_input
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError, UsageError
@@ -189,3 +189,25 @@ def test_messages_do_not_say_to_repeat_what_cannot_work(tmp_path: Path, tokenize
     with pytest.raises(DataError, match="unfinished preparation with other settings") as refused:
         prepare(str(source), tokenizer, tmp_path / "out", val_fraction=0.2)
     assert "run the same command again" not in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", ["moved to validation", "twice", "gone", "in another order"])
+def test_verify_finds_a_manifest_whose_shards_are_not_in_their_row(damage: str, tmp_path: Path, tokenizer: str) -> None:
+    source = write_lines(tmp_path / "a.jsonl", texts(100))
+    prepare(str(source), tokenizer, tmp_path / "out", shard_tokens=2_000)
+    verify(tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    shards = manifest["shards"]
+    match damage:
+        case "moved to validation":
+            shards[0]["split"] = "val"
+        case "twice":
+            shards.append(shards[0])
+        case "gone":
+            (tmp_path / "out" / shards.pop(1)["file"]).unlink()
+        case _:
+            shards.reverse()
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(DataError, match="where train_00000"):
+        verify(tmp_path / "out")
