@@ -41,9 +41,10 @@ class Fault:
     drop: the connection ends in the middle of the body.
     close: the connection ends before any answer.
     slow: the body stalls in its middle for `seconds`.
+    short: a range is answered by its first half, as a whole answer.
     """
 
-    kind: Literal["status", "drop", "close", "slow"]
+    kind: Literal["status", "drop", "close", "slow", "short"]
     match: str
     times: int = 1
     status: int = 500
@@ -292,6 +293,8 @@ class _Handler(BaseHTTPRequestHandler):
         size = len(content)
         start = int(match[1]) if match[1] else max(0, size - int(match[2]))
         end = min(int(match[2]) + 1, size) if match[1] and match[2] else size
+        if self._fault is not None and self._fault.kind == "short":
+            end -= (end - start) // 2
         if start >= end:
             self._answer(416, b"", {"Content-Range": f"bytes */{size}"})
         else:

@@ -128,6 +128,7 @@ class Assembly:
         if held is not None:
             sync_file(piece_path(self._pieces, held.block, "train"))
         np.save(self._work / "counts.partial.npy", np.stack([self._writers[split].token_counts for split in SPLITS]))
+        sync_file(self._work / "counts.partial.npy")
         os.replace(self._work / "counts.partial.npy", self._counts_path(self.state.blocks))
         write_bytes(self._work / "state.json", self.state.model_dump_json().encode())
         kept = [] if held is None else [held.block]

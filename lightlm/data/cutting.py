@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pyarrow
 
-from lightlm.data.encoder import Encoder, check_sample
+from lightlm.data.encoder import Encoder, check_sample, refuse_end_of_text
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
 
@@ -46,6 +46,7 @@ def encode_large(
 def _checked_ids(text: str, tokenizer: Tokenizer, encoder: Encoder, where: str) -> np.ndarray:
     packed = pyarrow.array([text], pyarrow.large_string())
     ids, lengths = encoder.encode(packed)
+    refuse_end_of_text(tokenizer, ids, where)
     check_sample(encoder, tokenizer, packed, ids, lengths, np.zeros(1, np.int64), where)
     return ids
 

@@ -148,6 +148,9 @@ def choose_encoder(wanted: str, definition: Path, end_of_text_id: int) -> tuple[
     """
     if wanted not in ENCODERS:
         raise UsageError(f"--encoder {wanted}: choose one of {', '.join(ENCODERS)}")
+    reference, _ = worker_encoder(definition, end_of_text_id, TOKENIZERS)
+    for text in (reference.end_of_text, f"a {reference.end_of_text} b"):
+        refuse_end_of_text(reference, np.array(reference.encode(text)), "a test text")
     if wanted == TOKENIZERS:
         return TOKENIZERS, None
     try:
@@ -207,6 +210,19 @@ def check_sample(encoder: Encoder, tokenizer: Tokenizer, texts: pyarrow.Array, i
             compare(encoder, tokenizer, [text[start : start + SAMPLE_BYTES]], where)
         budget -= int(sizes[index]) + 64
         index += 1
+
+
+def refuse_end_of_text(tokenizer: Tokenizer, ids: np.ndarray, where: str) -> None:
+    """Raise DataError where the ids of texts have the end-of-text id among them.
+
+    A tokenizer keeps special tokens and texts apart, but the model in it (Unigram, WordPiece, words, or BPE with
+    `ignore_merges`) may hold the end-of-text token as one of its own words, and find it in a text.
+    """
+    if (ids == tokenizer.end_of_text_id).any():
+        raise EncoderError(
+            f"This tokenizer makes its end-of-text token {tokenizer.end_of_text!r} of ordinary characters in {where}, "
+            "and a document could end in its middle. Use another: --tokenizer gpt2, or --tokenizer train:8192"
+        )
 
 
 def different(encoder: Encoder, where: str, text: str) -> EncoderError:

@@ -15,7 +15,7 @@ from pyarrow import compute
 from lightlm.data import texts as sizes
 from lightlm.data.blocks import BLANK, AbandonedError, Block, BlockReader, Job
 from lightlm.data.cutting import encode_large, place_of_cut
-from lightlm.data.encoder import EncoderError, check_sample, worker_encoder
+from lightlm.data.encoder import EncoderError, check_sample, refuse_end_of_text, worker_encoder
 from lightlm.data.pieces import PieceWriter, Record
 from lightlm.data.places import Places
 from lightlm.data.shards import Split, token_dtype
@@ -131,6 +131,7 @@ class _Encoding:
         visible = texts.filter(pyarrow.array(~blank)) if blank.any() else texts
         ids, lengths = self._encoder.encode(visible)
         keys = keys_of(visible)
+        refuse_end_of_text(self._tokenizer, ids, self._block.units[0].id)
         check_sample(self._encoder, self._tokenizer, visible, ids, lengths, keys, self._block.units[0].id)
         count = self._fitting(lengths + 1)
         if self._full:

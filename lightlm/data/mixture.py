@@ -84,10 +84,11 @@ class Mixer(Generic[T]):
             starts = [line[0][0] if line else end for line, end in zip(self._waiting, self._ends, strict=True)]
             source = min(range(len(starts)), key=lambda number: starts[number])
             if self._limit is not None and starts[source] >= self._limit:
+                yield from self._at_the_end(self._limit, portions, finished)
                 return
             if not self._waiting[source]:
                 if not self._fetch(source, portions, finished):
-                    return  # this line has ended, and all others have come as far
+                    self._limit = starts[source]  # this line has ended, and all others have come as far
                 continue
             start, portion = self._waiting[source][0]
             end = start + portion.tokens / self._shares[source]
@@ -99,6 +100,18 @@ class Mixer(Generic[T]):
                 continue
             self._waiting[source].popleft()
             yield portion, None if cut == end else math.ceil((cut - start) * self._shares[source])
+
+    def _at_the_end(
+        self, end: Fraction, portions: Iterator[Portion[T]], finished: Callable[[int], bool]
+    ) -> Iterator[tuple[Portion[T], int | None]]:
+        """Portions without tokens that stand where the mixture ends: what they dropped counts, also for a mixer that
+        begins here."""
+        for source, line in enumerate(self._waiting):
+            while line or (self._ends[source] == end and self._fetch(source, portions, finished)):
+                start, portion = line.popleft()
+                if start > end or portion.tokens:
+                    break
+                yield portion, None
 
     def _fetch(self, source: int, portions: Iterator[Portion[T]], finished: Callable[[int], bool]) -> bool:
         """Take portions as they come until one is of `source`; False if it has none left."""

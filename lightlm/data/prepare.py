@@ -9,6 +9,7 @@ Blocks are encoded anywhere and in any order, and assembled in theirs. Everythin
 import contextlib
 import errno
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from lightlm.data.assembly import Assembly, AssemblyState
 from lightlm.data.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
 from lightlm.data.decontamination import Decontaminator
 from lightlm.data.deduplication import Mode
-from lightlm.data.encoder import AUTO, choose_encoder, remember
+from lightlm.data.encoder import AUTO, EncoderError, choose_encoder, remember
 from lightlm.data.engine import Engine, ThreadEngine, done_or_encoded
 from lightlm.data.filters import Filter
 from lightlm.data.mixture_source import MixtureSource
@@ -121,8 +122,10 @@ def prepare(
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # the threads of `tokenizers`
     workers = workers or min(available_cores(), MOST_WORKERS)
     target = Path(os.path.abspath(out)).resolve()
+    if not target.name:
+        raise UsageError(f"--out {target}: name a folder inside it")
     settings = options.settings(source)
-    with _clear_errors(target):
+    with clear_errors(target):
         restore_folder(target)
         existing = _existing(target, settings, overwrite)
         partial = Partial(target)
@@ -130,6 +133,9 @@ def prepare(
             partial.clear()
             return existing
         with partial.locked():
+            existing = _existing(target, settings, overwrite)  # another process may have finished in the meantime
+            if existing is not None:
+                return existing
             run = _Run(source, options, partial, engine or ThreadEngine(workers), progress or (lambda _: None))
             return run.run(settings, overwrite)
 
@@ -179,14 +185,15 @@ def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Ma
 
 
 @contextlib.contextmanager
-def _clear_errors(target: Path) -> Iterator[None]:
+def clear_errors(target: Path) -> Iterator[None]:
     """Say what a failing disk or a missing permission means for the user."""
     try:
         yield
     except OSError as error:
         where = f"{error.filename or target}: " if error.errno not in (errno.ENOSPC, errno.EDQUOT) else ""
         if not where:
-            advice = f"The disk that holds {target.parent} is full ({error.strerror}). Free some space"
+            places = f"{target.parent} (or {tempfile.gettempdir()}, for temporary files)"
+            advice = f"The disk that holds {places} is full ({error.strerror}). Free some space"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             advice = f"{where}{error.strerror}. Allow it, or choose another folder with --out"
         else:
@@ -222,8 +229,10 @@ class _Run:
         except BaseException as error:
             if isinstance(error, _NothingError) or not partial.worth_keeping:
                 partial.discard()
-            elif isinstance(error, DataError) and not isinstance(error, UsageError):
-                error.args = (f"{error} What is finished is kept: run the same command again to go on from there.",)
+            elif isinstance(error, DataError) and not isinstance(error, UsageError | EncoderError):
+                kept = "What is finished is kept: run the same command again to go on from there"
+                skip = "" if self._options.skip_bad else ", with --skip-bad to leave out what cannot be read"
+                error.args = (f"{str(error).removesuffix('.')}. {kept}{skip}.",)
             raise
 
     def _pin(self, revision: str | None) -> None:

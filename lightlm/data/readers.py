@@ -1,6 +1,8 @@
 """Reading documents out of local files; every mistake in a file is reported with the file and the place in it."""
 
 import codecs
+import errno
+import functools
 import gzip
 import io
 import json
@@ -95,6 +97,7 @@ def read_text(path: File, bad: BadRecord) -> Iterator[Texts]:
                 held = text or held
             text = decoder.decode(b"", final=True)
     except OSError as error:
+        _raise_own(error)
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     yield Texts(_array(held + text))
 
@@ -133,15 +136,17 @@ def read_json_block(
                 # The line that holds the byte before this block began in an earlier one, even if it ends right there.
                 file.seek(start - 1)
                 _skip_line(file)
-            yield from _json_texts(_block_lines(path, file, start + BLOCK_BYTES), text_column, chosen, bad)
+            yield from _json_texts(_block_lines(path, file, start), text_column, chosen, bad)
     except OSError as error:
+        _raise_own(error)
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _block_lines(path: File, file: BinaryIO, end: int) -> Iterator[PlacedLine]:
-    lines = lines_of(file)
-    while file.tell() < end and (line := next(lines, None)) is not None:
-        yield line, partial(_block_line, path, file.tell())
+def _block_lines(path: File, file: BinaryIO, start: int) -> Iterator[PlacedLine]:
+    lines, number = lines_of(file), 0
+    while file.tell() < start + BLOCK_BYTES and (line := next(lines, None)) is not None:
+        number += 1
+        yield line, partial(_block_line, path, start, number)
 
 
 def _skip_line(file: BinaryIO) -> None:
@@ -162,6 +167,7 @@ def read_compressed_json(path: File, text_column: str, bad: BadRecord, chosen: F
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
             yield from _json_texts(lines(stream), text_column, chosen, bad)
     except (OSError, EOFError, zlib.error) as error:
+        _raise_own(error)
         raise DataError(f"{path}: damaged or truncated after line {number} ({error})") from error
 
 
@@ -227,6 +233,7 @@ def read_row_group(
         with spool:
             yield from _spooled(spool)
     except (pyarrow.ArrowException, OSError) as error:
+        _raise_own(error)
         if "UTF8" in str(error).replace("-", "").upper():
             raise DataError(f"{path}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{path}: row group {group} cannot be read: {error}") from error
@@ -279,10 +286,14 @@ def _row_groups(path: File, text_column: str, chosen: Filter | None) -> int:
         found = footer(path)
         schema, groups = found.schema.to_arrow_schema(), found.num_row_groups
     except (pyarrow.ArrowException, OSError) as error:
+        _raise_own(error)
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
     if text_column not in schema.names:
         raise missing_column(str(path), text_column, schema.names)
+    if schema.names.count(text_column) > 1:
+        raise DataError(f"{path}: there are two columns named {text_column!r}; rename one")
     kind = schema.field(text_column).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not any(
         test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     ):
@@ -315,7 +326,7 @@ def parse_record(line: bytes, where: Callable[[], str], text_column: str, chosen
         record = json.loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where()}: not UTF-8 at byte {error.start} of the line") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second for thousands of brackets within each other
         raise DataError(f"{where()}: not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise DataError(f"{where()}: a JSON object was expected, with the text under {text_column!r}")
@@ -329,11 +340,29 @@ def parse_record(line: bytes, where: Callable[[], str], text_column: str, chosen
     return text
 
 
-def _block_line(path: File, end: int) -> str:
-    """The line that ends at byte `end`; only an error asks, so counting from the start of the file is fine."""
+def _block_line(path: File, start: int, number: int) -> str:
+    """The name, for an error, of the `number`-th line that begins in the block at byte `start`."""
+    if not isinstance(path, Path) and start:  # to count the lines before would fetch them once more
+        return f"{path}, line {number} after byte {start}"
+    before = sum(_line_ends(path, max(0, place - 1), place + BLOCK_BYTES - 1) for place in range(0, start, BLOCK_BYTES))
+    return f"{path}, line {before + number + (start > 0)}"
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a terabyte: with --skip-bad there may be a million errors in a file
+def _line_ends(path: File, start: int, end: int) -> int:
+    """How many lines end in a stretch of a file."""
     with path.open("rb") as file:
-        lines = file.read(end).splitlines()
-    return f"{path}, line {len(lines)}"
+        file.seek(start)
+        return sum(file.read(min(CHUNK_BYTES, end - place)).count(b"\n") for place in range(start, end, CHUNK_BYTES))
+
+
+_OWN_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def _raise_own(error: BaseException) -> None:
+    """Raise a fault of this machine as it is. It says nothing about the file, so --skip-bad must not skip any of it."""
+    if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
+        raise error
 
 
 def _decompressed(raw: BinaryIO, path: File) -> BinaryIO:

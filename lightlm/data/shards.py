@@ -258,7 +258,8 @@ class DataFolder:
         return self._streams[name]
 
     def verify(self) -> None:
-        """Compare every shard with the manifest: checksum, documents, the range of ids; and look for stray shards.
+        """Compare every shard with the manifest: checksum, documents, the range of ids; and look for stray shards and
+        for missing ones.
 
         Raises DataError naming the first that differs.
         """
@@ -267,6 +268,13 @@ class DataFolder:
         stray = sorted(path.name for path in self.path.glob("*.bin") if path.name not in known)
         if stray:
             raise DataError(f"{self.path / stray[0]}: the manifest does not list this shard. Move it elsewhere.")
+        for split in SPLITS:
+            for number, name in enumerate(entry.file for entry in manifest.shards if entry.split == split):
+                if name != f"{split}_{number:06d}.bin":
+                    raise DataError(
+                        f"{self.path / 'manifest.json'} lists {name} where {split}_{number:06d}.bin belongs. "
+                        "Prepare the data again with --overwrite."
+                    )
         for entry in manifest.shards:
             path = self.path / entry.file
             actual = checksum(path)

@@ -138,6 +138,9 @@ class LocalSource:
                 place = "in this folder" if given.exists() else "that this pattern matches"
                 raise DataError(f"{given}: no file {place} can be read; supported are {supported}")
             files = sorted(visible, key=self._relative)
+        for path in files:
+            if not str(path).isascii():
+                _check_name(path)
         plain = [path for path in files if suffix_of(path) in PLAIN]
         if plain and self._chosen is not None:
             raise DataError(f'--filter "{self._chosen.text}": {plain[0]} is plain text, without columns to judge by')
@@ -165,6 +168,14 @@ def _split_glob(path: Path) -> tuple[Path, str]:
     """A pattern as the folder before its first wildcard, and the rest."""
     fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
     return Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
+
+
+def _check_name(path: Path) -> None:
+    """Raises DataError for a name that is no text: manifests and messages could not hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{str(path)!r}: this file's name is not UTF-8. Rename it") from None
 
 
 def _stem(path: Path) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 import xxhash
 
 from lightlm.data.filters import Filter
+from lightlm.data.prepare import clear_errors
 from lightlm.data.sources import LocalSource
-from lightlm.errors import UsageError
+from lightlm.errors import DataError, UsageError
 
 SPEC, NAME = "-", "stdin"
+SUFFIXES = (".txt", ".jsonl")
 BLOCK_BYTES = 1 << 20
 
 
@@ -30,24 +32,55 @@ def standard_input(folder: Path, text_column: str, chosen: Filter | None = None)
     """Standard input as a source: JSON lines where it begins with a brace, else one text.
 
     A source is read more than once (to train a tokenizer, to go on after a kill), so it is copied to a file beside
-    `folder` first, which is removed at the end. Raises UsageError where standard input is a terminal.
+    `folder` first, which is removed at the end. Raises UsageError where standard input is a terminal, and
+    DataError where it cannot be copied.
     """
     if sys.stdin.isatty():
         raise UsageError("SOURCE - reads from a pipe, for example: zcat corpus.jsonl.gz | lightlm prepare-data -")
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    spool = folder.with_name(f".{folder.name}.stdin")
-    digest, start = xxhash.xxh3_64(), b""
-    paths = [spool]
+    with _own(folder.with_name(f".{folder.name}.stdin"), folder) as spool:
+        with clear_errors(folder):
+            path, digest = _copied(spool)
+        yield StandardInput(path, digest, text_column, chosen)
+
+
+@contextlib.contextmanager
+def _own(spool: Path, folder: Path) -> Iterator[Path]:
+    """Keep other processes from `spool`, and remove what is made of it. Raises DataError where one is at work."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(_beside(spool, ".lock"), timeout=0)
+    with clear_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise DataError(
+                f"Another `lightlm prepare-data -` is writing {folder}; wait for it, or choose another folder with "
+                "--out"
+            ) from error
     try:
-        with spool.open("wb") as file:
-            while block := sys.stdin.buffer.read(BLOCK_BYTES):
-                start = start or block.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-                digest.update(block)
-                file.write(block)
-        paths.append(spool.with_suffix(".jsonl" if start == b"{" else ".txt"))
-        os.replace(*paths)
-        yield StandardInput(paths[1], digest.hexdigest(), text_column, chosen)
+        yield spool
     finally:
-        for path in paths:
+        for path in (spool, *(_beside(spool, suffix) for suffix in SUFFIXES)):
             path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows removes it at the release
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _beside(spool: Path, suffix: str) -> Path:
+    return spool.with_name(spool.name + suffix)
+
+
+def _copied(spool: Path) -> tuple[Path, str]:
+    """A file with all of standard input, and its hash."""
+    digest, start = xxhash.xxh3_64(), b""
+    with spool.open("wb") as file:
+        while block := sys.stdin.buffer.read(BLOCK_BYTES):
+            start = start or block.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            digest.update(block)
+            file.write(block)
+    path = _beside(spool, SUFFIXES[start == b"{"])
+    os.replace(spool, path)
+    return path, digest.hexdigest()

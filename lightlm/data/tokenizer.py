@@ -115,6 +115,11 @@ class Tokenizer:
         lengths[self.end_of_text_id] = 0
         return lengths
 
+    @property
+    def end_of_text(self) -> str:
+        """The characters of the end-of-text token."""
+        return str(self._tokenizer.id_to_token(self.end_of_text_id))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the definition, byte for byte as it was read, so that its hash stays what it was."""
         write_bytes(Path(path), self.definition)

@@ -266,3 +266,39 @@ def test_the_only_good_document_is_cut_alone_beside_large_bad_ones(
     assert manifest.dropped == ({"unreadable": seen.count(0)} if 0 in seen else {})
     assert folders["both"] == folders["good"]
     assert len(folders["good"]) == 3  # a train and a val shard, and the tokenizer
+
+
+def test_bytes_of_text_follow_the_document_that_validation_gets(tmp_path: Path, tokenizer: str) -> None:
+    documents = make_texts(20)
+    lines = [json.dumps({"text": text}) for text in documents]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    manifest = prepare(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out", val_fraction=1e-9)
+    (held,) = DataFolder.open(tmp_path / "out").split("val").documents()
+    held_bytes = len(TOKENIZER.decode(held).encode())
+    assert manifest.text_bytes == {
+        "train": sum(len(text.encode()) for text in documents) - held_bytes,
+        "val": held_bytes,
+    }
+
+
+def test_a_cut_is_tried_before_it_is_trusted(tmp_path: Path, tiny_sizes: None) -> None:
+    """A pre-tokenizer that joins what the borders of others part: two words and the space between them."""
+    import tokenizers
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE())
+    pairs = pre_tokenizers.Split(Regex(r"\w+ \w+"), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pairs, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    made.train_from_iterator(["ab cd. " * 9, "x yz! " * 9], trainer)
+    made.save(str(tmp_path / "pairs.json"))
+    text = "ab cd. x yz! " * 300
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    prepare(str(tmp_path / "a.txt"), str(tmp_path / "pairs.json"), tmp_path / "out", val_fraction=0)
+    folder = DataFolder.open(tmp_path / "out")
+    (found,) = folder.split("train").documents()
+    assert found.tolist() == made.encode(text).ids

@@ -19,7 +19,7 @@ from lightlm.data.hub_source import HubSource
 from lightlm.data.readers import Unit
 from lightlm.data.sources import open_source
 from lightlm.errors import DataError, LightLMError
-from tests.hub import Fault, Hub
+from tests.hub import Fault, Hub, Repository
 from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu
 
 
@@ -85,6 +85,7 @@ FAULTS = [
     Fault("drop", r"/cdn/.*002_00000", times=4),
     Fault("close", r"/cdn/.*000_00000", times=4),
     Fault("slow", r"/cdn/.*001_00000", seconds=1.0),
+    Fault("short", r"/cdn/.*001_00000", times=3),
 ]
 
 
@@ -215,6 +216,19 @@ def test_content_that_changes_under_a_commit_is_noticed(hub: Hub, fineweb_edu: P
     files = hub.repositories[f"datasets/{REPO}"].commits[commit]
     files["sample/10BT/001_00000.parquet"] += b"more"
     with pytest.raises(HubError, match=r"001_00000\.parquet has .* bytes at commit .*If HF_ENDPOINT is a mirror"):
+        list(units[3].read())
+
+
+def test_another_commits_content_of_the_same_size_is_noticed(
+    hub: Hub, fineweb_edu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, other = hub.add(REPO, fineweb_edu), "f" * 40
+    units = list(source().units())
+    commits = hub.repositories[f"datasets/{REPO}"].commits
+    commits[other] = dict(commits[commit])
+    monkeypatch.setattr(Repository, "commit_of", lambda *_: other)
+    monkeypatch.setattr("lightlm.data.hub_files._locations", {})  # the addresses that the footers came from
+    with pytest.raises(HubError, match=f"served .* bytes of commit {other}"):
         list(units[3].read())
 
 

@@ -31,10 +31,20 @@ def jobs_of(sources: list[list[int]]) -> list[list[Job]]:
 
 
 def mix(
-    sources: list[list[int]], shares: list[Fraction], max_tokens: int | None, ahead: int
+    sources: list[list[int]],
+    shares: list[Fraction],
+    max_tokens: int | None,
+    ahead: int,
+    done: list[tuple[int, int, int]] | None = None,
 ) -> list[tuple[int, int, int]]:
-    """(source, number, tokens taken) in the order of the mixture; `ahead` portions are being made at any time."""
-    schedule = Schedule([iter(line) for line in jobs_of(sources)], shares)
+    """(source, number, tokens taken) in the order of the mixture; `ahead` portions are being made at any time.
+
+    `done` is what an earlier process has taken.
+    """
+    counts = [sum(source == number for source, _, _ in done or []) for number in range(len(sources))]
+    taken = [sum(line[:count]) for line, count in zip(sources, counts, strict=True)]
+    rest = [iter(line[count:]) for line, count in zip(jobs_of(sources), counts, strict=True)]
+    schedule = Schedule(rest, shares, taken)
 
     def engine() -> Iterator[Portion[Job]]:
         running: list[Job] = []
@@ -49,7 +59,7 @@ def mix(
         schedule.arrived(job.source, job.tokens)
         return Portion(job.source, job.tokens, job)
 
-    arranged = Mixer[Job](shares, max_tokens).arrange(engine(), schedule.finished)
+    arranged = Mixer[Job](shares, max_tokens, taken).arrange(engine(), schedule.finished)
     return [(p.source, p.item.number, p.tokens if limit is None else limit) for p, limit in arranged]
 
 
@@ -90,6 +100,8 @@ def test_the_result_depends_on_sources_and_shares_alone(sources: list[list[int]]
     shares = shares_of(*(str(random.Random(seed + n).randint(1, 9)) for n in range(len(sources))))
     result = mix(sources, shares, limit, 0)
     assert all(mix(sources, shares, limit, ahead) == result for ahead in (1, 3, 100))
+    for number in range(len(result)):  # a process that goes on knows only what has been taken
+        assert mix(sources, shares, limit, seed % 4, result[:number]) == result[number:]
     end = min(sum(line) / share for line, share in zip(sources, shares, strict=True))
     if limit is not None:
         end = min(end, Fraction(limit))

@@ -14,6 +14,7 @@ import pytest
 
 from lightlm.data import assembly, blocks, readers
 from lightlm.data import encoding as encoding_module
+from lightlm.data.partial import Partial
 from lightlm.data.pieces import PieceWriter
 from lightlm.data.prepare import prepare
 from lightlm.data.shards import DataFolder
@@ -282,3 +283,51 @@ def test_a_block_stops_when_another_has_failed(
     with pytest.raises(Stop):
         prepare(str(source), tokenizer, tmp_path / "out", workers=1)
     assert len(chunks) <= 6
+
+
+def test_a_kill_right_after_the_folder_was_put_in_place(
+    tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--overwrite prepares it once more; without it the folder is recognised, and what is left beside it goes."""
+
+    def stop(_: Partial) -> None:
+        raise Stop
+
+    prepare(str(source), tokenizer, tmp_path / "whole")
+    for overwrite in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(Partial, "discard", stop)
+            with pytest.raises(Stop):
+                prepare(str(source), tokenizer, tmp_path / "out", overwrite=True)
+        assert (tmp_path / ".out.partial").is_dir()
+        assert prepare(str(source), tokenizer, tmp_path / "out", overwrite=overwrite).already_prepared != overwrite
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert not (tmp_path / ".out.partial").exists()
+
+
+def test_overwrite_starts_over_what_was_begun_without_it(
+    tmp_path: Path, source: Path, tokenizer: str, small: None
+) -> None:
+    with stopping(5), pytest.raises(Stop):
+        prepare(str(source), tokenizer, tmp_path / "out", workers=1)
+    with stopping(-1) as done:
+        prepare(str(source), tokenizer, tmp_path / "out", overwrite=True)
+    assert 0 in done
+
+
+def test_a_folder_that_another_process_finishes_in_the_last_moment_is_not_replaced(
+    tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the folder and the lock."""
+    real = Partial.locked
+
+    def locked(self: Partial) -> contextlib.AbstractContextManager[None]:
+        monkeypatch.undo()
+        prepare(str(source), tokenizer, tmp_path / "out", max_tokens=5_000)
+        return real(self)
+
+    monkeypatch.setattr(Partial, "locked", locked)
+    with pytest.raises(DataError, match="prepared with other settings"):
+        prepare(str(source), tokenizer, tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+    assert prepare(str(source), tokenizer, tmp_path / "out", max_tokens=5_000).already_prepared
