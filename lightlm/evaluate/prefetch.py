@@ -16,7 +16,8 @@ from huggingface_hub import DatasetCard
 from lightlm import files
 from lightlm.data.hub import first_line, hub_errors, offline, persistently, require_hub
 from lightlm.errors import DataError
-from lightlm.evaluate.data_sets import RECORD, DataSets, Need, commits_in
+from lightlm.evaluate.data_sets import RECORD, DataSets, commits_in
+from lightlm.evaluate.needs import Need
 from lightlm.evaluate.runner import Tasks, quiet
 
 _ON_HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+(?:/[^/@]+)?)@(?P<revision>[^/]+)/(?P<file>.+)")

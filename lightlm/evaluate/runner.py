@@ -19,9 +19,10 @@ from lm_eval.tasks._index import Entry, Kind
 
 from lightlm.data.hub import first_line, hub_answers, hub_errors, offline, quiet_libraries
 from lightlm.errors import DataError, UsageError
-from lightlm.evaluate.data_sets import DataSets, Need, find_data_dir, needs_of, unreadable
+from lightlm.evaluate.data_sets import DataSets, find_data_dir, unreadable
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.heldout import HELDOUT, TASKS
+from lightlm.evaluate.needs import Need, needs_of
 from lightlm.evaluate.task_index import check_tasks_folder, stock_tasks
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
