@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 from datasets import load_dataset_builder
 from huggingface_hub import DatasetCard
+from huggingface_hub.errors import EntryNotFoundError
 
 from lightlm import files
 from lightlm.data.hub import first_line, hub_errors, offline, persistently, require_hub
@@ -152,7 +153,7 @@ def _into_folder(listing: _Listing, place: Path) -> Path:
 def _card(listing: _Listing) -> str | None:
     try:
         path = huggingface_hub.hf_hub_download(listing.repo, _CARD, repo_type="dataset", revision=listing.revision)
-    except huggingface_hub.errors.EntryNotFoundError:
+    except EntryNotFoundError:
         return None
     return Path(path).read_text(encoding="utf-8")
 

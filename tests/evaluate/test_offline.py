@@ -88,7 +88,13 @@ def test_a_folder_laid_out_like_the_hub_is_enough(hub: Hub, monkeypatch: pytest.
     assert not Path("taken", REPO, "hard").exists()  # though the Hub lists it first
     done = run("--prefetch", ALL, "--data-dir", "taken")  # the rest beside it
     assert done.exception is None, done.exception
-    for word in ("Revision", hub.commit[:8], str(Path("taken/someone/prose")), "quiz_easy, quiz_written"):
+    for word in (
+        "Revision",
+        hub.commit[:8],
+        f"In {Path('taken/someone')}",
+        f"{REPO} (easy)",
+        "quiz_easy, quiz_written",
+    ):
         assert word in done.stdout
     down(hub, monkeypatch, told=False)
     shutil.rmtree("datasets-cache")
