@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import huggingface_hub
 from datasets import load_dataset_builder
@@ -119,7 +120,8 @@ def _listing(builder: Any) -> _Listing | None:
     if not matches or len(matches) < len(found):
         return None
     paths = sorted({match["file"] for match in matches})
-    return _Listing(matches[0]["repo"], matches[0]["revision"], builder.config.name, paths)
+    revision = unquote(matches[0]["revision"])  # refs/convert/parquet has slashes
+    return _Listing(matches[0]["repo"], revision, builder.config.name, paths)
 
 
 def _local_files(builder: Any) -> tuple[int, int]:

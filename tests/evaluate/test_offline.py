@@ -17,7 +17,7 @@ from lightlm.evaluate.examples import scored_examples
 from lightlm.evaluate.runner import Settings, Tasks
 from tests.evaluate.quizzes import REPO, add_data, write_tasks
 from tests.evaluate.tiny_run import write_world
-from tests.hub import Hub
+from tests.hub import Fault, Hub
 from tests.hub_data import use
 
 app = typer.Typer()
@@ -146,6 +146,17 @@ def test_what_the_hub_does_not_have_is_listed_and_the_rest_fetched(hub: Hub) -> 
     for word in ("nobody/gone, for quiz_gone: ", "nobody/lost, for quiz_lost: "):
         assert word in message
     assert Path("taken", REPO, "easy", "test.jsonl").is_file()
+
+
+@pytest.mark.parametrize("folder", [[], ["--data-dir", "taken"]])
+def test_a_connection_that_breaks_is_tried_again_and_nothing_is_fetched_twice(hub: Hub, folder: list[str]) -> None:
+    files = r"resolve/.*/easy/test\.jsonl"
+    hub.faults += [Fault("drop", f"GET .*{files}"), Fault("status", r"GET /api/datasets", status=503)]
+    [first] = rows(run("--prefetch", "quiz_easy", *folder, "--json"))
+    assert not [fault for fault in hub.faults if fault.times]
+    hub.clear()
+    assert rows(run("--prefetch", "quiz_easy", *folder, "--json")) == [first]
+    assert hub.body_bytes(files) == 0
 
 
 @pytest.mark.parametrize(
