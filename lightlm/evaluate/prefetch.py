@@ -94,7 +94,9 @@ def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) ->
 def _fetch(need: Need, folder: Path | None) -> Fetched:
     builder = load_dataset_builder(need.path, need.name, **need.options)
     listing = _listing(builder)
-    if listing is not None and folder is not None and not Path(need.path).is_dir():
+    if Path(need.path).is_dir():  # comes before the Hub, to `datasets` too
+        return Fetched(need.tasks, need.path, need.name, None, *_local_files(builder), str(Path(need.path).resolve()))
+    if listing is not None and folder is not None:
         place = _into_folder(listing, folder / need.path)
         sizes = [(place / file).stat().st_size for file in listing.files]
         return Fetched(need.tasks, need.path, need.name, listing.revision, len(sizes), sum(sizes), str(place))

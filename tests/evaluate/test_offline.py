@@ -193,6 +193,13 @@ def test_a_folder_comes_before_what_the_cache_holds(hub: Hub) -> None:
     assert document["text"] == "Mine."
 
 
+def test_a_folder_of_that_name_is_left_where_it_is(hub: Hub) -> None:
+    shutil.copytree("served/prose", "someone/prose")
+    [row] = rows(run("--prefetch", "quiz_prose", "--data-dir", "taken", "--json"))
+    assert (row["where"], row["files"], row["revision"]) == (str(Path("someone/prose").resolve()), 1, None)
+    assert hub.requests == []
+
+
 def test_a_model_of_the_hub_and_one_of_a_run_side_by_side(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightlm.checkpoint import load_model
 
