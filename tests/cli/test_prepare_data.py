@@ -175,4 +175,6 @@ def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert list((tmp_path / "data").iterdir()) == []
+    # On a busy machine a block may be done by then, and is kept.
+    assert [path.name for path in (tmp_path / "data").iterdir()] in ([], [".corpus.partial"])
+    assert list(partial.rglob(".*")) == []
