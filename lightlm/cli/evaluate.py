@@ -24,7 +24,7 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte).")
+        str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte, cloze).")
     ] = "heldout",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents a task, for a quick look.")] = None,
     num_fewshot: Annotated[
@@ -55,7 +55,6 @@ def evaluate(
         from lightlm.convert.loading import load_pretrained
         from lightlm.device import pick_device
         from lightlm.evaluate.harness import batch_limits, evaluation_dtype
-        from lightlm.evaluate.heldout import HELDOUT
         from lightlm.evaluate.runner import Settings, Tasks
 
         target = pick_device(device)
@@ -63,7 +62,7 @@ def evaluate(
         batch_limits(batch_size, target)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         chosen = Tasks(Settings(names, limit, num_fewshot, data))
-    heldout_data = _heldout_data(references, data) if HELDOUT in chosen.names else None
+    heldout_data = _heldout_data(references, data) if chosen.read_data else None
     reports = []
     for reference in references:
         loaded = load_pretrained(reference, target, precision)
@@ -109,6 +108,8 @@ def _evaluate_one(
     """Run the tasks on one model and write its files; what the table and --json show of it."""
     from dataclasses import asdict
 
+    from rich.markup import escape
+
     from lightlm.evaluate import results
     from lightlm.evaluate.harness import LightLM
     from lightlm.evaluate.runner import run_tasks
@@ -116,7 +117,10 @@ def _evaluate_one(
     started = time.perf_counter()
     console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
     lm = LightLM(loaded, batch_size=batch_size)
+    noted = len(chosen.notes)
     document = run_tasks(lm, chosen)
+    for note in chosen.notes[noted:]:
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     counts = loaded.model.num_parameters()
     facts: dict[str, Any] = {
         "model": loaded.name,

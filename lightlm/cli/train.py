@@ -100,7 +100,9 @@ def _train(
     trackers = Trackers(parsed.tracking, display.note)
     trainer = Trainer(parsed, planned, Observers(display, trackers), sampler, checkpoint, world)
     if parsed.eval.tasks:
-        world.from_writer(lambda: _add_evaluator(trainer))
+        world.from_writer(lambda: _add_evaluator(trainer))  # alone, since it fetches what is not there yet
+        if not world.is_writer:
+            _add_evaluator(trainer)
     if dry_run:
         _print_plan(trainer.facts(), as_json)
         return False
@@ -142,8 +144,10 @@ def _add_evaluator(trainer: "Trainer") -> None:
     with console.status("Reading lm-eval's list of tasks ..."):
         from lightlm.evaluate.during_training import TaskScores
 
-        scores = TaskScores(trainer.recipe.eval, trainer.data.path)
-    trainer.evaluator = lambda model, path: scores(model, trainer.data.tokenizer, path)
+        scores = TaskScores(trainer.recipe.eval, trainer.data.path, trainer.world)
+    for note in scores.notes:
+        trainer.observer.note(note)
+    trainer.evaluator = lambda model, path, stop: scores(model, trainer.data.tokenizer, path, stop)
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:

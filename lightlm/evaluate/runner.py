@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from lightlm.data.hub import hub_answers, offline, quiet_libraries
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.heldout import HELDOUT, TASKS
+from lightlm.evaluate.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
 _CHATTY = ("lm_eval", "filelock", "urllib3", "evaluate")
@@ -35,7 +35,7 @@ class Settings:
         tasks: tasks, groups, tags, glob patterns or YAML files, as in lm-eval's `--tasks`.
         limit: documents a task; None runs all.
         num_fewshot: examples in the prompt; None is each task's own default.
-        data: the data folder of the task heldout; None is that of the model's run.
+        data: the data folder of heldout and its cloze; None is that of the model's run.
     """
 
     tasks: list[str]
@@ -45,7 +45,11 @@ class Settings:
 
 
 class Tasks(TaskManager):
-    """lm-eval's tasks and ours, and the names chosen among them.
+    """lm-eval's tasks and ours, and the names chosen among them; with `heldout` comes its cloze.
+
+    Attributes:
+        names: the tasks.
+        notes: what the user should know of them, after they have been loaded.
 
     Raises:
         UsageError: a name matches no task, there is none, or heldout is to have examples in its prompt.
@@ -61,11 +65,20 @@ class Tasks(TaskManager):
         self.settings = settings
         self._about_model = metadata
         self.names = [match for name in settings.tasks for match in self._match(name)]
-        if settings.num_fewshot and HELDOUT in self.names:
+        self.notes: list[str] = []
+        self._cloze_may_lack = HELDOUT in self.names and CLOZE not in self.names
+        if self._cloze_may_lack:
+            self.names.insert(self.names.index(HELDOUT) + 1, CLOZE)
+        if settings.num_fewshot and self.read_data:
             raise UsageError(
                 f"--num-fewshot {settings.num_fewshot}: the task {HELDOUT} reads documents as they are, without "
                 "examples before them; leave the option out, or score the other tasks in a call of their own"
             )
+
+    @property
+    def read_data(self) -> bool:
+        """Whether some of them are made of a data folder."""
+        return not {HELDOUT, CLOZE}.isdisjoint(self.names)
 
     def _match(self, name: str) -> list[str]:
         if name.endswith(".yaml") and Path(name).is_file():
@@ -87,6 +100,8 @@ class Tasks(TaskManager):
         Raises:
             DataError: a task's data set cannot be reached, or a package that the task needs is missing.
         """
+        if self._cloze_may_lack and CLOZE in task_list:
+            task_list = self._without_lacking_cloze(task_list)
         try:
             with self._no_vain_retries():
                 return super().load(task_list)
@@ -95,9 +110,18 @@ class Tasks(TaskManager):
         except (OSError, ValueError) as error:
             raise DataError(self._unreachable(error)) from None
 
+    def _without_lacking_cloze(self, names: list[str]) -> list[str]:
+        try:
+            load_cloze(**self._about_model)
+        except TooFewDocumentsError as error:
+            if str(error) not in self.notes:
+                self.notes.append(str(error))
+            return [name for name in names if name != CLOZE]
+        return names
+
     def _no_vain_retries(self) -> contextlib.AbstractContextManager[object]:
         """Let `datasets` look into its cache at once where the Hub gives no answer: it would try for 30 s first."""
-        if set(self.names) <= {HELDOUT} or hub_answers():
+        if set(self.names) <= {HELDOUT, CLOZE} or hub_answers():
             return contextlib.nullcontext()
         return offline()
 
@@ -115,8 +139,11 @@ class Tasks(TaskManager):
         )
 
 
-def run_tasks(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
+def run_tasks(lm: LightLM, tasks: Tasks, *, bootstrap_iters: int = 100_000) -> dict[str, Any]:
     """Evaluate one model; returns lm-eval's own results document, as its command would write it.
+
+    Args:
+        bootstrap_iters: resamples for standard errors, by default as many as lm-eval's; 0 leaves all of them out.
 
     Raises:
         DataError: a data set cannot be reached.
@@ -132,6 +159,7 @@ def run_tasks(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
             tasks=tasks.names,
             task_manager=tasks.for_model(path),
             limit=tasks.settings.limit,
+            bootstrap_iters=bootstrap_iters,
             num_fewshot=tasks.settings.num_fewshot,
             batch_size=lm.limits.sequences or "auto",
             device=str(lm.device),

@@ -86,7 +86,7 @@ def test_a_multiple_choice_task_is_scored_and_refused_where_its_data_are_gone(li
 def test_a_task_that_fails_later_is_noted_and_training_goes_on():
     calls = []
 
-    def evaluator(model, path):
+    def evaluator(model, path, stop):
         calls.append(path.name)
         if len(calls) == 1:
             raise OSError("the Hub gave no answer")
