@@ -352,7 +352,7 @@ class Trainer:
             return {}
         if scores is None:
             self.observer.note(
-                f"a signal broke off the scoring of eval.tasks at step {self.progress.step}; score it with `lightlm eval`"
+                f"a signal broke off eval.tasks at step {self.progress.step}; score it with `lightlm eval`"
             )
             return {}
         return {f"eval/{task}": value for task, value in scores.items()}
