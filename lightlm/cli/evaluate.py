@@ -117,9 +117,8 @@ def _evaluate_one(
     started = time.perf_counter()
     console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
     lm = LightLM(loaded, batch_size=batch_size)
-    noted = len(chosen.notes)
     document = run_tasks(lm, chosen)
-    for note in chosen.notes[noted:]:
+    for note in chosen.take_notes():
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     counts = loaded.model.num_parameters()
     facts: dict[str, Any] = {

@@ -12,6 +12,8 @@ from lightlm.cli.launch import LAUNCHED, launch, one_voice
 from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from lightlm.cli.training_display import TrainingDisplay
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
@@ -145,9 +147,18 @@ def _add_evaluator(trainer: "Trainer") -> None:
         from lightlm.evaluate.during_training import TaskScores
 
         scores = TaskScores(trainer.recipe.eval, trainer.data.path, trainer.world)
-    for note in scores.notes:
-        trainer.observer.note(note)
-    trainer.evaluator = lambda model, path, stop: scores(model, trainer.data.tokenizer, path, stop)
+
+    def tell() -> None:
+        for note in scores.take_notes():
+            trainer.observer.note(note)
+
+    def evaluator(model: Any, path: Path, stop: "Event") -> dict[str, float] | None:
+        found = scores(model, trainer.data.tokenizer, path, stop)
+        tell()
+        return found
+
+    tell()
+    trainer.evaluator = evaluator
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:

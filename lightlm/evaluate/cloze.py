@@ -1,8 +1,8 @@
 """Four-way cloze examples in HellaSwag's form, cut from any documents (the task `heldout_cloze`).
 
 A passage of a document is to be continued: by what follows in it, or by one of three passages from other documents.
-All four begin a sentence, end between words and are equally long, and each right answer serves as a wrong one
-elsewhere, so the endings by themselves tell nothing. Examples are a function of the documents' texts alone: not of
+All four begin a sentence, end between words and are equally long, and right answers serve as wrong ones elsewhere,
+so the endings by themselves tell nothing. Examples are a function of the documents' texts alone: not of
 their order, and of no tokenizer.
 """
 
@@ -22,9 +22,10 @@ ENDINGS = 4
 # Characters: with 8,192 tokens, context and ending fit into the 256 tokens of the smallest recipe.
 CONTEXT = 320
 LONGEST_CONTEXT = 640  # a "sentence" that goes on beyond is a table or a list
+# All four are cut by one rule. Were the wrong ones cut to the right one's length, it would be of middle length, a clue.
 ENDING = 100
-LENGTH_TOLERANCE = 0.03  # of the right ending's characters
-BYTE_TOLERANCE = 0.05  # keeps scripts together, whose characters have other numbers of bytes
+TOLERANCE = 2
+BYTE_TOLERANCE = 0.05  # of the right ending's; keeps scripts together, whose characters have other numbers of bytes
 
 _DRAWS = 100  # passages looked at for one example's wrong endings
 _SHARED_WORDS = 8  # an ending that repeats so many words of the right document might be right
@@ -48,7 +49,7 @@ class Example:
 class _Passage:
     document: int
     context: str
-    ahead: str  # what follows, somewhat longer than an ending
+    ending: str  # what follows
     key: int  # a hash of both
 
 
@@ -81,12 +82,12 @@ def _passages(text: str, document: int) -> Iterator[_Passage]:
         if start > begin + LONGEST_CONTEXT:
             begin = start
             continue
-        ahead = text[start : start + ENDING + ENDING // 4]
-        if len(ahead) <= ENDING:
-            return
+        ending = _ending(text, start)
+        if ending is None:
+            continue
         context = text[begin:start].rstrip()
-        yield _Passage(document, context, ahead, _hash(f"{context}\0{ahead}"))
-        begin = next((later for later in starts if later >= start + len(ahead)), len(text))
+        yield _Passage(document, context, ending, _hash(f"{context}\0{ending}"))
+        begin = next((later for later in starts if later >= start + ENDING + TOLERANCE), len(text))
 
 
 def _opens_sentence(text: str, position: int) -> bool:
@@ -95,20 +96,17 @@ def _opens_sentence(text: str, position: int) -> bool:
 
 
 def _example(passage: _Passage, pool: list[_Passage], overlap: "_Overlap") -> Example | None:
-    right = cut(passage.ahead, ENDING, ENDING // 10)
-    if right is None:
-        return None
+    right = passage.ending
     wrong: dict[int, str] = {}
     for draw in range(_DRAWS):
         other = pool[_hash(f"{passage.key}:{draw}") % len(pool)]
         if other.document in (passage.document, *wrong):
             continue
-        ending = cut(other.ahead, len(right), int(len(right) * LENGTH_TOLERANCE))
-        if ending is None or ending in (right, *wrong.values()) or not _alike(ending, right):
+        if other.ending in (right, *wrong.values()) or not _alike(other.ending, right):
             continue
-        if overlap.related(passage.document, other.document) or overlap.quotes(ending, passage.document):
+        if overlap.related(passage.document, other.document) or overlap.quotes(other.ending, passage.document):
             continue
-        wrong[other.document] = ending
+        wrong[other.document] = other.ending
         if len(wrong) == ENDINGS - 1:
             break
     else:
@@ -130,12 +128,14 @@ def _alike(ending: str, right: str) -> bool:
     return ending[0].isupper() == right[0].isupper() and bytes_apart <= BYTE_TOLERANCE * len(right.encode())
 
 
-def cut(text: str, length: int, tolerance: int) -> str | None:
-    """The text up to the end of a word, as near to `length` characters as there is one; None if none is near."""
-    for distance in range(tolerance + 1):
-        for end in (length - distance, length + distance):
-            if 0 < end <= len(text) and (text[end : end + 1] in ("", " ") or _IDEOGRAPH.match(text[end - 1])):
-                return None if text[end - 1] == " " else text[:end]
+def _ending(text: str, start: int) -> str | None:
+    """The text from there to the end of a word about `ENDING` characters on; None if no word ends there."""
+    for distance in range(TOLERANCE + 1):
+        for end in (start + ENDING - distance, start + ENDING + distance):
+            if end > len(text) or text[end - 1] == " ":
+                continue
+            if text[end : end + 1] in ("", " ") or _IDEOGRAPH.match(text[end - 1]):
+                return text[start:end]
     return None
 
 

@@ -23,7 +23,7 @@ class TaskScores:
         peers: the processes that share the work; each has an object of its own.
 
     Attributes:
-        notes: what the user should know of the tasks.
+        take_notes: gives what the user should know of the tasks and has not been told yet.
 
     Raises:
         UsageError: there is no such task.
@@ -35,7 +35,7 @@ class TaskScores:
         self._peers = peers
         with quiet():
             self._tasks.load(self._tasks.names)  # now rather than hours later, and into the cache
-        self.notes = self._tasks.notes
+        self.take_notes = self._tasks.take_notes
 
     def __call__(
         self, model: Transformer, tokenizer: Tokenizer, path: Path, stop: threading.Event

@@ -48,8 +48,7 @@ class Tasks(TaskManager):
     """lm-eval's tasks and ours, and the names chosen among them; with `heldout` comes its cloze.
 
     Attributes:
-        names: the tasks.
-        notes: what the user should know of them, after they have been loaded.
+        names: the tasks. A cloze that came with `heldout` is left out, with a note, where data or model have none.
 
     Raises:
         UsageError: a name matches no task, there is none, or heldout is to have examples in its prompt.
@@ -65,7 +64,7 @@ class Tasks(TaskManager):
         self.settings = settings
         self._about_model = metadata
         self.names = [match for name in settings.tasks for match in self._match(name)]
-        self.notes: list[str] = []
+        self._notes: dict[str, bool] = {}  # and whether it was taken
         self._cloze_may_lack = HELDOUT in self.names and CLOZE not in self.names
         if self._cloze_may_lack:
             self.names.insert(self.names.index(HELDOUT) + 1, CLOZE)
@@ -114,10 +113,31 @@ class Tasks(TaskManager):
         try:
             load_cloze(**self._about_model)
         except TooFewDocumentsError as error:
-            if str(error) not in self.notes:
-                self.notes.append(str(error))
+            self._notes.setdefault(str(error), False)
             return [name for name in names if name != CLOZE]
         return names
+
+    def fitting(self, lm: LightLM) -> list[str]:
+        """The names, without a cloze that came with `heldout` and has endings longer than the model's context."""
+        names = self.names
+        if self._cloze_may_lack:
+            names = self._without_lacking_cloze(names)
+        if not self._cloze_may_lack or CLOZE not in names:
+            return names
+        endings = (ending for row in load_cloze(**self._about_model)["validation"] for ending in row["endings"])
+        longest = max(len(lm.tok_encode(f" {ending}")) for ending in endings)
+        if longest <= lm.max_length:
+            return names
+        self._notes.setdefault(
+            f"{CLOZE} is left out: its endings have up to {longest} tokens, the model's context {lm.max_length}", False
+        )
+        return [name for name in names if name != CLOZE]
+
+    def take_notes(self) -> list[str]:
+        """What the user should know of the tasks and has not been told yet."""
+        new = [note for note, taken in self._notes.items() if not taken]
+        self._notes = dict.fromkeys(self._notes, True)
+        return new
 
     def _no_vain_retries(self) -> contextlib.AbstractContextManager[object]:
         """Let `datasets` look into its cache at once where the Hub gives no answer: it would try for 30 s first."""
@@ -156,8 +176,8 @@ def run_tasks(lm: LightLM, tasks: Tasks, *, bootstrap_iters: int = 100_000) -> d
         results: dict[str, Any] = simple_evaluate(
             model=lm,
             model_args=arguments,
-            tasks=tasks.names,
-            task_manager=tasks.for_model(path),
+            tasks=tasks.for_model(path).fitting(lm),
+            task_manager=tasks,
             limit=tasks.settings.limit,
             bootstrap_iters=bootstrap_iters,
             num_fewshot=tasks.settings.num_fewshot,
