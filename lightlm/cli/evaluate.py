@@ -9,6 +9,7 @@ import typer
 
 from lightlm.cli.console import console, print_json
 from lightlm.cli.evaluation_display import print_table
+from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -37,6 +39,24 @@ def evaluate(
         str | None,
         typer.Option(metavar="DIR", help="Data folder of heldout; the one the run was trained on unless given."),
     ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A folder with lm-eval tasks of your own, beside the stock ones.")
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A folder with data sets, laid out like the Hub: DIR/Rowan/hellaswag/..."),
+    ] = None,
+    bos: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|yes|no",
+            help="A beginning-of-text token before every prompt: auto does as an imported model's tokenizer does.",
+        ),
+    ] = "auto",
+    prefetch: Annotated[
+        str | None,
+        typer.Option(metavar="T1,T2", help="Only fetch what these tasks need, into the Hub's cache or --data-dir."),
+    ] = None,
     out_path: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Results file, or a folder; <run>/eval/ unless given.")
     ] = None,
@@ -44,9 +64,12 @@ def evaluate(
 ) -> None:
     """Score models with lm-evaluation-harness: checkpoint -> scores.
 
-    Stock tasks run unchanged; results are lm-eval's own JSON. To work offline, set HF_HUB_OFFLINE=1 where a folder
-    bears the data set's Hub id (Rowan/hellaswag).
+    Stock tasks run unchanged; results are lm-eval's own JSON. To work offline, --prefetch their data once: it is then
+    read from the Hub's cache under HF_HUB_OFFLINE=1, or with --data-dir from a folder.
     """
+    if prefetch is not None:
+        fetch_only(context, prefetch, include_path, data_dir, as_json)
+        return
     references: list[str | None] = list(models) if models else [None]
     if out_path is not None:
         _check_out(out_path, len(references))
@@ -61,7 +84,8 @@ def evaluate(
         precision = evaluation_dtype(dtype, target)
         batch_limits(batch_size, target)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        chosen = Tasks(Settings(names, limit, num_fewshot, data))
+        chosen = Tasks(Settings(names, limit, num_fewshot, data, include_path, data_dir, bos))
+        chosen.require_data()
     heldout_data = _heldout_data(references, data) if chosen.read_data else None
     reports = []
     for reference in references:
@@ -112,11 +136,12 @@ def _evaluate_one(
 
     from lightlm.evaluate import results
     from lightlm.evaluate.harness import LightLM
-    from lightlm.evaluate.runner import run_tasks
+    from lightlm.evaluate.provenance import describe_bos, provenance
+    from lightlm.evaluate.runner import BOS, run_tasks
 
     started = time.perf_counter()
     console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
-    lm = LightLM(loaded, batch_size=batch_size)
+    lm = LightLM(loaded, batch_size=batch_size, add_bos_token=BOS[chosen.settings.bos])
     document = run_tasks(lm, chosen)
     for note in chosen.take_notes():
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
@@ -128,6 +153,7 @@ def _evaluate_one(
         "active_parameters": counts["active"],
         "flops_per_token": loaded.model.flops_per_token(loaded.model.config.max_seq_len),
         **asdict(chosen.settings),
+        "bos": describe_bos(lm, chosen.settings.bos),
         "data": None if heldout_data is None else heldout_data.as_posix(),
         "device": str(lm.device),
         "dtype": document["config"]["model_args"]["dtype"],
@@ -136,7 +162,7 @@ def _evaluate_one(
     }
     path = results.result_file(loaded, chosen.settings, out_path)
     if path is not None:
-        results.write(path, document, facts)
+        results.write(path, document, facts | provenance(lm, chosen))
     console.print(
         f"{loaded.name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False, soft_wrap=True
     )
