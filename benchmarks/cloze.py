@@ -3,8 +3,8 @@
     python benchmarks/cloze.py --data DIR MODEL [MODEL ...] [--hellaswag N]
 
 Before the models stand two that know nothing: the first one's shape untrained, and unigram frequencies, which give
-every context the same answer. With --hellaswag N the last column is acc_norm on HellaSwag's first N documents, which
-must be in the Hub's cache or in the current directory (`Rowan/hellaswag`).
+every context the same answer. With --hellaswag N the last column is acc_norm on HellaSwag's first N documents, from
+the Hub, its cache, or the folder --data-dir.
 """
 
 import argparse
@@ -64,10 +64,13 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--hellaswag", type=int, default=0, metavar="N")
+    parser.add_argument("--data-dir")
     options = parser.parse_args()
     folder = DataFolder.open(resolve_dataset(options.data))
     cloze = Tasks(Settings(["heldout_cloze"], options.limit, data=options.data))
-    hellaswag = Tasks(Settings(["hellaswag"], options.hellaswag)) if options.hellaswag else None
+    hellaswag = None
+    if options.hellaswag:
+        hellaswag = Tasks(Settings(["hellaswag"], options.hellaswag, data_dir=options.data_dir))
     columns = ["model", *METRICS, *([f"HellaSwag acc_norm, {options.hellaswag}"] if hellaswag else [])]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name, lm in models(options.models, folder):

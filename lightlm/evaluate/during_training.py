@@ -7,6 +7,7 @@ from unittest import mock
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.tokenizer import Tokenizer
+from lightlm.errors import UsageError
 from lightlm.evaluate.results import rows
 from lightlm.evaluate.runner import Settings, Tasks, quiet, run_tasks
 from lightlm.evaluate.sharing import Meetings, Peers, SharedLightLM, StoppedError
@@ -26,12 +27,17 @@ class TaskScores:
         take_notes: gives what the user should know of the tasks and has not been told yet.
 
     Raises:
-        UsageError: there is no such task.
+        UsageError: there is no such task, or no folder `eval.data_dir`.
         DataError: a task's data set cannot be reached.
     """
 
     def __init__(self, section: EvalSection, data: Path, peers: Peers) -> None:
-        self._tasks = Tasks(Settings(list(section.tasks), section.limit, data=str(data)))
+        if section.data_dir is not None and not Path(section.data_dir).is_dir():
+            raise UsageError(
+                f"eval.data_dir {section.data_dir} is no folder; "
+                f"`lightlm eval --prefetch {','.join(section.tasks)} --data-dir {section.data_dir}` makes it"
+            )
+        self._tasks = Tasks(Settings(list(section.tasks), section.limit, data=str(data), data_dir=section.data_dir))
         self._peers = peers
         with quiet():
             self._tasks.load(self._tasks.names)  # now rather than hours later, and into the cache
