@@ -100,7 +100,7 @@ class DataSets:
             try:
                 self.load(need.path, need.name, **need.options)
             except hub_errors() as error:
-                found.append((need, _reason(error)))
+                found.append((need, first_line(error)))
         return found
 
 
@@ -134,6 +134,7 @@ def unreadable(
         include_path.
         folder: the data folder in use.
     """
+    missing = [(need, _reason(reason)) for need, reason in missing]
     reasons = {reason for _, reason in missing}
     width = max(len(need.title) for need, _ in missing)
     head = f"{len(missing)} data sets cannot be read" if len(missing) > 1 else "a data set cannot be read"
@@ -154,10 +155,11 @@ def unreadable(
     return DataError("\n".join(lines))
 
 
-def _reason(error: BaseException) -> str:
-    reason = first_line(error)
-    if not constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" not in reason:
+def _reason(reason: str) -> str:
+    """What the library said, in words of ours where it said that it was told not to ask."""
+    if "OfflineModeIsEnabled" not in reason:
         return reason
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return "HF_HUB_OFFLINE is set, and the cache does not hold it"
-    return f"no answer from {constants.ENDPOINT}, and the cache does not hold it"  # our doing: see `offline`
+    told = constants.HF_HUB_OFFLINE  # by the user; `offline`, which is our doing, has ended
+    return (
+        f"{'HF_HUB_OFFLINE is set' if told else f'no answer from {constants.ENDPOINT}'}, and the cache does not hold it"
+    )

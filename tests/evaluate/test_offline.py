@@ -51,7 +51,6 @@ def down(hub: Hub, monkeypatch: pytest.MonkeyPatch, *, told: bool) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     else:
-        monkeypatch.delenv("HF_HUB_OFFLINE")
         for place in ("huggingface_hub.constants.ENDPOINT", "datasets.config.HF_ENDPOINT"):
             monkeypatch.setattr(place, "http://127.0.0.1:9")
 
