@@ -123,9 +123,9 @@ def _hash(text: str) -> int:
 
 
 def _alike(ending: str, right: str) -> bool:
-    """Whether they begin alike, and their characters take about as many bytes."""
-    bytes_apart = abs(len(ending.encode()) - len(right.encode()))
-    return ending[0].isupper() == right[0].isupper() and bytes_apart <= BYTE_TOLERANCE * len(right.encode())
+    """Whether their characters take about as many bytes; if one script has capitals and the other none, they do not."""
+    right_bytes = len(right.encode())
+    return abs(len(ending.encode()) - right_bytes) <= BYTE_TOLERANCE * right_bytes
 
 
 def _ending(text: str, start: int) -> str | None:

@@ -93,20 +93,27 @@ def test_endings_alone_tell_nothing(found: list[cloze.Example]) -> None:
     assert min(labels.values()) > 0.8 * len(many) / 4
 
 
-def test_versions_and_quotations_of_a_document_give_no_wrong_endings() -> None:
-    originals = documents(6)
-    versions = [
-        text.replace("river", "canal").replace("song", "poem") + f" Version {n}." for n, text in enumerate(originals)
-    ]
-    all_texts = originals + versions
-    found = cloze.examples(all_texts)
-    assert found
+def test_a_version_of_a_document_gives_no_wrong_endings() -> None:
+    """Not even its passages that the document lacks: they may go on just as well."""
+    originals, others = documents(6), documents(6, seed=7)
+    versions = [text[: len(text) // 2] + other for text, other in zip(originals, others, strict=True)]
+    found = cloze.examples(originals + versions)
+    assert len(found) > 12
     for example in found:
         right, *wrong = sorted(example.documents, key=lambda document: document != example.documents[example.label])
         assert right % 6 not in {document % 6 for document in wrong}
-    # All that three documents hold stands in a fourth, too: nothing that would be wrong there is left.
-    three = documents(3, seed=9)
-    assert not any(example.documents[example.label] == 3 for example in cloze.examples([*three, "\n".join(three)]))
+
+
+def test_a_passage_that_the_document_quotes_is_no_wrong_ending() -> None:
+    """Of four documents one holds nothing but such a passage, so nothing is left to ask of the document."""
+    rng = random.Random(0)
+    quoting, *rest = (flat(text) for text in documents(3))
+    quoted = next(cloze._passages(quoting, 0))
+    words = " ".join(f"word{rng.randint(0, 10**6)}" for _ in range(400))
+    source = f"{words} ends. {flat(documents(1, seed=9)[0])[:330]} then so. {quoted.ending}"
+    assert [passage.ending for passage in cloze._passages(source, 1)] == [quoted.ending]
+    found = cloze.examples([quoting, source, *rest])
+    assert {example.documents[example.label] for example in found} == {1, 2, 3}
 
 
 def test_abbreviations_and_lists_are_no_sentences() -> None:
