@@ -26,7 +26,7 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte).")
+        str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte, cloze).")
     ] = "heldout",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents a task, for a quick look.")] = None,
     num_fewshot: Annotated[
@@ -78,7 +78,6 @@ def evaluate(
         from lightlm.convert.loading import load_pretrained
         from lightlm.device import pick_device
         from lightlm.evaluate.harness import batch_limits, evaluation_dtype
-        from lightlm.evaluate.heldout import HELDOUT
         from lightlm.evaluate.runner import Settings, Tasks
 
         target = pick_device(device)
@@ -88,7 +87,7 @@ def evaluate(
         chosen = Tasks(Settings(names, limit, num_fewshot, data, include_path, data_dir, bos))
         status.update("Reading the tasks' data ...")
         chosen.require_data()
-    heldout_data = _heldout_data(references, data) if HELDOUT in chosen.names else None
+    heldout_data = _heldout_data(references, data) if chosen.read_data else None
     reports = []
     for reference in references:
         loaded = load_pretrained(reference, target, precision)
@@ -134,6 +133,8 @@ def _evaluate_one(
     """Run the tasks on one model and write its files; what the table and --json show of it."""
     from dataclasses import asdict
 
+    from rich.markup import escape
+
     from lightlm.evaluate import results
     from lightlm.evaluate.harness import LightLM
     from lightlm.evaluate.provenance import describe_bos, provenance
@@ -143,6 +144,8 @@ def _evaluate_one(
     console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
     lm = LightLM(loaded, batch_size=batch_size, add_bos_token=BOS[chosen.settings.bos])
     document = run_tasks(lm, chosen)
+    for note in chosen.take_notes():
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     counts = loaded.model.num_parameters()
     facts: dict[str, Any] = {
         "model": loaded.name,

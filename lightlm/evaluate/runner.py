@@ -21,7 +21,7 @@ from lightlm.data.hub import first_line, hub_answers, hub_errors, offline, quiet
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.data_sets import DataSets, find_data_dir, unreadable
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.heldout import HELDOUT, TASKS
+from lightlm.evaluate.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
 from lightlm.evaluate.needs import Need, needs_of
 from lightlm.evaluate.task_index import check_tasks_folder, stock_tasks
 
@@ -39,7 +39,7 @@ class Settings:
         tasks: tasks, groups, tags, glob patterns or YAML files, as in lm-eval's `--tasks`.
         limit: documents a task; None runs all.
         num_fewshot: examples in the prompt; None is each task's own default.
-        data: the data folder of the task heldout; None is that of the model's run.
+        data: the data folder of heldout and its cloze; None is that of the model's run.
         include_path: a folder with tasks beside lm-eval's own, which they replace where names are the same.
         data_dir: a folder with data sets, laid out like the Hub; None is the environment's LIGHTLM_EVAL_DATA, if set.
         bos: what stands before contexts: `auto`, `yes` or `no` (see `LightLM`).
@@ -55,7 +55,10 @@ class Settings:
 
 
 class Tasks(TaskManager):
-    """lm-eval's tasks and ours, and the names chosen among them.
+    """lm-eval's tasks and ours, and the names chosen among them; with `heldout` comes its cloze.
+
+    Attributes:
+        names: the tasks. A cloze that came with `heldout` is left out, with a note, where data or model have none.
 
     Raises:
         UsageError: a name matches no task, there is none, heldout is to have examples in its prompt, or a folder that
@@ -78,11 +81,20 @@ class Tasks(TaskManager):
         if not set(settings.tasks) <= _OURS:
             self._add_stock_tasks()
         self.names = [match for name in settings.tasks for match in self._match(name)]
-        if settings.num_fewshot and HELDOUT in self.names:
+        self._notes: dict[str, bool] = {}  # and whether it was taken
+        self._cloze_may_lack = HELDOUT in self.names and CLOZE not in self.names
+        if self._cloze_may_lack:
+            self.names.insert(self.names.index(HELDOUT) + 1, CLOZE)
+        if settings.num_fewshot and self.read_data:
             raise UsageError(
                 f"--num-fewshot {settings.num_fewshot}: the task {HELDOUT} reads documents as they are, without "
                 "examples before them; leave the option out, or score the other tasks in a call of their own"
             )
+
+    @property
+    def read_data(self) -> bool:
+        """Whether some of them are made of a data folder."""
+        return not {HELDOUT, CLOZE}.isdisjoint(self.names)
 
     def _add_stock_tasks(self) -> None:
         """What `include_defaults` does, without reading thousands of files each time."""
@@ -121,6 +133,8 @@ class Tasks(TaskManager):
         Raises:
             DataError: data sets cannot be read (the message lists all), or a package that the task needs is missing.
         """
+        if self._cloze_may_lack and CLOZE in task_list:
+            task_list = self._without_lacking_cloze(task_list)
         try:
             with self._no_vain_retries(), self.data_sets.in_use():
                 return super().load(task_list)
@@ -129,6 +143,36 @@ class Tasks(TaskManager):
         except hub_errors() as error:
             self.require_data()
             raise DataError(f"the tasks {', '.join(self.names)} cannot be loaded: {first_line(error)}") from None
+
+    def _without_lacking_cloze(self, names: list[str]) -> list[str]:
+        try:
+            load_cloze(**self._about_model)
+        except TooFewDocumentsError as error:
+            self._notes.setdefault(str(error), False)
+            return [name for name in names if name != CLOZE]
+        return names
+
+    def fitting(self, lm: LightLM) -> list[str]:
+        """The names, without a cloze that came with `heldout` and has endings longer than the model's context."""
+        names = self.names
+        if self._cloze_may_lack:
+            names = self._without_lacking_cloze(names)
+        if not self._cloze_may_lack or CLOZE not in names:
+            return names
+        endings = (ending for row in load_cloze(**self._about_model)["validation"] for ending in row["endings"])
+        longest = max(len(lm.tok_encode(f" {ending}")) for ending in endings)
+        if longest <= lm.max_length:
+            return names
+        self._notes.setdefault(
+            f"{CLOZE} is left out: its endings have up to {longest} tokens, the model's context {lm.max_length}", False
+        )
+        return [name for name in names if name != CLOZE]
+
+    def take_notes(self) -> list[str]:
+        """What the user should know of the tasks and has not been told yet."""
+        new = [note for note, taken in self._notes.items() if not taken]
+        self._notes = dict.fromkeys(self._notes, True)
+        return new
 
     def needs(self) -> list[Need]:
         """The data sets that the tasks read, without those of a task's own making, as heldout's.
@@ -167,8 +211,11 @@ class Tasks(TaskManager):
         return offline()
 
 
-def run_tasks(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
+def run_tasks(lm: LightLM, tasks: Tasks, *, bootstrap_iters: int = 100_000) -> dict[str, Any]:
     """Evaluate one model; returns lm-eval's own results document, as its command would write it.
+
+    Args:
+        bootstrap_iters: resamples for standard errors, by default as many as lm-eval's; 0 leaves all of them out.
 
     Raises:
         DataError: a data set cannot be reached.
@@ -181,9 +228,10 @@ def run_tasks(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
         results: dict[str, Any] = simple_evaluate(
             model=lm,
             model_args=arguments,
-            tasks=tasks.names,
-            task_manager=tasks.for_model(path),
+            tasks=tasks.for_model(path).fitting(lm),
+            task_manager=tasks,
             limit=tasks.settings.limit,
+            bootstrap_iters=bootstrap_iters,
             num_fewshot=tasks.settings.num_fewshot,
             batch_size=lm.limits.sequences or "auto",
             device=str(lm.device),
