@@ -22,6 +22,7 @@ from lightlm.data.hub import hub_answers, offline, quiet_libraries
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.heldout import HELDOUT, TASKS
+from lightlm.evaluate.templates import compiled_once
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
 _CHATTY = ("lm_eval", "filelock", "urllib3", "evaluate")
@@ -115,8 +116,11 @@ class Tasks(TaskManager):
         )
 
 
-def run_tasks(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
+def run_tasks(lm: LightLM, tasks: Tasks, *, log_samples: bool = False) -> dict[str, Any]:
     """Evaluate one model; returns lm-eval's own results document, as its command would write it.
+
+    Args:
+        log_samples: add `samples`: of each task its documents with prompts, answers and figures.
 
     Raises:
         DataError: a data set cannot be reached.
@@ -125,7 +129,7 @@ def run_tasks(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
     path = lm.loaded.path
     tracker = EvaluationTracker()
     arguments = {"pretrained": str(path), "dtype": str(lm.model.embed_tokens.weight.dtype).removeprefix("torch.")}
-    with quiet():
+    with quiet(), compiled_once():
         results: dict[str, Any] = simple_evaluate(
             model=lm,
             model_args=arguments,
@@ -136,7 +140,7 @@ def run_tasks(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
             batch_size=lm.limits.sequences or "auto",
             device=str(lm.device),
             evaluation_tracker=tracker,
-            log_samples=False,
+            log_samples=log_samples,
         )
     tracker.general_config_tracker.log_end_time()
     results["task_hashes"] = {}
