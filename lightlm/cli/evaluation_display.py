@@ -9,11 +9,6 @@ if TYPE_CHECKING:
     from lightlm.evaluate.baselines import Baseline, Legend
     from lightlm.evaluate.comparison import Answers, Comparison
 
-_NOISE = (
-    "Noise is that of which documents a task has, each comparison judged by itself at 5%. What another seed of "
-    "training would change is not in it."
-)
-
 
 def print_table(
     reports: list[dict[str, Any]],
@@ -21,7 +16,7 @@ def print_table(
     comparisons: Sequence["Comparison"] = (),
     baselines: Sequence["Baseline"] = (),
 ) -> None:
-    """One model: value and standard error apart. Several: a column each, in bold what is the best beyond noise. Then
+    """One model: value and standard error apart. Several: a column each; of two the better beyond noise in bold. Then
     published figures with their legend, and each model against the first in words.
 
     Args:
@@ -32,28 +27,30 @@ def print_table(
     from rich.table import Table
 
     from lightlm.evaluate.baselines import Legend
+    from lightlm.evaluate.comparison import NOISE, sentences
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("Task", overflow="fold")
-    table.add_column("Metric", overflow="fold")
+    table.add_column("Task", no_wrap=True)
+    table.add_column("Metric", no_wrap=True)
     single = len(reports) == 1
     columns = ["Value", "Stderr"] if single else [escape(report["model"]) for report in reports]
     for heading in ["Documents", *columns, *(escape(baseline.name) for baseline in baselines)]:
         table.add_column(heading, justify="right", overflow="fold")
     legend = Legend()
+    winners = {(one.task, one.metric): one.winner for one in comparisons} if len(reports) == 2 else {}
     for (task, metric), cells in _lines(answers).items():
         found = next(cell for cell in cells if cell)
         documents = "" if found.row.documents is None else f"{found.row.documents:,}"
-        values = _value_and_stderr(found) if single else _side_by_side(cells)
+        values = _value_and_stderr(found) if single else _side_by_side(cells, winners.get((task, metric)))
         published = [_published(baseline, found, reports[0]["limit"], legend) for baseline in baselines]
         table.add_row(escape(task), escape(metric), documents, *values, *published)
     out.print(table)
     for line in legend.lines(baselines):
         out.print(line, soft_wrap=True, markup=False)
-    for comparison in comparisons:
-        out.print(comparison.sentence(), soft_wrap=True, markup=False)
+    for sentence in sentences(comparisons):
+        out.print(sentence, soft_wrap=True, markup=False)
     if any(comparison.difference for comparison in comparisons):
-        out.print(_NOISE, soft_wrap=True)
+        out.print(NOISE, soft_wrap=True)
     if any(report["active_parameters"] != report["parameters"] for report in reports):
         _print_sizes(reports)
 
@@ -83,17 +80,13 @@ def _value_and_stderr(cell: "Answers") -> list[str]:
     return [f"{cell.row.value:.4f}", "" if cell.row.stderr is None else f"{cell.row.stderr:.4f}"]
 
 
-def _side_by_side(cells: Sequence["Answers | None"]) -> list[str]:
-    from lightlm.evaluate.comparison import best
-
-    having = [cell for cell in cells if cell]
-    leader = best(having)
+def _side_by_side(cells: Sequence["Answers | None"], winner: int | None) -> list[str]:
     texts = []
-    for cell in cells:
+    for i, cell in enumerate(cells):
         text = "" if cell is None else f"{cell.row.value:.4f}"
         if cell and cell.row.stderr is not None:
             text += f" ± {cell.row.stderr:.4f}"
-        texts.append(f"[bold]{text}[/]" if cell and leader is not None and cell is having[leader] else text)
+        texts.append(f"[bold]{text}[/]" if i == winner else text)
     return texts
 
 

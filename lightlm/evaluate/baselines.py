@@ -124,7 +124,11 @@ class Legend:
     def _about(figure: Figure) -> str:
         source = figure.source
         shots = "examples in the prompt not stated" if source.shots is None else f"{source.shots}-shot"
-        parts = [source.harness or "harness not stated", shots, *(["metric not stated"] if figure.metric is None else [])]
+        parts = [
+            source.harness or "harness not stated",
+            shots,
+            *(["metric not stated"] if figure.metric is None else []),
+        ]
         return f"{source.title}: {', '.join(parts)}"
 
     def lines(self, baselines: Iterable[Baseline] = ()) -> list[str]:

@@ -7,7 +7,7 @@ zeros and ones this is McNemar's exact test (Psychometrika 12, 1947). Shapes: N 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,11 +53,6 @@ class Difference:
     p_value: float
     method: str
 
-    @property
-    def beyond_noise(self) -> bool:
-        """Both must say so: the bootstrap's interval is too narrow on a handful of documents, the test is not."""
-        return self.p_value < SIGNIFICANCE and not self.low <= 0 <= self.high
-
 
 def form_of(x_N: Floats, w_N: Floats, figure: float) -> Callable[[Floats], Floats] | None:
     """The g by which the documents give the reported figure; None if they do not, as with F1 or BLEU."""
@@ -96,6 +91,16 @@ def mcnemar(gained: int, lost: int) -> float:
         term = term * (count - k) // (k + 1)
         tail += term
     return min(2 * tail / 2**count, 1.0)  # whole numbers of any size: Python divides them with correct rounding
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted so that the chance of any false find among them stays at the level of one (Holm 1979)."""
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min((len(p_values) - rank) * p_values[i], 1.0))
+        adjusted[i] = largest
+    return adjusted
 
 
 def sign_flip(difference_N: Floats, seed: int = 0, resamples: int = RESAMPLES) -> float:

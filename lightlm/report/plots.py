@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
+from lightlm.evaluate.baselines import Baseline
+from lightlm.report.bars import score_bars
 from lightlm.report.chart import spread
 from lightlm.report.curves import Curves, Floats, focus
 from lightlm.report.drawing import TOKENS, Axis, Plot, curve, empty_chart, label, runs_with
@@ -16,9 +18,9 @@ _FLOPS = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 _GROUP_STYLES = (None, (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # of parameter groups
 
 
-def draw_plots(records: Sequence[Record]) -> list[Plot]:
-    """All figures that these runs have metrics for, ready to be rendered."""
-    found = [plot for plot in _all_plots(records) if plot is not None]
+def draw_plots(records: Sequence[Record], baselines: Sequence[Baseline] = ()) -> list[Plot]:
+    """All figures that these runs have metrics for, ready to be rendered; `baselines` stand beside their scores."""
+    found = [plot for plot in [*score_bars(records, baselines), *_all_plots(records)] if plot is not None]
     return [Plot(plot.name, plot.caption, plot.chart.finish()) for plot in found]
 
 
