@@ -1,5 +1,6 @@
 """Accuracies as bars with error bars, beside chance and published figures."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,8 @@ from lightlm.report.scores import Line, Scores
 
 _METRICS = ("acc_norm", "acc", "exact_match")  # of a task the first that it has is drawn
 _IN_A_CHART = 6  # tasks, whose names stand below their bars
-_GROUP = 0.8  # of a task's place that its bars take
+_GROUP = 0.84  # of a task's place that is drawn in
+_BARS = 0.74  # of that for the bars, where published figures stand to the right of them
 _NAME = 11  # characters of a task's name that fit in a line
 _FONT = 9.0
 _NORMAL_95 = 1.96
@@ -24,8 +26,9 @@ _NORMAL_95 = 1.96
 def score_bars(records: Sequence[Record], baselines: Sequence[Baseline]) -> Iterator[Plot]:
     """One figure for each few tasks, and none without accuracies."""
     lines = _drawn(Scores(records).widest(range(len(records))))
-    for number, start in enumerate(range(0, len(lines), _IN_A_CHART)):
-        chunk = lines[start : start + _IN_A_CHART]
+    charts = math.ceil(len(lines) / _IN_A_CHART)
+    for number in range(charts):
+        chunk = lines[number * len(lines) // charts : (number + 1) * len(lines) // charts]
         title, name = ("Scores", "scores") if not number else (f"Scores ({number + 1})", f"scores_{number + 1}")
         yield Plot(name, _caption(chunk, baselines), _chart(title, records, chunk, baselines))
 
@@ -44,7 +47,7 @@ def _chart(title: str, records: Sequence[Record], lines: Sequence[Line], baselin
     """A group of bars for each task, which has place 0, 1, ..."""
     chart = Chart(title, "", "share of documents right", name_all=True)
     runs = [i for i in range(len(records)) if any(i in line.scores for line in lines)]
-    width = _GROUP / len(runs)
+    width = _GROUP * (_BARS if baselines else 1.0) / len(runs)
     for position, i in enumerate(runs):
         having = [(place, line.scores[i].row) for place, line in enumerate(lines) if i in line.scores]
         x = np.array([place + (position + 0.5) * width - _GROUP / 2 for place, _ in having])
@@ -53,12 +56,12 @@ def _chart(title: str, records: Sequence[Record], lines: Sequence[Line], baselin
         chart.bars(records[i].name, x, heights, errors, i, width)
     levels = [(place, chance.value) for place, line in enumerate(lines) if (chance := chance_of(line.task))]
     if levels:
-        chart.levels("chance", *_columns(levels), _GROUP + 0.1)
+        chart.levels("chance", *_columns(levels), _GROUP + 0.04)
     for number, baseline in enumerate(baselines):
-        offset = ((number + 0.5) / len(baselines) - 0.5) * _GROUP
+        offset = _GROUP * (_BARS - 0.5 + (1 - _BARS) * (number + 0.8) / (len(baselines) + 0.3))
         points = [(i + offset, share) for i, line in enumerate(lines) for share in _published(baseline, line)]
         if points:
-            chart.shapes(f"{baseline.name} (published)", *_columns(points), number)
+            chart.shapes(f"{baseline.name}, published*", *_columns(points), number)
     chart.axes.set_xlim(-0.5, max(len(lines), 3) - 0.5)
     chart.axes.set_xticks(range(len(lines)), [_label(line) for line in lines], fontsize=_FONT)
     chart.axes.grid(False, axis="x")
@@ -97,5 +100,5 @@ def _caption(lines: Sequence[Line], baselines: Sequence[Baseline]) -> str:
         reasons = (f"{', '.join(tasks)} {chance.value:.1%}, {chance.reason}" for chance, tasks in levels.items())
         text += f" Dashes, chance: {'; '.join(reasons)}."
     if any(_published(baseline, line) for baseline in baselines for line in lines):
-        text += " Marks are published figures, most under other protocols: see the table below."
+        text += " * Under protocols that are not the runs', or not wholly stated: see the table of scores."
     return text
