@@ -79,9 +79,8 @@ class Baseline:
     note: str = ""
 
     def find(self, task: str, metric: str) -> list[Figure]:
-        """Its figures for a row of results; those whose metric is stated first."""
-        found = [f for f in self.figures if task in _TASKS.get(f.task, (f.task,)) and metric == f.row]
-        return sorted(found, key=lambda figure: figure.metric is None)
+        """Its figures for a row of results; the first is the one that tables show."""
+        return [f for f in self.figures if task in _TASKS.get(f.task, (f.task,)) and metric == f.row]
 
     def about(self) -> str:
         """Tokens and note, for a legend."""
@@ -112,9 +111,11 @@ class Legend:
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
+        self._cut = False
 
     def cell(self, figure: Figure, num_fewshot: int | None, limit: int | None) -> str:
         """The figure beside a run of lm-eval with these settings: 0.389* (a)."""
+        self._cut = self._cut or limit is not None
         star = "*" if figure.differences(num_fewshot, limit) else ""
         letter = self._texts.setdefault(self._about(figure), _letter(len(self._texts)))
         digits = 3 if round(figure.percent, 1) == figure.percent else 4
@@ -139,6 +140,8 @@ class Legend:
         head = "Published figures, not measured here; * where the protocol is not this run's, or not wholly stated."
         if any("metric not stated" in text for text in self._texts):
             head += " One without its metric stands beside acc_norm, or acc where that is all a task has."
+        if self._cut:
+            head += " They are of all documents, the run's of fewer."
         return [head, *(f"({letter}) {text}" for text, letter in self._texts.items()), *about]
 
 

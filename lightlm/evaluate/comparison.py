@@ -210,7 +210,7 @@ def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
     """Each model against the first, for every figure that both have; groups of tasks are left to their tasks.
 
     The more comparisons there are, the more of them would be beyond noise by chance, so each must pass Holm's bound for
-    all of them: of runs that differ in their seed alone, one in 24 was at p = 0.012.
+    all of them: of two runs that differ in their seed alone, one of 12 figures was at p = 0.012.
     """
     found = []
     for second in models[1:]:

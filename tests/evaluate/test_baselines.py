@@ -53,7 +53,10 @@ def test_every_name_is_unique_and_every_figure_a_share():
 def test_a_figure_stands_beside_its_own_metric():
     gpt2, mobile = find_baseline("gpt2"), find_baseline("mobilellm-125m")
     assert [figure.percent for figure in gpt2.find("hellaswag", "acc")] == [28.92]
-    assert [figure.percent for figure in gpt2.find("hellaswag", "acc_norm")] == [31.14, 30.9]  # stated metric first
+    assert [figure.percent for figure in gpt2.find("hellaswag", "acc_norm")] == [
+        31.14,
+        30.9,
+    ]  # the one whose metric is stated
     assert [figure.percent for figure in mobile.find("hellaswag", "acc_norm")] == [38.9]
     assert mobile.find("hellaswag", "acc") == []
     assert [figure.percent for figure in mobile.find("winogrande", "acc")] == [53.1]  # which has no acc_norm
@@ -73,6 +76,9 @@ def test_what_differs_from_the_run_is_marked_and_explained():
     assert legend.cell(arc, 0, None) == "0.412* (b)"
     assert legend.cell(find_baseline("gpt2").find("hellaswag", "acc")[0], 0, None) == "0.2892* (c)"
     text = "\n".join(legend.lines([find_baseline("smollm-135m")]))
+    assert "of all documents" not in text
+    legend.cell(mobile, 0, 100)
+    assert "They are of all documents, the run's of fewer." in legend.lines()[0]
     for part in (
         "(a) MobileLLM README: MobileLLM's own script, 0-shot, metric not stated",
         "(b) nanochat, dev/estimate_gpt3_core.ipynb: CORE, 10-shot, metric not stated",

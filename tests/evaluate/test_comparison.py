@@ -111,9 +111,10 @@ def test_precision_and_bos_are_noted():
 
 
 def test_a_figure_that_is_no_mean_over_documents_is_refused():
-    wrong = accuracy("a", RIGHT)
-    wrong = Answers("a", Row("quiz", "acc", 0.123, None, 100, True), SAME, wrong.documents)
-    assert "no mean over documents" in compare(wrong, accuracy("b", BETTER)).reason
+    answers = [accuracy("a", RIGHT), accuracy("b", BETTER)]
+    wrong = [Answers(a.model, Row("quiz", "f1", 0.123, None, 100, True), SAME, a.documents) for a in answers]
+    for pair in (wrong, (wrong[0], answers[1]), (answers[0], wrong[1])):
+        assert "no mean over documents" in compare(*pair).reason
 
 
 def test_groups_of_tasks_are_left_to_their_tasks():
@@ -122,28 +123,13 @@ def test_groups_of_tasks_are_left_to_their_tasks():
 
 
 def test_documents_survive_the_disk(tmp_path):
+    quiz, heldout = {"doc_id": 0, "doc_hash": "x"}, {"doc_id": 4, "doc_hash": "y", "filter": "none"}
     samples = {
         "quiz": [
-            {
-                "doc_id": 0,
-                "doc_hash": "x",
-                "filter": "none",
-                "metrics": ["acc", "f1"],
-                "acc": np.float64(1),
-                "f1": "no",
-            },
-            {"doc_id": 0, "doc_hash": "x", "filter": "strict", "metrics": ["acc"], "acc": False},
+            quiz | {"filter": "none", "metrics": ["acc", "f1"], "acc": np.float64(1), "f1": "no"},
+            quiz | {"filter": "strict", "metrics": ["acc"], "acc": False},
         ],
-        "heldout": [
-            {
-                "doc_id": 4,
-                "doc_hash": "y",
-                "filter": "none",
-                "metrics": ["bits_per_byte"],
-                "bits_per_byte": (-2.5, 11),
-                "doc": {"text": "long"},
-            }
-        ],
+        "heldout": [heldout | {"metrics": ["bits_per_byte"], "bits_per_byte": (-2.5, 11), "doc": {"text": "long"}}],
     }
     expected = [
         Document("quiz", 0, "x", {"acc": 1.0, "acc (strict)": 0.0}),

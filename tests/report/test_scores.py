@@ -89,6 +89,14 @@ def test_what_cannot_be_compared_says_why(runs, settings, reason):
     assert reason in comparison.sentence()
 
 
+def test_figures_with_examples_in_the_prompt_are_a_line_of_their_own(runs, tmp_path):
+    write_scores(runs[0], {"piqa": 100})
+    write_scores(runs[0], {"piqa": 120}, shots=5)
+    text = page_of(runs[:1], tmp_path)
+    assert "<td>200</td><td>0.5000 ±" in text
+    assert "<td>200, 5-shot</td><td>0.6000 ±" in text
+
+
 def test_another_precision_is_noted(runs):
     write_scores(runs[0], {"piqa": 100})
     write_scores(runs[1], {"piqa": 140}, facts={"dtype": "bfloat16"})
