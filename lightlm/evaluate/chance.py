@@ -19,6 +19,7 @@ _LEVELS = {
     "arc_challenge": Chance(0.25, "one of four answers, of a few questions three or five"),
     "openbookqa": _FOUR,
     "sciq": _FOUR,
+    "heldout_cloze": _FOUR,
     "piqa": _TWO,
     "winogrande": _TWO,
     # Half the answers by guessing; but small models that always say one word get its share.
