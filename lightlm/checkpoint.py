@@ -49,6 +49,7 @@ class LoadedModel:
     model: Transformer
     tokenizer: Tokenizer
     path: Path
+    weights: tuple[Path, ...] = ()  # the files that they were read from
 
     @property
     def name(self) -> str:
@@ -215,6 +216,8 @@ def _fill(
         "end_of_text_id": tokenizer.end_of_text_id,
         "model": model_config.to_dict(),
     }
+    if tokenizer.bos_id is not None or tokenizer.adds_bos:  # an imported model's
+        config |= {"bos_token_id": tokenizer.bos_id, "adds_bos": tokenizer.adds_bos}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
     if training_state is not None:
@@ -297,12 +300,14 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         )
     # A tokenizer.json does not say which token ends a text; SmolLM2-Instruct's is not <|endoftext|>, for example.
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
+    tokenizer.bos_id, tokenizer.adds_bos = config.get("bos_token_id"), config.get("adds_bos", False)
     try:
         state = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise DamagedCheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
     model = build_model(ModelConfig(**values), state, str(folder))
-    return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer, folder)
+    model = model.to(device=device, dtype=dtype).eval()
+    return LoadedModel(model, tokenizer, folder, (folder / "model.safetensors",))
 
 
 def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Transformer:

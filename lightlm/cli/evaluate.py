@@ -9,6 +9,7 @@ import typer
 
 from lightlm.cli.console import console, print_json
 from lightlm.cli.evaluation_display import print_table
+from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import UsageError
 from lightlm.evaluate.baselines import split_names
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -26,7 +28,7 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte).")
+        str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte, cloze).")
     ] = "heldout",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents a task, for a quick look.")] = None,
     num_fewshot: Annotated[
@@ -38,6 +40,24 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Data folder of heldout; the one the run was trained on unless given."),
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A folder with lm-eval tasks of your own, beside the stock ones.")
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A folder with data sets, laid out like the Hub: DIR/Rowan/hellaswag/..."),
+    ] = None,
+    bos: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|yes|no",
+            help="A beginning-of-text token before every prompt: auto does as an imported model's tokenizer does.",
+        ),
+    ] = "auto",
+    prefetch: Annotated[
+        str | None,
+        typer.Option(metavar="T1,T2", help="Only fetch what these tasks need, into the Hub's cache or --data-dir."),
     ] = None,
     out_path: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Results file, or a folder; <run>/eval/ unless given.")
@@ -55,9 +75,12 @@ def evaluate(
 ) -> None:
     """Score models with lm-evaluation-harness: checkpoint -> scores.
 
-    Stock tasks run unchanged; results are lm-eval's own JSON. To work offline, set HF_HUB_OFFLINE=1 where a folder
-    bears the data set's Hub id (Rowan/hellaswag).
+    Stock tasks run unchanged; results are lm-eval's own JSON. To work offline, --prefetch their data once: it is then
+    read from the Hub's cache under HF_HUB_OFFLINE=1, or with --data-dir from a folder.
     """
+    if prefetch is not None:
+        fetch_only(context, prefetch, include_path, data_dir, as_json)
+        return
     baselines, further = split_names(compare or "")
     references: list[str | None] = [*models, *further] if models else [None, *further]
     if out_path is not None:
@@ -68,15 +91,15 @@ def evaluate(
         from lightlm.device import pick_device
         from lightlm.evaluate.comparison import compare_all
         from lightlm.evaluate.harness import batch_limits, evaluation_dtype
-        from lightlm.evaluate.heldout import HELDOUT
         from lightlm.evaluate.runner import Settings, Tasks
 
         target = pick_device(device)
         precision = evaluation_dtype(dtype, target)
         batch_limits(batch_size, target)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        chosen = Tasks(Settings(names, limit, num_fewshot, data))
-    heldout_data = _heldout_data(references, data) if HELDOUT in chosen.names else None
+        chosen = Tasks(Settings(names, limit, num_fewshot, data, include_path, data_dir, bos))
+        chosen.require_data()
+    heldout_data = _heldout_data(references, data) if chosen.read_data else None
     reports, answers = [], []
     for reference in references:
         loaded = load_pretrained(reference, target, precision)
@@ -131,15 +154,20 @@ def _evaluate_one(
     """Run the tasks on one model and write its files; what the table and --json show of it."""
     from dataclasses import asdict
 
+    from rich.markup import escape
+
     from lightlm.evaluate import documents, results, samples
     from lightlm.evaluate.comparison import answers_of
     from lightlm.evaluate.harness import LightLM
-    from lightlm.evaluate.runner import run_tasks
+    from lightlm.evaluate.provenance import describe_bos, provenance
+    from lightlm.evaluate.runner import BOS, run_tasks
 
     started = time.perf_counter()
     console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
-    lm = LightLM(loaded, batch_size=batch_size)
+    lm = LightLM(loaded, batch_size=batch_size, add_bos_token=BOS[chosen.settings.bos])
     document = run_tasks(lm, chosen, log_samples=True)
+    for note in chosen.take_notes():
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     logged = document.pop("samples")
     scored = documents.of_samples(logged)
     counts = loaded.model.num_parameters()
@@ -150,6 +178,7 @@ def _evaluate_one(
         "active_parameters": counts["active"],
         "flops_per_token": loaded.model.flops_per_token(loaded.model.config.max_seq_len),
         **asdict(chosen.settings),
+        "bos": describe_bos(lm, chosen.settings.bos),
         "data": None if heldout_data is None else heldout_data.as_posix(),
         "device": str(lm.device),
         "dtype": document["config"]["model_args"]["dtype"],
@@ -158,7 +187,7 @@ def _evaluate_one(
     }
     path = results.result_file(loaded, chosen.settings, out_path)
     if path is not None:
-        results.write(path, document, facts)
+        results.write(path, document, facts | provenance(lm, chosen))
         documents.write(documents.documents_file(path), scored)
         if log_samples:
             samples.write(path, logged)

@@ -12,6 +12,8 @@ from lightlm.cli.launch import LAUNCHED, launch, one_voice
 from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from lightlm.cli.training_display import TrainingDisplay
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
@@ -100,7 +102,9 @@ def _train(
     trackers = Trackers(parsed.tracking, display.note)
     trainer = Trainer(parsed, planned, Observers(display, trackers), sampler, checkpoint, world)
     if parsed.eval.tasks:
-        world.from_writer(lambda: _add_evaluator(trainer))
+        world.from_writer(lambda: _add_evaluator(trainer))  # alone, since it fetches what is not there yet
+        if not world.is_writer:
+            _add_evaluator(trainer)
     if dry_run:
         _print_plan(trainer.facts(), as_json)
         return False
@@ -142,8 +146,19 @@ def _add_evaluator(trainer: "Trainer") -> None:
     with console.status("Reading lm-eval's list of tasks ..."):
         from lightlm.evaluate.during_training import TaskScores
 
-        scores = TaskScores(trainer.recipe.eval, trainer.data.path)
-    trainer.evaluator = lambda model, path: scores(model, trainer.data.tokenizer, path)
+        scores = TaskScores(trainer.recipe.eval, trainer.data.path, trainer.world)
+
+    def tell() -> None:
+        for note in scores.take_notes():
+            trainer.observer.note(note)
+
+    def evaluator(model: Any, path: Path, stop: "Event") -> dict[str, float] | None:
+        found = scores(model, trainer.data.tokenizer, path, stop)
+        tell()
+        return found
+
+    tell()
+    trainer.evaluator = evaluator
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:

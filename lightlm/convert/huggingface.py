@@ -16,7 +16,7 @@ from lightlm.checkpoint import LoadedModel, build_model, clean_state
 from lightlm.convert.config_json import read_config, read_json, write_config
 from lightlm.convert.layouts import SELECTION_BIAS
 from lightlm.convert.registry import export_target
-from lightlm.convert.weights import our_state, read_weights, their_state
+from lightlm.convert.weights import our_state, read_weights, their_state, weight_files
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
@@ -110,40 +110,44 @@ def import_huggingface(folder: Path) -> LoadedModel:
     model_type, config = read_config(values, str(folder / "config.json"))
     tokenizer = _read_tokenizer(folder, values, config.vocab_size)
     state = our_state(model_type, config, read_weights(folder), folder)
-    return LoadedModel(build_model(config, state, str(folder)).eval(), tokenizer, folder)
+    return LoadedModel(build_model(config, state, str(folder)).eval(), tokenizer, folder, weight_files(folder))
 
 
 def _model_json(model_type: str, config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
     # No pad_token_id here: it would freeze that embedding when the model is trained further.
     end = tokenizer.end_of_text_id
+    bos = end if tokenizer.bos_id is None else tokenizer.bos_id
     name = str(dtype).removeprefix("torch.")
-    return {**write_config(model_type, config), "dtype": name, "bos_token_id": end, "eos_token_id": end}
+    return {**write_config(model_type, config), "dtype": name, "bos_token_id": bos, "eos_token_id": end}
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """The tokenizer, so that `AutoTokenizer` gives our ids: nothing added to a text, and nothing cut off."""
+    """The tokenizer, so that `AutoTokenizer` gives our ids: nothing cut off, and nothing added to a text unless the
+    model was imported with a tokenizer that does."""
     path = folder / "tokenizer.json"
     tokenizer.save(path)
     raw = tokenizers.Tokenizer.from_file(str(path))
     definition = read_json(path)
-    if raw.num_special_tokens_to_add(is_pair=False):
+    frames = raw.num_special_tokens_to_add(is_pair=False) and not tokenizer.adds_bos
+    if frames:
         definition["post_processor"] = None
-    if raw.num_special_tokens_to_add(is_pair=False) or raw.truncation or raw.padding:
+    if frames or raw.truncation or raw.padding:
         _write_json(path, definition | {"truncation": None, "padding": None})
     end = tokenizer.end_of_text_id
     token = raw.id_to_token(end)
+    bos = end if tokenizer.bos_id is None else tokenizer.bos_id
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": token,
+            "bos_token": raw.id_to_token(bos),
             "eos_token": token,
             "pad_token": token,
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_seq_len,
         },
     )
-    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
+    _write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": end})
 
 
 def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
@@ -159,7 +163,20 @@ def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> To
             f"{path} has {tokenizer.vocab_size} tokens, config.json's vocab_size is {vocab_size}: "
             "this tokenizer belongs to another model"
         )
+    tokenizer.bos_id = _bos_id(folder, config, tokenizer)
+    tokenizer.adds_bos = bool(tokenizer.prefix_ids)
     return tokenizer
+
+
+def _bos_id(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> int | None:
+    """The beginning-of-text id as `AutoTokenizer` has it; config.json's stands in for the defaults of its classes."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        values = read_json(folder / name)
+        if "bos_token" in values:
+            token = values["bos_token"]
+            return tokenizer.id_of(token.get("content") if isinstance(token, dict) else token)
+    named = config.get("bos_token_id")
+    return named if isinstance(named, int) and 0 <= named < tokenizer.vocab_size else None
 
 
 def _end_of_text_id(folder: Path, config: dict[str, Any]) -> int | None:

@@ -14,7 +14,8 @@ from lightlm.convert.weights import WEIGHT_FILES
 from lightlm.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", checkpoint.MARKER]
+_SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+_SMALL_FILES += ["special_tokens_map.json", checkpoint.MARKER]
 _CONNECT_SECONDS = 5.0
 
 

@@ -130,20 +130,30 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ConvertError: there are none, or a file is missing or damaged.
     """
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        state |= _load_tensors(path)
+    return state
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a Hugging Face folder that hold its tensors, of the first kind there is.
+
+    Raises:
+        ConvertError: there are none, one is missing, or the list of them is damaged.
+    """
     for name in WEIGHT_FILES:
         if not (folder / name).is_file():
             continue
         if not name.endswith(".index.json"):
-            return _load_tensors(folder / name)
+            return (folder / name,)
         parts = read_json(folder / name).get("weight_map")
         if not isinstance(parts, dict):
             raise ConvertError(f"{folder / name} is damaged: it has no weight_map")
-        state: dict[str, Tensor] = {}
         for part in sorted(set(parts.values())):
             if not (folder / part).is_file():
                 raise ConvertError(f"{folder / part} is missing, though {name} lists it; download it again")
-            state |= _load_tensors(folder / part)
-        return state
+        return tuple(folder / part for part in sorted(set(parts.values())))
     raise ConvertError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)} is there")
 
 

@@ -46,6 +46,10 @@ class Tokenizer:
     `<|endoftext|>`) is ordinary characters: the end-of-text id appears where a document ends and nowhere else.
     """
 
+    # What an imported model was trained to see before a text; for our own models end-of-text is, and nothing is added.
+    bos_id: int | None = None  # stands in for the context of a text that has none; None: end-of-text does
+    adds_bos: bool = False  # and before every other context too
+
     def __init__(self, definition: bytes, *, origin: str, end_of_text_id: int | None = None) -> None:
         """Read the bytes of a tokenizer.json; `origin` names them in messages.
 
@@ -102,6 +106,14 @@ class Tokenizer:
         """The text of token ids; special tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
 
+    def id_of(self, token: str | None) -> int | None:
+        """The id of an entry by its name, or None where there is none."""
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def name_of(self, index: int) -> str | None:
+        """The name of an entry by its id, or None where there is none."""
+        return self._tokenizer.id_to_token(index)
+
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of text that each id stands for: int32 of shape (vocab_size,), 0 for special tokens.
 
@@ -129,6 +141,16 @@ class Tokenizer:
             yield text[start : border.start()]
             start = border.start()
         yield text[start:]
+
+    @functools.cached_property
+    def prefix_ids(self) -> list[int]:
+        """What the definition's post-processor puts before a text when it is asked to add special tokens."""
+        if not self._tokenizer.num_special_tokens_to_add(is_pair=False):
+            return []
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        ids = self._tokenizer.encode("a", add_special_tokens=True).ids
+        starts = (n for n in range(len(ids) - len(plain) + 1) if ids[n : n + len(plain)] == plain)
+        return ids[: next(starts, 0)]
 
     @functools.cached_property
     def border(self) -> re.Pattern[str] | None:

@@ -1,10 +1,14 @@
-"""`python -m lightlm.evaluate run ...`: lm-eval's own command, to which the model `lightlm` and `heldout` are known."""
+"""`python -m lightlm.evaluate run ...`: lm-eval's own command, to which the model `lightlm` and `heldout` are known.
+
+LIGHTLM_EVAL_DATA names a folder of data sets for it too.
+"""
 
 import sys
 
 from lm_eval.__main__ import cli_evaluate
 
 import lightlm.evaluate.harness  # noqa: F401  (registers the model)
+from lightlm.evaluate.data_sets import DataSets, find_data_dir
 from lightlm.evaluate.heldout import TASKS
 
 # lm-eval's own default is cuda:0, there or not.
@@ -22,4 +26,5 @@ def with_defaults(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = with_defaults(sys.argv[1:])
-    cli_evaluate()
+    with DataSets(find_data_dir(None)).in_use():
+        cli_evaluate()

@@ -35,7 +35,7 @@ class Protocol:
     version: Any = None
     num_fewshot: Any = None
     dtype: str | None = None
-    bos: Any = None
+    bos: str | None = None
 
     def refusal(self, other: "Protocol") -> str | None:
         """Why figures under these two protocols must not be compared."""
@@ -163,7 +163,7 @@ def answers_of(
             results.get("versions", {}).get(row.task),
             results.get("n-shot", {}).get(row.task),
             str(dtype).removeprefix("torch.") if dtype else None,
-            facts.get("bos"),
+            _bos(facts.get("bos")),
         )
         shares = {
             document.doc_id: (document.doc_hash, document.metrics[row.metric])
@@ -172,6 +172,13 @@ def answers_of(
         }
         found.append(Answers(model, row, protocol, shares))
     return found
+
+
+def _bos(fact: Any) -> str | None:
+    """Whether a token stood before every context; which one is the tokenizer's affair."""
+    return (
+        ("yes" if fact["before_contexts"] else "no") if isinstance(fact, dict) and "before_contexts" in fact else None
+    )
 
 
 def compare(first: Answers, second: Answers) -> Comparison:

@@ -19,7 +19,7 @@ def scored_examples(names: Sequence[str]) -> dict[str, list[list[str]]]:
         DataError: a data set cannot be reached.
     """
     tasks = Tasks(Settings(list(names)))
-    if HELDOUT in tasks.names:
+    if tasks.read_data:
         raise UsageError(f"--decontaminate {HELDOUT}: its documents come from the data folder itself; leave it out")
     with quiet():
         loaded = tasks.load(tasks.names)["tasks"]

@@ -55,6 +55,8 @@ class LightLM(TemplateLM):
         pretrained: a run, checkpoint, Hugging Face folder or Hub id, None for the newest run, or a loaded model.
         device: `auto` or a torch device; nothing to say with a loaded model.
         dtype: see `evaluation_dtype`.
+        add_bos_token: put the beginning-of-text token before every context (True) or not (False); None does what the
+            tokenizer of an imported model does, and nothing for a model of our own. As in lm-eval's `hf`.
         batch_size: sequences in a batch, or `auto`: as many as make up a budget of positions for the device.
         show_progress: draw bars on a terminal; not beside another live display.
 
@@ -70,6 +72,7 @@ class LightLM(TemplateLM):
         dtype: str = "auto",
         batch_size: int | str = "auto",
         show_progress: bool = True,
+        add_bos_token: bool | None = None,
     ) -> None:
         super().__init__()
         self._show_progress = show_progress
@@ -80,6 +83,10 @@ class LightLM(TemplateLM):
         self.model = pretrained.model.eval()
         self._device = self.model.device
         self.limits = batch_limits(batch_size, self._device)
+        tokenizer = self.loaded.tokenizer
+        self.prefix_ids: list[int] = []  # what stands before every context
+        if tokenizer.adds_bos if add_bos_token is None else add_bos_token:
+            self.prefix_ids = tokenizer.prefix_ids if tokenizer.adds_bos else [self.prefix_token_id]
 
     @property
     def eot_token_id(self) -> int:
@@ -87,16 +94,19 @@ class LightLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: documents were trained on after an end-of-text."""
-        return self.loaded.tokenizer.end_of_text_id
+        """What stands in for the context of a text without one: the beginning-of-text token of an imported model, else
+        end-of-text, which our models' training documents followed."""
+        tokenizer = self.loaded.tokenizer
+        return tokenizer.end_of_text_id if tokenizer.bos_id is None else tokenizer.bos_id
 
     @property
     def max_length(self) -> int:
         return self.model.config.max_seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of the string alone: no token is added before or after it."""
-        return self.loaded.tokenizer.encode(string)
+        """Token ids of the string, after `prefix_ids` unless `add_special_tokens` is False."""
+        ids = self.loaded.tokenizer.encode(string)
+        return ids if add_special_tokens is False else [*self.prefix_ids, *ids]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)

@@ -1,8 +1,11 @@
-"""The `heldout` task: bits per byte on the validation documents of a data folder (see tasks/heldout.yaml).
+"""The tasks made of a data folder's own validation documents: `heldout`, bits per byte, and `heldout_cloze`.
 
-Documents are decoded to text, so models with different tokenizers can be compared: bytes do not depend on a vocabulary.
+Documents are decoded to text, so models with different tokenizers can be compared: neither bytes nor the examples of
+the cloze (lightlm/evaluate/cloze.py) depend on a vocabulary.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,22 @@ from datasets import Dataset
 from lightlm.checkpoint import RUNS, find_run, run_of
 from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
+from lightlm.evaluate import cloze
 
-HELDOUT = "heldout"
+HELDOUT, CLOZE = "heldout", "heldout_cloze"
 TASKS = Path(__file__).parent / "tasks"  # for lm-eval's TaskManager(include_path=...)
+
+# What the cloze reads of a validation split: 3 s of decoding and cutting for 55M tokens.
+_CLOZE_DOCUMENTS = 4000
+_CLOZE_BYTES = 8_000_000
+
+
+class TooFewDocumentsError(DataError):
+    """A data folder whose validation documents make no cloze."""
 
 
 def load(**metadata: Any) -> dict[str, Dataset]:
-    """The task's documents, one row `text` each; lm-eval calls this with the TaskManager's metadata.
+    """The documents of `heldout`, one row `text` each; lm-eval calls this with the TaskManager's metadata.
 
     Args:
         metadata: `data`, a data folder; without it `pretrained`, a run or one of its checkpoints.
@@ -27,12 +39,60 @@ def load(**metadata: Any) -> dict[str, Dataset]:
     Raises:
         DataError: there is no data folder, or it holds no validation documents.
     """
-    data = metadata.get("data")
-    folder = DataFolder.open(common_folder([metadata.get("pretrained")], data))
+    return {"validation": _documents(*_folder(metadata))}
+
+
+def load_cloze(**metadata: Any) -> dict[str, Dataset]:
+    """The examples of `heldout_cloze`, a row each: `context`, `endings`, `label`. The arguments are those of `load`.
+
+    Raises:
+        DataError: there is no data folder.
+        TooFewDocumentsError: fewer than four of its validation documents have sentences enough.
+    """
+    return {"validation": _examples(*_folder(metadata))}
+
+
+def _folder(metadata: dict[str, Any]) -> tuple[Path, str]:
+    """The data folder that is meant, and what tells its contents from others that may come to lie there."""
+    path = common_folder([metadata.get("pretrained")], metadata.get("data")).resolve()
+    manifest = DataFolder.open(path).manifest
+    return path, " ".join([manifest.tokenizer_sha256, *(shard.xxh3 for shard in manifest.shards)])
+
+
+# lm-eval loads its tasks anew for every evaluation, and a run in training has many.
+@functools.lru_cache(maxsize=2)
+def _documents(path: Path, contents: str) -> Dataset:
+    folder = DataFolder.open(path)
     texts = [folder.tokenizer.decode(document.tolist()) for document in folder.split("val").documents()]
     if not texts:
-        raise DataError(f"the task heldout found no validation documents in {folder.path}")
-    return {"validation": Dataset.from_dict({"text": texts})}
+        raise DataError(f"the task heldout found no validation documents in {path}")
+    return Dataset.from_dict({"text": texts})
+
+
+@functools.lru_cache(maxsize=2)
+def _examples(path: Path, contents: str) -> Dataset:
+    examples = cloze.examples(_beginnings(DataFolder.open(path)))
+    if not examples:
+        raise TooFewDocumentsError(
+            f"the task {CLOZE} takes its wrong endings from other documents, and fewer than {cloze.ENDINGS} validation "
+            f"documents in {path} hold a passage of {cloze.CONTEXT + cloze.ENDING} characters in sentences; prepare "
+            "more documents, or a larger part of them for validation (prepare-data --val-fraction)"
+        )
+    return Dataset.from_list([{"context": e.context, "endings": e.endings, "label": e.label} for e in examples])
+
+
+def _beginnings(folder: DataFolder) -> list[str]:
+    """The validation documents' texts: of many documents a part, evenly spread, and of long ones the beginning.
+
+    Both follow from the number of documents, which is the same with every tokenizer.
+    """
+    split = folder.split("val")
+    every = math.ceil(sum(1 for _ in split.documents()) / _CLOZE_DOCUMENTS)
+    chosen = [document for index, document in enumerate(split.documents()) if index % every == 0]
+    size = _CLOZE_BYTES // max(1, len(chosen))
+    # A token stands for a byte at least; eight more, because the cut may go through a character.
+    decoded = (folder.tokenizer.decode(document[: size + 8].tolist()) for document in chosen)
+    return [text.encode()[:size].decode(errors="ignore") for text in decoded]
 
 
 def common_folder(models: Sequence[str | Path | None], data: str | None = None) -> Path:

@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.utils import handle_non_serializable
 
-from lightlm import __version__, files
+from lightlm import files
 from lightlm.checkpoint import LoadedModel, run_of
 from lightlm.evaluate.figures import Row as Row
 from lightlm.evaluate.figures import rows as rows
 from lightlm.evaluate.runner import Settings
+from lightlm.machine import versions
 
+_PACKAGES = ("lm_eval", "datasets", "tokenizers", "huggingface_hub", "safetensors")
 _MAX_STEM = 120  # a file name ends at 255 bytes; a long list of tasks is cut and told apart by a hash
 
 
@@ -25,6 +24,7 @@ def file_stem(settings: Settings) -> str:
     if len(stem) > _MAX_STEM:
         stem = f"{stem[:_MAX_STEM]}~{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
     stem += "" if settings.num_fewshot is None else f"_{settings.num_fewshot}shot"
+    stem += {"auto": "", "yes": "_bos", "no": "_nobos"}[settings.bos]
     return stem + ("" if settings.limit is None else f"_limit{settings.limit}")
 
 
@@ -45,10 +45,5 @@ def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     files.write_text(path, document + "\n")
-    versions = {
-        "lightlm": __version__,
-        "lm_eval": version("lm_eval"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    files.write_text(path.with_suffix(".meta.json"), json.dumps(facts | {"versions": versions}, indent=2) + "\n")
+    facts = facts | {"versions": versions(*_PACKAGES)}
+    files.write_text(path.with_suffix(".meta.json"), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

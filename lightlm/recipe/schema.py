@@ -183,9 +183,11 @@ class EvalSection(Section):
     tasks: list[str] = []  # lm-eval's tasks, scored during training
     tasks_every: Tokens = 0  # training tokens between scorings; 0: at the end only
     limit: Annotated[int, Field(ge=1)] | None = None  # documents a task; null scores all
+    # With the tasks' data sets by their names on the Hub; null: $LIGHTLM_EVAL_DATA, or the Hub and its cache
+    data_dir: Annotated[str, Field(min_length=1)] | None = None
 
     def problems(self) -> list[Problem]:
-        idle = [key for key in ("tasks_every", "limit") if getattr(self, key) and not self.tasks]
+        idle = [key for key in ("tasks_every", "limit", "data_dir") if getattr(self, key) and not self.tasks]
         return [(key, "has no effect without eval.tasks; name some, or leave it out") for key in idle]
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 import lightlm
 from lightlm import files
+from lightlm.machine import lightlm_commit
 
 _FILE = "machine.json"
 _KEPT = ("device", "dtype", "micro_batch", "accumulation", "processes", "compile")
@@ -24,7 +24,7 @@ def record_machine(run: Path, facts: dict[str, Any]) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightlm": lightlm.__version__,
-        "commit": _commit(),
+        "commit": lightlm_commit(),
     }
     files.write_text(run / _FILE, json.dumps(document, indent=2) + "\n")
 
@@ -36,16 +36,3 @@ def read_machine(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that LightLM runs from, with a + if files differ from it; None if it is installed."""
-    root = Path(lightlm.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() or None

@@ -22,7 +22,7 @@ from lightlm.device import pick_device
 from lightlm.errors import LightLMError, UsageError
 
 RENDEZVOUS = "LIGHTLM_RENDEZVOUS"  # set by `lightlm train --nproc`: the URL of a file to meet at, free of port clashes
-# The others wait while the first process writes samples or evaluates; a process that dies is noticed at once.
+# The others wait while the first process writes samples; a process that dies is noticed at once.
 _TIMEOUT = datetime.timedelta(hours=1)
 T = TypeVar("T")
 
@@ -151,6 +151,19 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks.
+
+        Raises:
+            PeerLostError: another process is gone.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self.watched():
+            dist.all_gather_object(values, value)  # on the CPU, by gloo
+        return values
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from lightlm.recipe import Recipe
 from lightlm.train.batches import batch_plan
 from lightlm.train.checkpoint import Progress, pack, unpack
 from lightlm.train.compilation import compiles
-from lightlm.train.distributed import World
+from lightlm.train.distributed import PeerLostError, World
 from lightlm.train.evaluation import preserved
 from lightlm.train.gradients import BatchOutcome, Gradients, check_shares, micro_batch_size
 from lightlm.train.loads import load_metrics
@@ -43,7 +43,7 @@ from lightlm.train.tracking import MetricsFile, Observer, Silent
 from lightlm.train.validation import Validation, validate
 
 Sampler = Callable[[Transformer, str], str]
-Evaluator = Callable[[Transformer, Path], dict[str, float]]
+Evaluator = Callable[[Transformer, Path, threading.Event], dict[str, float] | None]
 
 
 class TrainingDivergedError(LightLMError):
@@ -74,8 +74,8 @@ class Trainer:
         sampler: continues a prompt with the model, for the samples during training.
         resume_from: the newest whole checkpoint of this run, to go on from (`runs.reopen_run`).
         world: the processes that share the work; each builds a Trainer of its own with the same arguments.
-        evaluator: scores the model on the recipe's `eval.tasks`, as `task/metric`; the path is that of the step's
-            checkpoint, which need not exist.
+        evaluator: scores the model on the recipe's `eval.tasks`, as `task/metric`; all processes call it together. The
+            path is that of the step's checkpoint, which need not exist. None if the event was set before the end.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Trainer:
                     metrics = self._step(stop)
                     if metrics is None:
                         break
-                    metrics |= self._evaluate()
+                    metrics |= self._evaluate(stop)
                     if metrics_file:
                         metrics_file.write(metrics)
                     self.observer.step(metrics)
@@ -310,14 +310,14 @@ class Trainer:
             "or train.dtype=float32"
         )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, stop: threading.Event) -> dict[str, float]:
         """Whatever is due after this step: samples, validation loss, and the scores of `eval.tasks`."""
         metrics: dict[str, float] = {}
         if self.done or self._due(self.recipe.eval.every):
             self._sample()
             metrics |= self._validate()
         if self.recipe.eval.tasks and (self.done or self._due(self.recipe.eval.tasks_every)):
-            metrics |= self._score_tasks()
+            metrics |= self._score_tasks(stop)
         return metrics
 
     def _validate(self) -> dict[str, float]:
@@ -336,19 +336,26 @@ class Trainer:
         )
         return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
 
-    def _score_tasks(self) -> dict[str, float]:
+    def _score_tasks(self, stop: threading.Event) -> dict[str, float]:
         """The scores of `eval.tasks`; a task that fails, by whatever error, is noted and costs no training."""
         model = self.loss.whole_model()
-        if self.evaluator is None or not self.world.is_writer:
+        if self.evaluator is None:
             return {}
-        path = self.run_folder / "checkpoints" / checkpoint.step_name(self.progress.step)
+        name = checkpoint.step_name(self.progress.step)
         try:
             with preserved(model):
-                scores = self.evaluator(model, path)
+                scores = self.evaluator(model, self.run_folder / "checkpoints" / name, stop)
+        except PeerLostError:
+            raise
         except Exception as error:
             self.observer.note(f"eval.tasks could not be scored at step {self.progress.step}: {error}")
             return {}
-        return {f"eval/{name}": value for name, value in scores.items()}
+        if scores is None:
+            self.observer.note(
+                f"a signal broke off eval.tasks at step {self.progress.step}; score it with `lightlm eval`"
+            )
+            return {}
+        return {f"eval/{task}": value for task, value in scores.items()}
 
     def _sample(self) -> None:
         """Let the model continue the recipe's prompts."""

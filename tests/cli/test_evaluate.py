@@ -29,6 +29,7 @@ def test_the_newest_run_is_scored_and_the_results_lie_in_it(world: Path) -> None
     assert done.exit_code == 0, done.output
     for word in ("heldout", "bits_per_byte", "quiz", "acc_norm", "Stderr"):
         assert word in done.stdout
+    assert "Note: the task heldout_cloze" in done.stderr  # three documents are too few
     [path] = (world / "runs" / "demo" / "eval").glob("*[!a].json")
     assert path.name == "step_000007_heldout+quiz.json"
     facts = json.loads(path.with_suffix(".meta.json").read_text())

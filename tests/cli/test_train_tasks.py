@@ -1,8 +1,10 @@
 """lm-eval's tasks during training, by the task heldout, which needs no network."""
 
 import json
+import os
 import random
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -86,7 +88,7 @@ def test_a_multiple_choice_task_is_scored_and_refused_where_its_data_are_gone(li
 def test_a_task_that_fails_later_is_noted_and_training_goes_on():
     calls = []
 
-    def evaluator(model, path):
+    def evaluator(model, path, stop):
         calls.append(path.name)
         if len(calls) == 1:
             raise OSError("the Hub gave no answer")
@@ -99,6 +101,28 @@ def test_a_task_that_fails_later_is_noted_and_training_goes_on():
     assert calls == ["step_000005", "step_000010"]
     assert watch.notes == ["eval.tasks could not be scored at step 5: the Hub gave no answer"]
     assert [m["step"] for m in watch.metrics if "eval/quiz/acc" in m] == [10]
+
+
+def test_a_signal_breaks_an_evaluation_off_and_the_run_is_saved():
+    def evaluator(model, path, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None if stop.wait(10) else {}
+
+    watch = Recorder()
+    recipe = load_recipe("tiny.yaml", [*SHORT, "eval.tasks=[quiz]", "eval.tasks_every=1280"])
+    trainer = Trainer(recipe, new_run("broken-off", exact=True), watch, lambda *_: "", evaluator=evaluator)
+    result = trainer.train()
+    assert (result.interrupted, result.step) == (True, 5)
+    assert watch.saved == ["step_000005"]
+    [note] = watch.notes
+    assert "broke off eval.tasks at step 5" in note
+
+
+def test_a_folder_of_data_sets_that_is_not_there_is_named(lightlm, workspace):
+    changes = ["eval.tasks=[quiz.yaml]", "eval.data_dir=evals"]
+    write_quiz(workspace)
+    outcome = lightlm("train", "tiny.yaml", *changes, "--name", "no-sets")
+    outcome.assert_one_message("eval.data_dir evals is no folder", "--prefetch quiz.yaml --data-dir evals")
 
 
 def test_an_evaluation_leaves_no_trace():

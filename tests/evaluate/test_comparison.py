@@ -9,7 +9,7 @@ from lightlm.evaluate.comparison import Answers, Protocol, compare, compare_all,
 from lightlm.evaluate.documents import Document, documents_file, of_samples, read, write
 from lightlm.evaluate.figures import Row
 
-SAME = Protocol(version=1.0, num_fewshot=0, dtype="float32", bos="auto")
+SAME = Protocol(version=1.0, num_fewshot=0, dtype="float32", bos="yes")
 
 
 def accuracy(model, right, *, task="quiz", metric="acc", protocol=SAME, salt=""):
@@ -84,8 +84,8 @@ def test_among_many_comparisons_each_must_be_the_clearer():
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"protocol": Protocol(2.0, 0, "float32", "auto")}, "task versions 1.0 and 2.0"),
-        ({"protocol": Protocol(1.0, 5, "float32", "auto")}, "0 and 5 examples in the prompt"),
+        ({"protocol": Protocol(2.0, 0, "float32", "yes")}, "task versions 1.0 and 2.0"),
+        ({"protocol": Protocol(1.0, 5, "float32", "yes")}, "0 and 5 examples in the prompt"),
         ({"salt": "other"}, "different documents (100 and 100)"),
     ],
 )
@@ -107,7 +107,7 @@ def test_precision_and_bos_are_noted():
     other = Protocol(1.0, 0, "bfloat16", "no")
     sentence = compare(accuracy("a", RIGHT), accuracy("b", BETTER, protocol=other)).sentence()
     assert "b is better" in sentence
-    assert "float32 against bfloat16, BOS auto against no)" in sentence
+    assert "float32 against bfloat16, BOS yes against no)" in sentence
 
 
 def test_a_figure_that_is_no_mean_over_documents_is_refused():

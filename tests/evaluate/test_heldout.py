@@ -110,7 +110,7 @@ def test_an_unreachable_hub_is_not_retried(world: LoadedModel, monkeypatch: pyte
     path = Path("far.yaml")
     path.write_text(Path("quiz.yaml").read_text().replace("dataset_path: json", "dataset_path: nobody/nothing"))
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s to try again"))
-    with pytest.raises(DataError, match=r"nobody/nothing.*no answer from http://127\.0\.0\.1:9.*HF_HUB_OFFLINE"):
+    with pytest.raises(DataError, match=r"(?s)no answer from http://127\.0\.0\.1:9.*nobody/nothing.*HF_HUB_OFFLINE"):
         Tasks(Settings(["quiz.yaml", "far.yaml"])).load(["far.yaml"])
     assert not datasets.config.HF_HUB_OFFLINE
     assert run_tasks(LightLM(world), Tasks(Settings(["quiz.yaml"])))["results"]  # local data need no Hub
@@ -131,7 +131,7 @@ def test_results_are_lm_evals_own_document_beside_a_file_of_facts(world: LoadedM
     assert written["results"]["quiz"]["acc,none"] == document["results"]["quiz"]["acc,none"]
     facts = json.loads(path.with_suffix(".meta.json").read_text())
     assert facts["seconds"] == 1.5
-    assert facts["versions"].keys() == {"lightlm", "lm_eval", "torch", "python"}
+    assert facts["versions"].keys() >= {"lightlm", "lm_eval", "torch", "python", "datasets", "tokenizers"}
 
 
 def test_file_names_stay_short_and_apart() -> None:

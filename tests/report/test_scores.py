@@ -103,6 +103,17 @@ def test_another_precision_is_noted(runs):
     assert "float32 against bfloat16" in scores_of(runs).comparisons()[0].sentence()
 
 
+def test_a_token_before_every_context_is_noted_whichever_it_is(runs):
+    def bos(token):
+        return {"bos": {"setting": "auto", "before_contexts": token, "without_context": {"id": 0, "token": "x"}}}
+
+    write_scores(runs[0], {"piqa": 100}, facts=bos([{"id": 1, "token": "<s>"}]))
+    write_scores(runs[1], {"piqa": 140}, facts=bos([]))
+    assert "BOS yes against no" in scores_of(runs).comparisons()[0].sentence()
+    write_scores(runs[1], {"piqa": 140}, facts=bos([{"id": 7, "token": "<bos>"}]))
+    assert "BOS" not in scores_of(runs).comparisons()[0].sentence()
+
+
 def test_damaged_documents_do_not_stop_a_report(runs, tmp_path):
     for run in runs:
         write_scores(run, {"piqa": 100})

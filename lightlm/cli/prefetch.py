@@ -1,0 +1,74 @@
+"""`lightlm eval --prefetch`: fetch what tasks need, and nothing else."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from lightlm.cli.console import console, out, print_json
+from lightlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightlm.evaluate.prefetch import Fetched
+
+_HEEDED = {"prefetch", "include_path", "data_dir", "as_json"}
+
+
+def fetch_only(
+    context: typer.Context, names: str, include_path: str | None, data_dir: str | None, as_json: bool
+) -> None:
+    """Fetch the data sets of these tasks into the Hub's cache, or into `data_dir`, and print what came."""
+    _refuse_others(context)
+    if data_dir is not None:
+        _make_folder(Path(data_dir))
+    with console.status("Reading lm-eval's list of tasks ...") as status:
+        from lightlm.evaluate.prefetch import prefetch
+        from lightlm.evaluate.runner import Settings, Tasks
+
+        chosen = Tasks(
+            Settings([n.strip() for n in names.split(",") if n.strip()], None, None, None, include_path, data_dir)
+        )
+        fetched = prefetch(chosen, lambda title: status.update(f"Fetching {title} ..."))
+    if as_json:
+        print_json({"data_sets": [asdict(row) for row in fetched]})
+    else:
+        _print_table(fetched)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Refuse options and models that mean nothing here, rather than pass over them."""
+    given = [
+        parameter.opts[0] if parameter.param_type_name == "option" else "MODEL"
+        for parameter in context.command.params
+        if parameter.name not in _HEEDED
+        and str(context.get_parameter_source(parameter.name or "")).endswith("COMMANDLINE")
+    ]
+    if given:
+        raise UsageError(
+            f"--prefetch fetches data and scores nothing; leave out {', '.join(given)}, and run the same tasks with "
+            "--tasks afterwards"
+        )
+
+
+def _make_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--data-dir {path} is a file, not a folder; choose another name")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _print_table(fetched: list["Fetched"]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not fetched:
+        out.print("These tasks read no data set.")
+        return
+    table = Table("Tasks", "Data set", "Configuration", "Revision")
+    for title in ("Files", "Bytes"):
+        table.add_column(title, justify="right")
+    table.add_column("Where", overflow="fold")
+    for row in fetched:
+        texts = (", ".join(row.tasks), row.data_set, row.config or "", (row.revision or "")[:8])
+        table.add_row(*map(escape, texts), f"{row.files:,}", f"{row.bytes:,}", escape(row.where))
+    out.print(table)

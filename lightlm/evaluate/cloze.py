@@ -1,0 +1,172 @@
+"""Four-way cloze examples in HellaSwag's form, cut from any documents (the task `heldout_cloze`).
+
+A passage of a document is to be continued: by what follows in it, or by one of three passages from other documents.
+All four begin a sentence, end between words and are equally long, and right answers serve as wrong ones elsewhere,
+so the endings by themselves tell nothing. Examples are a function of the documents' texts alone: not of
+their order, and of no tokenizer.
+"""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from lightlm.data.ngrams import ngram_hashes
+
+EXAMPLES = 1000
+ENDINGS = 4
+# Characters: with 8,192 tokens, context and ending fit into the 256 tokens of the smallest recipe.
+CONTEXT = 320
+LONGEST_CONTEXT = 640  # a "sentence" that goes on beyond is a table or a list
+# All four are cut by one rule. Were the wrong ones cut to the right one's length, it would be of middle length, a clue.
+ENDING = 100
+TOLERANCE = 2
+BYTE_TOLERANCE = 0.05  # of the right ending's; keeps scripts together, whose characters have other numbers of bytes
+
+_DRAWS = 100  # passages looked at for one example's wrong endings
+_SHARED_WORDS = 8  # an ending that repeats so many words of the right document might be right
+_SHARED_DOCUMENT = 0.1  # of the smaller document's runs of such words: one is a version of the other
+# A full stop after two letters that are no capitals ("Mr.", "J." end nothing), or one of Chinese and Japanese.
+_SENTENCE_END = re.compile(r"(?<=[^\W\d_A-Z]{2})[.!?…][\"'”’)\]]* |[。！？][”’」』）]* ?")
+_IDEOGRAPH = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef]|[\U00020000-\U0003ffff]")  # no spaces
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context that ends with a sentence, four endings, and the index of the right one."""
+
+    context: str
+    endings: list[str]
+    label: int
+    documents: list[int]  # of each ending, as indices of the given texts
+
+
+@dataclass(frozen=True)
+class _Passage:
+    document: int
+    context: str
+    ending: str  # what follows
+    key: int  # a hash of both
+
+
+def examples(texts: Sequence[str], count: int = EXAMPLES) -> list[Example]:
+    """Up to `count` examples, first one of each document, then a second of each, and so on.
+
+    Fewer where the documents hold fewer passages, none where fewer than four documents hold any. Of documents with
+    equal texts one is used.
+    """
+    documents = {" ".join(text.split()): index for index, text in reversed(list(enumerate(texts)))}
+    passages = {index: list(_passages(text, index)) for text, index in documents.items()}
+    pool = sorted((passage for some in passages.values() for passage in some), key=lambda passage: passage.key)
+    overlap = _Overlap({index: text for text, index in documents.items()})
+    turns: Counter[int] = Counter()
+    order = []
+    for passage in pool:
+        turns[passage.document] += 1
+        order.append((turns[passage.document], passage))
+    found = (_example(passage, pool, overlap) for _, passage in sorted(order, key=lambda entry: entry[0]))
+    return list(itertools.islice(filter(None, found), count))
+
+
+def _passages(text: str, document: int) -> Iterator[_Passage]:
+    """Contexts that begin and end with sentences, one after another without overlap, and what follows each."""
+    starts = [match.end() for match in _SENTENCE_END.finditer(text) if _opens_sentence(text, match.end())]
+    begin = 0
+    for start in starts:
+        if start < begin + CONTEXT:
+            continue
+        if start > begin + LONGEST_CONTEXT:
+            begin = start
+            continue
+        ending = _ending(text, start)
+        if ending is None:
+            continue
+        context = text[begin:start].rstrip()
+        yield _Passage(document, context, ending, _hash(f"{context}\0{ending}"))
+        begin = next((later for later in starts if later >= start + ENDING + TOLERANCE), len(text))
+
+
+def _opens_sentence(text: str, position: int) -> bool:
+    first = text[position : position + 1]
+    return first.isalpha() and not first.islower()
+
+
+def _example(passage: _Passage, pool: list[_Passage], overlap: "_Overlap") -> Example | None:
+    right = passage.ending
+    wrong: dict[int, str] = {}
+    for draw in range(_DRAWS):
+        other = pool[_hash(f"{passage.key}:{draw}") % len(pool)]
+        if other.document in (passage.document, *wrong):
+            continue
+        if other.ending in (right, *wrong.values()) or not _alike(other.ending, right):
+            continue
+        if overlap.related(passage.document, other.document) or overlap.quotes(other.ending, passage.document):
+            continue
+        wrong[other.document] = other.ending
+        if len(wrong) == ENDINGS - 1:
+            break
+    else:
+        return None
+    label = _hash(f"{passage.key}") % ENDINGS
+    endings, documents = list(wrong.values()), list(wrong)
+    endings.insert(label, right)
+    documents.insert(label, passage.document)
+    return Example(passage.context, endings, label, documents)
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def _alike(ending: str, right: str) -> bool:
+    """Whether their characters take about as many bytes; if one script has capitals and the other none, they do not."""
+    right_bytes = len(right.encode())
+    return abs(len(ending.encode()) - right_bytes) <= BYTE_TOLERANCE * right_bytes
+
+
+def _ending(text: str, start: int) -> str | None:
+    """The text from there to the end of a word about `ENDING` characters on; None if no word ends there."""
+    for distance in range(TOLERANCE + 1):
+        for end in (start + ENDING - distance, start + ENDING + distance):
+            if end > len(text) or text[end - 1] == " ":
+                continue
+            if text[end : end + 1] in ("", " ") or _IDEOGRAPH.match(text[end - 1]):
+                return text[start:end]
+    return None
+
+
+class _Overlap:
+    """What documents have in common, by the runs of their words."""
+
+    def __init__(self, texts: dict[int, str]) -> None:
+        self._runs = {index: _runs(text) for index, text in texts.items()}
+        self._related: dict[tuple[int, int], bool] = {}
+
+    def quotes(self, ending: str, document: int) -> bool:
+        """Whether a run of the ending's words stands in the document."""
+        return _common(_runs(ending), self._runs[document]) > 0
+
+    def related(self, first: int, second: int) -> bool:
+        """Whether one document is a version of the other."""
+        pair = min(first, second), max(first, second)
+        if pair not in self._related:
+            smaller, larger = sorted((self._runs[index] for index in pair), key=len)
+            self._related[pair] = _common(smaller, larger) > _SHARED_DOCUMENT * len(smaller)
+        return self._related[pair]
+
+
+def _runs(text: str) -> np.ndarray:
+    found = list(ngram_hashes(text, _SHARED_WORDS))
+    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
+
+
+def _common(smaller: np.ndarray, larger: np.ndarray) -> int:
+    """How many hashes two sorted arrays without repetitions share; quick if the first is much the smaller."""
+    if not larger.size:
+        return 0
+    places = np.searchsorted(larger, smaller)
+    return int(np.count_nonzero(larger[np.minimum(places, larger.size - 1)] == smaller))

@@ -1,0 +1,86 @@
+"""Which data sets tasks read, found out without reading any."""
+
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.config.task import TaskConfig
+from lm_eval.tasks import TaskManager, _factory
+
+
+@dataclass(frozen=True)
+class Need:
+    """A data set that tasks read, as they name it.
+
+    Args:
+        path: a Hub id, or a format of `datasets` such as `json`.
+        name: the configuration.
+        options: further arguments of `load_dataset`.
+        tasks: who reads it.
+    """
+
+    path: str
+    name: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """`allenai/ai2_arc (ARC-Easy)`."""
+        return f"{self.path} ({self.name})" if self.name else self.path
+
+
+class _Described(ConfigurableTask):
+    """A task that has read its configuration and nothing else."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.source = config.pop("class", None)
+        self._config = TaskConfig(**config)
+
+
+class _Describer(_factory.TaskFactory):
+    """lm-eval's factory, which stops before any data is loaded."""
+
+    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Task:
+        config = self._load_full_config(entry, overrides)
+        for key in ("tag", "group", "task_list"):
+            config.pop(key, None)
+        known = TaskConfig.__dataclass_fields__.keys() | {"class"}  # tasks in Python may have keys of their own
+        return _Described({key: value for key, value in config.items() if key in known})
+
+
+def needs_of(manager: TaskManager, names: list[str], metadata: dict[str, Any]) -> list[Need]:
+    """The data sets of tasks, groups and tags, each once; nothing is loaded for it.
+
+    Not among them are those that a task fetches by code of its own.
+    """
+    needs: dict[str, Need] = {}
+    before = manager._factory
+    manager._factory = _Describer(meta=metadata)
+    try:
+        # A group builds the tasks that are written out in its own file by the class's name.
+        with mock.patch.object(_factory, "ConfigurableTask", _Described):
+            tasks = TaskManager.load(manager, names)["tasks"]
+    finally:
+        manager._factory = before
+    for task_name, task in tasks.items():
+        need = _need(task)
+        if need is not None:
+            key = repr((need.path, need.name, sorted(need.options.items())))
+            needs.setdefault(key, need).tasks.append(task_name)
+    return list(needs.values())
+
+
+def _need(task: Any) -> Need | None:
+    config, source = task.config, task.source
+    if config.custom_dataset is not None:
+        return None
+    if source is not None and source.download not in (Task.download, ConfigurableTask.download):
+        return None
+    path = config.dataset_path or getattr(source, "DATASET_PATH", None)
+    if path is None:
+        return None
+    # lm-eval's own `download` drops this argument, which `datasets` no longer takes.
+    options = {key: value for key, value in (config.dataset_kwargs or {}).items() if key != "trust_remote_code"}
+    return Need(path, config.dataset_name or getattr(source, "DATASET_NAME", None), options)

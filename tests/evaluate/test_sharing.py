@@ -1,0 +1,154 @@
+"""`eval.tasks` shared by the processes of a run: the figures of one process, and no process left waiting."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightlm import checkpoint
+from lightlm.checkpoint import LoadedModel
+from lightlm.data.prepare import prepare
+from lightlm.evaluate import during_training, runner, sharing
+from lightlm.evaluate.during_training import TaskScores
+from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.results import rows
+from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.sharing import Meetings, SharedLightLM
+from lightlm.recipe import EvalSection, load_recipe
+from lightlm.train.distributed import World
+from lightlm.train.runs import new_run
+from lightlm.train.trainer import Trainer
+from tests.corpus import TINY_RECIPE
+from tests.evaluate.test_cloze import documents
+from tests.evaluate.tiny_run import write_quiz, write_world
+from tests.train.group import together
+from tests.train.watch import Recorder
+
+LIMIT = 20
+RECIPE = (
+    "model.max_seq_len=128",
+    "train.batch_tokens=1024",
+    "train.tokens=4096",
+    "eval.prompts=[]",
+    f"eval.limit={LIMIT}",
+)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(tmp_path))
+    source = tmp_path / "source.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(60)))
+    prepare(str(source), "train:320", Path("data/tiny"), val_fraction=0.5)
+    Path("tiny.yaml").write_text(TINY_RECIPE)
+    return tmp_path
+
+
+def run_and_quarrel(world):
+    """The metrics of a sharded run with `eval.tasks`; then what each kind of trouble in the second process gives."""
+    recipe = load_recipe("tiny.yaml", (*RECIPE, "eval.tasks=[heldout]", "train.parallel=fsdp"))
+    watch = Recorder()
+    trainer = Trainer(recipe, Path("runs/shared"), watch, lambda model, prompt: "", None, world)
+    scores = TaskScores(recipe.eval, trainer.data.path, world)
+    trainer.evaluator = lambda model, path, stop: scores(model, trainer.data.tokenizer, path, stop)
+    trainer.run_folder = world.from_writer(lambda: new_run("shared", exact=True))
+    trainer.train()
+    model, second = trainer.loss.whole_model(), world.rank == 1
+
+    def outcome(scores, stop=None):
+        try:
+            return scores(model, trainer.data.tokenizer, Path("here"), stop or threading.Event())
+        except Exception as error:
+            return str(error)
+
+    troubles = []
+    stop = threading.Event()
+    if second:
+        stop.set()
+    troubles.append(outcome(scores, stop))
+    limit = recipe.eval.model_copy(update={"limit": LIMIT + second})
+    troubles.append(outcome(TaskScores(limit, trainer.data.path, world)))
+    if second:
+        plain, SharedLightLM._loglikelihood_tokens = SharedLightLM._loglikelihood_tokens, fail
+    troubles.append(outcome(scores))
+    if second:
+        SharedLightLM._loglikelihood_tokens = plain
+        during_training.run_tasks = lambda *args, **options: fail(run_tasks(*args, **options))  # with all answers there
+    troubles.append(outcome(scores))
+    world.barrier()  # all are still in step
+    return watch.metrics, watch.notes, troubles
+
+
+def fail(*_, **__):
+    raise MemoryError("no room")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks processes the Linux way")
+def test_two_processes_score_as_one_and_share_trouble(workspace):
+    (metrics, notes, troubles), (_, _, others) = together(2, run_and_quarrel)
+    assert not notes
+    shared = {key.removeprefix("eval/"): value for key, value in metrics[-1].items() if key.startswith("eval/")}
+    path = checkpoint.newest_checkpoint(Path("runs/shared"))
+    loaded = checkpoint.load_model(path, torch.device("cpu"))
+    alone = rows(run_tasks(LightLM(loaded), Tasks(Settings(["heldout"], LIMIT, data="data/tiny"))))
+    assert {f"{row.task}/{row.metric}" for row in alone} == shared.keys()
+    for row in alone:
+        exact = row.task == "heldout_cloze"
+        value = shared[f"{row.task}/{row.metric}"]
+        assert value == row.value if exact else value == pytest.approx(row.value, rel=1e-6)
+    stopped, different, failed, late = troubles
+    assert stopped is None
+    assert others[0] is None
+    assert "different examples" in different
+    assert "different examples" in others[1]
+    assert failed == late == "process 1 of 2: no room"
+    assert others[2:] == ["no room", "no room"]
+
+
+def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "_OURS", {"heldout", "quiz.yaml"})  # spares 6 s: lm-eval's thousands of files
+    loaded = write_world(tmp_path)
+    write_quiz(tmp_path)
+    monkeypatch.setattr(sharing, "_FIRST_ROUND", 2)
+    monkeypatch.setattr(sharing, "_ROUND_SECONDS", 0.0)
+    tasks, stop = Tasks(Settings(["heldout", "quiz.yaml"])), threading.Event()
+    shared = rows(run_tasks(SharedLightLM(loaded, Meetings(World(), stop)), tasks, bootstrap_iters=0))
+    for ours, other in zip(shared, rows(run_tasks(LightLM(loaded), tasks)), strict=True):
+        assert (ours.task, ours.metric, ours.documents) == (other.task, other.metric, other.documents)
+        assert ours.value == pytest.approx(other.value, rel=1e-6)
+
+    answered = []
+
+    class Counting(SharedLightLM):
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            answered.extend(requests)
+            stop.set()
+            return super()._loglikelihood_tokens(requests, **kwargs)
+
+    monkeypatch.setattr(during_training, "SharedLightLM", Counting)
+    section = EvalSection(tasks=["quiz.yaml"])
+    scores = TaskScores(section, Path("data/tiny"), World())
+    assert scores(loaded.model, loaded.tokenizer, loaded.path, stop) is None
+    assert len(answered) == 2 * 3  # two of six questions
+
+
+def test_generated_answers_are_shared_too(tmp_path, monkeypatch):
+    class Two:
+        rank, size = 0, 2
+
+        def gather(self, value):
+            other = type(value)(value.place, ([1, 3], ["b", "d"], 0.1))
+            return [value, other]
+
+    loaded = write_world(tmp_path)
+    monkeypatch.setattr(
+        LightLM, "generate_until", lambda self, requests: [request.args[0].lower() for request in requests]
+    )
+    lm = SharedLightLM(LoadedModel(loaded.model, loaded.tokenizer, loaded.path), Meetings(Two(), threading.Event()))
+    requests = [type("Request", (), {"args": (text, {"until": ["."]})})() for text in "ABCD"]
+    assert lm.generate_until(requests) == ["a", "b", "c", "d"]
