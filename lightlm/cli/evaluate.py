@@ -11,9 +11,11 @@ from lightlm.cli.console import console, print_json
 from lightlm.cli.evaluation_display import print_table
 from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import UsageError
+from lightlm.evaluate.baselines import split_names
 
 if TYPE_CHECKING:
     from lightlm.checkpoint import LoadedModel
+    from lightlm.evaluate.comparison import Answers
     from lightlm.evaluate.runner import Tasks
 
 
@@ -60,6 +62,15 @@ def evaluate(
     out_path: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Results file, or a folder; <run>/eval/ unless given.")
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B1,B2", help="Published figures beside them (gpt2, mobilellm-125m, ...); or further models."
+        ),
+    ] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write lm-eval's samples: prompts and answers of each document.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
 ) -> None:
     """Score models with lm-evaluation-harness: checkpoint -> scores.
@@ -70,13 +81,15 @@ def evaluate(
     if prefetch is not None:
         fetch_only(context, prefetch, include_path, data_dir, as_json)
         return
-    references: list[str | None] = list(models) if models else [None]
+    baselines, further = split_names(compare or "")
+    references: list[str | None] = [*models, *further] if models else [None, *further]
     if out_path is not None:
         _check_out(out_path, len(references))
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.convert.loading import load_pretrained
         from lightlm.device import pick_device
+        from lightlm.evaluate.comparison import compare_all
         from lightlm.evaluate.harness import batch_limits, evaluation_dtype
         from lightlm.evaluate.runner import Settings, Tasks
 
@@ -88,14 +101,18 @@ def evaluate(
         status.update("Reading the tasks' data ...")
         chosen.require_data()
     heldout_data = _heldout_data(references, data) if chosen.read_data else None
-    reports = []
+    reports, answers = [], []
     for reference in references:
         loaded = load_pretrained(reference, target, precision)
-        reports.append(_evaluate_one(loaded, chosen, batch_size, out_path, heldout_data))
+        report, figures = _evaluate_one(loaded, chosen, batch_size, out_path, heldout_data, log_samples)
+        reports.append(report)
+        answers.append(figures)
+    comparisons = compare_all(answers)
     if as_json:
-        print_json({"models": reports})
+        document = {"models": reports, "comparisons": [comparison.to_dict() for comparison in comparisons]}
+        print_json(document | {"baselines": [baseline.to_dict(answers[0], limit) for baseline in baselines]})
     else:
-        print_table(reports)
+        print_table(reports, answers, comparisons, baselines)
 
 
 def _check_out(path: Path, models: int) -> None:
@@ -128,14 +145,20 @@ def _heldout_data(references: list[str | None], data: str | None) -> Path:
 
 
 def _evaluate_one(
-    loaded: "LoadedModel", chosen: "Tasks", batch_size: str, out_path: Path | None, heldout_data: Path | None
-) -> dict[str, Any]:
+    loaded: "LoadedModel",
+    chosen: "Tasks",
+    batch_size: str,
+    out_path: Path | None,
+    heldout_data: Path | None,
+    log_samples: bool,
+) -> tuple[dict[str, Any], list["Answers"]]:
     """Run the tasks on one model and write its files; what the table and --json show of it."""
     from dataclasses import asdict
 
     from rich.markup import escape
 
-    from lightlm.evaluate import results
+    from lightlm.evaluate import documents, results, samples
+    from lightlm.evaluate.comparison import answers_of
     from lightlm.evaluate.harness import LightLM
     from lightlm.evaluate.provenance import describe_bos, provenance
     from lightlm.evaluate.runner import BOS, run_tasks
@@ -143,9 +166,11 @@ def _evaluate_one(
     started = time.perf_counter()
     console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
     lm = LightLM(loaded, batch_size=batch_size, add_bos_token=BOS[chosen.settings.bos])
-    document = run_tasks(lm, chosen)
+    document = run_tasks(lm, chosen, log_samples=True)
     for note in chosen.take_notes():
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+    logged = document.pop("samples")
+    scored = documents.of_samples(logged)
     counts = loaded.model.num_parameters()
     facts: dict[str, Any] = {
         "model": loaded.name,
@@ -164,8 +189,12 @@ def _evaluate_one(
     path = results.result_file(loaded, chosen.settings, out_path)
     if path is not None:
         results.write(path, document, facts | provenance(lm, chosen))
+        documents.write(documents.documents_file(path), scored)
+        if log_samples:
+            samples.write(path, logged)
     console.print(
         f"{loaded.name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False, soft_wrap=True
     )
     figures = [asdict(row) for row in results.rows(document)]
-    return {**facts, "file": str(path) if path else None, "results": figures}
+    report = {**facts, "file": str(path) if path else None, "results": figures}
+    return report, answers_of(loaded.name, document, scored, facts)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lightlm.cli.console import console, out, print_json
+from lightlm.errors import UsageError
+from lightlm.evaluate.baselines import split_names
 
 if TYPE_CHECKING:
     from lightlm.report.build import Report
@@ -19,31 +21,49 @@ def report(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder; the run's, or runs/compare-A-B for several, unless given."),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="B1,B2", help="Published figures beside the scores (gpt2, mobilellm-125m, ...)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print paths and summaries as one JSON document.")] = False,
 ) -> None:
-    """Plot runs: metrics -> one page and PNGs. Several runs are overlaid."""
+    """Plot runs: metrics -> one page and PNGs. Several runs are overlaid, and their stored scores compared."""
+    baselines, models = split_names(compare or "")
+    if models:
+        raise UsageError(
+            f"--compare {models[0]}: a report reads what is stored; name a run beside the others, or score the model "
+            f"with `lightlm eval --compare {models[0]}`"
+        )
     with console.status("Drawing ..."):
         from lightlm.checkpoint import find_run
         from lightlm.report.build import write_report
 
         references: list[str | None] = list(runs) if runs else [None]
-        written = write_report([find_run(reference) for reference in references], out_path)
+        written = write_report([find_run(reference) for reference in references], out_path, baselines)
     if as_json:
         print_json(_document(written))
         return
+    from lightlm.evaluate.comparison import sentences
+    from lightlm.report.scores import Scores
+
     _print_table(written)
     for record in written.records:
         for note in record.notes:
             console.print(f"{record.name}: {note}", soft_wrap=True, markup=False)
+    for sentence in sentences(Scores(written.records).comparisons()):
+        out.print(sentence, soft_wrap=True, markup=False)
     out.print(f"Page {written.page}", soft_wrap=True, markup=False)
     out.print(f"{len(written.plots)} plots in {written.page.parent / 'plots'}", soft_wrap=True, markup=False)
 
 
 def _document(written: "Report") -> dict[str, Any]:
+    from lightlm.report.scores import Scores
+
     return {
         "page": str(written.page),
         "plots": {name: str(path) for name, path in written.plots.items()},
         "runs": [record.summary() | {"notes": record.notes} for record in written.records],
+        "comparisons": [comparison.to_dict() for comparison in Scores(written.records).comparisons()],
     }
 
 

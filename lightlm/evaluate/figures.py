@@ -16,8 +16,13 @@ class Row:
     higher_is_better: bool | None
 
 
+def metric_name(metric: str, filter_name: str) -> str:
+    """A metric as tables call it: a filter other than `none` is part of its name."""
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"
+
+
 def rows(results: dict[str, Any]) -> list[Row]:
-    """Every metric of every task and group in lm-eval's results; a filter other than `none` is part of its name."""
+    """Every metric of every task and group in lm-eval's results, by `metric_name`."""
     found = []
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
@@ -28,7 +33,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
             found.append(
                 Row(
                     task=task,
-                    metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
+                    metric=metric_name(metric, filter_name),
                     value=float(value),
                     stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
                     documents=results["n-samples"].get(task, {}).get("effective"),

@@ -24,6 +24,7 @@ from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
 from lightlm.evaluate.needs import Need, needs_of
 from lightlm.evaluate.task_index import check_tasks_folder, stock_tasks
+from lightlm.evaluate.templates import compiled_once
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
 BOS = {"auto": None, "yes": True, "no": False}  # as the harness's `add_bos_token`
@@ -211,11 +212,14 @@ class Tasks(TaskManager):
         return offline()
 
 
-def run_tasks(lm: LightLM, tasks: Tasks, *, bootstrap_iters: int = 100_000) -> dict[str, Any]:
+def run_tasks(
+    lm: LightLM, tasks: Tasks, *, bootstrap_iters: int = 100_000, log_samples: bool = False
+) -> dict[str, Any]:
     """Evaluate one model; returns lm-eval's own results document, as its command would write it.
 
     Args:
         bootstrap_iters: resamples for standard errors, by default as many as lm-eval's; 0 leaves all of them out.
+        log_samples: add `samples`: of each task its documents with prompts, answers and figures.
 
     Raises:
         DataError: a data set cannot be reached.
@@ -224,7 +228,7 @@ def run_tasks(lm: LightLM, tasks: Tasks, *, bootstrap_iters: int = 100_000) -> d
     path = lm.loaded.path
     tracker = EvaluationTracker()
     arguments = {"pretrained": str(path), "dtype": str(lm.model.embed_tokens.weight.dtype).removeprefix("torch.")}
-    with quiet():
+    with quiet(), compiled_once():
         results: dict[str, Any] = simple_evaluate(
             model=lm,
             model_args=arguments,
@@ -236,7 +240,7 @@ def run_tasks(lm: LightLM, tasks: Tasks, *, bootstrap_iters: int = 100_000) -> d
             batch_size=lm.limits.sequences or "auto",
             device=str(lm.device),
             evaluation_tracker=tracker,
-            log_samples=False,
+            log_samples=log_samples,
         )
     tracker.general_config_tracker.log_end_time()
     results["task_hashes"] = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightlm import files
 from lightlm.checkpoint import RUNS
+from lightlm.evaluate.baselines import Baseline
 from lightlm.report.page import render_page
 from lightlm.report.plots import draw_plots
 from lightlm.report.record import Record, read_records
@@ -22,11 +23,12 @@ class Report:
     records: list[Record]
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Report:
+def write_report(runs: Sequence[Path], out: Path | None = None, baselines: Sequence[Baseline] = ()) -> Report:
     """Write `report.html` and `plots/*.png` of one run or several.
 
     Args:
         out: the folder; the run's own, or for several runs `runs/compare-<a>-<b>`, unless given.
+        baselines: models whose published figures stand beside the runs' scores.
 
     Raises:
         CheckpointError: a run has no metrics, or they cannot be read.
@@ -34,10 +36,10 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Report:
     """
     records = read_records(list(runs))
     folder = out or (records[0].path if len(records) == 1 else comparison_folder(records))
-    plots = draw_plots(records)
+    plots = draw_plots(records, baselines)
     names = [record.name for record in records]
     title = f"Run {names[0]}" if len(names) == 1 else f"Comparison of {', '.join(names[:-1])} and {names[-1]}"
-    page = render_page(title, records, plots)
+    page = render_page(title, records, plots, baselines)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     paths = {plot.name: folder / "plots" / f"{plot.name}.png" for plot in plots}
     for plot in plots:

@@ -8,10 +8,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     FuncFormatter,
     LogFormatterMathtext,
@@ -38,6 +38,8 @@ RUNS = [
     ("#2a8fa3", "#66c5d8"),
 ]
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
+_HATCHES = ("", "///", "xxx")  # of bars, where lines are dashed
+_SHAPES = "D^svP*hX"  # of figures that are not the runs'
 
 PLOT_HEIGHT = 2.95  # inches, as those below
 _WIDTH, _LEFT, _RIGHT, _BOTTOM, _TITLE, _LEGEND_ROW = 6.8, 0.82, 0.22, 0.62, 0.46, 0.25
@@ -89,7 +91,7 @@ class Chart:
             self.axes.grid(True, color=GRID[0], linewidth=0.8)
             self.axes.set_axisbelow(True)
             self.axes.tick_params(which="both", length=0, pad=5)
-        self._entries: dict[str, Line2D] = {}
+        self._entries: dict[str, Artist] = {}
         self._right = _RIGHT
 
     @property
@@ -132,6 +134,45 @@ class Chart:
         )
         if len(x):
             self._entries.setdefault(label, drawn)
+
+    def bars(self, label: str, x: Floats, heights: Floats, errors: Floats, run: int, width: float) -> None:
+        """Bars in a run's colour, each with an error to either side; none where that is NaN."""
+        drawn = self.axes.bar(
+            x,
+            heights,
+            width * 0.9,
+            color=run_colour(run),
+            hatch=_HATCHES[run // len(RUNS) % len(_HATCHES)],
+            edgecolor="#ffffff",
+            linewidth=0,
+        )
+        known = np.isfinite(errors)
+        self.axes.errorbar(
+            x[known], heights[known], errors[known], fmt="none", ecolor=INK[0], elinewidth=1.1, capsize=3, zorder=4
+        )
+        self._entries.setdefault(label, drawn[0])
+
+    def shapes(self, label: str, x: Floats, y: Floats, number: int) -> None:
+        """Figures from elsewhere, as marks in ink, each source with a shape of its own."""
+        (drawn,) = self.axes.plot(
+            x,
+            y,
+            linestyle="none",
+            marker=_SHAPES[number % len(_SHAPES)],
+            markersize=7,
+            markerfacecolor="#ffffff",
+            markeredgecolor=INK[0],
+            markeredgewidth=1.4,
+            zorder=5,
+        )
+        self._entries.setdefault(label, drawn)
+
+    def levels(self, label: str, x: Floats, y: Floats, width: float) -> None:
+        """A dashed level across each of several groups of bars."""
+        drawn = self.axes.hlines(
+            y, x - width / 2, x + width / 2, colors=MUTED[0], linestyles="dashed", linewidth=1.6, zorder=3
+        )
+        self._entries.setdefault(label, drawn)
 
     def quantities(self, axis: str) -> None:
         """Ticks such as 10M on the axis `x` or `y`."""

@@ -6,9 +6,12 @@ from html import escape
 from typing import Any
 
 from lightlm import __version__
+from lightlm.evaluate.baselines import Baseline, Legend
+from lightlm.evaluate.comparison import NOISE, sentences
 from lightlm.report.chart import RUNS, colour_variables
 from lightlm.report.drawing import Plot
 from lightlm.report.record import Record, Score
+from lightlm.report.scores import Line, Scores
 from lightlm.report.summary import summary_table
 
 _SAMPLES = 6  # shown of one run, spread over its training; of several runs the last of each
@@ -40,14 +43,16 @@ footer{margin-top:2.5rem}
 """.strip()
 
 
-def render_page(title: str, records: Sequence[Record], plots: Sequence[Plot]) -> str:
+def render_page(
+    title: str, records: Sequence[Record], plots: Sequence[Plot], baselines: Sequence[Baseline] = ()
+) -> str:
     """The page: a table of the runs, notes, figures, scores, recipes (or what differs between them), samples."""
     parts = [
         f"<h1>{_text(title)}</h1>",
         _summary_table(records),
         _notes(records),
         _section("Curves", _figures(plots)),
-        _section("Scores", _scores(records)),
+        _section("Scores", _scores(records, baselines)),
         _section("Recipe" if len(records) == 1 else "Differences between the recipes", _recipes(records)),
         _section("Samples", _samples(records)),
         _section("Machine", _machines(records)),
@@ -102,7 +107,7 @@ def _summary_table(records: Sequence[Record]) -> str:
 def _notes(records: Sequence[Record]) -> str:
     several = len(records) > 1
     notes = [f"{record.name}: {note}" if several else note for record in records for note in record.notes]
-    return '<ul class="quiet">' + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>" if notes else ""
+    return _list(notes, "quiet")
 
 
 def _figures(plots: Sequence[Plot]) -> str:
@@ -115,38 +120,45 @@ def _figures(plots: Sequence[Plot]) -> str:
     return '<div class="plots">\n' + "\n".join(figures) + "\n</div>"
 
 
-def _scores(records: Sequence[Record]) -> str:
-    """Tasks by runs: of each run its newest checkpoint with that figure, the best run in bold."""
-    lines: dict[tuple[str, str, str], dict[int, Score]] = {}
-    for i, record in enumerate(records):
-        for score in sorted(record.scores, key=lambda score: score.step or 0):
-            row = score.row
-            documents = "" if row.documents is None else f"{row.documents:,}" + (" (cut)" if score.limit else "")
-            lines.setdefault((row.task, row.metric, documents), {})[i] = score
-    if not lines:
+def _scores(records: Sequence[Record], baselines: Sequence[Baseline]) -> str:
+    """Tasks by runs and published figures, and the runs compared in words; of two the better beyond noise in bold."""
+    scores = Scores(records)
+    if not scores.lines:
         return ""
     names = [record.name for record in records] if len(records) > 1 else ["Value"]
+    comparisons = scores.comparisons()
+    winners = {(one.task, one.metric): one.winner for one in comparisons} if len(records) == 2 else {}
+    legend = Legend()
     rows = []
-    for (task, metric, documents), found in lines.items():
-        best = _best(list(found.values())) if len(found) > 1 else None
-        cells = f'<td class="text">{_text(metric)}</td><td>{documents}</td>'
+    for line in scores.lines:
+        best = winners.get((line.task, line.metric)) if len(line.scores) == 2 else None
+        cells = f'<td class="text">{_text(line.metric)}</td><td>{line.documents}</td>'
         for i in range(len(records)):
-            kind = ' class="best"' if i in found and found[i].row.value == best else ""
-            cells += f"<td{kind}>{_text(_score(found[i])) if i in found else ''}</td>"
-        rows.append(f'<tr><th scope="row">{_text(task)}</th>{cells}</tr>')
-    return _table(["Task", "Metric", "Documents", *names], rows)
-
-
-def _best(scores: list[Score]) -> float | None:
-    higher = scores[0].row.higher_is_better
-    values = [score.row.value for score in scores]
-    return None if higher is None else max(values) if higher else min(values)
+            kind = ' class="best"' if i == best else ""
+            cells += f"<td{kind}>{_text(_score(line.scores[i])) if i in line.scores else ''}</td>"
+        cells += "".join(f"<td>{_text(_published(baseline, line, legend))}</td>" for baseline in baselines)
+        rows.append(f'<tr><th scope="row">{_text(line.task)}</th>{cells}</tr>')
+    table = _table(["Task", "Metric", "Documents", *names, *(baseline.name for baseline in baselines)], rows)
+    noise = [NOISE] if any(comparison.difference for comparison in comparisons) else []
+    return table + _list(sentences(comparisons)) + _list([*noise, *legend.lines(baselines)], "quiet")
 
 
 def _score(score: Score) -> str:
     error = "" if score.row.stderr is None else f" ± {score.row.stderr:.4f}"
     step = "" if score.step is None else f" (step {score.step:,})"
     return f"{score.row.value:.4f}{error}{step}"
+
+
+def _published(baseline: Baseline, line: Line, legend: Legend) -> str:
+    """The baseline's figure in this row, or a dash."""
+    score = next(iter(line.scores.values()))
+    figures = baseline.find(line.task, line.metric)
+    return legend.cell(figures[0], score.protocol.num_fewshot, score.limit) if figures else "–"
+
+
+def _list(items: Sequence[str], kind: str = "") -> str:
+    style = f' class="{kind}"' if kind else ""
+    return f"<ul{style}>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>" if items else ""
 
 
 def _recipes(records: Sequence[Record]) -> str:

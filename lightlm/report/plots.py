@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
+from lightlm.evaluate.baselines import Baseline
+from lightlm.report.bars import score_bars
 from lightlm.report.chart import spread
 from lightlm.report.curves import Curves, Floats, focus
 from lightlm.report.drawing import TOKENS, Axis, Plot, curve, empty_chart, label, runs_with
@@ -16,13 +18,13 @@ _FLOPS = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 _GROUP_STYLES = (None, (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # of parameter groups
 
 
-def draw_plots(records: Sequence[Record]) -> list[Plot]:
-    """All figures that these runs have metrics for, ready to be rendered."""
-    found = [plot for plot in _all_plots(records) if plot is not None]
+def draw_plots(records: Sequence[Record], baselines: Sequence[Baseline] = ()) -> list[Plot]:
+    """All figures that these runs have metrics for, ready to be rendered; `baselines` stand beside their scores."""
+    found = [plot for plot in _all_plots(records, baselines) if plot is not None]
     return [Plot(plot.name, plot.caption, plot.chart.finish()) for plot in found]
 
 
-def _all_plots(records: Sequence[Record]) -> Iterator[Plot | None]:
+def _all_plots(records: Sequence[Record], baselines: Sequence[Baseline]) -> Iterator[Plot | None]:
     time = _time_axis(records)
     zoom = "The first tenth of each run, its steep fall, does not set the limits."
     yield _loss(records, "loss", "Loss", TOKENS, f"Moving average over the raw losses. {zoom}")
@@ -38,6 +40,7 @@ def _all_plots(records: Sequence[Record]) -> Iterator[Plot | None]:
     yield _share(records, "mfu", "Model FLOPs utilisation", "share of the peak", lambda curves: curves.column("mfu"))
     yield _memory(records)
     yield from _evaluations(records)
+    yield from score_bars(records, baselines)
     yield from expert_plots(records)
 
 

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from lightlm.errors import CheckpointError, LightLMError, UsageError
-from lightlm.evaluate.figures import Row, rows
+from lightlm.evaluate.comparison import Protocol, answers_of
+from lightlm.evaluate.figures import Row
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
 from lightlm.report.curves import Curves, newest, smooth, smoothing_window
@@ -27,11 +28,14 @@ class Score:
     Args:
         step: the checkpoint's; None if the file's name does not say.
         limit: the number of documents the task was cut to, None for all.
+        file: of the results.
     """
 
     step: int | None
     row: Row
     limit: int | None
+    protocol: Protocol
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -153,13 +157,22 @@ def _read_scores(run: Path, notes: list[str]) -> Iterator[Score]:
             continue
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            found = rows(document)
+            found = [(answers.row, answers.protocol) for answers in answers_of("", document, [], _facts(path))]
             limit = document.get("config", {}).get("limit")
         except (ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{path} does not hold lm-eval's results and is left out.")
             continue
         step = re.match(r"step_(\d+)_", path.name)
-        yield from (Score(int(step[1]) if step else None, row, limit) for row in found)
+        yield from (Score(int(step[1]) if step else None, row, limit, protocol, path) for row, protocol in found)
+
+
+def _facts(results: Path) -> dict[str, Any]:
+    """What `lightlm eval` wrote beside results, if it was that which wrote them."""
+    try:
+        facts = json.loads(results.with_suffix(".meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _note_curves(curves: Curves, parameters: dict[str, int], notes: list[str]) -> None:

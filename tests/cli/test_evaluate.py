@@ -95,7 +95,7 @@ def test_several_models_stand_side_by_side(world: Path) -> None:
     checkpoint = "runs/demo/checkpoints/step_000007"
     done = CliRunner().invoke(app, ["demo", checkpoint, "--tasks", "quiz.yaml", "--out", "scores"], terminal_width=200)
     assert done.exit_code == 0, done.output
-    [line] = [line for line in done.stdout.splitlines() if "acc_norm" in line]
+    [line] = [line for line in done.stdout.splitlines() if "acc_norm" in line and "±" in line]
     assert line.count("±") == 2
     assert list((world / "scores").glob("demo_step_000007_quiz.json"))
 

@@ -1,0 +1,262 @@
+"""Whether one model is better than another at a task, beyond the noise of which documents the task happens to have.
+
+It is not the noise of training: another seed gives another model, and only runs with several seeds tell of that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from lightlm.evaluate import paired
+from lightlm.evaluate.documents import Document, Value
+from lightlm.evaluate.figures import Row, rows
+from lightlm.evaluate.paired import Difference
+
+NOISE = (
+    "Noise is that of which documents a task has: a difference is beyond it at 5% for all these comparisons together "
+    "(p by Holm's method). What another seed of training would change is not in it."
+)
+# Of metrics that say the same of a document, the one that is compared.
+_SAME_FIGURES = {"byte_perplexity": "bits_per_byte", "word_perplexity": "bits_per_byte"}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a task was put to a model.
+
+    Args:
+        version, num_fewshot: without which two figures are not of the same task.
+        dtype, bos: which change the answers a little.
+    """
+
+    version: Any = None
+    num_fewshot: Any = None
+    dtype: str | None = None
+    bos: str | None = None
+
+    def refusal(self, other: "Protocol") -> str | None:
+        """Why figures under these two protocols must not be compared."""
+        if self.version != other.version:
+            return f"task versions {self.version} and {other.version}"
+        if self.num_fewshot != other.num_fewshot:
+            return f"{self.num_fewshot} and {other.num_fewshot} examples in the prompt"
+        return None
+
+    def notes(self, other: "Protocol") -> list[str]:
+        """What else differs, where both say what it was."""
+        pairs = [("", self.dtype, other.dtype), ("BOS ", self.bos, other.bos)]
+        return [f"{what}{a} against {b}" for what, a, b in pairs if None not in (a, b) and a != b]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's figure on a task, and its share in it of each document: hash and value by number."""
+
+    model: str
+    row: Row
+    protocol: Protocol
+    documents: Mapping[int, tuple[str, Value]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models' figures for one task and metric.
+
+    Args:
+        higher_is_better: None where that has no answer.
+        documents: that both were scored on.
+        difference: second less first; None where it cannot be told, for the `reason`.
+        p_value: the difference's, made larger for how many comparisons it stands among.
+        share: the figure is a share of documents, which is written in percentage points.
+        notes: differences of protocol that do not forbid it.
+    """
+
+    task: str
+    metric: str
+    first: str
+    second: str
+    higher_is_better: bool | None
+    documents: int
+    difference: Difference | None = None
+    p_value: float = 1.0
+    reason: str = ""
+    share: bool = False
+    notes: Sequence[str] = ()
+
+    @property
+    def winner(self) -> int | None:
+        """0 if the first model is better beyond noise, 1 if the second is.
+
+        Test and interval must both say so: on a handful of documents the bootstrap's interval is too narrow.
+        """
+        if self.difference is None or self.higher_is_better is None:
+            return None
+        if self.p_value >= paired.SIGNIFICANCE or self.difference.low <= 0 <= self.difference.high:
+            return None
+        return int((self.difference.value > 0) == self.higher_is_better)
+
+    def sentence(self) -> str:
+        """For people: which is better and by how much, or that it cannot be told."""
+        where = f"at {self.task} {self.metric}"
+        if self.difference is None:
+            return f"{self.second} and {self.first} are not compared {where}: {self.reason}"
+        amount, interval = self.lead()
+        facts = ", ".join(
+            [f"95% interval {interval}", _p_text(self.p_value), f"{self.documents:,} documents", *self.notes]
+        )
+        if self.winner is None:
+            return f"{self.second} against {self.first}: no difference beyond noise {where} ({amount}, {facts})"
+        better, worse = (self.second, self.first) if self.winner else (self.first, self.second)
+        return f"{better} is better than {worse} {where} by {amount} ({facts})"
+
+    def lead(self) -> tuple[str, str]:
+        """How far the better model, or with a sign the second where none is, is ahead; and between what bounds."""
+        difference = self.difference
+        assert difference is not None
+        sign = -1 if (self.higher_is_better is False) != (self.winner == 0) else 1
+        scale, digits = (100, 1) if self.share else (1, 4)
+        unit = " points" if self.share else " bits a byte" if self.metric == "bits_per_byte" else ""
+        low, high = sorted((sign * difference.low, sign * difference.high))
+        plus = "+" if self.winner is None else ""
+        amount = f"{scale * sign * difference.value:{plus}.{digits}f}{unit}"
+        return amount, f"{scale * low:.{digits}f} to {scale * high:.{digits}f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        about = {key: getattr(self, key) for key in ("task", "metric", "first", "second", "documents")}
+        about["notes"] = list(self.notes)
+        if self.difference is None:
+            return about | {"refused": self.reason}
+        return about | {
+            "difference": self.difference.value,
+            "interval_95": [self.difference.low, self.difference.high],
+            "p_value": self.difference.p_value,
+            "p_value_holm": self.p_value,
+            "method": self.difference.method,
+            "beyond_noise": self.winner is not None,
+            "better": None if self.winner is None else (self.first, self.second)[self.winner],
+        }
+
+
+def _p_text(p_value: float) -> str:
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
+def answers_of(
+    model: str, results: Mapping[str, Any], documents: Sequence[Document], facts: Mapping[str, Any]
+) -> list[Answers]:
+    """Every figure of a results document, with the documents' shares where they are known.
+
+    Args:
+        results: lm-eval's document.
+        documents: beside it, see `lightlm.evaluate.documents`.
+        facts: of the `.meta.json` beside it.
+    """
+    by_task = {task: list(group) for task, group in groupby(documents, lambda document: document.task)}
+    dtype = facts.get("dtype") or (results.get("config") or {}).get("model_dtype")
+    found = []
+    for row in rows(dict(results)):
+        protocol = Protocol(
+            results.get("versions", {}).get(row.task),
+            results.get("n-shot", {}).get(row.task),
+            str(dtype).removeprefix("torch.") if dtype else None,
+            _bos(facts.get("bos")),
+        )
+        shares = {
+            document.doc_id: (document.doc_hash, document.metrics[row.metric])
+            for document in by_task.get(row.task, ())
+            if row.metric in document.metrics
+        }
+        found.append(Answers(model, row, protocol, shares))
+    return found
+
+
+def _bos(fact: Any) -> str | None:
+    """Whether a token stood before every context; which one is the tokenizer's affair."""
+    return (
+        ("yes" if fact["before_contexts"] else "no") if isinstance(fact, dict) and "before_contexts" in fact else None
+    )
+
+
+def compare(first: Answers, second: Answers) -> Comparison:
+    """Compare two models' figures for the same task and metric."""
+    row = first.row
+    about = (row.task, row.metric, first.model, second.model, row.higher_is_better)
+    if refusal := first.protocol.refusal(second.protocol):
+        return Comparison(*about, 0, reason=refusal)
+    for answers in (first, second):
+        if not answers.documents:
+            return Comparison(*about, 0, reason=f"there are no scores by document of {answers.model}; score it again")
+    if {i: document[0] for i, document in first.documents.items()} != {
+        i: document[0] for i, document in second.documents.items()
+    }:
+        counts = f"{len(first.documents):,} and {len(second.documents):,}"
+        return Comparison(*about, 0, reason=f"they were scored on different documents ({counts})")
+    numbers = sorted(first.documents)
+    (x_N, w_N), (y_N, v_N) = (_columns([answers.documents[i][1] for i in numbers]) for answers in (first, second))
+    form = paired.form_of(x_N, w_N, row.value)
+    if form is None or not np.array_equal(w_N, v_N) or paired.form_of(y_N, v_N, second.row.value) is not form:
+        return Comparison(*about, len(numbers), reason="the figure is no mean over documents")
+    share = bool((w_N == 1).all() and min(x_N.min(), y_N.min()) >= 0 and max(x_N.max(), y_N.max()) <= 1)
+    notes = tuple(first.protocol.notes(second.protocol))
+    difference = paired.difference(x_N, y_N, w_N, form)
+    return Comparison(*about, len(numbers), difference, difference.p_value, share=share, notes=notes)
+
+
+def _columns(values: Sequence[Value]) -> tuple[paired.Floats, paired.Floats]:
+    """Numerators and denominators (N,)."""
+    pairs = [value if isinstance(value, tuple) else (value, 1.0) for value in values]
+    columns = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return columns[0], columns[1]
+
+
+def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
+    """Each model against the first, for every figure that both have; groups of tasks are left to their tasks.
+
+    The more comparisons there are, the more of them would be beyond noise by chance, so each must pass Holm's bound for
+    all of them: of two runs that differ in their seed alone, one of 12 figures was at p = 0.012.
+    """
+    found = []
+    for second in models[1:]:
+        others = {(answers.row.task, answers.row.metric): answers for answers in second}
+        metrics = {(answers.row.task, answers.row.metric) for answers in models[0]}
+        for answers in models[0]:
+            task, metric = answers.row.task, answers.row.metric
+            if (task, _SAME_FIGURES.get(metric)) in metrics or answers.row.documents is None:
+                continue
+            if (other := others.get((task, metric))) is not None:
+                found.append(compare(answers, other))
+    told = [i for i, comparison in enumerate(found) if comparison.difference]
+    for i, p_value in zip(told, paired.holm([found[i].p_value for i in told]), strict=True):
+        found[i] = replace(found[i], p_value=p_value)
+    return found
+
+
+def sentences(comparisons: Sequence[Comparison]) -> list[str]:
+    """The comparisons in words; those of two models without a difference, or without an answer, in one sentence."""
+    found = []
+    for comparison in comparisons:
+        if comparison.winner is not None:
+            found.append(comparison.sentence())
+    alike: dict[tuple[str, str, str], list[Comparison]] = {}
+    for comparison in comparisons:
+        if comparison.winner is None:
+            alike.setdefault((comparison.first, comparison.second, comparison.reason), []).append(comparison)
+    for (first, second, reason), group in alike.items():
+        if len(group) == 1:
+            found.append(group[0].sentence())
+        elif reason:
+            where = ", ".join(f"{one.task} {one.metric}" for one in group)
+            found.append(f"{second} and {first} are not compared at {where}: {reason}")
+        else:
+            found.append(f"{second} against {first}: no difference beyond noise at {'; '.join(map(_briefly, group))}")
+    return found
+
+
+def _briefly(comparison: Comparison) -> str:
+    amount, interval = comparison.lead()
+    facts = [amount, interval, _p_text(comparison.p_value), *comparison.notes]
+    return f"{comparison.task} {comparison.metric} ({', '.join(facts)})"

@@ -1,0 +1,99 @@
+"""Published figures and how they are named, placed and marked."""
+
+import pytest
+
+from lightlm.errors import UsageError
+from lightlm.evaluate.baselines import BASELINES, Legend, find_baseline, split_names
+from lightlm.evaluate.chance import chance_of
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("gpt2", "gpt2-124m"),
+        ("GPT-2", "gpt2-124m"),
+        ("gpt2_124M", "gpt2-124m"),
+        ("MobileLLM-LS-125M", "mobilellm-ls-125m"),
+        ("smollm2-135m", "smollm2-135m"),
+        ("pythia160m", "pythia-160m"),
+    ],
+)
+def test_names_are_matched_as_people_write_them(given, name):
+    found = find_baseline(given)
+    assert found is not None
+    assert found.name == name
+
+
+def test_models_and_figures_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "gpt2").mkdir()
+    baselines, models = split_names("gpt2, demo,HuggingFaceTB/SmolLM2-135M,./gpt2,GPT-2,")
+    assert [baseline.name for baseline in baselines] == ["gpt2-124m"]
+    assert models == ["demo", "HuggingFaceTB/SmolLM2-135M", "./gpt2"]
+
+
+def test_an_unknown_name_is_answered_with_near_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--compare mobilelm-125: .*did you mean mobilellm-125m"):
+        split_names("mobilelm-125")
+
+
+def test_every_name_is_unique_and_every_figure_a_share():
+    plain = [baseline.name for baseline in BASELINES]
+    assert len(set(plain)) == len(plain)
+    for baseline in BASELINES:
+        assert find_baseline(baseline.name) is baseline
+        assert baseline.figures
+        for figure in baseline.figures:
+            assert 15 < figure.percent < 80
+            assert figure.source.title
+
+
+def test_a_figure_stands_beside_its_own_metric():
+    gpt2, mobile = find_baseline("gpt2"), find_baseline("mobilellm-125m")
+    assert [figure.percent for figure in gpt2.find("hellaswag", "acc")] == [28.92]
+    assert [figure.percent for figure in gpt2.find("hellaswag", "acc_norm")] == [
+        31.14,
+        30.9,
+    ]  # the one whose metric is stated
+    assert [figure.percent for figure in mobile.find("hellaswag", "acc_norm")] == [38.9]
+    assert mobile.find("hellaswag", "acc") == []
+    assert [figure.percent for figure in mobile.find("winogrande", "acc")] == [53.1]  # which has no acc_norm
+    assert gpt2.find("winogrande", "acc") == []
+    assert [figure.percent for figure in gpt2.find("lambada_openai", "acc")] == [32.3]
+
+
+def test_what_differs_from_the_run_is_marked_and_explained():
+    [mobile] = find_baseline("mobilellm-125m").find("piqa", "acc_norm")
+    assert mobile.differences(0, None) == ["MobileLLM's own script", "metric not stated"]
+    assert mobile.differences(5, 100) == ["MobileLLM's own script", "0-shot", "metric not stated", "all documents"]
+    [arc] = find_baseline("gpt2").find("arc_easy", "acc_norm")
+    assert arc.differences(10, None) == ["CORE", "metric not stated"]
+    legend = Legend()
+    assert legend.lines() == []
+    assert legend.cell(mobile, 0, None) == "0.653* (a)"
+    assert legend.cell(arc, 0, None) == "0.412* (b)"
+    assert legend.cell(find_baseline("gpt2").find("hellaswag", "acc")[0], 0, None) == "0.2892* (c)"
+    text = "\n".join(legend.lines([find_baseline("smollm-135m")]))
+    assert "of all documents" not in text
+    legend.cell(mobile, 0, 100)
+    assert "They are of all documents, the run's of fewer." in legend.lines()[0]
+    for part in (
+        "(a) MobileLLM README: MobileLLM's own script, 0-shot, metric not stated",
+        "(b) nanochat, dev/estimate_gpt3_core.ipynb: CORE, 10-shot, metric not stated",
+        "(c) build-nanogpt, hellaswag.py: lm-eval, examples in the prompt not stated",
+        "smollm-135m: 600B tokens; ARC only as an average of 42.4",
+    ):
+        assert part in text
+
+
+def test_chance_says_which_level_it_is():
+    assert [chance_of(task).value for task in ("hellaswag", "piqa", "blimp_causative", "boolq")] == [
+        0.25,
+        0.5,
+        0.5,
+        0.6217,
+    ]
+    assert "yes to all" in chance_of("boolq").reason
+    assert chance_of("lambada_openai") is None
