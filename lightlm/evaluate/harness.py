@@ -21,10 +21,12 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.convert.loading import load_pretrained
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import LightLMError, UsageError
+from lightlm.evaluate.batches import BatchSize
 from lightlm.evaluate.progress import bar
-from lightlm.evaluate.scoring import BatchSize, score
+from lightlm.evaluate.scoring import score
 from lightlm.generate.engine import TextStream, generate
 from lightlm.generate.sampling import Sampling
+from lightlm.model.config import ModelConfig
 
 _MAX_NEW_TOKENS = 256  # lm-eval's own default where a task sets none
 _SEED = 1234  # lm-eval's default torch seed
@@ -39,10 +41,10 @@ def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
     return pick_dtype("float32" if name == "auto" else name, device)
 
 
-def batch_limits(batch_size: int | str, device: torch.device) -> BatchSize:
-    """The batches that `--batch-size` means on a device. Raises UsageError for other than a number or `auto`."""
+def batch_limits(batch_size: int | str, device: torch.device, config: ModelConfig | None = None) -> BatchSize:
+    """The batches that `--batch-size` means on a device, for a model. Raises UsageError for other than a number or `auto`."""
     try:
-        return BatchSize.of(batch_size, device)
+        return BatchSize.of(batch_size, device, config)
     except ValueError:
         raise UsageError(f"batch-size must be a number from 1 on, or auto; is {batch_size}") from None
 
@@ -79,7 +81,7 @@ class LightLM(TemplateLM):
         self.loaded = pretrained
         self.model = pretrained.model.eval()
         self._device = self.model.device
-        self.limits = batch_limits(batch_size, self._device)
+        self.limits = batch_limits(batch_size, self._device, self.model.config)
 
     @property
     def eot_token_id(self) -> int:
@@ -144,7 +146,7 @@ class LightLM(TemplateLM):
                 while (
                     count < len(order)
                     and requests[order[count]].args[1] == settings
-                    and self.limits.fits(count + 1, length)
+                    and self.limits.for_decoding().fits(count + 1, length)
                 ):
                     count += 1
                 batch, order = order[:count], order[count:]

@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightlm.device import keep_freed_memory
 from lightlm.errors import LightLMError
+from lightlm.evaluate.batches import BatchSize, batches
 from lightlm.evaluate.packing import Limits, Request, Stand, Tree, plan
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.model.trees import Trees, Trunk
 
-# Positions of a batch. More gain nothing on a CPU, and on a GPU the last percents of its speed.
-_BUDGET = {"cpu": 4096, "mps": 16384, "cuda": 65536}
-# Columns of the head at a time: its logits (1,024 positions: 4 MB) then stay in a CPU's caches. benchmarks/head.py
-_PIECE = {"cpu": 1024}
-_HEAD_ROWS = 4096
+# Columns of the head at a time: the logits of 1,024 positions (4 MB) then stay in a CPU's caches. At GPT-2's size in
+# bf16 that took 121 ms, and 506 ms for all logits at once; fp32 453 and 791 (one core of a Xeon with AMX).
+_PIECE = 1024
+_LOGITS = 1 << 26  # of a piece on other devices, where launching kernels costs more: 256 MB
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,6 @@ class Score:
 
     log_likelihood: float
     greedy: bool
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """Limits of one batch: `sequences` if given, else so many positions, padding included."""
-
-    positions: int
-    sequences: int | None = None
-
-    @classmethod
-    def of(cls, batch_size: int | str, device: torch.device) -> "BatchSize":
-        """From a command line's `auto` or number.
-
-        Raises:
-            ValueError: it is neither.
-        """
-        sequences = None if str(batch_size).startswith("auto") else int(batch_size)
-        if sequences is not None and sequences < 1:
-            raise ValueError(batch_size)
-        return cls(_BUDGET.get(device.type, _BUDGET["cpu"]), sequences)
-
-    def fits(self, sequences: int, length: int) -> bool:
-        if self.sequences is not None:
-            return sequences <= self.sequences
-        return sequences == 1 or sequences * length <= self.positions
 
 
 @torch.no_grad()
@@ -72,22 +48,39 @@ def score(
     the last len(continuation) are scored.
 
     Args:
-        on_done: told after each batch how many requests it finished.
+        batch_size: halved for what is left when a GPU's memory does not suffice.
+        on_done: told how many more requests are finished.
 
     Raises:
         LightLMError: a continuation alone is longer than the model's context.
+        torch.OutOfMemoryError: the memory does not hold a single request.
     """
+    if model.device.type == "cpu":
+        keep_freed_memory()
     scores: list[Score] = [Score(0.0, True)] * len(requests)
-    config = model.config
-    limits = Limits(batch_size.positions, batch_size.sequences or len(requests), _attention_cost(config))
-    for stand in plan(_cut(requests, config.max_seq_len), limits):
-        trunk = _read_trunk(model, stand)
-        for trees in _batches(stand.trees, batch_size):
-            done = [request for tree in trees for request in tree.requests]
-            for request, result in zip(done, _score_batch(model, trees, trunk), strict=True):
+    pending = {request.index: request for request in _cut(requests, model.config.max_seq_len)}
+    while pending:
+        try:
+            for request, result in _score_all(model, list(pending.values()), batch_size):
                 scores[request.index] = result
-            on_done(len(done))
+                del pending[request.index]
+                on_done(1)
+        except torch.OutOfMemoryError:
+            batch_size = batch_size.halved()
+        if pending:
+            torch.cuda.empty_cache()  # here: within `except`, the error still holds the failed batch's tensors
     return scores
+
+
+def _score_all(
+    model: Transformer, requests: list[Request], batch_size: BatchSize
+) -> Iterator[tuple[Request, Score]]:
+    limits = Limits(batch_size.positions, batch_size.sequences or len(requests), _attention_cost(model.config))
+    for stand in plan(requests, limits):
+        trunk = _read_trunk(model, stand)
+        for trees in batches(stand.trees, batch_size):
+            done = [request for tree in trees for request in tree.requests]
+            yield from zip(done, _score_batch(model, trees, trunk), strict=True)
 
 
 def _cut(requests: list[tuple[list[int], list[int]]], max_seq_len: int) -> list[Request]:
@@ -104,7 +97,8 @@ def _cut(requests: list[tuple[list[int], list[int]]], max_seq_len: int) -> list[
 
 
 def _attention_cost(config: ModelConfig) -> float:
-    """See `Limits.square`."""
+    """See `Limits.square`. A block's products take 24 D^2 operations a token, attention 4 D for each pair, at a quarter
+    of the speed."""
     return 1 / (1.5 * config.hidden_size)
 
 
@@ -114,20 +108,6 @@ def _read_trunk(model: Transformer, stand: Stand) -> Trunk | None:
     cache = model.new_cache(1, len(stand.trunk))
     model.hidden_states(torch.tensor([stand.trunk], device=model.device), cache)
     return Trunk(cache)
-
-
-def _batches(trees: list[Tree], batch_size: BatchSize) -> Iterator[list[Tree]]:
-    batch: list[Tree] = []
-    requests = 0
-    for tree in trees:
-        rows = len(batch) + 1 if batch_size.sequences is None else requests + len(tree.requests)
-        if batch and not batch_size.fits(rows, len(batch[0])):
-            yield batch
-            batch, requests = [], 0
-        batch.append(tree)
-        requests += len(tree.requests)
-    if batch:
-        yield batch
 
 
 def _score_batch(model: Transformer, trees: list[Tree], trunk: Trunk | None) -> Iterator[Score]:
@@ -166,7 +146,7 @@ def target_log_probs(model: Transformer, x_ND: Tensor, rows_P: Tensor, targets_P
     exponentials (arXiv 1805.02867). All logits at once would be written and read again several times.
     """
     vocab_size, device = len(model.head_weight), x_ND.device
-    piece = _PIECE.get(device.type, vocab_size)
+    piece = _PIECE if device.type == "cpu" else max(_LOGITS // max(len(x_ND), 1), _PIECE)
     peak_N = torch.full((len(x_ND),), float("-inf"), device=device)
     total_N = torch.zeros_like(peak_N)
     best_N = torch.zeros(len(x_ND), dtype=torch.long, device=device)
