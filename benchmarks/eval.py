@@ -1,14 +1,14 @@
-"""LightLM's scores beside those of lm-eval's own `hf` model: the same weights, precision and tasks, in turn, in one run.
+"""LightLM's scores beside those of lm-eval's own `hf` model: the same weights, precision and tasks, in turn.
 
     python benchmarks/eval.py --data-dir ../shared/data/evals --tokenizer ../shared/data/tokenizers/gpt2/tokenizer.json
     python benchmarks/eval.py --model smollm2 runs/demo --tasks hellaswag,arc_easy,piqa --limit 1000 --repeats 1 \\
         --data-dir ../shared/data/evals
 
-A model is a Hugging Face folder, a run or checkpoint of LightLM (exported first), or `gpt2-shape`: GPT-2 124M with random
-weights. Timed are the answers to lm-eval's requests, tokenising included; loading and the making of requests are not. Both
-models of a precision are loaded at once and score in turn, so that a busy moment of the machine meets both. Speeds are
-medians over repeats, the spread is from the slowest to the fastest. Differences are those of single requests; documents
-differ where any of their metrics does. The defaults take about 5 minutes on two cores of a Xeon with AMX.
+A model is a Hugging Face folder, a run or checkpoint of LightLM (exported first), or `gpt2-shape`: GPT-2 124M with
+random weights. Timed are the answers to lm-eval's requests, tokenising included; loading and the making of requests
+are not. Both models of a precision are loaded at once and score in turn, so that a busy moment of the machine meets
+both. Speeds are medians over repeats, the spread is from the slowest to the fastest. Differences are those of single
+requests; documents differ where any of their metrics does.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def timed(lm: Any) -> Iterator[list[float]]:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            answers = answer(*args, **kwargs)
+            answers = answer(*args, disable_tqdm=True, **kwargs)
             seconds.append(time.perf_counter() - started)
             return answers
 
@@ -242,16 +242,16 @@ def answers(samples: list[dict[str, Any]]) -> Iterator[tuple[float, bool]]:
 def differing(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> int:
     """Documents of which any metric differs."""
     by_id = {sample["doc_id"]: sample for sample in theirs}
-    return sum(
-        any(sample[key] != by_id[sample["doc_id"]][key] for key in METRICS if key in sample) for sample in ours
-    )
+    return sum(any(sample[key] != by_id[sample["doc_id"]][key] for key in METRICS if key in sample) for sample in ours)
 
 
 def show(entry: dict[str, Any]) -> None:
     print(f"\n{entry['model']}, {entry['dtype']}, {entry['documents']:,} documents")
     for name, speed in entry["documents_per_second"].items():
         ratio = f"  lightlm is {entry['ratio'][name]:.2f} times as fast" if name in entry["ratio"] else ""
-        print(f"  {name:8} {speed['median']:8.2f} documents/s ({speed['slowest']:.2f} to {speed['fastest']:.2f}){ratio}")
+        print(
+            f"  {name:8} {speed['median']:8.2f} documents/s ({speed['slowest']:.2f} to {speed['fastest']:.2f}){ratio}"
+        )
     for name, found in entry["differences"].items():
         print(
             f"  to {name}: largest difference {found['largest']:.2e} nats, argmax differs in {found['argmax']} "

@@ -8,8 +8,8 @@ import torch
 from lightlm.evaluate.packing import Tree
 from lightlm.model.config import ModelConfig
 
-# Positions of a batch for each thread of a CPU: the activations of more no longer fit its caches. GPT-2's shape in fp32,
-# documents/s of HellaSwag on one core: 7.6 (512), 8.5, 8.1 (1,536), 7.5 (2,048), 6.9, 5.8 (8,192).
+# Positions of a batch for each thread of a CPU: the activations of more no longer fit its caches. GPT-2's shape in
+# fp32, documents/s of HellaSwag on one core: 7.6 (512), 8.5, 8.1 (1,536), 7.5 (2,048), 6.9, 5.8 (8,192).
 _CPU_POSITIONS = 1024
 _MPS_POSITIONS = 16384  # its memory is the system's, and what is free is not known
 _CUDA_LIMITS = 4096, 131072
@@ -69,8 +69,8 @@ def _positions(device: torch.device, config: ModelConfig | None) -> int:
         return low
     free, _ = torch.cuda.mem_get_info(device)
     config = config.resolved()
-    # At a time there live the residual stream, a block's input and output and what is inside, and a mask's row, in fp32;
-    # half of the memory is left for what is not counted.
+    # At a time there live the residual stream, a block's input and output and what is inside, and a mask's row, in
+    # fp32; half of the memory is left for what is not counted.
     width = 6 * config.hidden_size + 3 * config.intermediate_size + config.max_seq_len
     width += 3 * config.num_experts_per_tok * config.moe_intermediate_size if config.num_experts else 0
     return max(low, min(high, free // 2 // (4 * width)))

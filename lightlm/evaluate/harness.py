@@ -33,16 +33,18 @@ _SEED = 1234  # lm-eval's default torch seed
 
 
 def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of scores: `auto` is float32 on every device, unlike in training and generation.
+    """The precision of scores: `auto` is bfloat16 where it is fast, else float32, as in training and generation.
 
-    Scores then do not depend on the machine, and bfloat16's 8 bits do not blur answers whose log-likelihoods are
-    close: llm.c's dev/eval found GPT-2's scores lower in it. Models of this size are fast enough in float32.
+    bfloat16 rounds what is inside the model; logits and log-probabilities are float32 in either, without which scores
+    are lower (llm.c's dev/eval, lm-eval's `hf`). SmolLM2-135M-Instruct on HellaSwag's first 1,000 documents: acc 35.4,
+    acc_norm 43.1 in float32, and 35.3, 43.2 in bfloat16. Results name the precision; for scores that do not depend on
+    the machine ask for float32.
     """
-    return pick_dtype("float32" if name == "auto" else name, device)
+    return pick_dtype(name, device)
 
 
 def batch_limits(batch_size: int | str, device: torch.device, config: ModelConfig | None = None) -> BatchSize:
-    """The batches that `--batch-size` means on a device, for a model. Raises UsageError for other than a number or `auto`."""
+    """What `--batch-size` means on a device, for a model. Raises UsageError for other than a number or `auto`."""
     try:
         return BatchSize.of(batch_size, device, config)
     except ValueError:

@@ -7,6 +7,7 @@ are neighbours, and one walk over them finds all of it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 # A beginning is computed once for several rows if it has so many tokens, and they are so many rows.
 _TRUNK_TOKENS, _TRUNK_ROWS = 64, 4
@@ -62,7 +63,7 @@ class Limits:
 def plan(requests: Sequence[Request], limits: Limits) -> list[Stand]:
     """All requests in trees: first those with a trunk, then those without."""
     ordered = sorted(requests, key=lambda request: request.inputs)
-    shared = [0, *(_shared(a.inputs, b.inputs) for a, b in zip(ordered, ordered[1:], strict=False))]
+    shared = [0, *(_shared(a.inputs, b.inputs) for a, b in pairwise(ordered))]
     stands, plain = [], Stand((), [])
     for start, end in _runs(shared):
         run = ordered[start:end]
@@ -110,7 +111,8 @@ def _runs(shared: list[int]) -> Iterator[tuple[int, int]]:
 
 def _trees(run: list[Request], shared: list[int], trunk: int, limits: Limits) -> Iterator[Tree]:
     """Neighbours joined to trees as long as that is cheaper than a tree for each."""
-    tree, path = Tree(), []
+    tree = Tree()
+    path: list[int] = []  # columns of the last request's tokens
     for request, common in zip(run, shared, strict=True):
         own = len(request.inputs) - trunk
         saved = common - trunk if tree.tokens else 0

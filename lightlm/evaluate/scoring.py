@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightlm.device import keep_freed_memory
 from lightlm.errors import LightLMError
 from lightlm.evaluate.batches import BatchSize, batches
+from lightlm.evaluate.logits import fp32_logits
 from lightlm.evaluate.packing import Limits, Request, Stand, Tree, plan
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
@@ -72,9 +72,7 @@ def score(
     return scores
 
 
-def _score_all(
-    model: Transformer, requests: list[Request], batch_size: BatchSize
-) -> Iterator[tuple[Request, Score]]:
+def _score_all(model: Transformer, requests: list[Request], batch_size: BatchSize) -> Iterator[tuple[Request, Score]]:
     limits = Limits(batch_size.positions, batch_size.sequences or len(requests), _attention_cost(model.config))
     for stand in plan(requests, limits):
         trunk = _read_trunk(model, stand)
@@ -145,14 +143,14 @@ def target_log_probs(model: Transformer, x_ND: Tensor, rows_P: Tensor, targets_P
     The vocabulary goes by in pieces whose logits stay in the caches; what remains of each is the maximum and the sum of
     exponentials (arXiv 1805.02867). All logits at once would be written and read again several times.
     """
-    vocab_size, device = len(model.head_weight), x_ND.device
+    weight_VD, device = model.head_weight, x_ND.device
     piece = _PIECE if device.type == "cpu" else max(_LOGITS // max(len(x_ND), 1), _PIECE)
     peak_N = torch.full((len(x_ND),), float("-inf"), device=device)
     total_N = torch.zeros_like(peak_N)
     best_N = torch.zeros(len(x_ND), dtype=torch.long, device=device)
     logits_P = torch.empty(len(targets_P), device=device)
-    for start in range(0, vocab_size, piece):
-        logits_NC = F.linear(x_ND, model.head_weight[start : start + piece]).float()
+    for start in range(0, len(weight_VD), piece):
+        logits_NC = fp32_logits(x_ND, weight_VD[start : start + piece])
         here = ((targets_P >= start) & (targets_P < start + piece)).nonzero()[:, 0]
         logits_P[here] = logits_NC[rows_P[here], targets_P[here] - start]
         highest_N, index_N = logits_NC.max(-1)

@@ -194,9 +194,7 @@ class Transformer(nn.Module):
             positions_BT, num_keys = step.positions_BT, step.end
             aligned = step.rows is None
             fresh = aligned and step.starts[0] == 0
-        masks = {
-            window: build_mask(positions_BT, num_keys, window, fresh=fresh, aligned=aligned) for window in windows
-        }
+        masks = {window: build_mask(positions_BT, num_keys, window, fresh=fresh, aligned=aligned) for window in windows}
         x_BTD = self._run_blocks(tokens_BT, positions_BT, masks, cache, step, routings)
         if cache is not None and step is not None:
             cache.commit(step)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightlm.errors import LightLMError
 from lightlm.evaluate import scoring
 from lightlm.evaluate.batches import BatchSize
+from lightlm.evaluate.logits import fp32_logits
 from lightlm.evaluate.scoring import Score, score, target_log_probs
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES, build
@@ -97,9 +98,7 @@ def counted(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ([([1, 2], [3, 4])] * 5, 3),
     ],
 )
-def test_each_shared_token_is_computed_once(
-    pairs: list[Pair], tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_shared_token_is_computed_once(pairs: list[Pair], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     expected = [reference(model, pair) for pair in pairs]
     columns = counted(model, monkeypatch)
@@ -184,6 +183,16 @@ def test_of_equally_likely_tokens_the_first_is_greedy(monkeypatch: pytest.Monkey
     assert greedy.tolist() == [True, False, False, False]
     expected = model.head(x)[0].double().log_softmax(-1)[[1, 2, 9, 3]]
     assert log_probs.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_logits_of_bf16_operands_are_not_rounded_to_bf16() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 64).bfloat16(), torch.randn(200, 64).bfloat16()
+    setting = torch.get_float32_matmul_precision()
+    logits = fp32_logits(x, weight)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, atol=1e-4, rtol=0)
+    assert torch.get_float32_matmul_precision() == setting
 
 
 def test_an_answer_longer_than_the_context_is_refused() -> None:
