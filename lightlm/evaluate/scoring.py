@@ -1,20 +1,29 @@
-"""Log-likelihoods of continuations, batched by length, with contexts that several continuations share read once.
+"""Log-likelihoods of continuations: each token that requests share is computed once, the head only where it is needed.
 
-Shapes: G groups, R requests, T positions, D hidden size, N scored positions, V vocabulary.
+Shapes: B rows, T columns, D hidden size, N scored positions, P pairs of a scored position and a target, C a piece of
+the vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightlm.device import keep_freed_memory
 from lightlm.errors import LightLMError
+from lightlm.evaluate.batches import BatchSize, batches
+from lightlm.evaluate.logits import fp32_logits
+from lightlm.evaluate.packing import Limits, Request, Stand, Tree, plan
+from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
+from lightlm.model.trees import Trees, Trunk
 
-# Positions a batch may hold: on a CPU enough for large matrix products with little padding; a GPU wants more.
-_BUDGET = {"cpu": 4096, "mps": 16384, "cuda": 65536}
-_HEAD_ROWS = 1024  # positions that go through the head at a time: 200 MB of fp32 logits at 50k tokens
+# Columns of the head at a time: the logits of 1,024 positions (4 MB) then stay in a CPU's caches. At GPT-2's size in
+# bf16 that took 121 ms, and 506 ms for all logits at once; fp32 453 and 791 (one core of a Xeon with AMX).
+_PIECE = 1024
+_LOGITS = 1 << 26  # of a piece on other devices, where launching kernels costs more: 256 MB
 
 
 @dataclass(frozen=True)
@@ -23,52 +32,6 @@ class Score:
 
     log_likelihood: float
     greedy: bool
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """Limits of one batch: `sequences` if given, else so many positions, padding included."""
-
-    positions: int
-    sequences: int | None = None
-
-    @classmethod
-    def of(cls, batch_size: int | str, device: torch.device) -> "BatchSize":
-        """From a command line's `auto` or number.
-
-        Raises:
-            ValueError: it is neither.
-        """
-        sequences = None if str(batch_size).startswith("auto") else int(batch_size)
-        if sequences is not None and sequences < 1:
-            raise ValueError(batch_size)
-        return cls(_BUDGET.get(device.type, _BUDGET["cpu"]), sequences)
-
-    def fits(self, sequences: int, length: int) -> bool:
-        if self.sequences is not None:
-            return sequences <= self.sequences
-        return sequences == 1 or sequences * length <= self.positions
-
-
-@dataclass
-class Member:
-    """One request: `own` tokens are read after the group's prefix; the last len(targets) outputs are scored."""
-
-    index: int
-    own: list[int]
-    targets: list[int]
-
-
-@dataclass
-class Group:
-    """Requests that share a prefix. A request that is alone carries all its input in the prefix."""
-
-    prefix: list[int]
-    members: list[Member] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.prefix) + max(len(member.own) for member in self.members)
 
 
 @torch.no_grad()
@@ -85,23 +48,41 @@ def score(
     the last len(continuation) are scored.
 
     Args:
-        on_done: told after each batch how many requests it finished.
+        batch_size: halved for what is left when a GPU's memory does not suffice.
+        on_done: told how many more requests are finished.
 
     Raises:
         LightLMError: a continuation alone is longer than the model's context.
+        torch.OutOfMemoryError: the memory does not hold a single request.
     """
+    if model.device.type == "cpu":
+        keep_freed_memory()
     scores: list[Score] = [Score(0.0, True)] * len(requests)
-    for groups in _batches(_group(requests, model.config.max_seq_len, batch_size), batch_size):
-        members = [member for group in groups for member in group.members]
-        for member, result in zip(members, _score_batch(model, groups), strict=True):
-            scores[member.index] = result
-        on_done(len(members))
+    pending = {request.index: request for request in _cut(requests, model.config.max_seq_len)}
+    while pending:
+        try:
+            for request, result in _score_all(model, list(pending.values()), batch_size):
+                scores[request.index] = result
+                del pending[request.index]
+                on_done(1)
+        except torch.OutOfMemoryError:
+            batch_size = batch_size.halved()
+        if pending:
+            torch.cuda.empty_cache()  # here: within `except`, the error still holds the failed batch's tensors
     return scores
 
 
-def _group(requests: list[tuple[list[int], list[int]]], max_seq_len: int, batch_size: BatchSize) -> list[Group]:
-    """Requests with one context brought together, longest first: the first batch shows whether memory suffices."""
-    by_prefix: dict[tuple[int, ...], list[Member]] = {}
+def _score_all(model: Transformer, requests: list[Request], batch_size: BatchSize) -> Iterator[tuple[Request, Score]]:
+    limits = Limits(batch_size.positions, batch_size.sequences or len(requests), _attention_cost(model.config))
+    for stand in plan(requests, limits):
+        trunk = _read_trunk(model, stand)
+        for trees in batches(stand.trees, batch_size):
+            done = [request for tree in trees for request in tree.requests]
+            yield from zip(done, _score_batch(model, trees, trunk), strict=True)
+
+
+def _cut(requests: list[tuple[list[int], list[int]]], max_seq_len: int) -> list[Request]:
+    cut = []
     for index, (context, continuation) in enumerate(requests):
         if len(continuation) > max_seq_len:
             raise LightLMError(
@@ -109,83 +90,74 @@ def _group(requests: list[tuple[list[int], list[int]]], max_seq_len: int, batch_
                 "this task does not fit this model"
             )
         inputs = (context + continuation)[-(max_seq_len + 1) : -1]
-        cut = len(inputs) - len(continuation) + 1
-        by_prefix.setdefault(tuple(inputs[:cut]), []).append(Member(index, inputs[cut:], continuation))
-    groups = []
-    for prefix, members in by_prefix.items():
-        if len(members) == 1:
-            [member] = members
-            groups.append(Group([*prefix, *member.own], [Member(member.index, [], member.targets)]))
-            continue
-        length = Group(list(prefix), members).length
-        at_once = next(n for n in range(len(members), 0, -1) if n == 1 or batch_size.fits(n, length))
-        groups += [Group(list(prefix), members[n : n + at_once]) for n in range(0, len(members), at_once)]
-    return sorted(groups, key=lambda group: group.length, reverse=True)
+        cut.append(Request(index, tuple(inputs), continuation))
+    return cut
 
 
-def _batches(groups: list[Group], batch_size: BatchSize) -> Iterator[list[Group]]:
-    batch: list[Group] = []
-    rows = 0
-    for group in groups:
-        if batch and not batch_size.fits(rows + len(group.members), batch[0].length):
-            yield batch
-            batch, rows = [], 0
-        batch.append(group)
-        rows += len(group.members)
-    if batch:
-        yield batch
+def _attention_cost(config: ModelConfig) -> float:
+    """See `Limits.square`. A block's products take 24 D^2 operations a token, attention 4 D for each pair, at a quarter
+    of the speed."""
+    return 1 / (1.5 * config.hidden_size)
 
 
-def _score_batch(model: Transformer, groups: list[Group]) -> Iterator[Score]:
-    """Scores of all members, group by group."""
-    members = [(row, member) for row, group in enumerate(groups) for member in group.members]
-    prefix_GTD, own_RTD = _hidden_states(model, groups, members)
-    scored = []
-    for line, (row, member) in enumerate(members):
-        end = len(groups[row].prefix)
-        scored.append(prefix_GTD[row, end - (len(member.targets) - len(member.own)) : end])
-        if own_RTD is not None:
-            scored.append(own_RTD[line, : len(member.own)])
-    targets_N = torch.tensor([token for _, member in members for token in member.targets], device=model.device)
-    log_probs_N, greedy_N = _target_log_probs(model, torch.cat(scored), targets_N)
-    lengths = [len(member.targets) for _, member in members]
+def _read_trunk(model: Transformer, stand: Stand) -> Trunk | None:
+    if not stand.trunk:
+        return None
+    cache = model.new_cache(1, len(stand.trunk))
+    model.hidden_states(torch.tensor([stand.trunk], device=model.device), cache)
+    return Trunk(cache)
+
+
+def _score_batch(model: Transformer, trees: list[Tree], trunk: Trunk | None) -> Iterator[Score]:
+    """Scores of all requests, tree by tree."""
+    width, device = len(trees[0]), model.device
+    tokens_BT = _pad([tree.tokens for tree in trees], width).to(device)
+    positions_BT = _pad([tree.positions for tree in trees], width).to(device)
+    ends_BT = torch.tensor([[*tree.ends, *range(len(tree) + 1, width + 1)] for tree in trees], device=device)
+    x_BTD = model.hidden_states(tokens_BT, trees=Trees(positions_BT, ends_BT, trunk))
+    pairs = [columns for tree in trees for columns in tree.scored]
+    starts = (row * width for row, tree in enumerate(trees) for _ in tree.scored)
+    places_P = np.concatenate([np.array(columns) + start for columns, start in zip(pairs, starts, strict=True)])
+    # Requests may share scored positions: those of a common beginning, and the last of a question with short answers.
+    places_N, rows_P = np.unique(places_P, return_inverse=True)
+    targets = [token for tree in trees for request in tree.requests for token in request.targets]
+    log_probs_P, greedy_P = target_log_probs(
+        model,
+        x_BTD.flatten(0, 1)[torch.from_numpy(places_N).to(device)],
+        torch.from_numpy(rows_P).to(device),
+        torch.tensor(targets, device=device),
+    )
+    lengths = [len(columns) for columns in pairs]
     # Summed on the CPU: Apple's GPUs know no float64.
-    for log_probs, greedy in zip(log_probs_N.cpu().split(lengths), greedy_N.cpu().split(lengths), strict=True):
+    for log_probs, greedy in zip(log_probs_P.cpu().split(lengths), greedy_P.cpu().split(lengths), strict=True):
         yield Score(float(log_probs.double().sum()), bool(greedy.all()))
 
 
-def _hidden_states(
-    model: Transformer, groups: list[Group], members: list[tuple[int, Member]]
-) -> tuple[Tensor, Tensor | None]:
-    """Outputs over the prefixes (G, T, D), and over the members' own tokens (R, T, D) where there are any.
+def _pad(rows: list[list[int]], width: int) -> Tensor:
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
-    The rows are padded on the right: what follows a token does not change its output.
+
+def target_log_probs(model: Transformer, x_ND: Tensor, rows_P: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability in fp32 at its row of x, and whether it is the first of the most likely tokens.
+
+    The vocabulary goes by in pieces whose logits stay in the caches; what remains of each is the maximum and the sum of
+    exponentials (arXiv 1805.02867). All logits at once would be written and read again several times.
     """
-    own_length = max(len(member.own) for _, member in members)
-    prefixes_GT = _pad([group.prefix for group in groups]).to(model.device)
-    if not own_length:
-        return model.hidden_states(prefixes_GT), None
-    cache = model.new_cache(len(groups), prefixes_GT.shape[1] + own_length)
-    counts = [len(group.prefix) for group in groups]
-    prefix_GTD = model.hidden_states(prefixes_GT, cache, counts)
-    cache.select([row for row, _ in members])
-    own_RT = _pad([member.own for _, member in members]).to(model.device)
-    return prefix_GTD, model.hidden_states(own_RT, cache, [len(member.own) for _, member in members])
-
-
-def _pad(rows: list[list[int]]) -> Tensor:
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        padded[row, : len(tokens)] = torch.tensor(tokens)
-    return padded
-
-
-def _target_log_probs(model: Transformer, x_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Each target's log-probability in fp32, and whether it is the most likely token; the head sees N rows, no more."""
-    log_probs, greedy = [], []
-    for x, targets in zip(x_ND.split(_HEAD_ROWS), targets_N.split(_HEAD_ROWS), strict=True):
-        logits_NV = model.head(x).float()
-        target_logits = logits_NV.gather(-1, targets[:, None])[:, 0]
-        log_probs.append(target_logits - logits_NV.logsumexp(-1))
-        greedy.append(logits_NV.argmax(-1) == targets)
-    return torch.cat(log_probs), torch.cat(greedy)
+    weight_VD, device = model.head_weight, x_ND.device
+    piece = _PIECE if device.type == "cpu" else max(_LOGITS // max(len(x_ND), 1), _PIECE)
+    peak_N = torch.full((len(x_ND),), float("-inf"), device=device)
+    total_N = torch.zeros_like(peak_N)
+    best_N = torch.zeros(len(x_ND), dtype=torch.long, device=device)
+    logits_P = torch.empty(len(targets_P), device=device)
+    for start in range(0, len(weight_VD), piece):
+        logits_NC = fp32_logits(x_ND, weight_VD[start : start + piece])
+        here = ((targets_P >= start) & (targets_P < start + piece)).nonzero()[:, 0]
+        logits_P[here] = logits_NC[rows_P[here], targets_P[here] - start]
+        highest_N, index_N = logits_NC.max(-1)
+        best_N = torch.where(highest_N > peak_N, index_N + start, best_N)
+        highest_N = torch.maximum(peak_N, highest_N)
+        total_N *= (peak_N - highest_N).exp_()
+        total_N += logits_NC.sub_(highest_N[:, None]).exp_().sum(-1)
+        peak_N = highest_N
+    log_probs_P = logits_P - (peak_N + total_N.log_())[rows_P]
+    return log_probs_P, best_N[rows_P] == targets_P

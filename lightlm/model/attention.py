@@ -15,13 +15,15 @@ from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
 from lightlm.model.norms import RMSNorm
 from lightlm.model.rotary import rotate
+from lightlm.model.trees import Trunk
 
 
 @dataclass(frozen=True)
 class Mask:
     """What `scaled_dot_product_attention` needs to hide the future; True in `allowed` may be seen."""
 
-    allowed: Tensor | None  # (B or 1, 1, T, S), or None when nothing or just the future is hidden
+    # (B or 1, 1, T, S), or None when nothing or just the future is hidden; also what is added to scores, as floats.
+    allowed: Tensor | None
     is_causal: bool
 
 
@@ -65,7 +67,7 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         mask: Mask,
-        cache: KVCache | None = None,
+        cache: KVCache | Trunk | None = None,
         step: Step | None = None,
         layer: int = 0,
     ) -> Tensor:
@@ -78,7 +80,6 @@ class Attention(nn.Module):
         if rotation is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
         if cache is not None:
-            assert step is not None
             k_BGTK, v_BGTK = cache.update(layer, step, k_BGTK, v_BGTK)
         y_BHTK = F.scaled_dot_product_attention(
             q_BHTK.to(k_BGTK.dtype),

@@ -70,8 +70,9 @@ class KVCache:
         positions = positions.clamp(max=self.max_len - 1).to(device)
         return Step(starts, counts, positions, max(ends), rows, slots, columns)
 
-    def update(self, layer: int, step: Step, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, step: Step | None, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values and return those of all slots in use, each (B, H, step.end, K)."""
+        assert step is not None
         keys, values = self.keys[layer], self.values[layer]
         if step.rows is None:
             start = step.starts[0]

@@ -21,6 +21,7 @@ from lightlm.model.mlp import build_mlp
 from lightlm.model.moe import MoE, Routing
 from lightlm.model.norms import build_norm
 from lightlm.model.rotary import rotary_table
+from lightlm.model.trees import Trees, Trunk
 
 
 class Block(nn.Module):
@@ -39,7 +40,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         mask: Mask,
-        cache: KVCache | None,
+        cache: KVCache | Trunk | None,
         step: Step | None,
         layer: int,
     ) -> tuple[Tensor, Routing | None]:
@@ -56,7 +57,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         mask: Mask,
-        cache: KVCache | None = None,
+        cache: KVCache | Trunk | None = None,
         step: Step | None = None,
         layer: int = 0,
     ) -> tuple[Tensor, Routing | None]:
@@ -136,10 +137,13 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
         max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)
-        dtype = self.embed_tokens.weight.dtype
+        return KVCache(self.config, batch_size, max_len, device=self.device, dtype=self._compute_dtype())
+
+    def _compute_dtype(self) -> torch.dtype:
+        """Of queries, keys and values."""
         if torch.is_autocast_enabled(self.device.type):
-            dtype = torch.get_autocast_dtype(self.device.type)
-        return KVCache(self.config, batch_size, max_len, device=self.device, dtype=dtype)
+            return torch.get_autocast_dtype(self.device.type)
+        return self.embed_tokens.weight.dtype
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, counts: list[int] | None = None) -> Tensor:
         """Logits (B, T, V) of the next token after each column; see `hidden_states` for the arguments."""
@@ -154,6 +158,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         counts: list[int] | None = None,
         routings: list[Routing] | None = None,
+        trees: Trees | None = None,
     ) -> Tensor:
         """The final norm's output (B, T, D), from which `head` makes logits.
 
@@ -164,11 +169,18 @@ class Transformer(nn.Module):
             counts: with a cache, how many columns of each row are tokens; the rest is padding on the right,
                 is not stored, and its output means nothing. Default: all.
             routings: a list that gets what each layer of experts did, where gradients are wanted.
+            trees: the form of rows that are trees; without a cache.
 
         Raises:
             ValueError: more positions than max_seq_len or than the cache holds, or counts without a cache.
         """
         batch, length = tokens_BT.shape
+        windows = {self.config.window(layer) for layer in range(self.config.depth)}
+        if trees is not None:
+            if cache is not None:
+                raise ValueError("trees keep no cache; what comes before them is their trunk")
+            masks = {window: Mask(trees.bias(window, self._compute_dtype()), is_causal=False) for window in windows}
+            return self._run_blocks(tokens_BT, trees.positions_BT, masks, trees.trunk, None, None)
         if cache is None:
             if counts is not None:
                 raise ValueError("counts go with a cache: without one, padding on the right needs no mask")
@@ -182,11 +194,23 @@ class Transformer(nn.Module):
             positions_BT, num_keys = step.positions_BT, step.end
             aligned = step.rows is None
             fresh = aligned and step.starts[0] == 0
+        masks = {window: build_mask(positions_BT, num_keys, window, fresh=fresh, aligned=aligned) for window in windows}
+        x_BTD = self._run_blocks(tokens_BT, positions_BT, masks, cache, step, routings)
+        if cache is not None and step is not None:
+            cache.commit(step)
+        return x_BTD
+
+    def _run_blocks(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        masks: dict[int, Mask],
+        cache: KVCache | Trunk | None,
+        step: Step | None,
+        routings: list[Routing] | None,
+    ) -> Tensor:
+        """From tokens to the final norm's output; `masks` has one for each window."""
         config = self.config
-        masks = {
-            window: build_mask(positions_BT, num_keys, window, fresh=fresh, aligned=aligned)
-            for window in {config.window(layer) for layer in range(config.depth)}
-        }
         # With a tied head the table's gradient is dense anyway: a sparse part is added to it in place, where a dense
         # one would be another (V, D) tensor of zeros and a sum of the two.
         sparse = config.tie_embeddings and fused.applies(self.embed_tokens.weight)
@@ -206,8 +230,6 @@ class Transformer(nn.Module):
                 x_BTD, routing = block(*arguments)
             if routings is not None and routing is not None:
                 routings.append(routing)
-        if cache is not None and step is not None:
-            cache.commit(step)
         return self.norm(x_BTD)
 
     def num_parameters(self) -> dict[str, int]:

@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from lightlm.cli.evaluate import evaluate
+from lightlm.device import pick_dtype
 from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate import runner
 from lightlm.quantities import format_quantity
@@ -34,7 +36,8 @@ def test_the_newest_run_is_scored_and_the_results_lie_in_it(world: Path) -> None
     [path] = (world / "runs" / "demo" / "eval").glob("*[!a].json")
     assert path.name == "step_000007_heldout+quiz.json"
     facts = json.loads(path.with_suffix(".meta.json").read_text())
-    assert (facts["dtype"], facts["device"], facts["batch_size"]) == ("float32", "cpu", "auto")
+    precision = str(pick_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    assert (facts["dtype"], facts["device"], facts["batch_size"]) == (precision, "cpu", "auto")
     assert facts["data"] == "data/tiny"
     weights = Path("runs/demo/checkpoints/step_000007/model.safetensors").read_bytes()
     assert facts["weights"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}

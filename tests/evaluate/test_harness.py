@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.device import pick_dtype
 from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.harness import LightLM
 from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer, write_world
@@ -70,18 +72,26 @@ def test_lm_eval_builds_it_from_the_arguments_of_its_command(tmp_path: Path) -> 
     lm = build.create_from_arg_string(f"pretrained={run},dtype=bfloat16", {"batch_size": "4", "device": "cpu"})
     assert lm.loaded.path.resolve() == loaded.path.resolve()
     assert lm.model.embed_tokens.weight.dtype == torch.bfloat16
-    assert build.create_from_arg_obj({"pretrained": str(run)}).model.embed_tokens.weight.dtype == torch.float32
+    fast = pick_dtype("auto", torch.device("cpu"))
+    assert build.create_from_arg_obj({"pretrained": str(run)}).model.embed_tokens.weight.dtype == fast
     with pytest.raises(UsageError, match="batch-size"):
         build.create_from_arg_obj({"pretrained": str(run), "batch_size": "many"})
 
 
-def test_it_agrees_with_lm_evals_own_model_on_equal_weights(tmp_path: Path, lm: LightLM) -> None:
+GPT2 = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "num_kv_heads": 4}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense": 1}
+
+
+@pytest.mark.parametrize("shape", [{}, GPT2, MOE], ids=["llama", "gpt2", "moe"])
+def test_it_agrees_with_lm_evals_own_model_on_equal_weights(tmp_path: Path, shape: dict[str, Any]) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
     from lightlm.convert.huggingface import export_huggingface
 
+    tokenizer = tiny_tokenizer()
+    lm = LightLM(LoadedModel(tiny_model(tokenizer, **shape), tokenizer, Path("tiny")))
     export_huggingface(lm.loaded, tmp_path / "hf")
     theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=2)
     assert theirs.max_length == lm.max_length

@@ -1,10 +1,17 @@
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from lightlm.errors import LightLMError
-from lightlm.evaluate.scoring import BatchSize, Score, score
+from lightlm.evaluate import scoring
+from lightlm.evaluate.batches import BatchSize
+from lightlm.evaluate.logits import fp32_logits
+from lightlm.evaluate.scoring import Score, score, target_log_probs
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES, build
 
@@ -69,13 +76,123 @@ def test_greedy_is_true_for_what_the_model_would_write() -> None:
     assert (right.greedy, wrong.greedy, prefix.greedy) == (True, False, True)
 
 
-def test_only_scored_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def counted(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The columns, padding included, of each pass through the model."""
+    columns: list[int] = []
+    hidden_states = model.hidden_states
+
+    def count(tokens_BT: Tensor, *args: object, **kwargs: object) -> Tensor:
+        columns.append(tokens_BT.numel())
+        return hidden_states(tokens_BT, *args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden_states", count)
+    return columns
+
+
+@pytest.mark.parametrize(
+    ("pairs", "tokens"),
+    [
+        ([([1] * 20, [2, 3, 4]), ([1] * 20, [5, 6, 7]), ([1] * 20, [2, 8])], 20 + 2 + 2),  # endings of one context
+        ([([1] * 20, [letter]) for letter in (2, 3, 4, 5)], 20),  # letters: read off one output
+        ([([1, 2, 3, 4, name], [7] * 9) for name in (5, 6)], 4 + 2 * 9),  # WinoGrande: the ending is what they share
+        ([([1, 2], [3, 4])] * 5, 3),
+    ],
+)
+def test_each_shared_token_is_computed_once(pairs: list[Pair], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    rows: list[int] = []
-    head = model.head
-    monkeypatch.setattr(model, "head", lambda x: rows.append(x.shape[0]) or head(x))
-    score(model, [([1] * 30, [2, 3]), ([1] * 30, [4])], BatchSize(4096))
-    assert sum(rows) == 3
+    expected = [reference(model, pair) for pair in pairs]
+    columns = counted(model, monkeypatch)
+    scores = score(model, pairs, BatchSize(4096))
+    assert sum(columns) == tokens
+    assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_TOKENS", 24)
+    model = build(shape)
+    rng = random.Random(1)
+    examples = [rng.randrange(97) for _ in range(30)]
+    # Apart at once, and too many for one row of at most 16 tokens.
+    pairs = [([*examples, first, *rng.sample(range(97), 5)], rng.sample(range(97), 3)) for first in range(9)]
+    expected = [reference(model, pair) for pair in pairs]
+    columns = counted(model, monkeypatch)
+    scores = score(model, pairs, BatchSize(16))
+    assert sum(columns) == 30 + 9 * 8
+    assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in expected], abs=1e-3)
+    assert [s.greedy for s in scores] == [s.greedy for s in expected]
+
+
+tokens = st.integers(0, 3)  # few, so that much is shared and greedy answers occur
+requests = st.lists(
+    st.tuples(st.lists(tokens, min_size=1, max_size=60), st.lists(tokens, min_size=1, max_size=8)), max_size=12
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(pairs=requests, sequences=st.sampled_from([1, 7, 64, None]), positions=st.integers(1, 300), data=st.data())
+def test_no_batch_and_no_order_changes_a_score(
+    pairs: list[Pair], sequences: int | None, positions: int, data: st.DataObject
+) -> None:
+    for shape in ("gpt2", "llama"):
+        model = build(shape)
+        order = data.draw(st.permutations(range(len(pairs))))
+        scores = score(model, [pairs[i] for i in order], BatchSize(positions, sequences))
+        for i, result in zip(order, scores, strict=True):
+            expected = reference(model, pairs[i])
+            assert result.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-3)
+            assert result.greedy == expected.greedy
+
+
+def test_a_lack_of_memory_halves_the_batches_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    pairs = random_pairs(97, 48)
+    whole = score(model, pairs, BatchSize(4096))
+    score_batch, sizes = scoring._score_batch, []
+
+    def short_of_memory(model: Transformer, trees: list, trunk: None) -> Iterator[Score]:
+        sizes.append(len(trees) * len(trees[0]))
+        if sizes[-1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score_batch(model, trees, trunk)
+
+    monkeypatch.setattr(scoring, "_score_batch", short_of_memory)
+    done: list[int] = []
+    scores = score(model, pairs, BatchSize(400), done.append)
+    assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in whole], abs=1e-4)
+    assert sum(done) == len(pairs)
+    assert max(sizes) > 100 >= sizes[-1]
+
+
+def test_a_request_that_memory_cannot_hold_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_fits(*args: object) -> Iterator[Score]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scoring, "_score_batch", nothing_fits)
+    with pytest.raises(torch.OutOfMemoryError, match="single request"):
+        score(build("llama"), [([1], [2])], BatchSize(4096, 64))
+
+
+def test_of_equally_likely_tokens_the_first_is_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_PIECE", 4)
+    model = build("llama")
+    with torch.no_grad():
+        model.embed_tokens.weight[[1, 2, 9]] = 5 * torch.ones(32)
+    x = torch.ones(1, 32)
+    log_probs, greedy = target_log_probs(model, x, torch.zeros(4, dtype=torch.long), torch.tensor([1, 2, 9, 3]))
+    assert greedy.tolist() == [True, False, False, False]
+    expected = model.head(x)[0].double().log_softmax(-1)[[1, 2, 9, 3]]
+    assert log_probs.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_logits_of_bf16_operands_are_not_rounded_to_bf16() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 64).bfloat16(), torch.randn(200, 64).bfloat16()
+    setting = torch.get_float32_matmul_precision()
+    logits = fp32_logits(x, weight)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, atol=1e-4, rtol=0)
+    assert torch.get_float32_matmul_precision() == setting
 
 
 def test_an_answer_longer_than_the_context_is_refused() -> None:
