@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -129,6 +130,12 @@ class Tokenizer:
             yield text[start : border.start()]
             start = border.start()
         yield text[start:]
+
+    @functools.cached_property
+    def opening_ids(self) -> list[int]:
+        """What the definition itself puts before a text (Llama's `<s>`), and `encode` leaves out; often nothing."""
+        encoded = self._tokenizer.encode("a", add_special_tokens=True)
+        return list(itertools.compress(encoded.ids, itertools.takewhile(bool, encoded.special_tokens_mask)))
 
     @functools.cached_property
     def border(self) -> re.Pattern[str] | None:

@@ -61,10 +61,13 @@ class LightLM(TemplateLM):
         dtype: see `evaluation_dtype`.
         batch_size: sequences in a batch, or `auto`: as many as make up a budget of positions for the device.
         show_progress: draw bars on a terminal; not beside another live display.
+        add_bos_token: begin every text with what the tokenizer's definition puts there, as lm-eval's `hf` does
+            unasked. Models trained by LightLM never saw it, whatever their tokenizer; models of Llama's own family,
+            Gemma or Mistral need it. GPT-2's, SmolLM2's and Qwen's tokenizers have none.
 
     Raises:
         LightLMError: the model cannot be loaded.
-        UsageError: batch_size is neither a number nor `auto`.
+        UsageError: batch_size is neither a number nor `auto`, or the tokenizer has no opening token to add.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class LightLM(TemplateLM):
         dtype: str = "auto",
         batch_size: int | str = "auto",
         show_progress: bool = True,
+        add_bos_token: bool = False,
     ) -> None:
         super().__init__()
         self._show_progress = show_progress
@@ -82,6 +86,9 @@ class LightLM(TemplateLM):
             pretrained = load_pretrained(pretrained, target, evaluation_dtype(dtype, target))
         self.loaded = pretrained
         self.model = pretrained.model.eval()
+        self._opening = pretrained.tokenizer.opening_ids if add_bos_token else []
+        if add_bos_token and not self._opening:
+            raise UsageError(f"add_bos_token: the tokenizer of {pretrained.path} puts no token before a text")
         self._device = self.model.device
         self.limits = batch_limits(batch_size, self._device, self.model.config)
 
@@ -91,16 +98,18 @@ class LightLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: documents were trained on after an end-of-text."""
-        return self.loaded.tokenizer.end_of_text_id
+        """What stands before a text without context: the opening token, or end-of-text, which every document was
+        trained on after. lm-eval's `hf` takes the BOS that tokenizer_config.json names: for SmolLM2 another token."""
+        return self._opening[0] if self._opening else self.loaded.tokenizer.end_of_text_id
 
     @property
     def max_length(self) -> int:
         return self.model.config.max_seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of the string alone: no token is added before or after it."""
-        return self.loaded.tokenizer.encode(string)
+        """Token ids of the string, after the opening tokens if `add_bos_token` was given."""
+        opening = [] if add_special_tokens is False else self._opening
+        return [*opening, *self.loaded.tokenizer.encode(string)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)

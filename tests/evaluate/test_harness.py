@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.data.tokenizer import Tokenizer
 from lightlm.device import pick_dtype
 from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.harness import LightLM
@@ -102,6 +104,26 @@ def test_it_agrees_with_lm_evals_own_model_on_equal_weights(tmp_path: Path, shap
     settings = {"until": ["."], "max_gen_toks": 16, "do_sample": False}
     prompts = instances("generate_until", [("The cat sat", settings), ("A dog ran after the cat; the", settings)])
     assert lm.generate_until(prompts) == theirs.generate_until(prompts)
+
+
+def test_an_opening_token_comes_before_texts_only_where_asked_for(lm: LightLM) -> None:
+    definition = dict(lm.loaded.tokenizer.content)
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "opening", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"opening": {"id": "opening", "ids": [7], "tokens": ["opening"]}},
+    }
+    tokenizer = Tokenizer(json.dumps(definition).encode(), origin="test")
+    loaded = LoadedModel(lm.model, tokenizer, Path("llama"))
+    with_opening = LightLM(loaded, add_bos_token=True)
+    [answer] = with_opening.loglikelihood(instances("loglikelihood", [("The cat", " sat")]))
+    context, continuation = [7, *tokenizer.encode("The cat")], tokenizer.encode(" sat")
+    [expected] = lm._loglikelihood_tokens([(("", ""), context, continuation)])
+    assert answer == (pytest.approx(expected[0]), expected[1])
+    assert LightLM(loaded).tok_encode("The cat") == tokenizer.encode("The cat")
+    with pytest.raises(UsageError, match="no token before"):
+        LightLM(lm.loaded, add_bos_token=True)
 
 
 def test_scores_are_finite_in_bfloat16(lm: LightLM) -> None:
