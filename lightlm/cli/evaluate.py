@@ -86,7 +86,7 @@ def evaluate(
     if out_path is not None:
         _check_out(out_path, len(references))
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
-    with console.status("Reading lm-eval's list of tasks ..."):
+    with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.convert.loading import load_pretrained
         from lightlm.device import pick_device
         from lightlm.evaluate.comparison import compare_all
@@ -98,6 +98,7 @@ def evaluate(
         batch_limits(batch_size, target)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         chosen = Tasks(Settings(names, limit, num_fewshot, data, include_path, data_dir, bos))
+        status.update("Reading the tasks' data ...")
         chosen.require_data()
     heldout_data = _heldout_data(references, data) if chosen.read_data else None
     reports, answers = [], []

@@ -1,5 +1,6 @@
 """`lightlm eval --prefetch`: fetch what tasks need, and nothing else."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ def fetch_only(
     if as_json:
         print_json({"data_sets": [asdict(row) for row in fetched]})
     else:
-        _print_table(fetched)
+        _print_table(fetched, data_dir)
 
 
 def _refuse_others(context: typer.Context) -> None:
@@ -57,18 +58,22 @@ def _make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def _print_table(fetched: list["Fetched"]) -> None:
+def _print_table(fetched: list["Fetched"], data_dir: str | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     if not fetched:
         out.print("These tasks read no data set.")
         return
-    table = Table("Tasks", "Data set", "Configuration", "Revision")
+    table = Table("Tasks", "Data set", "Revision")
     for title in ("Files", "Bytes"):
         table.add_column(title, justify="right")
-    table.add_column("Where", overflow="fold")
     for row in fetched:
-        texts = (", ".join(row.tasks), row.data_set, row.config or "", (row.revision or "")[:8])
-        table.add_row(*map(escape, texts), f"{row.files:,}", f"{row.bytes:,}", escape(row.where))
+        title = f"{row.data_set} ({row.config})" if row.config else row.data_set
+        names = map(escape, (", ".join(row.tasks), title, (row.revision or "")[:8]))
+        table.add_row(*names, f"{row.files:,}", f"{row.bytes:,}")
     out.print(table)
+    apart = [row.where for row in fetched if data_dir is None or not Path(row.where).is_relative_to(data_dir)]
+    for places in ([row.where for row in fetched if row.where not in apart], apart):  # the folder; the cache
+        if places:
+            out.print(f"In {os.path.commonpath(places)}", markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,7 @@ def unreadable(
     """What a user who lacks data sets is told: each of them, the tasks that need it, why, and how to get them.
 
     Args:
-        tasks: what was asked for, as it stood on the command line, and so
-        include_path.
+        tasks, include_path: as they stood on the command line.
         folder: the data folder in use.
     """
     missing = [(need, _reason(reason)) for need, reason in missing]
@@ -143,8 +143,11 @@ def unreadable(
     for need, reason in missing:
         names = ", ".join(need.tasks[:5]) + (f" and {len(need.tasks) - 5} more" if len(need.tasks) > 5 else "")
         lines.append(f"  {need.title:<{width}}  for {names}" + (f": {reason}" if reasons else ""))
-    place = folder or "DIR"
-    command = f"  lightlm eval --prefetch {tasks}" + (f" --include-path {include_path}" if include_path else "")
+    if all(_reads_files(need) for need, _ in missing):
+        return DataError("\n".join(lines))
+    place = shlex.quote(str(folder)) if folder is not None else "DIR"
+    command = f"  lightlm eval --prefetch {shlex.quote(tasks)}"
+    command += f" --include-path {shlex.quote(include_path)}" if include_path else ""
     lines += [
         "Where there is a connection, fetch them once into the Hub's cache, and use them with HF_HUB_OFFLINE=1:",
         command,

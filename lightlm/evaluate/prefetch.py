@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import huggingface_hub
 from datasets import load_dataset_builder
 from huggingface_hub import DatasetCard
+from huggingface_hub.errors import EntryNotFoundError
 
 from lightlm import files
 from lightlm.data.hub import first_line, hub_errors, offline, persistently, require_hub
@@ -92,7 +94,9 @@ def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) ->
 def _fetch(need: Need, folder: Path | None) -> Fetched:
     builder = load_dataset_builder(need.path, need.name, **need.options)
     listing = _listing(builder)
-    if listing is not None and folder is not None and not Path(need.path).is_dir():
+    if Path(need.path).is_dir():  # comes before the Hub, to `datasets` too
+        return Fetched(need.tasks, need.path, need.name, None, *_local_files(builder), str(Path(need.path).resolve()))
+    if listing is not None and folder is not None:
         place = _into_folder(listing, folder / need.path)
         sizes = [(place / file).stat().st_size for file in listing.files]
         return Fetched(need.tasks, need.path, need.name, listing.revision, len(sizes), sum(sizes), str(place))
@@ -118,7 +122,8 @@ def _listing(builder: Any) -> _Listing | None:
     if not matches or len(matches) < len(found):
         return None
     paths = sorted({match["file"] for match in matches})
-    return _Listing(matches[0]["repo"], matches[0]["revision"], builder.config.name, paths)
+    revision = unquote(matches[0]["revision"])  # refs/convert/parquet has slashes
+    return _Listing(matches[0]["repo"], revision, builder.config.name, paths)
 
 
 def _local_files(builder: Any) -> tuple[int, int]:
@@ -152,7 +157,7 @@ def _into_folder(listing: _Listing, place: Path) -> Path:
 def _card(listing: _Listing) -> str | None:
     try:
         path = huggingface_hub.hf_hub_download(listing.repo, _CARD, repo_type="dataset", revision=listing.revision)
-    except huggingface_hub.errors.EntryNotFoundError:
+    except EntryNotFoundError:
         return None
     return Path(path).read_text(encoding="utf-8")
 

@@ -20,7 +20,7 @@ from lightlm.errors import LightLMError
 from lightlm.evaluate.harness import LightLM
 
 _ROUND_SECONDS = 5.0  # as long as a signal may go unnoticed, and one process wait for another
-_FIRST_ROUND = 8  # groups for each process
+_FIRST_ROUND = 20_000.0  # characters for each process
 _GROUP = 32  # requests with one context that stay together
 Answer = TypeVar("Answer")
 T = TypeVar("T")
@@ -116,19 +116,23 @@ class SharedLightLM(LightLM):
         kind = f"{answer.__name__} {xxhash.xxh3_64_hexdigest(repr([request.args for request in requests]).encode())}"
         rank, size = self._meetings.rank, self._meetings.size
         answers: dict[int, Answer] = {}
-        begin, rows = 0, _FIRST_ROUND
+        begin, budget = 0, _FIRST_ROUND
         while begin < len(groups):
-            mine = [index for group in groups[begin : begin + rows * size][rank::size] for index in group]
+            end, characters = begin, 0.0
+            while end < len(groups) and (end - begin < size or characters < budget):
+                characters += _characters(requests, groups[end]) / size
+                end += 1
+            mine = [index for group in groups[begin:end][rank::size] for index in group]
             started = time.perf_counter()
             given = answer([requests[index] for index in mine]) if mine else []
             content = (mine, given, time.perf_counter() - started)
-            seconds = 0.0
+            seconds = 1e-3
             for indices, theirs, took in self._meetings.exchange(f"{kind} {begin}", content):
                 answers.update(zip(indices, theirs, strict=True))
                 seconds = max(seconds, took)
-            begin += rows * size
+            begin = end
             # The same in all processes, since all know all times.
-            rows = max(1, min(4 * rows, int(rows * _ROUND_SECONDS / max(seconds, 1e-3))))
+            budget = min(4 * budget, characters * _ROUND_SECONDS / seconds)
         return [answers[index] for index in range(len(requests))]
 
 
@@ -138,9 +142,10 @@ def _groups(requests: Sequence[Instance]) -> list[list[int]]:
     for index, request in enumerate(requests):
         by_context.setdefault(request.args[0], []).append(index)
     groups = [indices[n : n + _GROUP] for indices in by_context.values() for n in range(0, len(indices), _GROUP)]
+    return sorted(groups, key=lambda group: _characters(requests, group), reverse=True)
 
-    def length(group: list[int]) -> int:
-        endings = (requests[index].args[1] for index in group if len(requests[index].args) > 1)
-        return len(requests[group[0]].args[0]) + sum(len(ending) for ending in endings if isinstance(ending, str))
 
-    return sorted(groups, key=length, reverse=True)
+def _characters(requests: Sequence[Instance], group: list[int]) -> int:
+    """What is read for a group: its context once, and its endings; of a whole document, or a prompt, itself."""
+    endings = (requests[index].args[1] for index in group if len(requests[index].args) > 1)
+    return len(requests[group[0]].args[0]) + sum(len(ending) for ending in endings if isinstance(ending, str))

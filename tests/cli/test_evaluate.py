@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -35,6 +36,27 @@ def test_the_newest_run_is_scored_and_the_results_lie_in_it(world: Path) -> None
     facts = json.loads(path.with_suffix(".meta.json").read_text())
     assert (facts["dtype"], facts["device"], facts["batch_size"]) == ("float32", "cpu", "auto")
     assert facts["data"] == "data/tiny"
+    weights = Path("runs/demo/checkpoints/step_000007/model.safetensors").read_bytes()
+    assert facts["weights"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+    assert facts["machine"]["processor"]
+    assert facts["bos"]["before_contexts"] == []
+    assert facts["bos"]["without_context"]["token"] == "<|endoftext|>"
+    assert facts["data_sets"] == {"json": {"from": "files", "revision": None}}
+    assert facts["working_directory_commit"] is None
+
+
+def test_a_token_before_prompts_gives_other_scores_in_a_file_of_its_own(world: Path) -> None:
+    reports = {}
+    for bos in ("auto", "yes", "no"):
+        done = CliRunner().invoke(app, ["--tasks", "quiz.yaml", "--bos", bos, "--json"])
+        [reports[bos]] = json.loads(done.stdout)["models"]
+    assert reports["auto"]["results"] == reports["no"]["results"]
+    assert [Path(report["file"]).name for report in reports.values()] == [
+        "step_000007_quiz.json",
+        "step_000007_quiz_bos.json",
+        "step_000007_quiz_nobos.json",
+    ]
+    assert [len(report["bos"]["before_contexts"]) for report in reports.values()] == [0, 1, 0]
 
 
 def test_a_mixture_of_experts_is_scored_with_what_a_token_costs(world: Path) -> None:
@@ -98,6 +120,9 @@ def test_a_model_that_is_not_there_is_one_message(world: Path) -> None:
         (["--batch-size", "many"], "batch-size must be a number"),
         (["--batch-size", "0"], "batch-size must be a number"),
         (["--num-fewshot", "2"], "--num-fewshot 2: the task heldout"),
+        (["--bos", "maybe"], "--bos maybe"),
+        (["--data-dir", "nowhere"], "nowhere is no folder"),
+        (["--include-path", "taken"], "taken is no folder"),
     ],
 )
 def test_mistakes_are_found_before_the_model_loads(

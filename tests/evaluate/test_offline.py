@@ -17,7 +17,7 @@ from lightlm.evaluate.examples import scored_examples
 from lightlm.evaluate.runner import Settings, Tasks
 from tests.evaluate.quizzes import REPO, add_data, write_tasks
 from tests.evaluate.tiny_run import write_world
-from tests.hub import Hub
+from tests.hub import Fault, Hub
 from tests.hub_data import use
 
 app = typer.Typer()
@@ -88,7 +88,13 @@ def test_a_folder_laid_out_like_the_hub_is_enough(hub: Hub, monkeypatch: pytest.
     assert not Path("taken", REPO, "hard").exists()  # though the Hub lists it first
     done = run("--prefetch", ALL, "--data-dir", "taken")  # the rest beside it
     assert done.exception is None, done.exception
-    for word in ("Revision", hub.commit[:8], str(Path("taken/someone/prose")), "quiz_easy, quiz_written"):
+    for word in (
+        "Revision",
+        hub.commit[:8],
+        f"In {Path('taken/someone')}",
+        f"{REPO} (easy)",
+        "quiz_easy, quiz_written",
+    ):
         assert word in done.stdout
     down(hub, monkeypatch, told=False)
     shutil.rmtree("datasets-cache")
@@ -142,6 +148,17 @@ def test_what_the_hub_does_not_have_is_listed_and_the_rest_fetched(hub: Hub) -> 
     assert Path("taken", REPO, "easy", "test.jsonl").is_file()
 
 
+@pytest.mark.parametrize("folder", [[], ["--data-dir", "taken"]])
+def test_a_connection_that_breaks_is_tried_again_and_nothing_is_fetched_twice(hub: Hub, folder: list[str]) -> None:
+    files = r"resolve/.*/easy/test\.jsonl"
+    hub.faults += [Fault("drop", f"GET .*{files}"), Fault("status", r"GET /api/datasets", status=503)]
+    [first] = rows(run("--prefetch", "quiz_easy", *folder, "--json"))
+    assert not [fault for fault in hub.faults if fault.times]
+    hub.clear()
+    assert rows(run("--prefetch", "quiz_easy", *folder, "--json")) == [first]
+    assert hub.body_bytes(files) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -174,6 +191,13 @@ def test_a_folder_comes_before_what_the_cache_holds(hub: Hub) -> None:
     chosen = Tasks(Settings(["quiz_prose"], include_path="tasks", data_dir="mine"))
     [document] = chosen.load(["quiz_prose"])["tasks"]["quiz_prose"].eval_docs
     assert document["text"] == "Mine."
+
+
+def test_a_folder_of_that_name_is_left_where_it_is(hub: Hub) -> None:
+    shutil.copytree("served/prose", "someone/prose")
+    [row] = rows(run("--prefetch", "quiz_prose", "--data-dir", "taken", "--json"))
+    assert (row["where"], row["files"], row["revision"]) == (str(Path("someone/prose").resolve()), 1, None)
+    assert hub.requests == []
 
 
 def test_a_model_of_the_hub_and_one_of_a_run_side_by_side(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

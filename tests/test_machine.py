@@ -1,0 +1,46 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightlm import machine
+
+
+def test_a_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
+    assert machine.git_commit(tmp_path) is None
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    (tmp_path / "deep").mkdir()
+    commit = machine.git_commit(tmp_path / "deep")
+    assert commit
+    assert git("rev-parse", "HEAD").startswith(commit)
+    (tmp_path / "file").write_text("2")
+    assert machine.git_commit(tmp_path) == f"{commit}+"
+
+
+def test_the_machine_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = machine.describe_machine(torch.device("cpu"))
+    assert facts["processor"]
+    assert facts["processors"] >= 1
+    assert facts["memory_gib"] > 0.1
+    assert "accelerator" not in facts
+    properties = type("Properties", (), {"name": "NVIDIA H100", "total_memory": 80 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    facts = machine.describe_machine(torch.device("cuda", 1))
+    assert (facts["accelerator"], facts["accelerator_memory_gib"]) == ("NVIDIA H100", 80.0)
+
+
+def test_versions_of_what_is_not_installed_are_null() -> None:
+    found = machine.versions("lm_eval", "no-such-package-anywhere")
+    assert found["lm_eval"]
+    assert found["no-such-package-anywhere"] is None
+    assert found["torch"] == torch.__version__
