@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from lightlm.evaluate.baselines import Baseline, Legend
     from lightlm.evaluate.comparison import Answers, Comparison
 
+_WIDE = 110  # columns of a terminal from which on figures and their standard errors stand in one line
+_IN_A_NARROW_LINE = 3  # figures of a row that do so below
+
 
 def print_table(
     reports: list[dict[str, Any]],
@@ -43,7 +46,10 @@ def print_table(
         documents = "" if found.row.documents is None else f"{found.row.documents:,}"
         values = _value_and_stderr(found) if single else _side_by_side(cells, winners.get((task, metric)))
         published = [_published(baseline, found, reports[0]["limit"], legend) for baseline in baselines]
-        table.add_row(escape(task), escape(metric), documents, *values, *published)
+        cells_of_row = [*values, *published]
+        if out.width < _WIDE and len(cells_of_row) > _IN_A_NARROW_LINE:
+            cells_of_row = [text.replace(" ", "\n", 1) for text in cells_of_row]
+        table.add_row(escape(task), escape(metric), documents, *cells_of_row)
     out.print(table)
     for line in legend.lines(baselines):
         out.print(line, soft_wrap=True, markup=False)

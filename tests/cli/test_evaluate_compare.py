@@ -97,6 +97,16 @@ def test_published_figures_stand_beside_the_run(world: Path) -> None:
     assert figure["differences"] == ["MobileLLM's own script", "metric not stated"]
 
 
+def test_many_columns_break_between_figure_and_error(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.out, "_width", 80)
+    done = run("demo", "other", "--tasks", "quiz.yaml", "--compare", "gpt2,mobilellm-125m")
+    [i] = [i for i, line in enumerate(done.stdout.splitlines()) if line.startswith(" hellaswag  acc_norm")]
+    line, below = done.stdout.splitlines()[i : i + 2]
+    assert line.split()[-2:] == ["0.3114*", "0.389*"]
+    assert below.split()[-2:] == ["(a)", "(b)"]
+    assert below.count("± 0.") == 2
+
+
 def test_a_model_among_the_names_is_measured_here(world: Path) -> None:
     found = json.loads(run("demo", "--tasks", "quiz.yaml", "--compare", "other,gpt2", "--json").stdout)
     assert [model["model"] for model in found["models"]] == ["demo/step_000007", "other/step_000007"]
