@@ -31,7 +31,9 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples in the prompt; each task's own unless given.")
     ] = None,
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Sequences in a batch.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 where it is fast), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 where it is fast), float32, bfloat16 or float16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     data: Annotated[
         str | None,
