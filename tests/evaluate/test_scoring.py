@@ -11,6 +11,7 @@ from lightlm.errors import LightLMError
 from lightlm.evaluate import scoring
 from lightlm.evaluate.batches import BatchSize
 from lightlm.evaluate.logits import fp32_logits
+from lightlm.evaluate.packing import Tree
 from lightlm.evaluate.scoring import Score, score, target_log_probs
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES, build
@@ -110,6 +111,7 @@ def test_each_shared_token_is_computed_once(pairs: list[Pair], tokens: int, monk
 @pytest.mark.parametrize("shape", SHAPES)
 def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_TOKENS", 24)
+    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_GAIN", 60)
     model = build(shape)
     rng = random.Random(1)
     examples = [rng.randrange(97) for _ in range(30)]
@@ -121,6 +123,18 @@ def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: p
     assert sum(columns) == 30 + 9 * 8
     assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in expected], abs=1e-3)
     assert [s.greedy for s in scores] == [s.greedy for s in expected]
+
+
+def test_a_context_longer_than_a_batch_is_still_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_TOKENS", 24)
+    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_GAIN", 60)
+    model = build("llama")
+    pairs = [([5] * 40, [ending, 1, 2]) for ending in range(4)]
+    expected = [reference(model, pair) for pair in pairs]
+    columns = counted(model, monkeypatch)
+    scores = score(model, pairs, BatchSize(16))
+    assert sum(columns) < 40 + 16
+    assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in expected], abs=1e-4)
 
 
 tokens = st.integers(0, 3)  # few, so that much is shared and greedy answers occur
@@ -150,7 +164,7 @@ def test_a_lack_of_memory_halves_the_batches_and_loses_nothing(monkeypatch: pyte
     whole = score(model, pairs, BatchSize(4096))
     score_batch, sizes = scoring._score_batch, []
 
-    def short_of_memory(model: Transformer, trees: list, trunk: None) -> Iterator[Score]:
+    def short_of_memory(model: Transformer, trees: list[Tree], trunk: None) -> Iterator[Score]:
         sizes.append(len(trees) * len(trees[0]))
         if sizes[-1] > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -162,6 +176,20 @@ def test_a_lack_of_memory_halves_the_batches_and_loses_nothing(monkeypatch: pyte
     assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in whole], abs=1e-4)
     assert sum(done) == len(pairs)
     assert max(sizes) > 100 >= sizes[-1]
+
+
+def test_a_number_limits_the_requests_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    score_batch, counts = scoring._score_batch, []
+
+    def count(model: Transformer, trees: list[Tree], trunk: None) -> Iterator[Score]:
+        counts.append(sum(len(tree.requests) for tree in trees))
+        return score_batch(model, trees, trunk)
+
+    monkeypatch.setattr(scoring, "_score_batch", count)
+    pairs = [([1, 2, 3], [answer]) for answer in range(7)] + random_pairs(97, 48)
+    score(build("llama"), pairs, BatchSize(4096, sequences=3))
+    assert max(counts) == 3
+    assert sum(counts) == len(pairs)
 
 
 def test_a_request_that_memory_cannot_hold_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
