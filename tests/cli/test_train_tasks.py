@@ -61,7 +61,9 @@ def test_scores_are_those_of_lightlm_eval_and_training_does_not_notice(lightlm, 
     assert list(scores) == [4, 8, 10]
     assert scores[10] < scores[4]
     assert "step     10  heldout/byte_perplexity" in outcome.stderr
-    report = json.loads(lightlm("eval", str(scored), "--tasks", "heldout", "--limit", "3", "--json").stdout)
+    report = json.loads(
+        lightlm("eval", str(scored), "--tasks", "heldout", "--limit", "3", "--dtype", "float32", "--json").stdout
+    )
     figures = {row["metric"]: row["value"] for row in report["models"][0]["results"]}
     assert figures["bits_per_byte"] == scores[10]
 
