@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-# A beginning is computed once for several rows if it has so many tokens, and they are so many rows.
-_TRUNK_TOKENS, _TRUNK_ROWS = 64, 4
+# A beginning of so many tokens is computed once for several rows if that saves so many: it is a pass of its own, with
+# but one row, and so is what stands behind it.
+_TRUNK_TOKENS, _TRUNK_GAIN = 64, 256
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ def plan(requests: Sequence[Request], limits: Limits) -> list[Stand]:
         # What is scored stays in the trees.
         contexts = (len(request.inputs) - len(request.targets) for request in run)
         length = min(*shared[start + 1 : end], *contexts) if len(run) > 1 else 0
+        whole = list(_trees(run, shared[start:end], 0, limits))
         if length >= _TRUNK_TOKENS:
-            trees = list(_trees(run, shared[start:end], length, limits))
-            if len(trees) >= _TRUNK_ROWS:
-                stands.append(Stand(run[0].inputs[:length], _longest_first(trees)))
+            behind = list(_trees(run, shared[start:end], length, limits))
+            if sum(map(len, whole)) - sum(map(len, behind)) - length >= _TRUNK_GAIN:
+                stands.append(Stand(run[0].inputs[:length], _longest_first(behind)))
                 continue
-        plain.trees += _trees(run, shared[start:end], 0, limits)
+        plain.trees += whole
     plain.trees = _longest_first(plain.trees)
     return [*stands, plain] if plain.trees else stands
 

@@ -110,6 +110,7 @@ def test_each_shared_token_is_computed_once(pairs: list[Pair], tokens: int, monk
 @pytest.mark.parametrize("shape", SHAPES)
 def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_TOKENS", 24)
+    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_GAIN", 60)
     model = build(shape)
     rng = random.Random(1)
     examples = [rng.randrange(97) for _ in range(30)]
@@ -121,6 +122,18 @@ def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: p
     assert sum(columns) == 30 + 9 * 8
     assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in expected], abs=1e-3)
     assert [s.greedy for s in scores] == [s.greedy for s in expected]
+
+
+def test_a_context_longer_than_a_batch_is_still_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_TOKENS", 24)
+    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_GAIN", 60)
+    model = build("llama")
+    pairs = [([5] * 40, [ending, 1, 2]) for ending in range(4)]
+    expected = [reference(model, pair) for pair in pairs]
+    columns = counted(model, monkeypatch)
+    scores = score(model, pairs, BatchSize(16))
+    assert sum(columns) < 40 + 16
+    assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in expected], abs=1e-4)
 
 
 tokens = st.integers(0, 3)  # few, so that much is shared and greedy answers occur
