@@ -11,6 +11,7 @@ from lightlm.errors import LightLMError
 from lightlm.evaluate import scoring
 from lightlm.evaluate.batches import BatchSize
 from lightlm.evaluate.logits import fp32_logits
+from lightlm.evaluate.packing import Tree
 from lightlm.evaluate.scoring import Score, score, target_log_probs
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES, build
@@ -163,7 +164,7 @@ def test_a_lack_of_memory_halves_the_batches_and_loses_nothing(monkeypatch: pyte
     whole = score(model, pairs, BatchSize(4096))
     score_batch, sizes = scoring._score_batch, []
 
-    def short_of_memory(model: Transformer, trees: list, trunk: None) -> Iterator[Score]:
+    def short_of_memory(model: Transformer, trees: list[Tree], trunk: None) -> Iterator[Score]:
         sizes.append(len(trees) * len(trees[0]))
         if sizes[-1] > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -175,6 +176,20 @@ def test_a_lack_of_memory_halves_the_batches_and_loses_nothing(monkeypatch: pyte
     assert [s.log_likelihood for s in scores] == pytest.approx([s.log_likelihood for s in whole], abs=1e-4)
     assert sum(done) == len(pairs)
     assert max(sizes) > 100 >= sizes[-1]
+
+
+def test_a_number_limits_the_requests_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    score_batch, counts = scoring._score_batch, []
+
+    def count(model: Transformer, trees: list[Tree], trunk: None) -> Iterator[Score]:
+        counts.append(sum(len(tree.requests) for tree in trees))
+        return score_batch(model, trees, trunk)
+
+    monkeypatch.setattr(scoring, "_score_batch", count)
+    pairs = [([1, 2, 3], [answer]) for answer in range(7)] + random_pairs(97, 48)
+    score(build("llama"), pairs, BatchSize(4096, sequences=3))
+    assert max(counts) == 3
+    assert sum(counts) == len(pairs)
 
 
 def test_a_request_that_memory_cannot_hold_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
