@@ -142,8 +142,7 @@ def _located(references: list[str | None]) -> list[str | Path]:
     from lightlm.convert.loading import is_hub_id, locate
 
     return [
-        reference if reference is not None and is_hub_id(reference) else locate(reference)
-        for reference in references
+        reference if reference is not None and is_hub_id(reference) else locate(reference) for reference in references
     ]
 
 
@@ -209,9 +208,7 @@ def _evaluate_one(
         documents.write(documents.documents_file(path), scored)
         if log_samples:
             samples.write(path, logged)
-    console.print(
-        f"{name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False, soft_wrap=True
-    )
+    console.print(f"{name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False, soft_wrap=True)
     figures = [asdict(row) for row in results.rows(document)]
     report = {**facts, "file": str(path) if path else None, "results": figures}
     return report, answers_of(name, document, scored, facts)
