@@ -53,9 +53,14 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """The run's name and the step for a checkpoint (`demo/step_000200`), else the folder's name."""
-        run = run_of(self.path)
-        return f"{run.name}/{self.path.name}" if run else self.path.name
+        """See `model_name`."""
+        return model_name(self.path)
+
+
+def model_name(path: Path) -> str:
+    """The run's name and the step for a checkpoint (`demo/step_000200`), else the folder's name."""
+    run = run_of(path)
+    return f"{run.name}/{path.name}" if run else path.name
 
 
 def step_name(step: int) -> str:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lightlm.evaluate.comparison import Answers
     from lightlm.evaluate.runner import Tasks
 
+_UNKEPT = "{} belongs to no run, so its results and samples are kept in no file; --out DIR keeps them"
+
 
 def evaluate(
     context: typer.Context,
@@ -87,24 +89,28 @@ def evaluate(
         _check_out(out_path, len(references))
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ...") as status:
-        from lightlm.convert.loading import load_pretrained
+        from lightlm.convert.loading import load_pretrained, locate
         from lightlm.device import pick_device
         from lightlm.evaluate.comparison import compare_all
         from lightlm.evaluate.harness import batch_limits, evaluation_dtype
+        from lightlm.evaluate.heldout import common_folder
         from lightlm.evaluate.runner import Settings, Tasks
 
         target = pick_device(device)
         precision = evaluation_dtype(dtype, target)
         batch_limits(batch_size, target)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        chosen = Tasks(Settings(names, limit, num_fewshot, data, include_path, data_dir, bos))
+        chosen = Tasks(Settings(names, limit, num_fewshot, data, include_path, data_dir, bos, dtype))
         status.update("Reading the tasks' data ...")
         chosen.require_data()
-    heldout_data = _heldout_data(references, data) if chosen.read_data else None
+    located = _located(references)
+    heldout_data = common_folder([] if data else located, data) if chosen.read_data else None
+    for model in located:
+        locate(model)  # downloads those of the Hub, so that one which is not there is known before any is scored
     reports, answers = [], []
-    for reference in references:
-        loaded = load_pretrained(reference, target, precision)
-        report, figures = _evaluate_one(loaded, chosen, batch_size, out_path, heldout_data, log_samples)
+    for model, name in zip(located, _names(located), strict=True):
+        loaded = load_pretrained(model, target, precision)
+        report, figures = _evaluate_one(loaded, name, chosen, batch_size, out_path, heldout_data, log_samples)
         reports.append(report)
         answers.append(figures)
     comparisons = compare_all(answers)
@@ -131,21 +137,29 @@ def _check_out(path: Path, models: int) -> None:
         raise UsageError(f"--out {path}: {nearest} cannot be written to; choose another folder")
 
 
-def _heldout_data(references: list[str | None], data: str | None) -> Path:
-    """The data folder of the task heldout, one for all models, found before any of them is loaded."""
+def _located(references: list[str | None]) -> list[str | Path]:
+    """The folder of each model, or its id on the Hub, from where none is fetched yet."""
     from lightlm.convert.loading import is_hub_id, locate
-    from lightlm.evaluate.heldout import common_folder
 
-    if data:
-        return common_folder([], data)
-    # A model of the Hub belongs to no run; it need not be downloaded to learn that.
-    return common_folder(
-        [reference if reference is not None and is_hub_id(reference) else locate(reference) for reference in references]
-    )
+    return [
+        reference if reference is not None and is_hub_id(reference) else locate(reference) for reference in references
+    ]
+
+
+def _names(models: list[str | Path]) -> list[str]:
+    """What models are called in tables and files: two that would bear one name by their paths."""
+    from lightlm.checkpoint import model_name
+
+    paths = [Path(model) for model in models]
+    places: dict[str, set[Path]] = {}
+    for path in paths:
+        places.setdefault(model_name(path), set()).add(path.resolve())
+    return [path.as_posix() if len(places[model_name(path)]) > 1 else model_name(path) for path in paths]
 
 
 def _evaluate_one(
     loaded: "LoadedModel",
+    name: str,
     chosen: "Tasks",
     batch_size: str,
     out_path: Path | None,
@@ -164,7 +178,10 @@ def _evaluate_one(
     from lightlm.evaluate.runner import BOS, run_tasks
 
     started = time.perf_counter()
-    console.print(f"{loaded.name}: {', '.join(chosen.settings.tasks)}", markup=False)
+    console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
+    path = results.result_file(loaded, chosen.settings, out_path, name)
+    if path is None:
+        console.print(f"[yellow]Note:[/] {escape(_UNKEPT.format(name))}", soft_wrap=True)
     lm = LightLM(loaded, batch_size=batch_size, add_bos_token=BOS[chosen.settings.bos])
     document = run_tasks(lm, chosen, log_samples=True)
     for note in chosen.take_notes():
@@ -173,7 +190,7 @@ def _evaluate_one(
     scored = documents.of_samples(logged)
     counts = loaded.model.num_parameters()
     facts: dict[str, Any] = {
-        "model": loaded.name,
+        "model": name,
         "path": str(loaded.path),
         "parameters": counts["total"],
         "active_parameters": counts["active"],
@@ -186,15 +203,12 @@ def _evaluate_one(
         "batch_size": batch_size,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    path = results.result_file(loaded, chosen.settings, out_path)
     if path is not None:
         results.write(path, document, facts | provenance(lm, chosen))
         documents.write(documents.documents_file(path), scored)
         if log_samples:
             samples.write(path, logged)
-    console.print(
-        f"{loaded.name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False, soft_wrap=True
-    )
+    console.print(f"{name}: {facts['seconds']:.0f} s" + (f", {path}" if path else ""), markup=False, soft_wrap=True)
     figures = [asdict(row) for row in results.rows(document)]
     report = {**facts, "file": str(path) if path else None, "results": figures}
-    return report, answers_of(loaded.name, document, scored, facts)
+    return report, answers_of(name, document, scored, facts)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,25 @@ def file_stem(settings: Settings) -> str:
         stem = f"{stem[:_MAX_STEM]}~{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
     stem += "" if settings.num_fewshot is None else f"_{settings.num_fewshot}shot"
     stem += {"auto": "", "yes": "_bos", "no": "_nobos"}[settings.bos]
+    stem += "" if settings.dtype == "auto" else f"_{settings.dtype}"
+    stem += "" if settings.data is None else f"_{Path(settings.data).resolve().name}"
     return stem + ("" if settings.limit is None else f"_limit{settings.limit}")
 
 
-def result_file(loaded: LoadedModel, settings: Settings, out: Path | None) -> Path | None:
+def result_file(loaded: LoadedModel, settings: Settings, out: Path | None, name: str | None = None) -> Path | None:
     """Where results go: `out` if it is a .json file, a file of its own in the folder `out`, or without `out`
-    `<run>/eval/<step>_<tasks>.json`; None for a model that belongs to no run."""
+    `<run>/eval/<step>_<tasks>.json`; None for a model that belongs to no run.
+
+    Args:
+        name: of the model, where its own is also another's.
+    """
     if out is not None and out.suffix == ".json":
         return out
-    name = f"{file_stem(settings)}.json"
+    file = f"{file_stem(settings)}.json"
     if out is not None:
-        return out / f"{loaded.name.replace('/', '_')}_{name}"
+        return out / f"{re.sub(r'[/:]', '_', name or loaded.name)}_{file}"
     run = run_of(loaded.path)
-    return run / "eval" / f"{loaded.path.resolve().name}_{name}" if run else None
+    return run / "eval" / f"{loaded.path.resolve().name}_{file}" if run else None
 
 
 def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class Settings:
         include_path: a folder with tasks beside lm-eval's own, which they replace where names are the same.
         data_dir: a folder with data sets, laid out like the Hub; None is the environment's LIGHTLM_EVAL_DATA, if set.
         bos: what stands before contexts: `auto`, `yes` or `no` (see `LightLM`).
+        dtype: what was asked for as the models' precision, for the results' names.
     """
 
     tasks: list[str]
@@ -53,6 +54,7 @@ class Settings:
     include_path: str | None = None
     data_dir: str | None = None
     bos: str = "auto"
+    dtype: str = "auto"
 
 
 class Tasks(TaskManager):

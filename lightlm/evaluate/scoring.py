@@ -52,7 +52,7 @@ def score(
         on_done: told how many more requests are finished.
 
     Raises:
-        LightLMError: a continuation alone is longer than the model's context.
+        LightLMError: a continuation is empty, or alone longer than the model's context.
         torch.OutOfMemoryError: the memory does not hold a single request.
     """
     if model.device.type == "cpu":
@@ -84,6 +84,8 @@ def _score_all(model: Transformer, requests: list[Request], batch_size: BatchSiz
 def _cut(requests: list[tuple[list[int], list[int]]], max_seq_len: int) -> list[Request]:
     cut = []
     for index, (context, continuation) in enumerate(requests):
+        if not continuation:
+            raise LightLMError("a task asks for the score of an empty answer, which has none; see its doc_to_choice")
         if len(continuation) > max_seq_len:
             raise LightLMError(
                 f"an answer to be scored has {len(continuation):,} tokens, the model's context holds {max_seq_len:,}; "

@@ -76,8 +76,8 @@ def test_a_mixture_of_experts_is_scored_with_what_a_token_costs(world: Path) -> 
     flops = 6 * (active - 32) + 2 * 12 * 32 * 40
     words = f"{format_quantity(total)} parameters, {format_quantity(active)} active for a token"
     assert f"{words}, {format_quantity(flops)} FLOPs a trained token" in done.stdout
-    [file] = (world / "scores").glob("demo_*_quiz_limit2.meta.json")
-    facts = json.loads(file.read_text())  # of the last of the two, which bear one name
+    [file] = (world / "scores").glob("*sparse_runs_demo_*_quiz_limit2.meta.json")
+    facts = json.loads(file.read_text())
     assert (facts["parameters"], facts["active_parameters"], facts["flops_per_token"]) == (total, active, flops)
 
 
@@ -103,15 +103,45 @@ def test_several_models_stand_side_by_side(world: Path) -> None:
     assert list((world / "scores").glob("demo_step_000007_quiz.json"))
 
 
+def test_two_models_of_one_name_are_called_by_their_paths(world: Path) -> None:
+    for place in ("a", "b"):
+        shutil.copytree("runs/demo/checkpoints/step_000007", Path(place, "model"))
+    done = CliRunner().invoke(app, ["a/model", "b/model", "--tasks", "quiz.yaml", "--out", "scores", "--json"])
+    assert done.exit_code == 0, done.output
+    assert [model["model"] for model in json.loads(done.stdout)["models"]] == ["a/model", "b/model"]
+    names = {path.name for path in Path("scores").glob("*.meta.json")}
+    assert names == {"a_model_quiz.meta.json", "b_model_quiz.meta.json"}
+
+
+def test_another_precision_and_other_data_are_other_files(world: Path) -> None:
+    shutil.copytree("data/tiny", "data/else")
+    for arguments in ([], ["--dtype", "float32"], ["--data", "else"]):
+        done = CliRunner().invoke(app, ["demo", "--tasks", "heldout", *arguments])
+        assert done.exit_code == 0, done.output
+    names = {path.name for path in Path("runs/demo/eval").glob("*.json") if not path.name.endswith(".meta.json")}
+    assert names == {f"step_000007_heldout{end}.json" for end in ("", "_float32", "_else")}
+
+
+def test_results_that_no_file_keeps_are_said_to_be_so(world: Path) -> None:
+    shutil.copytree("runs/demo/checkpoints/step_000007", "model")
+    done = CliRunner().invoke(app, ["model", "--tasks", "quiz.yaml", "--log-samples"])
+    assert "model belongs to no run" in done.stderr
+    assert "--out DIR" in done.stderr
+    done = CliRunner().invoke(app, ["model", "--tasks", "quiz.yaml", "--out", "scores"])
+    assert "belongs to no run" not in done.stderr
+
+
 def test_one_results_file_cannot_hold_two_models(world: Path) -> None:
     done = CliRunner().invoke(app, ["demo", "demo", "--tasks", "heldout", "--out", "scores.json"])
     assert isinstance(done.exception, UsageError)
 
 
 def test_a_model_that_is_not_there_is_one_message(world: Path) -> None:
-    done = CliRunner().invoke(app, ["runs/nothing", "--tasks", "heldout"])
-    assert isinstance(done.exception, LightLMError)
-    assert "nothing" in str(done.exception)
+    for models, task in ((["runs/nothing"], "heldout"), (["demo", "runs/nothing"], "quiz.yaml")):
+        done = CliRunner().invoke(app, [*models, "--tasks", task])
+        assert isinstance(done.exception, LightLMError)
+        assert "nothing" in str(done.exception)
+    assert not Path("runs/demo/eval").exists()  # it was missed before the first was scored
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,10 @@ def test_a_handful_of_documents_is_never_significant():
     assert paired.sign_flip(np.zeros(3)) == 1.0
 
 
+def test_no_number_of_resamples_shows_that_a_difference_is_impossible():
+    assert paired.sign_flip(np.ones(60), resamples=99) == 0.01
+
+
 def test_one_in_twenty_equal_models_differs():
     rng = np.random.default_rng(11)
     skill = rng.random((600, 120))

@@ -226,3 +226,8 @@ def test_logits_of_bf16_operands_are_not_rounded_to_bf16() -> None:
 def test_an_answer_longer_than_the_context_is_refused() -> None:
     with pytest.raises(LightLMError, match=r"49 tokens.*48"):
         score(build("llama"), [([1], [2] * 49)], BatchSize(4096))
+
+
+def test_an_empty_answer_is_refused() -> None:
+    with pytest.raises(LightLMError, match="empty answer"):
+        score(build("llama"), [([1], [2]), ([1], [])], BatchSize(4096))

@@ -16,7 +16,7 @@ from lightlm.evaluate.during_training import TaskScores
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.results import rows
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
-from lightlm.evaluate.sharing import Meetings, SharedLightLM
+from lightlm.evaluate.sharing import Meetings, PeerFailedError, SharedLightLM
 from lightlm.recipe import EvalSection, load_recipe
 from lightlm.train.distributed import World
 from lightlm.train.runs import new_run
@@ -135,6 +135,17 @@ def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
     scores = TaskScores(section, Path("data/tiny"), World())
     assert scores(loaded.model, loaded.tokenizer, loaded.path, stop) is None
     assert len(answered) == 3  # one question of six
+
+
+def test_the_first_process_failure_is_told_as_it_is():
+    class Two:
+        rank, size = 1, 2
+
+        def gather(self, value):
+            return [type(value)("failure", failure="no room"), value]
+
+    with pytest.raises(PeerFailedError, match="process 0 of 2: no room"):
+        Meetings(Two(), threading.Event()).exchange("loglikelihood 0", None)
 
 
 def test_generated_answers_are_shared_too(tmp_path, monkeypatch):

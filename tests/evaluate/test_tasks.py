@@ -90,6 +90,14 @@ def test_each_kind_of_task_runs(world: LoadedModel) -> None:
     assert {counts["effective"] for counts in document["n-samples"].values()} == {3}
 
 
+def test_an_argument_that_datasets_no_longer_takes_is_dropped(world: LoadedModel) -> None:
+    """Many stock tasks still have it; lm-eval drops it too."""
+    path = Path("mine/first.yaml")
+    path.write_text(path.read_text().replace("dataset_kwargs:\n", "dataset_kwargs:\n  trust_remote_code: true\n"))
+    [need] = Tasks(Settings(["first"], include_path="mine")).needs()
+    assert need.options.keys() == {"data_files"}
+
+
 def test_examples_stand_in_the_prompt(world: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     contexts: list[str] = []
     score = LightLM.loglikelihood
