@@ -95,7 +95,7 @@ def test_an_argument_that_datasets_no_longer_takes_is_dropped(world: LoadedModel
     path = Path("mine/first.yaml")
     path.write_text(path.read_text().replace("dataset_kwargs:\n", "dataset_kwargs:\n  trust_remote_code: true\n"))
     [need] = Tasks(Settings(["first"], include_path="mine")).needs()
-    assert need.options.keys() == {"data_files"}
+    assert need.options.keys() == {"data_files", "cache_dir"}
 
 
 def test_examples_stand_in_the_prompt(world: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
