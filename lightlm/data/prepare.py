@@ -7,9 +7,7 @@ Blocks are encoded anywhere and in any order, and assembled in theirs. Everythin
 """
 
 import contextlib
-import errno
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from lightlm.data.assembly import Assembly, AssemblyState
 from lightlm.data.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
 from lightlm.data.decontamination import Decontaminator
 from lightlm.data.deduplication import Mode
+from lightlm.data.disk_errors import clear_errors
 from lightlm.data.encoder import AUTO, EncoderError, choose_encoder, remember
 from lightlm.data.engine import Engine, ThreadEngine, done_or_encoded
 from lightlm.data.filters import Filter
@@ -182,23 +181,6 @@ def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Ma
             "Use --overwrite to prepare it again, or --out for another folder."
         )
     return manifest.model_copy(update={"already_prepared": True})
-
-
-@contextlib.contextmanager
-def clear_errors(target: Path) -> Iterator[None]:
-    """Say what a failing disk or a missing permission means for the user."""
-    try:
-        yield
-    except OSError as error:
-        where = f"{error.filename or target}: " if error.errno not in (errno.ENOSPC, errno.EDQUOT) else ""
-        if not where:
-            places = f"{target.parent} (or {tempfile.gettempdir()}, for temporary files)"
-            advice = f"The disk that holds {places} is full ({error.strerror}). Free some space"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = f"{where}{error.strerror}. Allow it, or choose another folder with --out"
-        else:
-            advice = f"{where}{error.strerror or error}. See to it"
-        raise DataError(f"{advice}, and run the same command again: what is finished is kept.") from error
 
 
 class _Run:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import xxhash
 
+from lightlm.data.disk_errors import clear_errors
 from lightlm.data.filters import Filter
-from lightlm.data.prepare import clear_errors
 from lightlm.data.sources import LocalSource
 from lightlm.errors import DataError, UsageError
 
