@@ -8,6 +8,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from lightlm.data import footers
+from lightlm.data.hub_source import HubSource
+from lightlm.data.sources import open_source
 from tests.corpus import texts as corpus
 from tests.hub import Hub
 
@@ -85,3 +87,13 @@ def make_fineweb_edu(folder: Path, texts: list[str], files: int = 3, row_group: 
         parquet.write_table(pyarrow.table(columns), folder / name, row_group_size=row_group, compression="none")
     (folder / "README.md").write_text(FINEWEB_README, encoding="utf-8")
     return folder
+
+
+def source(spec: str = "fineweb-edu", text_column: str = "text") -> HubSource:
+    opened = open_source(spec, text_column)
+    assert isinstance(opened, HubSource)
+    return opened
+
+
+def read(source: HubSource) -> list[str]:
+    return [text for unit in source.units() for text in unit.read()]

@@ -3,5 +3,5 @@
 import os
 
 # Arrow's own allocator holds on to what a Parquet page is decompressed from for a second; the system's gives it back at
-# once. A cell of 500 MB takes 200 MB less (zstd), reading is a little faster. Arrow looks when it is first imported.
+# once (benchmarks/large_document.py). Arrow looks when it is first imported.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

@@ -1,7 +1,7 @@
 """Parquet files, opened by footers that are kept.
 
-Units of one file follow one another, and a footer tells of all its row groups: read again for each, that of 2,000 row
-groups of 190 KB took two thirds of the time (62 of 90 ms a row group), and on the Hub a request each.
+Units of one file follow one another, and a footer tells of all its row groups: read again for each, that of
+thousands of row groups takes most of the time, and on the Hub a request each.
 """
 
 import functools

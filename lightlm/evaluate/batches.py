@@ -8,8 +8,7 @@ import torch
 from lightlm.evaluate.packing import Tree
 from lightlm.model.config import ModelConfig
 
-# Positions of a batch for each thread of a CPU: the activations of more no longer fit its caches. GPT-2's shape in
-# fp32, documents/s of HellaSwag on one core: 7.6 (512), 8.5, 8.1 (1,536), 7.5 (2,048), 6.9, 5.8 (8,192).
+# Positions of a batch for each thread of a CPU: the activations of more no longer fit its caches.
 _CPU_POSITIONS = 1024
 _MPS_POSITIONS = 16384  # its memory is the system's, and what is free is not known
 _CUDA_LIMITS = 4096, 131072

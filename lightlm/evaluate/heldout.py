@@ -21,7 +21,7 @@ from lightlm.evaluate import cloze
 HELDOUT, CLOZE = "heldout", "heldout_cloze"
 TASKS = Path(__file__).parent / "tasks"  # for lm-eval's TaskManager(include_path=...)
 
-# What the cloze reads of a validation split: 3 s of decoding and cutting for 55M tokens.
+# What the cloze reads of a validation split: some seconds of decoding and cutting.
 _CLOZE_DOCUMENTS = 4000
 _CLOZE_BYTES = 8_000_000
 

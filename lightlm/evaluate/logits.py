@@ -1,8 +1,4 @@
-"""Logits in fp32 from operands of lower precision.
-
-A bf16 logit of 20 is a multiple of 0.125. On SmolLM2-135M and 1,000 documents of HellaSwag, the log-likelihoods of
-answers in bf16 deviated from fp32's by 0.19 (standard deviation) with logits in bf16 and by 0.15 with logits in fp32.
-"""
+"""Logits in fp32 from operands of lower precision: a bf16 logit of 20 is a multiple of 0.125."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -20,8 +20,7 @@ from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.model.trees import Trees, Trunk
 
-# Columns of the head at a time: the logits of 1,024 positions (4 MB) then stay in a CPU's caches. At GPT-2's size in
-# bf16 that took 121 ms, and 506 ms for all logits at once; fp32 453 and 791 (one core of a Xeon with AMX).
+# Columns of the head at a time: the logits of 1,024 positions (4 MB) then stay in a CPU's caches.
 _PIECE = 1024
 _LOGITS = 1 << 26  # of a piece on other devices, where launching kernels costs more: 256 MB
 

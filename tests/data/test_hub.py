@@ -15,22 +15,11 @@ import pytest
 from lightlm.data import footers, hub_files, hub_listing
 from lightlm.data.filters import Filter
 from lightlm.data.hub import HubError, back_off
-from lightlm.data.hub_source import HubSource
 from lightlm.data.readers import Unit
 from lightlm.data.sources import open_source
 from lightlm.errors import DataError, LightLMError
 from tests.hub import Fault, Hub, Repository
-from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu
-
-
-def source(spec: str = "fineweb-edu", text_column: str = "text") -> HubSource:
-    opened = open_source(spec, text_column)
-    assert isinstance(opened, HubSource)
-    return opened
-
-
-def read(source: HubSource) -> list[str]:
-    return [text for unit in source.units() for text in unit.read()]
+from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu, read, source
 
 
 def row_groups(files: int, groups: int) -> list[str]:

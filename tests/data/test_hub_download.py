@@ -7,21 +7,9 @@ import pytest
 
 from lightlm.data.hub import HubError
 from lightlm.data.hub_names import HUB_DATASETS, parse_hub
-from lightlm.data.hub_source import HubSource
-from lightlm.data.sources import open_source
 from lightlm.errors import DataError
 from tests.hub import Fault, Hub
-from tests.hub_data import DOCUMENTS, REPO
-
-
-def source(spec: str = "fineweb-edu", text_column: str = "text") -> HubSource:
-    opened = open_source(spec, text_column)
-    assert isinstance(opened, HubSource)
-    return opened
-
-
-def read(source: HubSource) -> list[str]:
-    return [text for unit in source.units() for text in unit.read()]
+from tests.hub_data import DOCUMENTS, REPO, read, source
 
 
 def test_a_download_survives_faults_and_serves_without_a_network(
