@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow.parquet as parquet
 import torch
 
-from lightlm.data.decontamination import Decontaminator
-from lightlm.data.deduplication import BANDS, ROWS, Deduplicator, Signer, shingles
-from lightlm.data.ngrams import ngram_hashes
+from lightlm.data.select.decontamination import Decontaminator
+from lightlm.data.select.deduplication import BANDS, ROWS, Deduplicator, Signer, shingles
+from lightlm.data.select.ngrams import ngram_hashes
 from lightlm.quantities import parse_quantity
 from lightlm.train.metrics import peak_memory
 

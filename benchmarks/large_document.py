@@ -33,7 +33,7 @@ def measure(source: Path, tokenizer: Path) -> None:
     """Prepare it; print the process's peak in megabytes and a checksum of the train split."""
     import resource
 
-    from lightlm.data.prepare import prepare
+    from lightlm.data.prepare.run import prepare
 
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
         made = prepare(str(source), str(tokenizer), Path(out) / "data")

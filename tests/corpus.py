@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from lightlm.data.prepare import prepare
+from lightlm.data.prepare.run import prepare
 
 _SUBJECTS = ["the old clock", "a small dog", "my sister", "the river", "every student", "the green door", "a tall ship"]
 _VERBS = ["watches", "follows", "remembers", "carries", "opens", "forgets", "draws"]

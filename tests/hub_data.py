@@ -7,9 +7,9 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from lightlm.data import footers
-from lightlm.data.hub_source import HubSource
-from lightlm.data.sources import open_source
+from lightlm.data.readers import parquet_footers as footers
+from lightlm.data.sources.hub.source import HubSource
+from lightlm.data.sources.local import open_source
 from tests.corpus import texts as corpus
 from tests.hub import Hub
 
@@ -37,7 +37,7 @@ def use(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     patch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
     patch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
-    patch.setattr("lightlm.data.hub.RETRY_DELAYS", (0.0, 0.0, 0.0, 0.0))
+    patch.setattr("lightlm.data.sources.hub.client.RETRY_DELAYS", (0.0, 0.0, 0.0, 0.0))
     huggingface_hub.HfFileSystem.clear_instance_cache()
     footers._footer.cache_clear()
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightlm.data.decontamination import Decontaminator
-    from lightlm.data.filters import Filter
-    from lightlm.data.sources import Source
+    from lightlm.data.select.decontamination import Decontaminator
+    from lightlm.data.select.filters import Filter
+    from lightlm.data.sources.local import Source
 
 
 def open_named(source: str | None, mix: str | None, text_column: str, chosen: Filter | None) -> Source:
     """The source that SOURCE or --mix names. Raises UsageError unless it is one of both."""
-    from lightlm.data.mixture import parse_mix
-    from lightlm.data.mixture_source import MixtureSource
-    from lightlm.data.sources import open_source
+    from lightlm.data.prepare.mixing.schedule import parse_mix
+    from lightlm.data.prepare.mixing.source import MixtureSource
+    from lightlm.data.sources.local import open_source
     from lightlm.errors import UsageError
 
     if source is not None and mix is not None:
@@ -34,7 +34,7 @@ def opened(
     source: str | None, mix: str | None, text_column: str, chosen: Filter | None, out: Path | None
 ) -> Iterator[tuple[Source, Path]]:
     """The source, and the folder to write."""
-    from lightlm.data.standard_input import NAME, SPEC, standard_input
+    from lightlm.data.sources.stdin import NAME, SPEC, standard_input
 
     if source == SPEC and mix is None:
         folder = out or Path("data") / NAME
@@ -47,7 +47,7 @@ def opened(
 
 def parse_filter(text: str | None) -> Filter | None:
     """`--filter`. Raises UsageError."""
-    from lightlm.data.filters import Filter
+    from lightlm.data.select.filters import Filter
 
     return None if text is None else Filter(text)
 
@@ -65,7 +65,7 @@ def evaluation_sets(names: str | None, contaminated: str) -> Decontaminator | No
     from lightlm.cli.console import console
 
     with console.status("Reading the evaluation sets ..."):
-        from lightlm.data.decontamination import Decontaminator
+        from lightlm.data.select.decontamination import Decontaminator
         from lightlm.evaluate.examples import scored_examples
 
         chosen = [name.strip() for name in names.split(",") if name.strip()]

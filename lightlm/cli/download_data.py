@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-    from lightlm.data.sources import Source
+    from lightlm.data.sources.local import Source
 
 HONOURED = ("source", "tokenizer", "text_column", "download_only", "as_json")
 
@@ -35,7 +35,7 @@ def download_data(source: Source, tokenizer: str, as_json: bool) -> None:
     from huggingface_hub import constants
 
     from lightlm.cli.console import console, out, print_json
-    from lightlm.data.hub_source import HubSource
+    from lightlm.data.sources.hub.source import HubSource
     from lightlm.data.tokenizer import load_tokenizer, requested_vocab_size
     from lightlm.errors import UsageError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightlm.data.prepare import Progress
+    from lightlm.data.prepare.run import Progress
     from lightlm.data.shards import Manifest, MixedSource
 
 LISTED = 5  # messages about records that were left out; the manifest has more

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lightlm.data.engine import Engine
+    from lightlm.data.prepare.executors import Engine
     from lightlm.data.shards import Manifest
 
 # pydocs must work without a network, and its 9 MB are no match for a vocabulary of 50,257. Its 1,600 documents
@@ -110,12 +110,12 @@ def prepare_data(
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
     from lightlm.cli.data_selection import evaluation_sets, open_named, opened, parse_filter
     from lightlm.cli.preparation_display import ProgressLine, print_summary
-    from lightlm.data.deduplication import checked_mode
-    from lightlm.data.prepare import prepare
-    from lightlm.data.prepare import verify as verify_folder
-    from lightlm.data.samples import beginnings
+    from lightlm.data.prepare.run import prepare
+    from lightlm.data.prepare.run import verify as verify_folder
+    from lightlm.data.preview import beginnings
+    from lightlm.data.select.deduplication import checked_mode
     from lightlm.data.shards import DataFolder
-    from lightlm.data.sources import PYDOCS
+    from lightlm.data.sources.local import PYDOCS
 
     if download_only:
         from lightlm.cli.download_data import download_data, refuse_other_options
@@ -158,7 +158,7 @@ def prepare_data(
 
 def _finished_folder(source: str | None) -> Path | None:
     """The prepared folder that SOURCE itself names, by path or by name under data/; its text may be long gone."""
-    from lightlm.data.standard_input import NAME, SPEC
+    from lightlm.data.sources.stdin import NAME, SPEC
 
     if source is None:
         return None
@@ -203,7 +203,7 @@ def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine |
         if ray_address is not None:
             raise UsageError("--ray-address is for --engine ray")
         return None
-    from lightlm.data.ray_engine import RayEngine
+    from lightlm.data.prepare.ray import RayEngine
 
     return RayEngine(workers, ray_address)
 

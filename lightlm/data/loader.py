@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from lightlm.data.ngrams import mix
+from lightlm.data.select.ngrams import mix
 from lightlm.data.shards import TokenStream
 from lightlm.errors import DataError
 

@@ -256,7 +256,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return Tokenizer.from_file(path)
     if path.suffix == ".json" or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
         raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, or a Hub id.")
-    from lightlm.data.hub import download_tokenizer
+    from lightlm.data.sources.hub.client import download_tokenizer
 
     repo = NAMED_TOKENIZERS.get(spec, spec)
     return Tokenizer(download_tokenizer(repo, OFFLINE_HINT).read_bytes(), origin=repo)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from lightlm.data.ngrams import ngram_hashes
+from lightlm.data.select.ngrams import ngram_hashes
 
 EXAMPLES = 1000
 ENDINGS = 4

@@ -20,7 +20,7 @@ import datasets
 from datasets import load_dataset
 from huggingface_hub import constants
 
-from lightlm.data.hub import first_line, hub_errors
+from lightlm.data.sources.hub.client import first_line, hub_errors
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.needs import Need
 

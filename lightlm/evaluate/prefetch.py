@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from lightlm import files
-from lightlm.data.hub import first_line, hub_errors, offline, persistently, require_hub
+from lightlm.data.sources.hub.client import first_line, hub_errors, offline, persistently, require_hub
 from lightlm.errors import DataError
 from lightlm.evaluate.data_sets import RECORD, DataSets, commits_in
 from lightlm.evaluate.needs import Need

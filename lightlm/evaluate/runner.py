@@ -17,7 +17,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
-from lightlm.data.hub import first_line, hub_answers, hub_errors, offline, quiet_libraries
+from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors, offline, quiet_libraries
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.data_sets import DataSets, find_data_dir, unreadable
 from lightlm.evaluate.harness import LightLM

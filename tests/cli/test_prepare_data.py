@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from lightlm.cli.preparation_display import progress_text
 from lightlm.cli.prepare_data import prepare_data
-from lightlm.data import sources
-from lightlm.data.prepare import Progress
+from lightlm.data.prepare.run import Progress
 from lightlm.data.shards import DataFolder, resolve_dataset
+from lightlm.data.sources import local as sources
 from lightlm.errors import DataError, LightLMError, UsageError
 
 DOCUMENTS = tuple(f"Document {n} is about the number {n}, which is followed by {n + 1}." for n in range(50))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightlm.data.prepare import prepare
+from lightlm.data.prepare.run import prepare
 from lightlm.data.shards import DataFolder, TokenStream, open_shard, resolve_dataset, write_shard
 from lightlm.errors import DataError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightlm.checkpoint import LoadedModel
-from lightlm.data.prepare import prepare
+from lightlm.data.prepare.run import prepare
 from lightlm.data.shards import DataFolder
 from lightlm.errors import DataError
 from lightlm.evaluate import cloze, heldout, results, runner

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightlm.data.decontamination import Decontaminator
+from lightlm.data.select.decontamination import Decontaminator
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate import runner
 from lightlm.evaluate.examples import scored_examples

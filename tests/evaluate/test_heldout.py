@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightlm.checkpoint import LoadedModel
-from lightlm.data import hub
+from lightlm.data.sources.hub import client as hub
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate import results, runner
 from lightlm.evaluate.__main__ import with_defaults

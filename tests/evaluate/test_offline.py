@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from lightlm.cli.evaluate import evaluate
 from lightlm.convert.huggingface import export_huggingface
-from lightlm.data import hub as hub_client
+from lightlm.data.sources.hub import client as hub_client
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate import runner
 from lightlm.evaluate.examples import scored_examples

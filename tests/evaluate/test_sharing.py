@@ -10,7 +10,7 @@ import torch
 
 from lightlm import checkpoint
 from lightlm.checkpoint import LoadedModel
-from lightlm.data.prepare import prepare
+from lightlm.data.prepare.run import prepare
 from lightlm.evaluate import during_training, runner, sharing
 from lightlm.evaluate.during_training import TaskScores
 from lightlm.evaluate.harness import LightLM

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightlm.data.prepare import verify
+from lightlm.data.prepare.run import verify
 from lightlm.data.shards import DataFolder
 from lightlm.errors import DataError
 from tests.train.watch import start

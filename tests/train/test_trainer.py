@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightlm import checkpoint
-from lightlm.data.prepare import prepare
+from lightlm.data.prepare.run import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe

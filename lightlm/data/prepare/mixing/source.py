@@ -1,0 +1,82 @@
+"""Several sources as one, mixed by tokens; see `lightlm.data.prepare.mixing.schedule`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+
+from lightlm.data.readers.texts import Unit
+from lightlm.data.shards import MixedSource
+from lightlm.data.sources.local import Revisable, Source
+from lightlm.data.sources.sample import beginnings
+from lightlm.errors import DataError
+
+_JOIN = " + "
+
+
+class MixtureSource:
+    """Sources with their shares, which sum to one."""
+
+    def __init__(self, parts: Sequence[tuple[Source, Fraction]]) -> None:
+        self.parts = parts
+        self.name = "-".join(source.name for source, _ in parts)
+        self.spec = _JOIN.join(f"{float(share)!r} {source.spec}" for source, share in parts)
+        self.description = _JOIN.join(f"{float(share):.1%} {source.description}" for source, share in parts)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """None where that of a part is."""
+        fingerprints = [source.fingerprint for source, _ in self.parts]
+        return _JOIN.join(map(str, fingerprints)) if None not in fingerprints else None
+
+    @property
+    def revision(self) -> str:
+        """Those of the parts."""
+        return _JOIN.join(str(source.revision) for source, _ in self.parts)
+
+    def at_revision(self, revision: str) -> "MixtureSource":
+        """The same parts at the revisions that an earlier process read. Raises DataError where one has changed."""
+        parts: list[tuple[Source, Fraction]] = []
+        for (source, share), wanted in zip(self.parts, revision.split(_JOIN), strict=True):
+            if isinstance(source, Revisable) and wanted != str(None):
+                source = source.at_revision(wanted)
+            elif wanted != str(source.revision):
+                raise DataError(
+                    f"{source.spec} has changed since this preparation was begun: {wanted} then, "
+                    f"{source.revision} now. Use --overwrite to start over."
+                )
+            parts.append((source, share))
+        return MixtureSource(parts)
+
+    def reached(self, tokens: Mapping[int, int], documents: Mapping[int, int]) -> list[MixedSource]:
+        """What the parts have given, from counts by their numbers; not all of them are zero."""
+        total = sum(tokens.values())
+        return [
+            MixedSource(
+                source=source.spec,
+                share=float(share),
+                reached=tokens.get(number, 0) / total,
+                tokens=tokens.get(number, 0),
+                documents=documents.get(number, 0),
+            )
+            for number, (source, share) in enumerate(self.parts)
+        ]
+
+    def units(self) -> Iterator[Unit]:
+        """One unit of the beginnings of documents in their shares, for training a tokenizer.
+
+        What is prepared is the parts, each by its own units.
+        """
+        for source, _ in self.parts:
+            next(source.units(), None)  # a source that cannot be read says so now
+        yield Unit(self.spec, self._sample)
+
+    def _sample(self) -> Iterator[str]:
+        """Texts by turns, so that characters are in the shares, until a source has ended."""
+        texts = [beginnings(source.units(), skip_bad=False) for source, _ in self.parts]
+        taken = [0.0] * len(texts)
+        while True:
+            source = min(range(len(texts)), key=taken.__getitem__)
+            text = next(texts[source], None)
+            if text is None:
+                return
+            taken[source] += max(1, len(text)) / float(self.parts[source][1])
+            yield text

@@ -1,0 +1,74 @@
+"""How to prepare a source: the options, their ranges, and which of them decide what the folder holds."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightlm.data.prepare.blocks import DocumentFilter
+from lightlm.data.prepare.encoders import AUTO
+from lightlm.data.prepare.workspace import Setting
+from lightlm.data.select.decontamination import Decontaminator
+from lightlm.data.select.deduplication import Mode, Signer
+from lightlm.data.select.filters import Filter
+from lightlm.data.sources.local import Source
+from lightlm.data.tokenizer import requested_vocab_size
+from lightlm.errors import UsageError
+
+SHARD_TOKENS = 100_000_000  # 200 MB a shard, the size that llm.c and modded-nanogpt use
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to prepare a source, beyond the source itself; see `prepare`."""
+
+    tokenizer: str
+    text_column: str = "text"
+    max_tokens: int | None = None
+    val_fraction: float = 0.005
+    shard_tokens: int = SHARD_TOKENS
+    skip_bad: bool = False
+    encoder: str = AUTO
+    filters: tuple[DocumentFilter, ...] = ()
+    dedup: Mode | None = None
+    decontaminate: Decontaminator | None = None
+    filter: Filter | None = None
+
+    @property
+    def all_filters(self) -> tuple[DocumentFilter, ...]:
+        """What judges each document by itself."""
+        return (*self.filters, *([self.decontaminate] if self.decontaminate is not None else []))
+
+    def check(self) -> None:
+        """Raises UsageError where a value is out of its range."""
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(
+                f"--val-fraction {self.val_fraction}: a number from 0 (no validation split) to below 1 is needed"
+            )
+        for option, value in (("--max-tokens", self.max_tokens), ("shard_tokens", self.shard_tokens)):
+            if value is not None and value < 1:
+                raise UsageError(f"{option} {value}: at least 1 is needed")
+        requested_vocab_size(self.tokenizer)
+
+    def settings(self, source: Source) -> dict[str, Setting]:
+        """What decides the content of the folder; whatever else may change between two runs of the command.
+
+        A later setting is left out, or None, at its default, so that folders made before it are recognised.
+        """
+        return {
+            "source": source.spec,
+            "content": source.fingerprint,
+            "tokenizer": _tokenizer_identity(self.tokenizer),
+            "text_column": self.text_column,
+            "max_tokens": self.max_tokens,
+            "val_fraction": self.val_fraction,
+            "shard_tokens": self.shard_tokens,
+            "filter": None if self.filter is None else self.filter.text,
+            "decontaminate": None if self.decontaminate is None else self.decontaminate.identity,
+            "dedup": None if self.dedup is None else Signer(self.dedup).method,
+        }
+
+
+def _tokenizer_identity(spec: str) -> str:
+    """What the settings say of the tokenizer: a local file's hash, since its path says nothing; else the spec."""
+    path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else spec

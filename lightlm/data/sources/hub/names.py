@@ -1,0 +1,102 @@
+"""What people call data sets on the Hugging Face Hub: short names, and hf:organisation/name[:config][@revision]."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lightlm.data.select.filters import Filter
+from lightlm.errors import DataError
+
+# FineWeb's own samples of 10, 100 and 350 billion tokens, and everything.
+_FINEWEB_SIZES = {"10BT": "sample-10BT", "100BT": "sample-100BT", "350BT": "sample-350BT", "full": "default"}
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """What a short name stands for. `configs` are short names of configurations, besides the Hub's own.
+
+    `without_text` says, of a data set that cannot be prepared, why.
+    """
+
+    repo: str
+    config: str | None = None
+    text_column: str = "text"
+    configs: Mapping[str, str] = field(default_factory=dict)
+    without_text: str | None = None
+
+
+HUB_DATASETS: dict[str, NamedDataset] = {
+    "fineweb-edu": NamedDataset("HuggingFaceFW/fineweb-edu", "sample-10BT", configs=_FINEWEB_SIZES),
+    "fineweb": NamedDataset("HuggingFaceFW/fineweb", "sample-10BT", configs=_FINEWEB_SIZES),
+    "cosmopedia-v2": NamedDataset("HuggingFaceTB/smollm-corpus", "cosmopedia-v2"),
+    "fineweb-edu-dedup": NamedDataset("HuggingFaceTB/smollm-corpus", "fineweb-edu-dedup"),
+    "python-edu": NamedDataset(
+        "HuggingFaceTB/smollm-corpus",
+        "python-edu",
+        without_text="it lists files of the Software Heritage archive by id (blob_id) and holds no text. Its page, "
+        "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus, shows how to fetch the texts; prepare the folder "
+        "of .jsonl or .parquet files that you write them to",
+    ),
+    # NVIDIA publishes ClimbMix as GPT-2 tokens; this is the text, shuffled, as nanochat trains on it.
+    "climbmix": NamedDataset("karpathy/climbmix-400b-shuffle"),
+    "tinystories": NamedDataset("roneneldan/TinyStories"),
+    # Salesforce/wikitext has a line a row; here a row is an article.
+    "wikitext-103": NamedDataset("EleutherAI/wikitext_document_level", "wikitext-103-raw-v1", text_column="page"),
+    "openwebtext": NamedDataset("Skylion007/openwebtext"),
+}
+
+
+@dataclass(frozen=True)
+class HubRequest:
+    """A data set as the user asked for it. `name` is the data folder's default name; None means the Hub's default.
+
+    Only records that `chosen` keeps are read.
+    """
+
+    name: str
+    repo: str
+    config: str | None
+    revision: str | None
+    text_column: str
+    chosen: Filter | None = None
+
+    @property
+    def spec(self) -> str:
+        """In the long form, whatever was written."""
+        config = f":{self.config}" if self.config else ""
+        return f"hf:{self.repo}{config}" + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_hub(spec: str, text_column: str, chosen: Filter | None = None) -> HubRequest | None:
+    """What `spec` asks of the Hub; None where it is no name of a Hub data set.
+
+    `text_column` is the user's; a named data set may have another in place of the usual `text`. Raises DataError for
+    a malformed spec, and for a data set that holds no text.
+    """
+    name, config, revision = _parts(spec.removeprefix("hf:"))
+    if not spec.startswith("hf:"):
+        if name not in HUB_DATASETS:
+            return None
+        named = HUB_DATASETS[name]
+        if named.without_text:
+            raise DataError(f"{name} cannot be prepared: {named.without_text}.")
+        column = named.text_column if text_column == "text" else text_column
+        wanted = named.configs.get(config, config) if config else named.config
+        return HubRequest(_folder(name, config), named.repo, wanted, revision, column, chosen)
+    if name.count("/") != 1 or not all(name.split("/")) or (spec.endswith((":", "@"))):
+        raise DataError(
+            f"{spec}: write a Hub data set as hf:organisation/name or hf:organisation/name:configuration, either with "
+            "@revision (a branch, a tag or a commit) at its end"
+        )
+    return HubRequest(_folder(name.rpartition("/")[2], config), name, config, revision, text_column, chosen)
+
+
+def _parts(text: str) -> tuple[str, str | None, str | None]:
+    """(name, config, revision) of name[:config][@revision]."""
+    name, _, revision = text.partition("@")
+    name, _, config = name.partition(":")
+    return name, config or None, revision or None
+
+
+def _folder(name: str, config: str | None) -> str:
+    return re.sub(r"[^\w.-]+", "-", f"{name}-{config}" if config else name)

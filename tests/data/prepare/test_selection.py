@@ -1,0 +1,218 @@
+"""De-duplication and mixtures in the pipeline: the folder is that of the documents that stay, however it was made."""
+
+import json
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightlm.data.prepare import assembly, blocks
+from lightlm.data.prepare.encoded_block import Record
+from lightlm.data.prepare.executors import ThreadEngine
+from lightlm.data.prepare.mixing.source import MixtureSource
+from lightlm.data.prepare.run import prepare
+from lightlm.data.shards import DataFolder
+from lightlm.data.sources.local import Source, open_source
+from tests.corpus import texts
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is a block, and the assembly's state is saved after each."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(assembly, "SAVE_TOKENS", 1)
+
+
+def write_files(folder: Path, documents: list[str], files: int = 8) -> Path:
+    folder.mkdir(parents=True)
+    size = -(-len(documents) // files)
+    for number in range(files):
+        lines = [json.dumps({"text": text}) + "\n" for text in documents[number * size : (number + 1) * size]]
+        (folder / f"{number}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    source = write_files(tmp_path / "for_tokenizer", texts(100, seed=9))
+    prepare(str(source), "train:300", tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer" / "tokenizer.json")
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+def documents_of(folder: Path) -> list[str]:
+    opened = DataFolder.open(folder)
+    splits = [opened.split(split).documents() for split in ("train", "val") if opened.manifest.tokens(split)]
+    return [opened.tokenizer.decode(ids) for documents in splits for ids in documents]
+
+
+def with_repetitions(seed: int) -> tuple[list[str], list[str], list[str]]:
+    """Documents among which some repeat; what is left exactly, and what is left of near-duplicates."""
+    rng = random.Random(seed)
+    originals = [" ".join(f"{word}{n}" for word in text.split()) for n, text in enumerate(texts(40, seed))]
+    mixed: list[str] = []
+    for text in originals:
+        mixed.append(text)
+        if rng.random() < 0.3:
+            mixed.insert(rng.randint(mixed.index(text) + 1, len(mixed)), text)
+        if rng.random() < 0.3:
+            mixed.append(f" {text.upper()} !")
+    exact = list(dict.fromkeys(mixed))
+    return mixed, exact, originals
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1, 1e-9])
+@pytest.mark.parametrize("mode", ["exact", "near"])
+def test_the_folder_is_that_of_the_documents_that_stay(
+    mode: str, val_fraction: float, tmp_path: Path, tokenizer: str
+) -> None:
+    mixed, exact, near = with_repetitions(1)
+    kept = exact if mode == "exact" else near
+    assert len(mixed) > len(exact) > len(near)
+    source = str(write_files(tmp_path / "mixed", mixed))
+    made = prepare(source, tokenizer, tmp_path / "out", dedup=mode, val_fraction=val_fraction)
+    clean = str(write_files(tmp_path / "clean", kept, 3))
+    expected = prepare(clean, tokenizer, tmp_path / "expected", val_fraction=val_fraction)
+    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "expected")
+    assert made.text_bytes == expected.text_bytes
+    assert made.unigram == expected.unigram
+    dropped = {"duplicate": len(mixed) - len(exact), "near-duplicate": len(exact) - len(near)}
+    assert made.dropped == {cause: n for cause, n in dropped.items() if mode == "near" or cause == "duplicate"}
+
+
+def test_max_tokens_counts_what_stays(tmp_path: Path, tokenizer: str) -> None:
+    mixed, exact, _ = with_repetitions(2)
+    source, clean = write_files(tmp_path / "mixed", mixed), write_files(tmp_path / "clean", exact)
+    made = prepare(str(source), tokenizer, tmp_path / "out", dedup="exact", max_tokens=900)
+    expected = prepare(str(clean), tokenizer, tmp_path / "expected", max_tokens=900)
+    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "expected")
+    assert 900 <= made.tokens("train") + made.tokens("val") < 1_200
+    assert made.text_bytes == expected.text_bytes
+
+
+def test_a_large_document_repeats_too(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightlm.data.readers import texts as sizes
+
+    monkeypatch.setattr(sizes, "LARGE_BYTES", 500)
+    monkeypatch.setattr(sizes, "CHUNK_BYTES", 300)
+    large = " ".join(texts(10, seed=4))
+    documents = ["one", large, "two", large, large.upper(), "two"]
+    made = prepare(
+        str(write_files(tmp_path / "in", documents, 2)), tokenizer, tmp_path / "out", dedup="near", val_fraction=0
+    )
+    assert documents_of(tmp_path / "out") == ["one", large, "two", large.upper()]
+    assert made.dropped == {"duplicate": 2}
+
+
+def mixture(tmp_path: Path) -> MixtureSource:
+    """Two thirds long documents, one third short ones, which are more plentiful."""
+    if not (tmp_path / "long").exists():
+        write_files(tmp_path / "long", [f"{text} {text} {n}" for n, text in enumerate(texts(60, seed=5))])
+        write_files(tmp_path / "short", [f"{text} {n}" for n, text in enumerate(texts(150, seed=6))])
+    shares = (Fraction(2, 3), Fraction(1, 3))
+    return MixtureSource([(open_source(str(tmp_path / n)), s) for n, s in zip(("long", "short"), shares, strict=True)])
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+class StoppingEngine(ThreadEngine):
+    """Fails after so many blocks."""
+
+    def __init__(self, workers: int, blocks: int) -> None:
+        super().__init__(workers)
+        self._left = blocks
+
+    def __call__(self, *arguments: Any) -> Iterator[Record]:
+        for record in super().__call__(*arguments):
+            self._left -= 1
+            if self._left < 0:
+                raise InterruptedRunError
+            yield record
+
+
+def run_with_interruptions(source: Source, tokenizer: str, out: Path, seed: int, **options: Any) -> int:
+    """Prepare with a failure after every few blocks, until it is done; how many there were."""
+    rng, failures = random.Random(seed), 0
+    while not (out / "manifest.json").exists():
+        # Later each time: before the first blocks of a mixture are in their order, several must be there.
+        engine = StoppingEngine(rng.randint(1, 3), failures + rng.randint(1, 2))
+        try:
+            prepare(source, tokenizer, out, engine=engine, **options)
+        except InterruptedRunError:
+            failures += 1
+    return failures
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("max_tokens", [None, 2_000])
+def test_interruptions_and_workers_change_nothing(
+    mixed: bool, max_tokens: int | None, tmp_path: Path, tokenizer: str
+) -> None:
+    if mixed:
+        source: Source = mixture(tmp_path)
+    else:
+        source = open_source(str(write_files(tmp_path / "in", with_repetitions(3)[0])))
+    options: dict[str, Any] = {"dedup": "near", "max_tokens": max_tokens, "val_fraction": 0.05}
+    reference = prepare(source, tokenizer, tmp_path / "reference", engine=ThreadEngine(1), **options)
+    interruptions = 0
+    for seed in range(3):
+        out = tmp_path / f"run{seed}"
+        interruptions += run_with_interruptions(source, tokenizer, out, seed, **options)
+        assert shards_of(out) == shards_of(tmp_path / "reference")
+        made = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        assert made == json.loads(reference.model_dump_json())
+        assert not (tmp_path / f".run{seed}.partial").exists()
+    assert interruptions >= (1 if max_tokens else 5)
+
+
+def tokens_by_source(folder: Path) -> dict[str, int]:
+    """Long documents say everything twice."""
+    opened = DataFolder.open(folder)
+    counts = {"long": 0, "short": 0}
+    for ids in opened.split("train").documents():
+        words = opened.tokenizer.decode(ids).split()
+        half = len(words) // 2
+        counts["long" if words[:half] == words[half : 2 * half] else "short"] += len(ids) + 1
+    return counts
+
+
+def test_a_mixture_holds_its_shares_by_tokens(tmp_path: Path, tokenizer: str) -> None:
+    longest_document = 400
+    prepare(mixture(tmp_path), tokenizer, tmp_path / "out", val_fraction=0)
+    counts = tokens_by_source(tmp_path / "out")
+    whole = {
+        name: prepare(str(tmp_path / name), tokenizer, tmp_path / f"only_{name}", val_fraction=0) for name in counts
+    }
+    available = {name: made.tokens("train") for name, made in whole.items()}
+    end = min(available["long"] * 3 / 2, available["short"] * 3)
+    assert end / 3 * 2 <= counts["long"] < end / 3 * 2 + longest_document
+    assert end / 3 <= counts["short"] < end / 3 + longest_document
+    prepare(mixture(tmp_path), tokenizer, tmp_path / "limited", val_fraction=0, max_tokens=3_000)
+    counts = tokens_by_source(tmp_path / "limited")
+    assert 2_000 <= counts["long"] < 2_000 + longest_document
+    assert 1_000 <= counts["short"] < 1_000 + longest_document
+
+
+def test_a_tokenizer_is_trained_on_all_of_a_mixture(tmp_path: Path) -> None:
+    prepare(mixture(tmp_path), "train:300", tmp_path / "out")
+    unit = next(mixture(tmp_path).units())
+    sample = list(unit.read())
+    long = sum(len(text) for text in sample if text.split()[0] == text.split()[len(text.split()) // 2])
+    assert long / sum(map(len, sample)) == pytest.approx(2 / 3, abs=0.05)
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    from lightlm.errors import DataError
+
+    source = str(write_files(tmp_path / "in", texts(30)))
+    assert prepare(source, tokenizer, tmp_path / "out").settings["dedup"] is None
+    with pytest.raises(DataError, match="dedup: None there, xxh3_64 now"):
+        prepare(source, tokenizer, tmp_path / "out", dedup="exact")

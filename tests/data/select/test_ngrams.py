@@ -1,0 +1,93 @@
+"""n-gram hashes: what counts as the same words, and that pieces of a text join without a seam."""
+
+import string
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightlm.data.select import ngrams
+from lightlm.data.select.ngrams import ngram_hashes, word_hashes
+
+
+def hashes(text: str, size: int = 1) -> list[int]:
+    pieces = word_hashes(text) if size == 1 else ngram_hashes(text, size)
+    return [value for piece in pieces for value in piece.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("The quick, brown FOX!", "the quick brown fox"),
+        ("  a\n\nb\tc ", "a b c"),
+        ("“Don’t—stop”", '"Don\'t--stop"'),
+        ("ÉTÉ à Köln", "été À kÖLN"),
+        ("soft\u00adhyphen zero\u200bwidth", "softhyphen zerowidth"),
+        ("$5 + 3%", "5 3"),
+        ("a\u00a0b", "a b"),
+        ("…", ""),
+    ],
+)
+def test_the_same_words(one: str, other: str) -> None:
+    assert hashes(one) == hashes(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ab c", "a bc"),
+        ("ab", "ba"),
+        ("a b", "b a"),
+        ("été", "ete"),
+        ("語", "本"),
+        ("😀", "😁"),
+        ("0", "00"),
+        ("a", "aa"),
+    ],
+)
+def test_other_words(one: str, other: str) -> None:
+    assert hashes(one) != hashes(other)
+
+
+def reference(text: str) -> list[str]:
+    """GPT-3's words, for ASCII."""
+    return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+
+
+@settings(deadline=None)  # other processes may be at work
+@given(text=st.text(alphabet="aAbc.,' \n\t-", max_size=80), size=st.integers(2, 5))
+def test_hashes_are_equal_where_the_words_are(text: str, size: int) -> None:
+    words = reference(text)
+    grams = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+    assert len(hashes(text)) == len(words)
+    assert len(set(hashes(text))) == len(set(words))
+    assert len(hashes(text, size)) == len(grams)
+    assert len(set(hashes(text, size))) == len(set(grams))
+    assert [a == b for a, b in pairwise(hashes(text, size))] == [a == b for a, b in pairwise(grams)]
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_no_seams_between_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(f"w{n % 17} Ünï" for n in range(60))
+    whole = hashes(text, 5)
+    monkeypatch.setattr(ngrams, "CHUNK_CHARACTERS", chunk)
+    ngrams._powers.cache_clear()
+    try:
+        assert hashes(text, 5) == whole
+    finally:
+        ngrams._powers.cache_clear()
+
+
+def test_a_word_longer_than_a_chunk_is_read_to_its_end() -> None:
+    start, end = "x" * ngrams.CHUNK_CHARACTERS + "y", "x" * ngrams.CHUNK_CHARACTERS + "z"
+    assert hashes(start) != hashes(end)
+    assert len(hashes("𝔘" * (ngrams.CHUNK_CHARACTERS + 5) + " end")) == 3
+
+
+def test_hashes_do_not_change_between_versions() -> None:
+    """Signatures on disk outlive a process: they are compared with those of a resumed run."""
+    assert hashes("Hello, world") == [2163324483675975834, 12200089241319927280]
+    assert hashes("Hello, world", 2) == [677642896942572624]
+    assert all(piece.dtype == np.uint64 for piece in ngram_hashes("a b c", 2))
