@@ -25,9 +25,9 @@ from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.device import autocast, describe, pick_device, pick_dtype
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import CheckpointSection, Recipe, load_recipe
-from lightlm.train.loss import token_loss
-from lightlm.train.optimizers import build_optimizer, named_state
-from lightlm.train.saving import Saver
+from lightlm.train.checkpointing.saving import Saver
+from lightlm.train.optim.optimizers import build_optimizer, named_state
+from lightlm.train.step.loss import token_loss
 
 
 class Watch:

@@ -21,7 +21,7 @@ from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import BANDS, ROWS, Deduplicator, Signer, shingles
 from lightlm.data.select.ngrams import ngram_hashes
 from lightlm.quantities import parse_quantity
-from lightlm.train.metrics import peak_memory
+from lightlm.train.observe.metrics import peak_memory
 
 NUMBERS = BANDS * ROWS
 EDITS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)  # shares of a text's words

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from lightlm.train import loss
+from lightlm.train.step import loss
 
 TOKENS = 4096
 REPEATS = 4

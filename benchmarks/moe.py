@@ -31,9 +31,9 @@ from lightlm.convert.weights import their_state
 from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.train.optimizers import build_optimizer
-from lightlm.train.parallel import LossModule
-from lightlm.train.routers import move_selection_biases, router_losses
+from lightlm.train.optim.optimizers import build_optimizer
+from lightlm.train.step.parallel import LossModule
+from lightlm.train.step.routers import move_selection_biases, router_losses
 
 SETTLING_RATE = 0.1  # of the selection bias, falling to 0 over the steps: fast, for they are few
 

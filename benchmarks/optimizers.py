@@ -23,8 +23,8 @@ from lightlm import __version__
 from lightlm.device import autocast, describe, pick_device, pick_dtype
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import OptimizerSection, load_recipe
-from lightlm.train.loss import token_loss
-from lightlm.train.optimizers import build_optimizer, parameter_groups
+from lightlm.train.optim.optimizers import build_optimizer, parameter_groups
+from lightlm.train.step.loss import token_loss
 
 SETTINGS = {
     "adamw": {"name": "adamw"},

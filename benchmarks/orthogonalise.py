@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from lightlm.train.muon import orthogonalise
+from lightlm.train.optim.muon import orthogonalise
 
 MATRICES, ROUNDS = 24, 5
 

@@ -39,10 +39,10 @@ from lightlm.device import autocast, describe, keep_freed_memory, peak_flops, pi
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe, load_recipe
-from lightlm.train.metrics import peak_memory
-from lightlm.train.optimizers import build_optimizer
-from lightlm.train.parallel import LossModule
-from lightlm.train.routers import router_losses
+from lightlm.train.observe.metrics import peak_memory
+from lightlm.train.optim.optimizers import build_optimizer
+from lightlm.train.step.parallel import LossModule
+from lightlm.train.step.routers import router_losses
 
 WARM_UP = 4  # rounds that are not counted: the first steps fault in their memory and compile
 

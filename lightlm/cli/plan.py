@@ -36,7 +36,7 @@ def plan(
     """Say what a recipe will take: parameters, memory by part, steps, hours."""
     with console.status("Planning ..."):
         from lightlm.recipe import load_recipe
-        from lightlm.train.plan import make_plan
+        from lightlm.train.planning.plan import make_plan
 
         changes = list(overrides or []) + ([f"train.device={device}"] if device else [])
         document = make_plan(load_recipe(recipe, changes), probe=probe)

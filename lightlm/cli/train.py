@@ -84,9 +84,9 @@ def _train(
     from lightlm.cli.training_display import TrainingDisplay
     from lightlm.convert.registry import export_target
     from lightlm.generate.engine import sample_text
+    from lightlm.train.observe.observers import Observers
+    from lightlm.train.observe.trackers import Trackers
     from lightlm.train.runs import new_run
-    from lightlm.train.trackers import Trackers
-    from lightlm.train.tracking import Observers
     from lightlm.train.trainer import Trainer
 
     display = TrainingDisplay()

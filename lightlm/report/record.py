@@ -18,7 +18,7 @@ from lightlm.recipe import load_recipe
 from lightlm.report.curves import Curves, newest, smooth, smoothing_window
 from lightlm.report.machine import read_machine
 from lightlm.train.batches import batch_plan
-from lightlm.train.tracking import read_metrics
+from lightlm.train.observe.observers import read_metrics
 
 
 @dataclass(frozen=True)

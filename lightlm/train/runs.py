@@ -9,7 +9,7 @@ from typing import Any
 from lightlm import checkpoint, files
 from lightlm.errors import CheckpointError, RecipeError, UsageError
 from lightlm.recipe import NAME_PATTERN, Recipe, load_recipe
-from lightlm.train.checkpoint import check_resumable
+from lightlm.train.checkpointing.state import check_resumable
 from lightlm.train.distributed import Launch
 
 # What a resumed run may not change: its weights, its data, its batches or its optimizer's state would no longer be

@@ -23,23 +23,29 @@ from lightlm.errors import LightLMError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.batches import batch_plan
-from lightlm.train.checkpoint import Progress, pack, unpack
-from lightlm.train.compilation import compiles
+from lightlm.train.checkpointing.saving import Saver, tidy
+from lightlm.train.checkpointing.state import Progress, pack, unpack
 from lightlm.train.distributed import PeerLostError, World
-from lightlm.train.evaluation import preserved
-from lightlm.train.gradients import BatchOutcome, Gradients, check_shares, micro_batch_size
-from lightlm.train.loads import load_metrics
-from lightlm.train.metrics import peak_memory, step_metrics
-from lightlm.train.optimizers import build_optimizer, learning_rates, load_named_state, named_state, set_learning_rate
-from lightlm.train.parallel import ParallelLoss
-from lightlm.train.preparation import check_prompts, fit_recipe
-from lightlm.train.routers import move_selection_biases, router_losses
+from lightlm.train.observe.expert_loads import load_metrics
+from lightlm.train.observe.metrics import peak_memory, step_metrics
+from lightlm.train.observe.observers import MetricsFile, Observer, Silent
+from lightlm.train.observe.spikes import Verdict, judge
+from lightlm.train.optim.optimizers import (
+    build_optimizer,
+    learning_rates,
+    load_named_state,
+    named_state,
+    set_learning_rate,
+)
+from lightlm.train.rng import preserved
 from lightlm.train.runs import claim_run
-from lightlm.train.saving import Saver, tidy
 from lightlm.train.schedules import learning_rate_factor
+from lightlm.train.setup import check_prompts, fit_recipe
 from lightlm.train.signals import stop_on_signals
-from lightlm.train.spikes import Verdict, judge
-from lightlm.train.tracking import MetricsFile, Observer, Silent
+from lightlm.train.step.compilation import compiles
+from lightlm.train.step.gradients import BatchOutcome, Gradients, check_shares, micro_batch_size
+from lightlm.train.step.parallel import ParallelLoss
+from lightlm.train.step.routers import move_selection_biases, router_losses
 from lightlm.train.validation import Validation, validate
 
 Sampler = Callable[[Transformer, str], str]

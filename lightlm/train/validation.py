@@ -12,7 +12,7 @@ from lightlm.data.loader import validation_batches
 from lightlm.data.shards import TokenStream
 from lightlm.device import autocast
 from lightlm.train.distributed import World
-from lightlm.train.parallel import ParallelLoss
+from lightlm.train.step.parallel import ParallelLoss
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_experts_cost_what_is_active(lightlm, folder):
 
 def test_a_probe_that_dies_leaves_the_estimate(lightlm, folder, monkeypatch):
     failed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
-    monkeypatch.setattr("lightlm.train.probe.subprocess.run", lambda *_, **__: failed)
+    monkeypatch.setattr("lightlm.train.planning.probe.subprocess.run", lambda *_, **__: failed)
     plan = json.loads(lightlm("plan", "tiny.yaml", "--json").stdout)
     assert plan["machine"]["measured"] is None
     assert plan["machine"]["memory"]["total"] > 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightlm.model import fused
-from lightlm.train.loss import token_loss
+from lightlm.train.step.loss import token_loss
 from tests.shapes import SHAPES, build
 
 INPUTS, TARGETS = torch.randint(97, (3, 10)), torch.randint(97, (3, 10))

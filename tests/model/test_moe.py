@@ -17,7 +17,7 @@ from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import MoE, Router, batch_balance_loss, sequence_balance_loss
 from lightlm.model.transformer import Block, Transformer
 from lightlm.recipe import OptimizerSection
-from lightlm.train.optimizers import build_optimizer
+from lightlm.train.optim.optimizers import build_optimizer
 from tests.shapes import SHAPES, build
 
 CONFIG = ModelConfig(

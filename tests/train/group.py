@@ -18,7 +18,7 @@ from tests.train.watch import Recorder
 # A server that has imported torch forks each process in milliseconds; the test's own process may not fork, since
 # autograd's threads do not survive it.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["lightlm.train.trainer", "lightlm.train.parallel", "torch.distributed.fsdp"])
+_context.set_forkserver_preload(["lightlm.train.trainer", "lightlm.train.step.parallel", "torch.distributed.fsdp"])
 
 
 def together(size, action, *arguments):

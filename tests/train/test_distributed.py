@@ -15,8 +15,8 @@ from lightlm.errors import LightLMError, RecipeError, UsageError
 from lightlm.recipe import load_recipe
 from lightlm.train.batches import batch_plan
 from lightlm.train.distributed import Launch, World
-from lightlm.train.gradients import check_shares
 from lightlm.train.runs import new_run, run_before_restart
+from lightlm.train.step.gradients import check_shares
 from tests.train.group import Command, together, train_together
 from tests.train.watch import Recorder, comparable, resume, start
 
@@ -156,7 +156,7 @@ def test_devices_that_processes_cannot_share(monkeypatch):
 
 def small_memory(monkeypatch_or_none, largest, rank=None):
     """A model whose forward pass fails, as CUDA would, for more than `largest` sequences."""
-    from lightlm.train import parallel
+    from lightlm.train.step import parallel
 
     plain = parallel.token_loss
 

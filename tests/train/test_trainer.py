@@ -13,11 +13,11 @@ from lightlm.data.prepare.run import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
-from lightlm.train import compilation
-from lightlm.train.gradients import micro_batch_size
-from lightlm.train.optimizers import build_optimizer
+from lightlm.train.observe.observers import read_metrics
+from lightlm.train.optim.optimizers import build_optimizer
 from lightlm.train.runs import new_run, reopen_run
-from lightlm.train.tracking import read_metrics
+from lightlm.train.step import compilation
+from lightlm.train.step.gradients import micro_batch_size
 from lightlm.train.trainer import Trainer, TrainingDivergedError
 from tests.shapes import build
 from tests.test_recipe import PARAMETERS

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from lightlm.recipe import load_recipe
-from lightlm.train.metrics import MEASURED
+from lightlm.train.observe.metrics import MEASURED
 from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.trainer import Result, Trainer
 

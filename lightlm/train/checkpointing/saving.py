@@ -1,0 +1,205 @@
+"""Saving a run's checkpoints while it goes on.
+
+A state is copied to the CPU between two steps, into buffers that stay: fresh memory would cost more than the copy.
+A thread writes the copy, flushes it, lets `latest` point to it and prunes; Python's lock is free meanwhile, since
+safetensors, torch and xxhash let go of it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lightlm import checkpoint, files
+from lightlm.data.tokenizer import Tokenizer
+from lightlm.errors import CheckpointError
+from lightlm.model.config import ModelConfig
+from lightlm.recipe import CheckpointSection
+from lightlm.train.checkpointing.state import prune
+from lightlm.train.observe.observers import Observer
+
+_LONG_WAIT = 2.0  # seconds of training lost to a save before it, from which on the user should know
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, and drops old ones. A context: leaving it waits for the last.
+
+    Only one process of a run may have one.
+    """
+
+    def __init__(
+        self, run: Path, settings: CheckpointSection, tokenizer: Tokenizer, config: ModelConfig, observer: Observer
+    ) -> None:
+        self._run, self._settings, self._observer = run, settings, observer
+        self._tokenizer, self._config = tokenizer, config
+        self._copy = HostCopy()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[list[str]]] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._wait()
+        except CheckpointError as failure:
+            if kind is None:
+                raise
+            self._observer.note(str(failure))  # the first error is the one to raise
+        finally:
+            self._writer.shutdown()
+
+    def save(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        training_state: dict[str, Any],
+        *,
+        milestone: bool = False,
+        wait: bool = False,
+    ) -> None:
+        """Save the state after `step`, unless it is saved already. The tensors may change as soon as this returns.
+
+        Args:
+            weights: by parameter name, on any device.
+            training_state: nested dictionaries and lists of tensors and plain values, on any device.
+            milestone: keep it for good.
+            wait: return when it is complete; this takes no copy in memory.
+
+        Raises:
+            CheckpointError: this save, or the one before, could not be written.
+        """
+        self._wait(grudging=not wait)
+        if (self._run / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER).is_file():
+            return
+        at_once = wait or not self._settings.asynchronous
+        state = (weights, training_state)
+        copy = map_tensors(state, lambda tensor, _: tensor.detach().cpu()) if at_once else self._copy.take(state)
+        self._pending = step, self._writer.submit(self._write, step, copy, milestone)
+        if at_once:
+            self._wait()
+
+    def report(self) -> None:
+        """Tell the observer of a save that has been completed; called between steps.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._pending is not None and self._pending[1].done():
+            self._wait()
+
+    def _wait(self, *, grudging: bool = False) -> None:
+        if self._pending is None:
+            return
+        (step, write), started = self._pending, time.perf_counter()
+        try:
+            problems = write.result()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
+            self._pending = None
+            raise CheckpointError(self._failure(step, error)) from error
+        self._pending = None
+        self._observer.checkpoint(self._run / "checkpoints" / checkpoint.step_name(step))
+        for problem in problems:
+            self._observer.note(problem)
+        if grudging and (seconds := time.perf_counter() - started) > _LONG_WAIT:
+            self._observer.note(
+                f"training waited {seconds:.0f} s for the checkpoint of step {step} to be written; "
+                "a higher checkpoint.every would avoid that"
+            )
+
+    def _failure(self, step: int, error: Exception) -> str:
+        complete = checkpoint.checkpoints(self._run)
+        kept = f"the last complete one is {complete[-1].name}" if complete else "there is none yet"
+        return (
+            f"the checkpoint of step {step} could not be written to {self._run / 'checkpoints'}: {error}; {kept}. "
+            f"Make room or mend the disk, then go on with `lightlm train --resume {self._run}`"
+        )
+
+    def _write(self, step: int, state: tuple[dict[str, Tensor], dict[str, Any]], milestone: bool) -> list[str]:
+        """Runs in the writer's thread; returns what went wrong after the checkpoint was complete."""
+        self._copy.arrive()
+        # A checkpoint on the disk should find its steps' metrics there too, also after a power failure.
+        if (metrics := self._run / "metrics.jsonl").exists():
+            files.sync_file(metrics)
+        weights, training = state
+        checkpoint.write_states(self._run, step, weights, self._config, self._tokenizer, training, milestone=milestone)
+        try:
+            prune(self._run, self._settings.keep_last)
+        except OSError as error:
+            return [f"an old checkpoint could not be deleted: {error}"]
+        return []
+
+
+class HostCopy:
+    """Copies of nested tensors in CPU memory that is allocated once; pinned for a GPU, which copies it by itself."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._gpu: torch.device | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def take(self, state: Any) -> Any:
+        """`state` with copies for tensors. They are overwritten by the next `take`, and complete after `arrive`.
+
+        The copies of a GPU's tensors are ordered before what is launched on its current stream afterwards.
+        """
+        copies = map_tensors(state, self._copy)
+        if self._gpu is not None:
+            self._copied = torch.cuda.current_stream(self._gpu).record_event()
+        return copies
+
+    def arrive(self) -> None:
+        """Wait for the copies of the last `take`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _copy(self, tensor: Tensor, place: str) -> Tensor:
+        if on_gpu := tensor.device.type == "cuda":
+            self._gpu = tensor.device
+        buffer = self._buffers.get(place)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+            self._buffers[place] = buffer
+        return buffer.copy_(tensor.detach(), non_blocking=on_gpu)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], place: str = "") -> Any:
+    """Nested dictionaries, lists and tuples anew, with `function(tensor, place)` for each tensor in them."""
+    if isinstance(value, Tensor):
+        return function(value, place)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function, f"{place}/{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(item, function, f"{place}/{index}") for index, item in enumerate(value))
+    return value
+
+
+def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:
+    """Make a run's folder what it was when `resumed` had been saved: called once, before it trains.
+
+    What a kill left half done is removed. Complete checkpoints after `resumed`, which were passed over because they
+    are damaged, are renamed, so that the run can save those steps anew.
+    """
+    for folder in (run / "checkpoints", run / "samples"):
+        files.clear_leftovers(folder)
+    complete = checkpoint.checkpoints(run)
+    names = [path.name for path in complete]
+    damaged = complete[names.index(resumed.name) + 1 :] if resumed is not None else complete
+    for path in damaged:
+        aside, number = path.with_name(f"{path.name}.damaged"), 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"{path.name}.damaged-{number}")
+        os.replace(path, aside)
+        observer.note(f"{path} is set aside as {aside.name}")
+    if resumed is not None:
+        files.point_to(run / "checkpoints" / "latest", resumed.name)

@@ -1,0 +1,279 @@
+"""Gradients of a global batch: this process's part of it, in micro-batches that fit the device's memory."""
+
+import contextlib
+import itertools
+import math
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightlm.data.loader import BatchLoader
+from lightlm.device import autocast
+from lightlm.errors import LightLMError, RecipeError
+from lightlm.model.fused import kept_weight_copies
+from lightlm.recipe import Recipe
+from lightlm.train.batches import BatchPlan
+from lightlm.train.distributed import World
+from lightlm.train.observe.observers import Observer
+from lightlm.train.planning.memory import activation_bytes
+from lightlm.train.step.parallel import ParallelLoss, PassLoss, whole
+
+# Tokens of an automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator,
+# products should be large, as far as memory goes.
+_MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
+_MEMORY_SHARE = 0.6  # of free device memory that activations may take
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """Of a global batch, the same in all processes."""
+
+    loss: float  # mean nats a token
+    norm: float  # of the whole gradient, before clipping
+    load_LE: Tensor | None = None  # int64, on the device: tokens that each expert of each layer got
+    loads: list[list[int]] | None = None  # the same, on the host
+
+
+@dataclass
+class _Sums:
+    """Over the micro-batches of this process."""
+
+    loss: Tensor
+    load_LE: Tensor | None = None
+
+    def add(self, part: PassLoss) -> None:
+        self.loss += part.loss.detach()
+        if part.load_LE is not None:
+            self.load_LE = part.load_LE if self.load_LE is None else self.load_LE + part.load_LE
+
+
+def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
+    """Refuse a number of processes that cannot share the global batch equally.
+
+    Raises:
+        RecipeError: naming the numbers that can.
+    """
+    sequences = plan.sequences(0)  # later ones are multiples of the first
+    if sequences % processes:
+        key = "train.batch_tokens" if sequences == recipe.batch_sequences else "schedule.batch_start"
+        fitting = ", ".join(str(number) for number in _divisors(sequences))
+        raise RecipeError(
+            f"{processes} processes cannot share the {sequences} sequences of a global batch equally; "
+            f"start one of {fitting} processes, or make {key} (now {sequences * recipe.seq_len}) "
+            f"a multiple of {processes * recipe.seq_len}"
+        )
+
+
+def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1, free: int | None = None) -> int:
+    """Sequences a forward pass: as the recipe says, or the largest divisor of a process's share of the batch that
+    lies within the device's budget.
+
+    Args:
+        free: bytes of a GPU's memory; asked of the device unless given.
+    """
+    share = recipe.batch_sequences // processes
+    if recipe.train.micro_batch != "auto":
+        return min(recipe.train.micro_batch, share)
+    tokens = _MICRO_TOKENS[device.type]
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] if free is None else free
+        # The most that it may be.
+        recompute = recipe.train.activation_checkpointing
+        a_token = activation_bytes(recipe.model, mixed=True, fused=False, recompute=recompute)
+        tokens = min(tokens, int(free * _MEMORY_SHARE) // a_token)
+    most = max(tokens // recipe.seq_len, 1)
+    return max(size for size in _divisors(share) if size <= most)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+class Gradients:
+    """Accumulates a global batch's gradients.
+
+    Args:
+        loader: asked by sample numbers alone, so that data order depends on no process, signal or retry.
+        micro_batch: sequences a pass; it shrinks to what fits if `adjustable` (`micro_batch: auto`).
+        clip: the largest gradient norm; 0 leaves gradients alone.
+    """
+
+    def __init__(
+        self,
+        loss: ParallelLoss,
+        loader: BatchLoader,
+        world: World,
+        observer: Observer,
+        *,
+        micro_batch: int,
+        adjustable: bool,
+        clip: float,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.micro_batch = micro_batch
+        self._loss, self._loader, self._world, self._observer = loss, loader, world, observer
+        self._adjustable, self._clip, self._device, self._dtype = adjustable, clip, device, dtype
+        self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
+        self.seconds_waited = 0.0  # for batches, in all steps
+        self._ahead: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._warm = not loss.replicated
+
+    def __call__(self, first: int, count: int, stop: threading.Event) -> BatchOutcome | None:
+        """Add the gradients of samples `first` to `first + count` of the run, clipped, to the parameters.
+
+        They are the mean over the batch's tokens, whatever the number of processes. A signal to any process before
+        the last micro-batch drops them in all and gives None: nothing of the step has happened.
+
+        Raises:
+            LightLMError: a micro-batch does not fit into memory, and may not shrink or cannot.
+        """
+        if not self._warm:
+            self._warm_up(first, count)
+        while True:
+            # A sharded run gathers its weights anew for each pass, to be rid of them in between.
+            with contextlib.nullcontext() if self._loss.sharded else kept_weight_copies():
+                sums, stopped = self._accumulate(first, count, stop)
+            if sums is not None:
+                break
+            self._drop()
+            if stopped:
+                return None
+            self._shrink()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip or math.inf))
+        return self._outcome(sums, norm, count)
+
+    def _outcome(self, sums: "_Sums", norm: Tensor, count: int) -> BatchOutcome:
+        loss, load_LE = sums.loss, sums.load_LE
+        if self._world.size > 1:
+            loss = self._world.sum(loss.double())
+            load_LE = None if load_LE is None else self._world.sum(load_LE)
+        # The step's one wait for the device. Loads are below 2**24, so fp32 holds them exactly.
+        numbers = torch.stack([loss, norm.to(loss.dtype)])
+        if load_LE is not None:
+            numbers = torch.cat([numbers, load_LE.flatten().to(loss.dtype)])
+        total, norm_value, *flat = numbers.tolist()
+        loads = None
+        if load_LE is not None:
+            width = load_LE.shape[1]
+            loads = [[int(load) for load in flat[start : start + width]] for start in range(0, len(flat), width)]
+        return BatchOutcome(total / (count * self._loader.seq_len), norm_value, load_LE, loads)
+
+    def passes(self, count: int) -> int:
+        """Micro-batches that a global batch of `count` sequences takes."""
+        return -(-count // (self._world.size * self.micro_batch))
+
+    def _parts(self, first: int, count: int) -> list[tuple[int, int]]:
+        """(start, count) of this process's micro-batches: equally many in all processes, and nearly equal in size."""
+        world, passes = self._world, self.passes(count)
+        begin, end = (first + count * rank // world.size for rank in (world.rank, world.rank + 1))
+        bounds = [begin + (end - begin) * index // passes for index in range(passes + 1)]
+        return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
+
+    def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple["_Sums | None", bool]:
+        """(this process's sums, False); or (None, True) for a signal, (None, False) for too little memory."""
+        parts = self._parts(first, count)
+        sums, full = _Sums(torch.zeros((), device=self._device)), False
+        for index, (start, size) in enumerate(parts):
+            # Before each pass, all processes agree whether to go on: none is left waiting for another's gradients.
+            stopped, full = self._world.any(stop.is_set() or self._world.abandoned, full)
+            if stopped or full:
+                return None, stopped
+            last = index == len(parts) - 1
+            losses = self._pass(start, size, count, last=last)
+            if losses is None:
+                full = True
+                continue
+            sums.add(losses)
+            self._fetch_ahead(*((parts[0][0] + count, parts[0][1]) if last else parts[index + 1]))
+        return (None if full else sums), False
+
+    def _pass(self, start: int, size: int, count: int, *, last: bool) -> PassLoss | None:
+        """Forward and backward over samples `start` to `start + size`: their losses, or None without memory."""
+        try:
+            inputs, targets = self._batch(start, size)
+            with self._loss.synchronised(last):
+                with autocast(self._device, self._dtype):
+                    losses = self._loss(inputs, targets)
+                # The processes' gradients are averaged, so each is divided by its own share of the tokens alone.
+                (losses.objective / (count * self._loader.seq_len / self._world.size)).backward()
+            return losses
+        except torch.OutOfMemoryError as error:
+            if self._loss.communicates(last):
+                # The others already wait for this process's part: there is no way back.
+                raise self._too_large() from error
+        return None
+
+    def _batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == (start, size):
+            return ahead[1]
+        started = time.perf_counter()
+        batch = self._load(start, size)
+        self.seconds_waited += time.perf_counter() - started
+        return batch
+
+    def _load(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Samples on the device; to CUDA from pinned memory, without waiting for it."""
+        inputs, targets = self._loader.batch(start, size)
+        if self._device.type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+
+    def _fetch_ahead(self, start: int, size: int) -> None:
+        """Read the next micro-batch while the device computes. On a CPU there is nothing to overlap."""
+        if self._device.type == "cuda":
+            self._ahead = (start, size), self._load(start, size)
+
+    def _warm_up(self, first: int, count: int) -> None:
+        """One pass whose gradients are dropped, before the first of a process.
+
+        After its first backward pass DistributedDataParallel orders its buckets anew, and where in a bucket a gradient
+        lies decides the order in which more than two processes add it up: without this, the first step after
+        resuming would round differently. It also finds the micro-batch that fits where no process waits for another.
+        """
+        while True:
+            start, size = self._parts(first, count)[0]
+            failed = self._pass(start, size, count, last=False) is None
+            self._drop()
+            if not self._world.any(failed)[0]:
+                break
+            self._shrink()
+        self._pass(start, size, count, last=True)
+        self._drop()
+        self._warm = True
+
+    def _drop(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _shrink(self) -> None:
+        """Go down to at most half of the micro-batch, in all processes alike."""
+        if not self._adjustable or self.micro_batch == 1:
+            raise self._too_large()
+        # The next divisor of the share that the micro-batch divided: all passes stay of one size.
+        smaller = max(size for size in _divisors(self.micro_batch) if size <= self.micro_batch // 2)
+        self._observer.note(
+            f"a micro-batch of {self.micro_batch} sequences does not fit into the device's memory: going on with "
+            f"{smaller}; train.micro_batch={smaller} starts there"
+        )
+        self.micro_batch = smaller
+        self._ahead = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _too_large(self) -> LightLMError:
+        size = self.micro_batch
+        if size == 1:
+            advice = "lower train.seq_len or the model's size"
+        elif self._adjustable:
+            advice = f"set train.micro_batch={size // 2} or less"
+        else:
+            advice = f"set train.micro_batch to {size // 2} or less, or to auto; the global batch stays the same"
+        return LightLMError(
+            f"the device is out of memory: train.micro_batch, {size} sequences of {self._loader.seq_len} tokens, "
+            f"does not fit; {advice}"
+        )

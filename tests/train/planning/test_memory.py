@@ -1,0 +1,186 @@
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lightlm.model import experts
+from lightlm.model.config import ModelConfig
+from lightlm.model.transformer import Transformer
+from lightlm.recipe import OptimizerSection
+from lightlm.train.optim.optimizers import build_optimizer
+from lightlm.train.planning import memory
+from lightlm.train.planning.memory import activation_bytes, backward_bytes, inference_parts, mask_bytes, optimizer_bytes
+from lightlm.train.step.loss import token_loss
+from tests.shapes import SHAPES
+
+LENGTH = 16
+
+
+def saved_bytes(config, sequences, dtype, length=LENGTH):
+    """Storage of all that autograd saves in a forward pass."""
+    model = Transformer(config)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no storage takes another's place
+        return tensor
+
+    tokens = torch.randint(config.vocab_size, (sequences, length))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        output = model.hidden_states(tokens)
+    assert output.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.fixture
+def unpadded(monkeypatch):
+    """Experts have a row for each choice and no more; how many they pad depends on what tokens choose."""
+    for name, value in {"_ROW_MULTIPLE": 1, "_UNITS_PER_EXPERT": 10**6, "_BATCHED_QUANTILE": 0.0}.items():
+        monkeypatch.setattr(experts, name, value)
+    monkeypatch.setattr(memory, "_PADDING", 1.0)
+
+
+def indices_of_rows(config):
+    """Where experts' rows are, which autograd does not save but keeps: 16 bytes a row, 8 a choice, in each layer."""
+    layers = sum(config.has_experts(block) for block in range(config.num_layers)) * config.block_repeats
+    return layers * 24 * config.num_experts_per_tok
+
+
+@pytest.mark.usefixtures("unpadded")
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_are_what_autograd_keeps(name, dtype):
+    mixed = dtype == torch.bfloat16
+    # Weights and masks do not depend on the number of sequences; token ids are 8 bytes a token.
+    config = SHAPES[name]
+    a_token = (saved_bytes(config, 3, dtype) - saved_bytes(config, 1, dtype)) / (2 * LENGTH) - 8
+    # The balance loss of a sequence keeps two numbers for each expert.
+    rel = 1e-3 if config.num_experts else 1e-6
+    expected = a_token + indices_of_rows(config)
+    assert activation_bytes(config, mixed=mixed, fused=mixed) == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.usefixtures("unpadded")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_plain_operations_under_autocast(dtype, monkeypatch):
+    mixed = dtype == torch.bfloat16
+    monkeypatch.setattr("lightlm.model.fused.applies", lambda x: False)
+    monkeypatch.setattr(experts, "_has_grouped_mm", lambda x, weight: mixed)  # as on CUDA
+    for config in SHAPES.values():
+        a_token = (saved_bytes(config, 3, dtype) - saved_bytes(config, 1, dtype)) / (2 * LENGTH) - 8
+        expected = a_token + (0 if mixed else indices_of_rows(config))
+        assert activation_bytes(config, mixed=mixed, fused=False) == pytest.approx(expected, rel=0.05), config
+
+
+class Peak(TorchDispatchMode):
+    """The bytes that operations hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse:
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _count(self, storage):
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, key, size):
+        self._seen.remove(key)
+        self.live -= size
+
+
+def peak_bytes(config, sequences, dtype, recompute):
+    torch.manual_seed(0)
+    model = Transformer(config)
+    model.recompute_blocks = recompute
+    tokens = torch.randint(config.vocab_size, (sequences, config.max_seq_len))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with Peak() as peak:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model.hidden_states(tokens, routings=[])
+        output.backward(torch.ones_like(output))
+    return peak.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("experts_each", [0, 8])
+def test_the_peak_of_a_pass_and_what_recomputation_saves_of_it(experts_each, dtype):
+    """A bound from above: what is counted as held at once mostly is."""
+    config = ModelConfig(num_layers=6, hidden_size=128, num_heads=4, num_kv_heads=2, max_seq_len=64, vocab_size=97)
+    if experts_each:
+        config = replace(config, num_experts=experts_each, num_shared_experts=1, moe_intermediate_size=128)
+    mixed, counted = dtype != torch.float32, []
+    for recompute, at_least in ((False, 0.9), (True, 0.6)):
+        measured = (peak_bytes(config, 24, dtype, recompute) - peak_bytes(config, 8, dtype, recompute)) / (16 * 64)
+        counted.append(activation_bytes(config, mixed=mixed, fused=mixed, recompute=recompute))
+        assert at_least < measured / (counted[-1] + backward_bytes(config, mixed=mixed)) < 1.02
+    assert counted[1] < counted[0] / 2
+
+
+def test_rows_are_padded_as_assumed():
+    """8,192 tokens whose experts' loads vary by a fifth, as in a run that balances them."""
+    generator = torch.Generator().manual_seed(0)
+    for num_experts, chosen in ((16, 2), (32, 4)):
+        preference_E = 0.12 * torch.randn(num_experts, generator=generator)
+        noise_NE = -torch.empty(8192, num_experts).exponential_(generator=generator).log()
+        ids_NK = (preference_E + noise_NE).topk(chosen).indices
+        load_E = torch.bincount(ids_NK.flatten(), minlength=num_experts).double()
+        assert 0.05 < load_E.std() / load_E.mean() < 0.25
+        rows = len(experts._Rows.of(ids_NK, num_experts).pair_R)
+        assert rows / ids_NK.numel() == pytest.approx(memory._PADDING, abs=0.1)
+
+
+def test_banded_layers_keep_a_mask_each():
+    config = replace(SHAPES["gpt3"], num_layers=4)
+    whole = replace(config, sliding_window=0)
+    extra = saved_bytes(config, 1, torch.bfloat16, 48) - saved_bytes(whole, 1, torch.bfloat16, 48)
+    assert mask_bytes(config, 48, mixed=True) == pytest.approx(extra, rel=1e-6)
+    assert mask_bytes(whole, 48, mixed=True) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_state_is_counted(name):
+    model = Transformer(SHAPES["qwen3"])
+    section = OptimizerSection(name=name, lr=1e-3)
+    optimizer = build_optimizer(model, section)
+    token_loss(model, torch.randint(97, (1, 8)), torch.randint(97, (1, 8))).backward()
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values() if value.ndim]
+    assert optimizer_bytes(model, section) == sum(value.nbytes for value in state)
+
+
+def test_inference_counts_the_cache_that_generation_makes():
+    model = Transformer(SHAPES["shared"])
+    cache = model.new_cache(1)
+    parts = inference_parts(model)
+    assert parts["cache_float32"] == 2 * parts["cache_bfloat16"] == cache.keys.nbytes + cache.values.nbytes
+    assert parts["weights_float32"] == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is inherited on Linux")
+def test_a_process_does_not_report_the_peak_of_the_one_that_started_it():
+    block = b"x" * 800_000_000
+    code = (
+        "import torch; from lightlm.train.observe.metrics import peak_memory; print(peak_memory(torch.device('cpu')))"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50e6 < int(outcome.stdout) < len(block)

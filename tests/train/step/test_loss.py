@@ -1,0 +1,46 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightlm.train.step import loss as loss_module
+from lightlm.train.step.loss import token_loss
+from tests.shapes import build
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("rows", [3, 256])
+def test_loss_and_gradients_match_cross_entropy(name, rows, monkeypatch):
+    """Against torch's own cross-entropy over all logits in float64, tied and untied head, one and many chunks."""
+    monkeypatch.setitem(loss_module._CHUNK, "cpu", rows)
+    inputs, targets = torch.randint(97, (3, 10)), torch.randint(97, (3, 10))
+    model, reference = build(name), build(name).double()
+    loss = token_loss(model, inputs, targets)
+    (loss / 30).backward()
+    expected = F.cross_entropy(reference(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+    (expected / 30).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (key, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.double(), other.grad, atol=1e-6, rtol=1e-4, msg=key)
+
+
+def test_loss_under_autocast_is_close_and_accumulates_in_fp32(monkeypatch):
+    """bf16 products with 8 significant bits, but sums over chunks do not lose small terms."""
+    monkeypatch.setitem(loss_module._CHUNK, "cpu", 2)
+    inputs, targets = torch.randint(97, (4, 16)), torch.randint(97, (4, 16))
+    model, exact_model = build("qwen3"), build("qwen3")
+    exact = token_loss(exact_model, inputs, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = token_loss(model, inputs, targets)
+    loss.backward()
+    exact.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=5e-3)
+    grad = model.lm_head.weight.grad
+    assert grad.dtype == torch.float32
+    assert not torch.equal(grad, grad.bfloat16().float())
+    torch.testing.assert_close(grad, exact_model.lm_head.weight.grad, atol=0.05, rtol=0.05)
+
+
+def test_no_gradient_work_without_gradients():
+    with torch.no_grad():
+        loss = token_loss(build("llama"), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+    assert not loss.requires_grad
