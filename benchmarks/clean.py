@@ -132,7 +132,7 @@ def speeds(texts: list[str], evals: Path | None) -> None:
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.chdir(evals)
-    from lightlm.evaluate.examples import scored_examples
+    from lightlm.evaluate.tasks.examples import scored_examples
 
     started = time.process_time()
     examples = scored_examples(TASKS)

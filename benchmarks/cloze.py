@@ -21,7 +21,7 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.convert.loading import load_pretrained
 from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.results import rows
+from lightlm.evaluate.results.store import rows
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
 from lightlm.model.transformer import Transformer
 

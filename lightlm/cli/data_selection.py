@@ -66,7 +66,7 @@ def evaluation_sets(names: str | None, contaminated: str) -> Decontaminator | No
 
     with console.status("Reading the evaluation sets ..."):
         from lightlm.data.select.decontamination import Decontaminator
-        from lightlm.evaluate.examples import scored_examples
+        from lightlm.evaluate.tasks.examples import scored_examples
 
         chosen = [name.strip() for name in names.split(",") if name.strip()]
         return Decontaminator(scored_examples(chosen), drops=contaminated == "drop")

@@ -11,11 +11,11 @@ from lightlm.cli.console import console, print_json
 from lightlm.cli.evaluation_display import print_table
 from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import UsageError
-from lightlm.evaluate.baselines import split_names
+from lightlm.evaluate.compare.baselines import split_names
 
 if TYPE_CHECKING:
     from lightlm.checkpoint import LoadedModel
-    from lightlm.evaluate.comparison import Answers
+    from lightlm.evaluate.compare.comparison import Answers
     from lightlm.evaluate.runner import Tasks
 
 _UNKEPT = "{} belongs to no run, so its results and samples are kept in no file; --out DIR keeps them"
@@ -91,10 +91,10 @@ def evaluate(
     with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.convert.loading import load_pretrained, locate
         from lightlm.device import pick_device
-        from lightlm.evaluate.comparison import compare_all
+        from lightlm.evaluate.compare.comparison import compare_all
         from lightlm.evaluate.harness import batch_limits, evaluation_dtype
-        from lightlm.evaluate.heldout import common_folder
         from lightlm.evaluate.runner import Settings, Tasks
+        from lightlm.evaluate.tasks.heldout import common_folder
 
         target = pick_device(device)
         precision = evaluation_dtype(dtype, target)
@@ -171,10 +171,11 @@ def _evaluate_one(
 
     from rich.markup import escape
 
-    from lightlm.evaluate import documents, results, samples
-    from lightlm.evaluate.comparison import answers_of
+    from lightlm.evaluate.compare.comparison import answers_of
     from lightlm.evaluate.harness import LightLM
-    from lightlm.evaluate.provenance import describe_bos, provenance
+    from lightlm.evaluate.results import documents, samples
+    from lightlm.evaluate.results import store as results
+    from lightlm.evaluate.results.provenance import describe_bos, provenance
     from lightlm.evaluate.runner import BOS, run_tasks
 
     started = time.perf_counter()

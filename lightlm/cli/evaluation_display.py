@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from lightlm.cli.console import out
 
 if TYPE_CHECKING:
-    from lightlm.evaluate.baselines import Baseline, Legend
-    from lightlm.evaluate.comparison import Answers, Comparison
+    from lightlm.evaluate.compare.baselines import Baseline, Legend
+    from lightlm.evaluate.compare.comparison import Answers, Comparison
 
 _WIDE = 110  # columns of a terminal from which on figures and their standard errors stand in one line
 _IN_A_NARROW_LINE = 3  # figures of a row that do so below
@@ -29,8 +29,8 @@ def print_table(
     from rich.markup import escape
     from rich.table import Table
 
-    from lightlm.evaluate.baselines import Legend
-    from lightlm.evaluate.comparison import NOISE, sentences
+    from lightlm.evaluate.compare.baselines import Legend
+    from lightlm.evaluate.compare.comparison import NOISE, sentences
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("Task", no_wrap=True)

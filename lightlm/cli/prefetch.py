@@ -11,7 +11,7 @@ from lightlm.cli.console import console, out, print_json
 from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from lightlm.evaluate.prefetch import Fetched
+    from lightlm.evaluate.tasks.prefetch import Fetched
 
 _HEEDED = {"prefetch", "include_path", "data_dir", "as_json"}
 
@@ -24,8 +24,8 @@ def fetch_only(
     if data_dir is not None:
         _make_folder(Path(data_dir))
     with console.status("Reading lm-eval's list of tasks ...") as status:
-        from lightlm.evaluate.prefetch import prefetch
         from lightlm.evaluate.runner import Settings, Tasks
+        from lightlm.evaluate.tasks.prefetch import prefetch
 
         chosen = Tasks(
             Settings([n.strip() for n in names.split(",") if n.strip()], None, None, None, include_path, data_dir)

@@ -7,7 +7,7 @@ import typer
 
 from lightlm.cli.console import console, out, print_json
 from lightlm.errors import UsageError
-from lightlm.evaluate.baselines import split_names
+from lightlm.evaluate.compare.baselines import split_names
 
 if TYPE_CHECKING:
     from lightlm.report.build import Report
@@ -43,7 +43,7 @@ def report(
     if as_json:
         print_json(_document(written))
         return
-    from lightlm.evaluate.comparison import sentences
+    from lightlm.evaluate.compare.comparison import sentences
     from lightlm.report.scores import Scores
 
     _print_table(written)

@@ -144,7 +144,7 @@ def _choose(
 def _add_evaluator(trainer: "Trainer") -> None:
     """What scores `eval.tasks` during training; its tasks are loaded now, so that a mistake shows at once."""
     with console.status("Reading lm-eval's list of tasks ..."):
-        from lightlm.evaluate.during_training import TaskScores
+        from lightlm.evaluate.in_training.task_scores import TaskScores
 
         scores = TaskScores(trainer.recipe.eval, trainer.data.path, trainer.world)
 

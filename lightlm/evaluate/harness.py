@@ -21,9 +21,9 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.convert.loading import load_pretrained
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import LightLMError, UsageError
-from lightlm.evaluate.batches import BatchSize
 from lightlm.evaluate.progress import bar
-from lightlm.evaluate.scoring import score
+from lightlm.evaluate.scoring.batches import BatchSize
+from lightlm.evaluate.scoring.score import score
 from lightlm.generate.engine import TextStream, generate
 from lightlm.generate.sampling import Sampling
 from lightlm.model.config import ModelConfig

@@ -19,12 +19,12 @@ from lm_eval.tasks._index import Entry, Kind
 
 from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors, offline, quiet_libraries
 from lightlm.errors import DataError, UsageError
-from lightlm.evaluate.data_sets import DataSets, find_data_dir, unreadable
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
-from lightlm.evaluate.needs import Need, needs_of
-from lightlm.evaluate.task_index import check_tasks_folder, stock_tasks
-from lightlm.evaluate.templates import compiled_once
+from lightlm.evaluate.tasks.data_sets import DataSets, find_data_dir, unreadable
+from lightlm.evaluate.tasks.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
+from lightlm.evaluate.tasks.index import check_tasks_folder, stock_tasks
+from lightlm.evaluate.tasks.needs import Need, needs_of
+from lightlm.evaluate.tasks.templates import compiled_once
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
 BOS = {"auto": None, "yes": True, "no": False}  # as the harness's `add_bos_token`

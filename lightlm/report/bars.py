@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from lightlm.evaluate.baselines import Baseline
-from lightlm.evaluate.chance import Chance, chance_of
+from lightlm.evaluate.compare.baselines import Baseline
+from lightlm.evaluate.compare.chance import Chance, chance_of
 from lightlm.report.chart import Chart
 from lightlm.report.curves import Floats
 from lightlm.report.drawing import Plot

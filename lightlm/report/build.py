@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightlm import files
 from lightlm.checkpoint import RUNS
-from lightlm.evaluate.baselines import Baseline
+from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.report.page import render_page
 from lightlm.report.plots import draw_plots
 from lightlm.report.record import Record, read_records

@@ -6,8 +6,8 @@ from html import escape
 from typing import Any
 
 from lightlm import __version__
-from lightlm.evaluate.baselines import Baseline, Legend
-from lightlm.evaluate.comparison import NOISE, sentences
+from lightlm.evaluate.compare.baselines import Baseline, Legend
+from lightlm.evaluate.compare.comparison import NOISE, sentences
 from lightlm.report.chart import RUNS, colour_variables
 from lightlm.report.drawing import Plot
 from lightlm.report.record import Record, Score

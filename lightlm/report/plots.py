@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from lightlm.evaluate.baselines import Baseline
+from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.report.bars import score_bars
 from lightlm.report.chart import spread
 from lightlm.report.curves import Curves, Floats, focus

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from lightlm.errors import CheckpointError, LightLMError, UsageError
-from lightlm.evaluate.comparison import Protocol, answers_of
-from lightlm.evaluate.figures import Row
+from lightlm.evaluate.compare.comparison import Protocol, answers_of
+from lightlm.evaluate.results.rows import Row
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
 from lightlm.report.curves import Curves, newest, smooth, smoothing_window

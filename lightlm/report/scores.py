@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from lightlm.evaluate import documents
-from lightlm.evaluate.comparison import Answers, Comparison, compare_all
+from lightlm.evaluate.compare.comparison import Answers, Comparison, compare_all
+from lightlm.evaluate.results import documents
 from lightlm.report.record import Record, Score
 
 

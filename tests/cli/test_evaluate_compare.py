@@ -12,7 +12,8 @@ from lightlm.checkpoint import write_checkpoint
 from lightlm.cli import console
 from lightlm.cli.evaluate import evaluate
 from lightlm.errors import UsageError
-from lightlm.evaluate import documents, runner
+from lightlm.evaluate import runner
+from lightlm.evaluate.results import documents
 from tests.evaluate.tiny_run import tiny_model, write_world
 
 app = typer.Typer()

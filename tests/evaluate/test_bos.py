@@ -11,7 +11,7 @@ from lightlm.convert.loading import load_pretrained
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import UsageError
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.provenance import describe_bos
+from lightlm.evaluate.results.provenance import describe_bos
 from lightlm.evaluate.runner import Settings, Tasks
 from tests.evaluate.test_harness import CONTEXTS, LONG, instances
 from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lightlm.evaluate.baselines import find_baseline
-from lightlm.evaluate.documents import Document, documents_file, write
+from lightlm.evaluate.compare.baselines import find_baseline
+from lightlm.evaluate.results.documents import Document, documents_file, write
 from lightlm.report.build import write_report
 from lightlm.report.plots import draw_plots
 from lightlm.report.record import read_records

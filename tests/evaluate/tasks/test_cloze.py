@@ -13,9 +13,11 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.data.prepare.run import prepare
 from lightlm.data.shards import DataFolder
 from lightlm.errors import DataError
-from lightlm.evaluate import cloze, heldout, results, runner
+from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.results import store as results
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.tasks import cloze, heldout
 from tests.corpus import texts
 from tests.evaluate.tiny_run import tiny_model, write_world
 

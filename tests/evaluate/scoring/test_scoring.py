@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightlm.errors import LightLMError
-from lightlm.evaluate import scoring
-from lightlm.evaluate.batches import BatchSize
-from lightlm.evaluate.logits import fp32_logits
-from lightlm.evaluate.packing import Tree
-from lightlm.evaluate.scoring import Score, score, target_log_probs
+from lightlm.evaluate.scoring import score as scoring
+from lightlm.evaluate.scoring.batches import BatchSize
+from lightlm.evaluate.scoring.logits import fp32_logits
+from lightlm.evaluate.scoring.packing import Tree
+from lightlm.evaluate.scoring.score import Score, score, target_log_probs
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES, build
 
@@ -110,8 +110,8 @@ def test_each_shared_token_is_computed_once(pairs: list[Pair], tokens: int, monk
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_TOKENS", 24)
-    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_GAIN", 60)
+    monkeypatch.setattr("lightlm.evaluate.scoring.packing._TRUNK_TOKENS", 24)
+    monkeypatch.setattr("lightlm.evaluate.scoring.packing._TRUNK_GAIN", 60)
     model = build(shape)
     rng = random.Random(1)
     examples = [rng.randrange(97) for _ in range(30)]
@@ -126,8 +126,8 @@ def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: p
 
 
 def test_a_context_longer_than_a_batch_is_still_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_TOKENS", 24)
-    monkeypatch.setattr("lightlm.evaluate.packing._TRUNK_GAIN", 60)
+    monkeypatch.setattr("lightlm.evaluate.scoring.packing._TRUNK_TOKENS", 24)
+    monkeypatch.setattr("lightlm.evaluate.scoring.packing._TRUNK_GAIN", 60)
     model = build("llama")
     pairs = [([5] * 40, [ending, 1, 2]) for ending in range(4)]
     expected = [reference(model, pair) for pair in pairs]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightlm import files
-from lightlm.evaluate.figures import metric_name
+from lightlm.evaluate.results.rows import metric_name
 
 Value = float | tuple[float, float]
 

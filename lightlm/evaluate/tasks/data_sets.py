@@ -22,7 +22,7 @@ from huggingface_hub import constants
 
 from lightlm.data.sources.hub.client import first_line, hub_errors
 from lightlm.errors import DataError, UsageError
-from lightlm.evaluate.needs import Need
+from lightlm.evaluate.tasks.needs import Need
 
 DATA_DIR_VARIABLE = "LIGHTLM_EVAL_DATA"
 RECORD = ".prefetched.json"  # in the folder of a data set: the commit of each configuration that was fetched

@@ -1,7 +1,7 @@
 """The tasks made of a data folder's own validation documents: `heldout`, bits per byte, and `heldout_cloze`.
 
 Documents are decoded to text, so models with different tokenizers can be compared: neither bytes nor the examples of
-the cloze (lightlm/evaluate/cloze.py) depend on a vocabulary.
+the cloze (lightlm/evaluate/tasks/cloze.py) depend on a vocabulary.
 """
 
 import functools
@@ -16,10 +16,10 @@ from datasets import Dataset
 from lightlm.checkpoint import RUNS, find_run, run_of
 from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
-from lightlm.evaluate import cloze
+from lightlm.evaluate.tasks import cloze
 
 HELDOUT, CLOZE = "heldout", "heldout_cloze"
-TASKS = Path(__file__).parent / "tasks"  # for lm-eval's TaskManager(include_path=...)
+TASKS = Path(__file__).parent / "yaml"  # for lm-eval's TaskManager(include_path=...)
 
 # What the cloze reads of a validation split: some seconds of decoding and cutting.
 _CLOZE_DOCUMENTS = 4000

@@ -9,9 +9,10 @@ from lm_eval.tasks import TaskManager
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.errors import UsageError
-from lightlm.evaluate import runner, task_index
+from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.tasks import index as task_index
 from tests.evaluate.tiny_run import write_world
 
 LOCAL = """

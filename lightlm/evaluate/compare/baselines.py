@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from lightlm.evaluate.comparison import Answers
+    from lightlm.evaluate.compare.comparison import Answers
 
 LM_EVAL = "lm-eval"
 _TASKS = {"lambada": ("lambada_openai", "lambada_standard")}  # the source says LAMBADA, not which of the two

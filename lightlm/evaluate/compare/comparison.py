@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lightlm.evaluate import paired
-from lightlm.evaluate.documents import Document, Value
-from lightlm.evaluate.figures import Row, rows
-from lightlm.evaluate.paired import Difference
+from lightlm.evaluate.compare import paired
+from lightlm.evaluate.compare.paired import Difference
+from lightlm.evaluate.results.documents import Document, Value
+from lightlm.evaluate.results.rows import Row, rows
 
 NOISE = (
     "Noise is that of which documents a task has: a difference is beyond it at 5% for all these comparisons together "
@@ -152,7 +152,7 @@ def answers_of(
 
     Args:
         results: lm-eval's document.
-        documents: beside it, see `lightlm.evaluate.documents`.
+        documents: beside it, see `lightlm.evaluate.results.documents`.
         facts: of the `.meta.json` beside it.
     """
     by_task = {task: list(group) for task, group in groupby(documents, lambda document: document.task)}

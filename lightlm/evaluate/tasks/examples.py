@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightlm.errors import UsageError
-from lightlm.evaluate.heldout import HELDOUT
 from lightlm.evaluate.runner import Settings, Tasks, quiet
+from lightlm.evaluate.tasks.heldout import HELDOUT
 
 
 def scored_examples(names: Sequence[str]) -> dict[str, list[list[str]]]:

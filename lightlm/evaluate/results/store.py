@@ -10,8 +10,8 @@ from lm_eval.utils import handle_non_serializable
 
 from lightlm import files
 from lightlm.checkpoint import LoadedModel, run_of
-from lightlm.evaluate.figures import Row as Row
-from lightlm.evaluate.figures import rows as rows
+from lightlm.evaluate.results.rows import Row as Row
+from lightlm.evaluate.results.rows import rows as rows
 from lightlm.evaluate.runner import Settings
 from lightlm.machine import versions
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightlm.evaluate.packing import Tree
+from lightlm.evaluate.scoring.packing import Tree
 from lightlm.model.config import ModelConfig
 
 # Positions of a batch for each thread of a CPU: the activations of more no longer fit its caches.

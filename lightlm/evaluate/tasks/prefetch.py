@@ -18,9 +18,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from lightlm import files
 from lightlm.data.sources.hub.client import first_line, hub_errors, offline, persistently, require_hub
 from lightlm.errors import DataError
-from lightlm.evaluate.data_sets import RECORD, DataSets, commits_in
-from lightlm.evaluate.needs import Need
 from lightlm.evaluate.runner import Tasks, quiet
+from lightlm.evaluate.tasks.data_sets import RECORD, DataSets, commits_in
+from lightlm.evaluate.tasks.needs import Need
 
 _ON_HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+(?:/[^/@]+)?)@(?P<revision>[^/]+)/(?P<file>.+)")
 _CARD, _LEGACY_INFOS = "README.md", "dataset_infos.json"

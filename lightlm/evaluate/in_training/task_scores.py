@@ -8,9 +8,9 @@ from unittest import mock
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import UsageError
-from lightlm.evaluate.results import rows
+from lightlm.evaluate.in_training.sharing import Meetings, Peers, SharedLightLM, StoppedError
+from lightlm.evaluate.results.store import rows
 from lightlm.evaluate.runner import Settings, Tasks, quiet, run_tasks
-from lightlm.evaluate.sharing import Meetings, Peers, SharedLightLM, StoppedError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import EvalSection
 

@@ -11,18 +11,20 @@ import torch
 from lightlm import checkpoint
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.prepare.run import prepare
-from lightlm.evaluate import during_training, runner, sharing
-from lightlm.evaluate.during_training import TaskScores
+from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.results import rows
+from lightlm.evaluate.in_training import sharing
+from lightlm.evaluate.in_training import task_scores as during_training
+from lightlm.evaluate.in_training.sharing import Meetings, PeerFailedError, SharedLightLM
+from lightlm.evaluate.in_training.task_scores import TaskScores
+from lightlm.evaluate.results.store import rows
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
-from lightlm.evaluate.sharing import Meetings, PeerFailedError, SharedLightLM
 from lightlm.recipe import EvalSection, load_recipe
 from lightlm.train.distributed import World
 from lightlm.train.runs import new_run
 from lightlm.train.trainer import Trainer
 from tests.corpus import TINY_RECIPE
-from tests.evaluate.test_cloze import documents
+from tests.evaluate.tasks.test_cloze import documents
 from tests.evaluate.tiny_run import write_quiz, write_world
 from tests.train.group import together
 from tests.train.watch import Recorder

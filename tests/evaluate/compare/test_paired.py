@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightlm.evaluate import paired
+from lightlm.evaluate.compare import paired
 
 MEAN, BITS, PERPLEXITY = paired.FORMS
 

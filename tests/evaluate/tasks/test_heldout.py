@@ -11,11 +11,12 @@ import torch
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.sources.hub import client as hub
 from lightlm.errors import DataError, UsageError
-from lightlm.evaluate import results, runner
+from lightlm.evaluate import runner
 from lightlm.evaluate.__main__ import with_defaults
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.heldout import TASKS, dataset_of
+from lightlm.evaluate.results import store as results
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.tasks.heldout import TASKS, dataset_of
 from tests.evaluate.tiny_run import DOCUMENTS, write_world
 
 # As if transformers were not installed, for all who import it and all who ask whether it could be.

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightlm.device import keep_freed_memory
 from lightlm.errors import LightLMError
-from lightlm.evaluate.batches import BatchSize, batches
-from lightlm.evaluate.logits import fp32_logits
-from lightlm.evaluate.packing import Limits, Request, Stand, Tree, plan
+from lightlm.evaluate.scoring.batches import BatchSize, batches
+from lightlm.evaluate.scoring.logits import fp32_logits
+from lightlm.evaluate.scoring.packing import Limits, Request, Stand, Tree, plan
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.model.trees import Trees, Trunk

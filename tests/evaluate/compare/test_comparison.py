@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from lightlm.evaluate.comparison import Answers, Protocol, compare, compare_all, sentences
-from lightlm.evaluate.documents import Document, documents_file, of_samples, read, write
-from lightlm.evaluate.figures import Row
+from lightlm.evaluate.compare.comparison import Answers, Protocol, compare, compare_all, sentences
+from lightlm.evaluate.results.documents import Document, documents_file, of_samples, read, write
+from lightlm.evaluate.results.rows import Row
 
 SAME = Protocol(version=1.0, num_fewshot=0, dtype="float32", bos="yes")
 

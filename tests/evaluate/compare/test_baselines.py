@@ -3,8 +3,8 @@
 import pytest
 
 from lightlm.errors import UsageError
-from lightlm.evaluate.baselines import BASELINES, Legend, find_baseline, split_names
-from lightlm.evaluate.chance import chance_of
+from lightlm.evaluate.compare.baselines import BASELINES, Legend, find_baseline, split_names
+from lightlm.evaluate.compare.chance import chance_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate import runner
-from lightlm.evaluate.examples import scored_examples
+from lightlm.evaluate.tasks.examples import scored_examples
 from tests.evaluate.tiny_run import write_quiz
 
 WINOGRANDE_LIKE = """

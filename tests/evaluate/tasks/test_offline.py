@@ -13,8 +13,8 @@ from lightlm.convert.huggingface import export_huggingface
 from lightlm.data.sources.hub import client as hub_client
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate import runner
-from lightlm.evaluate.examples import scored_examples
 from lightlm.evaluate.runner import Settings, Tasks
+from lightlm.evaluate.tasks.examples import scored_examples
 from tests.evaluate.quizzes import REPO, add_data, write_tasks
 from tests.evaluate.tiny_run import write_world
 from tests.hub import Fault, Hub
