@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lightlm.checkpoint import LoadedModel
-from lightlm.convert.loading import load_pretrained
+from lightlm.convert.load import load_pretrained
 from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.results.store import rows

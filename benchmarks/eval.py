@@ -33,8 +33,8 @@ from train import processor
 
 from lightlm import __version__
 from lightlm.checkpoint import LoadedModel
-from lightlm.convert.huggingface import export_huggingface
-from lightlm.convert.loading import load_pretrained
+from lightlm.convert.huggingface.folder import export_huggingface
+from lightlm.convert.load import load_pretrained
 from lightlm.data.tokenizer import load_tokenizer
 from lightlm.device import describe, pick_device
 from lightlm.model.transformer import Transformer

@@ -24,10 +24,10 @@ import train
 from safetensors.torch import save_file
 from train import Contestant
 
-from lightlm.convert.config_json import write_config
-from lightlm.convert.loading import load_pretrained
-from lightlm.convert.registry import export_target
-from lightlm.convert.weights import their_state
+from lightlm.convert.huggingface.config import write_config
+from lightlm.convert.huggingface.export_target import export_target
+from lightlm.convert.huggingface.weights import their_state
+from lightlm.convert.load import load_pretrained
 from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer

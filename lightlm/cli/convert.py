@@ -53,10 +53,10 @@ def convert(
     --overwrite.
     """
     from lightlm import checkpoint
-    from lightlm.convert.huggingface import export_huggingface, is_untouched_export
-    from lightlm.convert.loading import load_pretrained, locate
-    from lightlm.convert.registry import export_target
-    from lightlm.convert.verify import require_transformers
+    from lightlm.convert.huggingface.export_target import export_target
+    from lightlm.convert.huggingface.folder import export_huggingface, is_untouched_export
+    from lightlm.convert.huggingface.verify import require_transformers
+    from lightlm.convert.load import load_pretrained, locate
     from lightlm.device import DTYPES
 
     if to is not None and to not in FORMATS:
@@ -98,7 +98,7 @@ def convert(
 def _default_folder(model: str | None, source: Path, to: str) -> Path:
     """`runs/RUN/hf` for a run, with the step in its name for a checkpoint named itself; else beside the model."""
     from lightlm.checkpoint import run_of
-    from lightlm.convert.loading import is_hub_id
+    from lightlm.convert.load import is_hub_id
 
     if model is not None and is_hub_id(model):
         return Path(f"{Path(model).name}-{to}")
@@ -126,7 +126,7 @@ def _check_target(target: Path, source: Path, *, replace: bool) -> None:
 def _verify(loaded: "LoadedModel", source: Path, target: Path, to: str, dtype: str) -> float:
     """The largest difference between our logits and transformers'; an error if it is more than rounding."""
     from lightlm.checkpoint import load_model
-    from lightlm.convert.verify import TOLERANCE, check_tokenizer, largest_difference
+    from lightlm.convert.huggingface.verify import TOLERANCE, check_tokenizer, largest_difference
     from lightlm.device import DTYPES
 
     if to == "hf":
@@ -145,7 +145,7 @@ def _verify(loaded: "LoadedModel", source: Path, target: Path, to: str, dtype: s
 def _report(summary: dict[str, Any], *, as_json: bool) -> None:
     folder = Path(summary["folder"]).as_posix()
     loader = "AutoModelForCausalLM.from_pretrained" if summary["format"] == "hf" else "load_pretrained"
-    module = "transformers" if summary["format"] == "hf" else "lightlm.convert.loading"
+    module = "transformers" if summary["format"] == "hf" else "lightlm.convert.load"
     summary["python"] = f'from {module} import {loader.split(".")[0]}; model = {loader}("{folder}")'
     if as_json:
         print_json(summary)

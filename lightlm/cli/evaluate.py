@@ -89,7 +89,7 @@ def evaluate(
         _check_out(out_path, len(references))
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ...") as status:
-        from lightlm.convert.loading import load_pretrained, locate
+        from lightlm.convert.load import load_pretrained, locate
         from lightlm.device import pick_device
         from lightlm.evaluate.compare.comparison import compare_all
         from lightlm.evaluate.harness import batch_limits, evaluation_dtype
@@ -139,7 +139,7 @@ def _check_out(path: Path, models: int) -> None:
 
 def _located(references: list[str | None]) -> list[str | Path]:
     """The folder of each model, or its id on the Hub, from where none is fetched yet."""
-    from lightlm.convert.loading import is_hub_id, locate
+    from lightlm.convert.load import is_hub_id, locate
 
     return [
         reference if reference is not None and is_hub_id(reference) else locate(reference) for reference in references

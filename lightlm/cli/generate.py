@@ -38,7 +38,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a text with a model; it streams to the terminal as it comes."""
-    from lightlm.convert.loading import load_pretrained
+    from lightlm.convert.load import load_pretrained
     from lightlm.device import pick_device, pick_dtype
     from lightlm.generate.engine import check
     from lightlm.generate.sampling import DEFAULT, Sampling

@@ -82,7 +82,7 @@ def _train(
 ) -> bool:
     """One process's work; whether it was interrupted."""
     from lightlm.cli.training_display import TrainingDisplay
-    from lightlm.convert.registry import export_target
+    from lightlm.convert.huggingface.export_target import export_target
     from lightlm.generate.engine import sample_text
     from lightlm.train.observe.observers import Observers
     from lightlm.train.observe.trackers import Trackers

@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lightlm.checkpoint import LoadedModel
-from lightlm.convert.loading import load_pretrained
+from lightlm.convert.load import load_pretrained
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.progress import bar

@@ -177,7 +177,7 @@ def test_verify(dtype, run):
 
 def test_verify_finds_a_wrong_export(run, monkeypatch):
     pytest.importorskip("transformers")
-    from lightlm.convert import huggingface
+    from lightlm.convert.huggingface import folder as huggingface
 
     right = huggingface.write_config
     monkeypatch.setattr(huggingface, "write_config", lambda *args: {**right(*args), "rms_norm_eps": 0.1})

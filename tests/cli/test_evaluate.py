@@ -163,7 +163,7 @@ def test_mistakes_are_found_before_the_model_loads(
 ) -> None:
     Path("taken").write_text("")
     Path("folder.json").mkdir()
-    monkeypatch.setattr("lightlm.convert.loading.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lightlm.convert.load.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
     done = CliRunner().invoke(app, ["demo", *arguments])
     assert isinstance(done.exception, UsageError)
     assert words in str(done.exception)

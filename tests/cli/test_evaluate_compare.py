@@ -116,7 +116,7 @@ def test_a_model_among_the_names_is_measured_here(world: Path) -> None:
 
 
 def test_an_unknown_name_is_one_message_before_anything_loads(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightlm.convert.loading.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lightlm.convert.load.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
     done = CliRunner().invoke(app, ["demo", "--compare", "gtp2"])
     assert isinstance(done.exception, UsageError)
     assert "did you mean gpt2" in str(done.exception)

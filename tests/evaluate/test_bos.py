@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lightlm.checkpoint import LoadedModel, load_model, save_model
-from lightlm.convert.huggingface import export_huggingface
-from lightlm.convert.loading import load_pretrained
+from lightlm.convert.huggingface.folder import export_huggingface
+from lightlm.convert.load import load_pretrained
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import UsageError
 from lightlm.evaluate.harness import LightLM

@@ -88,7 +88,7 @@ def test_it_agrees_with_lm_evals_own_model_on_equal_weights(tmp_path: Path, shap
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
-    from lightlm.convert.huggingface import export_huggingface
+    from lightlm.convert.huggingface.folder import export_huggingface
 
     tokenizer = tiny_tokenizer()
     lm = LightLM(LoadedModel(tiny_model(tokenizer, **shape), tokenizer, Path("tiny")))

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from lightlm.cli.evaluate import evaluate
-from lightlm.convert.huggingface import export_huggingface
+from lightlm.convert.huggingface.folder import export_huggingface
 from lightlm.data.sources.hub import client as hub_client
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate import runner
@@ -121,7 +121,7 @@ def test_all_that_is_missing_is_named_before_the_model_loads(
 ) -> None:
     rows(run("--prefetch", "quiz_prose", "--json"))
     down(hub, monkeypatch, told=told)
-    monkeypatch.setattr("lightlm.convert.loading.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lightlm.convert.load.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
     done = run("--tasks", "quizzes,quiz_written,quiz_prose")
     assert isinstance(done.exception, DataError)
     message = str(done.exception)

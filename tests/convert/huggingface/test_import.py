@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from lightlm.checkpoint import load_model, save_model
-from lightlm.convert.huggingface import import_huggingface
+from lightlm.convert.huggingface.folder import import_huggingface
 from lightlm.errors import CheckpointError, ConvertError, LightLMError
 from tests.convert.models import difference, edit, roughen, write
 

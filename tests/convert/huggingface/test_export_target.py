@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightlm.convert.registry import export_target
+from lightlm.convert.huggingface.export_target import export_target
 from lightlm.model.config import ModelConfig
 from tests.shapes import SHAPES
 
@@ -77,5 +77,5 @@ def test_a_configuration_that_is_no_model_is_an_error():
 
 def test_is_light():
     """Reading a recipe asks the registry, and `lightlm --help` must not wait for torch."""
-    code = "import sys, lightlm.convert.registry; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, lightlm.convert.huggingface.export_target; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

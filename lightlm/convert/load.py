@@ -9,8 +9,8 @@ import torch
 
 from lightlm import checkpoint, files
 from lightlm.checkpoint import RUNS, LoadedModel
-from lightlm.convert.huggingface import import_huggingface
-from lightlm.convert.weights import WEIGHT_FILES
+from lightlm.convert.huggingface.folder import import_huggingface
+from lightlm.convert.huggingface.weights import WEIGHT_FILES
 from lightlm.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -8,8 +8,8 @@ import torch
 
 from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel, write_checkpoint
-from lightlm.convert.huggingface import export_huggingface
-from lightlm.convert.loading import load_pretrained, locate
+from lightlm.convert.huggingface.folder import export_huggingface
+from lightlm.convert.load import load_pretrained, locate
 from lightlm.errors import CheckpointError, ConvertError
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES

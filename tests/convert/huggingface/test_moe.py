@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightlm.checkpoint import load_model, save_model
-from lightlm.convert.huggingface import export_huggingface, import_huggingface
-from lightlm.convert.verify import TOLERANCE, largest_difference
+from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
+from lightlm.convert.huggingface.verify import TOLERANCE, largest_difference
 from lightlm.errors import ConvertError, LightLMError
 from lightlm.model.config import ModelConfig
 from tests.convert.models import difference, edit, loaded, roughen, write

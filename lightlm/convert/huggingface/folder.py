@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from lightlm import __version__, files
 from lightlm.checkpoint import LoadedModel, build_model, clean_state
-from lightlm.convert.config_json import read_config, read_json, write_config
-from lightlm.convert.layouts import SELECTION_BIAS
-from lightlm.convert.registry import export_target
-from lightlm.convert.weights import our_state, read_weights, their_state, weight_files
+from lightlm.convert.huggingface.config import read_config, read_json, write_config
+from lightlm.convert.huggingface.export_target import export_target
+from lightlm.convert.huggingface.layouts import SELECTION_BIAS
+from lightlm.convert.huggingface.weights import our_state, read_weights, their_state, weight_files
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig

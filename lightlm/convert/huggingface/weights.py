@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightlm.convert.config_json import read_json
-from lightlm.convert.layouts import LAYOUTS, SELECTION_BIAS, Layout, Link, layer_links
+from lightlm.convert.huggingface.config import read_json
+from lightlm.convert.huggingface.layouts import LAYOUTS, SELECTION_BIAS, Layout, Link, layer_links
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
