@@ -16,7 +16,7 @@ from lightlm.cli.convert import convert
 from lightlm.cli.evaluate import evaluate
 from lightlm.cli.generate import generate
 from lightlm.cli.plan import plan
-from lightlm.cli.prepare_data import prepare_data
+from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
 from lightlm.cli.train import NEWEST, train

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lightlm.cli.console import console, print_json
-from lightlm.cli.evaluation_display import print_table
+from lightlm.cli.displays.evaluation import print_table
 from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import UsageError
 from lightlm.evaluate.compare.baselines import split_names

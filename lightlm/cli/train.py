@@ -14,7 +14,7 @@ from lightlm.errors import UsageError
 if TYPE_CHECKING:
     from threading import Event
 
-    from lightlm.cli.training_display import TrainingDisplay
+    from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
     from lightlm.train.trainer import Result, Trainer
@@ -81,7 +81,7 @@ def _train(
     as_json: bool,
 ) -> bool:
     """One process's work; whether it was interrupted."""
-    from lightlm.cli.training_display import TrainingDisplay
+    from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.convert.huggingface.export_target import export_target
     from lightlm.generate.engine import sample_text
     from lightlm.train.observe.observers import Observers

@@ -8,8 +8,8 @@ from typing import Any
 from lightlm import __version__
 from lightlm.evaluate.compare.baselines import Baseline, Legend
 from lightlm.evaluate.compare.comparison import NOISE, sentences
-from lightlm.report.chart import RUNS, colour_variables
-from lightlm.report.drawing import Plot
+from lightlm.report.charts.chart import RUNS, colour_variables
+from lightlm.report.charts.drawing import Plot
 from lightlm.report.record import Record, Score
 from lightlm.report.scores import Line, Scores
 from lightlm.report.summary import summary_table

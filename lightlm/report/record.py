@@ -15,7 +15,7 @@ from lightlm.evaluate.compare.comparison import Protocol, answers_of
 from lightlm.evaluate.results.rows import Row
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
-from lightlm.report.curves import Curves, newest, smooth, smoothing_window
+from lightlm.report.charts.curves import Curves, newest, smooth, smoothing_window
 from lightlm.report.machine import read_machine
 from lightlm.train.batches import batch_plan
 from lightlm.train.observe.observers import read_metrics

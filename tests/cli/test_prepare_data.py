@@ -12,8 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lightlm.cli.preparation_display import progress_text
-from lightlm.cli.prepare_data import prepare_data
+from lightlm.cli.displays.preparation import progress_text
+from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.data.prepare.run import Progress
 from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.data.sources import local as sources

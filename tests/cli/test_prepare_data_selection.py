@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lightlm.cli.prepare_data import prepare_data
+from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.data.shards import DataFolder
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate import runner

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightlm.quantities import format_quantity
-from lightlm.report.plots import draw_plots
+from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
 from lightlm.report.summary import summary_table
 from tests.corpus import TINY_RECIPE

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lightlm.errors import CheckpointError
 from lightlm.report.build import write_report
-from lightlm.report.plots import draw_plots
+from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
 from tests.corpus import TINY_RECIPE
 from tests.report.run_folder import rows, write_extras, write_run

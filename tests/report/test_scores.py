@@ -8,7 +8,7 @@ import pytest
 from lightlm.evaluate.compare.baselines import find_baseline
 from lightlm.evaluate.results.documents import Document, documents_file, write
 from lightlm.report.build import write_report
-from lightlm.report.plots import draw_plots
+from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
 from lightlm.report.scores import Scores
 from tests.report.run_folder import rows, write_run

@@ -8,9 +8,9 @@ from matplotlib.ticker import PercentFormatter
 
 from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.evaluate.compare.chance import Chance, chance_of
-from lightlm.report.chart import Chart
-from lightlm.report.curves import Floats
-from lightlm.report.drawing import Plot
+from lightlm.report.charts.chart import Chart
+from lightlm.report.charts.curves import Floats
+from lightlm.report.charts.drawing import Plot
 from lightlm.report.record import Record
 from lightlm.report.scores import Line, Scores
 

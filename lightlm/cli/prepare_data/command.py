@@ -108,8 +108,8 @@ def prepare_data(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
-    from lightlm.cli.data_selection import evaluation_sets, open_named, opened, parse_filter
-    from lightlm.cli.preparation_display import ProgressLine, print_summary
+    from lightlm.cli.displays.preparation import ProgressLine, print_summary
+    from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened, parse_filter
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.run import verify as verify_folder
     from lightlm.data.preview import beginnings
@@ -118,7 +118,7 @@ def prepare_data(
     from lightlm.data.sources.local import PYDOCS
 
     if download_only:
-        from lightlm.cli.download_data import download_data, refuse_other_options
+        from lightlm.cli.prepare_data.download import download_data, refuse_other_options
 
         refuse_other_options(context)
         return download_data(open_named(source, mix, text_column, None), tokenizer or TOKENIZER, as_json)

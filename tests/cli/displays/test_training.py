@@ -12,8 +12,8 @@ import threading
 import pytest
 from rich.console import Console
 
-from lightlm.cli import training_display
-from lightlm.cli.training_display import TrainingDisplay
+from lightlm.cli.displays import training as training_display
+from lightlm.cli.displays.training import TrainingDisplay
 from tests.corpus import make_workspace
 
 needs_terminal = pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightlm.report.chart import Chart
-from lightlm.report.curves import Floats, smooth, smoothing_window
+from lightlm.report.charts.chart import Chart
+from lightlm.report.charts.curves import Floats, smooth, smoothing_window
 from lightlm.report.record import Record
 
 _RAW_RUNS = 3  # up to which the unsmoothed values are drawn behind the curves

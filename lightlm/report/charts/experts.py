@@ -10,9 +10,9 @@ from matplotlib.axis import Axis as Ticks
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from lightlm.report.chart import MUTED, PLOT_HEIGHT, RUNS, Chart
-from lightlm.report.curves import Floats, focus, smooth, smoothing_window
-from lightlm.report.drawing import Plot, curve, empty_chart, label, runs_with
+from lightlm.report.charts.chart import MUTED, PLOT_HEIGHT, RUNS, Chart
+from lightlm.report.charts.curves import Floats, focus, smooth, smoothing_window
+from lightlm.report.charts.drawing import Plot, curve, empty_chart, label, runs_with
 from lightlm.report.record import Record
 
 _HEAT_RUNS = 4  # up to which each run's loads get figures of their own

@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from lightlm.evaluate.compare.baselines import Baseline
-from lightlm.report.bars import score_bars
-from lightlm.report.chart import spread
-from lightlm.report.curves import Curves, Floats, focus
-from lightlm.report.drawing import TOKENS, Axis, Plot, curve, empty_chart, label, runs_with
-from lightlm.report.experts import expert_plots
+from lightlm.report.charts.bars import score_bars
+from lightlm.report.charts.chart import spread
+from lightlm.report.charts.curves import Curves, Floats, focus
+from lightlm.report.charts.drawing import TOKENS, Axis, Plot, curve, empty_chart, label, runs_with
+from lightlm.report.charts.experts import expert_plots
 from lightlm.report.record import Record
 
 _GIB = 2.0**30

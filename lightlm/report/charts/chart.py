@@ -22,7 +22,7 @@ from matplotlib.ticker import (
 )
 
 from lightlm.quantities import format_quantity
-from lightlm.report.curves import Floats, thin
+from lightlm.report.charts.curves import Floats, thin
 
 # Light and dark: the figure is drawn in the light colours, and in the page each stands for a CSS variable.
 INK, MUTED, GRID = ("#1c2330", "#e6e9ee"), ("#5b6472", "#a3acb9"), ("#e4e7eb", "#323945")
