@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test check lint format bench clean
+.PHONY: demo test check lint format bench compare clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lightlm prepare-data pydocs --tokenizer train:8192
@@ -30,6 +30,10 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train.py
+
+# Train the demos with the code of BASE and with this tree: losses and gradient norms must be identical.
+compare: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/compare_commits.py $(BASE)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -51,7 +51,7 @@ VARIANTS: dict[str, list[str]] = {
     "no dense layer": _moe(16, 4, 2, 64, RATE),
     "softmax": _moe(16, 4, 2, 64, FIRST_DENSE, "model.router=softmax"),
     "slow bias": _moe(16, 4, 2, 64, FIRST_DENSE, "moe.bias_update_rate=0.001"),
-    "no balancing": _moe(16, 4, 2, 64, FIRST_DENSE, "moe.bias_update_rate=0", "moe.balance_loss=0"),
+    "no balancing": _moe(16, 4, 2, 64, FIRST_DENSE, "moe.bias_update_rate=0", "moe.balance_loss_coef=0"),
     "scaled": _moe(16, 4, 2, 64, FIRST_DENSE, RATE, "model.routed_scaling_factor=2.0"),
     "more experts": _moe(32, 4, 2, 64, FIRST_DENSE, RATE),
 }

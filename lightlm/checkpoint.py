@@ -22,7 +22,7 @@ from torch import Tensor
 from lightlm import __version__, files
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import RENAMED_FIELDS, ModelConfig
 from lightlm.model.transformer import Transformer
 
 MARKER = "complete.json"
@@ -296,7 +296,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     """
     check_model(folder)
     config = _read_config(folder)
-    values = config["model"]
+    values = {RENAMED_FIELDS.get(key, key): value for key, value in config["model"].items()}
     known = {field.name for field in fields(ModelConfig)}
     if unknown := sorted(set(values) - known):
         raise CheckpointError(

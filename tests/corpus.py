@@ -39,7 +39,7 @@ TINY_RECIPE = """
 name: tiny
 model: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, intermediate_size: 64, max_seq_len: 32}
 data: {dataset: tiny}
-train: {tokens: 5120, batch_tokens: 256, micro_batch: 2, seed: 7, device: cpu, dtype: float32}
+train: {tokens: 5120, batch_tokens: 256, micro_batch_size: 2, seed: 7, device: cpu, dtype: float32}
 optimizer: {name: adamw, lr: 1e-2}
 schedule: {name: wsd, warmup: 10%, decay: 20%}
 eval: {every: 2560, tokens: 1024, prompts: [The old], max_new_tokens: 8}

@@ -15,7 +15,7 @@ SHAPES = {
     "llama": ModelConfig(**_BASE, num_kv_heads=2),
     "qwen3": ModelConfig(**_BASE, num_kv_heads=1, head_dim=16, qk_norm=True, tie_embeddings=False),
     "relu2": ModelConfig(**_BASE, mlp="relu2", bias=True),
-    "shared": ModelConfig(**_BASE, num_kv_heads=2, block_repeats=2, sliding_window=7),
+    "shared": ModelConfig(**_BASE, num_kv_heads=2, layer_sharing=2, sliding_window=7),
     "moe": ModelConfig(
         **_BASE, **_EXPERTS, num_shared_experts=1, first_k_dense=1, qk_norm=True, routed_scaling_factor=1.5
     ),

@@ -43,6 +43,16 @@ def test_a_model_reads_back_the_same(tmp_path, tokenizer, name):
     assert loaded.tokenizer.sha256 == tokenizer.sha256
 
 
+def test_a_checkpoint_of_an_earlier_version_loads_under_its_old_field_names(tmp_path, tokenizer):
+    model = build("shared")
+    checkpoint.save_model(tmp_path / "model", model, tokenizer)
+    path = tmp_path / "model" / "config.json"
+    text = path.read_text().replace("layer_sharing", "block_repeats")
+    path.write_text(text.replace("full_attention_interval", "full_attention_every"))
+    rewrite_marker(tmp_path / "model")
+    assert checkpoint.load_model(tmp_path / "model").model.config == model.config
+
+
 def test_wrapper_prefixes_never_reach_a_file(tmp_path, tokenizer):
     """DistributedDataParallel and torch.compile rename every parameter."""
     model = build("llama")

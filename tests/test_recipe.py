@@ -7,7 +7,7 @@ import yaml
 
 from lightlm.errors import RecipeError, UsageError
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import load_recipe, shipped_recipes, span_tokens
+from lightlm.recipe import load_recipe, load_run_recipe, shipped_recipes, span_tokens
 
 PARAMETERS = {
     "demo": 6_819_840,
@@ -98,7 +98,7 @@ train:
   tokens: 3X
   batch_tokens: 16K
   lr: 1e-3
-  micro_batch: 0
+  micro_batch_size: 0
 optimizer: {lr: fast}
 schedule: {warmup: 80%, decay: 30%}
 evals: {}
@@ -113,7 +113,7 @@ evals: {}
         r"model.norm: should be 'rmsnorm' or 'layernorm', not 'rms'; did you mean rmsnorm\?",
         r"train.tokens: write a whole number such as .* not '3X'  \[line 6\]",
         r"train.lr: unknown key; did you mean optimizer.lr\?  \[line 8\]",
-        r"train.micro_batch: should be 'auto', not 0; or should be greater than or equal to 1",
+        r"train.micro_batch_size: should be 'auto', not 0; or should be greater than or equal to 1",
         r"train.dtype: should be 'auto', 'bfloat16' or 'float32', not 'bf16'; did you mean bfloat16\?  "
         r"\[override train.dtype=bf16\]",
         r"optimizer.lr: should be a valid number, not 'fast'  \[line 10\]",
@@ -127,7 +127,7 @@ evals: {}
     ("override", "message"),
     [
         ("train.batch_tokens=1000", "1000 is no whole number of 256-token sequences; nearest: 1024"),
-        ("train.micro_batch=7", "7 does not divide the 16 sequences"),
+        ("train.micro_batch_size=7", "7 does not divide the 16 sequences"),
         ("train.seq_len=512", "512 exceeds model.max_seq_len 256"),
         ("model.num_kv_heads=3", "3 does not divide num_heads 4"),
         ("train.tokens=0", "must be above 0"),
@@ -178,6 +178,29 @@ def test_settings_that_cannot_work_are_refused(override, message):
 def test_malformed_overrides_are_usage_errors(override):
     with pytest.raises(UsageError):
         load_recipe("demo", [override])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("schedule.final_lr=0.1", "schedule.min_lr_ratio"),
+        ("moe.balance_loss=0.1", "moe.balance_loss_coef"),
+        ("moe.z_loss=0.1", "moe.z_loss_coef"),
+        ("train.micro_batch=4", "train.micro_batch_size"),
+        ("model.full_attention_every=2", "model.full_attention_interval"),
+        ("model.block_repeats=2", "model.layer_sharing"),
+    ],
+)
+def test_a_renamed_key_says_its_new_name(old, new):
+    with pytest.raises(RecipeError, match=re.escape(f"{old.partition('=')[0]}: renamed to {new}")):
+        load_recipe("demo", [old])
+
+
+def test_the_recipe_of_an_earlier_run_is_read_under_its_old_names(tmp_path):
+    old = load_recipe("demo", ["schedule.min_lr_ratio=0.1", "model.layer_sharing=2"])
+    text = old.to_yaml().replace("min_lr_ratio", "final_lr").replace("layer_sharing", "block_repeats")
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_run_recipe(tmp_path) == old
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -89,4 +89,4 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which must not be imported for this
             raise
-        _fail(f"the device is out of memory; lower train.micro_batch or --batch-size. {error}", 1)
+        _fail(f"the device is out of memory; lower train.micro_batch_size or --batch-size. {error}", 1)

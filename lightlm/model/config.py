@@ -14,6 +14,10 @@ _MOE_KEYS = (
 )
 
 
+# Field names of earlier versions, which their checkpoints still hold.
+RENAMED_FIELDS = {"block_repeats": "layer_sharing", "full_attention_every": "full_attention_interval"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a `Transformer`. Names are the field's (Hugging Face's where it has one).
@@ -41,9 +45,9 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over each query and key head before the rotation (Qwen3)
     tie_embeddings: bool = True  # the output head is the token embedding
     bias: bool = False  # biases on every projection and, for layernorm, on the norms (GPT-2)
-    block_repeats: int = 1  # each block runs this many times in succession with the same weights (MobileLLM-LS)
+    layer_sharing: int = 1  # each block runs this many times in succession with the same weights (MobileLLM-LS)
     sliding_window: int = 0  # banded layers see this many positions, their own included; 0: every layer sees all
-    full_attention_every: int = 2  # with sliding_window: layers 0, n, 2n, ... see all, the others are banded
+    full_attention_interval: int = 2  # with sliding_window: layers 0, n, 2n, ... see all, the others are banded
     init_std: float = 0.02
     num_experts: int = 0  # routed experts of a layer (DeepSeekMoE, arXiv 2401.06066); 0: every layer is dense
     num_experts_per_tok: int = 2  # of them, chosen for each token
@@ -76,8 +80,8 @@ class ModelConfig:
             "hidden_size",
             "num_heads",
             "max_seq_len",
-            "block_repeats",
-            "full_attention_every",
+            "layer_sharing",
+            "full_attention_interval",
         )
         for key in at_least_one:
             if getattr(self, key) < 1:
@@ -138,11 +142,11 @@ class ModelConfig:
     @property
     def depth(self) -> int:
         """Layers as run: blocks times their repeats."""
-        return self.num_layers * self.block_repeats
+        return self.num_layers * self.layer_sharing
 
     def window(self, layer: int) -> int:
         """How many positions layer `layer` (0 <= layer < depth) sees, its own included; 0 means all."""
-        return self.sliding_window if layer % self.full_attention_every else 0
+        return self.sliding_window if layer % self.full_attention_interval else 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

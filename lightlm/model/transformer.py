@@ -222,7 +222,7 @@ class Transformer(nn.Module):
             cos, sin = rotary_table(positions_BT, config.head_dim, config.rope_theta)
             rotation = cos[:, None], sin[:, None]
         for layer in range(config.depth):
-            block = self.blocks[layer // config.block_repeats]
+            block = self.blocks[layer // config.layer_sharing]
             arguments = x_BTD, rotation, masks[config.window(layer)], cache, step, layer
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_BTD, routing = checkpoint(block, *arguments, use_reentrant=False)
@@ -257,6 +257,6 @@ class Transformer(nn.Module):
         block_weights = sum(p.numel() for p in self.blocks.parameters()) - self._idle_parameters()
         visible = sum(min(config.window(layer) or seq_len, seq_len) for layer in range(config.depth))
         return (
-            6 * (block_weights * config.block_repeats + self.head_weight.numel())
+            6 * (block_weights * config.layer_sharing + self.head_weight.numel())
             + 12 * config.num_heads * config.head_dim * visible
         )

@@ -1,6 +1,13 @@
 """Recipes: the YAML file that describes a run, its schema, and overrides like `optimizer.lr=1e-3`."""
 
-from lightlm.recipe.loading import apply_override, find_recipe, load_recipe, recipes_folder, shipped_recipes
+from lightlm.recipe.loading import (
+    apply_override,
+    find_recipe,
+    load_recipe,
+    load_run_recipe,
+    recipes_folder,
+    shipped_recipes,
+)
 from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.schema import (
     NAME_PATTERN,
@@ -26,6 +33,7 @@ __all__ = [
     "apply_override",
     "find_recipe",
     "load_recipe",
+    "load_run_recipe",
     "parse_recipe",
     "recipes_folder",
     "shipped_recipes",

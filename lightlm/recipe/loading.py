@@ -1,7 +1,7 @@
 """Recipes read from files, with overrides like `optimizer.lr=1e-3`."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 import lightlm
 from lightlm.errors import RecipeError, UsageError
 from lightlm.recipe.mistakes import parse_recipe
+from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
 
 # Text whatever it looks like: a folder may be called 2024 or [old].
@@ -23,7 +24,19 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such recipe, or mistakes in it; the message lists them all.
         UsageError: an override is not of the form key=value.
     """
-    path = find_recipe(reference)
+    return _load(find_recipe(reference), overrides, lambda values: values)
+
+
+def load_run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the `recipe.yaml` of a run folder, which an earlier version may have written, and apply overrides.
+
+    Raises:
+        RecipeError, UsageError: as `load_recipe`.
+    """
+    return _load(run / "recipe.yaml", overrides, with_new_names)
+
+
+def _load(path: Path, overrides: Sequence[str], prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
@@ -31,6 +44,7 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(f"{path} must hold the sections of a recipe ({', '.join(Recipe.model_fields)})")
+    values = prepare(values)
     origins = dict(_key_lines(yaml.compose(text)))
     for override in overrides:
         key = apply_override(values, override)

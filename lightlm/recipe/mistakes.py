@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lightlm.errors import RecipeError
 from lightlm.model.config import ModelConfig
+from lightlm.recipe.renamed import RENAMED
 from lightlm.recipe.schema import Problem, Recipe, Section
 
 
@@ -89,6 +90,8 @@ def _describe(section: str, entry: Any) -> Problem:
 
 
 def _unknown(key: str) -> str:
+    if key in RENAMED:
+        return f"renamed to {RENAMED[key]}"
     valid = _valid_keys()
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     # A right name in the wrong section (train.lr) is nearer in meaning than in spelling.

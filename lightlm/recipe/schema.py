@@ -77,7 +77,7 @@ class TrainSection(Section):
     tokens: Tokens  # to train on in total, rounded up to whole batches
     batch_tokens: BatchTokens  # global batch; K and M are powers of 1,024 here, so 512K is 2**19
     seq_len: Annotated[int, Field(ge=0)] = 0  # 0: model.max_seq_len
-    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # sequences a forward pass
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # sequences a forward pass
     seed: int = 1337
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -137,8 +137,8 @@ class MoESection(Section):
     bias_update_rate: Annotated[float, Field(ge=0)] | None = None  # sigmoid: of the selection bias, a step; 0.001
     # Of the loss that counts a balanced layer as 1, layers summed. sigmoid: within each sequence, 1e-4 as in
     # DeepSeek-V3; softmax: over a forward pass, 1e-2 as in the Switch Transformer
-    balance_loss: Annotated[float, Field(ge=0)] | None = None
-    z_loss: Annotated[float, Field(ge=0)] = 0.0  # of mean(logsumexp(logits)^2); ST-MoE has 1e-3 (arXiv 2202.08906)
+    balance_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    z_loss_coef: Annotated[float, Field(ge=0)] = 0.0  # of mean(logsumexp(logits)^2); ST-MoE has 1e-3 (arXiv 2202.08906)
 
 
 class ScheduleSection(Section):
@@ -147,7 +147,7 @@ class ScheduleSection(Section):
     # wsd: the last part of the run, 20%; cosine and linear: from the warm-up on, all that remains
     decay: Span | None = None
     decay_shape: Literal["linear", "sqrt"] = "linear"  # of wsd; sqrt falls as 1 - sqrt (arXiv 2405.18392)
-    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the peak that the decay ends at
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the peak that the decay ends at
     batch_warmup: Span = "0%"  # the batch doubles from batch_start to train.batch_tokens over this part of the run
     batch_start: BatchTokens | None = None
 
@@ -161,7 +161,7 @@ class ScheduleSection(Section):
         return span_tokens(self.batch_warmup, 10**18) > 0
 
     def idle(self) -> dict[str, str]:
-        keys = {"constant": ("decay", "decay_shape", "final_lr"), "wsd": ()}.get(self.name, ("decay_shape",))
+        keys = {"constant": ("decay", "decay_shape", "min_lr_ratio"), "wsd": ()}.get(self.name, ("decay_shape",))
         idle = dict.fromkeys(keys, f"with schedule.name={self.name}")
         return idle if self.warms_batch_up else idle | {"batch_start": "without schedule.batch_warmup"}
 
@@ -238,8 +238,10 @@ class Recipe(BaseModel):
         """`moe` with the defaults of the router's kind written out."""
         sigmoid, given = self.model.router == "sigmoid", self.moe
         rate = given.bias_update_rate if given.bias_update_rate is not None else 0.001
-        balance = given.balance_loss if given.balance_loss is not None else 1e-4 if sigmoid else 1e-2
-        return MoESection(bias_update_rate=rate if sigmoid else None, balance_loss=balance, z_loss=given.z_loss)
+        balance = given.balance_loss_coef if given.balance_loss_coef is not None else 1e-4 if sigmoid else 1e-2
+        return MoESection(
+            bias_update_rate=rate if sigmoid else None, balance_loss_coef=balance, z_loss_coef=given.z_loss_coef
+        )
 
     @model_serializer(mode="wrap")
     def _effective(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -274,11 +276,11 @@ class Recipe(BaseModel):
                 f"{self.train.batch_tokens} is no whole number of {self.seq_len}-token sequences; nearest: {nearest}"
             )
             found.append(("train.batch_tokens", message))
-        elif self.train.micro_batch != "auto" and self.batch_sequences % self.train.micro_batch:
+        elif self.train.micro_batch_size != "auto" and self.batch_sequences % self.train.micro_batch_size:
             found.append(
                 (
-                    "train.micro_batch",
-                    f"{self.train.micro_batch} does not divide the {self.batch_sequences} sequences of a batch",
+                    "train.micro_batch_size",
+                    f"{self.train.micro_batch_size} does not divide the {self.batch_sequences} sequences of a batch",
                 )
             )
         return found + self._batch_warmup_problems()

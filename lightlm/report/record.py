@@ -14,7 +14,7 @@ from lightlm.errors import CheckpointError, LightLMError, UsageError
 from lightlm.evaluate.compare.comparison import Protocol, answers_of
 from lightlm.evaluate.results.rows import Row
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import load_recipe
+from lightlm.recipe import load_run_recipe
 from lightlm.report.charts.curves import Curves, newest, smooth, smoothing_window
 from lightlm.report.machine import read_machine
 from lightlm.train.batches import batch_plan
@@ -128,7 +128,7 @@ def _read_recipe(run: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str,
     path = run / "recipe.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        recipe = load_recipe(path)
+        recipe = load_run_recipe(run)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         notes.append(f"{path} cannot be read: {error}")
         return {}, {}

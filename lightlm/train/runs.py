@@ -8,7 +8,7 @@ from typing import Any
 
 from lightlm import checkpoint, files
 from lightlm.errors import CheckpointError, RecipeError, UsageError
-from lightlm.recipe import NAME_PATTERN, Recipe, load_recipe
+from lightlm.recipe import NAME_PATTERN, Recipe, load_run_recipe
 from lightlm.train.checkpointing.state import check_resumable
 from lightlm.train.distributed import Launch
 
@@ -112,7 +112,7 @@ def reopen_run(
     path = run / "recipe.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run} cannot be resumed: it holds no recipe.yaml")
-    before, recipe = load_recipe(path).to_dict(), load_recipe(path, overrides)
+    before, recipe = load_run_recipe(run).to_dict(), load_run_recipe(run, overrides)
     if differing := [key for key in _FIXED if _lookup(before, key) != _lookup(recipe.to_dict(), key)]:
         raise RecipeError(f"{', '.join(differing)} cannot change in a resumed run ({run}); start a new run instead")
     if not checkpoint.checkpoints(run):

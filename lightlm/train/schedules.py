@@ -11,7 +11,7 @@ def learning_rate_factor(schedule: ScheduleSection, tokens: int, total_tokens: i
 
     Linear warm-up from zero; then, by `schedule.name`, constant; constant with a decay at the end ("wsd", arXiv
     2404.06395), linear or as 1 - sqrt (arXiv 2405.18392); or half a cosine or a straight line over `decay` tokens,
-    which stays at `final_lr` afterwards.
+    which stays at `min_lr_ratio` afterwards.
     """
     warmup = span_tokens(schedule.warmup, total_tokens)
     if tokens < warmup:
@@ -25,4 +25,4 @@ def learning_rate_factor(schedule: ScheduleSection, tokens: int, total_tokens: i
     else:
         progress = min((tokens - warmup) / max(length, 1), 1.0)
         share = (1 + math.cos(math.pi * progress)) / 2 if schedule.name == "cosine" else 1 - progress
-    return schedule.final_lr + (1 - schedule.final_lr) * share
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share

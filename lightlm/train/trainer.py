@@ -150,12 +150,12 @@ class Trainer:
         )
 
     def _gradients(self) -> Gradients:
-        given = self.recipe.train.micro_batch
+        given = self.recipe.train.micro_batch_size
         # Free memory may differ between devices: the least decides for all.
         size = self.world.smallest(micro_batch_size(self.recipe, self.device, self.world.size))
         if given not in ("auto", size):
             self.observer.note(
-                f"train.micro_batch={given} exceeds the {size} sequences that each process has of a batch"
+                f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch"
             )
         return Gradients(
             self.loss,

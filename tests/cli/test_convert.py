@@ -28,7 +28,7 @@ def tokenizer():
 def run(tokenizer, tmp_path, monkeypatch):
     """A folder with one run of two checkpoints."""
     monkeypatch.chdir(tmp_path)
-    model = Transformer(replace(SHAPES["llama"], vocab_size=tokenizer.vocab_size, block_repeats=2))
+    model = Transformer(replace(SHAPES["llama"], vocab_size=tokenizer.vocab_size, layer_sharing=2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -79,7 +79,7 @@ def test_gpus_get_what_fits_them(lightlm, folder):
     seconds = 10e9 * plan["model"]["flops_per_token"] / (989e12 * plan["assumed_utilisation"])
     assert gpus["H100"]["hours"] == pytest.approx(seconds / 3600, rel=0.05)
 
-    large = ["plan", "lightlm", "train.micro_batch=256", "train.dtype=float32", "--no-probe", "--json"]
+    large = ["plan", "lightlm", "train.micro_batch_size=256", "train.dtype=float32", "--no-probe", "--json"]
     plan = json.loads(lightlm(*large).stdout)
     assert not any(row["fits"] for row in plan["gpus"])
     assert all(row["hours"] is None for row in plan["gpus"])  # no table of fp32 peaks

@@ -314,7 +314,7 @@ def test_a_compiled_block_computes_the_same(name, situation, recompute, monkeypa
 
 def test_repeated_blocks_report_each_pass():
     torch.manual_seed(0)
-    model = Transformer(replace(SHAPES["moe"], block_repeats=3))
+    model = Transformer(replace(SHAPES["moe"], layer_sharing=3))
     model.hidden_states(TOKENS, routings=(routings := []))
     assert [int(r.load_E.sum()) for r in routings] == [2 * TOKENS.numel()] * 3
 

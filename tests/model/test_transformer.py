@@ -71,7 +71,7 @@ def test_no_position_sees_the_future(name):
 def test_layers_alternate_between_full_and_banded():
     assert [SHAPES["gpt3"].window(layer) for layer in range(4)] == [0, 5, 0, 5]
     thirds = ModelConfig(
-        num_layers=6, hidden_size=16, num_heads=2, max_seq_len=32, sliding_window=4, full_attention_every=3
+        num_layers=6, hidden_size=16, num_heads=2, max_seq_len=32, sliding_window=4, full_attention_interval=3
     )
     assert [thirds.window(layer) for layer in range(6)] == [0, 4, 4, 0, 4, 4]
 

@@ -96,6 +96,6 @@ def test_marks_that_one_batch_jumps_over_are_skipped():
 @pytest.mark.parametrize("micro_batch", ["auto", "32"])
 def test_a_recipes_micro_batch_may_exceed_the_first_batches(micro_batch):
     recipe = load_recipe(
-        "gpt2-124m", [f"train.micro_batch={micro_batch}", "schedule.batch_warmup=1%", "schedule.batch_start=16K"]
+        "gpt2-124m", [f"train.micro_batch_size={micro_batch}", "schedule.batch_warmup=1%", "schedule.batch_start=16K"]
     )
     assert batch_plan(recipe).sequences(0) == 16

@@ -112,7 +112,7 @@ def test_sharded_and_plain_runs_resume_each_other(runs):
 
 
 SHAPES = [
-    ("model.block_repeats=2", "model.tie_embeddings=true"),
+    ("model.layer_sharing=2", "model.tie_embeddings=true"),
     ("model.tie_embeddings=false", "model.norm=layernorm", "model.position=learned", "model.bias=true"),
 ]
 
@@ -179,7 +179,7 @@ def train_in_small_memory(world, name, overrides, largest, rank):
 def test_an_automatic_micro_batch_shrinks_to_what_fits(runs, monkeypatch):
     """The batch and its samples stay: losses equal those of an undisturbed run."""
     small_memory(monkeypatch, 3)
-    _, watch = start("tiny.yaml", *SHORT, "train.micro_batch=auto", name="shrunk")
+    _, watch = start("tiny.yaml", *SHORT, "train.micro_batch_size=auto", name="shrunk")
     assert watch.facts["micro_batch"] == 8
     assert [note.partition(" does")[0] for note in watch.notes] == [
         "a micro-batch of 8 sequences", "a micro-batch of 4 sequences"
@@ -188,18 +188,20 @@ def test_an_automatic_micro_batch_shrinks_to_what_fits(runs, monkeypatch):
 
 
 def test_the_smallest_memory_of_two_processes_decides(runs):
-    outcomes = together(2, train_in_small_memory, "unequal", (*SHORT, "train.micro_batch=auto"), 2, 1)
+    outcomes = together(2, train_in_small_memory, "unequal", (*SHORT, "train.micro_batch_size=auto"), 2, 1)
     assert "going on with 2" in outcomes[0][1][0]
     assert_close(outcomes[0][0], runs[1])
 
 
 def test_a_given_micro_batch_that_does_not_fit_is_one_error(monkeypatch):
     small_memory(monkeypatch, 3)
-    with pytest.raises(LightLMError, match=r"train.micro_batch, 8 sequences of 32 tokens, does not fit; set .* 4 or"):
-        start("tiny.yaml", "train.micro_batch=8", name="given")
+    with pytest.raises(
+        LightLMError, match=r"train.micro_batch_size, 8 sequences of 32 tokens, does not fit; set .* 4 or"
+    ):
+        start("tiny.yaml", "train.micro_batch_size=8", name="given")
     small_memory(monkeypatch, 0)
     with pytest.raises(LightLMError, match=r"1 sequences.*lower train.seq_len"):
-        start("tiny.yaml", "train.micro_batch=auto", name="hopeless")
+        start("tiny.yaml", "train.micro_batch_size=auto", name="hopeless")
 
 
 def test_a_run_is_known_again_by_its_own_launch_only(tmp_path, monkeypatch):

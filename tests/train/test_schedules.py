@@ -12,7 +12,7 @@ def factors(tokens, total=1000, **schedule):
 
 
 def test_wsd_warms_up_stays_and_decays_to_its_floor():
-    got = factors([0, 50, 100, 500, 800, 900, 1000], name="wsd", warmup="10%", decay="20%", final_lr=0.1)
+    got = factors([0, 50, 100, 500, 800, 900, 1000], name="wsd", warmup="10%", decay="20%", min_lr_ratio=0.1)
     assert got == pytest.approx([0, 0.5, 1, 1, 1, 0.55, 0.1])
 
 
@@ -21,13 +21,13 @@ def test_wsd_decays_over_a_fifth_unless_told():
 
 
 def test_cosine_reaches_its_floor_at_the_end():
-    got = factors([100, 550, 1000], name="cosine", warmup="100", final_lr=0.1)
+    got = factors([100, 550, 1000], name="cosine", warmup="100", min_lr_ratio=0.1)
     assert got == pytest.approx([1, 0.55, 0.1])
 
 
 def test_gpt3_schedule_stays_at_a_tenth_after_its_decay():
     """arXiv 2005.14165: warm-up over 375M tokens, cosine to 10% over 260B, constant afterwards."""
-    schedule = {"name": "cosine", "warmup": "375M", "decay": "260B", "final_lr": 0.1}
+    schedule = {"name": "cosine", "warmup": "375M", "decay": "260B", "min_lr_ratio": 0.1}
     total = 300 * 10**9
     quarter = 375 * 10**6 + 65 * 10**9
     got = factors([187_500_000, quarter, 261 * 10**9, 299 * 10**9], total, **schedule)
@@ -36,14 +36,14 @@ def test_gpt3_schedule_stays_at_a_tenth_after_its_decay():
 
 def test_wsd_may_decay_as_one_minus_a_square_root():
     """arXiv 2405.18392: it falls steeply at first. 1 - sqrt(0.25) after a quarter of the decay."""
-    got = factors([800, 850, 1000], name="wsd", warmup="0%", decay="20%", decay_shape="sqrt", final_lr=0.2)
+    got = factors([800, 850, 1000], name="wsd", warmup="0%", decay="20%", decay_shape="sqrt", min_lr_ratio=0.2)
     assert got == pytest.approx([1, 0.2 + 0.8 * 0.5, 0.2])
 
 
 def test_linear_falls_from_the_warmup_to_its_floor():
-    got = factors([50, 100, 550, 1000], name="linear", warmup="10%", final_lr=0.1)
+    got = factors([50, 100, 550, 1000], name="linear", warmup="10%", min_lr_ratio=0.1)
     assert got == pytest.approx([0.5, 1, 0.55, 0.1])
-    got = factors([100, 200, 300, 900], name="linear", warmup="100", decay="200", final_lr=0.5)
+    got = factors([100, 200, 300, 900], name="linear", warmup="100", decay="200", min_lr_ratio=0.5)
     assert got == pytest.approx([1, 0.75, 0.5, 0.5])
 
 

@@ -136,7 +136,7 @@ def test_resume_without_a_checkpoint_starts_over(whole_run):
 
 def test_micro_batches_add_up_to_the_same_global_batch(whole_run):
     _, split = whole_run
-    _, joined = start("tiny.yaml", "train.micro_batch=8", name="joined")
+    _, joined = start("tiny.yaml", "train.micro_batch_size=8", name="joined")
     assert joined.facts["accumulation"] == 1
     assert split.facts["accumulation"] == 4
     for a, b in zip(split.metrics[:5], joined.metrics[:5], strict=True):

@@ -24,7 +24,7 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
     values[layout.keys["init_std"]] = min(float(config.init_std), 1.0)  # more is refused there; nothing depends on it
     values |= {key: allowed[0] for key, allowed in layout.constants.items()}
     values |= dict.fromkeys(layout.bias_keys, config.bias)
-    dense_layers = config.first_k_dense * config.block_repeats
+    dense_layers = config.first_k_dense * config.layer_sharing
     if "first_k_dense_replace" in values:
         values["first_k_dense_replace"] = dense_layers
     if "mlp_only_layers" in values:

@@ -20,7 +20,7 @@ class ExportTarget:
 def export_target(config: ModelConfig) -> ExportTarget:
     """The class this configuration exports to with equal logits, or a refusal; `vocab_size` may still be 0.
 
-    Repeated blocks (`block_repeats`) are written out as layers of their own, so every class takes them.
+    Repeated blocks (`layer_sharing`) are written out as layers of their own, so every class takes them.
 
     Raises:
         ValueError: the configuration is not a model.

@@ -32,7 +32,7 @@ def their_state(
     """The tensors of a file that the class loads, from those of our checkpoint."""
     state = state | _empty_shared_experts(config)
     theirs = {}
-    for link in layer_links(LAYOUTS[model_type].links, config.depth, config.block_repeats):
+    for link in layer_links(LAYOUTS[model_type].links, config.depth, config.layer_sharing):
         for kind in _KINDS:
             if link.ours[0] + kind not in state:
                 continue

@@ -1,7 +1,7 @@
 """Blocks encoded by a Ray cluster: the function that threads run, as tasks over storage that every node sees.
 
 Only blocks and records travel; texts are read, and pieces written, by the node that has the task. A piece is whole or
-absent (see `lightlm.data.prepare.encoded_block`), so a task may die at any instant and run again elsewhere, even twice at once.
+absent (see `encoded_block.py`), so a task may die at any instant and run again elsewhere, even twice at once.
 """
 
 import contextlib

@@ -93,7 +93,7 @@ def prepare(
         skip_bad: leave out what cannot be read, and count and list it in the manifest.
         encoder: `auto` (gigatoken where it can be used), `gigatoken` or `tokenizers`; the ids are the same.
         filters: say which documents to leave out; the manifest counts them by cause.
-        dedup: leave out documents that repeat an earlier one: `exact`, or `near`, see `lightlm.data.select.deduplication`.
+        dedup: leave out documents that repeat an earlier one: `exact`, or `near`, see `select.deduplication`.
         decontaminate: leave out, or list, documents that share 13 words in a row with evaluation sets.
         filter: with a source given by its name, read only the records that it keeps; with a `Source`, the one it was
             opened with.

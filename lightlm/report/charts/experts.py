@@ -159,7 +159,7 @@ def _zero_in_words(record: Record, key: str) -> str:
 def _first_layer(record: Record) -> int:
     """The number of the first layer with experts, as run; layers are counted from 0, as a checkpoint's blocks are."""
     model = record.recipe.get("model") or {}
-    return int(model.get("first_k_dense", 0)) * int(model.get("block_repeats", 1))
+    return int(model.get("first_k_dense", 0)) * int(model.get("layer_sharing", 1))
 
 
 def _by_moment(tokens_S: Floats, values_S: Floats) -> tuple[Floats, Floats]:

@@ -42,7 +42,7 @@ Kind = Literal["dense", "experts"]
 
 def _layers(config: ModelConfig) -> dict[Kind, int]:
     """How many layers of each kind there are."""
-    experts = sum(config.has_experts(block) for block in range(config.num_layers)) * config.block_repeats
+    experts = sum(config.has_experts(block) for block in range(config.num_layers)) * config.layer_sharing
     counts: dict[Kind, int] = {"dense": config.depth - experts, "experts": experts}
     return {kind: count for kind, count in counts.items() if count}
 

@@ -231,7 +231,7 @@ def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, work: 
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
     sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0))
     memory = sum(_parts(recipe, model, device, dtype, sequences).values())
-    while memory > _USABLE * gpu.memory and recipe.train.micro_batch == "auto" and sequences > 1:
+    while memory > _USABLE * gpu.memory and recipe.train.micro_batch_size == "auto" and sequences > 1:
         sequences = max(size for size in range(1, sequences // 2 + 1) if sequences % size == 0)
         memory = sum(_parts(recipe, model, device, dtype, sequences).values())
     # The peak is that of bf16: no hours are promised for fp32.

@@ -116,7 +116,7 @@ def _measure(recipe: Recipe) -> tuple[int, float, float, float, int | None]:
         world,
         Silent(),
         micro_batch=planned,
-        adjustable=recipe.train.micro_batch == "auto",
+        adjustable=recipe.train.micro_batch_size == "auto",
         clip=recipe.train.grad_clip,
         device=device,
         dtype=dtype,

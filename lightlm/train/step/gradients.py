@@ -75,8 +75,8 @@ def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1, f
         free: bytes of a GPU's memory; asked of the device unless given.
     """
     share = recipe.batch_sequences // processes
-    if recipe.train.micro_batch != "auto":
-        return min(recipe.train.micro_batch, share)
+    if recipe.train.micro_batch_size != "auto":
+        return min(recipe.train.micro_batch_size, share)
     tokens = _MICRO_TOKENS[device.type]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] if free is None else free
@@ -97,7 +97,7 @@ class Gradients:
 
     Args:
         loader: asked by sample numbers alone, so that data order depends on no process, signal or retry.
-        micro_batch: sequences a pass; it shrinks to what fits if `adjustable` (`micro_batch: auto`).
+        micro_batch: sequences a pass; it shrinks to what fits if `adjustable` (`micro_batch_size: auto`).
         clip: the largest gradient norm; 0 leaves gradients alone.
     """
 
@@ -258,7 +258,7 @@ class Gradients:
         smaller = max(size for size in _divisors(self.micro_batch) if size <= self.micro_batch // 2)
         self._observer.note(
             f"a micro-batch of {self.micro_batch} sequences does not fit into the device's memory: going on with "
-            f"{smaller}; train.micro_batch={smaller} starts there"
+            f"{smaller}; train.micro_batch_size={smaller} starts there"
         )
         self.micro_batch = smaller
         self._ahead = None
@@ -270,10 +270,10 @@ class Gradients:
         if size == 1:
             advice = "lower train.seq_len or the model's size"
         elif self._adjustable:
-            advice = f"set train.micro_batch={size // 2} or less"
+            advice = f"set train.micro_batch_size={size // 2} or less"
         else:
-            advice = f"set train.micro_batch to {size // 2} or less, or to auto; the global batch stays the same"
+            advice = f"set train.micro_batch_size to {size // 2} or less, or to auto; the global batch stays the same"
         return LightLMError(
-            f"the device is out of memory: train.micro_batch, {size} sequences of {self._loader.seq_len} tokens, "
+            f"the device is out of memory: train.micro_batch_size, {size} sequences of {self._loader.seq_len} tokens, "
             f"does not fit; {advice}"
         )

@@ -32,7 +32,7 @@ class RouterLosses:
 
 def router_losses(recipe: Recipe) -> RouterLosses:
     settings = recipe.router_training
-    return RouterLosses(settings.balance_loss or 0.0, settings.z_loss)
+    return RouterLosses(settings.balance_loss_coef or 0.0, settings.z_loss_coef)
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def move_selection_biases(model: Transformer, load_LE: Tensor, rate: float) -> N
         load_LE: tokens of the whole global batch that each expert got. Layers that repeat a block share its bias.
     """
     routers = [module for module in model.blocks.modules() if isinstance(module, Router)]
-    load_LRE = load_LE.view(len(routers), model.config.block_repeats, -1)
+    load_LRE = load_LE.view(len(routers), model.config.layer_sharing, -1)
     for router, load_E in zip(routers, load_LRE.sum(1).unbind(), strict=True):
         assert router.selection_bias is not None
         # E times the mean, in whole numbers: exact, and MPS has no float64.
@@ -59,5 +59,5 @@ def selection_bias_ranges(model: Transformer) -> list[float] | None:
     if not biases:
         return None
     bias_RE = torch.stack(biases)
-    ranges: list[float] = (bias_RE.amax(1) - bias_RE.amin(1)).repeat_interleave(model.config.block_repeats).tolist()
+    ranges: list[float] = (bias_RE.amax(1) - bias_RE.amin(1)).repeat_interleave(model.config.layer_sharing).tolist()
     return ranges

@@ -31,14 +31,14 @@ SIZED = {name: replace(config, vocab_size=0) for name, config in SHAPES.items()}
 EXPORTED = {
     "gpt2": SIZED["gpt2"],
     "gpt2 untied, own width": replace(SIZED["gpt2"], tie_embeddings=False, intermediate_size=40),
-    "gpt2 repeated blocks": replace(SIZED["gpt2"], block_repeats=2),
+    "gpt2 repeated blocks": replace(SIZED["gpt2"], layer_sharing=2),
     "llama grouped": SIZED["llama"],
     "llama untied, biases, wide heads": replace(SIZED["llama"], tie_embeddings=False, bias=True, head_dim=10),
     "llama repeated blocks": replace(SIZED["shared"], sliding_window=0),
     "llama padded vocabulary": replace(SIZED["llama"], vocab_size=384),
     "llama far base": replace(SIZED["llama"], rope_theta=500_000.0, norm_eps=1e-3),
     "qwen3 wide heads, untied": SIZED["qwen3"],
-    "qwen3 tied, repeated": replace(SIZED["qwen3"], tie_embeddings=True, block_repeats=2),
+    "qwen3 tied, repeated": replace(SIZED["qwen3"], tie_embeddings=True, layer_sharing=2),
 }
 
 
@@ -53,7 +53,7 @@ def test_logits_and_round_trip(name, tokenizer, tmp_path):
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.end_of_text_id
     back = import_huggingface(tmp_path / "hf")
     config = model.model.config
-    assert back.model.config == replace(config, num_layers=config.depth, block_repeats=1)
+    assert back.model.config == replace(config, num_layers=config.depth, layer_sharing=1)
     tokens = torch.randint(config.vocab_size, (1, 20))
     assert torch.equal(back.model(tokens), model.model(tokens))
 
@@ -94,9 +94,9 @@ def test_every_configuration_is_refused_or_equal(data, tokenizer, tmp_path_facto
         qk_norm=pick(False, position == "rope", True),
         tie_embeddings=pick(False, True),
         bias=pick(False, True, position == "learned"),
-        block_repeats=pick(1, 2),
+        layer_sharing=pick(1, 2),
         sliding_window=pick(0, 0, 0, 4, 32),
-        full_attention_every=pick(1, 2),
+        full_attention_interval=pick(1, 2),
     )
     if kind == families[1] and pick(False, True):
         config = replace(

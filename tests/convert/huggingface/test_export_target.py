@@ -18,12 +18,12 @@ MOE = replace(LLAMA, num_experts=4, num_experts_per_tok=2)
         (GPT2, "GPT2LMHeadModel"),
         (LLAMA, "LlamaForCausalLM"),
         (replace(LLAMA, bias=True), "LlamaForCausalLM"),
-        (replace(LLAMA, head_dim=16, block_repeats=3), "LlamaForCausalLM"),
+        (replace(LLAMA, head_dim=16, layer_sharing=3), "LlamaForCausalLM"),
         (QWEN3, "Qwen3ForCausalLM"),
         (replace(QWEN3, hidden_size=34), "Qwen3ForCausalLM"),
         # A band that hides nothing is none.
         (replace(LLAMA, sliding_window=48), "LlamaForCausalLM"),
-        (replace(LLAMA, sliding_window=5, full_attention_every=1), "LlamaForCausalLM"),
+        (replace(LLAMA, sliding_window=5, full_attention_interval=1), "LlamaForCausalLM"),
         (replace(LLAMA, vocab_size=0), "LlamaForCausalLM"),
         (replace(MOE, num_shared_experts=1, routed_scaling_factor=2.5, first_k_dense=1), "Glm4MoeForCausalLM"),
         (replace(MOE, qk_norm=True, norm_topk_prob=False), "Glm4MoeForCausalLM"),
@@ -77,5 +77,6 @@ def test_a_configuration_that_is_no_model_is_an_error():
 
 def test_is_light():
     """Reading a recipe asks the registry, and `lightlm --help` must not wait for torch."""
-    code = "import sys, lightlm.convert.huggingface.export_target; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    module = "lightlm.convert.huggingface.export_target"
+    code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

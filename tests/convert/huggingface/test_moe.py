@@ -33,7 +33,7 @@ QWEN = replace(BASE, router="softmax", qk_norm=True, first_k_dense=1)
 EXPORTED = {
     "glm": GLM,
     "glm qk-norm, untied": replace(GLM, qk_norm=True, tie_embeddings=False),
-    "glm repeated blocks": replace(GLM, num_layers=2, block_repeats=2),
+    "glm repeated blocks": replace(GLM, num_layers=2, layer_sharing=2),
     "glm nothing shared, not normalised, all layers": replace(
         BASE, norm_topk_prob=False, rope_theta=500_000.0, num_experts_per_tok=4
     ),
@@ -41,9 +41,9 @@ EXPORTED = {
     "glm all experts": replace(GLM, num_experts=2),
     "qwen3": QWEN,
     "qwen3 not normalised, untied": replace(QWEN, norm_topk_prob=False, tie_embeddings=False, first_k_dense=0),
-    "qwen3 repeated blocks": replace(QWEN, num_layers=2, block_repeats=2),
+    "qwen3 repeated blocks": replace(QWEN, num_layers=2, layer_sharing=2),
     "mixtral": replace(BASE, router="softmax"),
-    "mixtral untied, repeated": replace(BASE, router="softmax", tie_embeddings=False, block_repeats=2, rope_theta=1e3),
+    "mixtral untied, repeated": replace(BASE, router="softmax", tie_embeddings=False, layer_sharing=2, rope_theta=1e3),
 }
 CLASSES = {"glm": "Glm4MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM"}
 
@@ -53,8 +53,8 @@ def written_out(config):
     return replace(
         config,
         num_layers=config.depth,
-        block_repeats=1,
-        first_k_dense=config.first_k_dense * config.block_repeats,
+        layer_sharing=1,
+        first_k_dense=config.first_k_dense * config.layer_sharing,
     )
 
 
@@ -62,7 +62,7 @@ def all_tensors(state, config):
     """The tensors of a model whose repeated blocks are layers of their own."""
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
     for layer in range(config.depth):
-        block = f"blocks.{layer // config.block_repeats}."
+        block = f"blocks.{layer // config.layer_sharing}."
         tensors |= {f"blocks.{layer}.{name[len(block) :]}": state[name] for name in state if name.startswith(block)}
     return tensors
 

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments. `LIGHTLM_KILLS=25 pytest tests/train/checkpointing/test_kills.py` kills more often and tells where."""
+"""SIGKILL at random moments. `LIGHTLM_KILLS=25 pytest tests/train/checkpointing/test_kills.py` kills more often."""
 
 import os
 

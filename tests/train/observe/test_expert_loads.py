@@ -141,7 +141,7 @@ def test_figures_by_hand():
 def test_routers_without_a_bias_have_no_range_and_repeated_layers_the_same():
     softmax = load_metrics(Transformer(replace(SHAPE, router="softmax")), 1, 8, [[2, 2, 2, 2]] * 2)
     assert not any("bias" in key for key in softmax)
-    model = Transformer(replace(SHAPE, block_repeats=2))
+    model = Transformer(replace(SHAPE, layer_sharing=2))
     model.blocks[1].mlp.router.selection_bias[2] = -0.25
     metrics = load_metrics(model, 1, 8, [[2, 2, 2, 2]] * 4)
     assert (metrics["moe/layer_bias_range"], metrics["moe/bias_range"]) == ([0, 0, 0.25, 0.25], 0.25)

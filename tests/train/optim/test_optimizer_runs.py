@@ -95,7 +95,7 @@ def test_a_small_batch_has_its_own_mean(runs):
 
 def test_a_micro_batch_larger_than_the_first_batches_is_cut_to_them(runs):
     """Batches from 2 to 8 sequences, in passes of up to 8 and of 2: the same sums."""
-    _, cut = start("tiny.yaml", *OVERRIDES["growing"], "train.micro_batch=8", name="cut")
+    _, cut = start("tiny.yaml", *OVERRIDES["growing"], "train.micro_batch_size=8", name="cut")
     _, split = runs("growing")
     for a, b in zip(cut.metrics[:20], split.metrics[:20], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)

@@ -50,7 +50,7 @@ def unpadded(monkeypatch):
 
 def indices_of_rows(config):
     """Where experts' rows are, which autograd does not save but keeps: 16 bytes a row, 8 a choice, in each layer."""
-    layers = sum(config.has_experts(block) for block in range(config.num_layers)) * config.block_repeats
+    layers = sum(config.has_experts(block) for block in range(config.num_layers)) * config.layer_sharing
     return layers * 24 * config.num_experts_per_tok
 
 

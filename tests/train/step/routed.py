@@ -50,7 +50,7 @@ class Routed:
         metrics = self._step(stop)
         if metrics is not None:
             # DistributedDataParallel's first step is preceded by passes whose gradients are dropped.
-            repeats = self._trainer.model.config.block_repeats
+            repeats = self._trainer.model.config.layer_sharing
             last = self._passes[-self._trainer.accumulation * len(self._routers) * repeats :]
             self.steps.append([self._of(index, last) for index in range(len(self._routers))])
         return metrics

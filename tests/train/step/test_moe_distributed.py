@@ -14,7 +14,7 @@ from tests.train.watch import comparable, resume, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds and forks processes the Linux way")
 
-FOUR = ("train.micro_batch=1", SHORT)  # micro-batches in each of two processes
+FOUR = ("train.micro_batch_size=1", SHORT)  # micro-batches in each of two processes
 BRIEF = ("train.tokens=768",)  # 3 steps, of two micro-batches in each
 
 
@@ -96,7 +96,7 @@ def test_an_expert_without_tokens_breaks_nothing():
 @pytest.mark.parametrize(("strategy", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
 def test_softmax_routers_and_muon(strategy, optimizer):
     """The softmax balance loss is that of a forward pass: with the same micro-batches it does not see processes."""
-    overrides = (*SOFTMAX, *BRIEF, f"optimizer.name={optimizer}", "moe.z_loss=0.1")
+    overrides = (*SOFTMAX, *BRIEF, f"optimizer.name={optimizer}", "moe.z_loss_coef=0.1")
     _, watch = start("tiny.yaml", *overrides, name=f"soft-{optimizer}")
     parallel = (*overrides, f"train.parallel={strategy}")
     metrics = together(2, train_together, f"soft-{optimizer}-{strategy}", parallel)[0][0]

@@ -58,7 +58,7 @@ def test_the_bias_moves_once_a_step_by_the_formula(run):
 
 @pytest.mark.parametrize("micro_batch", [1, 8])
 def test_the_micro_batch_changes_no_bias(run, micro_batch):
-    metrics, steps, _ = routed_run(f"micro-{micro_batch}", *SIGMOID, SHORT, f"train.micro_batch={micro_batch}")
+    metrics, steps, _ = routed_run(f"micro-{micro_batch}", *SIGMOID, SHORT, f"train.micro_batch_size={micro_batch}")
     assert np.array_equal(biases(steps), biases(run[1]))
     assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in run[0]], rel=1e-5)
 
@@ -90,7 +90,7 @@ def test_a_skipped_step_moves_no_bias(monkeypatch):
 
 
 def test_passes_of_a_repeated_block_share_one_bias():
-    _, steps, _ = routed_run("repeated-experts", *SIGMOID, SHORT, "model.block_repeats=2")
+    _, steps, _ = routed_run("repeated-experts", *SIGMOID, SHORT, "model.layer_sharing=2")
     assert (loads(steps).sum(-1) == 2 * 2 * 256).all()
     assert np.array_equal(biases(steps), expected_biases(loads(steps), 0.01))
 
@@ -180,7 +180,9 @@ def test_gradients_are_of_the_cross_entropy_and_the_routers_losses(kind):
             for hook in hooks:
                 hook.remove()
 
-        metrics, _, _ = routed_run(name, *overrides, f"moe.balance_loss={balance}", f"moe.z_loss={z}", edit=prepare)
+        metrics, _, _ = routed_run(
+            name, *overrides, f"moe.balance_loss_coef={balance}", f"moe.z_loss_coef={z}", edit=prepare
+        )
         *cross_entropies, norm = expected
         assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert metrics[0]["loss"] == pytest.approx(np.mean(cross_entropies), rel=1e-6)  # and none of the others
@@ -198,7 +200,7 @@ def test_the_validation_loss_is_the_cross_entropy_alone():
             logits = trainer.model(tokens[:-1].view(-1, 32))
         measured.append((trainer._validate()["val_loss"], F.cross_entropy(logits.flatten(0, 1), tokens[1:]).item()))
 
-    for index, coefficients in enumerate(((), ("moe.balance_loss=10", "moe.z_loss=10"))):
+    for index, coefficients in enumerate(((), ("moe.balance_loss_coef=10", "moe.z_loss_coef=10"))):
         routed_run(f"validated-{index}", *SIGMOID, "train.tokens=256", *coefficients, edit=validated)
     assert measured[0][0] == measured[1][0]
     assert measured[0][0] == pytest.approx(measured[0][1], rel=1e-6)
@@ -222,13 +224,13 @@ def test_the_objective_is_counted_in_tokens():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("moe.z_loss=0.1",), "moe.z_loss: has no effect without model.num_experts; leave it out"),
-        (("moe.balance_loss=0.1",), "moe.balance_loss: has no effect without model.num_experts"),
+        (("moe.z_loss_coef=0.1",), "moe.z_loss_coef: has no effect without model.num_experts; leave it out"),
+        (("moe.balance_loss_coef=0.1",), "moe.balance_loss_coef: has no effect without model.num_experts"),
         (("moe.bias_update_rate=0.1",), "moe.bias_update_rate: has no effect without model.num_experts"),
         (("moe.bias_update_rate=0",), "moe.bias_update_rate: has no effect without model.num_experts"),
         ((*SOFTMAX, "moe.bias_update_rate=0.1"), "moe.bias_update_rate: has no effect with model.router=softmax"),
         ((*SOFTMAX, "moe.bias_update_rate=0"), "moe.bias_update_rate: has no effect with model.router=softmax"),
-        ((*SIGMOID, "moe.z_loss=-1"), "moe.z_loss: .*greater than or equal to 0"),
+        ((*SIGMOID, "moe.z_loss_coef=-1"), "moe.z_loss_coef: .*greater than or equal to 0"),
         (("model.router=softmax",), "model.router: has no effect without num_experts"),
         ((*SIGMOID, "moe.rate=1"), "moe.rate"),
     ],
@@ -242,10 +244,13 @@ def test_settings_without_effect_are_refused(overrides, message):
     ("overrides", "section"),
     [
         ((), None),
-        (SIGMOID_MODEL, {"bias_update_rate": 0.001, "balance_loss": 1e-4, "z_loss": 0.0}),
-        ((*SIGMOID_MODEL, "moe.balance_loss=0"), {"bias_update_rate": 0.001, "balance_loss": 0.0, "z_loss": 0.0}),
-        (SOFTMAX, {"balance_loss": 1e-2, "z_loss": 0.0}),
-        ((*SOFTMAX, "moe.z_loss=1e-3"), {"balance_loss": 1e-2, "z_loss": 1e-3}),
+        (SIGMOID_MODEL, {"bias_update_rate": 0.001, "balance_loss_coef": 1e-4, "z_loss_coef": 0.0}),
+        (
+            (*SIGMOID_MODEL, "moe.balance_loss_coef=0"),
+            {"bias_update_rate": 0.001, "balance_loss_coef": 0.0, "z_loss_coef": 0.0},
+        ),
+        (SOFTMAX, {"balance_loss_coef": 1e-2, "z_loss_coef": 0.0}),
+        ((*SOFTMAX, "moe.z_loss_coef=1e-3"), {"balance_loss_coef": 1e-2, "z_loss_coef": 1e-3}),
     ],
 )
 def test_a_resolved_recipe_says_what_routers_are_trained_with(overrides, section, tmp_path):

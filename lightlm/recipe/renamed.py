@@ -1,0 +1,27 @@
+"""Keys of earlier versions: an error in a recipe, understood in the recipe of an earlier run."""
+
+from typing import Any
+
+from lightlm.model.config import RENAMED_FIELDS
+
+RENAMED = {
+    "schedule.final_lr": "schedule.min_lr_ratio",
+    "moe.balance_loss": "moe.balance_loss_coef",
+    "moe.z_loss": "moe.z_loss_coef",
+    "train.micro_batch": "train.micro_batch_size",
+    **{f"model.{old}": f"model.{new}" for old, new in RENAMED_FIELDS.items()},
+}
+
+
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's plain values with every renamed key under its new name."""
+    renamed: dict[str, Any] = {}
+    for section, settings in values.items():
+        if isinstance(settings, dict):
+            settings = {_new_name(section, key): value for key, value in settings.items()}
+        renamed[section] = settings
+    return renamed
+
+
+def _new_name(section: str, key: str) -> str:
+    return RENAMED.get(f"{section}.{key}", f"{section}.{key}").partition(".")[2]
