@@ -181,8 +181,6 @@ def load(model: PathLike | None = None, *, device: str = "auto", dtype: str = "f
 
 
 def prepare(source: PathLike, **settings: Any) -> DataFolder:
-    source: PathLike, *, tokenizer: str | None = None, out: PathLike | None = None, **settings: Any
-) -> DataFolder:
     raise NotImplementedError
 
 
