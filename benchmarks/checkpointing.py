@@ -1,37 +1,36 @@
-"""What saving a checkpoint costs training, written in the foreground and in the background.
+"""Cost of saving a checkpoint during training, written in the foreground and in the background.
 
     python benchmarks/checkpointing.py                                    # the demo's shape
     python benchmarks/checkpointing.py --recipe lightlm --sequences 2 --length 1024
 
-`stall` is how long a step waits for its save to begin or, in the foreground, to end; the first one in the background
-also allocates the copy. `seconds` is from there until the checkpoint is complete on the disk. A step here is one
-micro-batch and the optimizer; the recipe's own step has more micro-batches, and the stall is given as a share of both.
+Prints JSON. `stall` is the time that a step waits for its save: in the foreground until the save ends, in the
+background until it begins. `first_stall` also allocates the background's copy. `seconds` is the time until the
+checkpoint is complete on disk. A step here is one micro-batch and the optimizer. The recipe's own step has more
+micro-batches; the stall is given as a share of both.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import make_parser, report
+from measure import load_shape, machine_facts, seconds_of
 
-from lightlm import __version__
 from lightlm.data.tokenizer import Tokenizer, train_tokenizer
-from lightlm.device import autocast, describe, pick_device, pick_dtype
+from lightlm.device import autocast, pick_device, pick_dtype
+from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import CheckpointSection, Recipe, load_recipe
+from lightlm.recipe import CheckpointSection, OptimizerSection
 from lightlm.train.checkpointing.saving import Saver
 from lightlm.train.optim.optimizers import build_optimizer, named_state
 from lightlm.train.step.loss import token_loss
 
 
 class Watch:
-    """Counts completed saves."""
+    """An observer that counts completed saves."""
 
     def __init__(self) -> None:
         self.complete = 0
@@ -46,14 +45,15 @@ class Watch:
 class Workload:
     """A model in training on random tokens."""
 
-    def __init__(self, recipe: Recipe, sequences: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        vocab_size = recipe.model.vocab_size or (8192 if recipe.name == "demo" else 50_257)
-        config = replace(recipe.model, vocab_size=vocab_size, max_seq_len=max(length, recipe.model.max_seq_len))
+    def __init__(
+        self, config: ModelConfig, section: OptimizerSection, batch: tuple[int, int], device: torch.device
+    ) -> None:
+        self.device, self.dtype = device, pick_dtype("auto", device)
         torch.manual_seed(0)
         self.model = Transformer(config).to(device).train()
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
-        self.tokens = torch.randint(vocab_size, (sequences, length + 1), device=device)
+        self.optimizer = build_optimizer(self.model, section)
+        sequences, length = batch
+        self.tokens = torch.randint(config.vocab_size, (sequences, length + 1), device=device)
 
     def micro_batch(self) -> None:
         with autocast(self.device, self.dtype):
@@ -66,40 +66,32 @@ class Workload:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> float:
-        return timed(self.micro_batch) + timed(self.update)
+        return seconds_of(self.micro_batch, self.device) + seconds_of(self.update, self.device)
 
     def save(self, saver: Saver, step: int) -> None:
         saver.save(step, self.model.state_dict(), {"optimizer": named_state(self.model, self.optimizer)})
 
 
-def timed(function: Any) -> float:
-    started = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def measure(work: Workload, tokenizer: Tokenizer, saves: int, *, asynchronous: bool, folder: Path) -> dict[str, Any]:
-    """Save `saves` times with steps in between, and during."""
+    """Save `saves` times, with steps between the saves and during them."""
     stalls, totals, during = [], [], []
     settings, watch = CheckpointSection(asynchronous=asynchronous, keep_last=1), Watch()
     with Saver(folder, settings, tokenizer, work.model.config, watch) as saver:
         for number in range(1, saves + 1):
             started = time.time()
-            stalls.append(timed(lambda number=number: work.save(saver, number)))
+            stalls.append(seconds_of(lambda number=number: work.save(saver, number), work.device))
             while watch.complete < number:
                 during.append(work.step())
                 saver.report()
             totals.append((folder / "checkpoints" / "latest").lstat().st_ctime - started)
             work.step()
     result = {"first_stall": stalls[0], "stall": statistics.median(stalls[1:]), "seconds": statistics.median(totals)}
-    # The last of these steps ends after the writer does.
+    # The last step during a save ends after the save does.
     return result | ({"step_during_save": statistics.median(during)} if during else {})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -108,20 +100,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."), help="the disk to write to")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    recipe, device = load_recipe(options.recipe), pick_device(options.device)
-    dtype = pick_dtype("auto", device)
-    work = Workload(recipe, options.sequences, options.length, device, dtype)
+    device = pick_device(options.device)
+    recipe, config = load_shape(options.recipe, positions=options.length)
+    work = Workload(config, recipe.optimizer, (options.sequences, options.length), device)
     tokenizer = train_tokenizer(["a tokenizer is a small part of a checkpoint"], 300)
-    steps = [(timed(work.micro_batch), timed(work.update)) for _ in range(6)][2:]
+    steps = [(seconds_of(work.micro_batch, device), seconds_of(work.update, device)) for _ in range(6)][2:]
     micro, update = (statistics.median(seconds) for seconds in zip(*steps, strict=True))
     own_step = recipe.train.batch_tokens / (options.sequences * options.length) * micro + update
     result: dict[str, Any] = {
         "recipe": options.recipe,
         "parameters": work.model.num_parameters()["total"],
         "batch": f"{options.sequences} x {options.length}",
-        "device": describe(device),
-        "machine": platform.platform(),
-        "versions": {"lightlm": __version__, "torch": torch.__version__},
+        **machine_facts(device),
         "step": micro + update,
         "recipe_step": own_step,
     }
@@ -133,9 +123,7 @@ def main() -> None:
                 "share_of_recipe_step": figures["stall"] / own_step,
             }
             result[name] = figures | shares
-    print(text := json.dumps(result, indent=2, default=float))
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    report(result, options.out)
 
 
 if __name__ == "__main__":

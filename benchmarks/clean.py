@@ -1,12 +1,14 @@
 """De-duplication and decontamination: speed, memory, and the quality of the pairs that MinHash libraries find.
 
-OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 python benchmarks/clean.py [--corpus FOLDER] [--evals FOLDER] [--documents 10M]
+    export OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1
+    python benchmarks/clean.py [--corpus FOLDER] [--evals FOLDER] [--documents 10M]
 
-FOLDER holds .parquet files with a column `text`; --evals is a folder in the Hub's layout (Rowan/hellaswag, ...). Needs
-rensa, and datasketch for the comparison. Times are CPU time, so one core is what they stand for.
+Prints microseconds and bytes per document of the decisions; with a corpus also the errors of MinHash libraries, and MB
+per second of each piece of work on a document. FOLDER holds .parquet files with a column `text`; --evals is a folder
+in the Hub's layout (Rowan/hellaswag, ...). Needs rensa, and datasketch for the comparison. Times are CPU time, so they
+hold for one core.
 """
 
-import argparse
 import os
 import random
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
+from common import make_parser
 
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import BANDS, ROWS, Deduplicator, Signer, shingles
@@ -31,7 +34,7 @@ Signatures = Callable[[list[np.ndarray]], np.ndarray]
 
 
 def peak() -> int:
-    """Bytes of the process at its peak."""
+    """Return the peak memory of this process in bytes."""
     return peak_memory(torch.device("cpu")) or 0
 
 
@@ -41,7 +44,7 @@ def read(folder: Path) -> list[str]:
 
 
 def speed(name: str, texts: Sequence[str], work: Callable[[list[str]], object]) -> None:
-    """Print the megabytes of UTF-8 a second of a call with chunks of 4 MB, as in the pipeline."""
+    """Print the megabytes of UTF-8 per second of calls with chunks of 4 MB, as in the pipeline."""
     chunks: list[list[str]] = [[]]
     size = 0
     for text in texts:
@@ -85,7 +88,7 @@ def datasketch(sets: list[np.ndarray]) -> np.ndarray:
 
 
 def planted(texts: list[str], count: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Texts of 60 to 3,000 words, copies with words replaced, and the exact similarities of their 5-grams."""
+    """Return texts of 60 to 3,000 words, copies with words replaced, and the exact similarities of their 5-grams."""
     rng = random.Random(0)
     suitable = [words for text in texts if 60 < len(words := text.split()) < 3_000]
     originals, copies, similarities = [], [], []
@@ -104,7 +107,7 @@ def compare_libraries(texts: list[str]) -> None:
     print(f"MinHash libraries, {NUMBERS} numbers, on the same hashes of 5-grams")
     originals, copies, truth = planted(texts, 3_000)
     ideal = np.sqrt((truth * (1 - truth) / NUMBERS).mean())
-    print(f"  3,000 planted pairs; the error of an ideal estimate would be {ideal:.4f}")
+    print(f"  3,000 planted pairs; an ideal estimate has an error of {ideal:.4f}")
     libraries: tuple[Signatures, ...] = (rensa_full, rensa_rho, datasketch)
     some = [shingles(text) for text in texts[:300]]
     size = sum(len(text.encode()) for text in texts[:300]) / 1e6
@@ -140,7 +143,7 @@ def speeds(texts: list[str], evals: Path | None) -> None:
     started = time.process_time()
     sets = Decontaminator(examples)
     print(f"  indexing their {sum(sets.examples.values()):,} examples: {time.process_time() - started:.1f} s")
-    print(f"  too short to be looked for: {sets.too_short}")
+    print(f"  too short to search for: {sets.too_short}")
     speed("decontaminating", texts, lambda part: [sets.found_in(text) for text in part])
 
 
@@ -155,14 +158,14 @@ def memory(documents: int) -> None:
             deduplicator.decide(signatures)
             seconds += time.process_time() - started
         print(
-            f"  --dedup {mode}: {seconds / documents * 1e6:.1f} us and {deduplicator.nbytes / documents:.1f} bytes a "
-            f"document, peak {(peak() - before) / 1e6:,.0f} MB more",
+            f"  --dedup {mode}: {seconds / documents * 1e6:.1f} us and {deduplicator.nbytes / documents:.1f} bytes "
+            f"per document, peak {(peak() - before) / 1e6:,.0f} MB more",
             flush=True,
         )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--evals", type=Path)
     parser.add_argument("--documents", type=parse_quantity, default=10_000_000)

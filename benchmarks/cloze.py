@@ -1,21 +1,21 @@
-"""How soon heldout_cloze tells checkpoints apart: a table of scores on one data folder.
+"""How early heldout_cloze tells checkpoints apart: scores of several models on one data folder.
 
     python benchmarks/cloze.py --data DIR MODEL [MODEL ...] [--hellaswag N]
 
-Before the models stand two that know nothing: the first one's shape untrained, and unigram frequencies, which give
-every context the same answer. With --hellaswag N the last column is acc_norm on HellaSwag's first N documents, from
-the Hub, its cache, or the folder --data-dir.
+Prints a Markdown table with a row per model. The first two rows are baselines without knowledge: unigram frequencies,
+which score a continuation the same after every context, and the first model's shape untrained. With --hellaswag N the
+last column is acc_norm on HellaSwag's first N documents, from the Hub, its cache, or the folder --data-dir.
 """
 
-import argparse
 import os
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
+os.environ.setdefault("TQDM_DISABLE", "1")  # hides lm-eval's progress bars; tqdm reads it at import
 
 import numpy as np
 import torch
+from common import make_parser
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
@@ -29,7 +29,7 @@ METRICS = ["acc", "acc_norm", "acc_mutual_info"]
 
 
 class Unigrams(LightLM):
-    """The training tokens' frequencies, whatever the context."""
+    """A model that scores by the training tokens' frequencies and ignores the context."""
 
     def __init__(self, loaded: LoadedModel, folder: DataFolder) -> None:
         super().__init__(loaded, show_progress=False)
@@ -59,7 +59,7 @@ def cells(lm: LightLM, tasks: Tasks, metrics: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--data", required=True)
     parser.add_argument("--limit", type=int)

@@ -7,7 +7,6 @@ first step that differs. Exit code 0: identical; 1: a step differs.
     python benchmarks/compare_commits.py BASE [--steps 20] [--recipes demo,moe-demo]
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,13 +15,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import make_parser
+
 ROOT = Path(__file__).resolve().parents[1]
 COMPARED = ("loss", "grad_norm")
 
 
 def main() -> int:
     """Run the comparison; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("base", help="the commit to compare with")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--recipes", default="demo,moe-demo", help="shipped recipes, separated by commas")

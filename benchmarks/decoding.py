@@ -1,26 +1,26 @@
-"""Seconds a decoding step: a mixture of experts beside dense models with as many active parameters, and as many in all.
+"""Milliseconds per decoding step of a mixture of experts and of dense models of its active and its total size.
 
     python benchmarks/decoding.py --recipe moe --dtype bfloat16
 
-With one sequence a step is bound by reading weights: the mixture should be near the dense model of its active size.
+Prints the median and the 10th and 90th percentile for 1 and 8 sequences. With one sequence a step is bound by reading
+weights, so the mixture should be close to the dense model of its active size.
 """
 
-import argparse
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from moe import dense_config
+from common import make_parser
+from measure import dense_config, load_shape, seconds_of
 
 from lightlm.device import pick_device
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import load_recipe
 
 
 def models(config: ModelConfig) -> dict[str, ModelConfig]:
+    """Return the three shapes by name."""
     config = config.resolved()
     routed = (config.num_experts + config.num_shared_experts) * config.moe_intermediate_size
     first = config.first_k_dense
@@ -35,26 +35,23 @@ def models(config: ModelConfig) -> dict[str, ModelConfig]:
 
 @torch.no_grad()
 def steps(model: Transformer, batch: int) -> Iterator[float]:
-    """Endless decoding steps of sequences that differ, after 32 tokens each; the cache starts anew when it is full."""
+    """Yield the seconds of decoding steps without end, after a prompt of 32 tokens; a full cache is replaced."""
     while True:
         cache = model.new_cache(batch, 256)
         model(torch.randint(model.config.vocab_size, (batch, 32), device=model.device), cache)
         for _ in range(200):
             tokens = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)
-            started = time.perf_counter()
-            model(tokens, cache).argmax(-1).tolist()
-            yield time.perf_counter() - started
+            yield seconds_of(lambda tokens=tokens, cache=cache: model(tokens, cache).argmax(-1).tolist(), model.device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--recipe", default="moe")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     device, dtype = pick_device("auto"), getattr(torch, options.dtype)
-    recipe = load_recipe(options.recipe)
-    config = replace(recipe.model, vocab_size=recipe.model.vocab_size or 50_257)
+    _, config = load_shape(options.recipe)
     print(f"{options.recipe}, {options.dtype}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     built = {name: Transformer(shape).to(device, dtype).eval() for name, shape in models(config).items()}
     for batch in (1, 8):

@@ -1,42 +1,38 @@
-"""LightLM's scores beside those of lm-eval's own `hf` model: the same weights, precision and tasks, in turn.
+"""LightLM's scores and speed beside those of lm-eval's own `hf` model: the same weights, precision and tasks, in turn.
 
     python benchmarks/eval.py --data-dir ../shared/data/evals --tokenizer ../shared/data/tokenizers/gpt2/tokenizer.json
     python benchmarks/eval.py --model smollm2 runs/demo --tasks hellaswag,arc_easy,piqa --limit 1000 --repeats 1 \\
         --data-dir ../shared/data/evals
 
-A model is a Hugging Face folder, a run or checkpoint of LightLM (exported first), or `gpt2-shape`: GPT-2 124M with
-random weights. Timed are the answers to lm-eval's requests, tokenising included; loading and the making of requests
-are not. Both models of a precision are loaded at once and score in turn, so that a busy moment of the machine meets
-both. Speeds are medians over repeats, the spread is from the slowest to the fastest. Differences are those of single
-requests; documents differ where any of their metrics does.
+Prints documents per second, the largest difference between two answers to the same request, and each task's metrics
+with the number of documents on which any metric differs. A model is a Hugging Face folder, a run or checkpoint of
+LightLM (exported first), or `gpt2-shape`: GPT-2 124M with random weights. Times cover lm-eval's requests, tokenization
+included; loading and making the requests do not count. Both models of a precision are loaded at once and score in turn,
+so a busy moment of the machine slows both. Speeds are medians over repeats, with the slowest and the fastest.
 """
 
 import argparse
-import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is first imported
+os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it at import
 
 import torch
-from train import processor
+from common import make_parser, write_json
+from measure import machine_facts, seconds_of
 
-from lightlm import __version__
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.huggingface.folder import export_huggingface
 from lightlm.convert.load import load_pretrained
 from lightlm.data.tokenizer import load_tokenizer
-from lightlm.device import describe, pick_device
+from lightlm.device import pick_device
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
 
@@ -45,7 +41,7 @@ METRICS = ("acc", "acc_norm", "word_perplexity", "bits_per_byte", "exact_match")
 
 @dataclass
 class Outcome:
-    """What one model made of all tasks, once or several times."""
+    """One model's results on all tasks, with the seconds of each repeat."""
 
     seconds: list[float] = field(default_factory=list)
     results: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -67,27 +63,30 @@ def main() -> None:
     report: dict[str, Any] = facts(options)
     with tempfile.TemporaryDirectory() as scratch:
         folders = [hugging_face_folder(model, Path(scratch), tokenizer) for model in models]
-        os.chdir(options.data_dir or ".")  # a folder named like a data set's Hub id takes its place
+        os.chdir(options.data_dir or ".")  # a folder with the name of a data set replaces the Hub's
         for model, folder in zip(options.model, folders, strict=True):
             for dtype in options.dtypes.split(","):
                 outcomes = compete(folder, dtype, options)
                 entry = {"model": model, "dtype": dtype, **compare(outcomes)}
                 show(entry)
                 report["models"].append(entry)
-                if out:
-                    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                write_json(report, out)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", nargs="+", default=["gpt2-shape"])
     parser.add_argument("--tasks", default="hellaswag")
-    parser.add_argument("--limit", type=int, default=200, help="documents a task; 0 is all")
+    parser.add_argument("--limit", type=int, default=200, help="documents per task; 0 is all")
     parser.add_argument("--num-fewshot", type=int)
-    parser.add_argument("--data-dir", type=Path, help="data sets in the Hub's layout; else lm-eval downloads them")
-    parser.add_argument("--tokenizer", default="gpt2", help="of gpt2-shape: `gpt2`, which is downloaded, or a file")
+    parser.add_argument(
+        "--data-dir", type=Path, help="data sets in the Hub's layout; by default lm-eval downloads them"
+    )
+    parser.add_argument(
+        "--tokenizer", default="gpt2", help="tokenizer of gpt2-shape: a file, or a Hub name to download"
+    )
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--batch-size", default="16", help="of hf; several are several contestants: 16,64")
+    parser.add_argument("--batch-size", default="16", help="batch size of hf; several make several contestants: 16,64")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
@@ -99,21 +98,18 @@ def locate(name: str) -> str:
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:
-    packages = ("torch", "transformers", "lm_eval")
     return {
         "tasks": options.tasks,
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
         "repeats": options.repeats,
-        "device": describe(pick_device(options.device)),
-        "machine": f"{platform.platform()}, {processor()}",
-        "versions": {"lightlm": __version__} | {name: version(name) for name in packages},
+        **machine_facts(pick_device(options.device), "transformers", "lm_eval"),
         "models": [],
     }
 
 
 def hugging_face_folder(model: str, scratch: Path, tokenizer: str) -> Path:
-    """A folder of the model's weights in fp32 that both contestants load."""
+    """Return a folder with the model's weights in fp32, which both contestants load."""
     if model == "gpt2-shape":
         torch.manual_seed(0)
         built = Transformer(load_recipe("gpt2-124m").model)
@@ -142,7 +138,7 @@ def compete(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, 
     outcomes = {name: Outcome() for name in models}
     for repeat in range(options.repeats + 1):
         for name, lm in models.items():
-            # The first round warms up: kernels are made, memory is faulted in.
+            # The first round warms up: it compiles kernels and faults in memory.
             evaluate(lm, tasks, options, outcomes[name] if repeat else Outcome(), options.limit if repeat else 4)
     return outcomes
 
@@ -171,7 +167,7 @@ def evaluate(lm: Any, tasks: Any, options: argparse.Namespace, outcome: Outcome,
 
 @contextmanager
 def timed(lm: Any) -> Iterator[list[float]]:
-    """The seconds of each of lm-eval's calls for answers."""
+    """Collect the seconds of each of lm-eval's calls for answers."""
     seconds: list[float] = []
     kinds = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
@@ -179,9 +175,8 @@ def timed(lm: Any) -> Iterator[list[float]]:
         answer = getattr(lm, kind)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            answers = answer(*args, disable_tqdm=True, **kwargs)
-            seconds.append(time.perf_counter() - started)
+            answers: list[Any] = []
+            seconds.append(seconds_of(lambda: answers.extend(answer(*args, disable_tqdm=True, **kwargs))))
             return answers
 
         return run
@@ -230,7 +225,7 @@ def compare(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 
 def answers(samples: list[dict[str, Any]]) -> Iterator[tuple[float, bool]]:
-    """Log-likelihood and greediness of each request, in the order of documents."""
+    """Yield log-likelihood and greediness of each request, in the order of documents."""
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         for answer in sample["filtered_resps"]:
             if isinstance(answer, tuple | list):
@@ -240,7 +235,7 @@ def answers(samples: list[dict[str, Any]]) -> Iterator[tuple[float, bool]]:
 
 
 def differing(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> int:
-    """Documents of which any metric differs."""
+    """Count the documents on which any metric differs."""
     by_id = {sample["doc_id"]: sample for sample in theirs}
     return sum(any(sample[key] != by_id[sample["doc_id"]][key] for key in METRICS if key in sample) for sample in ours)
 

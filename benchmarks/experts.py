@@ -1,16 +1,18 @@
-"""Time of the routed experts, forward and backward, by each way of computing them, beside a dense network of the same
-active size. Every repetition has another routing, as in training: oneDNN keeps kernels by shape.
+"""Time of routed experts, forward and backward, for each way to compute them, and of a dense network of their size.
 
     python benchmarks/experts.py --tokens 4096 --hidden 512 --experts 16 --chosen 4 --size 128
+
+Prints the median and the 10th and 90th percentile in milliseconds. Every repetition has another routing, as in
+training: oneDNN keeps kernels by shape.
 """
 
-import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from common import make_parser
+from measure import seconds_of
 from torch import Tensor
 
 from lightlm.device import autocast, keep_freed_memory, pick_device
@@ -21,7 +23,7 @@ from lightlm.model.mlp import SwiGLU
 
 
 def routings(tokens: int, experts: int, chosen: int, spread: float, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Choices with a mean load of 1 and differences between experts of about `spread`, and their weights."""
+    """Return choices and weights of experts, whose loads relative to their mean differ by about `spread`."""
     found = []
     for _ in range(count):
         scores = torch.rand(tokens, experts) + 0.2 * spread * torch.randn(experts)
@@ -30,7 +32,7 @@ def routings(tokens: int, experts: int, chosen: int, spread: float, count: int) 
 
 
 def loop(experts: Experts, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """What most implementations have: a Python loop with a gather, three products and a scatter an expert."""
+    """Compute experts like most implementations: a Python loop with a gather, three products and a scatter each."""
     y_ND = torch.zeros_like(x_ND)
     for expert in range(len(experts.gate_proj)):
         token, choice = torch.where(ids_NK == expert)
@@ -42,7 +44,7 @@ def loop(experts: Experts, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     for name, default in (("tokens", 4096), ("hidden", 512), ("experts", 16), ("chosen", 4), ("size", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--spread", type=float, default=0.15)
@@ -81,19 +83,19 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     grad = torch.randn(options.tokens, options.hidden, device=device, dtype=dtype)
+
+    def passes(way: Callable[[Tensor, Tensor, Tensor], Tensor], ids: Tensor, weights: Tensor) -> None:
+        with kept_weight_copies(), autocast(device, dtype):
+            way(x, ids, weights).backward(grad)
+
     for number, (ids, weights) in enumerate(routes):
         ids, weights = ids.to(device), weights.to(device).requires_grad_()
         for name, way in ways.items():
-            synchronize = torch.get_device_module(device).synchronize
             for parameter in (x, *experts.parameters(), *dense.parameters()):
                 parameter.grad = None
-            synchronize()
-            started = time.perf_counter()
-            with kept_weight_copies(), autocast(device, dtype):
-                way(x, ids, weights).backward(grad)
-            synchronize()
+            taken = seconds_of(lambda way=way, ids=ids, weights=weights: passes(way, ids, weights), device)
             if number >= 3:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     base = statistics.median(seconds["dense"])
     for name, times in seconds.items():
         middle = statistics.median(times)

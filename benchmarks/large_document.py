@@ -1,8 +1,9 @@
-"""The peak of memory of preparing one document of hundreds of megabytes, as text, JSON and Parquet.
+"""Peak memory of preparing one document of hundreds of megabytes, as text, JSON and Parquet.
 
-python benchmarks/large_document.py CORPUS --tokenizer tokenizer.json [--megabytes 500] [--out FILE]
+    python benchmarks/large_document.py CORPUS --tokenizer tokenizer.json [--megabytes 500] [--out FILE]
 
-CORPUS holds .parquet files with a column `text`, whose texts are put end to end. Each trial is a process of its own.
+Prints the peak in MB and a checksum of the train split for each file type. CORPUS holds .parquet files with a column
+`text`, whose texts are concatenated. Each trial runs in its own process.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from common import make_parser, write_json
 
 FORMS = ("document.txt", "document.jsonl", "zstd.parquet", "dictionary.parquet")
 
@@ -30,7 +33,7 @@ def make(corpus: Path, folder: Path, size: int) -> None:
 
 
 def measure(source: Path, tokenizer: Path) -> None:
-    """Prepare it; print the process's peak in megabytes and a checksum of the train split."""
+    """Prepare a document; print the process's peak memory in MB and a checksum of the train split."""
     import resource
 
     from lightlm.data.prepare.run import prepare
@@ -43,7 +46,7 @@ def measure(source: Path, tokenizer: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="GPT-2's tokenizer.json")
     parser.add_argument("--megabytes", type=int, default=500)
@@ -54,7 +57,7 @@ if __name__ == "__main__":
         measure(arguments.corpus, arguments.tokenizer)
     elif arguments.step:
         make(arguments.corpus, Path(arguments.step), arguments.megabytes * 10**6)
-    else:  # stays small itself: a child's peak is at least its parent's
+    else:  # this process loads nothing large: a child's peak is at least its parent's
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
             size = ["--megabytes", str(arguments.megabytes)]
@@ -64,5 +67,4 @@ if __name__ == "__main__":
                 trial = [*command, str(Path(folder) / form), "--step", "measure"]
                 rows.append(json.loads(subprocess.run(trial, capture_output=True, text=True, check=True).stdout))
                 print(rows[-1], flush=True)
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps({"megabytes": arguments.megabytes, "rows": rows}, indent=2) + "\n")
+        write_json({"megabytes": arguments.megabytes, "rows": rows}, arguments.out)

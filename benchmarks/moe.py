@@ -1,4 +1,4 @@
-"""Training speed of a mixture of experts: beside a dense model of the same active parameters, and beside transformers.
+"""Training speed of a mixture of experts, beside a dense model of the same active parameters and beside transformers.
 
     lightlm train recipes/moe-demo.yaml
     python benchmarks/moe.py --recipe moe-demo --data data/pydocs --start runs/moe-demo optimizer.lr=1e-6
@@ -6,80 +6,76 @@
     python benchmarks/moe.py --recipe moe-demo --data data/pydocs \\
         --contestants "lightlm,dense,transformers eager,transformers grouped_mm,transformers batched_mm"
 
+Prints JSON like train.py, and the parameters, FLOPs per token and load violation by layer.
+
 The model is that of --start, or is first trained for --settle steps on the data: untrained routers send all tokens to
-the same few experts, and it takes hundreds of steps until they are balanced. A rate near 0 then keeps them as they are.
-All contestants but the dense one start from its weights, so that the same experts are chosen, and take a step of
-each batch in turn, as in train.py. `transformers NAME` sets its experts' implementation.
+the same few experts, and balancing them takes hundreds of steps. A learning rate near 0 then keeps them as they are.
+All contestants but the dense one start from its weights, so that they choose the same experts, and take a step of each
+batch in turn. `transformers NAME` sets its experts' implementation.
 """
 
 import argparse
 import json
 import tempfile
-from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-import train
+from common import report
+from contest import Builder, Contestant, batches_of, compete, contest_parser, shape, summary
+from contest import lightlm as untrained
+from measure import dense_config
 from safetensors.torch import save_file
-from train import Contestant
 
 from lightlm.convert.huggingface.config import write_config
 from lightlm.convert.huggingface.export_target import export_target
 from lightlm.convert.huggingface.weights import their_state
 from lightlm.convert.load import load_pretrained
 from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype
-from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.train.optim.optimizers import build_optimizer
 from lightlm.train.step.parallel import LossModule
 from lightlm.train.step.routers import move_selection_biases, router_losses
 
-SETTLING_RATE = 0.1  # of the selection bias, falling to 0 over the steps: fast, for they are few
+SETTLING_RATE = 0.1  # of the selection bias, falling to 0 over the steps: high, because they are few
 
 
-def lightlm(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
-    model, loss, optimizer = train.lightlm(options, device, compiled)
+def lightlm(options: argparse.Namespace, device: torch.device, suffix: str) -> Contestant:
+    """Return LightLM's mixture with the settled weights."""
+    model, loss, optimizer = untrained(options, device, suffix)
     model.load_state_dict(torch.load(options.folder / "state.pt", map_location=device, weights_only=True))
     return model, loss, optimizer
 
 
-def dense(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
-    return train.lightlm(argparse.Namespace(**vars(options) | {"dense": True}), device, compiled)
+def dense(options: argparse.Namespace, device: torch.device, suffix: str) -> Contestant:
+    """Return LightLM's dense model of the same active size."""
+    return untrained(options, device, suffix, dense=True)
 
 
-def transformers(options: argparse.Namespace, device: torch.device, implementation: str) -> Contestant:
+def transformers(options: argparse.Namespace, device: torch.device, suffix: str) -> Contestant:
+    """Return transformers' mixture with the settled weights; `suffix` is its experts' implementation."""
     import transformers
 
-    recipe, _ = train.shape(options)
-    chosen = {"experts_implementation": implementation} if implementation else {}
+    recipe, _ = shape(options)
+    chosen = {"experts_implementation": suffix} if suffix else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, **chosen)
     model = model.to(device).train()
     model.config.use_cache = False
     return model, lambda tokens: model(tokens, labels=tokens).loss, build_optimizer(model, recipe.optimizer)
 
 
-def dense_config(config: ModelConfig) -> ModelConfig:
-    """The dense shape with as many active parameters, to the nearest feature of each layer (routers left out)."""
-    config = config.resolved()
-    active = (config.num_experts_per_tok + config.num_shared_experts) * config.moe_intermediate_size
-    layers, first = config.num_layers, config.first_k_dense
-    size = round((first * config.intermediate_size + (layers - first) * active) / layers)
-    fields = config.__dataclass_fields__
-    moe_keys = [key for key in fields if "expert" in key or key.startswith(("moe_", "first_k", "router", "routed"))]
-    return replace(config, intermediate_size=size, **{key: fields[key].default for key in moe_keys})
+CONTESTANTS: dict[str, Builder] = {"lightlm": lightlm, "dense": dense, "transformers": transformers}
 
 
 def settle(options: argparse.Namespace) -> list[float]:
-    """Train the model a little and leave it in the folder, in our format and theirs: its last loads' violations."""
+    """Train the model briefly, write it to the folder in our format and theirs, and return its layers' violations."""
     device = pick_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    recipe, config = train.shape(options)
+    recipe, config = shape(options)
     torch.manual_seed(0)
     model = Transformer(config).to(device)
     loss, optimizer = LossModule(model, router_losses(recipe)), build_optimizer(model, recipe.optimizer)
-    batches = train.batches_of(options, device)
+    batches = batches_of(options, device)
     if options.start is not None:
         model.load_state_dict(load_pretrained(options.start).model.state_dict())
     violations: list[float] = []
@@ -108,36 +104,26 @@ def settle(options: argparse.Namespace) -> list[float]:
     return violations
 
 
-def contend(name: str, options: argparse.Namespace, pipe: Connection) -> None:
-    base, _, suffix = name.partition(" ")
-    if base == "transformers":
-        train.CONTESTANTS[base] = lambda options, device, _: transformers(options, device, suffix)
-    else:
-        train.CONTESTANTS[base] = {"lightlm": lightlm, "dense": dense}[base]
-    train.contend(name, options, pipe)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    train.add_options(parser, recipe="moe-demo", contestants="lightlm,dense,transformers")
+    parser = contest_parser(__doc__, recipe="moe-demo", contestants="lightlm,dense,transformers")
     parser.add_argument("--settle", type=int, default=40, help="steps of training before the measurement")
     parser.add_argument("--start", type=Path, help="a run or a checkpoint of the recipe, instead of --settle")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
         violations = settle(options)
-        seconds, peaks = train.compete(options.contestants.split(","), options, contend)
-    _, config = train.shape(options)
+        seconds, peaks = compete(options, CONTESTANTS)
+    _, config = shape(options)
     with torch.device("meta"):
         models = {"lightlm": Transformer(config), "dense": Transformer(dense_config(config))}
-    result = train.summary(options, seconds, peaks) | {
+    result = summary(options, seconds, peaks) | {
         "parameters": {name: model.num_parameters() for name, model in models.items()},
         "flops_per_token": {name: model.flops_per_token(options.length) for name, model in models.items()},
         "violation": [round(violation, 2) for violation in violations],
     }
     if "dense" in seconds:
         result["step_time_to_dense"] = round(1 / result["ratio"].pop("to dense"), 3)
-    train.report(result, options.out)
+    report(result, options.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Validation loss of mixtures of experts beside a dense model with the same active parameters: the same tokens in the
-same order, with several seeds each, one run after the other.
+"""Validation loss of mixtures of experts and of a dense model with the same active parameters.
 
     python benchmarks/moe_quality.py DATA --seeds 1 2 3 --variants dense moe --out moe-quality.json
 
-DATA is a folder of `lightlm prepare-data CORPUS --tokenizer train:8192`. Runs that OUT already holds are not repeated.
+Prints each variant's mean validation loss, its standard deviation over seeds, and its difference to the dense model.
+All variants see the same tokens in the same order. DATA is a folder of `lightlm prepare-data CORPUS --tokenizer
+train:8192`. Runs that OUT already holds are not repeated.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from common import make_parser, write_json
 
 RECIPE = """
 name: moe-quality
@@ -41,7 +43,7 @@ def _moe(experts: int, chosen: int, shared: int, size: int, *more: str) -> list[
 
 
 FIRST_DENSE, RATE = "model.first_k_dense=1", "moe.bias_update_rate=0.01"
-# All with 384 active intermediate features in each layer.
+# All have 384 active intermediate features in each layer.
 VARIANTS: dict[str, list[str]] = {
     "dense": [],
     "moe": _moe(16, 4, 2, 64, FIRST_DENSE, RATE),
@@ -58,7 +60,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def train(recipe: Path, runs: Path, variant: str, seed: int) -> dict[str, Any]:
-    """One run's figures."""
+    """Train one run and return its metrics."""
     command = [sys.executable, "-m", "lightlm", "train", recipe.name, f"train.seed={seed}", *VARIANTS[variant]]
     name = f"{variant.replace(' ', '-')}-{seed}"
     subprocess.run([*command, "--name", name], cwd=recipe.parent, check=True, stdout=subprocess.DEVNULL)
@@ -69,6 +71,7 @@ def train(recipe: Path, runs: Path, variant: str, seed: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> None:
+    """Print a line per variant."""
     base = {run["seed"]: run["val_loss"] for run in results if run["variant"] == "dense"}
     for variant in dict.fromkeys(run["variant"] for run in results):
         runs = [run for run in results if run["variant"] == variant]
@@ -81,12 +84,12 @@ def table(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["dense", "moe"])
     parser.add_argument("--tokens", default="3M")
-    parser.add_argument("--folder", type=Path, default=Path("moe-quality"), help="for the runs")
+    parser.add_argument("--folder", type=Path, default=Path("moe-quality"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("moe-quality.json"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,7 @@ def main() -> None:
         for variant in options.variants:
             if (variant, seed) not in done:
                 results.append(train(recipe, recipe.parent / "runs", variant, seed))
-                options.out.write_text(json.dumps(facts | {"runs": results}, indent=2) + "\n", encoding="utf-8")
+                write_json(facts | {"runs": results}, options.out)
                 table(results)
     table(results)
 

@@ -1,14 +1,13 @@
-"""What `lightlm plan` says beside what a real run takes: memory, and the time of a step and of the run.
+"""The estimates of `lightlm plan` beside a real run: memory, and the time of a step and of the run.
 
     python benchmarks/plan.py                           # the demo, on the data that `make demo` prepared
     python benchmarks/plan.py --steps 30 --out benchmarks/results/plan-demo-cpu.json
 
-Plan and run are processes of their own, one after the other, on the same overrides: the recipe cut to --steps, one
-save on the way, one short validation. Differences are (plan - run) / run. A run's seconds are those of its training
-steps, the slow first ones included; they leave out validation, of which the plan's hours have a few passes.
+Prints JSON with plan, run and difference, which is (plan - run) / run. Plan and run are separate processes with the
+same overrides: the recipe cut to --steps, with one save and one short validation. A run's seconds are those of its
+training steps, the slow first ones included; they leave out validation, which the plan's hours include.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -17,12 +16,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import make_parser, report
+
 from lightlm import __version__
 from lightlm.data.shards import resolve_dataset
 from lightlm.recipe import load_recipe
 
 
 def lightlm(*arguments: str, folder: str) -> dict[str, Any]:
+    """Run a command in a folder and return its JSON."""
     done = subprocess.run(
         [sys.executable, "-m", "lightlm", *arguments, "--json"], cwd=folder, stdout=subprocess.PIPE, check=True
     )
@@ -34,7 +36,7 @@ def compared(planned: float, real: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--steps", type=int, default=20)
@@ -57,7 +59,7 @@ def main() -> None:
         lines = (Path(folder) / "runs" / "real" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     machine, memory = plan["machine"], max(step["memory"] for step in steps)
-    report = {
+    comparison = {
         "recipe": " ".join([options.recipe, *options.overrides]),
         "device": machine["device"],
         "dtype": machine["dtype"],
@@ -71,9 +73,7 @@ def main() -> None:
         "run seconds": compared(machine["measured"]["hours"] * 3600, sum(step["step_seconds"] for step in steps)),
         "parts": machine["memory"],
     }
-    print(json.dumps(report, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report(comparison, options.out)
 
 
 if __name__ == "__main__":

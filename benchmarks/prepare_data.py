@@ -3,16 +3,17 @@
     python benchmarks/prepare_data.py CORPUS --tokenizer gpt2/tokenizer.json
     python benchmarks/prepare_data.py CORPUS --tokenizer gpt2/tokenizer.json --repeat-to 2GB
 
-CORPUS is a folder of Parquet files with a column `text`. Every contender reads them, tokenizes, puts the end-of-text
-token after each document and writes shards of 100M uint16 tokens in llm.c's layout:
+Prints MB per second and peak memory of each contender, and whether its tokens equal LightLM's. CORPUS is a folder of
+Parquet files with a column `text`. Every contender reads them, tokenizes, puts the end-of-text token after each
+document and writes shards of 100M uint16 tokens in llm.c's layout:
 
-    lightlm        the command of this repository: the split, the checksums, the checks and the manifest included
-    tokenizers     `encode_batch` of the `tokenizers` library over batches of 1,000 documents, all cores
-    tiktoken       `encode_ordinary` in a multiprocessing pool, as nanoGPT's and modded-nanogpt's scripts do
+    lightlm        the command of this repository: with the split, the checksums, the checks and the manifest
+    tokenizers     `encode_batch` of the `tokenizers` library on batches of 1,000 documents, all cores
+    tiktoken       `encode_ordinary` in a multiprocessing pool, as in nanoGPT's and modded-nanogpt's scripts
 
-The slow ones get the first `--peer-megabytes` of the corpus only; megabytes a second are of UTF-8 text and of the whole
-process, start included. Peak memory is of the whole process tree (proportional set size, polled ten times a second).
-Beside LightLM it needs `pip install tiktoken psutil`.
+The slow ones get only the first `--peer-megabytes` of the corpus. Speed is MB of UTF-8 text per second of the whole
+process, with its start. Peak memory is that of the whole process tree (proportional set size, polled ten times per
+second). Needs `pip install tiktoken psutil`.
 """
 
 import argparse
@@ -20,23 +21,23 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from common import make_parser, write_json
 
 SHARD_TOKENS = 100_000_000
 
 
 def documents(corpus: Path, megabytes: float) -> Iterator[list[str]]:
-    """The texts of the corpus in batches, up to a size."""
+    """Yield the texts of the corpus in batches, up to a size."""
     import pyarrow.parquet as parquet
 
     left = megabytes * 1e6
@@ -54,7 +55,7 @@ def documents(corpus: Path, megabytes: float) -> Iterator[list[str]]:
 
 
 class Shards:
-    """Writes tokens as llm.c's and modded-nanogpt's scripts do: a buffer of a shard's size, a file when it is full."""
+    """A writer like that of llm.c's and modded-nanogpt's scripts: it buffers one shard and writes it when full."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._buffer, self._fill, self._count = folder, np.empty(SHARD_TOKENS, np.uint16), 0, 0
@@ -91,7 +92,7 @@ def run_tokenizers(corpus: Path, tokenizer: Path, out: Path, megabytes: float) -
 
 
 def tiktoken_encoding(path: Path):  # type: ignore[no-untyped-def]
-    """GPT-2's encoding from a tokenizer.json, since tiktoken would download it."""
+    """Return GPT-2's encoding from a tokenizer.json; tiktoken itself would download it."""
     import tiktoken
 
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -130,7 +131,7 @@ PEERS = {"tokenizers": run_tokenizers, "tiktoken": run_tiktoken}
 
 
 def repeat(corpus: Path, target: int, out: Path) -> Path:
-    """The corpus over and over until it has `target` bytes of text; each text opens with the number of its copy."""
+    """Repeat the corpus until it has `target` bytes of text; each text starts with the number of its copy."""
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -150,7 +151,7 @@ def repeat(corpus: Path, target: int, out: Path) -> Path:
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of a process and its children."""
+    """Return the seconds and the peak MB of a process and its children."""
     import psutil
 
     began, peak = time.perf_counter(), 0
@@ -177,12 +178,12 @@ def text_bytes(corpus: Path, megabytes: float) -> int:
 
 
 def tokens_of(folder: Path) -> np.ndarray:
-    """All train tokens of a folder of shards."""
+    """Return all train tokens of a folder of shards."""
     return np.concatenate([np.fromfile(path, np.uint16)[512:] for path in sorted(folder.glob("train_*.bin"))])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="GPT-2's tokenizer.json")
     parser.add_argument("--repeat-to", help="make a corpus of this size, for example 2GB, and measure lightlm on it")
@@ -201,19 +202,16 @@ def main() -> None:
     missing = [name for name in ("tiktoken", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"this benchmark needs packages that are not installed: pip install {' '.join(missing)}")
-    print(machine())
+    from measure import machine_facts
+
+    facts = machine_facts(None, "gigatoken", "tokenizers", "tiktoken", "pyarrow", "numpy")
+    print(f"{os.cpu_count()} cores", *facts.values(), sep="\n")
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        compare(arguments, Path(work))
+        compare(arguments, Path(work), facts)
 
 
-def machine() -> str:
-    names = ("gigatoken", "tokenizers", "tiktoken", "pyarrow", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    processor = platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores, {processor}, Python {platform.python_version()}, {versions}"
-
-
-def compare(arguments: argparse.Namespace, work: Path) -> None:
+def compare(arguments: argparse.Namespace, work: Path, facts: dict[str, Any]) -> None:
+    """Run every contender and print its row."""
     corpus = arguments.corpus
     if arguments.repeat_to:
         (work / "corpus").mkdir()
@@ -243,14 +241,13 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
             {"name": name, "text_mb": size / 1e6, "seconds": seconds, "mb_per_s": speeds[name], "peak_mb": peak}
         )
         print(f"{name:12}{size / 1e6:12.1f}{seconds:10.2f}{speeds[name]:8.1f}{peak:10.0f}", flush=True)
-    if arguments.out:
-        what = {"machine": machine(), "corpus": str(arguments.corpus), "repeated_to": arguments.repeat_to}
-        arguments.out.write_text(json.dumps(what | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+    about = {**facts, "cores": os.cpu_count(), "corpus": str(arguments.corpus), "repeated_to": arguments.repeat_to}
+    write_json(about | {"rows": rows}, arguments.out)
     for name in speeds.keys() - {"lightlm"}:
         ratio = f", lightlm is {speeds['lightlm'] / speeds[name]:.0f} times as fast" if "lightlm" in speeds else ""
         theirs = tokens_of(work / name)
         same = "lightlm" in speeds and bool((tokens_of(work / "lightlm")[: theirs.size] == theirs).all())
-        print(f"{name}: {theirs.size:,} tokens{', the same as lightlm writes' if same else ''}{ratio}")
+        print(f"{name}: {theirs.size:,} tokens{', equal to those of lightlm' if same else ''}{ratio}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`lightlm report`."""
+"""The command `lightlm report`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 def report(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN ...]", help="Runs by path or name; the newest unless given.")
+        list[str] | None, typer.Argument(metavar="[RUN ...]", help="Runs by path or name [default: the newest].")
     ] = None,
     out_path: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Folder; the run's, or runs/compare-A-B for several, unless given."),
+        typer.Option("--out", metavar="DIR", help="Folder [default: the run's; for several runs runs/compare-A-B]."),
     ] = None,
     compare: Annotated[
         str | None,
-        typer.Option(metavar="B1,B2", help="Published figures beside the scores (gpt2, mobilellm-125m, ...)."),
+        typer.Option(metavar="B1,B2", help="Show published scores beside the runs' (gpt2, mobilellm-125m, ...)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print paths and summaries as one JSON document.")] = False,
 ) -> None:
-    """Plot runs: metrics -> one page and PNGs. Several runs are overlaid, and their stored scores compared."""
+    """Plot runs as one page and PNG files. Several runs share each plot, and their stored scores are compared."""
     baselines, models = split_names(compare or "")
     if models:
         raise UsageError(
-            f"--compare {models[0]}: a report reads what is stored; name a run beside the others, or score the model "
-            f"with `lightlm eval --compare {models[0]}`"
+            f"--compare {models[0]}: a report only reads stored scores; name a run as an argument instead, or score "
+            f"the model with `lightlm eval --compare {models[0]}`"
         )
     with console.status("Drawing ..."):
         from lightlm.checkpoint import find_run
@@ -41,30 +41,20 @@ def report(
         references: list[str | None] = list(runs) if runs else [None]
         written = write_report([find_run(reference) for reference in references], out_path, baselines)
     if as_json:
-        print_json(_document(written))
+        runs_found = [record.summary() | {"notes": record.notes} for record in written.records]
+        plots = {name: str(path) for name, path in written.plots.items()}
+        comparisons = [comparison.to_dict() for comparison in written.comparisons]
+        print_json({"page": str(written.page), "plots": plots, "runs": runs_found, "comparisons": comparisons})
         return
     from lightlm.evaluate.compare.comparison import sentences
-    from lightlm.report.scores import Scores
 
     _print_table(written)
     for record in written.records:
         for note in record.notes:
             console.print(f"{record.name}: {note}", soft_wrap=True, markup=False)
-    for sentence in sentences(Scores(written.records).comparisons()):
-        out.print(sentence, soft_wrap=True, markup=False)
-    out.print(f"Page {written.page}", soft_wrap=True, markup=False)
-    out.print(f"{len(written.plots)} plots in {written.page.parent / 'plots'}", soft_wrap=True, markup=False)
-
-
-def _document(written: "Report") -> dict[str, Any]:
-    from lightlm.report.scores import Scores
-
-    return {
-        "page": str(written.page),
-        "plots": {name: str(path) for name, path in written.plots.items()},
-        "runs": [record.summary() | {"notes": record.notes} for record in written.records],
-        "comparisons": [comparison.to_dict() for comparison in Scores(written.records).comparisons()],
-    }
+    made = [f"Page {written.page}", f"{len(written.plots)} plots in {written.page.parent / 'plots'}"]
+    for line in [*sentences(written.comparisons), *made]:
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def _print_table(written: "Report") -> None:

@@ -1,4 +1,4 @@
-"""A report on disk: one page, and each figure as a PNG."""
+"""A report on disk: one page, and each plot as a PNG."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,28 +7,31 @@ from pathlib import Path
 from lightlm import files
 from lightlm.checkpoint import RUNS
 from lightlm.evaluate.compare.baselines import Baseline
+from lightlm.evaluate.compare.comparison import Comparison
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.page import render_page
 from lightlm.report.record import Record, read_records
+from lightlm.report.scores import compare_runs
 
-_NAMED = 3  # runs that a comparison's folder is called after
+_NAMED = 3  # runs in the name of a comparison's folder
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written, and the runs it is about."""
+    """The files that were written, the runs they show, and every run compared with the first."""
 
     page: Path
     plots: dict[str, Path]
     records: list[Record]
+    comparisons: list[Comparison]
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None, baselines: Sequence[Baseline] = ()) -> Report:
     """Write `report.html` and `plots/*.png` of one run or several.
 
     Args:
-        out: the folder; the run's own, or for several runs `runs/compare-<a>-<b>`, unless given.
-        baselines: models whose published figures stand beside the runs' scores.
+        out: the folder. By default the run's own; for several runs, `runs/compare-<a>-<b>`.
+        baselines: models whose published scores are shown beside the runs' scores.
 
     Raises:
         CheckpointError: a run has no metrics, or they cannot be read.
@@ -36,20 +39,20 @@ def write_report(runs: Sequence[Path], out: Path | None = None, baselines: Seque
     """
     records = read_records(list(runs))
     folder = out or (records[0].path if len(records) == 1 else comparison_folder(records))
-    plots = draw_plots(records, baselines)
+    plots, comparisons = draw_plots(records, baselines), compare_runs(records)
     names = [record.name for record in records]
     title = f"Run {names[0]}" if len(names) == 1 else f"Comparison of {', '.join(names[:-1])} and {names[-1]}"
-    page = render_page(title, records, plots, baselines)
+    page = render_page(title, records, plots, baselines, comparisons)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     paths = {plot.name: folder / "plots" / f"{plot.name}.png" for plot in plots}
     for plot in plots:
         files.write_bytes(paths[plot.name], plot.chart.png())
     files.write_text(folder / "report.html", page)
-    return Report(folder / "report.html", paths, records)
+    return Report(folder / "report.html", paths, records, comparisons)
 
 
 def comparison_folder(records: Sequence[Record]) -> Path:
-    """`runs/compare-a-b`; of many runs the first few are named."""
+    """Return `runs/compare-a-b`; with many runs, only the first few are in the name."""
     names = [record.path.resolve().name for record in records]
     rest = [f"and-{len(names) - _NAMED}-more"] if len(names) > _NAMED else []
     return RUNS / "-".join(["compare", *names[:_NAMED], *rest])

@@ -1,4 +1,4 @@
-"""What a run folder says about its run: metrics, recipe, samples, scores."""
+"""Everything that a report reads from a run folder: metrics, recipe, samples, scores."""
 
 import json
 import re
@@ -11,11 +11,12 @@ import torch
 import yaml
 
 from lightlm.errors import CheckpointError, LightLMError, UsageError
-from lightlm.evaluate.compare.comparison import Protocol, answers_of
+from lightlm.evaluate.compare.comparison import Answers, answers_of
+from lightlm.evaluate.results import documents
 from lightlm.evaluate.results.rows import Row
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
-from lightlm.report.charts.curves import Curves, newest, smooth, smoothing_window
+from lightlm.report.charts.curves import Curves, newest, smooth
 from lightlm.report.machine import read_machine
 from lightlm.train.batches import batch_plan
 from lightlm.train.observe.observers import read_metrics
@@ -23,19 +24,21 @@ from lightlm.train.observe.observers import read_metrics
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of lm-eval on a checkpoint.
+    """One metric of one task, measured on a checkpoint.
 
     Args:
-        step: the checkpoint's; None if the file's name does not say.
-        limit: the number of documents the task was cut to, None for all.
-        file: of the results.
+        step: the checkpoint's step; None if the file's name does not tell.
+        limit: the number of documents that the task was limited to; None for all.
     """
 
     step: int | None
-    row: Row
     limit: int | None
-    protocol: Protocol
-    file: Path
+    answers: Answers
+
+    @property
+    def row(self) -> Row:
+        """The value, its standard error and its number of documents."""
+        return self.answers.row
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,13 @@ class Record:
     """A run, read from its folder.
 
     Args:
-        name: how the report calls it.
-        recipe: the recipe's sections as plain values, every default written out.
-        parameters: `Transformer.num_parameters`, `flops_per_token` and `planned_tokens`, empty if this version cannot
+        name: the run's name in the report.
+        recipe: the recipe's sections as plain values, with every default written out.
+        parameters: `Transformer.num_parameters`, `flops_per_token` and `planned_tokens`; empty if this version cannot
             read the recipe.
         samples: (step, text) of every validation.
-        machine: see `lightlm.report.machine`; empty for runs without it.
-        notes: what a reader should know before trusting the curves.
+        machine: contents of `machine.json`; empty without it.
+        notes: facts that a reader should know before trusting the curves.
     """
 
     name: str
@@ -63,9 +66,8 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """The run in one row; None for what is not known. Seconds are of training alone."""
+        """Return the run as one row; None for unknown values. Times cover only training steps."""
         curves = self.curves
-        smoothed = smooth(curves.column("loss"), smoothing_window(len(curves)))
         tokens, seconds = int(curves.tokens[-1]), newest(curves.seconds)
         device, processes = self.machine.get("device"), self.machine.get("processes", 1)
         return {
@@ -77,7 +79,7 @@ class Record:
             "step": int(curves.steps[-1]),
             "tokens": tokens,
             "planned_tokens": self.parameters.get("planned_tokens"),
-            "loss": newest(smoothed),
+            "loss": newest(smooth(curves.column("loss"))),
             "val_loss": curves.last("val_loss"),
             "val_bpb": curves.last("val_bpb"),
             "tokens_per_second": tokens / seconds if seconds else None,
@@ -90,14 +92,14 @@ class Record:
 
 
 def read_records(runs: list[Path]) -> list[Record]:
-    """Every run's record, each under a name of its own: the folder's, or its path where two have the same.
+    """Read every run. Its name is its folder's, or its path if two folders have the same name.
 
     Raises:
         UsageError: a run is named twice.
         CheckpointError: a run has no metrics yet, or they cannot be read.
     """
     resolved = [run.resolve() for run in runs]
-    if twice := [str(run) for run, place in zip(runs, resolved, strict=True) if resolved.count(place) > 1]:
+    if twice := [run for run, place in zip(runs, resolved, strict=True) if resolved.count(place) > 1]:
         raise UsageError(f"{twice[0]} is named twice; name each run once")
     names = [run.name for run in resolved]
     return [
@@ -107,19 +109,18 @@ def read_records(runs: list[Path]) -> list[Record]:
 
 
 def read_record(run: Path, name: str) -> Record:
-    """One run's record; see `read_records`."""
+    """Read one run; see `read_records`."""
     try:
         curves = Curves(read_metrics(run))
     except ValueError as error:
-        raise CheckpointError(f"{run / 'metrics.jsonl'} is damaged: a line is no JSON object ({error})") from None
+        raise CheckpointError(f"{run / 'metrics.jsonl'} is damaged: a line is not a JSON object ({error})") from None
     if not len(curves):
         raise CheckpointError(
-            f"{run} has nothing to plot: its metrics.jsonl holds no steps yet; let it train for a step, "
-            "or name another run"
+            f"{run} has nothing to plot: its metrics.jsonl holds no steps yet; train it for a step, or name another run"
         )
     notes: list[str] = []
     recipe, parameters = _read_recipe(run, notes)
-    scores = list(_read_scores(run, notes))
+    scores = list(_read_scores(run, name, notes))
     _note_curves(curves, parameters, notes)
     return Record(name, run, curves, recipe, parameters, _read_samples(run), scores, read_machine(run), notes)
 
@@ -133,7 +134,7 @@ def _read_recipe(run: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str,
         notes.append(f"{path} cannot be read: {error}")
         return {}, {}
     except LightLMError as error:
-        notes.append(f"This version of LightLM cannot read the recipe, so its parameters are not counted: {error}")
+        notes.append(f"This version of LightLM cannot read the recipe, so it cannot count parameters: {error}")
         return values if isinstance(values, dict) else {}, {}
     with torch.device("meta"):
         model = Transformer(recipe.model)
@@ -150,29 +151,33 @@ def _read_samples(run: Path) -> list[tuple[int, str]]:
     return sorted(found)
 
 
-def _read_scores(run: Path, notes: list[str]) -> Iterator[Score]:
-    """The figures of `eval/*.json`; a file that does not hold lm-eval's results becomes a note."""
+def _read_scores(run: Path, name: str, notes: list[str]) -> Iterator[Score]:
+    """Yield the scores in `eval/*.json`; note a file that does not hold lm-eval's results."""
     for path in sorted((run / "eval").glob("*.json")):
         if path.name.endswith(".meta.json"):
             continue
+        facts = _read_json(path.with_suffix(".meta.json"))  # missing if another tool wrote the results
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            found = [(answers.row, answers.protocol) for answers in answers_of("", document, [], _facts(path))]
-            limit = document.get("config", {}).get("limit")
+            scored = documents.read(documents.documents_file(path))
+        except (OSError, ValueError):
+            scored = []
+        try:
+            results = _read_json(path)
+            answers = answers_of(name, results, scored, facts if isinstance(facts, dict) else {})
+            limit = results.get("config", {}).get("limit")
         except (ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{path} does not hold lm-eval's results and is left out.")
             continue
         step = re.match(r"step_(\d+)_", path.name)
-        yield from (Score(int(step[1]) if step else None, row, limit, protocol, path) for row, protocol in found)
+        yield from (Score(int(step[1]) if step else None, limit, answer) for answer in answers)
 
 
-def _facts(results: Path) -> dict[str, Any]:
-    """What `lightlm eval` wrote beside results, if it was that which wrote them."""
+def _read_json(path: Path) -> Any:
+    """Return the file's contents; None if it is missing or damaged."""
     try:
-        facts = json.loads(results.with_suffix(".meta.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+        return None
 
 
 def _note_curves(curves: Curves, parameters: dict[str, int], notes: list[str]) -> None:
@@ -180,11 +185,10 @@ def _note_curves(curves: Curves, parameters: dict[str, int], notes: list[str]) -
     if planned and tokens < planned:
         notes.append(f"Not at its end: {tokens:,} of {planned:,} tokens ({tokens / planned:.0%}).")
     if lost := curves.lost("loss"):
-        notes.append(f"The loss was not a number in {lost:,} {'step' if lost == 1 else 'steps'}.")
+        notes.append(f"The loss was NaN or infinite in {lost:,} {'step' if lost == 1 else 'steps'}.")
     if spikes := int(curves.flagged("spike").sum()):
         skipped = int(curves.flagged("skipped").sum())
-        notes.append(
-            f"{spikes:,} loss {'spike' if spikes == 1 else 'spikes'}" + (f", {skipped:,} skipped." if skipped else ".")
-        )
+        ending = f", {skipped:,} skipped." if skipped else "."
+        notes.append(f"{spikes:,} loss {'spike' if spikes == 1 else 'spikes'}{ending}")
     if curves.last("val_loss") is None:
         notes.append("No validation loss was measured.")

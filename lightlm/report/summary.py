@@ -1,57 +1,45 @@
 """Runs as rows of a table, for the page and for the terminal."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lightlm.quantities import format_quantity
 from lightlm.report.record import Record
 
 
-@dataclass(frozen=True)
-class Column:
-    """One figure of `Record.summary`; without a `short` heading it is left out in a terminal, which has 80 columns."""
-
-    key: str
-    heading: str
-    short: str
-    write: Callable[[Any], str]
-
-
 def _hours(hours: float) -> str:
-    """A time in the unit a person would use."""
+    """Write a time in seconds, minutes or hours."""
     if hours < 3 / 60:
         return f"{hours * 3600:.0f} s"
     return f"{hours * 60:.0f} min" if hours < 3 else f"{hours:.1f} h"
 
 
-_COLUMNS = [
-    Column("parameters", "Parameters", "Params", format_quantity),
-    Column("active_parameters", "Active", "Active", format_quantity),
-    Column("flops_per_token", "FLOPs a token", "", format_quantity),
-    Column("tokens", "Tokens", "Tokens", format_quantity),
-    Column("step", "Steps", "Steps", "{:,}".format),
-    Column("loss", "Loss", "Loss", "{:.4f}".format),
-    Column("val_loss", "Validation loss", "Val", "{:.4f}".format),
-    Column("val_bpb", "Bits a byte", "BPB", "{:.4f}".format),
-    Column("tokens_per_second", "Tokens/s", "Tok/s", "{:,.0f}".format),
-    Column("mfu", "MFU", "MFU", "{:.1%}".format),
-    Column("hours", "Time", "Time", _hours),
-    Column("spikes", "Spikes", "", lambda count: f"{count:,}" if count else ""),
-    Column("data", "Data", "", str),
-    Column("device", "Device", "", str),
+# Key of `Record.summary`, heading, heading in an 80-column terminal (empty: left out there), format.
+_COLUMNS: list[tuple[str, str, str, Callable[[Any], str]]] = [
+    ("parameters", "Parameters", "Params", format_quantity),
+    ("active_parameters", "Active", "Active", format_quantity),
+    ("flops_per_token", "FLOPs per token", "", format_quantity),
+    ("tokens", "Tokens", "Tokens", format_quantity),
+    ("step", "Steps", "Steps", "{:,}".format),
+    ("loss", "Loss", "Loss", "{:.4f}".format),
+    ("val_loss", "Validation loss", "Val", "{:.4f}".format),
+    ("val_bpb", "Bits per byte", "BPB", "{:.4f}".format),
+    ("tokens_per_second", "Tokens/s", "Tok/s", "{:,.0f}".format),
+    ("mfu", "MFU", "MFU", "{:.1%}".format),
+    ("hours", "Time", "Time", _hours),
+    ("spikes", "Spikes", "", lambda count: f"{count:,}" if count else ""),
+    ("data", "Data", "", str),
+    ("device", "Device", "", str),
 ]
 
 
 def summary_table(records: Sequence[Record], *, short: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Headings, and for each run its texts; columns that no run has a figure for are left out."""
+    """Return the headings and each run's texts, without columns that are empty for all runs."""
     summaries = [record.summary() for record in records]
-    headings, columns = [], []
-    for column in _COLUMNS:
-        values = [summary[column.key] for summary in summaries]
-        texts = ["" if value is None else column.write(value) for value in values]
-        heading = column.short if short else column.heading
+    columns: dict[str, list[str]] = {}
+    for key, long_heading, short_heading, write in _COLUMNS:
+        texts = ["" if (value := summary[key]) is None else write(value) for summary in summaries]
+        heading = short_heading if short else long_heading
         if heading and any(texts):
-            headings.append(heading)
-            columns.append(texts)
-    return headings, [list(row) for row in zip(*columns, strict=True)]
+            columns[heading] = texts
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lightlm.report.charts.curves import Curves, focus, smooth, thin
+from lightlm.report.charts.curves import Curves, focus, smooth
 from tests.report.run_folder import rows
 
 NAN = math.nan
@@ -56,18 +56,6 @@ def test_smoothing_skips_gaps_and_follows_a_young_curve_closely():
     lag = smooth(fall, 100) - fall
     assert lag[50] < 0.35  # seven steps behind, where an average of full length would be 25
     assert np.all(lag >= 0)
-
-
-def test_thinning_keeps_ends_and_extremes():
-    x, y = np.arange(50_000.0), np.sin(np.arange(50_000.0))
-    y[12_345], y[40_000] = 9.0, -9.0
-    thin_x, thin_y = thin(x, y, most=1000)
-    assert len(thin_x) <= 1000
-    assert (thin_x[0], thin_x[-1]) == (0, 49_999)
-    assert (thin_y.max(), thin_y.min()) == (9, -9)
-    assert np.all(np.diff(thin_x) > 0)
-    assert np.sum(thin_x < 500) > 50  # enough of the beginning for a logarithmic axis
-    np.testing.assert_array_equal(thin_y, y[thin_x.astype(int)])
 
 
 def test_limits_leave_out_the_first_fall_but_not_of_a_short_run():

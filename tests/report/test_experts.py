@@ -151,7 +151,7 @@ def test_the_summary_counts_active_parameters_and_operations(tmp_path):
     headings, [row] = summary_table(records)
     shown = dict(zip(headings, row, strict=True))
     assert shown["Active"] == format_quantity(summary["active_parameters"])
-    assert shown["FLOPs a token"] == format_quantity(summary["flops_per_token"])
+    assert shown["FLOPs per token"] == format_quantity(summary["flops_per_token"])
 
 
 def test_runs_whose_tokens_cost_differently_are_compared_over_compute(tmp_path):

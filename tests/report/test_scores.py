@@ -1,5 +1,6 @@
 """Scores in a report: bars, published figures, and runs compared from what their evaluations left."""
 
+import html
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from lightlm.evaluate.results.documents import Document, documents_file, write
 from lightlm.report.build import write_report
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
-from lightlm.report.scores import Scores
+from lightlm.report.scores import compare_runs
 from tests.report.run_folder import rows, write_run
 
 N = 200
@@ -46,8 +47,8 @@ def runs(tmp_path):
     return [write_run(tmp_path / name, rows(5)) for name in ("first", "second")]
 
 
-def scores_of(runs):
-    return Scores(read_records(runs))
+def comparisons_of(runs):
+    return compare_runs(read_records(runs))
 
 
 def page_of(runs, tmp_path, baselines=()):
@@ -68,7 +69,7 @@ def test_runs_are_compared_on_the_documents_that_both_have(runs):
     write_scores(runs[0], {"piqa": 100})
     write_scores(runs[0], {"piqa": 20}, limit=50)
     write_scores(runs[1], {"piqa": 40}, limit=50)
-    [comparison] = scores_of(runs).comparisons()
+    [comparison] = comparisons_of(runs)
     assert (comparison.documents, comparison.winner) == (50, 1)
     assert comparison.difference.value == pytest.approx(0.4)
 
@@ -84,7 +85,7 @@ def test_runs_are_compared_on_the_documents_that_both_have(runs):
 def test_what_cannot_be_compared_says_why(runs, settings, reason):
     write_scores(runs[0], {"piqa": 100})
     write_scores(runs[1], {"piqa": 140}, **settings)
-    [comparison] = scores_of(runs).comparisons()
+    [comparison] = comparisons_of(runs)
     assert comparison.difference is None
     assert reason in comparison.sentence()
 
@@ -100,7 +101,7 @@ def test_figures_with_examples_in_the_prompt_are_a_line_of_their_own(runs, tmp_p
 def test_another_precision_is_noted(runs):
     write_scores(runs[0], {"piqa": 100})
     write_scores(runs[1], {"piqa": 140}, facts={"dtype": "bfloat16"})
-    assert "float32 against bfloat16" in scores_of(runs).comparisons()[0].sentence()
+    assert "float32 against bfloat16" in comparisons_of(runs)[0].sentence()
 
 
 def test_a_token_before_every_context_is_noted_whichever_it_is(runs):
@@ -109,9 +110,9 @@ def test_a_token_before_every_context_is_noted_whichever_it_is(runs):
 
     write_scores(runs[0], {"piqa": 100}, facts=bos([{"id": 1, "token": "<s>"}]))
     write_scores(runs[1], {"piqa": 140}, facts=bos([]))
-    assert "BOS yes against no" in scores_of(runs).comparisons()[0].sentence()
+    assert "BOS yes against no" in comparisons_of(runs)[0].sentence()
     write_scores(runs[1], {"piqa": 140}, facts=bos([{"id": 7, "token": "<bos>"}]))
-    assert "BOS" not in scores_of(runs).comparisons()[0].sentence()
+    assert "BOS" not in comparisons_of(runs)[0].sentence()
 
 
 def test_damaged_documents_do_not_stop_a_report(runs, tmp_path):
@@ -153,7 +154,7 @@ def test_published_figures_have_a_column_and_a_legend(runs, tmp_path):
     text = page_of(runs[:1], tmp_path, [find_baseline("mobilellm-125m")])
     assert "<td>0.531* (a)</td>" in text
     assert "<td>–</td>" in text
-    assert "(a) MobileLLM README: MobileLLM&#x27;s own script, 0-shot, metric not stated" in text
+    assert "(a) MobileLLM README: MobileLLM's own script, 0-shot, metric not stated" in html.unescape(text)
 
 
 def test_many_tasks_share_several_charts_evenly(runs):

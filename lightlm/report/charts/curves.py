@@ -1,6 +1,5 @@
-"""A run's metrics as columns: one entry a step, NaN where a step has no such figure."""
+"""A run's metrics as columns: one entry per step, NaN where a step lacks the metric."""
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,20 +9,20 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_SMOOTHING_SHARE = 1 / 30  # of a run's steps that the moving average looks back over
-_YOUNG_SHARE = 1 / 10  # of the values so far that the average may look back over
+_SMOOTHING_SHARE = 1 / 30  # of a run's steps in the moving average
+_YOUNG_SHARE = 1 / 10  # of the values so far that the average may cover
 _HEAD_SHARE = 1 / 10  # of a run, its initial fall, that does not set the limits of a loss axis
-_SHORT = 20  # steps under which all of a run is shown
+_SHORT = 20  # steps; shorter runs are shown whole
 
 
 class Curves:
     """The columns of `metrics.jsonl`.
 
-    Where a step is there twice, as after a crash that went back to an older checkpoint, its last line counts. Time
-    goes on where a resumed run's clock began again at zero.
+    A step can occur twice, if a run crashed and resumed from an older checkpoint; then its last line counts. Time
+    continues where the clock of a resumed run restarted at zero.
 
     Args:
-        rows: the file's objects; those without `step` and `tokens` are skipped.
+        rows: the file's objects. Those without `step` and `tokens` are skipped.
     """
 
     def __init__(self, rows: Iterable[Any]) -> None:
@@ -36,35 +35,35 @@ class Curves:
         return len(self._rows)
 
     def column(self, key: str) -> Floats:
-        """The figure of every step; NaN where it is missing, no number, or infinite."""
+        """Return this metric of every step; NaN where it is missing, infinite or not a number."""
         values = (row[key] if _is_number(row, key) else math.nan for row in self._rows)
         column = np.fromiter(values, dtype=np.float64, count=len(self._rows))
         column[np.isinf(column)] = math.nan
         return column
 
     def flagged(self, key: str) -> NDArray[np.bool_]:
-        """The steps where a yes-or-no figure, such as `spike`, is true."""
+        """Return for every step whether a flag such as `spike` is set."""
         return np.array([bool(row.get(key)) for row in self._rows], dtype=bool)
 
     def lost(self, key: str) -> int:
-        """How many steps report this figure but have no finite number for it."""
+        """Count the steps that report this metric without a finite value."""
         return int(np.isnan(self.column(key)).sum()) - sum(key not in row for row in self._rows)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """The figures with this prefix that at least one step has as a finite number, in order of appearance."""
+        """Return the metrics with this prefix that have a finite value in some step, in order of appearance."""
         found = dict.fromkeys(key for row in self._rows for key in row if key.startswith(prefix))
         return [key for key in found if np.isfinite(self.column(key)).any()]
 
     def last(self, key: str) -> float | None:
-        """The newest finite figure."""
+        """Return the newest finite value."""
         return newest(self.column(key))
 
     def arrays(self, key: str, dimensions: int) -> tuple[NDArray[np.int64], Floats] | None:
-        """Lists of numbers, such as the loads of experts by layer (layers x experts).
+        """Return a metric that is a list, such as the loads of experts by layer (layers x experts).
 
         Returns:
-            The indices of the steps that have them, and the lists stacked (steps, ...); those of another shape than
-            the newest are left out. None if no step has any.
+            The indices of the steps that have it, and its values (steps, ...). Values of another shape than the
+            newest are left out. None if no step has any.
         """
         found = []
         for i, row in enumerate(self._rows):
@@ -82,7 +81,7 @@ class Curves:
 
 
 def newest(column: Floats) -> float | None:
-    """The last finite value."""
+    """Return the last finite value."""
     finite = column[np.isfinite(column)]
     return float(finite[-1]) if len(finite) else None
 
@@ -101,28 +100,24 @@ def _without_repeats(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _continuous(seconds: Floats) -> Floats:
-    """A clock that never goes back: where it does, it began again at zero."""
-    result, offset, before = seconds.copy(), 0.0, 0.0
-    for i, value in enumerate(seconds):
-        if np.isfinite(value):
-            offset += before if value < before else 0.0
-            before = value
-            result[i] = value + offset
+    """Return a clock that never runs backward: add the time before each restart."""
+    known = np.isfinite(seconds)
+    result, values = seconds.copy(), seconds[known]
+    before = np.concatenate([[0.0], values[:-1]])[: len(values)]
+    result[known] = values + np.cumsum(np.where(values < before, before, 0.0))
     return result
 
 
-def smoothing_window(steps: int) -> float:
-    """Steps that the average of a run of this length looks back over."""
-    return max(steps * _SMOOTHING_SHARE, 1.0)
+def smooth(values: Floats, window: float | None = None) -> Floats:
+    """Return the exponential moving average, unbiased from the first value on (Adam's correction, arXiv 1412.6980).
 
+    NaN stays NaN and does not count. Near the start the average covers only a tenth of the values so far: a longer one
+    would trail far behind the steep fall that every run begins with.
 
-def smooth(values: Floats, window: float) -> Floats:
-    """Exponential moving average over about `window` steps, unbiased from the first value on (Adam's correction,
-    arXiv 1412.6980); NaN stays NaN and does not count.
-
-    Where the curve is young the average is short, a tenth of the values so far: one of full length would trail far
-    behind the steep fall that every run begins with.
+    Args:
+        window: number of steps in the average; a thirtieth of the run unless given.
     """
+    window = len(values) * _SMOOTHING_SHARE if window is None else window
     total = weight = 0.0
     seen = 0
     result = np.full_like(values, math.nan)
@@ -136,42 +131,20 @@ def smooth(values: Floats, window: float) -> Floats:
     return result
 
 
-def thin(x: Floats, y: Floats, most: int = 1200) -> tuple[Floats, Floats]:
-    """At most `most` points of a line that look the same: the lowest and the highest of each stretch.
-
-    Two thirds of the stretches are of equal length, one third grows from a single point on, for logarithmic axes.
-    """
-    finite = np.isfinite(x) & np.isfinite(y)
-    x, y = x[finite], y[finite]
-    if len(x) <= most:
-        return x, y
-    edges = np.union1d(
-        np.linspace(0, len(x), most // 3, dtype=int), np.geomspace(1, len(x) - 1, most // 6 - 1).astype(int)
-    )
-    kept = {0, len(x) - 1}
-    for start, end in itertools.pairwise(edges):
-        kept |= {start + int(np.argmin(y[start:end])), start + int(np.argmax(y[start:end]))}
-    order = sorted(kept)
-    return x[order], y[order]
-
-
 def focus(lines: Sequence[Floats]) -> tuple[float, float] | None:
-    """Limits of a loss axis in which the initial fall, which takes up most of the range, does not flatten the rest.
+    """Return limits for a loss axis that the initial fall does not dominate; None if there is nothing to show.
 
-    Of each line the first tenth and the outermost half percent on either side do not count, unless it is short.
-    None if there is nothing to show.
+    The first tenth of each line and its outermost half percent on either side do not count, unless the line is short.
     """
-    lows, highs = [], []
+    limits = []
     for line in lines:
         finite = line[np.isfinite(line)]
-        if not len(finite):
-            continue
-        tail = finite if len(finite) < _SHORT else finite[int(len(finite) * _HEAD_SHARE) :]
-        low, high = (tail.min(), tail.max()) if len(finite) < _SHORT else np.percentile(tail, (0.5, 99.5))
-        lows.append(float(low))
-        highs.append(float(high))
-    if not lows:
+        short = len(finite) < _SHORT
+        if len(finite):
+            tail = finite if short else finite[int(len(finite) * _HEAD_SHARE) :]
+            limits.append(np.percentile(tail, (0, 100) if short else (0.5, 99.5)))
+    if not limits:
         return None
-    low, high = min(lows), max(highs)
+    low, high = float(np.min(limits)), float(np.max(limits))
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin

@@ -1,4 +1,4 @@
-"""What the figures of a report have in common: their axes, their curves, and how runs are told apart."""
+"""Parts that all plots of a report share: axes, curves, and names of runs in the legend."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightlm.report.charts.chart import Chart
-from lightlm.report.charts.curves import Floats, smooth, smoothing_window
+from lightlm.report.charts.curves import Floats, smooth
 from lightlm.report.record import Record
 
-_RAW_RUNS = 3  # up to which the unsmoothed values are drawn behind the curves
+_RAW_RUNS = 3  # more runs than this are drawn without their raw values
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A finished figure; `name` is its file's, and unique in a report."""
+    """A plot of a report. `name` is its file's name, unique in a report."""
 
     name: str
     caption: str
@@ -23,7 +23,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Axis:
-    """What the figures have along x."""
+    """An x axis: its label, each run's values, and whether ticks read like 10M."""
 
     label: str
     of: Callable[[Record], Floats]
@@ -34,29 +34,37 @@ TOKENS = Axis("training tokens", lambda record: record.curves.tokens, True)
 
 
 def runs_with(records: Sequence[Record], key: str) -> list[tuple[int, Record]]:
-    """The runs with this metric, each with its number, which is its colour."""
+    """Return the runs that have this metric, each with its number, which decides its color."""
     return [(i, record) for i, record in enumerate(records) if np.isfinite(record.curves.column(key)).any()]
 
 
+def highest(columns: Sequence[Floats], percentile: float = 100.0) -> float:
+    """Return the largest finite value, or the largest of the columns' percentiles; 0 if there is none."""
+    finite = (column[np.isfinite(column)] for column in columns)
+    return max((float(np.percentile(values, percentile)) for values in finite if len(values)), default=0.0)
+
+
 def empty_chart(records: Sequence[Record], title: str, y_label: str, axis: Axis = TOKENS) -> Chart:
-    """A figure over tokens or time, as far as the longest run goes, so that all figures can be read together."""
+    """Return a chart whose x axis spans the longest run, so that all plots can be read side by side."""
     chart = Chart(title, axis.label, y_label, name_all=len(records) > 1)
-    chart.from_zero("x", max(float(np.nanmax(axis.of(record), initial=0.0)) for record in records))
+    chart.from_zero("x", highest([axis.of(record) for record in records]))
     if axis.quantities:
         chart.quantities("x")
     return chart
 
 
 def label(records: Sequence[Record], record: Record, what: str) -> str:
-    """Of one run the legend says what a line is, of several which run's it is."""
+    """Return a legend entry: of a single run what the line is, of several runs whose it is."""
     return what if len(records) == 1 else record.name
 
 
-def curve(chart: Chart, records: Sequence[Record], i: int, x: Floats, y: Floats, what: str) -> list[Floats]:
-    """A smoothed curve, and the raw values behind it while there are few runs; what the limits should fit."""
-    smoothed = smooth(y, smoothing_window(len(y)))
+def curve(
+    chart: Chart, records: Sequence[Record], i: int, x: Floats, y: Floats, what: str = "smoothed"
+) -> list[Floats]:
+    """Draw a smoothed curve, with its raw values behind it if there are few runs; return what was drawn."""
+    smoothed = smooth(y)
     chart.line(label(records, records[i], what), x, smoothed, i)
     if len(records) > _RAW_RUNS:
         return [smoothed]
-    chart.line("", x, y, i, faint=True)
+    chart.faint(x, y, i)
     return [smoothed, y]

@@ -1,4 +1,4 @@
-"""The figures of a mixture of experts, from `moe/` in metrics.jsonl (docs/metrics.md)."""
+"""The plots of a mixture of experts, from `moe/` in metrics.jsonl (docs/metrics.md)."""
 
 import itertools
 import math
@@ -8,26 +8,33 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axis import Axis as Ticks
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FixedLocator
 
 from lightlm.report.charts.chart import MUTED, PLOT_HEIGHT, RUNS, Chart
-from lightlm.report.charts.curves import Floats, focus, smooth, smoothing_window
+from lightlm.report.charts.curves import Floats, focus, smooth
 from lightlm.report.charts.drawing import Plot, curve, empty_chart, label, runs_with
 from lightlm.report.record import Record
 
-_HEAT_RUNS = 4  # up to which each run's loads get figures of their own
-_HEAT_COLOURS = [RUNS[1][0], "#f7f7f5", RUNS[0][0]]  # too little, balanced, too much
-_MOMENTS = 200  # parts of a run that figures by layer are averaged over, such as the columns of a map
+_HEAT_RUNS = 4  # runs whose loads get plots of their own
+_HEAT_COLORS = [RUNS[1][0], "#f7f7f5", RUNS[0][0]]  # too little, balanced, too much
+_MOMENTS = 200  # parts of a run over which values by layer are averaged, such as the columns of a heat map
 _TALLEST = 7.0  # inches
-_EXPERT_ROW = 0.0134  # inches of an expert in a map over time: two pixels of the PNG
-_LAYER_ROW = 0.14  # inches of a layer in a map of one moment
+_EXPERT_ROW = 0.0134  # inches per expert in a heat map over time: two pixels of the PNG
+_LAYER_ROW = 0.14  # inches per layer in a heat map of one step
 _TICK = 0.24  # inches that a tick's number takes
 _EXPECTED_ZERO = ("moe/dead_experts", "moe/dropped")
 
 
 @dataclass(frozen=True)
 class _Balance:
-    """A figure that every layer has; `mean` and `worst` are the keys of what each step says of them all."""
+    """A metric that every layer has.
+
+    Args:
+        mean: key of the mean over layers, if metrics.jsonl has it.
+        worst: key of the worst layer's value.
+        layers: key of the list of all layers' values.
+        span: the balanced value, and a value that the axis always includes.
+    """
 
     name: str
     title: str
@@ -35,7 +42,7 @@ class _Balance:
     worst: str
     layers: str
     unit: str
-    span: tuple[float, float]  # balanced, and what the axis reaches at least
+    span: tuple[float, float]
     caption: str
 
 
@@ -48,7 +55,7 @@ _BALANCES = (
         "moe/layer_violation",
         "equal shares",
         (0.0, 0.5),
-        "What a layer's fullest expert gets beyond an equal share, in shares: 0 is balanced.",
+        "Load of a layer's busiest expert beyond an equal share, in shares: 0 is balanced.",
     ),
     _Balance(
         "moe_entropy",
@@ -68,13 +75,13 @@ _BALANCES = (
         "moe/layer_bias_range",
         "scores",
         (0.0, 0.01),
-        "The largest bias of a layer minus its smallest; scores lie between 0 and 1.",
+        "Largest minus smallest bias of a layer; scores lie between 0 and 1.",
     ),
 )
 
 
 def expert_plots(records: Sequence[Record]) -> Iterator[Plot | None]:
-    """Balance over tokens, the loads over time, and the newest loads of each layer's experts."""
+    """Draw balance over tokens, loads over time, and the newest loads of each layer's experts."""
     drawn = set()
     for balance in _BALANCES:
         yield _balance(records, balance)
@@ -91,7 +98,7 @@ def _always_zero(records: Sequence[Record], key: str) -> bool:
 
 
 def _balance(records: Sequence[Record], balance: _Balance) -> Plot | None:
-    """Of one run every layer, their mean, and the worst; of several the mean, and in dots the worst."""
+    """Draw a single run's layers, their mean, and the worst; of several runs the mean, and dotted the worst."""
     chart = empty_chart(records, balance.title, balance.unit)
     several = len(records) > 1
     dots = (0, (1, 1.2)) if several and balance.mean else None
@@ -101,11 +108,12 @@ def _balance(records: Sequence[Record], balance: _Balance) -> Plot | None:
         if not several and (layers := record.curves.arrays(balance.layers, 1)) is not None:
             ends, values_ML = _by_moment(tokens[layers[0]], layers[1])
             for values in values_ML.T:
-                chart.line("", ends, values, i, faint=True)
+                chart.faint(ends, values, i)
             shown.append(values_ML.ravel())
+        worst = record.curves.column(balance.worst)
         if balance.mean is not None:
-            chart.line(label(records, record, "mean of the layers"), tokens, _smooth(record, balance.mean), i)
-        worst = record.curves.column(balance.worst) if balance.mean is None else _smooth(record, balance.worst)
+            worst, mean = smooth(worst), smooth(record.curves.column(balance.mean))
+            chart.line(label(records, record, "mean of the layers"), tokens, mean, i)
         chart.line(label(records, record, "worst layer"), tokens, worst, i if several else 1, style=dots)
         shown += [worst, np.array(balance.span)]
     if (limits := focus(shown)) is None:
@@ -115,25 +123,20 @@ def _balance(records: Sequence[Record], balance: _Balance) -> Plot | None:
     return Plot(balance.name, balance.caption + key, chart)
 
 
-def _smooth(record: Record, key: str) -> Floats:
-    values = record.curves.column(key)
-    return smooth(values, smoothing_window(len(values)))
-
-
 def _other(records: Sequence[Record], key: str) -> Plot:
     words = key.removeprefix("moe/").replace("_", " ").replace("/", ", ")
     chart = empty_chart(records, f"Experts: {words}", words)
     for i, record in runs_with(records, key):
         tokens, values = record.curves.tokens, record.curves.column(key)
-        if np.array_equal(values, np.round(values), equal_nan=True):  # a count, which has no halves
+        if np.array_equal(values, np.round(values), equal_nan=True):  # counts are not smoothed
             chart.line(record.name, tokens, values, i)
         else:
-            curve(chart, records, i, tokens, values, "smoothed")
+            curve(chart, records, i, tokens, values)
     return Plot(key.replace("/", "_"), "", chart)
 
 
 def _load_maps(record: Record, number: int | None) -> Iterator[Plot]:
-    """Loads as multiples of an equal share: 1 is balanced, 0 is a dead expert."""
+    """Draw loads as multiples of an equal share: 1 is balanced, 0 is a dead expert."""
     if (found := record.curves.arrays("moe/load", 2)) is None:
         return
     indices, load_SLE = found
@@ -145,7 +148,7 @@ def _load_maps(record: Record, number: int | None) -> Iterator[Plot]:
     chart = _map_over_time(f"Expert load over time{named}", record.curves.tokens[indices], relative_SLE, first_layer)
     caption = "Each layer's experts, the busiest on top, in multiples of an equal share: 1 is balanced." + of_zero
     yield Plot(f"moe_load_over_time{ending}", caption, chart)
-    chart = _map_of_a_moment(f"Expert load{named}", relative_SLE[-1], first_layer)
+    chart = _map_of_a_step(f"Expert load{named}", relative_SLE[-1], first_layer)
     step = int(record.curves.steps[indices[-1]])
     caption = f"Tokens of step {step:,}, in multiples of an equal share: 1 is balanced, 0 is a dead expert."
     yield Plot(f"moe_load{ending}", caption, chart)
@@ -153,18 +156,20 @@ def _load_maps(record: Record, number: int | None) -> Iterator[Plot]:
 
 def _zero_in_words(record: Record, key: str) -> str:
     what = key.removeprefix("moe/").replace("_", " ")
-    return f"{what.capitalize()}: {'none in any step.' if _always_zero([record], key) else 'see the figure.'}"
+    return f"{what.capitalize()}: {'none in any step.' if _always_zero([record], key) else 'see the plot.'}"
 
 
 def _first_layer(record: Record) -> int:
-    """The number of the first layer with experts, as run; layers are counted from 0, as a checkpoint's blocks are."""
+    """Return the number of the first layer with experts in the order of execution; layer 0 is the first."""
     model = record.recipe.get("model") or {}
     return int(model.get("first_k_dense", 0)) * int(model.get("layer_sharing", 1))
 
 
 def _by_moment(tokens_S: Floats, values_S: Floats) -> tuple[Floats, Floats]:
-    """Of equal parts of the run, their ends in tokens and the means of the figures in them; where there are none, the
-    next one's, whose batch the part is in."""
+    """Divide the run into equal parts; return their ends in tokens and the mean of each part's values.
+
+    A part without values takes those of the next step, whose batch it lies in.
+    """
     edges = np.linspace(0, tokens_S[-1], _MOMENTS + 1)
     bounds = np.searchsorted(tokens_S, edges, side="right")
     means = [values_S[start : max(stop, start + 1)].mean(axis=0) for start, stop in itertools.pairwise(bounds)]
@@ -172,8 +177,10 @@ def _by_moment(tokens_S: Floats, values_S: Floats) -> tuple[Floats, Floats]:
 
 
 def _map_over_time(title: str, tokens_S: Floats, relative_SLE: Floats, first_layer: int) -> Chart:
-    """Experts by moments of the run, layer under layer; in a layer the busiest is on top, or nothing could be seen of
-    rows two pixels high."""
+    """Draw experts by moments of the run, layer under layer.
+
+    In each layer the busiest expert is on top: unsorted rows of two pixels would look like noise.
+    """
     _, num_layers, num_experts = relative_SLE.shape
     rows = num_layers * num_experts
     chart = Chart(title, "training tokens", "layer", height=_height(rows * _EXPERT_ROW))
@@ -188,7 +195,7 @@ def _map_over_time(title: str, tokens_S: Floats, relative_SLE: Floats, first_lay
     return chart
 
 
-def _map_of_a_moment(title: str, relative_LE: Floats, first_layer: int) -> Chart:
+def _map_of_a_step(title: str, relative_LE: Floats, first_layer: int) -> Chart:
     num_layers, num_experts = relative_LE.shape
     chart = Chart(title, "expert", "layer", height=_height(num_layers * _LAYER_ROW))
     _draw_map(chart, relative_LE, (0, num_experts, num_layers, 0))
@@ -202,16 +209,14 @@ def _height(wanted: float) -> float:
 
 
 def _draw_map(chart: Chart, relative: Floats, extent: tuple[float, float, float, float]) -> None:
-    colours = LinearSegmentedColormap.from_list("load", _HEAT_COLOURS)
-    image = chart.axes.imshow(
-        relative, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="none", extent=extent
-    )
+    colors = LinearSegmentedColormap.from_list("load", _HEAT_COLORS)
+    image = chart.axes.imshow(relative, cmap=colors, vmin=0, vmax=2, aspect="auto", interpolation="none", extent=extent)
     chart.axes.grid(False)
-    chart.colour_bar(image)
+    chart.color_bar(image)
 
 
 def _number(ticks: Ticks, count: int, inches: float, *, first: int = 0, size: int = 1) -> None:
-    """Write numbers from `first` on in the middle of `count` cells of this size, every n-th if there is no room."""
+    """Number `count` cells of this size in their middle, starting at `first`; only every n-th if there is no room."""
     every = next(n for n in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, count) if count * _TICK <= inches * n)
     ticks.set_major_locator(FixedLocator([(i + 0.5) * size for i in range(0, count, every)]))
-    ticks.set_major_formatter(FuncFormatter(lambda place, _: f"{first + math.floor(place / size)}"))
+    ticks.set_major_formatter(lambda place, _: f"{first + math.floor(place / size)}")

@@ -22,7 +22,7 @@ from lightlm.train.step.parallel import like_parameter, whole
 QUINTIC = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7  # of the norm; torch.optim.Muon's
 
-# Elements orthogonalised in one call. On a CPU core with AMX (benchmarks/orthogonalise.py), 24 matrices one by one, in
+# Elements orthogonalised in one call. On a CPU core with AMX (benchmarks/orthogonalize.py), 24 matrices one by one, in
 # calls of at most 2**20 elements, and all at once: 64 x 64: 8.1, 0.8 and 0.8 ms; 256 x 768: 37, 33 and 32 ms;
 # 576 x 1536: 260, 255 and 420 ms. An accelerator wants few large calls: 2**24 elements are 19 matrices of 576 x 1536,
 # and take some 0.2 GB beside the optimizer's state, by count.
