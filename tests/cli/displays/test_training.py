@@ -105,7 +105,7 @@ def test_a_plain_log_is_whole_lines_without_control_codes():
     lines = text.splitlines()
     assert lines[0] == "runs/demo: 6.8M parameters on cpu, bfloat16"
     assert "sample: The old sea �[2J�[/b] :smile: naïve" in lines
-    assert "step     11  loss 5.0000  validation 4.5000 (1.8000 bits a byte)" in lines
+    assert "step     11  loss 5.0000  validation 4.5000 (1.8000 bits per byte)" in lines
     assert "step     11  hellaswag/acc_norm 0.2875" in lines
     assert "Note: spike at step 12: loss 9" in lines
     [first] = [line for line in lines if line.startswith("step 1/1,000")]
@@ -177,7 +177,7 @@ def test_a_log_of_experts_says_what_is_active_and_how_evenly_they_are_used():
     with TrainingDisplay(Console(file=stream, width=80)) as display:
         show_experts(display)
     first, _, *steps = stream.getvalue().splitlines()
-    assert first == "runs/demo: 6.8M parameters (2.5M active for a token, 15M FLOPs) on cpu, bfloat16"
+    assert first == "runs/demo: 6.8M parameters (2.5M active per token, 15M FLOPs) on cpu, bfloat16"
     assert len(steps) == 2
     for line in steps:  # the range of the bias is the last one known
         assert line.endswith(

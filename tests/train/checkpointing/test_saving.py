@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from lightlm import checkpoint, files
 from lightlm.errors import CheckpointError
 from lightlm.recipe import load_recipe
+from lightlm.runs import new_run
 from lightlm.train.checkpointing import saving
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.checkpointing.saving import HostCopy, Saver, tidy
-from lightlm.train.runs import new_run, reopen_run
 from tests.shapes import build
 from tests.train.checkpointing.kills import differences
 from tests.train.watch import Recorder, resume, start

@@ -111,7 +111,7 @@ def test_trackers_get_the_scalars_alone(monkeypatch):
     monkeypatch.setitem(_BACKENDS, "tensorboard", Kept)
     monkeypatch.setattr("lightlm.train.observe.trackers._PACKAGES", {"tensorboard": "json"})
     from lightlm.recipe import load_recipe
-    from lightlm.train.runs import new_run
+    from lightlm.runs import new_run
     from lightlm.train.trainer import Trainer
 
     watch = Recorder()

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from lightlm import checkpoint
 from lightlm.recipe import TrainSection, load_recipe
+from lightlm.runs import new_run
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.spikes import MAX_IN_A_ROW, SpikeHistory, judge
-from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.trainer import Trainer, TrainingDivergedError
 from tests.train.watch import Recorder, comparable
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from lightlm import checkpoint
 from lightlm.errors import RecipeError
 from lightlm.recipe import TrackingSection, load_recipe
+from lightlm.runs import RUNS, new_run
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED
 from lightlm.train.observe.observers import Observers, read_metrics
 from lightlm.train.observe.trackers import _BACKENDS, Trackers, _installed
-from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.trainer import Trainer
 from tests.train.watch import Recorder, comparable
 
@@ -53,7 +54,7 @@ def go(name, *backends, terminate_at=None, overrides=()):
     """A run as `lightlm train` starts it, new or resumed."""
     watch = Recorder(terminate_at)
     changes = [f"tracking.backends=[{', '.join(backends)}]", "eval.prompts=[The <old>]", *overrides]
-    if (checkpoint.RUNS / name).exists():
+    if (RUNS / name).exists():
         recipe, run, saved = reopen_run(name, changes)
     else:
         recipe, run, saved = load_recipe("tiny.yaml", changes), new_run(name, exact=True), None
