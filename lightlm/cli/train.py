@@ -165,15 +165,14 @@ def _choose(
     if resume is not None:
         return reopen_run(None if resume == NEWEST else resume, changes, display.note)
     assert reference is not None
-    recipe = load_recipe(reference, changes)
     if auto_resume:
-        run = run_folder(name or recipe.name)
+        run = run_folder(name or load_recipe(reference, changes).name)
         if (run / RECIPE).is_file():
             display.note(f"{run} exists and is resumed with its own recipe, not {reference}")
             return reopen_run(run, changes, display.note)
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")
-    return recipe, None, None
+    return load_recipe(reference, changes), None, None
 
 
 def _add_evaluator(trainer: "Trainer") -> None:

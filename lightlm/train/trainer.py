@@ -28,8 +28,8 @@ from lightlm.train.checkpointing.saving import Saver, tidy
 from lightlm.train.checkpointing.state import Progress, pack, unpack
 from lightlm.train.distributed import PeerLostError, World
 from lightlm.train.observe.expert_loads import load_metrics
-from lightlm.train.observe.metrics import peak_memory, step_metrics
-from lightlm.train.observe.observers import MetricsFile, Observer, Silent
+from lightlm.train.observe.metrics import MetricsFile, peak_memory, step_metrics
+from lightlm.train.observe.observers import Observer
 from lightlm.train.observe.spikes import Verdict, judge
 from lightlm.train.optim.optimizers import (
     build_optimizer,
@@ -95,7 +95,7 @@ class Trainer:
         evaluator: Evaluator | None = None,
     ) -> None:
         self.world = world = world or World()
-        observer = observer if world.is_writer else Silent()
+        observer = observer if world.is_writer else Observer()
         self.run_folder, self.observer, self.sampler, self.evaluator = run, observer, sampler, evaluator
         self.data = DataFolder.open(resolve_dataset(recipe.data.dataset))
         self.recipe = recipe = fit_recipe(recipe, self.data, observer)
@@ -242,7 +242,7 @@ class Trainer:
         files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
         mark_latest(self.run_folder)
         tidy(self.run_folder, self.resumed_from, self.observer)
-        return MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
+        return MetricsFile(self.run_folder, self.progress.step)
 
     @property
     def done(self) -> bool:
@@ -283,7 +283,9 @@ class Trainer:
         self.last_loss = outcome.loss if math.isfinite(outcome.loss) else self.last_loss
         peak = peak_flops(self.device) if self.dtype != torch.float32 else None
         metrics = step_metrics(
-            self.progress,
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
             batch_tokens=batch_tokens,
             loss=outcome.loss,
             rates=learning_rates(self.optimizer),

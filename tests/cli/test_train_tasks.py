@@ -12,8 +12,7 @@ import torch
 
 from lightlm.recipe import load_recipe
 from lightlm.runs import new_run
-from lightlm.train.observe.metrics import MEASURED
-from lightlm.train.observe.observers import read_metrics
+from lightlm.train.observe.metrics import MEASURED, read_metrics
 from lightlm.train.rng import preserved
 from lightlm.train.trainer import Trainer
 from tests.corpus import make_workspace

@@ -238,18 +238,18 @@ def test_a_killed_process_is_restarted_and_the_run_resumes_bit_for_bit(undisturb
 
 
 def test_a_restart_finds_its_run_among_others_of_its_name(undisturbed, workspace):
-    """The recipe's name is taken, so the first attempt starts `taken-2`; the restart resumes that one."""
-    (workspace / "runs/taken").mkdir()
-    (workspace / "runs/taken/recipe.yaml").write_text("name: taken\n")
-    command = Command("tiny.yaml", *LONG, "name=taken", "--max-restarts", "1")
-    command.await_steps(workspace / "runs/taken-2/metrics.jsonl", 8)
+    """The recipe's name is occupied, so the first attempt starts `occupied-2`; the restart resumes that one."""
+    (workspace / "runs/occupied").mkdir()
+    (workspace / "runs/occupied/recipe.yaml").write_text("name: occupied\n")
+    command = Command("tiny.yaml", *LONG, "name=occupied", "--max-restarts", "1")
+    command.await_steps(workspace / "runs/occupied-2/metrics.jsonl", 8)
     command.signal_rank(0, signal.SIGKILL)
     code, out, err = command.finish()
     assert code == 0, err
-    assert "Run runs/taken-2: step 50" in out
+    assert "Run runs/occupied-2: step 50" in out
     assert "resumed after step" in err
-    assert not (workspace / "runs/taken-3").exists()
-    assert [path.name for path in (workspace / "runs/taken").iterdir()] == ["recipe.yaml"]
+    assert not (workspace / "runs/occupied-3").exists()
+    assert [path.name for path in (workspace / "runs/occupied").iterdir()] == ["recipe.yaml"]
 
 
 def test_a_restart_by_torchrun_without_auto_resume_is_refused(workspace, monkeypatch):

@@ -15,7 +15,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
 from lightlm.runs import find_run, new_run
 from lightlm.train.checkpointing.resume import reopen_run
-from lightlm.train.observe.observers import read_metrics
+from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.optim.optimizers import build_optimizer
 from lightlm.train.step import compilation
 from lightlm.train.step.gradients import micro_batch_size

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightlm.cli.console import console as standard_error
 from lightlm.quantities import format_quantity
+from lightlm.train.observe.observers import Observer
 
 # Seconds between plain log lines: 10 at first, one more per minute, 60 after 50 minutes; a day's log has 1,500 lines.
 _PLAIN_SECONDS = (10.0, 60.0)
@@ -39,7 +40,7 @@ def _bars(violations: list[float]) -> str:
     return "".join(_LEVELS[min(int(violation * len(_LEVELS)), len(_LEVELS) - 1)] for violation in violations)
 
 
-class TrainingDisplay:
+class TrainingDisplay(Observer):
     """An `Observer` that prints to standard error.
 
     A terminal that can move its cursor shows a live line. A pipe, a file or TERM=dumb gets whole lines only, also if

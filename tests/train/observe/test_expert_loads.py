@@ -14,10 +14,10 @@ from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.train.observe.expert_loads import layers_are_due, load_metrics
 from lightlm.train.observe.observers import Observers
-from lightlm.train.observe.trackers import _BACKENDS, Trackers
+from lightlm.train.observe.trackers import BACKENDS, Trackers
 from tests.train.watch import Recorder, comparable, resume, start
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 # Two layers of eight experts above a dense one, two experts a token, four micro-batches a step.
 EXPERTS = (
     "model.num_layers=3",
@@ -98,7 +98,7 @@ def test_every_figure_is_documented_and_a_dense_run_has_none(run):
 
 def test_trackers_get_the_scalars_alone(monkeypatch):
     class Kept:
-        id, where, sent, logged = "kept", "nowhere", 0, []
+        package, id, where, sent, logged = "json", "kept", "nowhere", 0, []
 
         def __init__(self, session): ...
         def log(self, step, metrics):
@@ -108,8 +108,7 @@ def test_trackers_get_the_scalars_alone(monkeypatch):
         def flush(self): ...
         def finish(self, failed): ...
 
-    monkeypatch.setitem(_BACKENDS, "tensorboard", Kept)
-    monkeypatch.setattr("lightlm.train.observe.trackers._PACKAGES", {"tensorboard": "json"})
+    monkeypatch.setitem(BACKENDS, "tensorboard", Kept)
     from lightlm.recipe import load_recipe
     from lightlm.runs import new_run
     from lightlm.train.trainer import Trainer
