@@ -210,7 +210,7 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
         CheckpointError: the folder is not a complete checkpoint.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
+        raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     if not (folder / MARKER).is_file():
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: its marker {MARKER} is missing, so writing it was interrupted; "

@@ -67,20 +67,19 @@ def find_run(reference: str | Path | None = None) -> Path:
     Raises:
         CheckpointError: the run does not exist.
     """
-    if reference is None:
-        reference = RUNS / "latest"
-    for path in (Path(reference), RUNS / reference):
+    newest = RUNS / "latest"
+    reference = newest if reference is None else Path(reference)
+    for path in (reference, RUNS / reference):
         # Follow a pointer even if it is a link, so that `mark_latest` never points `latest` to itself.
-        if path.name == "latest" and (target := files.follow(path)) is not None and target.is_dir():
+        if path.name == newest.name and (target := files.follow(path)) is not None and target.is_dir():
             return target
-    if Path(reference) == RUNS / "latest":
-        raise CheckpointError(
-            f"no run yet: {RUNS / 'latest'} does not exist in {Path.cwd()}; "
-            "train a model first (`lightlm train recipes/demo.yaml`) or name a model folder"
-        )
-    for path in (Path(reference), RUNS / reference):
         if (path / RECIPE).is_file():
             return path
+    if reference == newest:
+        raise CheckpointError(
+            f"no run yet: {newest} does not exist in {Path.cwd()}; "
+            "train a model first (`lightlm train recipes/demo.yaml`) or name a model folder"
+        )
     raise CheckpointError(f"no run at {reference}: it holds no {RECIPE}; runs here: {run_names()}")
 
 

@@ -11,7 +11,7 @@ from types import FrameType
 def stop_on_signals(*, launched: bool = False) -> Iterator[threading.Event]:
     """Return an event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once.
 
-    Outside the main thread, which alone receives signals, nothing sets the event.
+    Only the main thread receives signals; in another thread nothing sets the event.
 
     Args:
         launched: whether a launcher started this process. It repeats the first Ctrl-C to its processes, so they

@@ -132,8 +132,8 @@ def test_plain_lines_come_at_a_rhythm(monkeypatch):
     assert gaps == sorted(gaps)
 
 
-def test_forced_colours_in_a_log_bring_no_cursor_movements():
-    """FORCE_COLOR is usual in continuous integration; its log is no terminal."""
+def test_forced_colors_in_a_log_bring_no_cursor_movements():
+    """FORCE_COLOR is usual in continuous integration; its log is not a terminal."""
     text = plain(force_terminal=True, color_system="standard")
     assert "\x1b[" in text
     assert "\r" not in text
@@ -164,9 +164,9 @@ def test_the_live_line_fits_the_terminal(width):
 
 @needs_terminal
 def test_no_color_is_obeyed_and_a_dumb_terminal_gets_plain_lines():
-    colours = r"\x1b\[[0-9;]*3[0-7]m"
-    assert re.search(colours, in_terminal())
-    assert not re.search(colours, in_terminal(NO_COLOR="1"))
+    colors = r"\x1b\[[0-9;]*3[0-7]m"
+    assert re.search(colors, in_terminal())
+    assert not re.search(colors, in_terminal(NO_COLOR="1"))
     dumb = in_terminal(TERM="dumb").replace("\r\n", "\n")  # the terminal driver's own
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", dumb)
     assert "step 1,000/1,000" in dumb

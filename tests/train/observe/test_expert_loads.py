@@ -18,7 +18,7 @@ from lightlm.train.observe.trackers import BACKENDS, Trackers
 from tests.train.watch import Recorder, comparable, resume, start
 
 DOCS = Path(__file__).parents[3] / "docs"
-# Two layers of eight experts above a dense one, two experts a token, four micro-batches a step.
+# Two layers of eight experts above a dense one, two experts per token, four micro-batches per step.
 EXPERTS = (
     "model.num_layers=3",
     "model.first_k_dense=1",
@@ -156,7 +156,7 @@ def test_figures_by_layer_come_128_to_a_doubling():
 
 
 def test_a_line_of_a_large_run_stays_short():
-    """29 layers of 16 experts, 512K tokens a batch, eight experts a token."""
+    """29 layers of 16 experts, 512K tokens per batch, eight experts per token."""
     config = replace(SHAPE, num_layers=30, first_k_dense=1, num_experts=16, num_experts_per_tok=8)
     loads = np.random.default_rng(0).multinomial(2**22, np.full(16, 1 / 16), size=29).tolist()
     model = Transformer(config)

@@ -189,7 +189,7 @@ def test_no_number_is_skipped_and_written_as_null():
     assert len([note for note in watch.notes if "spike" in note]) == 1
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     lines = (result.run / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line, parse_constant=refuse) for line in lines]
