@@ -34,7 +34,7 @@ def train(
         str | None, typer.Option("--resume", metavar="[RUN]", help="Resume this run, or the newest one.")
     ] = None,
     auto_resume: Annotated[
-        bool, typer.Option("--auto-resume", help="Resume the run of this name if it exists, else start it.")
+        bool, typer.Option("--auto-resume", help="Resume runs/NAME if it exists, else start it.")
     ] = False,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine: one per GPU, or CPU processes.")] = 1,
     max_restarts: Annotated[
@@ -47,8 +47,7 @@ def train(
 ) -> None:
     """Train a model from a recipe: shards -> checkpoints under runs/.
 
-    A requeued cluster job, or torchrun with --max-restarts, runs the same command again: give --name and --auto-resume,
-    and it resumes its run.
+    Jobs that a cluster or torchrun may start again: give --name and --auto-resume to resume their run.
     """
     changes = list(overrides or [])
     if recipe is not None and "=" in recipe:
