@@ -14,12 +14,12 @@ from lightlm.errors import CheckpointError, LightLMError, UsageError
 from lightlm.evaluate.compare.comparison import Answers, answers_of
 from lightlm.evaluate.results import documents
 from lightlm.evaluate.results.rows import Row
+from lightlm.machine import read_machine
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
 from lightlm.report.charts.curves import Curves, newest, smooth
-from lightlm.report.machine import read_machine
 from lightlm.train.batches import batch_plan
-from lightlm.train.observe.observers import read_metrics
+from lightlm.train.observe.metrics import read_metrics
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from lightlm.device import describe, keep_freed_memory, peak_flops, pick_dtype
 from lightlm.errors import LightLMError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
+from lightlm.runs import mark_latest
 from lightlm.train.batches import batch_plan
 from lightlm.train.checkpointing.saving import Saver, tidy
 from lightlm.train.checkpointing.state import Progress, pack, unpack
 from lightlm.train.distributed import PeerLostError, World
 from lightlm.train.observe.expert_loads import load_metrics
-from lightlm.train.observe.metrics import peak_memory, step_metrics
-from lightlm.train.observe.observers import MetricsFile, Observer, Silent
+from lightlm.train.observe.metrics import MetricsFile, peak_memory, step_metrics
+from lightlm.train.observe.observers import Observer
 from lightlm.train.observe.spikes import Verdict, judge
 from lightlm.train.optim.optimizers import (
     build_optimizer,
@@ -38,7 +39,6 @@ from lightlm.train.optim.optimizers import (
     set_learning_rate,
 )
 from lightlm.train.rng import preserved
-from lightlm.train.runs import claim_run
 from lightlm.train.schedules import learning_rate_factor
 from lightlm.train.setup import check_prompts, fit_recipe
 from lightlm.train.signals import stop_on_signals
@@ -95,7 +95,7 @@ class Trainer:
         evaluator: Evaluator | None = None,
     ) -> None:
         self.world = world = world or World()
-        observer = observer if world.is_writer else Silent()
+        observer = observer if world.is_writer else Observer()
         self.run_folder, self.observer, self.sampler, self.evaluator = run, observer, sampler, evaluator
         self.data = DataFolder.open(resolve_dataset(recipe.data.dataset))
         self.recipe = recipe = fit_recipe(recipe, self.data, observer)
@@ -214,7 +214,7 @@ class Trainer:
         metrics_file = self._open_run() if self.world.is_writer else None
         self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
         try:
-            with self._saver() as saver, stop_on_signals(launched=self.world.launch is not None) as stop:
+            with self._saver() as saver, stop_on_signals(launched=self.world.launched) as stop:
                 while not self.done:
                     metrics = self._step(stop)
                     if metrics is None:
@@ -240,11 +240,9 @@ class Trainer:
     def _open_run(self) -> MetricsFile:
         """What only the writer does at the start: the run's files, and `runs/latest`."""
         files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
-        if self.world.launch is not None:
-            claim_run(self.run_folder, self.world.launch)
-        checkpoint.mark_latest(self.run_folder)
+        mark_latest(self.run_folder)
         tidy(self.run_folder, self.resumed_from, self.observer)
-        return MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
+        return MetricsFile(self.run_folder, self.progress.step)
 
     @property
     def done(self) -> bool:
@@ -285,7 +283,9 @@ class Trainer:
         self.last_loss = outcome.loss if math.isfinite(outcome.loss) else self.last_loss
         peak = peak_flops(self.device) if self.dtype != torch.float32 else None
         metrics = step_metrics(
-            self.progress,
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
             batch_tokens=batch_tokens,
             loss=outcome.loss,
             rates=learning_rates(self.optimizer),

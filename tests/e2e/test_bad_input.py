@@ -23,7 +23,7 @@ def pristine(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         from lightlm.recipe import load_recipe
-        from lightlm.train.runs import new_run
+        from lightlm.runs import new_run
         from lightlm.train.trainer import Trainer
         from tests.train.watch import Recorder
 

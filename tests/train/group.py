@@ -10,8 +10,9 @@ import traceback
 from pathlib import Path
 
 from lightlm.recipe import load_recipe
+from lightlm.runs import new_run
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.distributed import RENDEZVOUS, join_world
-from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.trainer import Trainer
 from tests.train.watch import Recorder
 

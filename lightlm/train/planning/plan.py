@@ -12,7 +12,7 @@ from lightlm.errors import UsageError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.batches import batch_plan
-from lightlm.train.observe.observers import Silent
+from lightlm.train.observe.observers import Observer
 from lightlm.train.planning.memory import inference_parts, optimizer_bytes, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
 from lightlm.train.setup import fit_recipe
@@ -57,7 +57,7 @@ class Target:
     present: bool
 
 
-class Notes(Silent):
+class Notes(Observer):
     """What a plan says beside its figures."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe, parse_recipe
 from lightlm.train.distributed import World
 from lightlm.train.observe.metrics import peak_memory
-from lightlm.train.observe.observers import Silent
+from lightlm.train.observe.observers import Observer
 from lightlm.train.optim.optimizers import build_optimizer
 from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import Gradients, micro_batch_size
@@ -114,7 +114,7 @@ def _measure(recipe: Recipe) -> tuple[int, float, float, float, int | None]:
         loss,
         _random_tokens(recipe, planned),
         world,
-        Silent(),
+        Observer(),
         micro_batch=planned,
         adjustable=recipe.train.micro_batch_size == "auto",
         clip=recipe.train.grad_clip,

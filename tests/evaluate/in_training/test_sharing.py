@@ -20,8 +20,8 @@ from lightlm.evaluate.in_training.task_scores import TaskScores
 from lightlm.evaluate.results.store import rows
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
 from lightlm.recipe import EvalSection, load_recipe
+from lightlm.runs import new_run
 from lightlm.train.distributed import World
-from lightlm.train.runs import new_run
 from lightlm.train.trainer import Trainer
 from tests.corpus import TINY_RECIPE
 from tests.evaluate.tasks.test_cloze import documents

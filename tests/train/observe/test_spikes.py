@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from lightlm import checkpoint
 from lightlm.recipe import TrainSection, load_recipe
+from lightlm.runs import new_run
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.spikes import MAX_IN_A_ROW, SpikeHistory, judge
-from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.trainer import Trainer, TrainingDivergedError
 from tests.train.watch import Recorder, comparable
 
@@ -188,7 +189,7 @@ def test_no_number_is_skipped_and_written_as_null():
     assert len([note for note in watch.notes if "spike" in note]) == 1
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     lines = (result.run / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line, parse_constant=refuse) for line in lines]

@@ -7,7 +7,7 @@ import torch
 
 from lightlm.model.moe import Router
 from lightlm.recipe import load_recipe
-from lightlm.train.runs import new_run
+from lightlm.runs import new_run
 from lightlm.train.trainer import Trainer
 from tests.train.watch import Recorder
 
