@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from lightlm import checkpoint
 from lightlm.errors import LightLMError, RecipeError, UsageError
 from lightlm.recipe import load_recipe
-from lightlm.train.batches import batch_plan
 from lightlm.train.distributed import Launch, World
 from lightlm.train.runs import new_run, run_before_restart
+from lightlm.train.schedules import batch_plan
 from lightlm.train.step.gradients import check_shares
 from tests.train.group import Command, together, train_together
 from tests.train.watch import Recorder, comparable, resume, start

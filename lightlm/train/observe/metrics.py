@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from lightlm.train.checkpointing.state import Progress
-
 # What two runs of the same recipe need not have in common, unlike all other keys.
 MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_second", "mfu", "memory"})
 
 
 def step_metrics(
-    progress: Progress,
     *,
+    step: int,
+    tokens: int,
+    seconds: float,
     batch_tokens: int,
     loss: float,
     rates: dict[str, float],
@@ -28,19 +28,19 @@ def step_metrics(
     """One object of metrics.jsonl.
 
     Args:
-        progress: after the step.
+        step, tokens, seconds: counts after the step, over the whole run.
         rates: learning rates by their keys (`optimizers.learning_rates`).
         utilisation_per_token: FLOPs a token over the device's peak FLOP/s; None where the peak is not known.
     """
     metrics: dict[str, Any] = {
-        "step": progress.step,
-        "tokens": progress.tokens,
+        "step": step,
+        "tokens": tokens,
         "loss": loss,
         **rates,
         "batch_tokens": batch_tokens,
         "grad_norm": grad_norm,
         "tokens_per_second": batch_tokens / step_seconds,
-        "seconds": progress.seconds,
+        "seconds": seconds,
         "step_seconds": step_seconds,
         "data_seconds": data_seconds,
     }
