@@ -23,9 +23,11 @@ from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.device import autocast, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import CheckpointSection, OptimizerSection
+from lightlm.optim.groups import build_optimizer
+from lightlm.optim.section import OptimizerSection
+from lightlm.optim.state import named_state
+from lightlm.recipe import CheckpointSection
 from lightlm.train.checkpointing.saving import Saver
-from lightlm.train.optim.optimizers import build_optimizer, named_state
 from lightlm.train.step.loss import token_loss
 
 
@@ -51,7 +53,7 @@ class Workload:
         self.device, self.dtype = device, pick_dtype("auto", device)
         torch.manual_seed(0)
         self.model = Transformer(config).to(device).train()
-        self.optimizer = build_optimizer(self.model, section)
+        self.optimizer = build_optimizer(self.model, section, self.dtype)
         sequences, length = batch
         self.tokens = torch.randint(config.vocab_size, (sequences, length + 1), device=device)
 

@@ -23,9 +23,9 @@ from lightlm.data.shards import DataFolder
 from lightlm.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
+from lightlm.optim.groups import build_optimizer
 from lightlm.recipe import Recipe
 from lightlm.train.observe.metrics import peak_memory
-from lightlm.train.optim.optimizers import build_optimizer
 from lightlm.train.step.parallel import LossModule
 from lightlm.train.step.routers import router_losses
 
@@ -76,7 +76,7 @@ def lightlm(options: argparse.Namespace, device: torch.device, suffix: str, *, d
         targets = tokens[:, 1:].contiguous()
         return loss(tokens[:, :-1], targets).objective / targets.numel()
 
-    return model, mean_loss, build_optimizer(model, recipe.optimizer)
+    return model, mean_loss, build_optimizer(model, recipe.optimizer, pick_dtype(options.dtype, device))
 
 
 def batches_of(options: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:

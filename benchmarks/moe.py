@@ -32,7 +32,7 @@ from lightlm.convert.huggingface.weights import their_state
 from lightlm.convert.load import load_pretrained
 from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from lightlm.model.transformer import Transformer
-from lightlm.train.optim.optimizers import build_optimizer
+from lightlm.optim.groups import build_optimizer
 from lightlm.train.step.parallel import LossModule
 from lightlm.train.step.routers import move_selection_biases, router_losses
 
@@ -60,7 +60,8 @@ def transformers(options: argparse.Namespace, device: torch.device, suffix: str)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, **chosen)
     model = model.to(device).train()
     model.config.use_cache = False
-    return model, lambda tokens: model(tokens, labels=tokens).loss, build_optimizer(model, recipe.optimizer)
+    optimizer = build_optimizer(model, recipe.optimizer, pick_dtype(options.dtype, device))
+    return model, lambda tokens: model(tokens, labels=tokens).loss, optimizer
 
 
 CONTESTANTS: dict[str, Builder] = {"lightlm": lightlm, "dense": dense, "transformers": transformers}
@@ -74,7 +75,10 @@ def settle(options: argparse.Namespace) -> list[float]:
     recipe, config = shape(options)
     torch.manual_seed(0)
     model = Transformer(config).to(device)
-    loss, optimizer = LossModule(model, router_losses(recipe)), build_optimizer(model, recipe.optimizer)
+    loss, optimizer = (
+        LossModule(model, router_losses(recipe)),
+        build_optimizer(model, recipe.optimizer, pick_dtype(options.dtype, device)),
+    )
     batches = batches_of(options, device)
     if options.start is not None:
         model.load_state_dict(load_pretrained(options.start).model.state_dict())

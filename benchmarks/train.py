@@ -23,7 +23,8 @@ from contest import Builder, Contestant, compete, contest_parser, lightlm, shape
 
 from lightlm.convert.huggingface.config import write_config
 from lightlm.convert.huggingface.export_target import export_target
-from lightlm.train.optim.optimizers import build_optimizer
+from lightlm.device import pick_dtype
+from lightlm.optim.groups import build_optimizer
 
 
 def transformers(options: argparse.Namespace, device: torch.device, suffix: str) -> Contestant:
@@ -36,7 +37,7 @@ def transformers(options: argparse.Namespace, device: torch.device, suffix: str)
     their_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     model = transformers.AutoModelForCausalLM.from_config(their_config).to(device).train()
     model.config.use_cache = False
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizer = build_optimizer(model, recipe.optimizer, pick_dtype(options.dtype, device))
     if suffix == "compiled":
         model.compile()
     # transformers shifts labels itself; one more token gives the same number of predictions.

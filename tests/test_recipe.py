@@ -161,7 +161,7 @@ evals: {}
         ("optimizer.head_lr=1e-3", "optimizer.head_lr: has no effect with model.tie_embeddings; embedding_lr is"),
         (
             "optimizer={name: muon, lr: 0.02, update_scale: original, embedding_lr: 1e-3}",
-            "optimizer.scalar_lr: is missing: with update_scale=original lr 0.02 is no rate for AdamW",
+            "optimizer.scalar_lr: is missing: with update_scale=original lr 0.02 is not a rate for AdamW",
         ),
         ("optimizer.name=adam", "optimizer.name: should be 'adamw' or 'muon', not 'adam'"),
         ("name=../escape", "name: string should match pattern"),
