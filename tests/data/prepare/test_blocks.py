@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare.run import prepare
 from lightlm.data.prepare.splitting import Candidate, Holder, keys_of
-from lightlm.data.readers import files as readers
-from lightlm.data.readers import jsonl as jsontext
-from lightlm.data.readers import texts
-from lightlm.data.readers.texts import raise_bad, read_strings
+from lightlm.data.readers import jsonl as readers
+from lightlm.data.readers import parquet as parquet_reader
+from lightlm.data.readers import records, texts
 from lightlm.data.shards import DataFolder
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError
@@ -39,11 +38,9 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every border falls somewhere: between units, blocks, chunks, parts of a text, shards and saved states."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3_000)
     monkeypatch.setattr(readers, "BLOCK_BYTES", 2_000)
-    monkeypatch.setattr(readers, "SPOOLED_BYTES", 4_000)
-    for module in (texts, readers, jsontext):
+    for module in (texts, readers, records, parquet_reader):
         monkeypatch.setattr(module, "CHUNK_BYTES", 700)
     monkeypatch.setattr(texts, "LARGE_BYTES", 1_500)
-    monkeypatch.setattr(jsontext, "LARGE_LINE_BYTES", 1_500)
     monkeypatch.setattr(assembly, "SAVE_TOKENS", 500)
     monkeypatch.setattr(assembly, "COPY_TOKENS", 300)
 
@@ -175,52 +172,6 @@ def test_one_large_document_has_the_ids_of_the_whole(
     found = [ids.tolist() for split in ("train", "val") for ids in folder.split(split).documents()]
     assert found == [TOKENIZER.encode(part) for part in parts]
     assert sum(manifest.text_bytes.values()) == len(text.encode())
-
-
-@settings(deadline=None)
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"])) | st.text('\\"u{}:,\ud83d\ude00é日😀', min_size=8),
-    ascii_only=st.booleans(),
-    size=st.integers(12, 40),
-)
-def test_large_json_lines_give_what_small_ones_give(
-    text: str, ascii_only: bool, size: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    record = {"a": '"', "text": "an earlier one", 'te\\"xt': "{", "list": [{"text": 1}, "text"], "TEXT": text}
-    raw = json.dumps(record, ensure_ascii=ascii_only or not text.isascii()).replace('"TEXT"', ' "text" ')
-    path = tmp_path_factory.mktemp("json") / "a.jsonl"
-    path.write_bytes(raw.encode("utf-8", "replace"))
-
-    def read() -> list[str]:
-        return list(read_strings(lambda bad: readers.read_json_block(path, 0, "text", bad)))
-
-    expected = read()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsontext, "LARGE_LINE_BYTES", 1)
-        patch.setattr(jsontext, "CHUNK_BYTES", size)
-        assert read() == expected
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"body": "x"}', "line 1: no column 'text'; there are: body"),
-        (b'{"text": 5}', "'text' holds int, not text"),
-        (b'{"text": "abc', "not valid JSON"),
-        (b'{"text": "abc"', "not valid JSON"),
-        (b'["text", "abc"]', "a JSON object was expected"),
-        (b'{"text": "ab\xff"}', "not UTF-8 at byte 12 of the line"),
-        (b'{"text": "ab\\q"}', "not valid JSON"),
-    ],
-)
-def test_mistakes_in_large_lines_are_said_as_in_small_ones(
-    line: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a.jsonl").write_bytes(line)
-    for size in (1 << 20, 1):
-        monkeypatch.setattr(jsontext, "LARGE_LINE_BYTES", size)
-        with pytest.raises(DataError, match=message):
-            list(readers.read_json_block(tmp_path / "a.jsonl", 0, "text", raise_bad))
 
 
 def test_filters_say_which_documents_to_leave_out(tmp_path: Path, tokenizer: str, tiny_sizes: None) -> None:

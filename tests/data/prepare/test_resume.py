@@ -17,7 +17,7 @@ from lightlm.data.prepare import encode as encoding_module
 from lightlm.data.prepare.encoded_block import PieceWriter
 from lightlm.data.prepare.run import prepare
 from lightlm.data.prepare.workspace import Partial
-from lightlm.data.readers import files as readers
+from lightlm.data.readers import jsonl as readers
 from lightlm.data.shards import DataFolder
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError
