@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from lightlm.data.readers.files import READERS, file_units, has_columns, suffix_of
+from lightlm.data.readers.files import READERS, reader_of, suffix_of
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
@@ -46,7 +46,7 @@ class LocalSource:
         for path in files:
             if not str(path).isascii():
                 _check_name(path)
-        plain = next((path for path in files if not has_columns(path)), None)
+        plain = next((path for path in files if not reader_of(path).has_columns), None)
         if plain is not None and self._row_filter is not None:
             raise DataError(f'--filter "{self._row_filter.text}": {plain} is plain text, without columns to judge')
         return files
@@ -66,7 +66,7 @@ class LocalSource:
 
     def units(self) -> Iterator[Unit]:
         for path in self._files:
-            yield from file_units(path, self._relative(path), self._column, self._row_filter)
+            yield from reader_of(path).units(path, self._relative(path), self._column, self._row_filter)
 
 
 def _split_glob(path: Path) -> tuple[Path, str]:
