@@ -115,7 +115,7 @@ def prepare_data(
     from lightlm.data.prepare.run import verify as verify_folder
     from lightlm.data.preview import beginnings
     from lightlm.data.select.deduplication import checked_mode
-    from lightlm.data.sources.local import PYDOCS
+    from lightlm.data.sources.pydocs import PYDOCS
 
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options

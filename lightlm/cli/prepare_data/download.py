@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-    from lightlm.data.sources.local import Source
+    from lightlm.data.sources.base import Source
 
 HONORED = ("source", "tokenizer", "text_column", "download_only", "as_json")
 

@@ -10,7 +10,7 @@ from lightlm.data.prepare.workspace import Setting
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
-from lightlm.data.sources.local import Source
+from lightlm.data.sources.base import Source
 from lightlm.data.tokenizer import requested_vocab_size
 from lightlm.errors import UsageError
 

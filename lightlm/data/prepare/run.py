@@ -29,8 +29,9 @@ from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode
 from lightlm.data.select.filters import Filter
 from lightlm.data.shards import Manifest, token_dtype
+from lightlm.data.sources.base import Revisable, Source
 from lightlm.data.sources.hub.client import download_tokenizer
-from lightlm.data.sources.local import Revisable, Source, open_source
+from lightlm.data.sources.registry import open_source
 from lightlm.data.sources.sample import training_sample
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
 from lightlm.disk_errors import clear_errors

@@ -17,7 +17,7 @@ from typing import Any
 
 from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare.run import prepare
-from lightlm.data.readers import files as readers
+from lightlm.data.readers import jsonl as readers
 from lightlm.data.readers import texts
 
 SHARD_TOKENS = 20_000

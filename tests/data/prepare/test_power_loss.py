@@ -8,7 +8,7 @@ import pytest
 
 from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare.run import prepare
-from lightlm.data.readers import files as readers
+from lightlm.data.readers import jsonl as readers
 from lightlm.data.select.deduplication import Mode
 from tests.corpus import texts
 from tests.data.prepare.test_resume import Stop, contents, stopping, write_source

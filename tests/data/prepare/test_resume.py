@@ -19,7 +19,7 @@ from lightlm.data.prepare.encoded_block import EncodedBlockWriter
 from lightlm.data.prepare.run import prepare
 from lightlm.data.prepare.workspace import Workspace
 from lightlm.data.prepare.writer import SplitWriter
-from lightlm.data.readers import files as readers
+from lightlm.data.readers import jsonl as readers
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError
 from tests.corpus import texts

@@ -15,7 +15,8 @@ from lightlm.data.prepare.encoded_block import EncodedBlock
 from lightlm.data.prepare.executors import ThreadEngine
 from lightlm.data.prepare.mixing.source import MixtureSource
 from lightlm.data.prepare.run import prepare
-from lightlm.data.sources.local import Source, open_source
+from lightlm.data.sources.base import Source
+from lightlm.data.sources.registry import open_source
 from tests.corpus import texts
 
 

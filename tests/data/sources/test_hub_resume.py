@@ -6,9 +6,9 @@ import pytest
 
 from lightlm.data.prepare import blocks
 from lightlm.data.prepare.run import prepare
-from lightlm.data.readers import parquet_footers as footers
+from lightlm.data.readers import parquet as footers
 from lightlm.data.sources.hub.client import HubError
-from lightlm.data.sources.local import open_source
+from lightlm.data.sources.registry import open_source
 from tests.hub import Fault, Hub
 from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 
-from lightlm.data.readers.texts import Unit
+from lightlm.data.readers.texts import Unit, pack_strings
 from lightlm.data.shards import MixedSource
-from lightlm.data.sources.local import Revisable, Source
+from lightlm.data.sources.base import Revisable, Source
 from lightlm.data.sources.sample import beginnings
 from lightlm.errors import DataError
 
@@ -67,7 +68,7 @@ class MixtureSource:
         """
         for source, _ in self.parts:
             next(source.units(), None)  # raises now if a source cannot be read
-        yield Unit(self.spec, self._sample)
+        yield Unit(self.spec, partial(pack_strings, self._sample))
 
     def _sample(self) -> Iterator[str]:
         """Yield texts of all sources, so that characters are in the shares, until one source ends."""
