@@ -114,7 +114,7 @@ def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> N
         ([], "name a SOURCE"),
         (["a.jsonl", "--mix", "a.jsonl=1,b.jsonl=1"], "exclude each other"),
         (["--mix", "a.jsonl=1"], "at least two sources"),
-        (["a.jsonl", "--filter", "score >"], "invalid syntax at: score >"),
+        (["a.jsonl", "--filter", "score >"], "invalid syntax at its end"),
         (["a.jsonl", "--dedup", "fuzzy"], "--dedup fuzzy: choose exact or near"),
         (["a.jsonl", "--contaminated", "flag"], "--decontaminate"),
         (["a.jsonl", "--contaminated", "keep"], "choose drop or flag"),

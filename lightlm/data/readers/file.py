@@ -2,19 +2,7 @@
 
 import errno
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
-
-
-class Status(Protocol):
-    """The part of `os.stat_result` that readers use."""
-
-    @property
-    def st_size(self) -> int:
-        """Bytes."""
-
-    @property
-    def st_mtime_ns(self) -> int:
-        """Changes when the content does."""
+from typing import Any, BinaryIO, Literal, Protocol
 
 
 class File(Protocol):
@@ -26,7 +14,8 @@ class File(Protocol):
     def name(self) -> str:
         """The last part of the path."""
 
-    def stat(self) -> Status: ...
+    def stat(self) -> Any:
+        """Return at least `st_size`, in bytes, and `st_mtime_ns`, which changes when the content does."""
 
     def open(self, mode: Literal["rb"], buffering: int = ...) -> BinaryIO:
         """Open the file for reading; each read of an unbuffered remote file is a request."""

@@ -119,10 +119,12 @@ def _parse(line: bytes, where: Callable[[], str], text_column: str, row_filter: 
     if not isinstance(columns, dict):
         raise DataError(f"{where()}: a JSON object was expected, with the text under {text_column!r}")
     record = record_of(columns, where, text_column, row_filter)
-    if record.text is None or record.text.isascii():
-        return record
-    # JSON can spell half of a surrogate pair ("\ud83d"), which is not a character; it becomes U+FFFD.
-    return record._replace(text=record.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    try:
+        (record.text or "").encode("utf-16")  # faster than UTF-8
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair ("\ud83d"), which is not a character; it becomes U+FFFD.
+        return record._replace(text=str(record.text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return record
 
 
 def _line_in_block(file: File, start: int, number: int) -> str:

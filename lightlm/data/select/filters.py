@@ -154,7 +154,8 @@ class _Parser:
                 warnings.simplefilter("ignore", SyntaxWarning)  # an unknown escape such as '\d'
                 return self._node(ast.parse(self._python, mode="eval").body)
         except SyntaxError as error:
-            place, problem = (error.offset or 1) - 1, str(error.msg)
+            place, problem = error.offset, str(error.msg)
+            place = place - 1 if place else len(self._python)  # 0 is the end
             equals = "'=='" in problem or self._python[place : place + 1] == "="
             raise self._error("write == to compare" if equals else problem.partition(".")[0], place) from None
         except (ValueError, RecursionError, MemoryError) as error:  # a null byte; thousands of parentheses

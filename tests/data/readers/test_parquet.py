@@ -46,11 +46,11 @@ def test_arrow_gives_freed_memory_back_unless_told_otherwise() -> None:
     """Half of a text of 500 MB more, measured (docs/design.md); too large to do it here."""
     code = "import lightlm.data.readers.files, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
     environment = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
-    for chosen in ({}, {"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}):
+    for pool in ({}, {"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment | chosen, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code], env=environment | pool, capture_output=True, text=True, check=True
         )
-        assert done.stdout.strip() == chosen.get("ARROW_DEFAULT_MEMORY_POOL", "system")
+        assert done.stdout.strip() == pool.get("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 
 def test_a_cell_above_the_limit_is_refused_by_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def test_arrow_gives_what_plain_python_gives(expression: Expression) -> None:
 @pytest.mark.parametrize(
     ("values", "text", "rows"),
     [
-        ([1, 2.5, None, 10**400], "x > 2", [1, 3]),  # numbers of both kinds, and one that no number of Arrow holds
+        ([1, 2.5, None, 10**400], "x > 2", [1, 3]),  # integers, floats, and one beyond the numbers of Arrow
         ([2**53 + 1, 2**53], "x == 9007199254740993", [0]),
         ([-(10**400), 3], "x < 0", [0]),
         (["\ud83d", "a"], "x != 'a'", [0]),  # half of a surrogate pair
@@ -164,7 +164,10 @@ def test_values_that_json_can_spell(values: list[Any], text: str, rows: list[int
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "at its end"),
+        ("", "invalid syntax at its end"),
+        ("score >", "invalid syntax at its end"),
+        (" score is not ", "invalid syntax at its end"),
+        (" score >= ] ", "unmatched ']' at: ]"),
         ("score", "a comparison of the column 'score' was expected at: score"),
         ("score = 3", "write == to compare at: = 3"),
         ("(score = 3)", "write == to compare at: score = 3)"),

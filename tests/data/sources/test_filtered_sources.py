@@ -1,4 +1,4 @@
-"""`--filter` and globs on files: which records are read, what is counted, and what row groups are not read at all."""
+"""`--filter` and globs on files: which records are read and counted, and which row groups are not read."""
 
 import json
 from pathlib import Path

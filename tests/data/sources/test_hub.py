@@ -88,7 +88,7 @@ def test_a_fault_that_passes_changes_nothing(hub: Hub, fineweb_edu: Path, fault:
     assert hub.faults[0].times == 0  # it did happen
 
 
-def test_a_line_that_drops_again_and_again_costs_pieces_and_repeats_no_document(
+def test_a_line_that_drops_repeatedly_costs_single_requests_and_repeats_no_document(
     hub: Hub, fineweb_edu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_files, "REQUEST_BYTES", 20_000)
@@ -347,7 +347,7 @@ def test_other_formats_are_read_file_by_file_through_faults(hub: Hub, tmp_path: 
         assert hub.faults.pop().times == 0
 
 
-def test_a_streamed_file_that_breaks_goes_on_at_the_row_where_it_broke(
+def test_a_streamed_file_resumes_at_the_row_where_it_broke(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`datasets` gives rows in batches, so a break between rows is made here, where it streams."""

@@ -228,10 +228,12 @@ def download_tokenizer(repo: str, alternative: str) -> Path:
     Raises DataError where the Hub cannot be reached, or has no such repository or file.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    cached = try_to_load_from_cache(repo, "tokenizer.json") if _is_repo(repo) else None
-    if isinstance(cached, str):
-        return Path(cached)
+    with contextlib.suppress(HFValidationError):  # the download reports it
+        cached = try_to_load_from_cache(repo, "tokenizer.json")
+        if isinstance(cached, str):
+            return Path(cached)
     require_hub(f"the tokenizer {repo!r}", alternative)
     try:
         with quiet_libraries():
@@ -247,14 +249,3 @@ def first_line(error: BaseException) -> str:
     """Return the first line of a library's message, without its final period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def _is_repo(repo: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        return False
-    return True
