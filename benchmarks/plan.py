@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightlm import __version__
-from lightlm.data.shards import resolve_dataset
+from lightlm.data.folder import resolve_dataset
 from lightlm.recipe import load_recipe
 
 

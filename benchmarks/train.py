@@ -33,8 +33,8 @@ from torch import Tensor
 from lightlm import __version__
 from lightlm.convert.huggingface.config import write_config
 from lightlm.convert.huggingface.export_target import export_target
+from lightlm.data.folder import DataFolder
 from lightlm.data.loader import BatchLoader
-from lightlm.data.shards import DataFolder
 from lightlm.device import autocast, describe, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer

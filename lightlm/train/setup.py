@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lightlm.data.shards import DataFolder
+from lightlm.data.folder import DataFolder
 from lightlm.errors import DataError, RecipeError
 from lightlm.recipe import Recipe
 from lightlm.train.observe.observers import Observer

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from lightlm import checkpoint, files
+from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.data.loader import BatchLoader
-from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.device import describe, keep_freed_memory, peak_flops, pick_dtype
 from lightlm.errors import LightLMError
 from lightlm.model.transformer import Transformer

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from lightlm.cli.displays.preparation import progress_text
 from lightlm.cli.prepare_data.command import prepare_data
+from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.data.prepare.run import Progress
-from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.data.sources import pydocs
 from lightlm.errors import DataError, LightLMError, UsageError
 

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from lightlm.cli.prepare_data.command import prepare_data
-from lightlm.data.shards import DataFolder
+from lightlm.data.folder import DataFolder
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate import runner
 from tests.corpus import texts

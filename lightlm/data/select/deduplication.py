@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
+from lightlm.data.hashing import mix
 from lightlm.data.select.hash_index import HashIndex
-from lightlm.data.select.ngrams import mix, ngram_hashes, word_hashes
+from lightlm.data.select.ngrams import ngram_hashes, word_hashes
 from lightlm.errors import DataError, UsageError
 
 Mode = Literal["exact", "near"]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lightlm.data.hashing import mix
+
 # Characters per chunk: powers and intermediate arrays fit in the processor's cache, and a document needs memory only
 # for the hashes of its words.
 CHUNK_CHARACTERS = 1 << 16
@@ -39,13 +41,6 @@ def word_hashes(text: str) -> Iterator[np.ndarray]:
         hashes = _hash_words(chunk.lower())
         if hashes.size:
             yield hashes
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """Scatter uint64 values over 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def _chunks(text: str) -> Iterator[str]:

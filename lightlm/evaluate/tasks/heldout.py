@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset
 
 from lightlm.checkpoint import RUNS, find_run, run_of
-from lightlm.data.shards import DataFolder, resolve_dataset
+from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate.tasks import cloze
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightlm.data.shards import DataFolder, resolve_dataset
+from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype
 from lightlm.errors import UsageError
 from lightlm.model.transformer import Transformer

@@ -181,11 +181,11 @@ def test_messages_do_not_say_to_repeat_what_cannot_work(tmp_path: Path, tokenize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "BLOCK_BYTES", 20_000)
         patch.setattr("lightlm.data.prepare.blocks.BLOCK_BYTES", 20_000)
-        with pytest.raises(DataError, match=r"\)\. What is finished is kept: .*--skip-bad"):
+        with pytest.raises(DataError, match=r"\)\. Progress is saved\. Rerun .*--skip-bad"):
             prepare(str(source), tokenizer, tmp_path / "out", workers=1)
     with pytest.raises(DataError, match="unfinished preparation with other settings") as refused:
         prepare(str(source), tokenizer, tmp_path / "out", val_fraction=0.2)
-    assert "run the same command again" not in str(refused.value)
+    assert "Rerun" not in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", ["moved to validation", "twice", "gone", "in another order"])

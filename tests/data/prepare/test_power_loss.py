@@ -40,7 +40,7 @@ def test_what_was_not_forced_to_the_disk_is_made_again(
     with stopping(9 if dedup is None else 18), pytest.raises(Stop):
         prepare(str(source), str(tmp_path / "tokenizer.json"), tmp_path / "out", **options)
     partial = tmp_path / ".out.partial"
-    assert (partial / "work" / "state.json").is_file()
+    assert (partial / "work" / "state.npz").is_file()
     lost = [path for path in partial.rglob("*") if path.is_file() and path.stat().st_ino not in durable]
     for path in lost:
         path.write_bytes(b"")

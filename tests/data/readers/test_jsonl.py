@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import jsonl
 from lightlm.data.readers.files import reader_of
-from lightlm.data.shards import DataFolder
 from lightlm.errors import DataError
 from tests.corpus import texts
 
