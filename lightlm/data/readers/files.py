@@ -38,7 +38,7 @@ READERS: dict[str, Reader] = {
 
 
 def suffix_of(file: File) -> str | None:
-    """Which suffix of `READERS` a file name ends in, ignoring case; None for a file that cannot be read."""
+    """Return the suffix of `READERS` that a file name ends in, ignoring case; None for a file that cannot be read."""
     name = file.name.lower()
     return next((suffix for suffix in READERS if name.endswith(suffix)), None)
 

@@ -55,7 +55,7 @@ def _unreadable(error: DataError, bad: BadRecord) -> Iterator[Texts]:
 
 
 def _row_groups(file: File, text_column: str, row_filter: Filter | None) -> int:
-    """How many row groups a file has. Raises DataError where it lacks the text column, or a filter's."""
+    """Return the number of row groups. Raises DataError where it lacks the text column, or a filter's."""
     try:
         found = _footer(file, _version(file))
         schema, groups = found.schema.to_arrow_schema(), found.num_row_groups
@@ -135,7 +135,7 @@ def _footer(file: File, version: tuple[int, int]) -> parquet.FileMetaData:
 
 @functools.lru_cache(maxsize=FOOTERS)
 def _matching_groups(file: File, version: tuple[int, int], row_filter: Filter) -> frozenset[int]:
-    """The row groups that may have rows that `row_filter` keeps, by their statistics."""
+    """Return the row groups that may have rows that `row_filter` keeps, by their statistics."""
     metadata = _footer(file, version)
     expression = row_filter.arrow(metadata.schema.to_arrow_schema(), str(file))
     content = pyarrow.BufferOutputStream()  # the footer suffices, wherever the file itself is

@@ -52,7 +52,7 @@ class LocalSource:
         return files
 
     def _relative(self, path: Path) -> str:
-        """The file's name in unit ids: relative to the folder, with forward slashes on every system."""
+        """Return the file's name in unit ids: relative to the folder, with forward slashes on every system."""
         return path.relative_to(self._root).as_posix() if path != self._root else path.name
 
     def _listing_hash(self) -> str:
@@ -84,6 +84,6 @@ def _check_name(path: Path) -> None:
 
 
 def _stem(path: Path) -> str:
-    """A name without every supported suffix: `notes.jsonl.gz` is `notes`; a folder keeps its whole name."""
+    """Return a name without its supported suffix: `notes` for `notes.jsonl.gz`; the whole name for a folder."""
     suffix = suffix_of(path) if path.is_file() else None
     return path.name[: -len(suffix)] if suffix else path.name
