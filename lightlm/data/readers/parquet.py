@@ -100,15 +100,15 @@ def _group_texts(
 ) -> Iterator[Texts]:
     schema, size = opened.schema_arrow, opened.metadata.row_group(group)
     tested = row_filter.arrow_columns(schema) if row_filter is not None else []
+    expression = row_filter.arrow(schema, where) if row_filter is not None else None
     first = 0
     # Few rows at a time: about a chunk by the average, since one text may be far above it.
     rows = max(1, min(4_096, int(size.num_rows * CHUNK_BYTES / max(1, size.total_byte_size))))
     for batch in opened.iter_batches(row_groups=[group], columns=[text_column, *tested], batch_size=rows):
         numbers, column = np.arange(first, first + len(batch)), batch.column(text_column)
         first += len(batch)
-        if row_filter is not None:
-            table = pyarrow.Table.from_batches([batch.select(tested)])
-            kept = matching_rows(table, row_filter.arrow(schema, where))
+        if expression is not None:
+            kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
             if len(kept) < len(batch):
                 bad(FilteredOut(len(batch) - len(kept)))
                 numbers, column = numbers[kept], column.take(pyarrow.array(kept))
