@@ -19,7 +19,7 @@ from common import make_parser
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
-from lightlm.data.shards import DataFolder, resolve_dataset
+from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.results.store import rows
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks

@@ -31,6 +31,7 @@ from measure import machine_facts, seconds_of
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.huggingface.folder import export_huggingface
 from lightlm.convert.load import load_pretrained
+from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.tokenizer import load_tokenizer
 from lightlm.device import pick_device
 from lightlm.model.transformer import Transformer
@@ -113,7 +114,7 @@ def hugging_face_folder(model: str, scratch: Path, tokenizer: str) -> Path:
     if model == "gpt2-shape":
         torch.manual_seed(0)
         built = Transformer(load_recipe("gpt2-124m").model)
-        loaded = LoadedModel(built, load_tokenizer(tokenizer), Path(model))
+        loaded = LoadedModel(built, load_tokenizer(tokenizer, download_tokenizer), Path(model))
     elif (Path(model) / "config.json").exists() and (Path(model) / "tokenizer_config.json").exists():
         return Path(model)
     else:

@@ -19,7 +19,7 @@ from typing import Any
 from common import make_parser, report
 
 from lightlm import __version__
-from lightlm.data.shards import resolve_dataset
+from lightlm.data.folder import resolve_dataset
 from lightlm.recipe import load_recipe
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
-from lightlm.data.shards import DataFolder
+from lightlm.data.folder import DataFolder
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import UsageError

@@ -79,7 +79,7 @@ class Hub:
     """The server, which runs in a thread while the `with` block does."""
 
     def __init__(self) -> None:
-        self.repositories: dict[str, Repository] = {}  # by "datasets/organisation/name" or "models/organisation/name"
+        self.repositories: dict[str, Repository] = {}  # by "datasets/organization/name" or "models/organization/name"
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.ranges = True  # False: a mirror that answers every request for a range with the whole file
@@ -281,8 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "Authorization" in self.headers:
             self._error(400, "", "a token was sent to another host")
             return
-        kind, organisation, name, commit, path = place.split("/", 4)
-        content = self.hub.repositories[f"{kind}/{organisation}/{name}"].commits[commit][path]
+        kind, organization, name, commit, path = place.split("/", 4)
+        content = self.hub.repositories[f"{kind}/{organization}/{name}"].commits[commit][path]
         self._content(content, {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.md5(content).hexdigest()}"'})
 
     def _content(self, content: bytes, headers: dict[str, str]) -> None:

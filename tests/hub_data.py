@@ -7,9 +7,9 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from lightlm.data.readers import parquet_footers as footers
+from lightlm.data.readers import parquet as footers
 from lightlm.data.sources.hub.source import HubSource
-from lightlm.data.sources.local import open_source
+from lightlm.data.sources.registry import open_source
 from tests.corpus import texts as corpus
 from tests.hub import Hub
 

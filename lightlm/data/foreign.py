@@ -1,7 +1,7 @@
-"""Folders of shards that other programs wrote: those of llm.c and modded-nanogpt train as they are.
+"""Shards from other programs: LightLM trains on those of llm.c and modded-nanogpt as they are.
 
-Their files are `<name>_train_000001.bin` and `<name>_val_000000.bin`, without a manifest. uint16 shards are taken to
-hold GPT-2's tokens, as both programs' do, unless a tokenizer.json lies beside them.
+Their files are `<name>_train_000001.bin` and `<name>_val_000000.bin`, without a manifest. uint16 shards hold GPT-2's
+tokens, as in both programs, unless the folder has a tokenizer.json.
 """
 
 import re
@@ -10,21 +10,22 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from lightlm.data.shards import SPLITS, DataFolder, Manifest, ShardEntry, Split, TokenStream, open_shard
+from lightlm.data.shards import SPLITS, Manifest, ShardEntry, Split, TokenStream, open_shard
+from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer
 from lightlm.errors import DataError
 
 _NAME = re.compile(r".+_(train|val)_(\d+)\.bin")
-CHECKED_TOKENS = 1_000_000  # at each shard's beginning; all of 100M would take seconds
+CHECKED_TOKENS = 1_000_000  # of each shard; all 100M would take seconds
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds shards named as llm.c and modded-nanogpt name them, and no manifest."""
+    """Return whether a folder holds shards named as by llm.c and modded-nanogpt, and no manifest."""
     return not (folder / "manifest.json").exists() and any(_NAME.fullmatch(path.name) for path in folder.glob("*.bin"))
 
 
-def open_foreign(folder: Path) -> DataFolder:
-    """Open such a folder. Raises DataError where a shard or the tokenizer does not fit."""
+def read_foreign(folder: Path) -> tuple[Manifest, dict[Split, TokenStream], Tokenizer]:
+    """Read such a folder. Raises DataError where a shard and the tokenizer do not match."""
     found = sorted((path for path in folder.glob("*.bin") if _NAME.fullmatch(path.name)), key=lambda path: path.name)
     shards = {path: open_shard(path) for path in found}
     tokenizer = _tokenizer(folder, shards)
@@ -32,14 +33,14 @@ def open_foreign(folder: Path) -> DataFolder:
         highest = int(tokens[:CHECKED_TOKENS].max(initial=0))
         if highest >= tokenizer.vocab_size:
             raise DataError(
-                f"{path}: holds the token id {highest}, and the tokenizer has {tokenizer.vocab_size} entries; put the "
-                f"tokenizer.json that the shards were made with into {folder}"
+                f"{path}: holds the token id {highest}, but the tokenizer has {tokenizer.vocab_size} entries; copy the "
+                f"tokenizer.json of the shards into {folder}"
             )
     streams = {
         split: TokenStream([shards[path] for path in found if _split(path) == split], tokenizer.end_of_text_id)
         for split in SPLITS
     }
-    return DataFolder(folder, _manifest(folder, shards, tokenizer), streams, tokenizer)
+    return _manifest(folder, shards, tokenizer), streams, tokenizer
 
 
 def _tokenizer(folder: Path, shards: dict[Path, np.ndarray]) -> Tokenizer:
@@ -47,11 +48,11 @@ def _tokenizer(folder: Path, shards: dict[Path, np.ndarray]) -> Tokenizer:
     if path.is_file():
         return Tokenizer.from_file(path)
     if any(tokens.dtype.itemsize > 2 for tokens in shards.values()):
-        raise DataError(f"{folder} holds uint32 shards and no tokenizer.json; put the one they were made with there")
+        raise DataError(f"{folder} holds uint32 shards and no tokenizer.json; copy the one of the shards there")
     try:
-        return load_tokenizer("gpt2")
+        return load_tokenizer("gpt2", download_tokenizer)
     except DataError as error:
-        raise DataError(f"{folder} holds no tokenizer.json, and without one it means GPT-2's. {error}") from error
+        raise DataError(f"{folder} holds no tokenizer.json, so its shards need GPT-2's. {error}") from error
 
 
 def _split(path: Path) -> Split:
@@ -60,7 +61,7 @@ def _split(path: Path) -> Split:
 
 
 def _manifest(folder: Path, shards: dict[Path, np.ndarray], tokenizer: Tokenizer) -> Manifest:
-    """What can be said of the shards without reading them all: documents and bytes of text are not counted."""
+    """Return a manifest of what is known without reading all shards: documents and bytes of text are not counted."""
     entries = [
         ShardEntry(file=path.name, split=_split(path), tokens=len(tokens), documents=0, xxh3=_identity(path))
         for path, tokens in shards.items()
@@ -83,7 +84,7 @@ def _manifest(folder: Path, shards: dict[Path, np.ndarray], tokenizer: Tokenizer
 
 
 def _identity(path: Path) -> str:
-    """Tells shards apart, so that a run is not gone on with on other data: a hash of the size and both ends."""
+    """Hash the size and both ends of a shard, so that a run does not resume on other data."""
     digest = xxhash.xxh3_64(str(path.stat().st_size).encode())
     with path.open("rb") as file:
         digest.update(file.read(1 << 20))

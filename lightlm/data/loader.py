@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, epoch, sample index): the loader has no state.
 
-So a run that stops and resumes, or that runs on another number of devices, sees the same samples in the same
-order. A sample is `seq_len + 1` tokens of the train stream at `index * seq_len`: the inputs are all but the last,
-the targets all but the first.
+So a run that resumes, or that runs on another number of devices, sees the same samples in the same order. A sample is
+`seq_len + 1` tokens of the train stream at `index * seq_len`: the inputs are all but the last, the targets all but the
+first.
 """
 
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from lightlm.data.select.ngrams import mix
+from lightlm.data.hashing import mix
 from lightlm.data.shards import TokenStream
 from lightlm.errors import DataError
 
-# Four rounds make a Feistel network indistinguishable from random in theory (Luby and Rackoff, 1988); two more
-# make up for the small halves of small data sets. 10,000 indices take 10 ms.
+# In theory four rounds make a Feistel network indistinguishable from random (Luby and Rackoff, 1988). Two more
+# compensate for the small halves of small data sets. 10,000 indices take 10 ms.
 FEISTEL_ROUNDS = 6
 
 
 def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(size), keyed by (seed, epoch), sends each index: int64, same shape.
+    """Map indices by a pseudo-random permutation of range(size), keyed by (seed, epoch): int64, same shape.
 
-    O(1) memory: a Feistel network on the smallest even number of bits that holds `size`, applied again to results
-    outside the range (cycle walking; under four passes on average).
+    Takes O(1) memory: a Feistel network on the smallest even number of bits that holds `size`, applied again to
+    results outside the range (cycle walking; under four passes on average).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -40,14 +40,14 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
 
 
 class BatchLoader:
-    """Training batches from a token stream, epoch after epoch, each epoch in its own order."""
+    """Training batches from a token stream, in a new order each epoch."""
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int) -> None:
-        """Raises DataError where the stream holds too few tokens for one sample."""
+        """Raise DataError where the stream holds too few tokens for one sample."""
         self.num_samples = (len(stream) - 1) // seq_len
         if self.num_samples < 1:
             raise DataError(
-                f"The train split holds {len(stream)} tokens, and one sample of sequence length {seq_len} needs "
+                f"The train split holds {len(stream)} tokens, but one sample of sequence length {seq_len} needs "
                 f"{seq_len + 1}. Prepare more text, or train with a shorter sequence."
             )
         self.seq_len = seq_len
@@ -55,8 +55,9 @@ class BatchLoader:
         self._stream = stream
 
     def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Samples `start` to `start + count` of the run, counted over all epochs, as (inputs, targets): int64 of shape
-        (count, seq_len). With several processes, each asks for its own part of the global batch.
+        """Return samples `start` to `start + count` of the run as (inputs, targets): int64 of shape (count, seq_len).
+
+        Counts samples over all epochs. With several processes, each requests its own part of the global batch.
         """
         numbers = np.arange(start, start + count, dtype=np.int64)
         windows = np.empty((count, self.seq_len + 1), dtype=np.int64)
@@ -65,7 +66,7 @@ class BatchLoader:
         return _inputs_and_targets(windows)
 
     def _windows(self, numbers: np.ndarray) -> np.ndarray:
-        """The window of the stream that each sample number means; a batch may span epochs."""
+        """Return the window of the stream for each sample number; a batch may span epochs."""
         epochs, positions = np.divmod(numbers, self.num_samples)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -77,14 +78,14 @@ class BatchLoader:
 def validation_batches(
     stream: TokenStream, seq_len: int, max_tokens: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The first floor(max_tokens / seq_len) windows (at least one) in order, as (inputs, targets) like `batch`.
+    """Yield the first floor(max_tokens / seq_len) windows (at least one), as (inputs, targets) like `batch`.
 
-    The last batch may be smaller. A stream shorter than one window gives one shorter window.
-    Raises DataError, at the call, where the stream holds no token to predict.
+    The last batch may be smaller. A stream shorter than one window gives one shorter window. Raises DataError, at the
+    call, where the stream holds no token to predict.
     """
     if len(stream) < 2:
         raise DataError(
-            f"The validation split holds {len(stream)} tokens, and 2 are needed to predict one. "
+            f"The validation split holds {len(stream)} tokens, but predicting one needs 2. "
             "Prepare the data with a larger --val-fraction, or train without validation."
         )
     length = min(seq_len, len(stream) - 1)
@@ -101,6 +102,6 @@ def _window_batches(
 
 
 def _inputs_and_targets(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """(inputs, targets) of shape (N, T) from windows of shape (N, T + 1)."""
+    """Return (inputs, targets) of shape (N, T) from windows of shape (N, T + 1)."""
     tokens = torch.from_numpy(windows)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

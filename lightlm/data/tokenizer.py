@@ -1,11 +1,11 @@
-"""Tokenizers: one wrapper over `tokenizers` that treats text as text, loading by name or path, and training."""
+"""Tokenizers: a wrapper over `tokenizers` that never reads special tokens from text, loading, and training."""
 
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ OFFLINE_HINT = (
     "Offline, use --tokenizer train:8192, which trains one on the data, or --tokenizer PATH with a tokenizer.json."
 )
 
-# 256 bytes and the end-of-text token leave no merge at 257; below 300 a "tokenizer" is bytes with a few pairs.
+# 257 entries are the bytes and the end-of-text token; below 300 a tokenizer has hardly any merges.
 MIN_VOCAB_SIZE = 300
 
-PIECE_CHARACTERS = 200_000
+PART_CHARACTERS = 200_000
 GROUP_CHARACTERS = 1_000_000  # encoded together: 150 MB of memory
-# Where a text may be cut without a change of its ids (see `Tokenizer.border`).
+# Where a text may be cut without changing its ids (see `Tokenizer.border`).
 _SPACE_BORDER = r"(?<=\S)(?= \S)"
 _BORDER = re.compile(rf"(?<=\S\n)(?=\S)|{_SPACE_BORDER}|(?<=[^\W\d_])(?=[。，、！？])")
 
@@ -42,18 +42,18 @@ _BORDER = re.compile(rf"(?<=\S\n)(?=\S)|{_SPACE_BORDER}|(?<=[^\W\d_])(?=[。，�
 class Tokenizer:
     """Text to token ids and back.
 
-    No special token is ever added, and one spelled out inside a text (a web page about GPT-2 that contains
-    `<|endoftext|>`) is ordinary characters: the end-of-text id appears where a document ends and nowhere else.
+    Adds no special tokens. One spelled out inside a text (a web page about GPT-2 that contains `<|endoftext|>`) is
+    ordinary characters: the end-of-text id appears only where a document ends.
     """
 
-    # What an imported model was trained to see before a text; for our own models end-of-text is, and nothing is added.
-    bos_id: int | None = None  # stands in for the context of a text that has none; None: end-of-text does
-    adds_bos: bool = False  # and before every other context too
+    # The token that an imported model expects before a text. Our own models are trained with end-of-text there.
+    bos_id: int | None = None  # the context of a text without one; None: end-of-text
+    adds_bos: bool = False  # whether it comes before every other context too
 
     def __init__(self, definition: bytes, *, origin: str, end_of_text_id: int | None = None) -> None:
         """Read the bytes of a tokenizer.json; `origin` names them in messages.
 
-        Raises DataError where they are no such file, or name no end-of-text token and none is given.
+        Raises DataError where they are not a tokenizer.json, or name no end-of-text token and none is given.
         """
         import tokenizers
 
@@ -64,7 +64,7 @@ class Tokenizer:
             raise DataError(f"{origin} is not a tokenizer.json that `tokenizers` can read: {error}") from error
         self.definition = definition
         self._tokenizer.encode_special_tokens = True
-        # Definitions made for encoders cut every text at 512 tokens; a corpus must not be cut.
+        # Definitions for BERT-like models cut every text at 512 tokens; a corpus must not be cut.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._added = self._tokenizer.get_added_tokens_decoder()
@@ -88,36 +88,36 @@ class Tokenizer:
         return cls(definition, origin=str(path), end_of_text_id=end_of_text_id)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text."""
+        """Return the token ids of a text."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text; texts, and the pieces of long ones, are shared out over the processor's cores."""
-        pieces = [(number, piece) for number, text in enumerate(texts) for piece in self._pieces(text)]
+        """Return the token ids of each text. All cores work on texts and on the parts of long ones."""
+        parts = [(number, part) for number, text in enumerate(texts) for part in self._parts(text)]
         ids: list[list[int]] = [[] for _ in texts]
-        for group in _groups(pieces):
-            # The "fast" variant leaves out character offsets and gives the same ids.
-            encoded = self._tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+        for group in _groups(parts):
+            # The "fast" variant omits character offsets and gives the same ids.
+            encoded = self._tokenizer.encode_batch_fast([part for _, part in group], add_special_tokens=False)
             for (number, _), item in zip(group, encoded, strict=True):
                 ids[number] += item.ids
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids; special tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
 
     def id_of(self, token: str | None) -> int | None:
-        """The id of an entry by its name, or None where there is none."""
+        """Return the id of an entry by its name, or None."""
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def name_of(self, index: int) -> str | None:
-        """The name of an entry by its id, or None where there is none."""
+        """Return the name of an entry by its id, or None."""
         return self._tokenizer.id_to_token(index)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for: int32 of shape (vocab_size,), 0 for special tokens.
+        """Return the UTF-8 bytes of text per id: int32 of shape (vocab_size,), 0 for special tokens.
 
-        Bits per byte divides by the sum of these over the targets.
+        Bits per byte divides by their sum over the targets.
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items():
@@ -133,14 +133,14 @@ class Tokenizer:
         return str(self._tokenizer.id_to_token(self.end_of_text_id))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the definition, byte for byte as it was read, so that its hash stays what it was."""
+        """Write the definition, byte for byte as it was read, so that its hash stays the same."""
         write_bytes(Path(path), self.definition)
 
-    def _pieces(self, text: str) -> Iterator[str]:
-        """A long text in pieces that give the ids of the whole; encoding 54 MB at once took 8 GB of memory."""
+    def _parts(self, text: str) -> Iterator[str]:
+        """Yield a long text in parts that give the ids of the whole; encoding 54 MB at once took 8 GB of memory."""
         start = 0
-        while self.border is not None and len(text) - start > PIECE_CHARACTERS:
-            border = self.border.search(text, start + PIECE_CHARACTERS)
+        while self.border is not None and len(text) - start > PART_CHARACTERS:
+            border = self.border.search(text, start + PART_CHARACTERS)
             if border is None:
                 break
             yield text[start : border.start()]
@@ -149,7 +149,7 @@ class Tokenizer:
 
     @functools.cached_property
     def prefix_ids(self) -> list[int]:
-        """What the definition's post-processor puts before a text when it is asked to add special tokens."""
+        """The special tokens that the definition's post-processor puts before a text."""
         if not self._tokenizer.num_special_tokens_to_add(is_pair=False):
             return []
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
@@ -159,11 +159,11 @@ class Tokenizer:
 
     @functools.cached_property
     def border(self) -> re.Pattern[str] | None:
-        """Matches, with no width, where a text may be cut without a change of its ids; None where it never may be.
+        """A zero-width pattern for places where a text may be cut without changing its ids; None if there are none.
 
-        Byte-level pre-tokenizers never join a line end between two visible characters to what follows it, nor a
-        single space, or an ideographic comma, to the letter before it. Those that put a space in front of a text
-        leave only places that have one. Others (Metaspace) may do the same without saying so.
+        Byte-level pre-tokenizers never join a line end between two visible characters to the next character, nor a
+        single space, or an ideographic comma, to the letter before it. Those that put a space in front of a text can
+        only be cut before a space. Others (Metaspace) may put one without declaring it.
         """
         if not self.byte_level:
             return None
@@ -171,7 +171,7 @@ class Tokenizer:
 
     @functools.cached_property
     def byte_level(self) -> bool:
-        """Whether tokens are made of bytes, each its own character of an alphabet, as GPT-2's are."""
+        """Whether tokens consist of bytes, each one a character of an alphabet, as in GPT-2."""
         return "ByteLevel" in {*_types(self.content.get("pre_tokenizer")), *_types(self.content.get("decoder"))}
 
     def _text_bytes(self, token: str) -> int:
@@ -187,18 +187,18 @@ class Tokenizer:
             if name in ids:
                 return ids[name]
         raise DataError(
-            f"{origin}: no end-of-text token, which separates documents. Looked among its {len(ids)} added tokens for "
+            f"{origin}: no end-of-text token to separate documents. Its {len(ids)} added tokens have none of "
             f"{', '.join(END_OF_TEXT_NAMES)}. Use a tokenizer made for text generation, or --tokenizer train:8192."
         )
 
 
-def _groups(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Consecutive pieces, `GROUP_CHARACTERS` at a time: the encodings of one group are in memory at once."""
+def _groups(parts: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Yield consecutive parts in groups of `GROUP_CHARACTERS`, whose encodings fit in memory."""
     group: list[tuple[int, str]] = []
     characters = 0
-    for piece in pieces:
-        group.append(piece)
-        characters += len(piece[1])
+    for part in parts:
+        group.append(part)
+        characters += len(part[1])
         if characters >= GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
@@ -207,7 +207,7 @@ def _groups(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
 
 
 def _types(part: Any) -> set[str]:
-    """The `type` of a component of a tokenizer.json and of every component inside it."""
+    """Return the `type` of a component of a tokenizer.json and of every component inside it."""
     if isinstance(part, dict):
         own = {part["type"]} if isinstance(part.get("type"), str) else set()
         return own.union(*(_types(value) for value in part.values()))
@@ -217,16 +217,16 @@ def _types(part: Any) -> set[str]:
 
 
 def _adds_space(part: Any) -> bool:
-    """Whether a pre-tokenizer, or one inside it, puts a space in front of every text."""
+    """Return whether a pre-tokenizer, or one inside it, puts a space in front of every text."""
     if isinstance(part, dict):
         return part.get("add_prefix_space") is True or any(map(_adds_space, part.values()))
     return isinstance(part, list) and any(map(_adds_space, part))
 
 
 def requested_vocab_size(spec: str) -> int | None:
-    """The N of `train:N`, or None for a spec that names an existing tokenizer.
+    """Return the N of `train:N`, or None for a spec that names an existing tokenizer.
 
-    Raises UsageError where N is no whole number, or leaves no room for merges.
+    Raises UsageError where N is not a whole number, or leaves no room for merges.
     """
     kind, colon, number = spec.partition(":")
     if kind != "train":
@@ -236,16 +236,17 @@ def requested_vocab_size(spec: str) -> int | None:
     if int(number) < MIN_VOCAB_SIZE:
         raise UsageError(
             f"--tokenizer {spec}: at least {MIN_VOCAB_SIZE} entries are needed (256 bytes, the end-of-text token, and "
-            "some merges); for a small model train:8192 is a good size"
+            "some merges); for a small model use train:8192"
         )
     return int(number)
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `spec` names: `gpt2`, a Hub id, a tokenizer.json, or a folder that holds one.
+def load_tokenizer(spec: str, download: Callable[[str, str], Path]) -> Tokenizer:
+    """Return the tokenizer that `spec` names: `gpt2`, a Hub id, a tokenizer.json, or a folder that holds one.
 
-    A path that exists takes precedence over a Hub id. Raises DataError where there is no such tokenizer, or the
-    Hub cannot be reached; the message says what works offline.
+    `download(repository, hint)` returns the local path of a Hub repository's tokenizer.json; `hint` is for its errors
+    (see `sources.hub.client.download_tokenizer`). An existing path takes precedence over a Hub id. Raises DataError
+    where there is no such tokenizer.
     """
     path = Path(spec)
     if path.is_dir():
@@ -256,17 +257,15 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return Tokenizer.from_file(path)
     if path.suffix == ".json" or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
         raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, or a Hub id.")
-    from lightlm.data.sources.hub.client import download_tokenizer
-
     repo = NAMED_TOKENIZERS.get(spec, spec)
-    return Tokenizer(download_tokenizer(repo, OFFLINE_HINT).read_bytes(), origin=repo)
+    return Tokenizer(download(repo, OFFLINE_HINT).read_bytes(), origin=repo)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with GPT-2's pre-tokenizer and `<|endoftext|>`; the same texts give the same bytes.
 
-    All 256 bytes are in the alphabet, so every text survives encode and decode. A sample in which no further
-    pair occurs twice stops short of `vocab_size`: `.vocab_size` of the result says how many entries it reached.
+    All 256 bytes are in the alphabet, so decode restores every encoded text. Training stops before `vocab_size` if no
+    pair of tokens occurs twice: `.vocab_size` of the result is the size reached.
     Raises UsageError for fewer than `MIN_VOCAB_SIZE` entries.
     """
     from tokenizers import Tokenizer as Definition

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from lightlm import checkpoint
+from lightlm.data.folder import DataFolder, prepare_command, resolve_dataset
 from lightlm.data.loader import BatchLoader
-from lightlm.data.shards import DataFolder, TokenStream, prepare_command, resolve_dataset
+from lightlm.data.shards import TokenStream
 from lightlm.device import describe, keep_freed_memory, pick_dtype
 from lightlm.errors import DataError, RecipeError
 from lightlm.model.transformer import Transformer

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from lightlm.cli.displays.preparation import progress_text
 from lightlm.cli.prepare_data.command import prepare_data
+from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.data.prepare.run import Progress
-from lightlm.data.shards import DataFolder, resolve_dataset
-from lightlm.data.sources import local as sources
+from lightlm.data.sources import pydocs
 from lightlm.errors import DataError, LightLMError, UsageError
 
 DOCUMENTS = tuple(f"Document {n} is about the number {n}, which is followed by {n + 1}." for n in range(50))
@@ -63,7 +63,7 @@ def test_the_table_and_the_next_command(run) -> None:  # type: ignore[no-untyped
 
 
 def test_pydocs_needs_no_options_and_no_network(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(sources, "_cached_pydocs", lambda: DOCUMENTS)
+    monkeypatch.setattr(pydocs, "_cached_documents", lambda: DOCUMENTS)
     result = run("pydocs", "--json")
     assert json.loads(result.stdout)["next"] == "lightlm train recipes/demo.yaml"
     assert DataFolder.open("data/pydocs").manifest.settings["tokenizer"] == "train:8192"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightlm.data.shards import DataFolder
+from lightlm.data.folder import DataFolder
 from lightlm.data.tokenizer import train_tokenizer
 from tests.corpus import texts
 from tests.hub import Fault, Hub

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from lightlm.cli.prepare_data.command import prepare_data
-from lightlm.data.shards import DataFolder
+from lightlm.data.folder import DataFolder
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate import runner
 from tests.corpus import texts
@@ -114,7 +114,7 @@ def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> N
         ([], "name a SOURCE"),
         (["a.jsonl", "--mix", "a.jsonl=1,b.jsonl=1"], "exclude each other"),
         (["--mix", "a.jsonl=1"], "at least two sources"),
-        (["a.jsonl", "--filter", "score >"], "was expected at its end"),
+        (["a.jsonl", "--filter", "score >"], "invalid syntax at its end"),
         (["a.jsonl", "--dedup", "fuzzy"], "--dedup fuzzy: choose exact or near"),
         (["a.jsonl", "--contaminated", "flag"], "--decontaminate"),
         (["a.jsonl", "--contaminated", "keep"], "choose drop or flag"),

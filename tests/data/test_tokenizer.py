@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Definition
 
 from lightlm.data import tokenizer as tokenizer_module
+from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
 from lightlm.errors import DataError, UsageError
 
@@ -46,7 +47,7 @@ def test_batches_give_what_single_texts_give() -> None:
 @given(text=st.text(alphabet="ab.1' \t\r\n\u00a0é"), size=st.integers(1, 9))
 def test_long_texts_give_the_ids_that_they_give_unsplit(text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "PIECE_CHARACTERS", size)
+        patch.setattr(tokenizer_module, "PART_CHARACTERS", size)
         patch.setattr(tokenizer_module, "GROUP_CHARACTERS", 2 * size)
         split = TRAINED.encode_batch([text, "fox", text])
     assert split == [TRAINED.encode(text), TRAINED.encode("fox"), TRAINED.encode(text)]
@@ -63,7 +64,7 @@ def test_a_sample_too_small_for_the_vocabulary_stops_short() -> None:
 
 def test_saving_keeps_the_bytes_and_the_hash(tmp_path: Path) -> None:
     TRAINED.save(tmp_path / "tokenizer.json")
-    loaded = load_tokenizer(str(tmp_path))
+    loaded = load_tokenizer(str(tmp_path), download_tokenizer)
     assert loaded.sha256 == TRAINED.sha256
     assert loaded.vocab_size == TRAINED.vocab_size
     loaded.save(tmp_path / "again.json")
@@ -87,7 +88,7 @@ def test_truncation_stored_in_a_definition_does_not_cut_texts(tmp_path: Path) ->
     definition.enable_truncation(3)
     definition.enable_padding(length=50)
     definition.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(str(tmp_path)).encode(TEXTS[0]) == TRAINED.encode(TEXTS[0])
+    assert load_tokenizer(str(tmp_path), download_tokenizer).encode(TEXTS[0]) == TRAINED.encode(TEXTS[0])
 
 
 def sentencepiece_like(*added: str) -> bytes:
@@ -121,15 +122,15 @@ def test_a_tokenizer_without_an_end_of_text_token_names_what_was_looked_for() ->
 
 def test_loading_what_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"There is no tokenizer .*absent\.json"):
-        load_tokenizer(str(tmp_path / "absent.json"))
+        load_tokenizer(str(tmp_path / "absent.json"), download_tokenizer)
     with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path), download_tokenizer)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}), encoding="utf-8")
     with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path), download_tokenizer)
 
 
 def test_a_hub_tokenizer_offline_says_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"no-such-org/tokenizer.*HF_HUB_OFFLINE.*train:8192"):
-        load_tokenizer("no-such-org/tokenizer")
+        load_tokenizer("no-such-org/tokenizer", download_tokenizer)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import verify
-from lightlm.data.shards import DataFolder
 from lightlm.errors import DataError
 from tests.train.watch import start
 
@@ -66,12 +66,12 @@ def test_what_does_not_fit_is_named(by_hand: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(DataError, match=r"no manifest\.json"):
         verify(by_hand)
     write_by_hand(by_hand / "stories_train_000002.bin", [7, 400])
-    with pytest.raises(DataError, match=r"train_000002\.bin: holds the token id 400, and the tokenizer has 320"):
+    with pytest.raises(DataError, match=r"train_000002\.bin: holds the token id 400, but the tokenizer has 320"):
         DataFolder.open(by_hand)
     (by_hand / "tokenizer.json").unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    with pytest.raises(DataError, match=r"no tokenizer\.json, and without one it means GPT-2's"):
+    with pytest.raises(DataError, match=r"no tokenizer\.json, so its shards need GPT-2's"):
         DataFolder.open(by_hand)
     with (by_hand / "stories_train_000002.bin").open("ab") as file:
         file.write(b"\0")

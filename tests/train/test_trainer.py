@@ -69,7 +69,7 @@ def test_a_run_learns_and_leaves_what_the_contract_names(whole_run):
 
 
 def test_bits_per_byte_follow_from_loss_and_bytes(whole_run, workspace):
-    from lightlm.data.shards import DataFolder
+    from lightlm.data.folder import DataFolder
 
     data = DataFolder.open(workspace / "data/tiny")
     tokens = data.split("val").slice(0, 1025)

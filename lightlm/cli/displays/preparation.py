@@ -1,4 +1,4 @@
-"""What `lightlm prepare-data` shows: a line while it works, and a table at the end."""
+"""The display of `lightlm prepare-data`: a progress line, and a table at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightlm.data.prepare.run import Progress
     from lightlm.data.shards import Manifest, MixedSource
 
-LISTED = 5  # messages about records that were left out; the manifest has more
+LISTED = 5  # messages about records left out; the manifest has more
 
 
 class ProgressLine:
@@ -40,13 +40,13 @@ class ProgressLine:
             self._status.stop()
 
     def update(self, progress: Progress) -> None:
-        """Show how far the preparation has come; may be called from any thread."""
+        """Show the progress of the preparation; any thread may call this."""
         with self._lock:
             self._update(progress, time.perf_counter())
 
     def _update(self, progress: Progress, now: float) -> None:
-        if progress.note is not None:
-            self._console.print(progress.note, markup=False, soft_wrap=True)
+        if progress.message is not None:
+            self._console.print(progress.message, markup=False, soft_wrap=True)
         if self._first is None or progress.phase != self._first.phase:
             self._first, self._since = progress, now
         if self._status:
@@ -57,7 +57,7 @@ class ProgressLine:
 
 
 def progress_text(first: Progress, progress: Progress, seconds: float) -> str:
-    """The line `seconds` after `first`, which sets the clock: what was there before costs no time."""
+    """Return the progress line `seconds` after `first`; rates exclude what was done before `first`."""
     from lightlm.quantities import format_quantity
 
     parts = [f"{progress.documents:,} documents", f"{progress.text_bytes / 1e6:,.1f} MB"]
@@ -87,7 +87,7 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
-    dropped = manifest.dropped or {"blank": manifest.skipped_documents}  # an older version counted blank ones alone
+    dropped = manifest.dropped or {"blank": manifest.skipped_documents}  # an older version counts only blank ones
     causes = ", ".join(f"{count:,} {cause}" for cause, count in dropped.items() if count)
     rows = [
         ("folder", f"{summary['folder']} ({summary['status']})"),
@@ -99,11 +99,11 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
             else []
         ),
         *(
-            ("looked for", f"{coverage['examples']:,} examples of {name}")
+            ("searched for", f"{coverage['examples']:,} examples of {name}")
             for name, coverage in manifest.evaluation_sets.items()
         ),
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
-        *(("mixture" * (part is manifest.mixture[0]), _of_mixture(part)) for part in manifest.mixture),
+        *(("mixture" * (part is manifest.mixture[0]), _mixture_row(part)) for part in manifest.mixture),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
         ("vocabulary", f"{summary['vocab_size']:,}"),
         ("shards", f"{summary['shards']:,}"),
@@ -122,8 +122,8 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
     console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
 
 
-def _of_mixture(part: MixedSource) -> str:
-    """In a form that fits a line of a terminal: a path as seen from here."""
+def _mixture_row(part: MixedSource) -> str:
+    """Return one row on a mixture's source, with its path relative to the working directory."""
     name = part.source
     if Path(name).is_relative_to(Path.cwd()):
         name = Path(name).relative_to(Path.cwd()).as_posix()
@@ -132,7 +132,7 @@ def _of_mixture(part: MixedSource) -> str:
 
 
 def _warn(manifest: Manifest) -> None:
-    """Say where the result is not quite what was asked for."""
+    """Print how the result differs from the request."""
     from lightlm.cli.console import console
 
     for message in manifest.bad[:LISTED]:
@@ -144,7 +144,7 @@ def _warn(manifest: Manifest) -> None:
     for name, coverage in manifest.evaluation_sets.items():
         if coverage["too_short"]:
             found = f"{coverage['too_short']:,} of {coverage['examples']:,} examples of {name}"
-            console.print(f"{found} are too short to be looked for: they have no 13 words in a row.")
+            console.print(f"{found} are too short to be found: they have fewer than 13 words.")
     spec = str(manifest.settings.get("tokenizer"))
     wanted = spec.removeprefix("train:")
     if wanted != spec and manifest.vocab_size < int(wanted):

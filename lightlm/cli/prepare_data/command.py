@@ -110,12 +110,12 @@ def prepare_data(
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
     from lightlm.cli.displays.preparation import ProgressLine, print_summary
     from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened, parse_filter
+    from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.run import verify as verify_folder
     from lightlm.data.preview import beginnings
     from lightlm.data.select.deduplication import checked_mode
-    from lightlm.data.shards import DataFolder
-    from lightlm.data.sources.local import PYDOCS
+    from lightlm.data.sources.pydocs import PYDOCS
 
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
@@ -252,7 +252,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
 
 def _next_command(folder: Path) -> str:
     """The command to run next; the demo recipe reads data/pydocs by itself."""
-    from lightlm.data.shards import dataset_reference
+    from lightlm.data.folder import dataset_reference
 
     if folder == Path("data/pydocs"):
         return "lightlm train recipes/demo.yaml"

@@ -1,4 +1,4 @@
-"""`lightlm prepare-data SOURCE --download-only`: a Hub data set into the Hub's cache."""
+"""`lightlm prepare-data SOURCE --download-only`: fetch a Hub data set into the Hub's cache."""
 
 from __future__ import annotations
 
@@ -7,46 +7,47 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-    from lightlm.data.sources.local import Source
+    from lightlm.data.sources.base import Source
 
-HONOURED = ("source", "tokenizer", "text_column", "download_only", "as_json")
+HONORED = ("source", "tokenizer", "text_column", "download_only", "as_json")
 
 
 def refuse_other_options(context: typer.Context) -> None:
-    """Raises UsageError where an option was given that says how to prepare: whole files are fetched."""
+    """Raise UsageError for an option that would have no effect on a download of whole files."""
     from lightlm.errors import UsageError
 
     given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
-    options = [option.opts[0] for option in context.command.params if option.name in given - set(HONOURED)]
+    options = [option.opts[0] for option in context.command.params if option.name in given - set(HONORED)]
     if "--mix" in options:
         raise UsageError("--download-only fetches one data set: give each SOURCE of --mix by itself")
     if options:
         raise UsageError(
             f"--download-only fetches whole files and prepares nothing, so {', '.join(options)} would have no effect; "
-            "leave that out here, and give it to the command that prepares"
+            "give it to the command that prepares instead"
         )
 
 
 def download_data(source: Source, tokenizer: str, as_json: bool) -> None:
-    """Fetch the files of a Hub data set and the tokenizer, and print where they are and what comes next.
+    """Fetch the files of a Hub data set and the tokenizer, and print where they are.
 
     Raises UsageError for a source that is not on the Hub.
     """
     from huggingface_hub import constants
 
     from lightlm.cli.console import console, out, print_json
+    from lightlm.data.sources.hub.client import download_tokenizer
     from lightlm.data.sources.hub.source import HubSource
     from lightlm.data.tokenizer import load_tokenizer, requested_vocab_size
     from lightlm.errors import UsageError
 
     if not isinstance(source, HubSource):
-        raise UsageError(f"--download-only: {source.spec} is no data set on the Hugging Face Hub")
+        raise UsageError(f"--download-only: {source.spec} is not a data set on the Hugging Face Hub")
     listing = source.listing
     size = f"{listing.total_bytes / 1e9:,.2f} GB in {len(listing.files)} file{'s' * (len(listing.files) != 1)}"
     console.print(f"{source.spec}, {size}, to {constants.HF_HUB_CACHE}", markup=False, soft_wrap=True)
     source.download()
     if requested_vocab_size(tokenizer) is None:
-        load_tokenizer(tokenizer)
+        load_tokenizer(tokenizer, download_tokenizer)
     if as_json:
         files, total = len(listing.files), listing.total_bytes
         cache = constants.HF_HUB_CACHE

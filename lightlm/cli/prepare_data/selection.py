@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightlm.data.select.decontamination import Decontaminator
     from lightlm.data.select.filters import Filter
-    from lightlm.data.sources.local import Source
+    from lightlm.data.sources.base import Source
 
 
 def open_named(source: str | None, mix: str | None, text_column: str, chosen: Filter | None) -> Source:
     """The source that SOURCE or --mix names. Raises UsageError unless it is one of both."""
     from lightlm.data.prepare.mixing.schedule import parse_mix
     from lightlm.data.prepare.mixing.source import MixtureSource
-    from lightlm.data.sources.local import open_source
+    from lightlm.data.sources.registry import open_source
     from lightlm.errors import UsageError
 
     if source is not None and mix is not None:

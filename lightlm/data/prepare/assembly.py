@@ -1,34 +1,38 @@
-"""Pieces in their order, assembled into shards; can be stopped at any instant and gone on with.
+"""Encoded blocks, in order, appended to the shards; an interrupted assembly resumes.
 
-Every so often what has been assembled is forced to the disk, a state says how far it goes, and the pieces that it
-came from are deleted. So a corpus needs room for its shards and a little more, and a kill costs the pieces that were
-being made, and a moment's copying.
+At intervals, what is appended is forced to the disk, a state file says how far the shards go, and the encoded blocks
+in them are deleted. So a corpus takes the disk space of its shards and a little more, and a kill loses only the blocks
+being encoded.
 """
 
-import os
+import io
+import math
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel
 
-from lightlm.data.prepare.encoded_block import Record, piece_path, remove_piece
-from lightlm.data.prepare.splitting import Candidate, Holder, Span
-from lightlm.data.prepare.statistics import cross_entropy
+from lightlm.data.prepare.encoded_block import EncodedBlock, block_path, read_tokens, remove_encoded_block
 from lightlm.data.prepare.writer import SplitWriter, WriterState
 from lightlm.data.shards import SPLITS, ShardEntry, Split, UnigramEntropy, token_dtype
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.files import sync_file, write_bytes
+from lightlm.files import write_bytes
 
-SAVE_TOKENS = 50_000_000  # between two states: a fifth of a second of copying, 100 MB of pieces kept
-COPY_TOKENS = 4_000_000
+SPLIT_RULE = (
+    "a document is for validation if xxh3_64(its UTF-8 text) mod 2**32 < val_fraction * 2**32; if none is, validation "
+    "gets the last val_fraction of the tokens (at least 1,024 or a tenth), from the first document that begins there"
+)
+MIN_VAL_TOKENS = 1_024  # one sequence of a small model
+
+SAVE_TOKENS = 50_000_000  # between two states: a fifth of a second of copying, 100 MB of encoded blocks
 LISTED = 1_000  # messages about skipped records that the manifest keeps
 
 
 class AssemblyState(BaseModel):
-    """How far the assembly has come: `blocks` are in the shards up to what the writers' states say.
+    """How far the assembly is: the shards hold the first `blocks` blocks, up to what the writers' states say.
 
-    `source_documents` and `source_tokens` are by the number of a mixture's source.
+    `source_documents` and `source_tokens` are keyed by the number of a mixture's source.
     """
 
     blocks: int = 0
@@ -36,8 +40,6 @@ class AssemblyState(BaseModel):
     tokens: int = 0
     source_documents: dict[int, int] = {}
     source_tokens: dict[int, int] = {}
-    held: Candidate | None = None
-    validated: bool
     writers: dict[Split, WriterState]
     dropped: dict[str, int] = {}
     bad: list[str] = []
@@ -46,15 +48,16 @@ class AssemblyState(BaseModel):
 
 
 class Assembly:
-    """Appends the pieces in `pieces` to the shards in `folder`, one after the other; its state is in `work`."""
+    """Appends the encoded blocks in `blocks` to the shards in `folder`, and keeps its state in the file `state`."""
 
     def __init__(
-        self, folder: Path, work: Path, pieces: Path, tokenizer: Tokenizer, val_fraction: float, shard_tokens: int
+        self, folder: Path, state: Path, blocks: Path, tokenizer: Tokenizer, val_fraction: float, shard_tokens: int
     ) -> None:
-        """Goes on from the state in `work`, if there is one. Raises OSError."""
-        self._work, self._pieces, self._dtype = work, pieces, token_dtype(tokenizer.vocab_size)
-        self.state, counts = self._load(tokenizer.vocab_size, val_fraction)
-        self._holder = Holder(self.state.held, validated=self.state.validated)
+        """Resume from the file `state`, if it exists. Raises OSError."""
+        self._path, self._blocks = state, blocks
+        self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.vocab_size)
+        self._val_fraction = val_fraction
+        self.state, counts = self._load()
         self._writers = {
             split: SplitWriter(
                 folder,
@@ -67,37 +70,34 @@ class Assembly:
             )
             for number, split in enumerate(SPLITS)
         }
-        self._unsaved: list[int] = []  # blocks that are assembled and whose pieces are still there
+        self._unsaved: list[int] = []  # blocks that are appended and not deleted yet
         self._unsaved_tokens = 0
 
-    def add(self, record: Record) -> None:
-        """Append the piece of the next block."""
-        state, tokens = self.state, record.tokens["train"]
-        for span in self._holder.train_spans(record.number, tokens, record.minima, record.border):
-            self._copy(span, "train", "train")
-        self._copy(Span(block=record.number, start=0, tokens=record.tokens["val"]), "val", "val")
-        for split in SPLITS:
-            self._writers[split].state.text_bytes += record.text_bytes[split]
-        state.dropped = dict(sorted((Counter(state.dropped) + Counter(record.dropped)).items()))
-        state.bad += record.bad[: LISTED - len(state.bad)]
-        state.flagged = dict(sorted((Counter(state.flagged) + Counter(record.flagged)).items()))
-        state.listed += record.listed[: LISTED - len(state.listed)]
-        state.blocks, state.documents = record.number + 1, state.documents + record.documents
-        state.tokens += record.total_tokens
-        if record.source is not None:
+    def add(self, encoded: EncodedBlock) -> None:
+        """Append the next block."""
+        state = self.state
+        for split, tokens in encoded.tokens.items():
+            if tokens:
+                path = block_path(self._blocks, encoded.number, split)
+                for part in read_tokens(path, self._dtype, 0, tokens):
+                    self._writers[split].add(part)
+            self._writers[split].state.text_bytes += encoded.text_bytes[split]
+        state.dropped = dict(sorted((Counter(state.dropped) + Counter(encoded.dropped)).items()))
+        state.bad += encoded.bad[: LISTED - len(state.bad)]
+        state.flagged = dict(sorted((Counter(state.flagged) + Counter(encoded.flagged)).items()))
+        state.listed += encoded.listed[: LISTED - len(state.listed)]
+        state.blocks, state.documents = encoded.number + 1, state.documents + encoded.documents
+        state.tokens += encoded.total_tokens
+        if encoded.source is not None:
             for by_source, count in (
-                (state.source_documents, record.documents),
-                (state.source_tokens, record.total_tokens),
+                (state.source_documents, encoded.documents),
+                (state.source_tokens, encoded.total_tokens),
             ):
-                by_source[record.source] = by_source.get(record.source, 0) + count
-        self._unsaved.append(record.number)
-        self._unsaved_tokens += record.total_tokens
+                by_source[encoded.source] = by_source.get(encoded.source, 0) + count
+        self._unsaved.append(encoded.number)
+        self._unsaved_tokens += encoded.total_tokens
         if self._unsaved_tokens >= SAVE_TOKENS:
             self.save()
-
-    def hold_nothing_back(self) -> None:
-        """For a source of one document: no other may come."""
-        self._holder.validated = True
 
     @property
     def text_bytes(self) -> dict[Split, int]:
@@ -110,36 +110,50 @@ class Assembly:
         return [entry for split in SPLITS for entry in self._writers[split].state.entries]
 
     def finish(self) -> None:
-        """Append the document held back, as validation, and close the shards."""
-        held = self._holder.held
-        if held is not None:
-            self._copy(Span(block=held.block, start=held.start, tokens=held.tokens), "train", "val")
-            self._writers["train"].state.text_bytes -= held.text_bytes
-            self._writers["val"].state.text_bytes += held.text_bytes
+        """Fill an empty validation split from the train split, and close the shards."""
+        train, val = (self._writers[split] for split in SPLITS)
+        if self._val_fraction and train.state.total_tokens > 1 and not val.state.total_tokens:
+            self._move_tail(train, val)
+        if train.state.total_tokens and next(train.tail(1))[0] != self._tokenizer.end_of_text_id:
+            train.add(np.array([self._tokenizer.end_of_text_id]))  # the move cut a document in two
         for writer in self._writers.values():
             writer.close()
 
+    def _move_tail(self, train: SplitWriter, val: SplitWriter) -> None:
+        """Move the last tokens of the train split to validation.
+
+        The state is saved before the train shards are cut: a kill at any time leaves the tokens in one of the splits.
+        """
+        total = train.state.total_tokens
+        count = math.ceil(self._val_fraction * total)
+        count = min(max(count, min(MIN_VAL_TOKENS, math.ceil(total / 10))), total - 1)
+        before = 0  # tokens of the tail before its first complete document
+        for tokens in train.tail(count + 1):
+            ends = np.flatnonzero(tokens == self._tokenizer.end_of_text_id)
+            before += int(ends[0]) if ends.size else tokens.size
+            if ends.size or before > count // 2:
+                break
+        count -= before if before <= count // 2 else 0
+        for tokens in train.tail(count):
+            val.add(tokens)
+        token_bytes = self._tokenizer.token_bytes().astype(np.int64)
+        moved = min(int(val.token_counts @ token_bytes), train.state.text_bytes)
+        train.state.text_bytes, val.state.text_bytes = train.state.text_bytes - moved, moved
+        train.forget_tail(count)
+        self.save()
+        train.cut_files()
+
     def save(self) -> None:
-        """Make what is assembled durable, and delete the pieces that are no longer needed."""
+        """Force what is appended to the disk, save the state, and delete the blocks that are no longer needed."""
         for writer in self._writers.values():
             writer.flush()
-        held = self._holder.held
-        self.state.held, self.state.validated = held, self._holder.validated
-        if held is not None:
-            sync_file(piece_path(self._pieces, held.block, "train"))
-        np.save(self._work / "counts.partial.npy", np.stack([self._writers[split].token_counts for split in SPLITS]))
-        sync_file(self._work / "counts.partial.npy")
-        os.replace(self._work / "counts.partial.npy", self._counts_path(self.state.blocks))
-        write_bytes(self._work / "state.json", self.state.model_dump_json().encode())
-        kept = [] if held is None else [held.block]
+        content = io.BytesIO()
+        description = np.frombuffer(self.state.model_dump_json().encode(), np.uint8)
+        np.savez(content, state=description, counts=np.stack([self._writers[split].token_counts for split in SPLITS]))
+        write_bytes(self._path, content.getvalue())
         for block in self._unsaved:
-            if block not in kept:
-                remove_piece(self._pieces, block)
-        self._unsaved = [block for block in self._unsaved if block in kept]
-        for path in self._work.glob("counts.*.npy"):
-            if path != self._counts_path(self.state.blocks):
-                path.unlink()
-        self._unsaved_tokens = 0
+            remove_encoded_block(self._blocks, block)
+        self._unsaved, self._unsaved_tokens = [], 0
 
     def abandon(self) -> None:
         """Close the open files."""
@@ -147,31 +161,21 @@ class Assembly:
             writer.abandon()
 
     def unigram(self) -> UnigramEntropy | None:
-        """The unigram baseline, where there is a validation split."""
+        """Return the cross-entropy of the validation tokens under the train split's token frequencies.
+
+        Frequencies are smoothed by adding one. None without a validation split.
+        """
         train, val = (self._writers[split] for split in SPLITS)
-        if not val.state.text_bytes:
+        tokens, text_bytes = int(val.token_counts.sum()), val.state.text_bytes
+        if not tokens or not text_bytes:
             return None
-        return cross_entropy(train.token_counts, val.token_counts, val.state.text_bytes)
+        total = int(train.token_counts.sum()) + len(train.token_counts)
+        nats = -float(val.token_counts @ (np.log(train.token_counts + 1.0) - math.log(total)))
+        return UnigramEntropy(nats_per_token=nats / tokens, bits_per_byte=nats / math.log(2) / text_bytes)
 
-    def _load(self, vocab_size: int, val_fraction: float) -> tuple[AssemblyState, np.ndarray]:
-        path = self._work / "state.json"
-        if path.is_file():
-            state = AssemblyState.model_validate_json(path.read_bytes())
-            return state, np.load(self._counts_path(state.blocks))
+    def _load(self) -> tuple[AssemblyState, np.ndarray]:
+        if self._path.is_file():
+            with np.load(self._path) as saved:
+                return AssemblyState.model_validate_json(saved["state"].tobytes()), saved["counts"]
         writers = {split: WriterState() for split in SPLITS}
-        # A fraction of zero asks for no validation split at all: no document is held back for it.
-        state = AssemblyState(validated=val_fraction == 0, writers=writers)
-        return state, np.zeros((len(SPLITS), vocab_size), np.int64)
-
-    def _counts_path(self, blocks: int) -> Path:
-        return self._work / f"counts.{blocks}.npy"
-
-    def _copy(self, span: Span, source: Split, target: Split) -> None:
-        """Append consecutive tokens of a piece to a split."""
-        if not span.tokens:
-            return
-        with piece_path(self._pieces, span.block, source).open("rb") as file:
-            file.seek(span.start * self._dtype.itemsize)
-            for done in range(0, span.tokens, COPY_TOKENS):
-                count = min(COPY_TOKENS, span.tokens - done)
-                self._writers[target].add(np.fromfile(file, self._dtype, count))
+        return AssemblyState(writers=writers), np.zeros((len(SPLITS), self._tokenizer.vocab_size), np.int64)

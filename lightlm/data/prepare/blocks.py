@@ -1,7 +1,7 @@
-"""Blocks of a source: consecutive units that are worked on together, and reading their documents.
+"""Blocks of a source: consecutive units that are encoded together, and the documents in them.
 
-A block is the unit of resuming and of sharing out: big enough that its files cost nothing, small enough that little is
-lost with it.
+A block is what a worker takes and what an interrupted preparation keeps: large enough that its files cost nothing,
+small enough that little is lost with it.
 """
 
 import itertools
@@ -13,25 +13,36 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow
+import xxhash
 
-from lightlm.data.readers.texts import FilteredOut, Texts, Unit, in_chunks
+from lightlm.data.readers.texts import FilteredOut, Texts, Unit, buffers_of, in_chunks
 from lightlm.data.select.deduplication import Signer
 from lightlm.errors import DataError
 
-BLOCK_BYTES = 4 << 20  # on disk; units below this are put together: 100,000 small files are not 100,000 pieces
+BLOCK_BYTES = 4 << 20  # on disk; smaller units share a block, so that 100,000 small files are not 100,000 blocks
 BLOCK_UNITS = 10_000
 
 BLANK, UNREADABLE, FILTERED = "blank", "unreadable", "filtered"
 LISTED = 100  # messages about bad records that a block keeps; all are counted
 
+HASHES = 2**32
+
+
+def split_hashes(texts: pyarrow.Array) -> np.ndarray:
+    """Return the hash that decides each text's split: int64 of shape (texts,), from 0 to `HASHES` - 1."""
+    offsets, data = buffers_of(texts)
+    view = data.data
+    hashes = (xxhash.xxh3_64_intdigest(view[a:b]) % HASHES for a, b in itertools.pairwise(offsets.tolist()))
+    return np.fromiter(hashes, np.int64, len(texts))
+
 
 class DocumentFilter(Protocol):
-    """Says which documents to leave out: the hook for decontamination and the like.
+    """Decides which documents to leave out, for example contaminated ones.
 
-    Called with a unit's id, the number in that unit of the first text, and whole texts; gives a cause for each text to
-    leave out, by its index in `texts`. Must be picklable, and its answer depend on its arguments and its own state
-    alone. Where it has an attribute `drops` that is False, the texts are only counted and listed. A text above
-    `LARGE_BYTES` counts as one in the numbering, but is not passed.
+    Takes a unit's id, the number in that unit of the first text, and complete texts. Returns a cause for each text to
+    leave out, by its index in `texts`. Must be picklable, and its answer may depend only on its arguments and its own
+    state. If its attribute `drops` is False, the texts are counted and listed, and stay. A text above `LARGE_BYTES` is
+    numbered, but not passed.
     """
 
     def __call__(self, unit: str, first: int, texts: pyarrow.Array) -> dict[int, str]: ...
@@ -39,7 +50,7 @@ class DocumentFilter(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for every block of a preparation; `folder` takes the pieces and may be on shared storage."""
+    """What all blocks of a preparation share; `folder` takes the encoded blocks and may be on shared storage."""
 
     folder: Path
     tokenizer: Path
@@ -48,21 +59,16 @@ class Job:
     val_fraction: float
     skip_bad: bool = False
     filters: tuple[DocumentFilter, ...] = ()
-    signer: Signer | None = None  # then a piece has a table of its documents, see `lightlm.data.prepare.selection`
+    signer: Signer | None = None  # if given, blocks list their documents, see `lightlm.data.prepare.selection`
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive units of a source; picklable.
-
-    With `limit`, its documents up to the one that reaches so many tokens. With `only`, it holds the only document of
-    the source, which is cut in two.
-    """
+    """Consecutive units of a source; picklable. `limit` stops after the document that reaches so many tokens."""
 
     number: int
     units: tuple[Unit, ...]
     limit: int | None = None
-    only: bool = False
 
     @property
     def size(self) -> int:
@@ -71,7 +77,7 @@ class Block:
 
 
 def blocks_of(units: Iterable[Unit]) -> Iterator[Block]:
-    """Units put together to blocks, the same way in every pass; one of unknown size stands alone."""
+    """Yield units as blocks, the same way in each pass; a unit of unknown size is a block."""
     pending: list[Unit] = []
     size = number = 0
     for unit in units:
@@ -86,7 +92,7 @@ def blocks_of(units: Iterable[Unit]) -> Iterator[Block]:
 
 
 class BlockReader:
-    """Reads the documents of a block, and counts those that it leaves out by cause."""
+    """Reads the documents of a block, and counts by cause those that it leaves out."""
 
     def __init__(self, job: Job, block: Block) -> None:
         self.dropped: Counter[str] = Counter()
@@ -95,8 +101,8 @@ class BlockReader:
         self.listed: list[str] = []
         self._job, self._block = job, block
 
-    def steps(self) -> Iterator[Texts | Iterator[str]]:
-        """Whole texts, and each large one as an iterator of its parts, which must be used up before the next step."""
+    def texts(self) -> Iterator[Texts | Iterator[str]]:
+        """Yield complete texts, and each large one as an iterator of its parts, to be used up before the next."""
         for unit in self._block.units:
             number = 0
             stream = _resized(unit.texts(self.reject))
@@ -111,31 +117,8 @@ class BlockReader:
             except DataError as error:
                 self.reject(error)
 
-    def documents(self) -> Iterator[Iterator[str]]:
-        """Each document as an iterator of its parts."""
-        for step in self.steps():
-            if isinstance(step, Texts):
-                yield from (iter([text.as_py()]) for text in step.array)
-            else:
-                yield step
-
-    def visible_documents(self) -> Iterator[Iterator[str]]:
-        """Each document that is not blank as an iterator of its parts."""
-        for parts in self.documents():
-            try:
-                lead = _visible(parts)
-            except AbandonedError:
-                continue
-            except DataError as error:
-                self.reject(error)
-                continue
-            if lead is None:
-                self.dropped[BLANK] += 1
-            else:
-                yield lead
-
     def reject(self, error: DataError) -> None:
-        """Raise a mistake, or note it where bad records are skipped; count what a filter leaves out."""
+        """Raise an error in the source, or count it if bad records are skipped; count what a row filter leaves out."""
         if isinstance(error, FilteredOut):
             self.dropped[FILTERED] += error.records
             return
@@ -162,12 +145,8 @@ class BlockReader:
         return Texts(texts.array.take(pyarrow.array(kept)))
 
 
-class AbandonedError(Exception):
-    """The text that is being read in parts turned out to be bad; its mistake has been noted."""
-
-
 def _resized(stream: Iterator[Texts]) -> Iterator[Texts]:
-    """The same texts, whole ones in chunks, and large ones in parts."""
+    """Yield the same texts: complete ones in chunks, large ones in parts."""
     inside = False
     for texts in stream:
         if inside or texts.unfinished:
@@ -178,20 +157,8 @@ def _resized(stream: Iterator[Texts]) -> Iterator[Texts]:
 
 
 def _parts_of_one(texts: Texts, stream: Iterator[Texts]) -> Iterator[str]:
-    """The parts of the text that begins with `texts`. Raises AbandonedError, or the reader's DataError."""
+    """Yield the parts of the text that begins with `texts`. Raises the reader's DataError."""
     while texts.unfinished:
         yield texts.array[0].as_py()
         texts = next(stream)
-    if not len(texts.array):
-        raise AbandonedError
     yield texts.array[0].as_py()
-
-
-def _visible(parts: Iterator[str]) -> Iterator[str] | None:
-    """The parts again, or None where they are blank."""
-    lead: list[str] = []
-    for part in parts:
-        lead.append(part)
-        if part and not part.isspace():
-            return itertools.chain(lead, parts)
-    return None

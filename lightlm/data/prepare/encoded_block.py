@@ -1,12 +1,13 @@
-"""Pieces: the tokens of one block on disk, and the record that says what they are.
+"""Encoded blocks: the tokens of one block on disk, with a JSON file that describes them.
 
-Everything is written under a temporary name and renamed, the record last, so a piece is whole or absent. Nothing is
-forced to the disk: a record carries the checksums of its tokens, and a piece that lost some when the machine went down
-is made again.
+Each file is written under a temporary name and renamed, the JSON file last, so an encoded block is complete or absent.
+Nothing is forced to the disk. The JSON file holds the checksums of the others: a block that a power loss damaged is
+encoded again.
 """
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,38 +15,34 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, Field
 
-from lightlm.data.prepare.splitting import Candidate
 from lightlm.data.shards import SPLITS, Split
 from lightlm.files import checksum
 
-TABLE = "table"
-PARTS = (*SPLITS, TABLE)
+DOCUMENTS = "documents"
+DATA = (*SPLITS, DOCUMENTS)
+COPY_TOKENS = 4_000_000
 
 
 def _zeros() -> dict[Split, int]:
     return dict.fromkeys(SPLITS, 0)
 
 
-class Record(BaseModel):
-    """What a piece holds.
+class EncodedBlock(BaseModel):
+    """What an encoded block holds.
 
-    `first_unit`, `limit` and `only` say which block it is of; for `minima` and `border` see `splitting.Holder`;
-    `source` is which part of a mixture it is of;
-    `bad` are the first messages of `--skip-bad`; `flagged` counts documents that a filter only points out, `listed` are
-    the first that filters found. `xxh3` is of the piece's files.
+    `first_unit` and `limit` identify the block that was encoded; `source` is the number of its source in a mixture.
+    `bad` holds the first messages of `--skip-bad`. `flagged` counts the documents that a filter reports and keeps;
+    `listed` holds the first messages of filters. `xxh3` maps the block's files to their checksums.
     """
 
     number: int
     first_unit: str
     limit: int | None
-    only: bool
     source: int | None = None
     documents: int = 0
     tokens: dict[Split, int] = Field(default_factory=_zeros)
     text_bytes: dict[Split, int] = Field(default_factory=_zeros)
     xxh3: dict[str, str] = {}
-    minima: list[Candidate] = []
-    border: int | None = None
     dropped: dict[str, int] = {}
     bad: list[str] = []
     flagged: dict[str, int] = {}
@@ -57,48 +54,53 @@ class Record(BaseModel):
         return sum(self.tokens.values())
 
 
-def piece_path(folder: Path, number: int, part: str) -> Path:
-    """The file with a block's tokens of one split, or its table of documents; absent where there are none."""
-    return folder / f"{number:08d}.{part}"
+def block_path(folder: Path, number: int, kind: str) -> Path:
+    """Return the path of a block's tokens (`train`, `val`), its `documents` or its description (`json`).
+
+    A file without content is absent.
+    """
+    return folder / f"{number:08d}.{kind}"
 
 
-def record_path(folder: Path, number: int) -> Path:
-    """The file with a piece's record."""
-    return folder / f"{number:08d}.json"
-
-
-def read_record(folder: Path, number: int) -> Record | None:
-    """The record of a piece whose tokens are whole; None where there is none."""
+def read_encoded_block(folder: Path, number: int) -> EncodedBlock | None:
+    """Return the description of an encoded block; None where it is absent or damaged."""
     try:
-        record = Record.model_validate_json(record_path(folder, number).read_bytes())
-    except (OSError, ValueError):  # absent, or half of it after the machine went down
+        encoded = EncodedBlock.model_validate_json(block_path(folder, number, "json").read_bytes())
+    except (OSError, ValueError):  # absent, or damaged by a power loss
         return None
-    for part, expected in record.xxh3.items():
-        path = piece_path(folder, number, part)
+    for kind, expected in encoded.xxh3.items():
+        path = block_path(folder, number, kind)
         if not path.is_file() or checksum(path) != expected:
             return None
-    return record
+    return encoded
 
 
-def remove_piece(folder: Path, number: int) -> None:
-    """Delete a piece, its record first."""
-    for path in (record_path(folder, number), *(piece_path(folder, number, part) for part in PARTS)):
-        path.unlink(missing_ok=True)
+def read_tokens(path: Path, dtype: np.dtype[Any], start: int, end: int) -> Iterator[np.ndarray]:
+    """Yield the tokens from `start` to `end` of a file, `COPY_TOKENS` at a time."""
+    with path.open("rb") as file:
+        file.seek(start * dtype.itemsize)
+        for first in range(start, end, COPY_TOKENS):
+            yield np.fromfile(file, dtype, min(COPY_TOKENS, end - first))
 
 
-class PieceWriter:
-    """Writes one piece; it appears when the `with` block ends without an error."""
+def remove_encoded_block(folder: Path, number: int) -> None:
+    """Delete an encoded block, its description first."""
+    for kind in ("json", *DATA):
+        block_path(folder, number, kind).unlink(missing_ok=True)
 
-    def __init__(self, folder: Path, record: Record, dtype: np.dtype[Any]) -> None:
-        self.record = record
-        self.dtype = dtype
+
+class EncodedBlockWriter:
+    """Writes one encoded block, which appears when the `with` block ends without an error."""
+
+    def __init__(self, folder: Path, encoded: EncodedBlock, dtype: np.dtype[Any]) -> None:
+        self.encoded, self.dtype = encoded, dtype
         self._folder = folder
-        # Two machines may be at the same block, after a cluster gave one of them up for lost.
-        self._mark = f"{platform.node()}-{os.getpid()}.partial"
+        # Two machines may encode the same block, after a cluster lost contact with one of them.
+        self._suffix = f"{platform.node()}-{os.getpid()}.partial"
         self._files: dict[str, BinaryIO] = {}
-        self._hashes = {part: xxhash.xxh3_64() for part in PARTS}
+        self._hashes = {kind: xxhash.xxh3_64() for kind in DATA}
 
-    def __enter__(self) -> "PieceWriter":
+    def __enter__(self) -> "EncodedBlockWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -113,58 +115,41 @@ class PieceWriter:
 
     def add(self, split: Split, tokens: np.ndarray) -> None:
         """Append tokens to a split."""
-        if tokens.size:
-            data = np.ascontiguousarray(tokens, self.dtype).data
-            self._write(split, data)
-            self._hashes[split].update(data)
-            self.record.tokens[split] += tokens.size
+        self._write(split, np.ascontiguousarray(tokens, self.dtype))
+        self.encoded.tokens[split] += tokens.size
 
-    def add_rows(self, signatures: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray) -> None:
-        """Append documents to the table: their signatures, (documents, hashes), tokens and bytes of text."""
+    def count(self, val: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Count documents: whether each is for validation and its bytes of text, both of shape (documents,)."""
+        self.encoded.documents += len(val)
+        self.encoded.text_bytes["val"] += int(text_bytes[val].sum())
+        self.encoded.text_bytes["train"] += int(text_bytes[~val].sum())
+
+    def add_documents(self, signatures: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Append a row per document: its signature (documents, hashes), tokens and bytes of text."""
         columns = (*signatures.T, tokens, text_bytes)
-        data = np.stack([column.astype("<u8") for column in columns], axis=1).data  # uint64 and int64 make floats
-        if data.nbytes:
-            self._write(TABLE, data)
-            self._hashes[TABLE].update(data)
-
-    def spool(self, tokens: np.ndarray) -> None:
-        """Keep tokens of a large document apart until its split is known."""
-        self._write("spool", np.ascontiguousarray(tokens, self.dtype).data)
-
-    def spooled(self) -> int:
-        """How many tokens are kept apart."""
-        return self._file("spool").tell() // self.dtype.itemsize
-
-    def unspool(self, split: Split | None) -> None:
-        """Append what was kept apart to a split, or forget it."""
-        file = self._file("spool")
-        file.seek(0)
-        while split is not None and (data := file.read(1 << 24)):
-            self.add(split, np.frombuffer(data, self.dtype))
-        file.seek(0)
-        file.truncate()
+        # One type for all columns: numpy turns a mix of uint64 and int64 into floats.
+        self._write(DOCUMENTS, np.stack([column.astype("<u8") for column in columns], axis=1))
 
     def _finish(self) -> None:
-        number = self.record.number
-        for part in PARTS:
-            target = piece_path(self._folder, number, part)
-            if part in self._files:
-                os.replace(self._temporary(part), target)
-                self.record.xxh3[part] = self._hashes[part].hexdigest()
+        for kind in DATA:
+            target = block_path(self._folder, self.encoded.number, kind)
+            if kind in self._files:
+                os.replace(self._temporary(kind), target)
+                self.encoded.xxh3[kind] = self._hashes[kind].hexdigest()
             else:
                 target.unlink(missing_ok=True)
-        self._temporary("json").write_text(self.record.model_dump_json(), encoding="utf-8")
-        os.replace(self._temporary("json"), record_path(self._folder, number))
+        self._temporary("json").write_text(self.encoded.model_dump_json(), encoding="utf-8")
+        os.replace(self._temporary("json"), block_path(self._folder, self.encoded.number, "json"))
 
-    def _write(self, name: str, data: memoryview) -> None:
-        file, data = self._file(name), data.cast("B")
+    def _write(self, kind: str, array: np.ndarray) -> None:
+        if not array.size:
+            return
+        if kind not in self._files:
+            self._files[kind] = self._temporary(kind).open("wb", buffering=0)
+        data = array.data.cast("B")
+        self._hashes[kind].update(data)
         while len(data):
-            data = data[file.write(data) :]
+            data = data[self._files[kind].write(data) :]
 
-    def _file(self, name: str) -> BinaryIO:
-        if name not in self._files:
-            self._files[name] = self._temporary(name).open("w+b", buffering=0)
-        return self._files[name]
-
-    def _temporary(self, name: str) -> Path:
-        return self._folder / f".{self.record.number:08d}.{name}.{self._mark}"
+    def _temporary(self, kind: str) -> Path:
+        return self._folder / f".{self.encoded.number:08d}.{kind}.{self._suffix}"

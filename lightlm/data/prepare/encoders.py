@@ -1,14 +1,14 @@
-"""Text to token ids at the speed of the disk: `gigatoken`, held to `tokenizers`, which is the reference.
+"""Text to token ids: `gigatoken` for speed, `tokenizers` as the reference.
 
-On this project's machine gigatoken encodes English at 200-600 MB/s a core and `tokenizers` at 1.6; it is young, so
-every run compares the two on texts chosen to be hard, and then on a sample of every few megabytes.
+On one core of this project's machine gigatoken encodes 200-600 MB of English per second, `tokenizers` 1.6. gigatoken
+is young, so every run compares the two on hard texts first, and then on a sample of every few megabytes.
 """
 
 import functools
 import json
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +23,16 @@ from lightlm.errors import DataError, UsageError
 GIGATOKEN, TOKENIZERS, AUTO = "gigatoken", "tokenizers", "auto"
 ENCODERS = (AUTO, GIGATOKEN, TOKENIZERS)
 
-SAMPLE_BYTES = 2_048  # compared of every chunk of 4 MB: a tenth of the time that the chunk takes
+SAMPLE_BYTES = 2_048  # compared per chunk of 4 MB: a tenth of the time that the chunk takes
 
-# What encoders get wrong: contractions, runs and kinds of blanks, digits, marks that combine, emoji that join,
-# scripts without spaces, controls, code, and the names of special tokens.
+# A large text is encoded in parts. A part grows up to this size in search of a place to cut: 8 MB without one take
+# 0.7 s and 200 MB of memory.
+UNCUT_CHARACTERS = 32 << 20
+WINDOW = 100  # characters on each side of a cut that are encoded both ways before it is trusted
+TRIES = 50
+
+# What encoders get wrong: contractions, runs and kinds of spaces, digits, combining marks, joined emoji, scripts
+# without spaces, control characters, code, and the names of special tokens.
 HARD_TEXTS = (
     "I'm sure they've said it'll do; WE'RE not, 'tis isn't 's 't 'LL",
     "  two  spaces \t tabs\t\t\n\n\n  lines \r\n\r\n\x0b\x0c ends   ",
@@ -45,23 +51,23 @@ HARD_TEXTS = (
 
 
 class EncoderError(DataError):
-    """An encoder does not give the ids of the reference."""
+    """An encoder's ids differ from those of the reference."""
 
 
 class Encoder(Protocol):
-    """Encodes packed texts. Special tokens spelled out in a text are ordinary characters, and none is added."""
+    """Encodes packed texts. Special tokens spelled out in a text are ordinary characters; none is added."""
 
     name: str
 
     def encode(self, texts: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, lengths): the ids of all texts end to end, and how many each text has (int64)."""
+        """Return (ids, lengths): the ids of all texts end to end, and how many each text has (int64)."""
 
 
 class ReferenceEncoder:
     """The `tokenizers` library."""
 
     name = TOKENIZERS
-    _one_at_a_time = threading.Lock()  # it uses every core by itself, and 150 bytes of memory a character
+    _one_at_a_time = threading.Lock()  # it uses every core, and 150 bytes of memory per character
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -77,8 +83,10 @@ class ReferenceEncoder:
 
 
 class GigatokenEncoder:
-    """The `gigatoken` library. Two threads at one table wait for each other (0.13 s where two tables take 0.09), so
-    there are as many as threads encode at once; making one takes 0.3 s.
+    """The `gigatoken` library.
+
+    Threads that share one of its tokenizers wait for each other (0.13 s where two tokenizers take 0.09 s), so each
+    thread takes its own. Making one takes 0.3 s.
     """
 
     name = GIGATOKEN
@@ -98,7 +106,7 @@ class GigatokenEncoder:
         layout = awkward.contents.ListOffsetArray(
             awkward.index.Index64(offsets), characters, parameters={"__array__": "string"}
         )
-        # One thread: the units of the source are shared out over the cores, each with its own reading and writing.
+        # One thread: the other cores encode other blocks.
         try:
             backend = self._idle.pop()
         except IndexError:
@@ -113,15 +121,15 @@ class GigatokenEncoder:
 
         try:
             return gigatoken.Tokenizer.from_json(self._definition)
-        except Exception as error:  # its parsers raise several kinds, none documented
+        except Exception as error:  # its parsers raise several undocumented types
             raise ValueError(str(error)) from error
 
 
 def plain_definition(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer.json without what would make a text's characters more than characters.
+    """Return the tokenizer.json without special tokens, template, truncation and padding.
 
-    Special tokens are left out, so that a text cannot contain one; so are the template that adds some, truncation
-    and padding. Added tokens that are not special stay: `tokenizers` finds them in texts, too.
+    Without its special tokens a text cannot contain one. Added tokens that are not special stay: `tokenizers` finds
+    them in texts, too.
     """
     added = tokenizer.content.get("added_tokens") or []
     plain = [token for token in added if not token.get("special") and token["id"] != tokenizer.end_of_text_id]
@@ -134,17 +142,17 @@ _known: dict[tuple[bytes, int], Tokenizer] = {}
 
 
 def remember(tokenizer: Tokenizer) -> None:
-    """Spare `worker_encoder` the third of a second that it takes to make this tokenizer again."""
+    """Let `worker_encoder` use this tokenizer, which takes a third of a second to make."""
     _known.clear()
     _known[tokenizer.definition, tokenizer.end_of_text_id] = tokenizer
 
 
 def choose_encoder(wanted: str, definition: Path, end_of_text_id: int) -> tuple[str, str | None]:
-    """The name of the encoder to use and, where `auto` had to fall back on `tokenizers`, the reason.
+    """Return the name of the encoder to use and, if `auto` fell back on `tokenizers`, the reason.
 
     Raises:
-        UsageError: no such encoder.
-        DataError: gigatoken was asked for and cannot be used, or does not give the ids of `tokenizers`.
+        UsageError: the encoder is not one of `ENCODERS`.
+        DataError: gigatoken was requested and cannot be used, or its ids differ from those of `tokenizers`.
     """
     if wanted not in ENCODERS:
         raise UsageError(f"--encoder {wanted}: choose one of {', '.join(ENCODERS)}")
@@ -157,7 +165,7 @@ def choose_encoder(wanted: str, definition: Path, end_of_text_id: int) -> tuple[
         tokenizer, encoder = worker_encoder(definition, end_of_text_id, GIGATOKEN)
     except (ImportError, ValueError) as error:
         if wanted == GIGATOKEN:
-            raise DataError(f"gigatoken cannot be used here ({error}); continue with --encoder tokenizers") from error
+            raise DataError(f"gigatoken cannot be used here ({error}); use --encoder tokenizers") from error
         return TOKENIZERS, str(error)
     specials = tuple(token["content"] for token in tokenizer.content.get("added_tokens") or ())
     compare(encoder, tokenizer, (*HARD_TEXTS, *specials, "x".join(specials)), "a test text")
@@ -173,13 +181,13 @@ def _made(definition: bytes, end_of_text_id: int, name: str) -> tuple[Tokenizer,
 
 
 def worker_encoder(definition: Path, end_of_text_id: int, name: str) -> tuple[Tokenizer, Encoder]:
-    """The tokenizer in a file, and its encoder: made once in each process, and used by its threads together."""
+    """Return the tokenizer in a file and its encoder; each process makes them once and its threads share them."""
     with _making:
         return _made(definition.read_bytes(), end_of_text_id, name)
 
 
 def compare(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], where: str) -> None:
-    """Raises DataError where the encoder does not give the ids of `tokenizers`, naming the text."""
+    """Raise EncoderError, naming the text, where the encoder's ids differ from those of `tokenizers`."""
     if encoder.name == TOKENIZERS:
         return
     ids, lengths = encoder.encode(pyarrow.array(texts, pyarrow.large_string()))
@@ -190,16 +198,16 @@ def compare(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], where:
 
 
 def check_sample(encoder: Encoder, tokenizer: Tokenizer, texts: pyarrow.Array, ids: np.ndarray, lengths: np.ndarray,
-                 keys: np.ndarray, where: str) -> None:  # fmt: skip
-    """Compare what was encoded with `tokenizers` on about `SAMPLE_BYTES`, at places that the texts' hashes decide.
+                 hashes: np.ndarray, where: str) -> None:  # fmt: skip
+    """Compare about `SAMPLE_BYTES` of the texts, chosen by their hashes, with `tokenizers`.
 
-    Short texts are compared by the very ids that will be written, of a long one a part is encoded by both.
-    Raises DataError at the first difference.
+    For a short text, compares the ids that will be written. For a long one, encodes a part with both libraries.
+    Raises EncoderError at the first difference.
     """
     if encoder.name == TOKENIZERS or not len(texts):
         return
     sizes, ends = byte_lengths(texts), np.cumsum(lengths)
-    index, budget = int(keys.argmin()), SAMPLE_BYTES
+    index, budget = int(hashes.argmin()), SAMPLE_BYTES
     while budget > 0 and index < len(texts):
         text = texts[index].as_py()
         if sizes[index] <= SAMPLE_BYTES:
@@ -213,24 +221,78 @@ def check_sample(encoder: Encoder, tokenizer: Tokenizer, texts: pyarrow.Array, i
 
 
 def refuse_end_of_text(tokenizer: Tokenizer, ids: np.ndarray, where: str) -> None:
-    """Raise DataError where the ids of texts have the end-of-text id among them.
+    """Raise EncoderError where the ids of texts contain the end-of-text id.
 
-    A tokenizer keeps special tokens and texts apart, but the model in it (Unigram, WordPiece, words, or BPE with
-    `ignore_merges`) may hold the end-of-text token as one of its own words, and find it in a text.
+    A tokenizer keeps special tokens and texts apart. But its model (Unigram, WordPiece, words, or BPE with
+    `ignore_merges`) may have the end-of-text token among its own words, and find it in a text.
     """
     if (ids == tokenizer.end_of_text_id).any():
         raise EncoderError(
-            f"This tokenizer makes its end-of-text token {tokenizer.end_of_text!r} of ordinary characters in {where}, "
-            "and a document could end in its middle. Use another: --tokenizer gpt2, or --tokenizer train:8192"
+            f"This tokenizer finds its end-of-text token {tokenizer.end_of_text!r} in ordinary characters in {where}, "
+            "so a document could end in its middle. Use another: --tokenizer gpt2, or --tokenizer train:8192"
         )
 
 
+def encode_large(
+    parts: Iterable[str], tokenizer: Tokenizer, encoder: Encoder, where: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Encode the text of `parts`: yield (text, ids) whose ids, end to end, are those of the whole text.
+
+    Compares a sample of each with `tokenizers`; `where` names the text in errors. Raises DataError where
+    `UNCUT_CHARACTERS` have no place to cut.
+    """
+    rest: list[str] = []
+    for part in parts:
+        border = _last_border(part, tokenizer, encoder)
+        if border is None:
+            rest.append(part)
+            if sum(map(len, rest)) > UNCUT_CHARACTERS:
+                raise DataError(
+                    f"{UNCUT_CHARACTERS >> 20} million characters of one document have no place where the tokenizer "
+                    f"lets them be cut (a space or a line end between two words): {rest[0][:60]!r}. Split the "
+                    "document, or leave it out with --skip-bad"
+                )
+            continue
+        text = "".join([*rest, part[:border]])
+        yield text, _checked_ids(text, tokenizer, encoder, where)
+        rest = [part[border:]]
+    text = "".join(rest)
+    if text:
+        yield text, _checked_ids(text, tokenizer, encoder, where)
+
+
+def _checked_ids(text: str, tokenizer: Tokenizer, encoder: Encoder, where: str) -> np.ndarray:
+    packed = pyarrow.array([text], pyarrow.large_string())
+    ids, lengths = encoder.encode(packed)
+    refuse_end_of_text(tokenizer, ids, where)
+    check_sample(encoder, tokenizer, packed, ids, lengths, np.zeros(1, np.int64), where)
+    return ids
+
+
+def _last_border(part: str, tokenizer: Tokenizer, encoder: Encoder) -> int | None:
+    """Return the last place where a part can be cut, or None. Encodes both sides to see that the ids stay."""
+    if tokenizer.border is None:
+        return None
+    for window in (1 << 10, 1 << 16, len(part)):
+        start = max(0, len(part) - window - WINDOW)
+        end = len(part) - WINDOW  # the text beyond the part is not known yet
+        found = [match.start() for match in tokenizer.border.finditer(part, start, max(start, end))]
+        for border in found[: -TRIES - 1 : -1]:
+            left, right = part[max(0, border - WINDOW) : border], part[border : border + WINDOW]
+            if left and _ids(encoder, left + right).tolist() == [*_ids(encoder, left), *_ids(encoder, right)]:
+                return border
+    return None
+
+
+def _ids(encoder: Encoder, text: str) -> np.ndarray:
+    return encoder.encode(pyarrow.array([text], pyarrow.large_string()))[0]
+
+
 def different(encoder: Encoder, where: str, text: str) -> EncoderError:
-    """The error for a text that the two libraries encode differently."""
+    """Return the error for a text that the two libraries encode differently."""
     from importlib.metadata import version
 
     return EncoderError(
-        f"{encoder.name} {version(encoder.name)} gives other token ids than tokenizers {version('tokenizers')} for "
-        f"{where}: {text[:80]!r}. Nothing wrong was kept. Continue with --encoder tokenizers, which is slower; what "
-        "is finished is not done again."
+        f"{encoder.name} {version(encoder.name)} and tokenizers {version('tokenizers')} give different token ids for "
+        f"{where}: {text[:80]!r}. No wrong tokens were written. Resume with --encoder tokenizers, which is slower."
     )

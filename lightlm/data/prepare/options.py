@@ -1,4 +1,4 @@
-"""How to prepare a source: the options, their ranges, and which of them decide what the folder holds."""
+"""The options of a preparation, their ranges, and those that determine the content of the folder."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from lightlm.data.prepare.workspace import Setting
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
-from lightlm.data.sources.local import Source
+from lightlm.data.sources.base import Source
 from lightlm.data.tokenizer import requested_vocab_size
 from lightlm.errors import UsageError
 
-SHARD_TOKENS = 100_000_000  # 200 MB a shard, the size that llm.c and modded-nanogpt use
+SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to prepare a source, beyond the source itself; see `prepare`."""
+    """The options of a preparation; see `prepare`."""
 
     tokenizer: str
     text_column: str = "text"
@@ -35,11 +35,11 @@ class Options:
 
     @property
     def all_filters(self) -> tuple[DocumentFilter, ...]:
-        """What judges each document by itself."""
+        """The filters that judge each document by itself."""
         return (*self.filters, *([self.decontaminate] if self.decontaminate is not None else []))
 
     def check(self) -> None:
-        """Raises UsageError where a value is out of its range."""
+        """Raise UsageError where a value is out of its range."""
         if not 0 <= self.val_fraction < 1:
             raise UsageError(
                 f"--val-fraction {self.val_fraction}: a number from 0 (no validation split) to below 1 is needed"
@@ -50,9 +50,9 @@ class Options:
         requested_vocab_size(self.tokenizer)
 
     def settings(self, source: Source) -> dict[str, Setting]:
-        """What decides the content of the folder; whatever else may change between two runs of the command.
+        """Return what determines the content of the folder; everything else may change between two runs.
 
-        A later setting is left out, or None, at its default, so that folders made before it are recognised.
+        A setting that an older version lacks is None at its default, so that older folders are recognized.
         """
         return {
             "source": source.spec,
@@ -69,6 +69,6 @@ class Options:
 
 
 def _tokenizer_identity(spec: str) -> str:
-    """What the settings say of the tokenizer: a local file's hash, since its path says nothing; else the spec."""
+    """Return the hash of a local tokenizer file, whose content may change under the same path; else the spec."""
     path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
     return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else spec

@@ -1,7 +1,8 @@
-"""Blocks encoded by a Ray cluster: the function that threads run, as tasks over storage that every node sees.
+"""Encoding blocks on a Ray cluster whose nodes share storage.
 
-Only blocks and records travel; texts are read, and pieces written, by the node that has the task. A piece is whole or
-absent (see `encoded_block.py`), so a task may die at any instant and run again elsewhere, even twice at once.
+Only blocks and their descriptions travel; the node that runs a task reads the texts and writes the encoded block. An
+encoded block is complete or absent (see `encoded_block.py`), so a task may die at any time and run again elsewhere,
+even twice at once.
 """
 
 import contextlib
@@ -22,22 +23,22 @@ from typing import Any
 from lightlm import __version__
 from lightlm.data.prepare.blocks import Block, Job
 from lightlm.data.prepare.encode import Report
-from lightlm.data.prepare.encoded_block import Record, piece_path, record_path
-from lightlm.data.prepare.executors import done_or_encoded
+from lightlm.data.prepare.encoded_block import EncodedBlock, block_path
+from lightlm.data.prepare.executors import read_or_encode
 from lightlm.errors import DataError, LightLMError, UsageError
 
-RETRIES = 3  # of a block whose worker or node was lost; a block that kills every worker must end
-ARRIVAL_SECONDS = 10.0  # until what another node wrote must be seen here: network file systems keep listings a while
-KNOCK_SECONDS = 10.0
-CANCEL_SECONDS = 5.0  # until cancelled tasks that have not stopped are killed
+RETRIES = 3  # of a block whose worker or node was lost; a block that kills every worker must fail
+ARRIVAL_SECONDS = 10.0  # until a file of another node must be visible here: network file systems cache listings
+CONNECT_SECONDS = 10.0
+CANCEL_SECONDS = 5.0  # until canceled tasks that have not stopped are killed
 SHARED = "With --engine ray the source and the folder to write (--out) must be on storage that has the same path on all"
 
 
 class RayEngine:
-    """Tasks of one CPU each, at most `tasks` of them at once (default: as many as the cluster has CPUs).
+    """Tasks of one CPU each, at most `tasks` at once (default: as many as the cluster has CPUs).
 
-    Uses the connection of this process to Ray where there is one. Otherwise connects to `address`; without one, to
-    RAY_ADDRESS or a Ray that was started on this machine, or else starts one here for as long as the work takes.
+    Uses this process's connection to Ray if it has one. Otherwise connects to `address`; without an address, to
+    RAY_ADDRESS or a Ray on this machine. Starts a Ray here, for the duration of the work, if there is none.
     """
 
     def __init__(self, tasks: int | None = None, address: str | None = None) -> None:
@@ -46,16 +47,16 @@ class RayEngine:
             raise UsageError("--engine ray needs Ray, which is not installed. Install it: pip install 'lightlm[ray]'")
         self._tasks, self._address = tasks, address
 
-    def __call__(self, job: Job, blocks: Iterator[Block], report: Report) -> Generator[Record, None, None]:
+    def __call__(self, job: Job, blocks: Iterator[Block], report: Report) -> Generator[EncodedBlock, None, None]:
         with _connected(self._address) as ray:
             most = self._tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
             task = ray.remote(num_cpus=1, max_retries=RETRIES)(encode_here)
-            shared = ray.put(job)  # once, however many blocks
+            shared = ray.put(job)  # sent once for all blocks
             waiting: deque[Any] = deque()  # in the order of the blocks
             running: list[Any] = []
             try:
                 while True:
-                    # Up to as many again may be done and wait for an earlier one, which may have lost its worker.
+                    # As many again may be finished and wait for an earlier one whose worker was lost.
                     while len(running) < most and len(waiting) < 2 * most and (block := next(blocks, None)):
                         waiting.append(task.remote(shared, block, __version__))
                         running.append(waiting[-1])
@@ -64,32 +65,32 @@ class RayEngine:
                     if running:
                         _, running = ray.wait(running, timeout=None if waiting[0] in running else 0)
                     if waiting[0] not in running:
-                        record = _result(ray, waiting.popleft())
-                        _expect_piece(job.folder, record)
-                        report(record.documents, sum(record.text_bytes.values()), record.total_tokens)
-                        yield record
+                        encoded = _result(ray, waiting.popleft())
+                        _expect_files(job.folder, encoded)
+                        report(encoded.documents, sum(encoded.text_bytes.values()), encoded.total_tokens)
+                        yield encoded
             finally:
                 _cancel(ray, running)
 
 
-def encode_here(job: Job, block: Block, version: str) -> Record:
-    """What a task does, in a worker somewhere."""
+def encode_here(job: Job, block: Block, version: str) -> EncodedBlock:
+    """Encode a block in a Ray worker."""
     # `tokenizers` would otherwise use every core of the node in each of its tasks.
     os.environ["RAYON_NUM_THREADS"] = "1"
     if __version__ != version:
         raise DataError(
-            f"The Ray node {platform.node()} has LightLM {__version__}, and this machine {version}; both must be the "
-            "same."
+            f"The Ray node {platform.node()} has LightLM {__version__}, and this machine {version}; install the same "
+            "version on both."
         )
-    # A source that is missing here would otherwise be as many bad records, and left out by --skip-bad.
+    # Without this check --skip-bad would leave out a source that is missing on this node.
     for path in (job.tokenizer, *_files(block.units[0].stream)):
         if not path.exists():
             raise DataError(f"The Ray node {platform.node()} has no {path}. {SHARED} nodes.")
-    return done_or_encoded(job, block)
+    return read_or_encode(job, block)
 
 
 def _files(stream: object) -> Iterator[Path]:
-    """The local files that a reader was made with."""
+    """Yield the local files that a reader was made with."""
     if isinstance(stream, partial):
         yield from _files(stream.func)
         for argument in (*stream.args, *stream.keywords.values()):
@@ -99,8 +100,8 @@ def _files(stream: object) -> Iterator[Path]:
                 yield from _files(argument)
 
 
-def _result(ray: Any, reference: Any) -> Record:
-    """A task's record. What went wrong in it is raised as if it had been here."""
+def _result(ray: Any, reference: Any) -> EncodedBlock:
+    """Return a task's result. Raises the task's error as a local one."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -110,8 +111,8 @@ def _result(ray: Any, reference: Any) -> Record:
         if missing is None:
             raise
         raise DataError(
-            f"A Ray worker has no Python module {missing}. Every node needs the same packages as this machine: "
-            "pip install 'lightlm[ray]' there, in the Python that Ray runs in."
+            f"A Ray worker has no Python module {missing}. Every node needs the same packages as this machine: run "
+            "pip install 'lightlm[ray]' there, in the Python of Ray."
         ) from error
     except ray.exceptions.RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -121,23 +122,25 @@ def _result(ray: Any, reference: Any) -> Record:
 
 
 def _missing_module(error: Exception) -> str | None:
-    """The module that a task failed to import, as Ray's message has it; None for another error."""
+    """Return the module that a task failed to import, from Ray's message; None for another error."""
     _, found, rest = str(error).rpartition("No module named ")
     return rest.split()[0].strip("'\".;") if found else None
 
 
-def _expect_piece(folder: Path, record: Record) -> None:
-    """Raises DataError where this machine does not come to see what a task says that it wrote."""
-    paths = [record_path(folder, record.number), *(piece_path(folder, record.number, split) for split in record.xxh3)]
+def _expect_files(folder: Path, encoded: EncodedBlock) -> None:
+    """Wait until this machine sees the files that a task wrote. Raises DataError after `ARRIVAL_SECONDS`."""
+    paths = [block_path(folder, encoded.number, kind) for kind in ("json", *encoded.xxh3)]
     deadline = time.monotonic() + ARRIVAL_SECONDS
     while absent := [path for path in paths if not path.exists()]:
         if time.monotonic() > deadline:
-            raise DataError(f"A Ray task has written {absent[0]}, which is not here. {SHARED} nodes and this machine.")
+            raise DataError(
+                f"A Ray task wrote {absent[0]}, which is not on this machine. {SHARED} nodes and this machine."
+            )
         time.sleep(0.1)
 
 
 def _cancel(ray: Any, running: list[Any]) -> None:
-    """Stop tasks: by an exception, on which they clear away what they have begun, and by force if that is too slow."""
+    """Stop tasks by an exception, on which they delete their temporary files; kill those that take too long."""
     if not running:
         return
     with contextlib.suppress(ray.exceptions.RayError):
@@ -150,7 +153,7 @@ def _cancel(ray: Any, running: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
-    """The `ray` module with a connection to a cluster. Raises DataError where there is none to be had."""
+    """Give the `ray` module with a connection to a cluster. Raises DataError where it cannot connect."""
     with _signals_kept():
         ray, ours = _connect(address)
     if not ours:
@@ -164,8 +167,8 @@ def _connected(address: str | None) -> Iterator[Any]:
 
 
 def _connect(address: str | None) -> tuple[Any, bool]:
-    """The `ray` module, connected, and whether the connection is new."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
+    """Return the connected `ray` module, and whether the connection is new."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # LightLM sends nothing that the user has not asked for
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it prints a warning about GPUs
     import ray
@@ -173,27 +176,25 @@ def _connect(address: str | None) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     try:
-        _knock(address or os.environ.get("RAY_ADDRESS", ""))
+        _check_port(address or os.environ.get("RAY_ADDRESS", ""))
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         where = f"The Ray cluster at {address}" if address else "Ray"
-        advice = (
-            "It needs the same versions of Ray and Python as this machine, and may ask for a token (RAY_AUTH_MODE)."
-        )
+        advice = "It needs the versions of Ray and Python of this machine, and may require a token (RAY_AUTH_MODE)."
         raise DataError(f"{where} cannot be used: {str(error).strip()}. {advice}") from error
     return ray, True
 
 
-def _knock(address: str) -> None:
-    """Raises OSError where nothing listens: Ray itself would try for minutes."""
+def _check_port(address: str) -> None:
+    """Raise OSError where nothing listens at `address`: Ray itself would try for minutes."""
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if separator and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 @contextlib.contextmanager
 def _silenced(ray: Any) -> Iterator[None]:
-    """Keep what Ray says about lost workers, which it has no setting for, off standard output: `--json` is there."""
+    """Keep Ray's messages about lost workers off standard output, where `--json` writes; Ray has no setting for it."""
     module = ray._private.worker
     before = getattr(module, "print_to_stdstream", None)
     if before is None:
@@ -208,7 +209,7 @@ def _silenced(ray: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Undo that Ray sets its own handler of SIGTERM when it connects."""
+    """Restore the SIGTERM handler that Ray replaces when it connects."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,51 +1,53 @@
-"""Text to token shards: read a source, tokenize it, split it, and write a data folder that appears whole.
+"""Text to token shards: read a source, tokenize it, split it, and write a data folder that appears complete.
 
-    source.units() -> blocks_of -> engine: encode_block -> pieces on disk -> Assembly -> shards -> manifest, rename
+    source.units() -> blocks_of -> engine: encode_block -> encoded blocks -> Assembly -> shards -> manifest, rename
 
-Blocks are encoded anywhere and in any order, and assembled in theirs. Everything stays in `.<name>.partial` (see
-`lightlm.data.prepare.workspace`) until it is complete, and the same command goes on from there after a kill.
+Blocks are encoded anywhere and in any order, and assembled in theirs. Until it is complete, everything is in
+`.<name>.partial` (see `lightlm.data.prepare.workspace`), and the same command resumes after a kill.
 """
 
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from lightlm import __version__
-from lightlm.data.prepare.assembly import Assembly, AssemblyState
+from lightlm.data.folder import DataFolder
+from lightlm.data.prepare.assembly import SPLIT_RULE, Assembly
 from lightlm.data.prepare.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
-from lightlm.data.prepare.encoded_block import Record
+from lightlm.data.prepare.encoded_block import EncodedBlock
 from lightlm.data.prepare.encoders import AUTO, EncoderError, choose_encoder, remember
-from lightlm.data.prepare.executors import Engine, ThreadEngine, done_or_encoded
+from lightlm.data.prepare.executors import Engine, ThreadEngine, read_or_encode
 from lightlm.data.prepare.mixing.source import MixtureSource
 from lightlm.data.prepare.options import SHARD_TOKENS, Options
 from lightlm.data.prepare.selection import Selector
-from lightlm.data.prepare.splitting import SPLIT_RULE
-from lightlm.data.prepare.workspace import Partial, Setting, different_settings
+from lightlm.data.prepare.workspace import Setting, Workspace, different_settings
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode
 from lightlm.data.select.filters import Filter
-from lightlm.data.shards import DataFolder, Manifest, MixedSource, token_dtype
-from lightlm.data.sources.local import Revisable, Source, open_source
+from lightlm.data.shards import Manifest, token_dtype
+from lightlm.data.sources.base import Revisable, Source
+from lightlm.data.sources.hub.client import download_tokenizer
+from lightlm.data.sources.registry import open_source
 from lightlm.data.sources.sample import training_sample
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
 from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors, restore_folder, write_text
 
-MOST_WORKERS = 8  # by default: each takes some 80 MB of memory
+MAX_DEFAULT_WORKERS = 8  # each takes about 80 MB of memory
 
 TRAINING_TOKENIZER, TOKENIZING = "training the tokenizer", "tokenizing"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a preparation has come; counts start again in each phase.
+    """The progress of a preparation; counts restart in each phase.
 
-    `target_tokens` is `max_tokens`; `done` is the share of the source that is finished, where its size is known.
-    `note` is something to tell the user once.
+    `target_tokens` is `max_tokens`. `done` is the finished share of the source, if its size is known. `message` is for
+    the user, once.
     """
 
     phase: str
@@ -54,7 +56,7 @@ class Progress:
     tokens: int
     target_tokens: int | None
     done: float | None = None
-    note: str | None = None
+    message: str | None = None
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -83,29 +85,28 @@ def prepare(
     """Tokenize a source into the data folder `out`, and return its manifest.
 
     Args:
-        source: a source, or what `open_source` takes (then `text_column` is the column to read).
-        tokenizer_spec: `train:N`, or what `load_tokenizer` takes.
+        source: a source, or an argument of `open_source` (then `text_column` is the column to read).
+        tokenizer_spec: `train:N`, or an argument of `load_tokenizer`.
         max_tokens: stop after the document that reaches this many tokens, both splits together.
-        val_fraction: the share of documents for validation (see `splitting.SPLIT_RULE`); 0 for no validation split.
-        workers: threads of the default engine; all cores, but at most `MOST_WORKERS`, by default.
+        val_fraction: the share of documents for validation (see `assembly.SPLIT_RULE`); 0 for no validation split.
+        workers: threads of the default engine; by default one per core, at most `MAX_DEFAULT_WORKERS`.
         overwrite: replace a finished folder; it stays in place until the new one is complete.
         skip_bad: leave out what cannot be read, and count and list it in the manifest.
         encoder: `auto` (gigatoken where it can be used), `gigatoken` or `tokenizers`; the ids are the same.
-        filters: say which documents to leave out; the manifest counts them by cause.
+        filters: decide which documents to leave out; the manifest counts them by cause.
         dedup: leave out documents that repeat an earlier one: `exact`, or `near`, see `select.deduplication`.
         decontaminate: leave out, or list, documents that share 13 words in a row with evaluation sets.
-        filter: with a source given by its name, read only the records that it keeps; with a `Source`, the one it was
-            opened with.
+        filter: read only the records that it keeps, if `source` is a name; the filter of a `Source` that has one.
         engine: runs the blocks; threads of this process by default.
         progress: called after each few megabytes of text.
 
-    A folder already prepared with the same settings is left alone: the result has `already_prepared` set. A
-    preparation that stopped is gone on with.
+    Leaves a folder with the same settings as it is: the result has `already_prepared` set. Resumes an interrupted
+    preparation.
 
     Raises:
         UsageError: an argument is out of its range.
-        DataError: the source or the tokenizer cannot be read, the source is empty, the train split would be, `out`
-            holds something else or cannot be written, or the encoder is wrong.
+        DataError: the source or the tokenizer cannot be read, the source or the train split is empty, `out` holds
+            other files or cannot be written, or the encoder is wrong.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: at least 1 is needed")
@@ -118,7 +119,7 @@ def prepare(
         source = open_source(source, text_column, filter)
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # the threads of `tokenizers`
-    workers = workers or min(available_cores(), MOST_WORKERS)
+    workers = workers or min(available_cores(), MAX_DEFAULT_WORKERS)
     target = Path(os.path.abspath(out)).resolve()
     if not target.name:
         raise UsageError(f"--out {target}: name a folder inside it")
@@ -126,32 +127,34 @@ def prepare(
     with clear_errors(target):
         restore_folder(target)
         existing = _existing(target, settings, overwrite)
-        partial = Partial(target)
+        workspace = Workspace(target)
         if existing is not None:
-            partial.clear()
+            workspace.clear()
             return existing
-        with partial.locked():
-            existing = _existing(target, settings, overwrite)  # another process may have finished in the meantime
+        with workspace.locked():
+            existing = _existing(target, settings, overwrite)  # another process may have finished it before the lock
             if existing is not None:
                 return existing
-            run = _Run(source, options, partial, engine or ThreadEngine(workers), progress or (lambda _: None))
-            return run.run(settings, overwrite)
+            engine = engine or ThreadEngine(workers)
+            return _Preparation(source, options, workspace, engine, progress or (lambda _: None)).run(
+                settings, overwrite
+            )
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:
-    """Check a data folder completely, checksums included. Raises DataError naming the first thing that does not fit."""
+    """Check a data folder completely, checksums included. Raises DataError naming the first mismatch."""
     folder = DataFolder.open(path)
     folder.verify()
     return folder.manifest
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Manifest | None:
-    """The manifest of a folder prepared with these settings; None where `target` is free to write.
+    """Return the manifest of a folder prepared with these settings; None if `target` is free to write.
 
     Raises DataError where it holds anything else.
     """
@@ -182,13 +185,13 @@ def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Ma
     return manifest.model_copy(update={"already_prepared": True})
 
 
-class _Run:
-    """One preparation, begun or gone on with."""
+class _Preparation:
+    """One preparation, new or resumed."""
 
     def __init__(
-        self, source: Source, options: Options, partial: Partial, engine: Engine, progress: ProgressCallback
+        self, source: Source, options: Options, workspace: Workspace, engine: Engine, progress: ProgressCallback
     ) -> None:
-        self._source, self._options, self._partial, self._engine = source, options, partial, engine
+        self._source, self._options, self._workspace, self._engine = source, options, workspace, engine
         self._progress = progress
         self._lock = threading.Lock()
         self._counts = [0, 0, 0]  # documents, bytes of text, tokens
@@ -196,48 +199,48 @@ class _Run:
         self._source_bytes: int | None = None
 
     def run(self, settings: dict[str, Setting], overwrite: bool) -> Manifest:
-        partial = self._partial
-        self._pin(partial.open(settings, overwrite=overwrite))
+        workspace = self._workspace
+        self._pin(workspace.open(settings, overwrite=overwrite))
         try:
             self._source_bytes = getattr(self._source, "size", None)
             tokenizer = self._tokenizer()
             remember(tokenizer)
-            partial.note_revision(self._source.revision)
+            workspace.save_revision(self._source.revision)
             manifest = self._assemble(self._job(tokenizer), tokenizer, settings)
-            write_text(partial.folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
-            partial.finish()
+            write_text(workspace.folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+            workspace.finish()
             return manifest
         except BaseException as error:
-            if isinstance(error, _NothingError) or not partial.worth_keeping:
-                partial.discard()
+            if isinstance(error, _NothingError) or not workspace.worth_keeping:
+                workspace.discard()
             elif isinstance(error, DataError) and not isinstance(error, UsageError | EncoderError):
-                kept = "What is finished is kept: run the same command again to go on from there"
                 skip = "" if self._options.skip_bad else ", with --skip-bad to leave out what cannot be read"
-                error.args = (f"{str(error).removesuffix('.')}. {kept}{skip}.",)
+                message = str(error).removesuffix(".")
+                error.args = (f"{message}. Progress is saved. Rerun the same command to resume{skip}.",)
             raise
 
     def _pin(self, revision: str | None) -> None:
-        """Read the source in the state in which the preparation began."""
+        """Read the source at the revision at which the preparation began."""
         if revision is None:
             return
-        if isinstance(self._source, Revisable):  # at once: what is its latest state, only the network could tell
+        if isinstance(self._source, Revisable):  # first: asking for the latest revision needs the network
             self._source = self._source.at_revision(revision)
         elif revision != self._source.revision:
             raise DataError(
-                f"{self._source.spec} has changed since {self._partial.path} was begun: {revision} then, "
+                f"{self._source.spec} has changed since {self._workspace.path} began: {revision} then, "
                 f"{self._source.revision} now. Use --overwrite to start over."
             )
 
     def _tokenizer(self) -> Tokenizer:
-        """The tokenizer, as the process that began the preparation left it."""
-        path = self._partial.folder / "tokenizer.json"
+        """Return the tokenizer; a resumed preparation uses the one in its folder."""
+        path = self._workspace.folder / "tokenizer.json"
         if path.is_file():
             return Tokenizer.from_file(path)
         vocab_size = requested_vocab_size(self._options.tokenizer)
         if vocab_size is None:
-            # The source first: where both need the network, its message tells the way out of both.
+            # The source first: if both need the network, its message has the solution for both.
             next(self._source.units(), None)
-            tokenizer = load_tokenizer(self._options.tokenizer)
+            tokenizer = load_tokenizer(self._options.tokenizer, download_tokenizer)
         else:
             sample = training_sample(self._source.units(), self._report_sample, skip_bad=self._options.skip_bad)
             tokenizer = train_tokenizer(sample, vocab_size)
@@ -248,13 +251,13 @@ class _Run:
         self._progress(Progress(TRAINING_TOKENIZER, documents, characters, 0, None))
 
     def _job(self, tokenizer: Tokenizer) -> Job:
-        definition = self._partial.folder / "tokenizer.json"
+        definition = self._workspace.folder / "tokenizer.json"
         encoder, reason = choose_encoder(self._options.encoder, definition, tokenizer.end_of_text_id)
         if reason is not None:
-            note = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
-            self._progress(Progress(TOKENIZING, 0, 0, 0, self._options.max_tokens, note=note))
+            message = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
+            self._progress(Progress(TOKENIZING, 0, 0, 0, self._options.max_tokens, message=message))
         return Job(
-            folder=self._partial.pieces,
+            folder=self._workspace.blocks,
             tokenizer=definition,
             end_of_text_id=tokenizer.end_of_text_id,
             encoder=encoder,
@@ -264,24 +267,29 @@ class _Run:
         )
 
     def _assemble(self, job: Job, tokenizer: Tokenizer, settings: dict[str, Setting]) -> Manifest:
-        partial, options = self._partial, self._options
+        workspace, options, source = self._workspace, self._options, self._source
         assembly = Assembly(
-            partial.folder, partial.work, partial.pieces, tokenizer, options.val_fraction, options.shard_tokens
+            workspace.folder, workspace.state, job.folder, tokenizer, options.val_fraction, options.shard_tokens
         )
+        state = assembly.state
+        self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
         try:
-            if options.dedup is not None or isinstance(self._source, MixtureSource):
-                self._feed_selected(assembly, job, tokenizer)
-            else:
-                self._feed(assembly, job)
+            selects = options.dedup is not None or isinstance(source, MixtureSource)
+            blocks = self._selected(state.blocks, job, tokenizer) if selects else self._encoded(assembly, job)
+            with contextlib.closing(blocks):
+                for encoded in blocks:
+                    assembly.add(encoded)
             assembly.finish()
         finally:
             assembly.abandon()
         self._check(assembly)
-        state = assembly.state
+        mixture = []
+        if isinstance(source, MixtureSource):
+            mixture = source.reached(state.source_tokens, state.source_documents)
         return Manifest(
-            source=self._source.spec,
-            description=self._source.description,
-            revision=self._source.revision,
+            source=source.spec,
+            description=source.description,
+            revision=source.revision,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             end_of_text_id=tokenizer.end_of_text_id,
@@ -294,87 +302,52 @@ class _Run:
             flagged=state.flagged,
             listed=state.listed,
             evaluation_sets=options.decontaminate.coverage if options.decontaminate is not None else {},
-            mixture=self._mixture(state),
+            mixture=mixture,
             unigram=assembly.unigram(),
             lightlm_version=__version__,
             settings=settings,
         )
 
-    def _mixture(self, state: AssemblyState) -> list[MixedSource]:
-        if not isinstance(self._source, MixtureSource):
-            return []
-        return self._source.reached(state.source_tokens, state.source_documents)
-
-    def _feed(self, assembly: Assembly, job: Job) -> None:
-        """Encode the blocks that are still to be done and hand them to the assembly, up to `max_tokens`."""
-        limit, state = self._options.max_tokens, assembly.state
-        self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
-        waiting: list[tuple[Block, Record]] = []  # while there is one document only, whose fate depends on a second
-        documents, tokens = state.documents, state.tokens
+    def _encoded(self, assembly: Assembly, job: Job) -> Generator[EncodedBlock, None, None]:
+        """Yield the blocks after those in the shards, encoded, up to `max_tokens`."""
+        limit, tokens = self._options.max_tokens, assembly.state.tokens
         if limit is not None and tokens >= limit:
             return
-        blocks, given = self._blocks(state.blocks)
-        if state.documents:
-            self._report(0, 0, 0)  # where this process begins
-        with contextlib.closing(self._engine(job, blocks, self._report)) as records:
-            for record in records:
-                block = given.pop(record.number)
-                if limit is not None and tokens + record.total_tokens >= limit:
-                    block = replace(block, limit=limit - tokens)
-                    record = done_or_encoded(job, block)
-                documents, tokens = documents + record.documents, tokens + record.total_tokens
-                waiting.append((block, record))
-                self._done_bytes += block.size
-                if documents > 1:
-                    for _, ready in waiting:
-                        assembly.add(ready)
-                    waiting = []
-                if block.limit is not None:
-                    break
-        for block, record in waiting:
-            if record.documents == 1:
-                assembly.hold_nothing_back()
-                record = done_or_encoded(job, replace(block, only=True))
-            assembly.add(record)
+        running: dict[int, Block] = {}
 
-    def _feed_selected(self, assembly: Assembly, job: Job, tokenizer: Tokenizer) -> None:
-        """The same where a document's fate depends on others; the only document of a source is not cut here."""
-        state, source = assembly.state, self._source
-        self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
-        parts = source.parts if isinstance(source, MixtureSource) else [(source, Fraction(1))]
-        selector = Selector(
-            self._partial.work,
-            [blocks_of(part.units()) for part, _ in parts],
-            [share for _, share in parts],
-            dedup=self._options.dedup,
-            max_tokens=self._options.max_tokens,
-            done=state.blocks,
-        )
-        waiting: list[Record] = []  # until there are two documents, as above
-        for record in selector.pieces(self._engine, job, self._report, token_dtype(tokenizer.vocab_size)):
-            waiting.append(record)
-            if state.documents + sum(ready.documents for ready in waiting) > 1:
-                for ready in waiting:
-                    assembly.add(ready)
-                waiting = []
-        for ready in waiting:
-            if ready.documents:
-                assembly.hold_nothing_back()
-            assembly.add(ready)
-
-    def _blocks(self, start: int) -> tuple[Iterator[Block], dict[int, Block]]:
-        """The blocks from number `start` on, and those that have been given and not been taken back."""
-        given: dict[int, Block] = {}
-
-        def give() -> Iterator[Block]:
+        def blocks(start: int) -> Iterator[Block]:
             for block in blocks_of(self._source.units()):
                 if block.number < start:
                     self._done_bytes += block.size
                     continue
-                given[block.number] = block
+                running[block.number] = block
                 yield block
 
-        return give(), given
+        if tokens:
+            self._report(0, 0, 0)  # where this process resumes
+        with contextlib.closing(self._engine(job, blocks(assembly.state.blocks), self._report)) as engine:
+            for encoded in engine:
+                block = running.pop(encoded.number)
+                self._done_bytes += block.size
+                if limit is not None and tokens + encoded.total_tokens >= limit:
+                    yield read_or_encode(job, replace(block, limit=limit - tokens))
+                    return
+                tokens += encoded.total_tokens
+                yield encoded
+
+    def _selected(self, done: int, job: Job, tokenizer: Tokenizer) -> Generator[EncodedBlock, None, None]:
+        """Yield encoded blocks of the documents that stay, where that depends on other documents."""
+        source = self._source
+        parts = source.parts if isinstance(source, MixtureSource) else [(source, Fraction(1))]
+        selector = Selector(
+            self._workspace.work,
+            [blocks_of(part.units()) for part, _ in parts],
+            [share for _, share in parts],
+            dedup=self._options.dedup,
+            max_tokens=self._options.max_tokens,
+            done=done,
+        )
+        return selector.select(self._engine, job, self._report, token_dtype(tokenizer.vocab_size))
 
     def _report(self, documents: int, text_bytes: int, tokens: int) -> None:
         with self._lock:
@@ -384,7 +357,7 @@ class _Run:
             self._progress(Progress(TOKENIZING, counts[0], counts[1], counts[2], self._options.max_tokens, done))
 
     def _check(self, assembly: Assembly) -> None:
-        """Raises DataError where there is nothing to train on."""
+        """Raise DataError where there is nothing to train on."""
         splits = {entry.split for entry in assembly.shards}
         if "train" in splits:
             return

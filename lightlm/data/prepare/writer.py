@@ -1,29 +1,37 @@
-"""Writing a split's tokens into shards as they come; what has been written can be gone on with after a kill."""
+"""Writing one split's tokens into shards; a later process resumes from the saved state."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel
 
-from lightlm.data.shards import ShardEntry, Split, shard_header
+from lightlm.data.prepare.encoded_block import read_tokens
+from lightlm.data.shards import HEADER_BYTES, ShardEntry, Split, shard_header
 from lightlm.files import checksum
 
 
 class WriterState(BaseModel):
-    """Where a split's writer stands: its finished shards, and the tokens and ended documents in the open one."""
+    """How far a split is written: its finished shards, the tokens and ended documents in the open one, and the bytes
+    of text in all of them."""
 
     entries: list[ShardEntry] = []
     tokens: int = 0
     documents: int = 0
     text_bytes: int = 0
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens in all shards."""
+        return self.tokens + sum(entry.tokens for entry in self.entries)
+
 
 class SplitWriter:
     """Appends tokens to `<split>_000000.bin`, `<split>_000001.bin`, ... of `shard_tokens` tokens each.
 
-    Every shard but the last is exactly full, so a document may begin in one and end in the next.
+    Every shard but the last is full, so a document may begin in one and end in the next.
     """
 
     def __init__(
@@ -36,22 +44,15 @@ class SplitWriter:
         state: WriterState,
         token_counts: np.ndarray,
     ) -> None:
-        """`state` and `token_counts` (int64 of shape (vocab_size,)) are gone on with, and kept up to date.
+        """Resume from `state` and `token_counts` (int64 of shape (vocab_size,)), and keep both up to date.
 
-        What the open shard holds beyond `state` is cut off. Raises OSError.
+        Cuts off what the shards hold beyond `state`. Raises OSError.
         """
         self.state, self.token_counts = state, token_counts
         self._folder, self._split, self._dtype = folder, split, dtype
         self._end_of_text_id, self._shard_tokens = end_of_text_id, shard_tokens
         self._file: BinaryIO | None = None
-        if state.tokens:
-            self._file = self._path.open("r+b")
-            self._file.truncate(len(shard_header(dtype, 0)) + state.tokens * dtype.itemsize)
-            self._file.seek(0, os.SEEK_END)
-
-    @property
-    def _path(self) -> Path:
-        return self._folder / f"{self._split}_{len(self.state.entries):06d}.bin"
+        self.cut_files()
 
     def add(self, tokens: np.ndarray) -> None:
         """Append token ids of any documents, an end-of-text id after each document."""
@@ -63,6 +64,40 @@ class SplitWriter:
             if self.state.tokens == self._shard_tokens:
                 self.close()
 
+    def tail(self, count: int) -> Iterator[np.ndarray]:
+        """Yield the last `count` tokens in parts."""
+        self.flush()
+        state = self.state
+        sizes = [*(entry.tokens for entry in state.entries), state.tokens]
+        start = state.total_tokens - count
+        for number, size in enumerate(sizes):
+            if start < size:
+                header = HEADER_BYTES // self._dtype.itemsize
+                yield from read_tokens(self._path(number), self._dtype, header + max(0, start), header + size)
+            start -= size
+
+    def forget_tail(self, count: int) -> None:
+        """Take the last `count` tokens out of the state and the counts; `cut_files` then shortens the files."""
+        state, kept = self.state, self.state.total_tokens - count
+        for part in self.tail(count):
+            self.token_counts -= np.bincount(part, minlength=len(self.token_counts))
+        full = kept // self._shard_tokens
+        last_shard = np.concatenate([*self.tail(state.total_tokens - full * self._shard_tokens)])
+        state.entries, state.tokens = state.entries[:full], kept - full * self._shard_tokens
+        state.documents = int(np.count_nonzero(last_shard[: state.tokens] == self._end_of_text_id))
+
+    def cut_files(self) -> None:
+        """Shorten the open shard to the state's tokens, and delete the shards after it."""
+        self.abandon()
+        number = len(self.state.entries) + (self.state.tokens > 0)
+        while (path := self._path(number)).exists():
+            path.unlink()
+            number += 1
+        if self.state.tokens:
+            self._file = self._path().open("r+b")
+            self._file.truncate(HEADER_BYTES + self.state.tokens * self._dtype.itemsize)
+            self._file.seek(0, os.SEEK_END)
+
     def flush(self) -> None:
         """Force what has been added to the disk."""
         if self._file is not None:
@@ -73,12 +108,12 @@ class SplitWriter:
         """Finish the open shard, if there is one, and enter it in `state.entries`."""
         if self._file is None:
             return
-        state, path = self.state, self._path
+        state, path = self.state, self._path()
         self._file.seek(0)
         self._file.write(shard_header(self._dtype, state.tokens))
         self.flush()
         self._file.close()
-        # The header is known last, so the checksum costs a second reading, from the system's cache: 0.04 s for 200 MB.
+        # The header needs the count, so the checksum takes a second pass: 0.04 s for 200 MB from the system's cache.
         entry = ShardEntry(
             file=path.name, split=self._split, tokens=state.tokens, documents=state.documents, xxh3=checksum(path)
         )
@@ -89,10 +124,15 @@ class SplitWriter:
         """Close the open file without finishing it: Windows does not delete open files."""
         if self._file is not None:
             self._file.close()
+            self._file = None
+
+    def _path(self, number: int | None = None) -> Path:
+        """Return the path of a shard, of the open one by default."""
+        return self._folder / f"{self._split}_{len(self.state.entries) if number is None else number:06d}.bin"
 
     def _append(self, tokens: np.ndarray) -> None:
         if self._file is None:
-            self._file = self._path.open("wb")
+            self._file = self._path().open("wb")
             self._file.write(shard_header(self._dtype, 0))
         self._file.write(np.ascontiguousarray(tokens, self._dtype).data)
         self.state.tokens += tokens.size

@@ -1,145 +1,150 @@
-"""One JSON line of hundreds of megabytes: its text in parts, without a second and a third copy of the line."""
+"""JSON lines (.jsonl, .jsonl.gz, .jsonl.zst): a line is a record, and its text a document."""
 
+import functools
+import gzip
+import io
 import json
-import mmap
-import re
-import tempfile
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import BinaryIO
 
 import pyarrow
 
-from lightlm.data.readers.texts import CHUNK_BYTES, Texts
+from lightlm.data.readers.file import File, is_local, raise_machine_fault
+from lightlm.data.readers.records import Record, pack_records, record_of
+from lightlm.data.readers.texts import CHUNK_BYTES, RECORD_BYTES, BadRecord, Texts, Unit, too_large
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
 
-LARGE_LINE_BYTES = 16 << 20  # `json.loads` takes up to nine bytes of memory a byte: the line and the text as UCS-4
+BLOCK_BYTES = 64 << 20  # of an uncompressed file: a second of work
 
-Line = bytes | mmap.mmap  # a large one lies in a file without a name
-
-_STRUCTURE = re.compile(rb'["{}\[\],:]')
-_COLON = re.compile(rb"\s*:")
-_ESCAPE_END = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?\Z")
-_HIGH_SURROGATE_END = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+Line = bytes | None  # None: the line is above RECORD_BYTES
 
 
-def lines_of(file: BinaryIO) -> Iterator[Line]:
-    """The lines of a file; those above `LARGE_LINE_BYTES` as memory maps. Raises what the file raises."""
-    while line := file.readline(LARGE_LINE_BYTES):
-        if len(line) < LARGE_LINE_BYTES or line.endswith(b"\n"):
-            yield line
-            continue
-        with tempfile.TemporaryFile() as spool:
-            spool.write(line)
-            while not line.endswith(b"\n") and (line := file.readline(CHUNK_BYTES)):
-                spool.write(line)
-            spool.flush()
-            del line
-            with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as large:
-                yield large
+def jsonl_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
+    """Yield a unit for each `BLOCK_BYTES` of an uncompressed file."""
+    size = file.stat().st_size
+    for start in range(0, size, BLOCK_BYTES):
+        stream = partial(read_json_block, file, start, text_column, row_filter=row_filter)
+        yield Unit(f"{name}#byte={start}", stream, min(BLOCK_BYTES, size - start))
 
 
-def large_line(line: Line, where: Callable[[], str], text_column: str, chosen: Filter | None = None) -> Iterator[Texts]:
-    """The text of one JSON line above `LARGE_LINE_BYTES`, in parts. `where()` names the line in an error.
-
-    Raises DataError, at the latest with the part that is wrong, where the line is no object with such a text.
-    """
-    from lightlm.data.readers.files import parse_record
-
-    span = _text_span(line, json.dumps(text_column).encode(), text_column)
-    if span is None:
-        # Says what is wrong, or finds a spelling that the search did not.
-        parse_record(line[:], where, text_column, chosen)
-        raise DataError(f"{where()}: {len(line) >> 20} MB of JSON whose text under {text_column!r} cannot be found")
-    start, end = span
-    parse_record(line[: start + 1] + line[end:], where, text_column, chosen)  # everything but the text
-    return _parts(line, start + 1, end, where)
+def compressed_jsonl_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
+    """Yield the one unit of a compressed file: it can be read only from its start."""
+    stream = partial(read_compressed_json, file, text_column, row_filter=row_filter)
+    yield Unit(name, stream, file.stat().st_size)
 
 
-def _text_span(line: Line, quoted_name: bytes, name: str) -> tuple[int, int] | None:
-    """Where the quotes around the text are; None where the top object has no such string.
-
-    As with `json.loads`, the last of several counts.
-    """
-    depth, position, found = 0, 0, None
-    key: bytes | None = None
-    while match := _STRUCTURE.search(line, position):
-        mark, position = match.group(), match.end()
-        if mark in (b"{", b"["):
-            depth += 1
-        elif mark in (b"}", b"]"):
-            depth -= 1
-        elif mark == b'"':
-            start = match.start()
-            end = _closing_quote(line, position)
-            if end is None:
-                return None
-            position = end + 1
-            if depth != 1:
-                continue
-            if key is not None:
-                if key == quoted_name or _is_name(key, name):
-                    found = start, end
-                key = None
-            elif _COLON.match(line, position):
-                key = line[start:position] if end - start < 1_000 else b""
-        elif mark == b"," and depth == 1:
-            key = None
-    return found
-
-
-def _is_name(key: bytes, name: str) -> bool:
+def read_json_block(
+    file: File, start: int, text_column: str, bad: BadRecord, row_filter: Filter | None = None
+) -> Iterator[Texts]:
+    """Yield the texts of the lines that begin in the block of `BLOCK_BYTES` bytes at `start`."""
+    end = start + BLOCK_BYTES
     try:
-        return bool(key) and json.loads(key) == name
-    except ValueError:
-        return False
+        with file.open("rb") as opened:
+            if start:
+                # The line that holds the byte before this block began in an earlier one, even if it ends right there.
+                opened.seek(start - 1)
+                _skip_line(opened, end)
+            records = _records(_lines(opened, end), partial(_line_in_block, file, start), text_column, row_filter, bad)
+            yield from pack_records(records, row_filter, bad)
+    except OSError as error:
+        raise_machine_fault(error)
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def _closing_quote(line: Line, position: int) -> int | None:
-    """The quote that ends a string, which is one after an even number of backslashes."""
-    while (quote := line.find(b'"', position)) >= 0:
-        before = quote
-        while line[before - 1] == ord("\\"):
-            before -= 1
-        if (quote - before) % 2 == 0:
-            return quote
-        position = quote + 1
-    return None
+def read_compressed_json(
+    file: File, text_column: str, bad: BadRecord, row_filter: Filter | None = None
+) -> Iterator[Texts]:
+    """Yield the texts of a .jsonl.gz or .jsonl.zst file. The texts before a damage come before its error."""
+    count = 0
+
+    def counted(lines: Iterator[Line]) -> Iterator[Line]:
+        nonlocal count
+        for line in lines:
+            count += 1
+            yield line
+
+    try:
+        with file.open("rb") as raw, _decompressed(raw, file.name) as opened:
+            lines, where = counted(_lines(opened)), partial("{}, line {}".format, file)
+            yield from pack_records(_records(lines, where, text_column, row_filter, bad), row_filter, bad)
+    except (OSError, EOFError, zlib.error) as error:
+        raise_machine_fault(error)
+        raise DataError(f"{file}: damaged or truncated after line {count} ({error})") from error
 
 
-def _parts(line: Line, start: int, end: int, where: Callable[[], str]) -> Iterator[Texts]:
-    """The characters between two quotes, in parts that cut no character, escape or pair of surrogates."""
-    while True:
-        border = _border(line, start, min(start + CHUNK_BYTES, end), end)
-        try:
-            text: str = json.loads(b'"' + line[start:border] + b'"')
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where()}: not UTF-8 at byte {start + error.start - 1} of the line") from error
-        except ValueError as error:
-            raise DataError(f"{where()}: not valid JSON ({error}, from byte {start} of the line)") from error
-        text = text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield Texts(pyarrow.array([text], pyarrow.large_string()), unfinished=border < end)
-        if border >= end:
+def _lines(file: BinaryIO, end: int | None = None) -> Iterator[Line]:
+    """Yield the lines that begin before byte `end`; of a line above `RECORD_BYTES`, no more than that is held."""
+    while end is None or file.tell() < end:
+        line: Line = file.readline(RECORD_BYTES + 1)
+        if not line:
             return
-        start = border
+        large = len(line) > RECORD_BYTES and not line.endswith(b"\n")
+        if large:
+            line = None
+        yield line
+        if large:
+            _skip_line(file, None)
 
 
-def _border(line: Line, start: int, border: int, end: int) -> int:
-    """The nearest place at or before `border` where the text may be cut."""
-    if border >= end:
-        return end
-    while line[border] & 0xC0 == 0x80:  # inside a character
-        border -= 1
-    for unfinished in (_ESCAPE_END, _HIGH_SURROGATE_END):  # the second, too, after the first has been left out
-        found = unfinished.search(line[max(start, border - 6) : border])
-        if found is not None and _escapes(line, start, border - len(found.group())):
-            border -= len(found.group())
-    return border
+def _skip_line(file: BinaryIO, end: int | None) -> None:
+    """Read to the end of the line, or to byte `end`."""
+    while (end is None or file.tell() < end) and (part := file.readline(CHUNK_BYTES)) and not part.endswith(b"\n"):
+        pass
 
 
-def _escapes(line: Line, start: int, place: int) -> bool:
-    """Whether the backslash at `place` begins an escape, rather than being itself escaped."""
-    before = place
-    while before > start and line[before - 1] == ord("\\"):
-        before -= 1
-    return (place - before) % 2 == 0
+def _records(
+    lines: Iterator[Line], where: Callable[[int], str], text_column: str, row_filter: Filter | None, bad: BadRecord
+) -> Iterator[Record]:
+    """Yield the record of each line that is not blank; `where(n)` names the n-th line in an error."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line is None:
+                raise too_large(where(number), "JSON")
+            if line.strip():
+                yield _parse(line, partial(where, number), text_column, row_filter)
+        except DataError as error:
+            bad(error)
+
+
+def _parse(line: bytes, where: Callable[[], str], text_column: str, row_filter: Filter | None) -> Record:
+    try:
+        columns = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where()}: not UTF-8 at byte {error.start} of the line") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
+        raise DataError(f"{where()}: not valid JSON ({error})") from error
+    if not isinstance(columns, dict):
+        raise DataError(f"{where()}: a JSON object was expected, with the text under {text_column!r}")
+    record = record_of(columns, where, text_column, row_filter)
+    try:
+        (record.text or "").encode("utf-16")  # faster than UTF-8
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair ("\ud83d"), which is not a character; it becomes U+FFFD.
+        return record._replace(text=str(record.text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return record
+
+
+def _line_in_block(file: File, start: int, number: int) -> str:
+    """Return the name, for an error, of the `number`-th line that begins in the block at byte `start`."""
+    if start and not is_local(file):  # counting the lines before would fetch them once more
+        return f"{file}, line {number} after byte {start}"
+    before = sum(_line_ends(file, max(0, at - 1), at + BLOCK_BYTES - 1) for at in range(0, start, BLOCK_BYTES))
+    return f"{file}, line {before + number + (start > 0)}"
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a terabyte: with --skip-bad there may be a million errors in a file
+def _line_ends(file: File, start: int, end: int) -> int:
+    """Count the lines that end between two bytes of a file."""
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return sum(opened.read(min(CHUNK_BYTES, end - at)).count(b"\n") for at in range(start, end, CHUNK_BYTES))
+
+
+def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+    if name.lower().endswith(".gz"):
+        return gzip.open(raw, "rb")  # type: ignore[return-value]
+    # Unlike the reader of the zstandard package, Arrow's notices a file that ends in the middle of a frame.
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))

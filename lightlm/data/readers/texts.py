@@ -1,7 +1,7 @@
-"""Texts as they travel from readers to encoders: packed in Arrow arrays, and big ones in parts.
+"""Texts between readers and encoders: packed in Arrow arrays, large ones in parts.
 
-An Arrow array holds its texts' UTF-8 end to end, so nothing is done per document that can be done per megabyte.
-A text above `LARGE_BYTES` travels alone, in parts, so that memory does not grow with it.
+An Arrow array holds the UTF-8 of its texts end to end, so that work is per megabyte, not per document. A text above
+`LARGE_BYTES` travels in parts, so that memory does not grow with it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,32 +16,38 @@ from lightlm.errors import DataError
 CHUNK_BYTES = 4 << 20  # texts are packed and encoded in chunks of this size: 15 ms of work, some 40 MB of memory
 CHUNK_DOCUMENTS = 20_000
 LARGE_BYTES = 8 << 20  # a text above this is encoded in parts
+RECORD_BYTES = 256 << 20  # a line of JSON or a cell of Parquet above this is refused
 
 BadRecord = Callable[[DataError], None]
-"""Called by a reader with the mistake that spoils one record: raises it, or counts it and returns. Also called with
-`FilteredOut`, which is no mistake."""
+"""Called by a reader with the mistake in one record: raises it, or counts it and returns. Also called with
+`FilteredOut`, which is not a mistake."""
 
 
-class FilteredOut(DataError):  # noqa: N818 - it goes an error's way, but is none
-    """So many records are left out because a `--filter` says so."""
+class FilteredOut(DataError):  # noqa: N818 - it takes the way of an error and is not one
+    """Says how many records a `--filter` leaves out."""
 
     def __init__(self, records: int = 1) -> None:
         super().__init__(f"{records} records")
         self.records = records
 
 
-class Texts(NamedTuple):
-    """Whole texts (a LargeStringArray without nulls), or one part of a large one.
+def too_large(where: str, what: str) -> DataError:
+    """Return the error for a record above `RECORD_BYTES`."""
+    return DataError(
+        f"{where}: more than {RECORD_BYTES >> 20} MB of {what}, the limit for one record. Store the text as a .txt "
+        "file, which may have any size, or skip the record with --skip-bad"
+    )
 
-    With `unfinished`, the array is the one part of a text that goes on in the next `Texts`; the part that ends it
-    comes alone, too, with `unfinished` False; `ABANDONED` in its place means that the text is not to be used.
+
+class Texts(NamedTuple):
+    """Whole texts (a LargeStringArray without nulls), or one part of a large text.
+
+    With `unfinished`, the array holds one part of a text, and the next `Texts` continues it. The last part, too, is an
+    array of its own, with `unfinished` False.
     """
 
     array: pyarrow.Array
     unfinished: bool = False
-
-
-ABANDONED = Texts(pyarrow.array([], pyarrow.large_string()))
 
 
 class Stream(Protocol):
@@ -50,39 +56,43 @@ class Stream(Protocol):
     def __call__(self, bad: BadRecord) -> Iterator[Texts]: ...
 
 
-class Read(Protocol):
-    """Yields the documents of a unit in their order, each a string; called anew for each pass."""
-
-    def __call__(self) -> Iterator[str]: ...
-
-
 @dataclass(frozen=True)
 class Unit:
     """A part of a source that can be read on its own: a file, a block of a file, a row group.
 
-    `id` is the same in every pass over an unchanged source, and unique in it. Units can be pickled. A reader gives
-    `stream` where it can (Arrow arrays, texts of any size), and otherwise `read`. `size` is its bytes on disk, where
-    known: small units are worked on together, and the share of the source that is done follows from it.
+    `id` is unique in the source, and the same in every pass over an unchanged one. Units can be pickled. `size` is the
+    bytes on disk, where known: small units are scheduled together, and the progress follows from it.
     """
 
     id: str
-    read: Read
+    stream: Stream
     size: int | None = None
-    stream: Stream | None = None
 
     def texts(self, bad: BadRecord) -> Iterator[Texts]:
-        """The unit's texts, packed."""
-        return self.stream(bad) if self.stream is not None else pack(self.read())
+        """Yield the texts, packed."""
+        return self.stream(bad)
+
+    def read(self) -> Iterator[str]:
+        """Yield the documents as strings, large ones joined; raises the first mistake."""
+        parts: list[str] = []
+        for array, unfinished in self.stream(raise_bad):
+            if unfinished or parts:
+                parts.append(array[0].as_py())
+                if not unfinished:
+                    yield "".join(parts)
+                    parts = []
+            else:
+                yield from array.to_pylist()
 
 
 def raise_bad(error: DataError) -> None:
-    """The `BadRecord` of a run that skips nothing."""
+    """Raise the mistake: the `BadRecord` of a run without --skip-bad."""
     if not isinstance(error, FilteredOut):
         raise error
 
 
 def pack(texts: Iterable[str]) -> Iterator[Texts]:
-    """Strings packed into arrays of about `CHUNK_BYTES`."""
+    """Yield strings packed into arrays of about `CHUNK_BYTES`."""
     chunk: list[str] = []
     characters = 0
     for text in texts:
@@ -95,21 +105,13 @@ def pack(texts: Iterable[str]) -> Iterator[Texts]:
         yield Texts(pyarrow.array(chunk, pyarrow.large_string()))
 
 
-def read_strings(stream: Stream) -> Iterator[str]:
-    """The documents of a stream as strings, large ones joined; raises the first mistake."""
-    parts: list[str] = []
-    for array, unfinished in stream(raise_bad):
-        if unfinished or parts:
-            parts.append(array[0].as_py())
-            if not unfinished:
-                yield "".join(parts)
-                parts = []
-        else:
-            yield from array.to_pylist()
+def pack_strings(read: Callable[[], Iterable[str]], bad: BadRecord) -> Iterator[Texts]:
+    """Yield the strings that `read` gives, packed; `functools.partial` of it with `read` is a `Stream`."""
+    return pack(read())
 
 
 def buffers_of(array: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, data) of a LargeStringArray without a copy: int64 of shape (texts + 1,) and uint8."""
+    """Return (offsets, data) of a LargeStringArray without a copy: int64 of shape (texts + 1,) and uint8."""
     _, offsets, data = array.buffers()
     if not len(array) or offsets is None:
         return np.zeros(1, np.int64), np.zeros(0, np.uint8)
@@ -118,12 +120,12 @@ def buffers_of(array: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def byte_lengths(array: pyarrow.Array) -> np.ndarray:
-    """UTF-8 bytes of each text: int64 of shape (texts,)."""
+    """Return the UTF-8 bytes of each text: int64 of shape (texts,)."""
     return np.diff(buffers_of(array)[0])
 
 
 def in_chunks(array: pyarrow.Array) -> Iterator[Texts]:
-    """Whole texts in arrays of at most `CHUNK_BYTES`, or of one text; those above `LARGE_BYTES` in parts."""
+    """Yield whole texts in arrays of at most `CHUNK_BYTES`, or of one text; those above `LARGE_BYTES` in parts."""
     offsets, data = buffers_of(array)
     first = 0
     while first < len(array):
@@ -138,7 +140,7 @@ def in_chunks(array: pyarrow.Array) -> Iterator[Texts]:
 
 
 def _parts(data: np.ndarray, start: int, end: int) -> Iterator[Texts]:
-    """One large text in parts of about `CHUNK_BYTES`, cut between characters."""
+    """Yield one large text in parts of about `CHUNK_BYTES`, cut between characters."""
     while start < end:
         border = min(start + CHUNK_BYTES, end)
         while border < end and data[border] & 0xC0 == 0x80:  # inside a character

@@ -1,11 +1,12 @@
-"""De-duplication: exact by a hash of the text, near by MinHash; the first of a kind stays.
+"""Deduplication: exact by a hash of the text, near by MinHash; the first of several duplicates stays.
 
-Two steps. `Signer` turns texts into signatures, anywhere and in any order. `Deduplicator` looks at signatures in the
-source's order and decides; what it decides is a function of that order alone, not of batches, workers or interruptions.
+There are two steps. `Signer` turns texts into signatures, on any worker and in any order. `Deduplicator` reads the
+signatures in the source's order and decides. Its decisions depend only on that order, not on batches, workers or
+interruptions.
 
-Near-duplicates: the 5-grams of a document's words are a set; R-MinHash (`rensa`) signs it with 112 numbers, cut into 14
-bands of 8, the figures of FineWeb (arXiv 2406.17557). Two documents that agree in a band are near-duplicates, which for
-sets of Jaccard similarity s happens with probability 1 - (1 - s**8)**14: 5% at 0.5, 77% at 0.75, 92% at 0.8.
+Near-duplicates: R-MinHash (`rensa`) signs the set of 5-grams of a document's words with 112 numbers, cut into 14 bands
+of 8, the figures of FineWeb (arXiv 2406.17557). Two documents that agree in a band are near-duplicates. Sets of Jaccard
+similarity s do so with probability 1 - (1 - s**8)**14: 5% at 0.5, 77% at 0.75, 92% at 0.8.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
+from lightlm.data.hashing import mix
 from lightlm.data.select.hash_index import HashIndex
-from lightlm.data.select.ngrams import mix, ngram_hashes, word_hashes
+from lightlm.data.select.ngrams import ngram_hashes, word_hashes
 from lightlm.errors import DataError, UsageError
 
 Mode = Literal["exact", "near"]
@@ -29,7 +31,7 @@ SEED = 1
 
 
 def checked_mode(text: str | None) -> Mode | None:
-    """`--dedup`. Raises UsageError for anything but the modes."""
+    """Return the value of `--dedup`. Raises UsageError for anything but the modes."""
     for mode in MODES:
         if text == mode:
             return mode
@@ -39,7 +41,7 @@ def checked_mode(text: str | None) -> Mode | None:
 
 
 class Signer:
-    """Turns texts into signatures; can be pickled. Raises DataError at once where a package is missing."""
+    """Turns texts into signatures. It can be pickled. Creating one raises DataError where a package is missing."""
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
@@ -48,19 +50,19 @@ class Signer:
 
     @property
     def columns(self) -> int:
-        """Hashes in a signature."""
+        """Hashes per signature."""
         return 1 + BANDS * (self.mode == "near")
 
     @property
     def method(self) -> str:
-        """What the signatures depend on; those of another method cannot be compared."""
+        """The method of the signatures; those of different methods cannot be compared."""
         if self.mode == "exact":
             return "xxh3_64"
         algorithm = f"R-MinHash {_rensa().RMinHash.ALGORITHM_VERSION}"
         return f"xxh3_64, {SHINGLE_WORDS}-grams, {algorithm}, {BANDS} bands of {ROWS}"
 
     def sign(self, texts: Sequence[str]) -> np.ndarray:
-        """Signatures of the texts: uint64 of shape (len(texts), columns), the exact hash first."""
+        """Return the signatures of the texts: uint64 of shape (len(texts), columns), the exact hash first."""
         exact = np.fromiter((xxhash.xxh3_64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
         if self.mode == "exact":
             return exact.reshape(-1, 1)
@@ -69,16 +71,16 @@ class Signer:
         return np.column_stack([exact, _bands([shingles(text) for text in texts])])
 
     def of_hash(self, exact: int) -> np.ndarray:
-        """The signature of a text that is too large for shingles, by its hash: near no other; (1, columns)."""
+        """Return the signature of a text too large for shingles, from its hash: near to no other; (1, columns)."""
         bands = mix(np.arange(1, self.columns, dtype=np.uint64) + np.uint64(exact))
         return np.concatenate([[np.uint64(exact)], bands]).reshape(1, -1)
 
 
 class Deduplicator:
-    """Decides in the source's order which documents stay: those that repeat no earlier one that stays.
+    """Decides in the source's order which documents stay: those that do not repeat an earlier one that stays.
 
-    It remembers 8 bytes a document that stays for `exact`, and 8 + 14 * 4 = 64 for `near`; merging hashes takes some
-    more for a moment.
+    It holds 8 bytes per document that stays for `exact`, and 8 + 14 * 4 = 64 for `near`; merging hashes needs more for
+    a moment.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -87,20 +89,20 @@ class Deduplicator:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the hashes take between merges."""
+        """Bytes of the hashes between merges."""
         return sum(index.nbytes for index in (self._exact, *self._bands))
 
     def remember(self, signatures: np.ndarray) -> None:
-        """Take documents (n, columns) for ones that stay, as an earlier process decided."""
+        """Add documents (n, columns) that stay, as an earlier process decided."""
         for index, column in zip((self._exact, *self._bands), signatures.T, strict=True):
             index.add(column)
 
     def decide(self, signatures: np.ndarray) -> np.ndarray:
-        """For the next documents (n, columns): KEPT, EXACT_DUPLICATE or NEAR_DUPLICATE; uint8 of shape (n,)."""
+        """Return KEPT, EXACT_DUPLICATE or NEAR_DUPLICATE for the next documents (n, columns): uint8 of shape (n,)."""
         indexes = [self._exact, *self._bands]
         columns = signatures.T
         if len(columns) != len(indexes):
-            raise ValueError(f"signatures of {len(columns)} hashes where {len(indexes)} were expected")
+            raise ValueError(f"signatures have {len(columns)} hashes; expected {len(indexes)}")
         verdicts = np.full(len(signatures), KEPT, np.uint8)
         for index, column in zip(indexes[1:], columns[1:], strict=True):
             verdicts[index.contains(column)] = NEAR_DUPLICATE
@@ -111,7 +113,7 @@ class Deduplicator:
 
 
 def _decide_within(columns: np.ndarray, verdicts: np.ndarray) -> None:
-    """Mark, in order, the documents that repeat one of the same batch which stays."""
+    """Mark, in order, the documents that repeat one that stays within the same batch."""
     repeated = np.zeros(columns.shape, bool)
     for column, flags in zip(columns, repeated, strict=True):
         _, inverse, counts = np.unique(column, return_inverse=True, return_counts=True)
@@ -130,16 +132,16 @@ def _decide_within(columns: np.ndarray, verdicts: np.ndarray) -> None:
 
 
 def shingles(text: str) -> np.ndarray:
-    """The hashes of a text's 5-grams; of all its words where it has fewer; its own hash where it has none."""
-    pieces = list(ngram_hashes(text, SHINGLE_WORDS))
-    if pieces:
-        return np.concatenate(pieces)
-    words = b"".join(piece.astype("<u8").tobytes() for piece in word_hashes(text))
+    """Return the hashes of a text's 5-grams; if it has none, a hash of all its words, or of the text without words."""
+    ngrams = list(ngram_hashes(text, SHINGLE_WORDS))
+    if ngrams:
+        return np.concatenate(ngrams)
+    words = b"".join(hashes.astype("<u8").tobytes() for hashes in word_hashes(text))
     return np.array([xxhash.xxh3_64_intdigest(words or text.encode())], np.uint64)
 
 
 def _bands(documents: list[np.ndarray]) -> np.ndarray:
-    """The hashes of each document's bands: uint64 of shape (documents, BANDS)."""
+    """Return the hashes of each document's bands: uint64 of shape (documents, BANDS)."""
     ends = np.cumsum([0, *(len(shingles) for shingles in documents)]).astype(np.uint64)
     flat = np.concatenate(documents)
     matrix = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(flat, ends, BANDS * ROWS, SEED)

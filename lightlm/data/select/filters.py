@@ -1,24 +1,26 @@
-"""`--filter "score >= 3 and language in ['en', 'de']"`: a small language over a record's columns.
+"""`--filter "score >= 3 and language in ['en', 'de']"`: an expression over the columns of a record.
 
-    expression  = conjunction {"or" conjunction}
-    conjunction = negation {"and" negation}
-    negation    = "not" negation | "(" expression ")" | comparison
-    comparison  = column ("==" | "!=" | "<" | "<=" | ">" | ">=") literal
-                | column ["not"] "in" "[" literal {"," literal} "]"
-                | column "is" ["not"] "null"
-    column      = a name, with dots for a field of a field (metadata.score), in `backticks` if it is not plain
-    literal     = a number, 'text' or "text", true, false
+    not, and, or, parentheses                  bind in this order
+    column == != < <= > >= literal
+    column [not] in [literal, ...]
+    column is [not] null
+    column    a name; dots lead to nested fields (metadata.score); `backticks` quote any other name
+    literal   a number, 'text' or "text", true, false
 
-A comparison with null is neither true nor false, as in SQL, and a record stays where the whole is true. The same
-expression filters a Parquet file within Arrow, where row groups are passed over by their statistics, and a mapping in
-Python; nothing of it is ever evaluated as code.
+Python's `ast` parses the expression, and only these forms pass; nothing is ever evaluated as code. Arrow evaluates it,
+for Parquet files and JSON records alike. As in SQL, a comparison with null is neither true nor false, and a record
+stays where the whole expression is true.
 """
 
+import ast
+import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lightlm.errors import DataError, UsageError
 
@@ -27,36 +29,41 @@ if TYPE_CHECKING:
     import pyarrow.compute
 
 Literal = str | int | float | bool
+Bind = Callable[["pyarrow.Schema"], "pyarrow.compute.Expression"]
 
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
+_OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_KEYWORDS = {word: word for word in ("and", "or", "not", "in", "is")} | {
+    "null": "None",
+    "none": "None",
+    "true": "True",
+    "false": "False",
 }
 _TOKEN = re.compile(
-    r"""\s*(?:
-        (?P<number>-?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?(?![\w.]))
-      | (?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
-      | (?P<operator>==|!=|<=|>=|<|>|[()\[\],])
-      | (?P<word>[^\W\d]\w*(?:\.[^\W\d]\w*)*)
-      | `(?P<quoted>[^`]+)`
-    )""",
-    re.VERBOSE,
+    r"""(?P<literal>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\.?\d[\w.]*)
+      | (?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*|`[^`]+`)
+      | (?P<space>\s)
+      | (?P<comment>\#)""",
+    re.VERBOSE | re.DOTALL,
 )
-_KEYWORDS = ("and", "or", "not", "in", "is", "null", "true", "false")
+_LARGEST = 2**63 - 1
 _EXAMPLE = "for example --filter \"score >= 3 and language in ['en', 'de']\""
 
 
 class Filter:
-    """A parsed `--filter`; it can be pickled, and two of the same text are equal."""
+    """A parsed `--filter`. It can be pickled, and two filters of the same text are equal."""
 
     def __init__(self, text: str) -> None:
-        """Raises UsageError where `text` is no such expression, pointing at the place."""
+        """Raises UsageError where `text` is not such an expression; the message quotes the place."""
         self.text = text
-        self._root = _Parser(text).parse()
+        parser = _Parser(text)
+        self._bind, self._kinds = parser.parse(), parser.kinds
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Filter) and other.text == self.text
@@ -64,154 +71,237 @@ class Filter:
     def __hash__(self) -> int:
         return hash(self.text)
 
+    def __reduce__(self) -> tuple[type["Filter"], tuple[str]]:
+        return Filter, (self.text,)
+
     @property
     def columns(self) -> list[str]:
-        """The columns it names, each once, in their order."""
-        return list(dict.fromkeys(self._root.columns()))
-
-    def keeps(self, record: Mapping[str, Any], where: Callable[[], str]) -> bool:
-        """Whether the record stays.
-
-        Raises DataError where it lacks a column or holds something that cannot be compared; `where()` names it.
-        """
-        try:
-            return self._root.test(record) is True
-        except _MismatchError as error:
-            raise DataError(f'{where()}: --filter "{self.text}": {error}') from None
+        """The columns that the expression names, each once, in their order."""
+        return list(self._kinds)
 
     def arrow(self, schema: "pyarrow.Schema", where: str) -> "pyarrow.compute.Expression":
-        """The expression for pyarrow, checked against the columns of a file.
+        """Return the expression for tables of this schema.
 
-        Raises DataError, with `where`, for a column that is not there or cannot be compared so.
+        Raises DataError, with `where`, for a missing column or one that cannot be compared so.
         """
         import pyarrow
 
         try:
-            expression = self._root.arrow(schema)
+            for column, wanted in self._kinds.items():
+                kind = _arrow_kind(_arrow_path(column, schema), schema)
+                if wanted not in {None, kind}:
+                    raise _mismatch(column, kind, wanted)
+            expression = self._bind(schema)
             schema.empty_table().filter(expression)
-        except (_MismatchError, pyarrow.ArrowException, OverflowError) as error:
+        except (_MismatchError, pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise DataError(f'{where}: --filter "{self.text}": {error}') from None
         return expression
 
     def arrow_columns(self, schema: "pyarrow.Schema") -> list[str]:
-        """The file's columns that must be read to evaluate it; the first part of a dotted name."""
+        """Return the top-level columns to read for the expression: the first part of each dotted name."""
         return list(dict.fromkeys(_arrow_path(column, schema)[0] for column in self.columns))
+
+    def values(self, record: Mapping[str, Any], where: Callable[[], str]) -> list[Any]:
+        """Return what the record holds in each of `columns`, for `table`.
+
+        Raises DataError where it lacks a column or holds a value of another kind; `where()` names the record.
+        """
+        try:
+            return [_value(record, column, kind) for column, kind in self._kinds.items()]
+        except _MismatchError as error:
+            raise DataError(f'{where()}: --filter "{self.text}": {error}') from None
+
+    def table(self, rows: Sequence[Sequence[Any]]) -> "pyarrow.Table":
+        """Return the `values` of records as an Arrow table that has `columns`."""
+        import pyarrow
+
+        arrays = [_array([row[number] for row in rows], kind) for number, kind in enumerate(self._kinds.values())]
+        return pyarrow.table(arrays, names=self.columns)
+
+
+def matching_rows(table: "pyarrow.Table", expression: "pyarrow.compute.Expression") -> np.ndarray:
+    """Return the numbers of the rows for which `Filter.arrow`'s expression is true: int64, ascending."""
+    numbered = table.append_column("", [np.arange(table.num_rows)])
+    return numbered.filter(expression).column(table.num_columns).to_numpy()
 
 
 class _MismatchError(Exception):
     """A record or a file does not fit the expression."""
 
 
-class _Node(Protocol):
-    def columns(self) -> Iterator[str]:
-        """The columns named below, in their order."""
-
-    def test(self, record: Mapping[str, Any]) -> bool | None:
-        """True, False, or None where a null leaves it open."""
-
-    def arrow(self, schema: "pyarrow.Schema") -> "pyarrow.compute.Expression":
-        """The same for pyarrow."""
+def _mismatch(column: str, found: object, wanted: str | None) -> _MismatchError:
+    return _MismatchError(f"the column {column!r} holds {found}, which cannot be compared with {wanted}")
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    column: str
-    operator: str
-    literal: Literal
-
-    def columns(self) -> Iterator[str]:
-        yield self.column
-
-    def test(self, record: Mapping[str, Any]) -> bool | None:
-        value = _value(record, self.column)
-        if value is None:
-            return None
-        if _kind(value) != _kind(self.literal):
-            raise _MismatchError(f"the column {self.column!r} holds {value!r}, to be compared with {self.literal!r}")
-        return bool(_OPERATORS[self.operator](value, self.literal))
-
-    def arrow(self, schema: "pyarrow.Schema") -> "pyarrow.compute.Expression":
-        import pyarrow.compute
-
-        path = _arrow_path(self.column, schema)
-        kind, wanted = _arrow_kind(path, schema), _kind(self.literal)
-        if kind != wanted:
-            raise _MismatchError(f"the column {self.column!r} holds {kind}, to be compared with {self.literal!r}")
-        return _OPERATORS[self.operator](pyarrow.compute.field(*path), self.literal)
+def _missing(column: str, columns: list[str]) -> _MismatchError:
+    return _MismatchError(f"no column {column!r}; there are: {', '.join(columns) or 'none'}")
 
 
-@dataclass(frozen=True)
-class _IsNull:
-    column: str
+class _Parser:
+    """Turns the text into a function that binds it to a schema."""
 
-    def columns(self) -> Iterator[str]:
-        yield self.column
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self.kinds: dict[str, str | None] = {}  # of the literals that a column is compared with; None for `is null`
 
-    def test(self, record: Mapping[str, Any]) -> bool | None:
-        return _value(record, self.column) is None
+    def parse(self) -> Bind:
+        # Every replacement keeps the length, so that a place in one is a place in the other.
+        python = _TOKEN.sub(_as_python, self._text).rstrip()
+        self._start = len(python) - len(python.lstrip())
+        self._python = python.lstrip()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # an unknown escape such as '\d'
+                return self._node(ast.parse(self._python, mode="eval").body)
+        except SyntaxError as error:
+            place, problem = error.offset, str(error.msg)
+            place = place - 1 if place else len(self._python)  # 0 is the end
+            equals = "'=='" in problem or self._python[place : place + 1] == "="
+            raise self._error("write == to compare" if equals else problem.partition(".")[0], place) from None
+        except (ValueError, RecursionError, MemoryError) as error:  # a null byte; thousands of parentheses
+            raise self._error(str(error) or "too deeply nested", 0) from None
 
-    def arrow(self, schema: "pyarrow.Schema") -> "pyarrow.compute.Expression":
-        import pyarrow.compute
+    def _node(self, node: ast.expr) -> Bind:
+        match node:
+            case ast.BoolOp(op=junction, values=operands):
+                combine = operator.or_ if isinstance(junction, ast.Or) else operator.and_
+                return _joined(combine, [self._node(operand) for operand in operands])
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return _negated(self._node(operand))
+            case ast.Compare(left=ast.Name() as name, ops=[comparison], comparators=[right]):
+                return self._comparison(self._source(name).strip("`"), comparison, right)
+            case ast.Compare(left=left) if not isinstance(left, ast.Name):
+                raise self._expected("a column's name", left)
+            case ast.Name():
+                raise self._expected(f"a comparison of the column {self._source(node)!r}", node)
+        raise self._expected("one comparison of a column with a value", node)
 
-        return pyarrow.compute.field(*_arrow_path(self.column, schema)).is_null()
+    def _comparison(self, column: str, comparison: ast.cmpop, right: ast.expr) -> Bind:
+        match comparison, right:
+            case ((ast.Is() | ast.IsNot()), ast.Constant(value=None)):
+                self.kinds.setdefault(column, None)
+                null: Bind = lambda schema: _field(column, schema).is_null()  # noqa: E731
+                return _negated(null) if isinstance(comparison, ast.IsNot) else null
+            case ((ast.Is() | ast.IsNot()), _):
+                raise self._expected("null after 'is'", right)
+            case ((ast.In() | ast.NotIn()), ast.List(elts=[_, *_] as elements) | ast.Tuple(elts=[_, *_] as elements)):
+                options = [self._compared(column, operator.eq, element) for element in elements]
+                member = _joined(operator.or_, options)
+                return _negated(member) if isinstance(comparison, ast.NotIn) else member
+            case ((ast.In() | ast.NotIn()), _):
+                raise self._expected("a list of values such as ['en', 'de']", right)
+        return self._compared(column, _OPERATORS[type(comparison)], right)
+
+    def _compared(self, column: str, compare: Callable[[Any, Any], Any], node: ast.expr) -> Bind:
+        literal = self._literal(node)
+        kind = _kind(literal)
+        if self.kinds.get(column) not in {None, kind}:
+            raise self._expected(f"{self.kinds[column]}, as {column!r} is compared with elsewhere,", node)
+        self.kinds[column] = kind
+        return lambda schema: compare(_field(column, schema), literal)
+
+    def _literal(self, node: ast.expr) -> Literal:
+        match node:
+            case ast.Constant(value=str() | bool() as value):
+                return value
+            case ast.Constant(value=int() | float() as number) if number <= _LARGEST:
+                return number
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)) if (
+                not isinstance(number, bool) and number <= _LARGEST
+            ):
+                return -number
+        raise self._expected("a number, a quoted text, true or false", node)
+
+    def _source(self, node: ast.expr) -> str:
+        return self._text[self._place(node.col_offset) : self._place(node.end_col_offset or 0)]
+
+    def _place(self, offset: int) -> int:
+        """Return the index in the text of an offset that `ast` gives in UTF-8 bytes."""
+        return self._start + len(self._python.encode()[:offset].decode())
+
+    def _expected(self, what: str, node: ast.expr) -> UsageError:
+        return self._error(f"{what} was expected", self._place(node.col_offset) - self._start)
+
+    def _error(self, problem: str, place: int) -> UsageError:
+        rest = self._text.rstrip()[self._start + place :]
+        at = f"at: {rest[:20]}" if rest else "at its end"
+        return UsageError(f'--filter "{self._text}": {problem} {at} ({_EXAMPLE})')
 
 
-@dataclass(frozen=True)
-class _Not:
-    operand: _Node
-
-    def columns(self) -> Iterator[str]:
-        yield from self.operand.columns()
-
-    def test(self, record: Mapping[str, Any]) -> bool | None:
-        result = self.operand.test(record)
-        return None if result is None else not result
-
-    def arrow(self, schema: "pyarrow.Schema") -> "pyarrow.compute.Expression":
-        return ~self.operand.arrow(schema)
+def _joined(combine: Callable[[Any, Any], Any], operands: list[Bind]) -> Bind:
+    return lambda schema: functools.reduce(combine, [bind(schema) for bind in operands])
 
 
-@dataclass(frozen=True)
-class _Junction:
-    """`and` (decided by the first False) or `or` (by the first True)."""
-
-    operands: tuple[_Node, ...]
-    decisive: bool
-
-    def columns(self) -> Iterator[str]:
-        for operand in self.operands:
-            yield from operand.columns()
-
-    def test(self, record: Mapping[str, Any]) -> bool | None:
-        # Every operand is tested, so that a mistyped column is found in the first record.
-        results = [operand.test(record) for operand in self.operands]
-        if self.decisive in results:
-            return self.decisive
-        return None if None in results else not self.decisive
-
-    def arrow(self, schema: "pyarrow.Schema") -> "pyarrow.compute.Expression":
-        first, *others = [operand.arrow(schema) for operand in self.operands]
-        for other in others:
-            first = first | other if self.decisive else first & other
-        return first
+def _negated(operand: Bind) -> Bind:
+    return lambda schema: ~operand(schema)
 
 
-def _value(record: Mapping[str, Any], column: str) -> Any:
-    """A column by its name, or along its dots; a field of null is null."""
-    if column in record:
-        return record[column]
+def _as_python(token: re.Match[str]) -> str:
+    """Return a token in Python's spelling, of the same length; columns become `____`, so that any name is allowed."""
+    match token.lastgroup:
+        case "name":
+            return _KEYWORDS.get(token[0].lower(), "_" * len(token[0]))
+        case "space":
+            return " "
+        case "comment":
+            return "?"
+    return token[0]
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    return "text" if isinstance(value, str) else type(value).__name__
+
+
+# JSON records
+
+
+def _value(record: Mapping[str, Any], column: str, kind: str | None) -> Any:
+    """Return the value of a column, by its name or along its dots; a field of null is null.
+
+    Without a kind, only whether it is null matters: True stands for any value.
+    """
     value: Any = record
-    for part in column.split("."):
+    for part in (column,) if column in record else column.split("."):
         if value is None:
             return None
         if not isinstance(value, Mapping) or part not in value:
             raise _missing(column, list(record))
         value = value[part]
-    return value
+    if value is None or kind is None:
+        return None if value is None else True
+    if _kind(value) != kind:
+        raise _mismatch(column, repr(value), kind)
+    # JSON can spell half of a surrogate pair, which is not UTF-8.
+    return value.encode("utf-8", "replace").decode() if kind == "text" and not value.isascii() else value
+
+
+def _array(values: list[Any], kind: str | None) -> "pyarrow.Array":
+    import pyarrow
+
+    if kind != "a number":
+        return pyarrow.array(values, pyarrow.large_string() if kind == "text" else pyarrow.bool_())
+    # Literals are within 64 bits, so a larger integer compares as the largest.
+    values = [max(-_LARGEST - 1, min(v, _LARGEST)) if isinstance(v, int) else v for v in values]
+    if any(isinstance(value, float) for value in values):
+        return pyarrow.array([value if value is None else float(value) for value in values], pyarrow.float64())
+    return pyarrow.array(values, pyarrow.int64())
+
+
+# Arrow schemas
+
+
+def _field(column: str, schema: "pyarrow.Schema") -> "pyarrow.compute.Expression":
+    import pyarrow.compute
+
+    return pyarrow.compute.field(*_arrow_path(column, schema))
 
 
 def _arrow_path(column: str, schema: "pyarrow.Schema") -> tuple[str, ...]:
-    """The names that lead to a column, from the outermost."""
+    """Return the names that lead to a column, from the outermost."""
     import pyarrow
 
     if column in schema.names:
@@ -227,7 +317,7 @@ def _arrow_path(column: str, schema: "pyarrow.Schema") -> tuple[str, ...]:
 
 
 def _arrow_kind(path: tuple[str, ...], schema: "pyarrow.Schema") -> str:
-    """`number`, `text` or `true/false`; else Arrow's name for the type."""
+    """Return a kind of literal, as `_kind` names it; else Arrow's name for the type."""
     from pyarrow import types
 
     kind = schema.field(path[0]).type
@@ -236,137 +326,9 @@ def _arrow_kind(path: tuple[str, ...], schema: "pyarrow.Schema") -> str:
     if types.is_dictionary(kind):
         kind = kind.value_type
     if types.is_boolean(kind):
-        return "true/false"
+        return "true or false"
     if types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
-        return "number"
+        return "a number"
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return "text"
     return str(kind)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, bool):
-        return "true/false"
-    if isinstance(value, int | float):
-        return "number"
-    return "text" if isinstance(value, str) else type(value).__name__
-
-
-def _missing(column: str, columns: list[str]) -> _MismatchError:
-    return _MismatchError(f"no column {column!r}; there are: {', '.join(columns) or 'none'}")
-
-
-@dataclass(frozen=True)
-class _Token:
-    kind: str
-    text: str
-    start: int
-
-
-class _Parser:
-    """Recursive descent over the grammar above."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._tokens = list(self._split())
-        self._next = 0
-
-    def parse(self) -> _Node:
-        node = self._expression()
-        if self._peek().kind != "end":
-            raise self._error("'and', 'or' or the end")
-        return node
-
-    def _split(self) -> Iterator[_Token]:
-        position, text = 0, self._text.rstrip()
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if match is None:
-                raise self._error("a column, a comparison or a value", len(text) - len(text[position:].lstrip()))
-            kind = str(match.lastgroup)
-            word, start = match[kind], match.start(kind)
-            if kind == "word" and word.lower() in _KEYWORDS:
-                kind, word = "keyword", word.lower()
-            yield _Token(kind, word, start)
-            position = match.end()
-        yield _Token("end", "", len(text))
-
-    def _expression(self) -> _Node:
-        return self._junction("or", lambda: self._junction("and", self._negation, decisive=False), decisive=True)
-
-    def _junction(self, word: str, operand: Callable[[], _Node], *, decisive: bool) -> _Node:
-        operands = [operand()]
-        while self._accept(word):
-            operands.append(operand())
-        return operands[0] if len(operands) == 1 else _Junction(tuple(operands), decisive)
-
-    def _negation(self) -> _Node:
-        if self._accept("not"):
-            return _Not(self._negation())
-        if self._accept("("):
-            node = self._expression()
-            self._expect(")")
-            return node
-        return self._comparison()
-
-    def _comparison(self) -> _Node:
-        token = self._peek()
-        if token.kind not in {"word", "quoted"}:
-            raise self._error("a column's name")
-        self._next += 1
-        if self._accept("is"):
-            negated = self._accept("not")
-            self._expect("null")
-            return _Not(_IsNull(token.text)) if negated else _IsNull(token.text)
-        negated = self._accept("not")
-        if negated or self._peek().text == "in":
-            self._expect("in")
-            options = tuple(_Comparison(token.text, "==", literal) for literal in self._list())
-            membership: _Node = options[0] if len(options) == 1 else _Junction(options, decisive=True)
-            return _Not(membership) if negated else membership
-        if self._peek().text not in _OPERATORS or self._peek().kind != "operator":
-            raise self._error(f"{', '.join(_OPERATORS)}, 'in' or 'is' after the column {token.text!r}")
-        symbol = self._take().text
-        return _Comparison(token.text, symbol, self._literal())
-
-    def _list(self) -> Iterator[Literal]:
-        self._expect("[")
-        yield self._literal()
-        while self._accept(","):
-            yield self._literal()
-        self._expect("]")
-
-    def _literal(self) -> Literal:
-        token = self._take()
-        if token.kind == "text":
-            return re.sub(r"\\(.)", r"\1", token.text[1:-1])
-        if token.kind == "number":
-            number = float(token.text) if re.search(r"[.eE]", token.text) else int(token.text)
-            if abs(number) < 2**63:
-                return number
-        if token.kind == "keyword" and token.text in {"true", "false"}:
-            return token.text == "true"
-        raise self._error("a number, a quoted text, true or false", token.start)
-
-    def _peek(self) -> _Token:
-        return self._tokens[self._next]
-
-    def _take(self) -> _Token:
-        token = self._peek()
-        self._next += token.kind != "end"
-        return token
-
-    def _accept(self, text: str) -> bool:
-        token = self._peek()
-        found = token.kind in {"keyword", "operator"} and token.text == text
-        self._next += found
-        return found
-
-    def _expect(self, text: str) -> None:
-        if not self._accept(text):
-            raise self._error(repr(text))
-
-    def _error(self, expected: str, position: int | None = None) -> UsageError:
-        start = self._peek().start if position is None else position
-        place = f"at: {self._text[start : start + 20]}" if start < len(self._text.rstrip()) else "at its end"
-        return UsageError(f'--filter "{self._text}": {expected} was expected {place} ({_EXAMPLE})')

@@ -1,10 +1,10 @@
-"""A growing set of 64-bit hashes in few bytes each: what de-duplication remembers of a corpus."""
+"""A compact, growing set of 64-bit hashes: the memory of deduplication."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-# Hashes wait in a plain sorted array until they are this many; each run then costs 256 KB for its buckets' offsets.
+# Hashes stay in a plain sorted array up to this count; each run costs 256 KB for the offsets of its buckets.
 RECENT = 1 << 15
 _BUCKETS = 1 << 16
 
@@ -12,10 +12,10 @@ _BUCKETS = 1 << 16
 class HashIndex:
     """A set of uint64 hashes that only grows, without Python objects.
 
-    Sorted runs of which each is at least twice as long as the next, as in a log-structured merge tree: a hash is moved
-    log2(n / RECENT) times. A hash takes 8 bytes, or with `compact` 4: its first 48 bits alone count then, so that a
-    new hash is taken for a known one with probability n / 2**48 (1 in 28 million at n = 10 million). A merge needs up
-    to 24 bytes a hash for a moment.
+    It consists of sorted runs, each at least twice as long as the next, as in a log-structured merge tree: a hash is
+    moved log2(n / RECENT) times. A hash takes 8 bytes, or 4 with `compact`. Then only its first 48 bits count, so that
+    a new hash is taken for a known one with probability n / 2**48 (1 in 28 million at n = 10 million). A merge needs up
+    to 24 bytes per hash for a moment.
     """
 
     def __init__(self, *, compact: bool = False) -> None:
@@ -28,13 +28,13 @@ class HashIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the hashes take between merges."""
+        """Bytes of the hashes between merges."""
         return self._recent.nbytes + sum(run.stored.nbytes + run.offsets.nbytes for run in self._runs)
 
     def contains(self, hashes: np.ndarray) -> np.ndarray:
-        """For each hash whether it is in the set: bool, the same shape (n,)."""
+        """Return whether each hash is in the set: bool of the same shape (n,)."""
         keys = self._keys(hashes)
-        # In sorted order neighbouring searches touch the same cache lines.
+        # In sorted order, neighboring searches touch the same cache lines.
         order = np.argsort(keys)
         ordered = keys[order]
         found = _in_sorted(self._recent, ordered)
@@ -45,7 +45,7 @@ class HashIndex:
         return result
 
     def add(self, hashes: np.ndarray) -> None:
-        """Put in hashes, (n,), that are not in the set; repetitions among them are allowed."""
+        """Add hashes, (n,), that are not in the set; repetitions among them are allowed."""
         self._recent = np.union1d(self._recent, self._keys(hashes))
         if len(self._recent) < RECENT:
             return
@@ -61,9 +61,9 @@ class HashIndex:
 
 @dataclass(frozen=True)
 class _Run:
-    """Sorted hashes in buckets by their first 16 bits: `stored[offsets[b]:offsets[b + 1]]` are those of bucket b.
+    """Sorted hashes in buckets by their first 16 bits: bucket b is `stored[offsets[b]:offsets[b + 1]]`.
 
-    `stored` is whole hashes (uint64), or bits 16 to 48 of them (uint32), which sort alike within a bucket.
+    `stored` has whole hashes (uint64), or their bits 16 to 48 (uint32), which sort alike within a bucket.
     """
 
     stored: np.ndarray
@@ -76,17 +76,17 @@ class _Run:
         return cls((keys >> np.uint64(16)).astype(np.uint32) if compact else keys, offsets)
 
     def keys(self) -> np.ndarray:
-        """The hashes as uint64, ascending."""
+        """Return the hashes as uint64, ascending."""
         if self.stored.dtype == np.uint64:
             return self.stored
         keys = np.repeat(np.arange(_BUCKETS, dtype=np.uint64) << np.uint64(48), np.diff(self.offsets))
         rest = self.stored.astype(np.uint64)
-        rest <<= np.uint64(16)  # in place: of 10 million hashes each array takes 80 MB
+        rest <<= np.uint64(16)  # in place: each array takes 80 MB for 10 million hashes
         keys |= rest
         return keys
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
-        """Which of the keys are here: a binary search in the bucket of each, all of them a step at a time."""
+        """Return which keys are in the run: a binary search in the bucket of each, step by step for all."""
         if self.stored.dtype == np.uint64:
             return _in_sorted(self.stored, keys)
         wanted = (keys >> np.uint64(16)).astype(np.uint32)

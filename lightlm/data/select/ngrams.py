@@ -1,8 +1,8 @@
-"""Hashes of the n-grams of a text's words, in numpy: what near-duplicates and contamination are found by.
+"""Hashes of the n-grams of a text's words, in numpy; near-duplicates and contamination are found by them.
 
-Words are those of GPT-3's appendix C (arXiv 2005.14165): lower case, punctuation removed, split at white space.
-Punctuation is Unicode's categories P and S, so curly and straight quotes are alike; characters beyond the basic plane
-are letters. A script without spaces has few words, so little is found in it.
+Words are defined as in GPT-3's appendix C (arXiv 2005.14165): lower case, punctuation removed, split at white space.
+Punctuation is Unicode's categories P and S, so curly and straight quotes are alike. Characters beyond the basic plane
+count as letters. A script without spaces has few words, so little is found in it.
 """
 
 import functools
@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Characters hashed at a time: powers and intermediate arrays stay in the processor's cache, and a document takes no
-# more memory than its words' hashes.
+from lightlm.data.hashing import mix
+
+# Characters per chunk: powers and intermediate arrays fit in the processor's cache, and a document needs memory only
+# for the hashes of its words.
 CHUNK_CHARACTERS = 1 << 16
 
 _CHARACTER_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
@@ -21,9 +23,9 @@ _SEPARATOR, _DROPPED, _KEPT = 0, 1, 2
 
 
 def ngram_hashes(text: str, size: int) -> Iterator[np.ndarray]:
-    """The hashes of all runs of `size` words, uint64, in their order, in pieces; nothing for a shorter text.
+    """Yield arrays with the hashes of all runs of `size` words, uint64, in their order; none for a shorter text.
 
-    They are the same on every machine.
+    The hashes are the same on every machine.
     """
     words = np.zeros(0, np.uint64)
     for more in word_hashes(text):
@@ -34,22 +36,15 @@ def ngram_hashes(text: str, size: int) -> Iterator[np.ndarray]:
 
 
 def word_hashes(text: str) -> Iterator[np.ndarray]:
-    """The hash of each word, uint64, in pieces."""
+    """Yield arrays with the hash of each word, uint64."""
     for chunk in _chunks(text):
         hashes = _hash_words(chunk.lower())
         if hashes.size:
             yield hashes
 
 
-def mix(values: np.ndarray) -> np.ndarray:
-    """Scatter uint64 values over 64 bits: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 def _chunks(text: str) -> Iterator[str]:
-    """The text in pieces of about `CHUNK_CHARACTERS`, cut at white space; a longer word is cut as it comes."""
+    """Split the text into chunks of about `CHUNK_CHARACTERS`, at white space; a longer word is cut anywhere."""
     start = 0
     while start < len(text):
         end = start + CHUNK_CHARACTERS
@@ -60,9 +55,9 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 def _hash_words(text: str) -> np.ndarray:
-    """The hash of each word of a lower-case text of at most some `CHUNK_CHARACTERS`.
+    """Return the hash of each word of a lower-case text of about `CHUNK_CHARACTERS` at most.
 
-    A word's hash is the polynomial sum(character_i * base**i), from the sum over the stretch up to the next word, in
+    The hash of a word is the polynomial sum(character_i * base**i). It is the sum from its start to the next word, in
     which white space counts as 0, divided by the power at its start.
     """
     codes = _code_units(text)
@@ -80,7 +75,7 @@ def _hash_words(text: str) -> np.ndarray:
 
 
 def _code_units(text: str) -> np.ndarray:
-    """UTF-16 code units; one byte each where the text is ASCII."""
+    """Return the UTF-16 code units; as uint8 where the text is ASCII."""
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), np.uint8)
     return np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
@@ -96,20 +91,20 @@ def _combine(words: np.ndarray, size: int) -> np.ndarray:
 
 @functools.cache
 def _classes() -> np.ndarray:
-    """For each UTF-16 code unit: between words, left out, or part of a word; uint8 of shape (65536,)."""
+    """Return the class of each UTF-16 code unit (between words, dropped, part of a word): uint8 of shape (65536,)."""
     table = np.full(65536, _KEPT, np.uint8)
     for code in range(65536):
         category = unicodedata.category(chr(code))
         if chr(code).isspace():
             table[code] = _SEPARATOR
-        elif category[0] in "PS" or category in {"Cc", "Cf"}:  # the latter are control characters and soft hyphens
+        elif category[0] in "PS" or category in {"Cc", "Cf"}:  # Cc and Cf: control characters, soft hyphens
             table[code] = _DROPPED
     return table
 
 
 @functools.cache
 def _powers() -> tuple[np.ndarray, np.ndarray]:
-    """base**i and base**-i modulo 2**64, for as many i as a chunk has code units: two a character at most."""
+    """Return base**i and base**-i modulo 2**64, for as many i as a chunk has code units: at most 2 per character."""
     count = 2 * CHUNK_CHARACTERS
     inverse = pow(_CHARACTER_BASE, -1, 2**64)
     bases = (np.full(count, base, np.uint64) for base in (_CHARACTER_BASE, inverse))

@@ -1,13 +1,14 @@
-"""The embedded default source: the documentation that every machine running LightLM already has.
+"""The built-in default source: the documentation that every machine with LightLM already has.
 
-Several megabytes of English technical prose, read from the interpreter that runs LightLM: the docstrings of
-the standard library, of torch and of numpy, and the language reference in `pydoc_data.topics`. Nothing is
-imported or executed: sources are found by path and read with `ast`, so that torch costs no start-up time and
-no module of the standard library opens a browser. Nothing is downloaded and nothing is redistributed.
+Several megabytes of English technical prose, read from the interpreter that runs LightLM: the docstrings of the
+standard library, torch and numpy, and the language reference in `pydoc_data.topics`. Nothing is imported or executed:
+source files are found by path and read with `ast`, so that torch costs no start-up time and no module of the standard
+library opens a browser. Nothing is downloaded, and nothing is redistributed.
 """
 
 import ast
 import contextlib
+import functools
 import gc
 import inspect
 import itertools
@@ -16,12 +17,18 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
 import xxhash
 
+from lightlm.data.readers.texts import Unit, pack_strings
+from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
+
+PYDOCS = "pydocs"
 
 PACKAGES = ("torch", "numpy")
 
@@ -35,11 +42,50 @@ SKIPPED_FOLDERS = frozenset(
 )
 
 MIN_DOCSTRING = 40  # characters; shorter ones ("Return self.") teach repetition
-MIN_DOCUMENT = 400  # characters; a module with less than a paragraph is not a document
+MIN_DOCUMENT = 400  # characters; less than a paragraph is not a document
+
+
+@dataclass(frozen=True)
+class PydocsSource:
+    """The documentation on this machine."""
+
+    name: str = PYDOCS
+    spec: str = PYDOCS
+    description: str = "documentation of the Python standard library, torch and numpy on this machine"
+
+    @property
+    def fingerprint(self) -> str:
+        return self.revision
+
+    @property
+    def revision(self) -> str:
+        return pydocs_revision()
+
+    def units(self) -> Iterator[Unit]:
+        yield Unit(PYDOCS, partial(pack_strings, _documents))
+
+
+def open_pydocs(spec: str, text_column: str, row_filter: Filter | None) -> PydocsSource:
+    """Return the source `pydocs`; see `lightlm.data.sources.base.Opener`."""
+    if spec != PYDOCS:
+        raise DataError(f"{spec}: {PYDOCS} has no configurations or revisions; write {PYDOCS}")
+    if row_filter is not None:
+        raise DataError(f'--filter "{row_filter.text}": {PYDOCS} has no columns to judge')
+    return PydocsSource()
+
+
+@functools.cache
+def _cached_documents() -> tuple[str, ...]:
+    """Cache the documents: parsing 70 MB of source takes half a minute, and training a tokenizer reads them twice."""
+    return tuple(pydocs_documents())
+
+
+def _documents() -> Iterator[str]:
+    yield from _cached_documents()
 
 
 def pydocs_revision() -> str:
-    """What the corpus depends on: the versions of the interpreter and of the packages read."""
+    """Return the versions of the interpreter and of the packages, which determine the corpus."""
     parts = [f"python {platform.python_version()}"]
     for package in PACKAGES:
         try:
@@ -50,12 +96,12 @@ def pydocs_revision() -> str:
 
 
 def pydocs_documents() -> list[str]:
-    """Every document of the corpus: one a module or language topic, in an order fixed by the texts' hashes.
+    """Return the documents of the corpus, one per module or language topic, in the order of the texts' hashes.
 
-    The order by hash mixes the packages, so that the first documents (on which a tokenizer is trained, or which
-    `--max-tokens` keeps) are a fair sample of the whole.
+    That order mixes the packages, so that the first documents (on which a tokenizer is trained, or which `--max-tokens`
+    keeps) are a fair sample of all.
 
-    Raises DataError where the interpreter carries no sources (a frozen or stripped installation).
+    Raises DataError where the interpreter has no source files (a frozen or stripped installation).
     """
     seen: set[int] = set()
     with _without_garbage_collection():
@@ -64,14 +110,14 @@ def pydocs_documents() -> list[str]:
     if not documents:
         raise DataError(
             f"pydocs: no documentation found under {sysconfig.get_path('stdlib')}; this Python was installed without "
-            "its sources. Prepare a text file or folder of your own instead: lightlm prepare-data PATH"
+            "its source files. Prepare a text file or folder of your own instead: lightlm prepare-data PATH"
         )
     return sorted(documents, key=lambda text: (xxhash.xxh3_64_intdigest(text.encode()), text))
 
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Syntax trees are millions of objects without cycles: collecting them over and over took 22 s of 32."""
+    """Disable garbage collection: for millions of syntax-tree nodes without cycles it took 22 s of 32."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -82,7 +128,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def _assemble(title: str, sections: Iterator[tuple[str, str]], seen: set[int]) -> str:
-    """One document: its title, then each section's heading and text; a text met before (exactly) is left out."""
+    """Return one document: its title, then each section's heading and text; texts in `seen` are left out."""
     parts: list[str] = []
     for heading, raw in sections:
         text = _clean(raw)
@@ -95,7 +141,7 @@ def _assemble(title: str, sections: Iterator[tuple[str, str]], seen: set[int]) -
 
 
 def _topics() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
-    """The language reference's topics (`help("while")`), read from the dictionary literal of pydoc_data.topics."""
+    """Yield the topics of the language reference (`help("while")`), from the dictionary in pydoc_data.topics."""
     path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
     for node in ast.walk(_parse(path) or ast.Module([], [])):
         if not isinstance(node, ast.Dict):
@@ -107,7 +153,7 @@ def _topics() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
 
 
 def _modules() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
-    """The documentation of each module of the standard library, torch and numpy: its name and its sections."""
+    """Yield the title and the sections of each module of the standard library, torch and numpy."""
     for package, root in _roots():
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
@@ -121,7 +167,7 @@ def _modules() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
 
 
 def _roots() -> list[tuple[tuple[str, ...], Path]]:
-    """The folders to read, each with the module name that it stands for; found without importing anything."""
+    """Return the folders to read, each with its module name; nothing is imported."""
     roots: list[tuple[tuple[str, ...], Path]] = [((), Path(sysconfig.get_path("stdlib")))]
     for package in PACKAGES:
         spec = util.find_spec(package)
@@ -131,18 +177,18 @@ def _roots() -> list[tuple[tuple[str, ...], Path]]:
 
 
 def _parse(path: Path) -> ast.Module | None:
-    """The syntax tree of a file, or None for one that this interpreter cannot read (a template, another version)."""
+    """Return the syntax tree of a file; None if this interpreter cannot read it (a template, another version)."""
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
+            warnings.simplefilter("ignore")  # invalid escapes in docstrings
             return ast.parse(source)
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
         return None
 
 
 def _sections(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(heading, text) of the module itself, then of each documented class, function and doc-adding call in order."""
+    """Yield (heading, text) of the module, then of each documented class, function and doc-adding call, in order."""
     yield "", ast.get_docstring(tree) or ""
     yield from _members(tree.body, "")
 
@@ -162,7 +208,7 @@ def _members(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _arguments(args: ast.arguments) -> str:
-    """The parameter names, as a reader would write the signature; defaults and annotations would drown it."""
+    """Return the parameter names as in a signature, without defaults and annotations."""
     names = [arg.arg for arg in (*args.posonlyargs, *args.args)]
     if args.vararg:
         names.append(f"*{args.vararg.arg}")
@@ -173,7 +219,7 @@ def _arguments(args: ast.arguments) -> str:
 
 
 def _doc_call(call: ast.Call) -> Iterator[tuple[str, str]]:
-    """The text of `add_docstr(torch.abs, r\"\"\"...\"\"\")` and of its relatives, headed by the object's name."""
+    """Yield the name and the text of a call like `add_docstr(torch.abs, r\"\"\"...\"\"\")`; see `DOC_CALLS`."""
     function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if function not in DOC_CALLS or len(call.args) < 2:
         return
@@ -184,7 +230,7 @@ def _doc_call(call: ast.Call) -> Iterator[tuple[str, str]]:
 
 
 def _strings(node: ast.expr) -> Iterator[str]:
-    """The documentation in the last argument: a literal, a literal.format(...), or ("method", literal) pairs."""
+    """Yield the texts in the last argument: a literal, a literal.format(...), or ("method", literal) pairs."""
     text = _literal(node)
     if text is not None:
         yield text
@@ -196,7 +242,7 @@ def _strings(node: ast.expr) -> Iterator[str]:
 
 
 def _literal(node: ast.expr) -> str | None:
-    """The value of a string literal, of a sum of them, or of `literal.format(...)` with the fields left in."""
+    """Return the value of a string literal, a sum of them, or `literal.format(...)` with the fields left in."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -209,13 +255,13 @@ def _literal(node: ast.expr) -> str | None:
 
 _FIELD_LINE = re.compile(r"^\s*\{\w+\}\s*$")  # a str.format field on a line of its own: text kept elsewhere
 _RULE_LINE = re.compile(r"^\s*[-=~+|*#^_ ]{6,}\s*$")  # underlines and table borders
-_DATA_LINE = re.compile(r"\S{120}")  # no English word: base64, hexadecimal, packed tables
+_DATA_LINE = re.compile(r"\S{120}")  # not English: base64, hexadecimal, packed tables
 _LICENSE = re.compile(r"copyright|permission is hereby granted|licen[cs]ed? (under|to)|all rights reserved", re.I)
 
 
 def _clean(text: str) -> str:
-    """Readable text: no trailing blanks, table borders, data lines, unfilled fields or licence paragraphs."""
-    text = text.encode("utf-8", "replace").decode()  # a docstring about surrogates may hold a lone one
+    """Return readable text: no trailing blanks, table borders, data lines, unfilled fields or license paragraphs."""
+    text = text.encode("utf-8", "replace").decode()  # a docstring about surrogates may hold half of a pair
     lines = [line.rstrip().expandtabs() for line in text.splitlines()]
     kept = [
         line for line in lines if not (_FIELD_LINE.match(line) or _RULE_LINE.match(line) or _DATA_LINE.search(line))

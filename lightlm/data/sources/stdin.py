@@ -19,34 +19,34 @@ BLOCK_BYTES = 1 << 20
 
 
 class StandardInput(LocalSource):
-    """What came from the pipe, in a file; known by its content."""
+    """A file with the content of standard input, identified by its hash."""
 
-    def __init__(self, path: Path, digest: str, text_column: str, chosen: Filter | None) -> None:
-        super().__init__(path, text_column, chosen)
+    def __init__(self, path: Path, digest: str, text_column: str, row_filter: Filter | None) -> None:
+        super().__init__(path, text_column, row_filter)
         self.name, self.spec, self.description = NAME, SPEC, "standard input"
         self.revision = self.fingerprint = f"xxh3 {digest}"
 
 
 @contextlib.contextmanager
-def standard_input(folder: Path, text_column: str, chosen: Filter | None = None) -> Iterator[StandardInput]:
-    """Standard input as a source: JSON lines where it begins with a brace, else one text.
+def standard_input(folder: Path, text_column: str, row_filter: Filter | None = None) -> Iterator[StandardInput]:
+    """Context manager for standard input as a source: JSON lines where it begins with a brace, else one text.
 
-    A source is read more than once (to train a tokenizer, to go on after a kill), so it is copied to a file beside
-    `folder` first, which is removed at the end. Raises UsageError where standard input is a terminal, and
-    DataError where it cannot be copied.
+    A source is read more than once (to train a tokenizer, to resume), so standard input is first copied to a file
+    beside `folder`, which is removed at the end. Raises UsageError where standard input is a terminal, and DataError
+    where it cannot be copied.
     """
     if sys.stdin.isatty():
         raise UsageError("SOURCE - reads from a pipe, for example: zcat corpus.jsonl.gz | lightlm prepare-data -")
     folder = folder.absolute()
-    with _own(folder.with_name(f".{folder.name}.stdin"), folder) as spool:
+    with _locked(folder.with_name(f".{folder.name}.stdin"), folder) as spool:
         with clear_errors(folder):
             path, digest = _copied(spool)
-        yield StandardInput(path, digest, text_column, chosen)
+        yield StandardInput(path, digest, text_column, row_filter)
 
 
 @contextlib.contextmanager
-def _own(spool: Path, folder: Path) -> Iterator[Path]:
-    """Keep other processes from `spool`, and remove what is made of it. Raises DataError where one is at work."""
+def _locked(spool: Path, folder: Path) -> Iterator[Path]:
+    """Lock `spool`, and remove its files at the end. Raises DataError where another process holds the lock."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(_beside(spool, ".lock"), timeout=0)
@@ -74,7 +74,7 @@ def _beside(spool: Path, suffix: str) -> Path:
 
 
 def _copied(spool: Path) -> tuple[Path, str]:
-    """A file with all of standard input, and its hash."""
+    """Copy standard input to a file; return its path and its hash."""
     digest, start = xxhash.xxh3_64(), b""
     with spool.open("wb") as file:
         while block := sys.stdin.buffer.read(BLOCK_BYTES):

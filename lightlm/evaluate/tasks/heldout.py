@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
-from lightlm.data.shards import DataFolder, resolve_dataset
+from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate.tasks import cloze
 from lightlm.runs import RUNS, find_run, run_of

@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from lightlm import checkpoint, files
-from lightlm.data.shards import DataFolder
+from lightlm.data.folder import DataFolder
 from lightlm.errors import CheckpointError, DataError
 from lightlm.train.observe.spikes import SpikeHistory
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare.run import prepare
-from lightlm.data.readers import files as readers
+from lightlm.data.readers import jsonl as readers
 from lightlm.data.readers import texts
 
 SHARD_TOKENS = 20_000
@@ -71,7 +71,7 @@ def _counts(kind: str, event: str, arguments: tuple[Any, ...]) -> bool:
         return kind == OPERATION and writes and ".partial" in path
     if event not in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"):
         return False
-    return kind == OPERATION or (kind == PLACING and "/pieces/" not in path and "/pieces/" not in str(arguments[-1]))
+    return kind == OPERATION or (kind == PLACING and "/blocks/" not in path and "/blocks/" not in str(arguments[-1]))
 
 
 def _process(source: Path, tokenizer: str, out: Path, overwrite: bool, kind: str, number: int, report: Path) -> None:
@@ -127,6 +127,6 @@ class Harness:
     @staticmethod
     def _left(out: Path) -> str:
         partial = out.with_name(f".{out.name}.partial")
-        pieces = len(list((partial / "work" / "pieces").glob("*.json")))
+        encoded = len(list((partial / "work" / "blocks").glob("*.json")))
         shards = len(list((partial / "folder").glob("*.bin")))
-        return f"{pieces} pieces, {shards} shards{', the folder' if out.exists() else ''}"
+        return f"{encoded} blocks, {shards} shards{', the folder' if out.exists() else ''}"

@@ -1,6 +1,5 @@
-"""Blocks and pieces: whatever the borders, the workers and the sizes, the folder is the same; large texts too."""
+"""Blocks: whatever the borders, the workers and the sizes, the folder is the same; large texts too."""
 
-import itertools
 import json
 import random
 from pathlib import Path
@@ -9,21 +8,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from lightlm.data.prepare import assembly, blocks
+from lightlm.data.folder import DataFolder
+from lightlm.data.prepare import assembly, blocks, encoded_block
 from lightlm.data.prepare.run import prepare
-from lightlm.data.prepare.splitting import Candidate, Holder, keys_of
-from lightlm.data.readers import files as readers
-from lightlm.data.readers import jsonl as jsontext
-from lightlm.data.readers import texts
-from lightlm.data.readers.texts import raise_bad, read_strings
-from lightlm.data.shards import DataFolder
+from lightlm.data.readers import jsonl as readers
+from lightlm.data.readers import parquet as parquet_reader
+from lightlm.data.readers import records, texts
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError
 from tests.corpus import texts as make_texts
-from tests.data.prepare.splitter import Document, Splitter, cut_near_end
+from tests.data.prepare.splitter import expected_split, tokens_of
 
 TOKENIZER = train_tokenizer(make_texts(100), 400)
 
@@ -39,64 +34,15 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every border falls somewhere: between units, blocks, chunks, parts of a text, shards and saved states."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3_000)
     monkeypatch.setattr(readers, "BLOCK_BYTES", 2_000)
-    monkeypatch.setattr(readers, "SPOOLED_BYTES", 4_000)
-    for module in (texts, readers, jsontext):
+    for module in (texts, readers, records, parquet_reader):
         monkeypatch.setattr(module, "CHUNK_BYTES", 700)
     monkeypatch.setattr(texts, "LARGE_BYTES", 1_500)
-    monkeypatch.setattr(jsontext, "LARGE_LINE_BYTES", 1_500)
     monkeypatch.setattr(assembly, "SAVE_TOKENS", 500)
-    monkeypatch.setattr(assembly, "COPY_TOKENS", 300)
+    monkeypatch.setattr(encoded_block, "COPY_TOKENS", 300)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def routed(documents: list[str], fraction: float) -> dict[str, list[str]]:
-    """The splits by the rule said document by document."""
-    splitter, result = Splitter(fraction), {"train": [], "val": []}  # type: tuple[Splitter, dict[str, list[str]]]
-    for text in documents:
-        for split, document in splitter.route(Document(text, [])):
-            result[split].append(document.text)
-    for split, document in splitter.finish():
-        result[split].append(document.text)
-    if splitter.only_document is not None:
-        for split, text in zip(result, cut_near_end(splitter.only_document, fraction), strict=True):
-            result[split] += [text] * bool(text)
-    return result
-
-
-@settings(deadline=None)
-@given(
-    names=st.lists(st.integers(0, 99), max_size=12, unique=True),
-    borders=st.lists(st.integers(0, 12), max_size=4),
-    fraction=st.sampled_from([0, 0.01, 0.2, 0.9]),
-)
-def test_spans_of_blocks_give_the_order_of_the_rule(names: list[int], borders: list[int], fraction: float) -> None:
-    """Each document is one token; the blocks' borders fall anywhere."""
-    documents = [f"document {name}" for name in names]
-    keys = keys_of(pyarrow.array(documents, pyarrow.large_string())).tolist()
-    holder, train, val = Holder(None, validated=fraction == 0), [], []  # type: tuple[Holder, list[str], list[str]]
-    edges = [0, *sorted(min(border, len(names)) for border in borders), len(names)]
-    pieces: list[list[str]] = []
-    for number, (start, end) in enumerate(itertools.pairwise(edges)):
-        part = list(zip(documents[start:end], keys[start:end], strict=True))
-        mine = [(text, key) for text, key in part if key >= fraction * 2**32]
-        first = next((n for n, (_, key) in enumerate(part) if key < fraction * 2**32), None)
-        pieces.append([text for text, _ in mine])
-        prefix = [key for _, key in mine[:first]]
-        minima = [
-            Candidate(block=number, key=key, start=n, tokens=1, text_bytes=0)
-            for n, key in enumerate(prefix)
-            if all(key < other for other in prefix[:n])
-        ]
-        for span in holder.train_spans(number, len(mine), minima, first):
-            train += pieces[span.block][span.start : span.start + span.tokens]
-        val += [text for text, key in part if key < fraction * 2**32]
-    if holder.held is not None:
-        val += pieces[holder.held.block][holder.held.start : holder.held.start + 1]
-    if len(names) != 1:  # the only document of a source is cut, which is not the holder's work
-        assert {"train": train, "val": val} == routed(documents, fraction)
 
 
 def mixed_source(folder: Path, seed: int) -> list[str]:
@@ -146,9 +92,7 @@ def test_the_folder_does_not_depend_on_borders_or_workers(
     assert made("tiny", workers=3) == whole[0]
     assert made("tiny-limited", workers=3, max_tokens=900) == whole[1]
     if isinstance(whole[0], dict):
-        folder = DataFolder.open(tmp_path / "tiny")
-        found = {s: [folder.tokenizer.decode(d) for d in folder.split(s).documents()] for s in ("train", "val")}
-        assert found == routed(documents, fraction)
+        assert tokens_of(DataFolder.open(tmp_path / "tiny")) == expected_split(documents, fraction, TOKENIZER)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
@@ -170,57 +114,8 @@ def test_one_large_document_has_the_ids_of_the_whole(
         case _:
             parquet.write_table(pyarrow.table({"text": [text]}), path)
     manifest = prepare(str(path), tokenizer, tmp_path / "out", val_fraction=fraction)
-    folder = DataFolder.open(tmp_path / "out")
-    parts = [part for part in cut_near_end(text, fraction) if part]
-    found = [ids.tolist() for split in ("train", "val") for ids in folder.split(split).documents()]
-    assert found == [TOKENIZER.encode(part) for part in parts]
+    assert tokens_of(DataFolder.open(tmp_path / "out")) == expected_split([text], fraction, TOKENIZER)
     assert sum(manifest.text_bytes.values()) == len(text.encode())
-
-
-@settings(deadline=None)
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"])) | st.text('\\"u{}:,\ud83d\ude00é日😀', min_size=8),
-    ascii_only=st.booleans(),
-    size=st.integers(12, 40),
-)
-def test_large_json_lines_give_what_small_ones_give(
-    text: str, ascii_only: bool, size: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    record = {"a": '"', "text": "an earlier one", 'te\\"xt': "{", "list": [{"text": 1}, "text"], "TEXT": text}
-    raw = json.dumps(record, ensure_ascii=ascii_only or not text.isascii()).replace('"TEXT"', ' "text" ')
-    path = tmp_path_factory.mktemp("json") / "a.jsonl"
-    path.write_bytes(raw.encode("utf-8", "replace"))
-
-    def read() -> list[str]:
-        return list(read_strings(lambda bad: readers.read_json_block(path, 0, "text", bad)))
-
-    expected = read()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsontext, "LARGE_LINE_BYTES", 1)
-        patch.setattr(jsontext, "CHUNK_BYTES", size)
-        assert read() == expected
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"body": "x"}', "line 1: no column 'text'; there are: body"),
-        (b'{"text": 5}', "'text' holds int, not text"),
-        (b'{"text": "abc', "not valid JSON"),
-        (b'{"text": "abc"', "not valid JSON"),
-        (b'["text", "abc"]', "a JSON object was expected"),
-        (b'{"text": "ab\xff"}', "not UTF-8 at byte 12 of the line"),
-        (b'{"text": "ab\\q"}', "not valid JSON"),
-    ],
-)
-def test_mistakes_in_large_lines_are_said_as_in_small_ones(
-    line: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a.jsonl").write_bytes(line)
-    for size in (1 << 20, 1):
-        monkeypatch.setattr(jsontext, "LARGE_LINE_BYTES", size)
-        with pytest.raises(DataError, match=message):
-            list(readers.read_json_block(tmp_path / "a.jsonl", 0, "text", raise_bad))
 
 
 def test_filters_say_which_documents_to_leave_out(tmp_path: Path, tokenizer: str, tiny_sizes: None) -> None:
@@ -233,7 +128,9 @@ def test_filters_say_which_documents_to_leave_out(tmp_path: Path, tokenizer: str
         numbers.setdefault(unit, []).extend(range(first, first + len(array)))
         return {n: "even" for n, text in enumerate(array.to_pylist()) if int(text.split()[1][:-1]) % 2 == 0}
 
-    manifest = prepare(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out", filters=(even,), workers=1)
+    manifest = prepare(
+        str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out", filters=(even,), workers=1, val_fraction=0
+    )
     small = [n for n, text in enumerate(documents) if len(text) < 1_500]
     assert manifest.dropped == {"even": sum(n % 2 == 0 for n in small)}
     folder = DataFolder.open(tmp_path / "out")
@@ -241,47 +138,6 @@ def test_filters_say_which_documents_to_leave_out(tmp_path: Path, tokenizer: str
     assert sorted(kept) == sorted(text for n, text in enumerate(documents) if n % 2 or n not in small)
     assert sum(map(len, numbers.values())) == len(small)
     assert all(found == sorted(set(found)) for found in numbers.values())
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0)])
-@pytest.mark.parametrize("limit", [None, 10])
-def test_the_only_good_document_is_cut_alone_beside_large_bad_ones(
-    order: tuple[int, ...],
-    limit: int | None,
-    tmp_path: Path,
-    tokenizer: str,
-    tiny_sizes: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What a large document turns out to be in its middle, when its beginning has been read."""
-    for module in (blocks, readers):  # all in one block
-        monkeypatch.setattr(module, "BLOCK_BYTES", 100_000)
-    good = json.dumps({"text": "".join(f"Line {n} of the good document.\n" for n in range(200))})
-    bad = '{"text": "' + "A beginning of words. " * 300 + "\\q" + ' and more."}'
-    lines = {"good": [good], "both": [[bad, good][which] for which in order]}
-    folders = {}
-    for name, chosen in lines.items():
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("\n".join(chosen), encoding="utf-8")
-        manifest = prepare(str(path), tokenizer, tmp_path / name, val_fraction=0.1, skip_bad=True, max_tokens=limit)
-        folders[name] = {key: data for key, data in contents(tmp_path / name).items() if key != "manifest.json"}
-    seen = order if limit is None else order[: order.index(1) + 1]
-    assert manifest.dropped == ({"unreadable": seen.count(0)} if 0 in seen else {})
-    assert folders["both"] == folders["good"]
-    assert len(folders["good"]) == 3  # a train and a val shard, and the tokenizer
-
-
-def test_bytes_of_text_follow_the_document_that_validation_gets(tmp_path: Path, tokenizer: str) -> None:
-    documents = make_texts(20)
-    lines = [json.dumps({"text": text}) for text in documents]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    manifest = prepare(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out", val_fraction=1e-9)
-    (held,) = DataFolder.open(tmp_path / "out").split("val").documents()
-    held_bytes = len(TOKENIZER.decode(held).encode())
-    assert manifest.text_bytes == {
-        "train": sum(len(text.encode()) for text in documents) - held_bytes,
-        "val": held_bytes,
-    }
 
 
 def test_a_cut_is_tried_before_it_is_trusted(tmp_path: Path, tiny_sizes: None) -> None:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Definition
 
 from lightlm.data.prepare import encoders as module
-from lightlm.data.prepare.cutting import encode_large
+from lightlm.data.prepare.blocks import split_hashes
 from lightlm.data.prepare.encoders import (
     HARD_TEXTS,
     Encoder,
@@ -22,9 +22,9 @@ from lightlm.data.prepare.encoders import (
     ReferenceEncoder,
     check_sample,
     choose_encoder,
+    encode_large,
 )
 from lightlm.data.prepare.run import prepare
-from lightlm.data.prepare.splitting import keys_of
 from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.errors import DataError, UsageError
 from tests.corpus import texts, write_jsonl
@@ -82,19 +82,19 @@ def test_a_slice_of_an_array_is_encoded_as_itself() -> None:
 def test_a_text_encoded_in_parts_has_the_ids_of_the_whole(parts: list[str], data: st.DataObject) -> None:
     encoder = data.draw(st.sampled_from(ENCODERS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightlm.data.prepare.cutting.WINDOW", 3)
+        patch.setattr("lightlm.data.prepare.encoders.WINDOW", 3)
         pieces = list(encode_large(parts, TRAINED, encoder, "test"))
     assert "".join(text for text, _ in pieces) == "".join(parts)
     assert np.concatenate([ids for _, ids in pieces]).tolist() == TRAINED.encode("".join(parts))
 
 
-def test_long_texts_are_cut_in_many_pieces() -> None:
+def test_long_texts_are_cut_into_many_parts() -> None:
     parts = ["The old clock watches the morning. " * 50] * 9
     assert len(list(encode_large(parts, TRAINED, ENCODERS[0], "test"))) >= 9
 
 
 def test_a_text_with_no_place_to_cut_is_refused_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightlm.data.prepare.cutting.UNCUT_CHARACTERS", 3_000)
+    monkeypatch.setattr("lightlm.data.prepare.encoders.UNCUT_CHARACTERS", 3_000)
     with pytest.raises(DataError, match="no place where the tokenizer lets them be cut"):
         list(encode_large(["ab" * 500] * 5, TRAINED, ENCODERS[0], "test"))
 
@@ -114,15 +114,15 @@ class Wrong:
 
 
 @pytest.mark.parametrize("documents", [["tiny"] * 5, ["a long text. " * 1_000]], ids=["short", "long"])
-def test_the_first_difference_stops_with_the_way_to_go_on(documents: list[str]) -> None:
+def test_the_first_difference_stops_with_the_command_to_resume(documents: list[str]) -> None:
     for mistake in (documents[0][:4], None):
         encoder, array = Wrong(mistake or "absent"), packed(*documents)
         ids, lengths = encoder.encode(array)
         if mistake is None:
-            check_sample(encoder, TRAINED, array, ids, lengths, keys_of(array), "unit 1")
+            check_sample(encoder, TRAINED, array, ids, lengths, split_hashes(array), "unit 1")
             continue
         with pytest.raises(EncoderError, match=r"gigatoken .* for unit 1: .*--encoder tokenizers"):
-            check_sample(encoder, TRAINED, array, ids, lengths, keys_of(array), "unit 1")
+            check_sample(encoder, TRAINED, array, ids, lengths, split_hashes(array), "unit 1")
 
 
 def test_a_difference_in_the_middle_of_a_run_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from lightlm.data.prepare.run import prepare, verify
-from lightlm.data.readers import files as readers
-from lightlm.data.readers import jsonl as jsontext
+from lightlm.data.readers import jsonl as readers
 from lightlm.data.sources.stdin import standard_input
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError, UsageError
@@ -67,26 +65,24 @@ def test_a_dictionary_column_is_text_and_a_name_given_twice_is_refused(tmp_path:
         prepare(str(tmp_path / "two.parquet"), tokenizer, tmp_path / "two")
 
 
-@pytest.mark.parametrize("kind", ["row group", "line"])
-def test_a_full_disk_for_temporary_files_is_no_bad_record(
-    kind: str, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_a_fault_of_the_machine_is_not_a_bad_record(
+    suffix: str, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is skipped for it, and --skip-bad does not hide it."""
-    documents = [text * 4 for text in texts(20)]
-    if kind == "line":
-        source = write_lines(tmp_path / "a.jsonl", documents)
-        monkeypatch.setattr(jsontext, "LARGE_LINE_BYTES", 100)
+    """--skip-bad does not skip a file because there are too many open ones."""
+    source = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"text": texts(20)}), source)
     else:
-        source = tmp_path / "a.parquet"
-        parquet.write_table(pyarrow.table({"text": documents}), source)
-        monkeypatch.setattr(readers, "SPOOLED_BYTES", 100)
+        write_lines(source, texts(20))
 
-    class Full(io.BytesIO):
-        def write(self, _: Any) -> int:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
-    with pytest.raises(DataError, match=r"disk .* is full"):
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: fail() if self == source else real(self, *a, **k))
+    monkeypatch.setattr(parquet, "ParquetFile", fail)
+    with pytest.raises(DataError, match="Too many open files"):
         prepare(str(source), tokenizer, tmp_path / "out", skip_bad=True)
 
 
@@ -98,7 +94,7 @@ def test_lines_are_numbered_without_reading_the_file_again(tmp_path: Path, monke
     path = tmp_path / "a.jsonl"
     path.write_text("\r\n".join(lines) + "\n", encoding="utf-8")
     found: list[str] = []
-    for unit in readers.file_units(path, "a", "text"):
+    for unit in readers.jsonl_units(path, "a", "text", None):
         list(unit.texts(lambda error: found.append(str(error))))
     bad = [number for number, line in enumerate(lines, start=1) if line.startswith("bad")]
     assert [int(message.partition("line ")[2].partition(":")[0]) for message in found] == bad
@@ -110,7 +106,7 @@ def test_lines_are_numbered_without_reading_the_file_again(tmp_path: Path, monke
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", opened)
-    for unit in readers.file_units(path, "a", "text"):
+    for unit in readers.jsonl_units(path, "a", "text", None):
         list(unit.texts(lambda _: None))
     assert len(reads) == len(range(0, path.stat().st_size, 50))
 
@@ -185,11 +181,11 @@ def test_messages_do_not_say_to_repeat_what_cannot_work(tmp_path: Path, tokenize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "BLOCK_BYTES", 20_000)
         patch.setattr("lightlm.data.prepare.blocks.BLOCK_BYTES", 20_000)
-        with pytest.raises(DataError, match=r"\)\. What is finished is kept: .*--skip-bad"):
+        with pytest.raises(DataError, match=r"\)\. Progress is saved\. Rerun .*--skip-bad"):
             prepare(str(source), tokenizer, tmp_path / "out", workers=1)
     with pytest.raises(DataError, match="unfinished preparation with other settings") as refused:
         prepare(str(source), tokenizer, tmp_path / "out", val_fraction=0.2)
-    assert "run the same command again" not in str(refused.value)
+    assert "Rerun" not in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", ["moved to validation", "twice", "gone", "in another order"])

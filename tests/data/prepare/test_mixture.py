@@ -1,4 +1,4 @@
-"""Mixtures by tokens: the order and the cuts, whatever the order in which portions are made."""
+"""Mixtures by tokens: the order and the cuts, whatever the order in which blocks are made."""
 
 import math
 import random
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightlm.data.prepare.mixing.schedule import Mixer, Portion, Schedule, parse_mix
+from lightlm.data.prepare.mixing.schedule import Mixer, Schedule, SourceBlock, parse_mix
 from lightlm.errors import UsageError
 
 
@@ -23,7 +23,7 @@ class Job:
 
 
 def jobs_of(sources: list[list[int]]) -> list[list[Job]]:
-    """Portions of so many tokens; sources differ in bytes per token."""
+    """SourceBlocks of so many tokens; sources differ in bytes per token."""
     return [
         [Job(source, number, tokens, 1 + tokens * (source + 2)) for number, tokens in enumerate(line)]
         for source, line in enumerate(sources)
@@ -37,7 +37,7 @@ def mix(
     ahead: int,
     done: list[tuple[int, int, int]] | None = None,
 ) -> list[tuple[int, int, int]]:
-    """(source, number, tokens taken) in the order of the mixture; `ahead` portions are being made at any time.
+    """(source, number, tokens taken) in the order of the mixture; `ahead` blocks are being made at any time.
 
     `done` is what an earlier process has taken.
     """
@@ -46,7 +46,7 @@ def mix(
     rest = [iter(line[count:]) for line, count in zip(jobs_of(sources), counts, strict=True)]
     schedule = Schedule(rest, shares, taken)
 
-    def engine() -> Iterator[Portion[Job]]:
+    def engine() -> Iterator[SourceBlock[Job]]:
         running: list[Job] = []
         for _, job in schedule:
             running.append(job)
@@ -55,9 +55,9 @@ def mix(
         while running:
             yield arrive(running.pop(0))
 
-    def arrive(job: Job) -> Portion[Job]:
+    def arrive(job: Job) -> SourceBlock[Job]:
         schedule.arrived(job.source, job.tokens)
-        return Portion(job.source, job.tokens, job)
+        return SourceBlock(job.source, job.tokens, job)
 
     arranged = Mixer[Job](shares, max_tokens, taken).arrange(engine(), schedule.finished)
     return [(p.source, p.item.number, p.tokens if limit is None else limit) for p, limit in arranged]
@@ -112,7 +112,7 @@ def test_the_result_depends_on_sources_and_shares_alone(sources: list[list[int]]
         assert all(tokens == line[index] for index, tokens in parts[:-1])
 
 
-def test_few_portions_wait() -> None:
+def test_few_blocks_wait() -> None:
     """Sources of very different tokens per byte: the schedule learns which is behind."""
     sources = [[1_000] * 400, [10] * 4_000]
     shares = shares_of("1", "1")
@@ -140,13 +140,13 @@ def test_a_mixture_is_written_as_sources_and_weights() -> None:
     ("text", "message"),
     [
         ("a=1", "at least two sources"),
-        ("a,b=1", "SOURCE=SHARE in the place of 'a'"),
-        ("a=1,b=x", "the share 'x' is no number above 0"),
+        ("a,b=1", "SOURCE=SHARE instead of 'a'"),
+        ("a=1,b=x", "the share 'x' is not a number above 0"),
         ("a=1,b=0", "the share '0'"),
         ("a=1,b=-1", "the share '-1'"),
         ("a=1,b=1/0", "the share '1/0'"),
         ("a=1,b=nan", "the share 'nan'"),
-        ("a=1,a=2", "a stands there twice"),
+        ("a=1,a=2", "a is listed twice"),
         ("", "SOURCE=SHARE"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare.run import prepare
-from lightlm.data.readers import files as readers
+from lightlm.data.readers import jsonl as readers
 from lightlm.data.select.deduplication import Mode
 from tests.corpus import texts
 from tests.data.prepare.test_resume import Stop, contents, stopping, write_source
@@ -40,7 +40,7 @@ def test_what_was_not_forced_to_the_disk_is_made_again(
     with stopping(9 if dedup is None else 18), pytest.raises(Stop):
         prepare(str(source), str(tmp_path / "tokenizer.json"), tmp_path / "out", **options)
     partial = tmp_path / ".out.partial"
-    assert (partial / "work" / "state.json").is_file()
+    assert (partial / "work" / "state.npz").is_file()
     lost = [path for path in partial.rglob("*") if path.is_file() and path.stat().st_ino not in durable]
     for path in lost:
         path.write_bytes(b"")

@@ -15,7 +15,7 @@ import pytest
 from lightlm.data.prepare import blocks
 from lightlm.data.prepare import ray as ray_engine
 from lightlm.data.prepare.blocks import Block, DocumentFilter, Job
-from lightlm.data.prepare.encoded_block import Record
+from lightlm.data.prepare.encoded_block import EncodedBlock
 from lightlm.data.prepare.ray import RayEngine, encode_here
 from lightlm.data.prepare.run import prepare
 from lightlm.data.sources.local import LocalSource
@@ -75,10 +75,10 @@ def in_workers(action: Callable[[str], None]) -> DocumentFilter:
 def test_a_worker_killed_in_the_middle_of_a_block_leaves_the_same_bytes(
     tmp_path: Path, source: Path, tokenizer: str
 ) -> None:
-    note, pieces = tmp_path / "killed", tmp_path / ".ray.partial" / "work" / "pieces"
+    note, encoded = tmp_path / "killed", tmp_path / ".ray.partial" / "work" / "blocks"
 
     def kill_once(unit: str) -> None:
-        begun = [path.name for path in pieces.glob(f".*-{os.getpid()}.partial") if path.stat().st_size]
+        begun = [path.name for path in encoded.glob(f".*-{os.getpid()}.partial") if path.stat().st_size]
         if begun and not note.exists():
             note.write_text(f"{os.getpid()} in {unit}, with {begun[0]}")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -171,7 +171,7 @@ def test_closing_stops_the_tasks_and_bounds_are_kept(
             taken.append(block.number)
             yield block
 
-    job = a_job(tmp_path / "pieces", tokenizer, in_workers(hang))
+    job = a_job(tmp_path / "encoded", tokenizer, in_workers(hang))
     records = RayEngine(2)(job, taking(), lambda *_: None)
     assert [next(records).number, next(records).number] == [0, 1]
     assert len(taken) <= 2 + 4  # given, and twice the two tasks
@@ -186,7 +186,7 @@ def test_a_worker_that_always_dies_is_one_message(
     tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "RETRIES", 0)
-    job = a_job(tmp_path / "pieces", tokenizer, in_workers(lambda unit: os._exit(1)))
+    job = a_job(tmp_path / "encoded", tokenizer, in_workers(lambda unit: os._exit(1)))
     with pytest.raises(DataError, match=r"Ray lost a task .*WorkerCrashedError"):
         list(RayEngine()(job, iter(source_blocks(source)[:1]), lambda *_: None))
 
@@ -194,22 +194,22 @@ def test_a_worker_that_always_dies_is_one_message(
 def test_nodes_must_see_the_same_files_and_have_the_same_lightlm(
     tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, block = a_job(tmp_path / "pieces", tokenizer), source_blocks(source)[0]
-    with pytest.raises(DataError, match=r"has LightLM .* and this machine 0\.0; both must be the same"):
+    job, block = a_job(tmp_path / "encoded", tokenizer), source_blocks(source)[0]
+    with pytest.raises(DataError, match=r"has LightLM .* and this machine 0\.0; install the same version"):
         encode_here(job, block, "0.0")
     (source / "0.jsonl").unlink()  # nothing that --skip-bad could leave out
     with pytest.raises(DataError, match=r"has no .*0\.jsonl.* same path on all nodes"):
         encode_here(job, block, ray_engine.__version__)
     monkeypatch.setattr(ray_engine, "ARRIVAL_SECONDS", 0.0)
-    with pytest.raises(DataError, match=r"A Ray task has written .*00000003\.json, which is not here"):
-        ray_engine._expect_piece(job.folder, Record(number=3, first_unit="a", limit=None, only=False))
+    with pytest.raises(DataError, match=r"A Ray task wrote .*00000003\.json, which is not on this machine"):
+        ray_engine._expect_files(job.folder, EncodedBlock(number=3, first_unit="a", limit=None))
 
 
 def test_a_module_that_workers_lack_is_named(tmp_path: Path, source: Path, tokenizer: str) -> None:
     def lack(unit: str) -> None:
         import lightlm_of_no_worker  # noqa: F401
 
-    job = a_job(tmp_path / "pieces", tokenizer, in_workers(lack))
+    job = a_job(tmp_path / "encoded", tokenizer, in_workers(lack))
     with pytest.raises(DataError, match=r"no Python module lightlm_of_no_worker\. .*pip install"):
         list(RayEngine()(job, iter(source_blocks(source)[:1]), lambda *_: None))
 
@@ -228,6 +228,6 @@ def test_a_cluster_that_does_not_answer_is_one_message(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    job = a_job(tmp_path / "pieces", tokenizer)
+    job = a_job(tmp_path / "encoded", tokenizer)
     with pytest.raises(DataError, match=rf"The Ray cluster at 127\.0\.0\.1:{port} cannot be used: .*refused"):
         next(RayEngine(address=f"127.0.0.1:{port}")(job, iter(source_blocks(source)), lambda *_: None))

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare import encode as encoding_module
-from lightlm.data.prepare.encoded_block import PieceWriter
+from lightlm.data.prepare.encoded_block import EncodedBlockWriter
 from lightlm.data.prepare.run import prepare
-from lightlm.data.prepare.workspace import Partial
-from lightlm.data.readers import files as readers
-from lightlm.data.shards import DataFolder
+from lightlm.data.prepare.workspace import Workspace
+from lightlm.data.prepare.writer import SplitWriter
+from lightlm.data.readers import jsonl as readers
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError
 from tests.corpus import texts
@@ -94,17 +95,17 @@ def source(tmp_path: Path) -> Path:
 def stopping(after: int, error: BaseException | None = None) -> Iterator[list[int]]:
     """Makes a preparation end with `error` in its `after`-th block; gives the numbers of the blocks encoded."""
     done: list[int] = []
-    real = PieceWriter.__exit__
+    real = EncodedBlockWriter.__exit__
 
-    def leave(self: PieceWriter, kind: object, *rest: object) -> None:
+    def leave(self: EncodedBlockWriter, kind: object, *rest: object) -> None:
         if 0 <= after <= len(done):  # two threads may pass it together
             real(self, Stop, None, None)
             raise error or Stop
         real(self, kind, *rest)
-        done.append(self.record.number)
+        done.append(self.encoded.number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PieceWriter, "__exit__", leave)
+        patch.setattr(EncodedBlockWriter, "__exit__", leave)
         yield done
 
 
@@ -128,7 +129,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, source: Path, tokeni
     [{"val_fraction": 1e-9}, {"val_fraction": 0}, {"max_tokens": 14_000}, {"val_fraction": 1e-9, "max_tokens": 14_000}],
     ids=str,
 )
-def test_what_is_held_back_and_what_is_left_survive_every_stop(
+def test_the_splits_are_the_same_after_every_stop(
     options: dict[str, Any], tmp_path: Path, source: Path, tokenizer: str, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after every second block, with a state saved in between."""
@@ -140,6 +141,37 @@ def test_what_is_held_back_and_what_is_left_survive_every_stop(
             manifest = prepare(str(source), tokenizer, tmp_path / "out", shard_tokens=3_000, workers=1, **options)
         stops += manifest is None
     assert stops >= 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["tail", "forget_tail", "cut_files", "flush", "close"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_stop_while_the_tail_moves_to_validation(
+    method: str, before: bool, tmp_path: Path, source: Path, tokenizer: str, small: None
+) -> None:
+    """At each call of each step: the tokens are in one of the splits, and the next process completes the move."""
+    options: dict[str, Any] = {"val_fraction": 1e-9, "shard_tokens": 300, "max_tokens": 3_000}
+    prepare(str(source), tokenizer, tmp_path / "whole", **options)
+    real = getattr(SplitWriter, method)
+    manifest, number = None, 0
+    while manifest is None and number < 40:
+        number += 1
+        calls: list[int] = []
+
+        def stop(self: SplitWriter, *arguments: Any) -> Any:
+            calls.append(1)  # noqa: B023
+            if before and len(calls) == number:  # noqa: B023
+                raise Stop
+            result = real(self, *arguments)
+            if len(calls) == number:  # noqa: B023
+                raise Stop
+            return result
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stop):
+            patch.setattr(SplitWriter, method, stop)
+            manifest = prepare(str(source), tokenizer, tmp_path / "out", **options)
+    assert number > 1
+    assert manifest is not None
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -164,22 +196,22 @@ def test_what_has_no_finished_block_is_in_nobodys_way(
 ) -> None:
     with stopping(1), pytest.raises(Stop):
         prepare(str(source), tokenizer, tmp_path / "out", workers=1)
-    for record in (tmp_path / ".out.partial/work/pieces").glob("*.json"):
-        record.unlink()  # as a kill leaves it
+    for description in (tmp_path / ".out.partial/work/blocks").glob("*.json"):
+        description.unlink()  # as a kill leaves it
     prepare(str(source), tokenizer, tmp_path / "out", val_fraction=0.2)
     assert DataFolder.open(tmp_path / "out").manifest.settings["val_fraction"] == 0.2
 
 
-def test_a_piece_that_lost_its_end_is_made_again(
+def test_an_encoded_block_that_lost_its_end_is_encoded_again(
     tmp_path: Path, source: Path, tokenizer: str, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assembly, "SAVE_TOKENS", 10**9)
     with stopping(5), pytest.raises(Stop):
         prepare(str(source), tokenizer, tmp_path / "out", workers=1)
-    pieces = sorted((tmp_path / ".out.partial" / "work" / "pieces").glob("*.train"))
-    pieces[1].write_bytes(pieces[1].read_bytes()[:-4])
-    pieces[2].with_suffix(".json").write_text("{")
-    pieces[3].unlink()
+    encoded = sorted((tmp_path / ".out.partial" / "work" / "blocks").glob("*.train"))
+    encoded[1].write_bytes(encoded[1].read_bytes()[:-4])
+    encoded[2].with_suffix(".json").write_text("{")
+    encoded[3].unlink()
     prepare(str(source), tokenizer, tmp_path / "out")
     prepare(str(source), tokenizer, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -270,7 +302,7 @@ def test_a_block_stops_when_another_has_failed(
 ) -> None:
     """Ctrl-C does not wait for what is under way."""
     chunks: list[int] = []
-    real = encoding_module._Encoding._whole
+    real = encoding_module._BlockEncoder._chunk
 
     def whole(self: Any, array: Any) -> None:
         chunks.append(1)
@@ -280,7 +312,7 @@ def test_a_block_stops_when_another_has_failed(
             time.sleep(0.5)  # for the main thread to hear of it, however busy the machine is
         real(self, array)
 
-    monkeypatch.setattr(encoding_module._Encoding, "_whole", whole)
+    monkeypatch.setattr(encoding_module._BlockEncoder, "_chunk", whole)
     with pytest.raises(Stop):
         prepare(str(source), tokenizer, tmp_path / "out", workers=1)
     assert len(chunks) <= 6
@@ -291,13 +323,13 @@ def test_a_kill_right_after_the_folder_was_put_in_place(
 ) -> None:
     """--overwrite prepares it once more; without it the folder is recognised, and what is left beside it goes."""
 
-    def stop(_: Partial) -> None:
+    def stop(_: Workspace) -> None:
         raise Stop
 
     prepare(str(source), tokenizer, tmp_path / "whole")
     for overwrite in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(Partial, "discard", stop)
+            patch.setattr(Workspace, "discard", stop)
             with pytest.raises(Stop):
                 prepare(str(source), tokenizer, tmp_path / "out", overwrite=True)
         assert (tmp_path / ".out.partial").is_dir()
@@ -320,14 +352,14 @@ def test_a_folder_that_another_process_finishes_in_the_last_moment_is_not_replac
     tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at the folder and the lock."""
-    real = Partial.locked
+    real = Workspace.locked
 
-    def locked(self: Partial) -> contextlib.AbstractContextManager[None]:
+    def locked(self: Workspace) -> contextlib.AbstractContextManager[None]:
         monkeypatch.undo()
         prepare(str(source), tokenizer, tmp_path / "out", max_tokens=5_000)
         return real(self)
 
-    monkeypatch.setattr(Partial, "locked", locked)
+    monkeypatch.setattr(Workspace, "locked", locked)
     with pytest.raises(DataError, match="prepared with other settings"):
         prepare(str(source), tokenizer, tmp_path / "out")
     assert not (tmp_path / ".out.partial").exists()

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare import run as module
 from lightlm.data.prepare.run import Progress, prepare, verify
 from lightlm.data.readers import texts as sizes
-from lightlm.data.shards import DataFolder
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError, UsageError
+from tests.data.prepare.splitter import expected_split, tokens_of
 
 DOCUMENTS = [f"Story {n}: the fox met {n * 7} geese, and <|endoftext|> nobody was harmed.\n" for n in range(60)]
 
@@ -55,18 +56,47 @@ def test_the_split_does_not_depend_on_order_or_company(tmp_path: Path, source: s
     assert old <= new <= old | {"Another document."}
 
 
-def test_one_document_alone_is_cut_near_its_end(tmp_path: Path) -> None:
-    text = "".join(f"Line {n} of the only document.\n" for n in range(200))
-    (tmp_path / "input.txt").write_text(text, encoding="utf-8")
-    prepare(str(tmp_path / "input.txt"), "train:300", tmp_path / "out", val_fraction=0.1)
-    (train,), (val,) = documents_of(tmp_path / "out", "train"), documents_of(tmp_path / "out", "val")
-    assert train + val == text
-    assert 19 <= val.count("\n") <= 21
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("shard_tokens", [64, 100_000])
+def test_without_a_chosen_document_validation_gets_the_tail(
+    number: int, workers: int, shard_tokens: int, tmp_path: Path
+) -> None:
+    documents = ["".join(f"Line {n} of document {d}.\n" for n in range(100)) for d in range(number)]
+    documents *= 40 if number == 5 else 1  # then the tail begins with a document
+    source = write_source(tmp_path / "source.jsonl", documents)
+    out = tmp_path / "out"
+    manifest = prepare(source, "train:300", out, val_fraction=1e-9, workers=workers, shard_tokens=shard_tokens)
+    assert verify(out) == manifest
+    folder = DataFolder.open(out)
+    tokens = expected_split(documents, 1e-9, folder.tokenizer)
+    assert tokens_of(folder) == tokens
+    tail = min(1024, math.ceil((sum(map(len, tokens.values())) - 1) / 10))
+    assert tail / 2 <= len(tokens["val"]) <= tail
+    train, val = documents_of(out, "train"), documents_of(out, "val")
+    assert "".join(train + val) == "".join(documents)
+    assert manifest.text_bytes == {"train": len("".join(train)), "val": len("".join(val))}
+    assert (manifest.documents("train"), manifest.documents("val")) == (len(train), len(val))
+    for split in ("train", "val"):
+        assert all(s.tokens == shard_tokens for s in [s for s in manifest.shards if s.split == split][:-1])
+    counts = Counter(tokens["train"])
+    total = len(tokens["train"]) + manifest.vocab_size
+    nats = np.mean([-math.log((counts[t] + 1) / total) for t in tokens["val"]])
+    assert manifest.unigram is not None
+    assert manifest.unigram.nats_per_token == pytest.approx(nats)
+
+
+def test_the_smallest_corpora_have_both_splits(tmp_path: Path) -> None:
+    for number, documents in enumerate((["a"], ["a b"], ["a", "b"])):
+        source = write_source(tmp_path / f"{number}.jsonl", documents)
+        manifest = prepare(source, "train:300", tmp_path / f"out{number}", val_fraction=0.005)
+        assert manifest.tokens("train")
+        assert manifest.tokens("val")
 
 
 def test_blank_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     source = write_source(tmp_path / "s.jsonl", ["", "one text", " \n\t", "another text"])
-    manifest = prepare(source, "train:300", tmp_path / "out")
+    manifest = prepare(source, "train:300", tmp_path / "out", val_fraction=0)
     assert manifest.skipped_documents == 2
     assert manifest.documents("train") + manifest.documents("val") == 2
 
@@ -105,7 +135,7 @@ def test_arguments_out_of_range_are_usage_errors(tmp_path: Path, source: str, wr
         prepare(source, "train:300", tmp_path / "out", **wrong)  # type: ignore[arg-type]
 
 
-def test_a_finished_folder_is_recognised_and_left_alone(tmp_path: Path, source: str) -> None:
+def test_a_finished_folder_is_recognized_and_left_alone(tmp_path: Path, source: str) -> None:
     first = prepare(source, "train:300", tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     again = prepare(source, "train:300", tmp_path / "out")
@@ -152,7 +182,7 @@ def test_foreign_files_are_never_replaced(tmp_path: Path, source: str) -> None:
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path, source: str) -> None:
     (tmp_path / "out").mkdir()
-    assert prepare(source, "train:300", tmp_path / "out").documents("train") == 59
+    assert prepare(source, "train:300", tmp_path / "out").documents("train") == 55
 
 
 def test_vocabularies_past_65536_are_written_as_uint32(tmp_path: Path, source: str) -> None:
@@ -188,7 +218,7 @@ def test_unigram_entropy_is_the_cross_entropy_of_the_counts(tmp_path: Path, sour
     assert manifest.unigram.bits_per_byte == pytest.approx(per_byte)
 
 
-def test_a_folder_made_before_a_setting_existed_is_recognised(tmp_path: Path, source: str) -> None:
+def test_a_folder_made_before_a_setting_existed_is_recognized(tmp_path: Path, source: str) -> None:
     """A later setting is None, or absent, at its default; fields that came later have defaults."""
     prepare(source, "train:300", tmp_path / "out", val_fraction=0.2)
     path = tmp_path / "out" / "manifest.json"

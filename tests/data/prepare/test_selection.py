@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare import assembly, blocks
-from lightlm.data.prepare.encoded_block import Record
+from lightlm.data.prepare.encoded_block import EncodedBlock
 from lightlm.data.prepare.executors import ThreadEngine
 from lightlm.data.prepare.mixing.source import MixtureSource
 from lightlm.data.prepare.run import prepare
-from lightlm.data.shards import DataFolder
-from lightlm.data.sources.local import Source, open_source
+from lightlm.data.sources.base import Source
+from lightlm.data.sources.registry import open_source
 from tests.corpus import texts
 
 
@@ -130,7 +131,7 @@ class StoppingEngine(ThreadEngine):
         super().__init__(workers)
         self._left = blocks
 
-    def __call__(self, *arguments: Any) -> Iterator[Record]:
+    def __call__(self, *arguments: Any) -> Iterator[EncodedBlock]:
         for record in super().__call__(*arguments):
             self._left -= 1
             if self._left < 0:

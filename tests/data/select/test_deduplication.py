@@ -1,4 +1,4 @@
-"""De-duplication: the first stays, whatever the batches; near-duplicates against their exact similarity."""
+"""Deduplication: the first stays, whatever the batches; near-duplicates against their exact similarity."""
 
 import pickle
 import random
@@ -111,7 +111,7 @@ def test_verdicts_are_those_of_the_rule_whatever_the_batches(
 
 
 @pytest.mark.parametrize("compact", [False, True])
-def test_an_index_knows_what_was_put_in(compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_contains_what_was_added(compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hash_index, "RECENT", 500)
     rng = np.random.default_rng(1)
     edges = np.array([0, 1 << 16, (1 << 48) - (1 << 16), 1 << 48, 2**64 - (1 << 16)], np.uint64)
@@ -126,7 +126,7 @@ def test_an_index_knows_what_was_put_in(compact: bool, monkeypatch: pytest.Monke
     assert index.contains(known).all()
     assert not index.contains(others).any()
     assert len(index) == len(known)
-    # 4 or 8 bytes a hash, and 256 KB for each of the few runs.
+    # 4 or 8 bytes per hash, and 256 KB for each of the few runs.
     assert index.nbytes < len(known) * (4 if compact else 8) + 12 * 270_000
 
 
@@ -142,5 +142,5 @@ def test_a_signer_travels_and_says_what_its_signatures_depend_on() -> None:
     assert signer.sign(["a", "b"]).shape == (2, 15)
     assert "R-MinHash" in signer.method
     assert Signer("exact").method == "xxh3_64"
-    with pytest.raises(ValueError, match="15 hashes where 1"):
+    with pytest.raises(ValueError, match="15 hashes; expected 1"):
         Deduplicator("exact").decide(signer.sign(["a"]))

@@ -1,4 +1,4 @@
-"""n-gram hashes: what counts as the same words, and that pieces of a text join without a seam."""
+"""n-gram hashes: which words count as the same, and that chunks of a text join without a seam."""
 
 import string
 from itertools import pairwise
@@ -13,8 +13,8 @@ from lightlm.data.select.ngrams import ngram_hashes, word_hashes
 
 
 def hashes(text: str, size: int = 1) -> list[int]:
-    pieces = word_hashes(text) if size == 1 else ngram_hashes(text, size)
-    return [value for piece in pieces for value in piece.tolist()]
+    arrays = word_hashes(text) if size == 1 else ngram_hashes(text, size)
+    return [value for hashes in arrays for value in hashes.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -90,4 +90,4 @@ def test_hashes_do_not_change_between_versions() -> None:
     """Signatures on disk outlive a process: they are compared with those of a resumed run."""
     assert hashes("Hello, world") == [2163324483675975834, 12200089241319927280]
     assert hashes("Hello, world", 2) == [677642896942572624]
-    assert all(piece.dtype == np.uint64 for piece in ngram_hashes("a b c", 2))
+    assert all(hashes.dtype == np.uint64 for hashes in ngram_hashes("a b c", 2))

@@ -1,4 +1,4 @@
-"""`--filter` and globs on files: which records are read, what is counted, and what row groups are not read at all."""
+"""`--filter` and globs on files: which records are read and counted, and which row groups are not read."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,14 @@ import pyarrow.parquet as parquet
 import pytest
 
 from lightlm.data.prepare.run import prepare
-from lightlm.data.readers import jsonl as jsontext
+from lightlm.data.readers import parquet as parquet_reader
+from lightlm.data.readers import records
 from lightlm.data.select.filters import Filter
-from lightlm.data.sources.local import open_source
+from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
 
 ROWS = [{"text": f"document {n}", "score": n % 5 if n % 7 else None, "meta": {"lang": "en"}} for n in range(40)]
-CHOSEN = Filter("score >= 3 and meta.lang == 'en'")
+ROW_FILTER = Filter("score >= 3 and meta.lang == 'en'")
 KEPT = [row["text"] for row in ROWS if (row["score"] or 0) >= 3]
 
 
@@ -28,25 +29,26 @@ def write(folder: Path) -> list[Path]:
     return [folder / "a.parquet", folder / "b.jsonl", folder / "c.jsonl.gz"]
 
 
-def read(spec: Path | str, chosen: Filter | None = None) -> list[str]:
-    return [text for unit in open_source(str(spec), "text", chosen).units() for text in unit.read()]
+def read(spec: Path | str, row_filter: Filter | None = None) -> list[str]:
+    return [text for unit in open_source(str(spec), "text", row_filter).units() for text in unit.read()]
 
 
-def test_every_kind_of_file_is_filtered_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1 << 20, 60])
+def test_every_kind_of_file_is_filtered_alike(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (records, parquet_reader):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     for path in write(tmp_path):
-        assert read(path, CHOSEN) == KEPT
-    monkeypatch.setattr(jsontext, "LARGE_LINE_BYTES", 10)
-
-    assert read(tmp_path / "b.jsonl", CHOSEN) == KEPT
+        assert read(path, ROW_FILTER) == KEPT
+        assert read(path, Filter("text in ['document 3', 'document 9', 'x']")) == ["document 3", "document 9"]
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     write(tmp_path / "in")
-    source = open_source(str(tmp_path / "in"), chosen=CHOSEN)
-    made = prepare(source, "train:300", tmp_path / "out", filter=CHOSEN)
+    source = open_source(str(tmp_path / "in"), row_filter=ROW_FILTER)
+    made = prepare(source, "train:300", tmp_path / "out", filter=ROW_FILTER)
     assert made.documents("train") + made.documents("val") == 3 * len(KEPT)
     assert made.dropped == {"filtered": 3 * (len(ROWS) - len(KEPT))}
-    assert made.settings["filter"] == CHOSEN.text
+    assert made.settings["filter"] == ROW_FILTER.text
     with pytest.raises(DataError, match=r"filter: score >= 3 .* there, None now"):
         prepare(str(tmp_path / "in"), "train:300", tmp_path / "out")
 
@@ -66,7 +68,7 @@ def test_row_groups_without_a_match_are_not_read(tmp_path: Path) -> None:
     assert (
         sum(
             len(t.array)
-            for unit in open_source(str(path), chosen=Filter("score > 8")).units()
+            for unit in open_source(str(path), row_filter=Filter("score > 8")).units()
             for t in unit.texts(bad.append)
         )
         == 0
@@ -82,9 +84,9 @@ def test_mistakes_name_the_columns(tmp_path: Path) -> None:
             read(path, Filter("score == 'a'"))
     (tmp_path / "notes.txt").write_text("text", encoding="utf-8")
     with pytest.raises(DataError, match=r"notes\.txt is plain text"):
-        open_source(str(tmp_path), chosen=CHOSEN)
+        open_source(str(tmp_path), row_filter=ROW_FILTER)
     with pytest.raises(DataError, match="pydocs has no columns"):
-        open_source("pydocs", chosen=CHOSEN)
+        open_source("pydocs", row_filter=ROW_FILTER)
 
 
 def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,7 @@ def test_a_hub_data_set_is_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "some" / "corpus" / name).unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    source = open_source("hf:some/corpus", chosen=CHOSEN)
-    made = prepare(source, "train:300", tmp_path / "out", filter=CHOSEN)
+    source = open_source("hf:some/corpus", row_filter=ROW_FILTER)
+    made = prepare(source, "train:300", tmp_path / "out", filter=ROW_FILTER)
     assert made.documents("train") + made.documents("val") == len(KEPT)
     assert made.dropped == {"filtered": len(ROWS) - len(KEPT)}

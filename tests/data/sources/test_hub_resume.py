@@ -1,4 +1,4 @@
-"""A preparation from the Hub that broke off goes on at its commit and fetches what is missing."""
+"""An interrupted preparation from the Hub resumes at its commit and fetches only what is missing."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 
 from lightlm.data.prepare import blocks
 from lightlm.data.prepare.run import prepare
-from lightlm.data.readers import parquet_footers as footers
+from lightlm.data.readers import parquet as footers
 from lightlm.data.sources.hub.client import HubError
-from lightlm.data.sources.local import open_source
+from lightlm.data.sources.registry import open_source
 from tests.hub import Fault, Hub
 from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu
 
@@ -17,7 +17,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_run_that_broke_off_goes_on_at_its_commit(
+def test_an_interrupted_run_resumes_at_its_commit(
     hub: Hub, fineweb_edu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)  # a block for each row group
@@ -51,7 +51,7 @@ def test_a_run_that_broke_off_goes_on_at_its_commit(
 
 
 @pytest.mark.parametrize("stage", ["footer", "row group"])
-def test_a_failing_hub_is_no_bad_data_to_skip(hub: Hub, fineweb_edu: Path, tmp_path: Path, stage: str) -> None:
+def test_a_failing_hub_is_not_bad_data_to_skip(hub: Hub, fineweb_edu: Path, tmp_path: Path, stage: str) -> None:
     hub.add(REPO, fineweb_edu)
     if stage == "row group":
         list(open_source("fineweb-edu").units())  # keeps the footers

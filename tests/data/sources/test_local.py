@@ -12,9 +12,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightlm.data.readers import files as readers
+from lightlm.data.readers import jsonl as readers
+from lightlm.data.sources.base import Source
 from lightlm.data.sources.hub import client as hub
-from lightlm.data.sources.local import Source, open_source
+from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
 
 
@@ -101,7 +102,7 @@ def test_half_a_surrogate_pair_in_json_becomes_the_replacement_character(tmp_pat
         ("a.jsonl", json_lines("x") + b"\n" + b'{"text": \n', r"a\.jsonl, line 3: not valid JSON"),
         ("a.jsonl", json_lines("x") + b'{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl, line 1: a JSON object was expected"),
-        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: 'text' holds int"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: the column 'text' holds int, not text\. .*--text-column"),
         ("a.jsonl", json_lines("x", column="body"), r"a\.jsonl, line 1: no column 'text'; there are: id, body"),
         ("a.jsonl.gz", gzip.compress(json_lines("x", "y", column="z")), r"a\.jsonl\.gz, line 1: no column 'text'"),
         ("a.jsonl.gz", gzip.compress(json_lines(*map(str, range(999))))[:-20], r"a\.jsonl\.gz: damaged or truncated"),
@@ -150,8 +151,9 @@ def test_missing_paths_and_unreadable_folders(tmp_path: Path) -> None:
         ("pydoc", r"Did you mean pydocs\?"),
         ("fineweb_edu", r"Did you mean fineweb-edu\?"),
         ("zzzz", "Known names: pydocs, fineweb-edu"),
-        ("org/name", "written hf:org/name"),
-        ("hf:name", "hf:organisation/name"),
+        ("org/name", "Hub as hf:org/name"),
+        ("hf:name", "hf:organization/name"),
+        ("pydocs:3.12", "pydocs has no configurations"),
     ],
 )
 def test_unknown_names_get_a_suggestion(

@@ -38,7 +38,7 @@ def test_a_module_becomes_one_document_with_headings(library: Path) -> None:
 
 
 def test_repeats_tests_stubs_and_broken_modules_are_left_out(library: Path) -> None:
-    unique = "".join(f"Sentence number {n} is found nowhere else in the library at all. " for n in range(9))
+    unique = "".join(f"Sentence number {n} is found nowhere else in the library. " for n in range(9))
     (library / "a.py").write_text(f'"""Of a. {unique}"""\ndef f():\n    """{PROSE}"""\n', encoding="utf-8")
     (library / "b.py").write_text(f'"""Of b. {unique}"""\ndef g():\n    """{PROSE}"""\n', encoding="utf-8")
     (library / "short.py").write_text('"""Too short."""\n', encoding="utf-8")

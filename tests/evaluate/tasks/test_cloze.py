@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
-from lightlm.data.shards import DataFolder
 from lightlm.errors import DataError
 from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM

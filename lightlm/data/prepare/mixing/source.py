@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 
-from lightlm.data.readers.texts import Unit
+from lightlm.data.readers.texts import Unit, pack_strings
 from lightlm.data.shards import MixedSource
-from lightlm.data.sources.local import Revisable, Source
+from lightlm.data.sources.base import Revisable, Source
 from lightlm.data.sources.sample import beginnings
 from lightlm.errors import DataError
 
@@ -23,31 +24,31 @@ class MixtureSource:
 
     @property
     def fingerprint(self) -> str | None:
-        """None where that of a part is."""
+        """The fingerprints of the parts; None if one of them is None."""
         fingerprints = [source.fingerprint for source, _ in self.parts]
         return _JOIN.join(map(str, fingerprints)) if None not in fingerprints else None
 
     @property
     def revision(self) -> str:
-        """Those of the parts."""
+        """The revisions of the parts."""
         return _JOIN.join(str(source.revision) for source, _ in self.parts)
 
     def at_revision(self, revision: str) -> "MixtureSource":
-        """The same parts at the revisions that an earlier process read. Raises DataError where one has changed."""
+        """Return the parts at the revisions that an earlier process read. Raises DataError where one has changed."""
         parts: list[tuple[Source, Fraction]] = []
         for (source, share), wanted in zip(self.parts, revision.split(_JOIN), strict=True):
             if isinstance(source, Revisable) and wanted != str(None):
                 source = source.at_revision(wanted)
             elif wanted != str(source.revision):
                 raise DataError(
-                    f"{source.spec} has changed since this preparation was begun: {wanted} then, "
+                    f"{source.spec} has changed since this preparation began: {wanted} then, "
                     f"{source.revision} now. Use --overwrite to start over."
                 )
             parts.append((source, share))
         return MixtureSource(parts)
 
     def reached(self, tokens: Mapping[int, int], documents: Mapping[int, int]) -> list[MixedSource]:
-        """What the parts have given, from counts by their numbers; not all of them are zero."""
+        """Return each part's share of the result, from counts keyed by part; not all may be zero."""
         total = sum(tokens.values())
         return [
             MixedSource(
@@ -61,16 +62,16 @@ class MixtureSource:
         ]
 
     def units(self) -> Iterator[Unit]:
-        """One unit of the beginnings of documents in their shares, for training a tokenizer.
+        """Yield one unit with the beginnings of documents, in the shares, for training a tokenizer.
 
-        What is prepared is the parts, each by its own units.
+        A preparation reads the units of the parts.
         """
         for source, _ in self.parts:
-            next(source.units(), None)  # a source that cannot be read says so now
-        yield Unit(self.spec, self._sample)
+            next(source.units(), None)  # raises now if a source cannot be read
+        yield Unit(self.spec, partial(pack_strings, self._sample))
 
     def _sample(self) -> Iterator[str]:
-        """Texts by turns, so that characters are in the shares, until a source has ended."""
+        """Yield texts of all sources, so that characters are in the shares, until one source ends."""
         texts = [beginnings(source.units(), skip_bad=False) for source, _ in self.parts]
         taken = [0.0] * len(texts)
         while True:

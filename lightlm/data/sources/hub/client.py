@@ -1,8 +1,7 @@
-"""Reaching the Hugging Face Hub, or saying at once and in one message that it cannot be reached.
+"""Requests to the Hugging Face Hub: one clear message where it cannot be reached, and retries where it fails.
 
-The libraries retry an unreachable Hub for 24 s per request and print each attempt; a single probe answers in
-at most `PROBE_SECONDS` (measured without a route: 0.05 s). A Hub that has been reached and then fails is asked
-again with back-off: see `persistently`.
+The libraries retry an unreachable Hub for 24 s per request and print each attempt; a single probe answers in at most
+`PROBE_SECONDS` (measured without a route: 0.05 s). What fails after that is retried: see `persistently`.
 """
 
 import contextlib
@@ -26,8 +25,7 @@ PROBE_SECONDS = 5.0
 
 # Seconds before the second, third, ... try: five tries in a minute outlast a restarted gateway or a dropped line.
 RETRY_DELAYS = (1.0, 4.0, 15.0, 40.0)
-# The Hub says after how many seconds of its five-minute window a client over its rate limit may ask again.
-LONGEST_DELAY = 300.0
+LONGEST_DELAY = 300.0  # the window of the Hub's rate limit; its answers name the seconds that are left of it
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
@@ -36,17 +34,18 @@ _log = logging.getLogger(__name__)
 
 
 class HubError(LightLMError):
-    """The Hub failed repeatedly, refuses access, or served something else than was asked for.
+    """The Hub failed repeatedly, refuses access, or served something else than was requested.
 
-    It is no DataError: whoever leaves out bad records of a corpus must stop here.
+    It is not a DataError, because --skip-bad must not skip it.
     """
 
 
 def persistently(what: str, action: Callable[[], T]) -> T:
-    """The result of `action`, tried again after each of `RETRY_DELAYS` while it fails for reasons that may pass.
+    """Return the result of `action`; retry it after each of `RETRY_DELAYS` while it fails for reasons that may pass.
 
-    `what` begins the messages, for example "Reading org/name/file.parquet". Raises HubError when the last try fails,
-    and an error that will not pass (a missing file, a refused token) as it is.
+    huggingface_hub's `http_backoff` repeats one HTTP request; an action here is a whole call of the Hub's libraries,
+    most of which do not use it. `what` begins the messages, for example "Reading org/name/file.parquet". Raises
+    HubError when the last try fails, and an error that will not pass (a missing file, a refused token) as it is.
     """
     failures = 0
     while True:
@@ -58,9 +57,9 @@ def persistently(what: str, action: Callable[[], T]) -> T:
 
 
 def within(seconds: float, action: Callable[[], T]) -> T:
-    """The result of `action`, or TimeoutError after `seconds`: the Hub's client sets no limit to some requests.
+    """Return the result of `action`, or raise TimeoutError after `seconds`: the Hub's client never ends some requests.
 
-    A request given up for lost goes on in a thread that does not keep the process from ending.
+    An abandoned request continues in a daemon thread, so that the process can end.
     """
     future: Future[T] = Future()
 
@@ -78,24 +77,24 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 
 def back_off(what: str, error: BaseException, failures: int) -> None:
-    """Wait after the `failures`-th failure in a row; raise `error` if that cannot help, or HubError if it has not."""
+    """Wait after the `failures`-th failure in a row. Raise `error` if it will not pass, HubError after the last try."""
     if not may_pass(error):
         raise error
     if failures > len(RETRY_DELAYS):
         raise HubError(
             f"{what} from the Hugging Face Hub failed {failures} times in a row ({first_line(error)}). "
-            "Run the same command again when the connection is better."
+            "Rerun the same command when the connection is better."
         ) from error
     delay = max(RETRY_DELAYS[failures - 1], min(_requested_delay(error), LONGEST_DELAY))
     _log.log(
-        logging.WARNING if failures > 1 else logging.INFO,  # a single hiccup an hour is no news
-        f"{what} failed ({first_line(error)}); trying again in {delay:.0f} s",
+        logging.WARNING if failures > 1 else logging.INFO,  # a single failure per hour is normal
+        f"{what} failed ({first_line(error)}); retrying in {delay:.0f} s",
     )
     time.sleep(delay)
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error of the Hub's libraries, or one it was raised from, is of a kind that may be gone in a minute."""
+    """Whether an error of the Hub's libraries, or one of its causes, is of a kind that may pass within a minute."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     for link in causes(error):
@@ -107,21 +106,21 @@ def may_pass(error: BaseException) -> bool:
         library = type(link).__module__.partition(".")[0]
         if library in _NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
             return True
-        # httpx, of a client that another thread has closed after an error of its own.
+        # httpx raises it for a client that another thread closed after an error of its own.
         if isinstance(link, RuntimeError) and "client has been closed" in str(link):
             return True
     return False
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, the one that it was raised from, and so on."""
+    """Yield an error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _requested_delay(error: BaseException) -> float:
-    """Seconds that the answer asks to wait for (Retry-After, or the reset time of the Hub's rate limit); 0 if none."""
+    """Return the seconds that the response asks to wait (Retry-After, or the reset of the Hub's rate limit), or 0."""
     for link in causes(error):
         headers = getattr(getattr(link, "response", None), "headers", None)
         if headers is not None:
@@ -132,10 +131,9 @@ def _requested_delay(error: BaseException) -> float:
 
 
 def require_hub(wanted: str, alternative: str) -> None:
-    """Return if the Hub can be reached.
+    """Raise DataError if the Hub cannot be reached: within `PROBE_SECONDS`, at once where HF_HUB_OFFLINE is set.
 
-    `wanted` names what is to be fetched and `alternative` says what works without a network.
-    Raises DataError within `PROBE_SECONDS` otherwise, or at once where HF_HUB_OFFLINE is set.
+    `wanted` names what is to be fetched, and `alternative` says what works without a network.
     """
     from huggingface_hub import constants
 
@@ -149,7 +147,7 @@ def require_hub(wanted: str, alternative: str) -> None:
 
 
 def hub_answers() -> bool:
-    """Whether the Hub can be reached, found out within `PROBE_SECONDS`; not asked where HF_HUB_OFFLINE is set."""
+    """Whether the Hub can be reached, within `PROBE_SECONDS`; no request is made where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_OFFLINE and _unreachable(constants.ENDPOINT) is None
@@ -157,7 +155,7 @@ def hub_answers() -> bool:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """As if HF_HUB_OFFLINE were set, which the libraries read from the environment only when they are imported."""
+    """Set the libraries' HF_HUB_OFFLINE, which they read from the environment only when they are imported."""
     import datasets
     from huggingface_hub import constants
 
@@ -171,36 +169,36 @@ def offline() -> Iterator[None]:
 
 @functools.cache
 def _unreachable(endpoint: str) -> str | None:
-    """Why `endpoint` gives no answer of any kind, or None; urllib heeds the proxy variables as the Hub does."""
+    """Return why `endpoint` does not answer, or None; urllib follows the proxy variables as the Hub's client does."""
     try:
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS):
             return None
     except (urllib.error.HTTPError, http.client.RemoteDisconnected):
-        return None  # an error page is an answer, and a connection that was taken and dropped may do better next time
+        return None  # an error page is an answer, and after a dropped connection the next one may work
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        # The Hub's client may trust certificates that urllib does not know: let it decide.
+        # The Hub's client may trust certificates that urllib does not, so it decides.
         return None if isinstance(reason, ssl.SSLError) else str(reason)
 
 
 def hub_errors() -> tuple[type[BaseException], ...]:
-    """What `datasets` and `huggingface_hub` raise for networks, missing repositories, formats and unknown options."""
+    """Return the errors of `datasets` and `huggingface_hub` for networks, missing repositories, formats and options."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    # HfHubHTTPError's parent is the HTTP library's root error: requests or httpx, depending on the version.
-    # `datasets` raises RuntimeError for a repository whose data a program makes.
+    # HfHubHTTPError's parent is the root error of the HTTP library: requests or httpx, depending on the version.
+    # `datasets` raises RuntimeError for a repository whose data a program generates.
     return OSError, ValueError, RuntimeError, DatasetsError, HfHubHTTPError.__mro__[1]
 
 
 @contextlib.contextmanager
 def quiet_libraries(*others: str, level: int = logging.CRITICAL, bars: bool = False) -> Iterator[None]:
-    """Keep the libraries' retry messages and progress bars off the terminal; LightLM reports both itself.
+    """Hide the libraries' retry messages and progress bars; LightLM reports both itself.
 
     Args:
-        others: loggers to silence besides those of the Hub's libraries.
-        level: what is still shown.
-        bars: leave the Hub's own progress bars of downloads where they are.
+        others: loggers to silence in addition to those of the Hub's libraries.
+        level: the lowest level that is still shown.
+        bars: show the Hub's own progress bars of downloads.
     """
     import datasets
     from huggingface_hub import utils
@@ -225,15 +223,17 @@ def quiet_libraries(*others: str, level: int = logging.CRITICAL, bars: bool = Fa
 
 
 def download_tokenizer(repo: str, alternative: str) -> Path:
-    """The path of a Hub repository's tokenizer.json in the local cache, downloaded if it is not there yet.
+    """Return the path of a Hub repository's tokenizer.json in the local cache; download it if it is not there.
 
     Raises DataError where the Hub cannot be reached, or has no such repository or file.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    cached = try_to_load_from_cache(repo, "tokenizer.json") if _is_repo(repo) else None
-    if isinstance(cached, str):
-        return Path(cached)
+    with contextlib.suppress(HFValidationError):  # the download reports it
+        cached = try_to_load_from_cache(repo, "tokenizer.json")
+        if isinstance(cached, str):
+            return Path(cached)
     require_hub(f"the tokenizer {repo!r}", alternative)
     try:
         with quiet_libraries():
@@ -241,22 +241,11 @@ def download_tokenizer(repo: str, alternative: str) -> Path:
             return Path(persistently(f"Fetching the tokenizer {repo!r}", fetch))
     except hub_errors() as error:
         raise DataError(
-            f"the tokenizer.json of {repo!r} cannot be fetched: {first_line(error)}. {alternative}"
+            f"The tokenizer.json of {repo!r} cannot be fetched: {first_line(error)}. {alternative}"
         ) from error
 
 
 def first_line(error: BaseException) -> str:
-    """The part of a library's message that fits in one of ours."""
+    """Return the first line of a library's message, without its final period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def _is_repo(repo: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        return False
-    return True

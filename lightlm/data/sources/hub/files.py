@@ -1,31 +1,32 @@
-"""Files on the Hugging Face Hub, read in place by ranges; every range is asked for again where the network fails."""
+"""Files on the Hugging Face Hub, read in place by ranges; a range is requested again where the network fails."""
 
 import io
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from lightlm.data.sources.hub.client import HubError, first_line, hub_errors, persistently
 
-# The most that one request asks for, and that a broken connection costs. Row groups of a thousand documents are one
-# request; a row group that holds a whole file is many, and never in memory at once.
-PIECE_BYTES = 8 << 20
+# The most that one request asks for, and that a broken connection costs. A row group of a thousand documents is one
+# request. A row group that holds a whole file is many, and is never in memory as a whole.
+REQUEST_BYTES = 8 << 20
 
-# Where the Hub has sent this process for a file's content, by URL; the address is signed and expires. Without it, each
-# row group would also cost a question to the Hub, which limits the questions of a client.
+# The address to which the Hub redirected this process for a file's content, by URL. It is signed and expires. Without
+# it, each row group would cost one more request to the Hub, which limits the requests of a client.
 _locations: dict[str, str] = {}
 _EXPIRED = (401, 403, 404, 410)
 
 
 class _Status(NamedTuple):
     st_size: int
+    st_mtime_ns: int
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a Hub data set at one commit, to the readers what a `pathlib.Path` is; it can be pickled.
+    """A file of a Hub data set at one commit: a `lightlm.data.readers.file.File`. It can be pickled.
 
-    `size` is the one that the commit's listing gives, in bytes.
+    `size` is in bytes, from the commit's listing.
     """
 
     repo: str
@@ -43,22 +44,26 @@ class HubFile:
 
     @property
     def url(self) -> str:
-        """As `datasets` and fsspec write it."""
+        """The address for `datasets` and fsspec."""
         return f"hf://datasets/{self.repo}@{self.commit}/{self.path}"
 
-    def stat(self) -> _Status:
-        """The size, in bytes."""
-        return _Status(self.size)
+    @property
+    def request_bytes(self) -> int:
+        """The best size for buffered reads."""
+        return REQUEST_BYTES
 
-    def open(self, mode: str = "rb", buffering: int = -1) -> BinaryIO:
-        """The file for reading; `buffering=0` turns each read into its own request. Reading raises HubError."""
-        assert mode == "rb"
+    def stat(self) -> _Status:
+        """Return the size in bytes. The content never changes at one commit, so the time is 0."""
+        return _Status(self.size, 0)
+
+    def open(self, mode: Literal["rb"], buffering: int = -1) -> BinaryIO:
+        """Open the file; `buffering=0` turns each read into a request of its own. Reading raises HubError."""
         raw = RemoteFile(self)
-        return raw if buffering == 0 else io.BufferedReader(raw, PIECE_BYTES)  # type: ignore[return-value]
+        return raw if buffering == 0 else io.BufferedReader(raw, REQUEST_BYTES)  # type: ignore[return-value]
 
 
 class RemoteFile(io.RawIOBase):
-    """A HubFile as an unbuffered binary file. It holds no connection, so it needs no closing."""
+    """A HubFile as an unbuffered binary file. It holds no connection, so it need not be closed."""
 
     def __init__(self, file: HubFile) -> None:
         self._file = file
@@ -79,18 +84,18 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: "memoryview") -> int:  # type: ignore[override]
-        """Fill the buffer as far as the file goes; returns the bytes read, 0 at the end."""
+        """Fill the buffer as far as the file reaches; return the bytes read, 0 at the end."""
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._file.size - self._position))
-        for start in range(0, wanted, PIECE_BYTES):
-            piece = fetch(self._file, self._position + start, self._position + min(start + PIECE_BYTES, wanted))
-            view[start : start + len(piece)] = piece
+        for start in range(0, wanted, REQUEST_BYTES):
+            content = fetch(self._file, self._position + start, self._position + min(start + REQUEST_BYTES, wanted))
+            view[start : start + len(content)] = content
         self._position += wanted
         return wanted
 
 
 def fetch(file: HubFile, start: int, end: int) -> bytes:
-    """Bytes `start` to `end` (exclusive) of a file. Raises HubError."""
+    """Return bytes `start` to `end` (exclusive) of a file. Raises HubError."""
     from lightlm.data.sources.hub.listing import refusal
 
     try:
@@ -105,23 +110,23 @@ def _request(file: HubFile, start: int, end: int) -> bytes:
     from huggingface_hub.utils import hf_raise_for_status
 
     url = hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.commit)
-    # Compressed on its way, a range would not have the length that was asked for.
+    # A compressed range would not have the requested length.
     headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     response = _ask(url, headers)
     hf_raise_for_status(response)
     content: bytes = response.content
     if response.status_code == 200 and len(content) == file.size:
-        return content[start:end]  # a mirror that knows no ranges
+        return content[start:end]  # a mirror without ranges
     _check_version(file, [*response.history, response])
     if len(content) != end - start:
-        raise ConnectionError(f"{len(content)} of {end - start} bytes came")
+        raise ConnectionError(f"{len(content)} of {end - start} bytes arrived")
     if response.history:
         _locations[url] = str(response.url)
     return content
 
 
 def _ask(url: str, headers: dict[str, str]) -> Any:
-    """The answer to a request for a file, from the place that the Hub named last time if that still answers."""
+    """Return the response to a request for a file, from the address of the last redirect if that still answers."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -134,10 +139,10 @@ def _ask(url: str, headers: dict[str, str]) -> Any:
     return get_session().get(url, headers={**build_hf_headers(), **headers}, timeout=seconds)
 
 
-def _check_version(file: HubFile, answers: list[Any]) -> None:
-    """Raise HubError where answers to a request (redirects, then content) tell of another commit or size."""
-    commit = next((answer.headers["X-Repo-Commit"] for answer in answers if "X-Repo-Commit" in answer.headers), None)
-    size = answers[-1].headers.get("Content-Range", "").rpartition("/")[2]
+def _check_version(file: HubFile, responses: list[Any]) -> None:
+    """Raise HubError where the responses to a request (redirects, then content) name another commit or size."""
+    commit = next((each.headers["X-Repo-Commit"] for each in responses if "X-Repo-Commit" in each.headers), None)
+    size = responses[-1].headers.get("Content-Range", "").rpartition("/")[2]
     if commit not in {None, file.commit} or (size.isdigit() and int(size) != file.size):
         raise HubError(
             f"{file} has {file.size:,} bytes at commit {file.commit}, but the Hub served {size or '?'} bytes of commit "

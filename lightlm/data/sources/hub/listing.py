@@ -1,8 +1,8 @@
-"""Which files of a Hub data set hold a configuration's train split, at one commit that stays for a whole preparation.
+"""The files of a configuration's train split, at one commit for a whole preparation.
 
-`datasets` knows the rules by which patterns and folder names make splits, and finds the files. The configuration is
+`datasets` applies the rules by which patterns and folder names make splits, and finds the files. The configuration is
 looked up here, in the repository's README, because `datasets` also expands the patterns of the first configuration:
-for sample-10BT of fineweb-edu that is a listing of the folder of every crawl.
+for sample-10BT of fineweb-edu it would list the folder of every crawl.
 """
 
 import functools
@@ -27,7 +27,7 @@ from lightlm.errors import DataError, LightLMError
 from lightlm.files import write_text
 
 SPLIT = "train"
-PATHS_AT_ONCE = 500  # in one question for the sizes of files
+PATHS_PER_REQUEST = 500  # for the sizes of files
 LISTING_SECONDS = 300.0  # for one try to find the files: a request for each of some hundred folders, on a slow line
 _NOT_OPTIONS = ("config_name", "data_files", "data_dir", "default", "description")
 
@@ -37,10 +37,10 @@ class Listing:
     """The train split of a configuration.
 
     Attributes:
-        commit: None for a local folder of the data set's name, which `datasets` reads in place of the Hub.
-        builder: what `datasets` reads the files with: parquet, json, csv, text, ...
-        options: the builder's arguments, from the README.
-        files: path in the repository, and size in bytes, in their order.
+        commit: None for a local folder with the name of the data set, which `datasets` reads in place of the Hub.
+        builder: the builder of `datasets` for the files: parquet, json, csv, text, ...
+        options: the arguments of the builder, from the README.
+        files: path in the repository and size in bytes of each file, in their order.
     """
 
     repo: str
@@ -59,34 +59,34 @@ class Listing:
         return sum(size for _, size in self.files)
 
     def cached(self, path: str) -> Path | None:
-        """Where a file lies in the cache, if it does."""
+        """Return the path of a file in the cache; None if it is not there."""
         from huggingface_hub import constants, try_to_load_from_cache
 
-        place = try_to_load_from_cache(
+        found = try_to_load_from_cache(
             self.repo, path, cache_dir=constants.HF_HUB_CACHE, revision=self.commit, repo_type="dataset"
         )
-        return Path(place) if isinstance(place, str) else None
+        return Path(found) if isinstance(found, str) else None
 
 
 def list_files(repo: str, config: str | None, revision: str) -> Listing:
-    """The listing of `config` at the commit that `revision` (a branch, tag or commit) points to now.
+    """Return the listing of `config` at the commit that `revision` (a branch, tag or commit) points to now.
 
     A local folder of that name takes precedence, as everywhere in `datasets`. Raises DataError where the configuration
     or its train split is missing, and HubError where the repository or the revision is missing or refused; the message
-    says what there is.
+    lists what exists.
     """
     commit: str | None = None
     try:
         if not Path(repo).is_dir():
             commit = _commit(repo, revision)
-        chosen = _choose(repo, _configs(repo, commit), config)
+        entry = _config_entry(repo, _configs(repo, commit), config)
         with quiet_libraries():
-            find = functools.partial(_builder, repo, config, commit, chosen)
+            find = functools.partial(_builder, repo, config, commit, entry)
             builder = persistently(f"Listing {repo}", lambda: within(LISTING_SECONDS, find))
         files = _files(repo, commit, builder.config.data_files or {})
     except hub_errors() as error:
         raise refusal(repo, commit or revision, error) from error
-    options = {key: value for key, value in (chosen or {}).items() if key not in _NOT_OPTIONS}
+    options = {key: value for key, value in (entry or {}).items() if key not in _NOT_OPTIONS}
     return Listing(repo, config, commit, type(builder).__module__.rpartition(".")[2], options, files)
 
 
@@ -99,9 +99,9 @@ def _commit(repo: str, revision: str) -> str:
 
 
 def _configs(repo: str, commit: str | None) -> list[dict[str, Any]]:
-    """The configurations that the README declares, or an empty list.
+    """Return the configurations that the README declares, or an empty list.
 
-    The README is fetched before `datasets` does, which would take a failure for a repository without one.
+    The README is fetched here first, because `datasets` takes a failed request for a repository without a README.
     """
     from huggingface_hub import DatasetCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -113,19 +113,19 @@ def _configs(repo: str, commit: str | None) -> list[dict[str, Any]]:
             with quiet_libraries():
                 path = Path(persistently(f"Reading the README of {repo}", fetch))
         except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # not an answer, only none
+            if isinstance(error, LocalEntryNotFoundError):  # the Hub did not answer
                 raise
             return []
     if not path.is_file():
         return []
-    with quiet_libraries():  # a README without metadata is nothing to warn of
+    with quiet_libraries():  # no warning about a README without metadata
         declared = DatasetCard.load(path, ignore_metadata_errors=True).data.to_dict().get("configs")
     entries = declared if isinstance(declared, list) else []
     return [entry for entry in entries if isinstance(entry, dict) and "config_name" in entry]
 
 
-def _choose(repo: str, configs: Sequence[dict[str, Any]], config: str | None) -> dict[str, Any] | None:
-    """The README's entry for `config`, or for the default one. Raises DataError where there is no such entry."""
+def _config_entry(repo: str, configs: Sequence[dict[str, Any]], config: str | None) -> dict[str, Any] | None:
+    """Return the README's entry for `config`, or for the default one. Raises DataError where there is none."""
     if not configs:
         return None
     names = [str(entry["config_name"]) for entry in configs]
@@ -136,26 +136,26 @@ def _choose(repo: str, configs: Sequence[dict[str, Any]], config: str | None) ->
     default = [entry for entry in configs if entry.get("default") or entry["config_name"] == "default"]
     default.sort(key=lambda entry: not entry.get("default"))
     if not default and len(configs) > 1:
-        raise DataError(f"{repo} has several configurations, name one as hf:{repo}:NAME: {_shortened(names)}.")
+        raise DataError(f"{repo} has several configurations; name one as hf:{repo}:NAME: {_shortened(names)}.")
     return (default or list(configs))[0]
 
 
-def _builder(repo: str, config: str | None, commit: str | None, chosen: dict[str, Any] | None) -> Any:
-    """The builder of `datasets`, which has found the files of the configuration."""
+def _builder(repo: str, config: str | None, commit: str | None, entry: dict[str, Any] | None) -> Any:
+    """Return the builder of `datasets`, which has found the files of the configuration."""
     import datasets
 
-    name = chosen["config_name"] if chosen else config
-    patterns = _train_patterns(chosen.get("data_files")) if chosen else None
+    name = entry["config_name"] if entry else config
+    patterns = _train_patterns(entry.get("data_files")) if entry else None
     wanted = {} if patterns is None else {"data_files": {SPLIT: patterns}}
-    if patterns is not None and chosen is not None and chosen.get("data_dir"):
-        wanted["data_dir"] = chosen["data_dir"]
+    if patterns is not None and entry is not None and entry.get("data_dir"):
+        wanted["data_dir"] = entry["data_dir"]
     return datasets.load_dataset_builder(repo, name, revision=commit, **wanted)
 
 
 def _train_patterns(declared: Any) -> list[str] | None:
-    """The patterns of the train split in a README's `data_files`; None where the file names decide.
+    """Return the patterns of the train split in a README's `data_files`; None where the file names decide.
 
-    Raises DataError where it declares other splits alone.
+    Raises DataError where it declares only other splits.
     """
     if declared is None or isinstance(declared, str):
         return declared if declared is None else [declared]
@@ -168,7 +168,7 @@ def _train_patterns(declared: Any) -> list[str] | None:
 
 
 def _files(repo: str, commit: str | None, found: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
-    """(path, size) of the train split's files, in the order of `datasets`. Raises DataError where there are none."""
+    """Return (path, size) of the train split's files, ordered as by `datasets`. Raises DataError if there are none."""
     if not found.get(SPLIT):
         raise DataError(f"{repo} has no {SPLIT} split in this configuration; there are: {', '.join(found) or 'none'}.")
     if commit is None:
@@ -183,19 +183,19 @@ def _sizes(repo: str, commit: str, paths: Sequence[str]) -> list[int]:
 
     api = HfApi(endpoint=constants.ENDPOINT)
     sizes: dict[str, int] = {}
-    for start in range(0, len(paths), PATHS_AT_ONCE):
-        part = list(paths[start : start + PATHS_AT_ONCE])
-        ask = functools.partial(api.get_paths_info, repo, part, revision=commit, repo_type="dataset")
+    for start in range(0, len(paths), PATHS_PER_REQUEST):
+        some = list(paths[start : start + PATHS_PER_REQUEST])
+        ask = functools.partial(api.get_paths_info, repo, some, revision=commit, repo_type="dataset")
         entries = persistently(f"Listing {repo}", functools.partial(within, LISTING_SECONDS, ask))
         sizes.update({entry.path: entry.size for entry in entries})  # type: ignore[union-attr]
     return [sizes[path] for path in paths]
 
 
-# The record of a download lies in the repository's own folder of the cache, and so goes where that goes.
+# The record of a download is in the repository's own folder of the cache, so that both are copied together.
 
 
 def record_path(repo: str, config: str | None, revision: str) -> Path:
-    """Where the listing of a downloaded data set is kept."""
+    """Return the file that keeps the listing of a downloaded data set."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "lightlm"
@@ -210,14 +210,14 @@ def write_record(listing: Listing, revision: str) -> None:
 
 
 def read_record(repo: str, config: str | None, revision: str) -> Listing | None:
-    """The listing of a download that was begun; None where there was none that this version can read."""
+    """Return the listing of a download that was begun; None where this version finds none that it can read."""
     path = record_path(repo, config, revision)
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return Listing(**{**record, "files": [(name, size) for name, size in record["files"]]})
-    except (ValueError, TypeError, KeyError):  # of another version of LightLM
+    except (ValueError, TypeError, KeyError):  # another version of LightLM wrote it
         return None
 
 
@@ -225,7 +225,7 @@ def read_record(repo: str, config: str | None, revision: str) -> Listing | None:
 
 
 def refusal(repo: str, revision: str, error: BaseException) -> LightLMError:
-    """What an error that will not pass means, in one message."""
+    """Return one message for an error that will not pass."""
     from huggingface_hub import errors
 
     if isinstance(error, LightLMError):
@@ -248,7 +248,7 @@ def refusal(repo: str, revision: str, error: BaseException) -> LightLMError:
             f"{repo} is a program, which `datasets` no longer runs. The Hub may hold its output as Parquet files: "
             f"try hf:{repo}@refs/convert/parquet"
         )
-    return DataError(f"the data set {repo!r} cannot be opened: {first_line(error)}")
+    return DataError(f"The data set {repo!r} cannot be opened: {first_line(error)}")
 
 
 def _existing_revisions(repo: str) -> str:

@@ -1,11 +1,12 @@
-"""What people call data sets on the Hugging Face Hub: short names, and hf:organisation/name[:config][@revision]."""
+"""Names of data sets on the Hugging Face Hub: short ones, and hf:organization/name[:configuration][@revision]."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
+
+PREFIX = "hf:"
 
 # FineWeb's own samples of 10, 100 and 350 billion tokens, and everything.
 _FINEWEB_SIZES = {"10BT": "sample-10BT", "100BT": "sample-100BT", "350BT": "sample-350BT", "full": "default"}
@@ -13,9 +14,11 @@ _FINEWEB_SIZES = {"10BT": "sample-10BT", "100BT": "sample-100BT", "350BT": "samp
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """What a short name stands for. `configs` are short names of configurations, besides the Hub's own.
+    """A data set with a short name.
 
-    `without_text` says, of a data set that cannot be prepared, why.
+    Attributes:
+        configs: short names of configurations, in addition to the Hub's own.
+        without_text: why the data set cannot be prepared, if it cannot.
     """
 
     repo: str
@@ -40,7 +43,7 @@ HUB_DATASETS: dict[str, NamedDataset] = {
     # NVIDIA publishes ClimbMix as GPT-2 tokens; this is the text, shuffled, as nanochat trains on it.
     "climbmix": NamedDataset("karpathy/climbmix-400b-shuffle"),
     "tinystories": NamedDataset("roneneldan/TinyStories"),
-    # Salesforce/wikitext has a line a row; here a row is an article.
+    # A row of Salesforce/wikitext is a line; a row here is an article.
     "wikitext-103": NamedDataset("EleutherAI/wikitext_document_level", "wikitext-103-raw-v1", text_column="page"),
     "openwebtext": NamedDataset("Skylion007/openwebtext"),
 }
@@ -48,51 +51,45 @@ HUB_DATASETS: dict[str, NamedDataset] = {
 
 @dataclass(frozen=True)
 class HubRequest:
-    """A data set as the user asked for it. `name` is the data folder's default name; None means the Hub's default.
-
-    Only records that `chosen` keeps are read.
-    """
+    """A data set as the user asked for it. `name` is the data folder's default name; None means the Hub's default."""
 
     name: str
     repo: str
     config: str | None
     revision: str | None
     text_column: str
-    chosen: Filter | None = None
 
     @property
     def spec(self) -> str:
-        """In the long form, whatever was written."""
+        """The long form of the name."""
         config = f":{self.config}" if self.config else ""
-        return f"hf:{self.repo}{config}" + (f"@{self.revision}" if self.revision else "")
+        return f"{PREFIX}{self.repo}{config}" + (f"@{self.revision}" if self.revision else "")
 
 
-def parse_hub(spec: str, text_column: str, chosen: Filter | None = None) -> HubRequest | None:
-    """What `spec` asks of the Hub; None where it is no name of a Hub data set.
+def parse_hub(spec: str, text_column: str) -> HubRequest:
+    """Return what `spec`, a name in `HUB_DATASETS` or one with `PREFIX`, asks of the Hub.
 
-    `text_column` is the user's; a named data set may have another in place of the usual `text`. Raises DataError for
-    a malformed spec, and for a data set that holds no text.
+    `text_column` is the user's; a named data set may have another one in place of the default `text`. Raises DataError
+    for a malformed spec, and for a data set without text.
     """
-    name, config, revision = _parts(spec.removeprefix("hf:"))
-    if not spec.startswith("hf:"):
-        if name not in HUB_DATASETS:
-            return None
+    name, config, revision = _parts(spec.removeprefix(PREFIX))
+    if not spec.startswith(PREFIX):
         named = HUB_DATASETS[name]
         if named.without_text:
             raise DataError(f"{name} cannot be prepared: {named.without_text}.")
         column = named.text_column if text_column == "text" else text_column
         wanted = named.configs.get(config, config) if config else named.config
-        return HubRequest(_folder(name, config), named.repo, wanted, revision, column, chosen)
+        return HubRequest(_folder(name, config), named.repo, wanted, revision, column)
     if name.count("/") != 1 or not all(name.split("/")) or (spec.endswith((":", "@"))):
         raise DataError(
-            f"{spec}: write a Hub data set as hf:organisation/name or hf:organisation/name:configuration, either with "
-            "@revision (a branch, a tag or a commit) at its end"
+            f"{spec}: write a Hub data set as hf:organization/name or hf:organization/name:configuration, either one "
+            "with @revision (a branch, tag or commit) at its end"
         )
-    return HubRequest(_folder(name.rpartition("/")[2], config), name, config, revision, text_column, chosen)
+    return HubRequest(_folder(name.rpartition("/")[2], config), name, config, revision, text_column)
 
 
 def _parts(text: str) -> tuple[str, str | None, str | None]:
-    """(name, config, revision) of name[:config][@revision]."""
+    """Split name[:config][@revision] into (name, config, revision)."""
     name, _, revision = text.partition("@")
     name, _, config = name.partition(":")
     return name, config or None, revision or None

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightlm.data.readers.files import file_units, missing_column
-from lightlm.data.readers.texts import BadRecord, FilteredOut, Texts, Unit, pack, read_strings
+from lightlm.data.readers.files import reader_of
+from lightlm.data.readers.records import Record, pack_records, record_of
+from lightlm.data.readers.texts import BadRecord, Texts, Unit
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.hub.client import (
     HubError,
@@ -22,48 +23,53 @@ from lightlm.data.sources.hub.client import (
 )
 from lightlm.data.sources.hub.files import HubFile
 from lightlm.data.sources.hub.listing import Listing, list_files, read_record, refusal, write_record
-from lightlm.data.sources.hub.names import HubRequest
+from lightlm.data.sources.hub.names import HubRequest, parse_hub
 from lightlm.errors import DataError
 
 OFFLINE_HINT = (
-    "What works offline: `lightlm prepare-data pydocs`, and local files or folders (`lightlm prepare-data PATH`)."
+    "These work offline: `lightlm prepare-data pydocs`, and local files or folders (`lightlm prepare-data PATH`)."
 )
+
+
+def open_hub(spec: str, text_column: str, row_filter: Filter | None) -> "HubSource":
+    """Return a data set on the Hub; see `lightlm.data.sources.base.Opener`."""
+    return HubSource(parse_hub(spec, text_column), row_filter)
 
 
 class HubSource:
     """The train split of a Hub data set.
 
-    Parquet files are read by row groups and .jsonl files by blocks, in ranges over the network, so a unit fetches what
-    it reads and no more, and nothing is stored. Files of other kinds are streamed whole by `datasets`, a unit each.
-    Files that are in the Hub's cache are read there.
+    Parquet files are read by row groups and .jsonl files by blocks, in ranges over the network: a unit fetches only
+    what it reads, and nothing is stored. `datasets` streams files of other types, each as one unit. Files in the Hub's
+    cache are read there.
     """
 
     fingerprint = None
 
-    def __init__(self, request: HubRequest, commit: str | None = None) -> None:
+    def __init__(self, request: HubRequest, row_filter: Filter | None = None, commit: str | None = None) -> None:
         self.name = request.name
         self.spec = request.spec
         self.description = f"{request.spec.removeprefix('hf:')} on the Hugging Face Hub"
-        self._request = request
+        self._request, self._row_filter = request, row_filter
         self._commit = commit
 
     def at_revision(self, revision: str) -> "HubSource":
-        """The same source at a commit that an earlier run has settled on, wherever its branch points now."""
-        return HubSource(self._request, revision)
+        """Return the same source at the commit of an earlier run, wherever its branch points now."""
+        return HubSource(self._request, self._row_filter, revision)
 
     @property
     def size(self) -> int:
-        """Bytes of the files, all columns of them."""
+        """Bytes of the files, with all their columns."""
         return self.listing.total_bytes
 
     @property
     def revision(self) -> str | None:
-        """The commit that is read; None for a local folder of the data set's name."""
+        """The commit that is read; None for a local folder with the name of the data set."""
         return self.listing.commit
 
     @functools.cached_property
     def listing(self) -> Listing:
-        """Settled at the first use, and the same from then on. Raises DataError or HubError."""
+        """The files, fixed at the first use. Raises DataError or HubError."""
         from huggingface_hub import constants
 
         request, asked = self._request, self._request.revision or "main"
@@ -95,16 +101,15 @@ class HubSource:
         return record
 
     def units(self) -> Iterator[Unit]:
-        """The units in the order of the files. Their ids are paths in the repository, and places in the files."""
-        listing, column, chosen = self.listing, self._request.text_column, self._request.chosen
+        """Yield the units in the order of the files. Their ids are paths in the repository, and places in the files."""
+        listing, column = self.listing, self._request.text_column
         for path, size in listing.files:
             file = self._open(path, size)
             if _is_read_here(listing, path):
-                yield from file_units(file, path, column, chosen)
+                yield from reader_of(file).units(file, path, column, self._row_filter)
             else:
                 location = file.url if isinstance(file, HubFile) else str(file)
-                stream = partial(_read_packed, listing, location, column, chosen)
-                yield Unit(path, partial(read_strings, stream), size, stream)
+                yield Unit(path, partial(_read_streamed, listing, location, column, self._row_filter), size)
 
     def _open(self, path: str, size: int) -> Path | HubFile:
         listing = self.listing
@@ -115,15 +120,15 @@ class HubSource:
     def download(self) -> Listing:
         """Put the files into the Hub's cache, where later runs find them, also under HF_HUB_OFFLINE.
 
-        What is there already stays; a broken download goes on where it stopped. Raises HubError or DataError.
+        Files that are there stay, and a broken download resumes. Raises HubError or DataError.
         """
         listing = self.listing
         if listing.commit is None:
-            raise DataError(f"{self.spec} is a folder here ({Path(listing.repo).resolve()}): nothing to download.")
+            raise DataError(f"{self.spec} is a local folder ({Path(listing.repo).resolve()}); nothing to download.")
         write_record(listing, self._request.revision or "main")
         wanted = [(path, size) for path, size in listing.files if listing.cached(path) is None]
         _check_room(sum(size for _, size in wanted))
-        # One after another: Ctrl-C ends a download at once, which it would not with threads.
+        # In sequence: Ctrl-C ends a download at once, which it does not with threads.
         with quiet_libraries(bars=True):
             for path, _ in wanted:
                 _download(listing, path)
@@ -131,34 +136,28 @@ class HubSource:
 
 
 def _is_read_here(listing: Listing, path: str) -> bool:
-    """Whether our readers take the file; `datasets` takes the rest."""
+    """Whether `lightlm.data.readers` reads the file; `datasets` reads the others."""
     if listing.builder == "parquet":
         return path.lower().endswith(".parquet")
     lines = path.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
     return lines and listing.builder == "json" and not listing.options
 
 
-def _read_packed(
-    listing: Listing, location: str, text_column: str, chosen: Filter | None, bad: BadRecord
+def _read_streamed(
+    listing: Listing, location: str, text_column: str, row_filter: Filter | None, bad: BadRecord
 ) -> Iterator[Texts]:
-    return pack(_read_rows(listing, location, text_column, chosen, bad))
+    return pack_records(_streamed_records(listing, location, text_column, row_filter), row_filter, bad)
 
 
-def _read_rows(
-    listing: Listing, location: str, text_column: str, chosen: Filter | None, bad: BadRecord
-) -> Iterator[str]:
-    """The texts of a file that `datasets` streams. After a failure the rows already given are passed over."""
+def _streamed_records(listing: Listing, location: str, text_column: str, row_filter: Filter | None) -> Iterator[Record]:
+    """Yield the records of a file that `datasets` streams. After a failure, skip the rows that were already read."""
     rows = failures = 0
     where = f"{listing.repo}/{location.rpartition('/')[2]}"
     while True:
         try:
             for row in itertools.islice(_stream(listing, location), rows, None):
                 rows, failures = rows + 1, 0
-                text = _text(row, where, text_column)
-                if chosen is not None and not chosen.keeps(row, lambda: where):
-                    bad(FilteredOut())
-                elif text is not None:
-                    yield text
+                yield record_of(row, lambda: where, text_column, row_filter)
             return
         except hub_errors() as error:
             failures += 1
@@ -175,18 +174,6 @@ def _stream(listing: Listing, location: str) -> Any:
         return datasets.load_dataset(
             listing.builder, data_files={"train": [location]}, split="train", streaming=True, **listing.options
         )
-
-
-def _text(row: dict[str, Any], where: str, text_column: str) -> str | None:
-    if text_column not in row:
-        raise missing_column(where, text_column, list(row))
-    text = row[text_column]
-    if text is not None and not isinstance(text, str):
-        raise DataError(
-            f"{where}: the column {text_column!r} holds {type(text).__name__}, not text. "
-            "Name the one with the text: --text-column NAME"
-        )
-    return text
 
 
 def _download(listing: Listing, path: str) -> None:
@@ -206,7 +193,7 @@ def _download(listing: Listing, path: str) -> None:
 
 
 def _check_room(wanted: int) -> None:
-    """Raise DataError where the disk of the cache has less room than a download needs."""
+    """Raise DataError where the disk of the cache has less space than a download needs."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -215,5 +202,5 @@ def _check_room(wanted: int) -> None:
     if wanted > free:
         raise DataError(
             f"The download needs {wanted / 1e9:,.1f} GB, and the disk of {cache} has {free / 1e9:,.1f} GB left. "
-            "Set HF_HOME to a folder on a larger disk, or prepare without --download-only: that streams."
+            "Set HF_HOME to a folder on a larger disk, or prepare without --download-only, which streams."
         )

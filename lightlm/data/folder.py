@@ -1,0 +1,188 @@
+"""The data folder: opening it, checking it, and finding it by name."""
+
+import functools
+import hashlib
+import json
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from lightlm.data.foreign import is_foreign, read_foreign
+from lightlm.data.shards import SPLITS, Manifest, ShardEntry, Split, TokenStream, open_shard, token_dtype
+from lightlm.data.tokenizer import Tokenizer
+from lightlm.errors import DataError
+from lightlm.files import checksum
+
+
+class DataFolder:
+    """A prepared data folder whose manifest, tokenizer and shards match."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        streams: dict[Split, TokenStream],
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Take the checked parts of a folder; `tokenizer` is its tokenizer.json by default. See `open`."""
+        self.path = path
+        self.manifest = manifest
+        self._streams = streams
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "DataFolder":
+        """Open and check a data folder, except for the checksums, which take a pass over the data (see `verify`).
+
+        Also opens a folder of shards from llm.c or modded-nanogpt (see `lightlm.data.foreign`). Raises DataError naming
+        what is missing or does not match: the folder, the manifest, the tokenizer or a shard.
+        """
+        folder = Path(path)
+        if is_foreign(folder):
+            return cls(folder, *read_foreign(folder))
+        manifest = read_manifest(folder)
+        _check_tokenizer(folder, manifest)
+        streams = {
+            split: TokenStream(
+                [_checked_shard(folder, manifest, entry) for entry in manifest.shards if entry.split == split],
+                manifest.end_of_text_id,
+            )
+            for split in SPLITS
+        }
+        return cls(folder, manifest, streams)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the shards."""
+        if self._tokenizer is not None:
+            return self._tokenizer
+        return Tokenizer.from_file(self.path / "tokenizer.json", end_of_text_id=self.manifest.end_of_text_id)
+
+    def split(self, name: Split) -> TokenStream:
+        """Return the token stream of `train` or `val`; it may be empty."""
+        return self._streams[name]
+
+    def verify(self) -> None:
+        """Compare every shard with the manifest: checksum, documents, range of ids; find stray and missing shards.
+
+        Raises DataError naming the first that differs.
+        """
+        manifest = read_manifest(self.path)  # raises for a foreign folder, which has none
+        known = {entry.file for entry in manifest.shards}
+        stray = sorted(path.name for path in self.path.glob("*.bin") if path.name not in known)
+        if stray:
+            raise DataError(f"{self.path / stray[0]}: the manifest does not list this shard. Move it elsewhere.")
+        for split in SPLITS:
+            for number, name in enumerate(entry.file for entry in manifest.shards if entry.split == split):
+                if name != f"{split}_{number:06d}.bin":
+                    raise DataError(
+                        f"{self.path / 'manifest.json'} lists {name} where {split}_{number:06d}.bin should be. "
+                        "Prepare the data again with --overwrite."
+                    )
+        for entry in manifest.shards:
+            path = self.path / entry.file
+            actual = checksum(path)
+            if actual != entry.xxh3:
+                raise DataError(
+                    f"{path}: checksum {actual}, but {entry.xxh3} in the manifest; the file has "
+                    "changed since it was written. Copy it again, or prepare the data again with --overwrite."
+                )
+            documents, highest = _documents_and_highest(open_shard(path), manifest.end_of_text_id)
+            if documents != entry.documents or highest >= manifest.vocab_size:
+                raise DataError(
+                    f"{path}: {documents} documents end in it and its highest token id is {highest}; the manifest has "
+                    f"{entry.documents} documents and a vocabulary of {manifest.vocab_size}. "
+                    "Prepare the data again with --overwrite."
+                )
+
+
+def _documents_and_highest(tokens: np.ndarray, end_of_text_id: int) -> tuple[int, int]:
+    """Return how many documents end in a shard, and its highest id (-1 for an empty shard)."""
+    documents, highest = 0, -1
+    for start in range(0, len(tokens), 1 << 24):
+        block = tokens[start : start + (1 << 24)]
+        documents += int(np.count_nonzero(block == end_of_text_id))
+        highest = max(highest, int(block.max()))
+    return documents, highest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a data folder, without checking its shards. Raises DataError with the command to run."""
+    command = prepare_command(folder)
+    if not folder.is_dir():
+        raise DataError(f"There is no data folder {folder}. Make it with: {command}")
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"{folder} has no manifest.json, so it is not a finished data folder. Make one with: {command}")
+    try:
+        return Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{path}: {where}: {first['msg']}. Make the folder again with: {command} --overwrite"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not valid JSON ({error}). Make the folder again with: {command} --overwrite"
+        ) from error
+
+
+def resolve_dataset(name_or_path: str) -> Path:
+    """Return the folder of a recipe's `data.dataset`: `data/<name>` for a bare name, else the path as given.
+
+    A bare name has no separator and no leading dot: `./books` is a folder in the working directory. If data/ has no
+    folder of that name and the working directory has one, returns the latter. The folder need not exist:
+    `DataFolder.open` names the command that makes it.
+    """
+    given = Path(name_or_path)
+    named = Path("data") / given
+    bare = bool(name_or_path) and not name_or_path.startswith(".") and not set(name_or_path) & {"/", os.sep}
+    return named if bare and (named.is_dir() or not given.is_dir()) else given
+
+
+def dataset_reference(folder: Path) -> str:
+    """Return the `data.dataset` that `resolve_dataset` resolves to `folder`, whatever other folders there are.
+
+    Its name if it is in data/, else a path that is not a bare name.
+    """
+    if folder.parent == Path("data") and not folder.name.startswith("."):
+        return folder.name
+    path = folder.as_posix()
+    return path if "/" in path else f"./{path}"
+
+
+def prepare_command(folder: Path) -> str:
+    if folder.parent.name == "data":
+        return f"lightlm prepare-data {shlex.quote(folder.name)}"
+    return f"lightlm prepare-data SOURCE --out {shlex.quote(str(folder))}"
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; without it the tokens cannot be decoded. Restore the file.")
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != manifest.tokenizer_sha256:
+        raise DataError(
+            f"{path} is not the tokenizer of these shards: its sha256 is {actual}, but {manifest.tokenizer_sha256} in "
+            f"the manifest. Restore the file, or prepare the data again with --overwrite."
+        )
+
+
+def _checked_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> np.ndarray:
+    path = folder / entry.file
+    tokens = open_shard(path)
+    if len(tokens) != entry.tokens:
+        raise DataError(
+            f"{path}: its header counts {len(tokens)} tokens, the manifest {entry.tokens}; "
+            "the file is from another preparation. Copy it again, or prepare the data again with --overwrite."
+        )
+    if tokens.dtype != token_dtype(manifest.vocab_size):
+        raise DataError(
+            f"{path}: holds {tokens.dtype.name} tokens, which does not match a vocabulary of {manifest.vocab_size}."
+        )
+    return tokens

@@ -1,0 +1,144 @@
+"""Parquet files: a row group is a unit, and a row a document.
+
+The units of a file follow one another, and one footer describes all its row groups. Read again for each, the footer of
+thousands of row groups takes most of the time, and on the Hub a request each; so footers are cached.
+"""
+
+import functools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow
+from pyarrow import dataset, parquet, types
+
+from lightlm.data.readers.file import File, is_local, raise_machine_fault
+from lightlm.data.readers.records import missing_column
+from lightlm.data.readers.texts import (
+    CHUNK_BYTES,
+    RECORD_BYTES,
+    BadRecord,
+    FilteredOut,
+    Texts,
+    Unit,
+    byte_lengths,
+    in_chunks,
+    too_large,
+)
+from lightlm.data.select.filters import Filter, matching_rows
+from lightlm.errors import DataError
+
+FOOTERS = 4  # kept per process, as files are read one after the other
+
+# A buffer: otherwise the whole column of a row group, which may be gigabytes, is read before its first page. Each fill
+# of it is a request to a remote file, so there it is the file's own.
+LOCAL_BUFFER_BYTES = 1 << 20
+
+
+def parquet_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
+    """Yield a unit for each row group."""
+    size = file.stat().st_size
+    try:
+        groups = _row_groups(file, text_column, row_filter)
+    except DataError as error:  # raised when the unit is read, so that --skip-bad may skip the file
+        yield Unit(f"{name}#unreadable", partial(_unreadable, error), size)
+        return
+    for group in range(groups):
+        stream = partial(read_row_group, file, group, text_column, row_filter=row_filter)
+        yield Unit(f"{name}#row_group={group}", stream, size // groups)
+
+
+def _unreadable(error: DataError, bad: BadRecord) -> Iterator[Texts]:
+    bad(error)
+    yield from ()
+
+
+def _row_groups(file: File, text_column: str, row_filter: Filter | None) -> int:
+    """Return the number of row groups. Raises DataError where it lacks the text column, or a filter's."""
+    try:
+        found = _footer(file, _version(file))
+        schema, groups = found.schema.to_arrow_schema(), found.num_row_groups
+    except (pyarrow.ArrowException, OSError) as error:
+        raise_machine_fault(error)
+        raise DataError(f"{file}: not a readable Parquet file: {error}") from error
+    if text_column not in schema.names:
+        raise missing_column(str(file), text_column, schema.names)
+    if schema.names.count(text_column) > 1:
+        raise DataError(f"{file}: there are two columns named {text_column!r}; rename one")
+    kind = schema.field(text_column).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise DataError(f"{file}: the column {text_column!r} holds {kind}, not text")
+    if row_filter is not None:
+        row_filter.arrow(schema, str(file))
+    return groups
+
+
+def read_row_group(
+    file: File, group: int, text_column: str, bad: BadRecord, row_filter: Filter | None = None
+) -> Iterator[Texts]:
+    """Yield the texts of one row group; nulls are left out, and what `row_filter` does not keep."""
+    try:
+        footer = _footer(file, _version(file))
+        if row_filter is not None and group not in _matching_groups(file, _version(file), row_filter):
+            bad(FilteredOut(footer.row_group(group).num_rows))
+            return
+        source = file if is_local(file) else file.open("rb", buffering=0)
+        buffer = getattr(file, "request_bytes", LOCAL_BUFFER_BYTES)
+        with parquet.ParquetFile(source, metadata=footer, buffer_size=buffer, pre_buffer=False) as opened:
+            yield from _group_texts(opened, f"{file}, row group {group}", group, text_column, row_filter, bad)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise_machine_fault(error)
+        if "UTF8" in str(error).replace("-", "").upper():
+            raise DataError(f"{file}: row group {group} holds text that is not UTF-8 ({error})") from error
+        raise DataError(f"{file}: row group {group} cannot be read: {error}") from error
+
+
+def _group_texts(
+    opened: Any, where: str, group: int, text_column: str, row_filter: Filter | None, bad: BadRecord
+) -> Iterator[Texts]:
+    schema, size = opened.schema_arrow, opened.metadata.row_group(group)
+    tested = row_filter.arrow_columns(schema) if row_filter is not None else []
+    expression = row_filter.arrow(schema, where) if row_filter is not None else None
+    first = 0
+    # Few rows at a time: about a chunk by the average, since one text may be far above it.
+    rows = max(1, min(4_096, int(size.num_rows * CHUNK_BYTES / max(1, size.total_byte_size))))
+    for batch in opened.iter_batches(row_groups=[group], columns=[text_column, *tested], batch_size=rows):
+        numbers, column = np.arange(first, first + len(batch)), batch.column(text_column)
+        first += len(batch)
+        if expression is not None:
+            kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
+            if len(kept) < len(batch):
+                bad(FilteredOut(len(batch) - len(kept)))
+                numbers, column = numbers[kept], column.take(pyarrow.array(kept))
+        if column.null_count:
+            numbers, column = numbers[np.asarray(column.is_valid())], column.drop_null()
+        column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
+        column = column.cast(pyarrow.large_string())
+        large = byte_lengths(column) > RECORD_BYTES
+        for number in numbers[large]:
+            bad(too_large(f"{where}, row {number} of it", "text"))
+        yield from in_chunks(column.filter(pyarrow.array(~large)) if large.any() else column)
+        del batch, column  # one large text would be held while the next is read
+
+
+def _version(file: File) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=FOOTERS)
+def _footer(file: File, version: tuple[int, int]) -> parquet.FileMetaData:
+    return parquet.read_metadata(file if is_local(file) else file.open("rb", buffering=0))
+
+
+@functools.lru_cache(maxsize=FOOTERS)
+def _matching_groups(file: File, version: tuple[int, int], row_filter: Filter) -> frozenset[int]:
+    """Return the row groups that may have rows that `row_filter` keeps, by their statistics."""
+    metadata = _footer(file, version)
+    expression = row_filter.arrow(metadata.schema.to_arrow_schema(), str(file))
+    content = pyarrow.BufferOutputStream()  # the footer suffices, wherever the file itself is
+    metadata.write_metadata_file(content)
+    fragment = dataset.ParquetFileFormat().make_fragment(pyarrow.BufferReader(content.getvalue()))
+    return frozenset(group.id for group in fragment.subset(filter=expression).row_groups)

@@ -1,0 +1,50 @@
+"""The protocols of a source of text."""
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+from lightlm.data.readers.texts import Unit
+from lightlm.data.select.filters import Filter
+
+
+class Source(Protocol):
+    """A collection of text documents in a fixed order, read unit by unit."""
+
+    @property
+    def name(self) -> str:
+        """The data folder's default name."""
+
+    @property
+    def spec(self) -> str:
+        """The user's request, in a form that does not depend on the working directory."""
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A text that changes when the content does; None where only the network could tell."""
+
+    @property
+    def revision(self) -> str | None:
+        """The state of the source that is read: a Hub commit, package versions, or a hash of the files' listing."""
+
+    def units(self) -> Iterator[Unit]:
+        """Yield the units in their order. Raises DataError where the source cannot be read."""
+
+
+@runtime_checkable
+class Revisable(Protocol):
+    """A source that can be read in an earlier state, so that an interrupted preparation can resume."""
+
+    def at_revision(self, revision: str) -> Source: ...
+
+
+class Opener(Protocol):
+    """Returns the source that `spec` names. Raises DataError for a name or path that cannot be read.
+
+    Only records that `row_filter` keeps are read. Nothing is read yet, and the network is not used.
+    """
+
+    def __call__(self, spec: str, text_column: str, row_filter: Filter | None) -> Source: ...

@@ -1,0 +1,70 @@
+"""Parquet files: footers are parsed once, large cells are refused, and Arrow gives memory back."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+
+from lightlm.data.readers import parquet as parquet_reader
+from lightlm.data.select.filters import Filter
+from lightlm.data.sources.registry import open_source
+from lightlm.errors import DataError
+from tests.data.sources.test_local import write_parquet
+
+
+def read(path: Path, row_filter: Filter | None = None) -> list[str]:
+    return [text for unit in open_source(str(path), "text", row_filter).units() for text in unit.read()]
+
+
+@pytest.mark.parametrize("row_filter", [None, Filter("score >= 40")], ids=["all", "filtered"])
+def test_a_footer_is_parsed_once_however_many_row_groups(
+    row_filter: Filter | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pyarrow.table({"text": [f"document {n}" for n in range(50)], "score": range(50)})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    parsed: list[object] = []
+    real = parquet.read_metadata
+    monkeypatch.setattr(parquet, "read_metadata", lambda source: parsed.append(source) or real(source))
+    assert read(tmp_path / "a.parquet", row_filter) == [f"document {n}" for n in range(40 if row_filter else 0, 50)]
+    assert len(parsed) == 1
+
+
+def test_a_file_that_is_written_again_has_another_footer(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, ["one", "two"])
+    assert read(path) == ["one", "two"]
+    write_parquet(path, ["three"])
+    os.utime(path, ns=(1, 1))
+    assert read(path) == ["three"]
+
+
+def test_arrow_gives_freed_memory_back_unless_told_otherwise() -> None:
+    """Half of a text of 500 MB more, measured (docs/design.md); too large to do it here."""
+    code = "import lightlm.data.readers.files, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
+    environment = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
+    for pool in ({}, {"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | pool, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == pool.get("ARROW_DEFAULT_MEMORY_POOL", "system")
+
+
+def test_a_cell_above_the_limit_is_refused_by_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_reader, "RECORD_BYTES", 100)
+    documents = ["a", "b" * 100, "c" * 101, None, "é" * 51, "f"]
+    table = pyarrow.table({"text": documents, "score": range(6)})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=6)
+    with pytest.raises(DataError, match=r"a\.parquet, row group 0, row 2.* MB of text.*\.txt.*--skip-bad"):
+        read(tmp_path / "a.parquet")
+    bad: list[str] = []
+    (unit,) = open_source(str(tmp_path / "a.parquet")).units()
+    found = [text for texts in unit.texts(lambda error: bad.append(str(error))) for text in texts.array.to_pylist()]
+    assert found == ["a", "b" * 100, "f"]
+    assert [message.partition(":")[0].rpartition("row ")[2].split()[0] for message in bad] == ["2", "4"]
+    assert read(tmp_path / "a.parquet", Filter("score not in [2, 4]")) == ["a", "b" * 100, "f"]
+    with pytest.raises(DataError, match="row 4"):
+        read(tmp_path / "a.parquet", Filter("score > 3"))
