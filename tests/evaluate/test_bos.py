@@ -11,8 +11,8 @@ from lightlm.convert.load import load_pretrained
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import UsageError
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.results.provenance import describe_bos
-from lightlm.evaluate.runner import Settings, Tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks.manager import Tasks
 from tests.evaluate.test_harness import CONTEXTS, LONG, instances
 from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer
 
@@ -106,7 +106,7 @@ def test_a_model_of_ours_is_shown_texts_as_in_training_whatever_its_tokenizer_ad
     before = LightLM(loaded, add_bos_token=True)
     assert before.tok_encode("The cat") == [tokenizer.end_of_text_id, *plain]
     entry = {"id": tokenizer.end_of_text_id, "token": "<|endoftext|>"}
-    assert describe_bos(before, "yes") == {"setting": "yes", "before_contexts": [entry], "without_context": entry}
+    assert before.describe_bos("yes") == {"setting": "yes", "before_contexts": [entry], "without_context": entry}
 
 
 def test_a_token_that_is_named_elsewhere(tmp_path: Path) -> None:

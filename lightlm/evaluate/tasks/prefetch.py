@@ -1,4 +1,4 @@
-"""Fetching once what tasks read: into the Hub's cache, or into a folder laid out like the Hub."""
+"""Download of the data sets of tasks, into the Hub's cache or a folder laid out like the Hub."""
 
 import glob
 import json
@@ -18,9 +18,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from lightlm import files
 from lightlm.data.sources.hub.client import first_line, hub_errors, offline, persistently, require_hub
 from lightlm.errors import DataError
-from lightlm.evaluate.runner import Tasks, quiet
 from lightlm.evaluate.tasks.data_sets import RECORD, DataSets, commits_in
+from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.needs import Need
+from lightlm.evaluate.tasks.patches import quiet
 
 _ON_HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+(?:/[^/@]+)?)@(?P<revision>[^/]+)/(?P<file>.+)")
 _CARD, _LEGACY_INFOS = "README.md", "dataset_infos.json"
@@ -28,13 +29,13 @@ _CARD, _LEGACY_INFOS = "README.md", "dataset_infos.json"
 
 @dataclass(frozen=True)
 class Fetched:
-    """A data set as it now lies on this machine.
+    """A data set on this machine.
 
     Args:
-        tasks: which need it.
-        data_set, config: as lm-eval's tasks name it.
-        revision: the Hub's commit; None for one that is not a repository of the Hub.
-        files, bytes: how many data files it has there, and their size.
+        tasks: the tasks that need it.
+        data_set, config: its name in lm-eval's tasks.
+        revision: the Hub's commit; None if it is not a repository on the Hub.
+        files, bytes: number and size of its data files.
         where: the folder that holds it.
     """
 
@@ -49,7 +50,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Listing:
-    """The data files of one configuration of a repository, at one commit."""
+    """The data files of a repository's configuration, at one commit."""
 
     repo: str
     revision: str
@@ -58,23 +59,24 @@ class _Listing:
 
 
 def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) -> list[Fetched]:
-    """Fetch the data sets of the tasks, and load the tasks without the Hub to see that nothing is missing.
+    """Fetch the data sets of the tasks, then load the tasks offline to check that nothing is missing.
 
-    They go to `tasks.data_sets.folder`, or where there is none to the cache. What is there already at the Hub's
-    newest commit is not fetched again.
+    The data sets go to `tasks.data_sets.folder`, or without a folder to the cache. Files that are already there at the
+    Hub's newest commit are not fetched again.
 
     Args:
-        report: told of each data set in turn.
+        report: called with the title of each data set.
 
     Raises:
-        DataError: the Hub does not answer, or some cannot be had; the message lists these, and the others are fetched.
+        DataError: the Hub does not answer, or some data sets are unavailable; the message lists these, and the others
+            are fetched.
         HubError: the Hub fails repeatedly.
     """
     with quiet():
         needs = tasks.needs()
     folder = tasks.data_sets.folder
-    if any(not _lies_here(need) for need in needs):
-        require_hub("The data of these tasks", "Fetch it where there is a connection, and bring the folder here.")
+    if not all(DataSets().is_local(need) for need in needs):
+        require_hub("The data of these tasks", "Fetch it on a machine with a connection and copy the folder here.")
     fetched, problems = [], []
     for need in needs:
         report(need.title)
@@ -85,7 +87,7 @@ def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) ->
             problems.append(f"  {need.title}, for {', '.join(need.tasks)}: {first_line(error)}")
     if problems:
         raise DataError("\n".join([f"{len(problems)} of {len(needs)} data sets could not be fetched:", *problems]))
-    tasks.data_sets = DataSets(folder)  # without what is in memory
+    tasks.data_sets = DataSets(folder)  # with nothing in memory
     with offline(), quiet():
         tasks.load(tasks.foreign)
     return fetched
@@ -94,7 +96,7 @@ def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) ->
 def _fetch(need: Need, folder: Path | None) -> Fetched:
     builder = load_dataset_builder(need.path, need.name, **need.options)
     listing = _listing(builder)
-    if Path(need.path).is_dir():  # comes before the Hub, to `datasets` too
+    if Path(need.path).is_dir():  # `datasets` too prefers it to the Hub
         return Fetched(need.tasks, need.path, need.name, None, *_local_files(builder), str(Path(need.path).resolve()))
     if listing is not None and folder is not None:
         place = _into_folder(listing, folder / need.path)
@@ -107,16 +109,12 @@ def _fetch(need: Need, folder: Path | None) -> Fetched:
     return Fetched(need.tasks, need.path, need.name, listing.revision, len(sizes), sum(sizes), builder.cache_dir)
 
 
-def _lies_here(need: Need) -> bool:
-    return DataSets().is_local(need)
-
-
 def _data_files(builder: Any) -> list[str]:
     return [str(file) for split in (builder.config.data_files or {}).values() for file in split]
 
 
 def _listing(builder: Any) -> _Listing | None:
-    """What a data set of the Hub consists of; None for one of other files."""
+    """Return the files of a data set on the Hub; None if it has other files."""
     found = [_ON_HUB.fullmatch(file) for file in _data_files(builder)]
     matches = [match for match in found if match is not None]
     if not matches or len(matches) < len(found):
@@ -138,7 +136,7 @@ def _sizes(listing: _Listing) -> Iterator[Any]:
 
 
 def _into_folder(listing: _Listing, place: Path) -> Path:
-    """The data files of one configuration below `place`, beside those of others fetched before."""
+    """Download a configuration's data files to `place`, beside those of configurations fetched before."""
     huggingface_hub.snapshot_download(
         listing.repo,
         repo_type="dataset",
@@ -163,9 +161,9 @@ def _card(listing: _Listing) -> str | None:
 
 
 def _merge_card(path: Path, theirs: str, config: str) -> None:
-    """Write the Hub's description of a data set with only those configurations whose files are here.
+    """Write the Hub's description of a data set, with only the configurations whose files are here.
 
-    `datasets` looks for the files of the first one listed, whichever it is asked for, and fails where they are not.
+    `datasets` always looks for the files of the first listed configuration and fails if they are missing.
     """
     card = DatasetCard(theirs, ignore_metadata_errors=True)
     before = DatasetCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True) if path.is_file() else None

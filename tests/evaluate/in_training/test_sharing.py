@@ -11,14 +11,16 @@ import torch
 from lightlm import checkpoint
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.prepare.run import prepare
-from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.in_training import sharing
 from lightlm.evaluate.in_training import task_scores as during_training
-from lightlm.evaluate.in_training.sharing import Meetings, PeerFailedError, SharedLightLM
+from lightlm.evaluate.in_training.sharing import Exchange, PeerFailedError, SharedLightLM
 from lightlm.evaluate.in_training.task_scores import TaskScores
-from lightlm.evaluate.results.store import rows
-from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.results.rows import rows
+from lightlm.evaluate.runner import run_tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks import manager
+from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.recipe import EvalSection, load_recipe
 from lightlm.train.distributed import World
 from lightlm.train.runs import new_run
@@ -113,13 +115,13 @@ def test_two_processes_score_as_one_and_share_trouble(workspace):
 
 def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "_OURS", {"heldout", "quiz.yaml"})  # spares 6 s: lm-eval's thousands of files
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})  # spares 6 s: lm-eval's thousands of files
     loaded = write_world(tmp_path)
     write_quiz(tmp_path)
     monkeypatch.setattr(sharing, "_FIRST_ROUND", 1.0)
     monkeypatch.setattr(sharing, "_ROUND_SECONDS", 0.0)
     tasks, stop = Tasks(Settings(["heldout", "quiz.yaml"])), threading.Event()
-    shared = rows(run_tasks(SharedLightLM(loaded, Meetings(World(), stop)), tasks, bootstrap_iters=0))
+    shared = rows(run_tasks(SharedLightLM(loaded, Exchange(World(), stop)), tasks, bootstrap_iters=0))
     for ours, other in zip(shared, rows(run_tasks(LightLM(loaded), tasks)), strict=True):
         assert (ours.task, ours.metric, ours.documents) == (other.task, other.metric, other.documents)
         assert ours.value == pytest.approx(other.value, rel=1e-6)
@@ -147,7 +149,7 @@ def test_the_first_process_failure_is_told_as_it_is():
             return [type(value)("failure", failure="no room"), value]
 
     with pytest.raises(PeerFailedError, match="process 0 of 2: no room"):
-        Meetings(Two(), threading.Event()).exchange("loglikelihood 0", None)
+        Exchange(Two(), threading.Event()).round("loglikelihood 0", None)
 
 
 def test_generated_answers_are_shared_too(tmp_path, monkeypatch):
@@ -155,13 +157,13 @@ def test_generated_answers_are_shared_too(tmp_path, monkeypatch):
         rank, size = 0, 2
 
         def gather(self, value):
-            other = type(value)(value.place, ([1, 3], ["b", "d"], 0.1))
+            other = type(value)(value.position, ([1, 3], ["b", "d"], 0.1))
             return [value, other]
 
     loaded = write_world(tmp_path)
     monkeypatch.setattr(
         LightLM, "generate_until", lambda self, requests: [request.args[0].lower() for request in requests]
     )
-    lm = SharedLightLM(LoadedModel(loaded.model, loaded.tokenizer, loaded.path), Meetings(Two(), threading.Event()))
+    lm = SharedLightLM(LoadedModel(loaded.model, loaded.tokenizer, loaded.path), Exchange(Two(), threading.Event()))
     requests = [type("Request", (), {"args": (text, {"until": ["."]})})() for text in "ABCD"]
     assert lm.generate_until(requests) == ["a", "b", "c", "d"]

@@ -13,11 +13,12 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.data.prepare.run import prepare
 from lightlm.data.shards import DataFolder
 from lightlm.errors import DataError
-from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.results import store as results
-from lightlm.evaluate.runner import Settings, Tasks, run_tasks
-from lightlm.evaluate.tasks import cloze, heldout
+from lightlm.evaluate.results import rows as results
+from lightlm.evaluate.runner import run_tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks import cloze, heldout, manager
+from lightlm.evaluate.tasks.manager import Tasks
 from tests.corpus import texts
 from tests.evaluate.tiny_run import tiny_model, write_world
 
@@ -175,7 +176,7 @@ def test_the_tokenizer_does_not_matter(
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "_OURS", {"heldout", "heldout_cloze"})  # spares 6 s: lm-eval's thousands of files
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "heldout_cloze"})  # spares 6 s: lm-eval's thousands of files
     source = tmp_path / "source.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(40)))
     prepare(str(source), "train:400", tmp_path / "data" / "long", val_fraction=0.5)

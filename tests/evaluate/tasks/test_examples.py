@@ -7,7 +7,7 @@ import pytest
 
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.errors import DataError, UsageError
-from lightlm.evaluate import runner
+from lightlm.evaluate.tasks import manager
 from lightlm.evaluate.tasks.examples import scored_examples
 from tests.evaluate.tiny_run import write_quiz
 
@@ -27,7 +27,7 @@ doc_to_choice: "{{{{[start + a, start + b]}}}}"
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # Spares 6 s: lm-eval's thousands of files.
-    monkeypatch.setattr(runner, "_OURS", {"heldout", "quiz.yaml", "blanks.yaml"})
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml", "blanks.yaml"})
     write_quiz(tmp_path)
 
 

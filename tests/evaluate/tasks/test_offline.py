@@ -12,9 +12,10 @@ from lightlm.cli.evaluate import evaluate
 from lightlm.convert.huggingface.folder import export_huggingface
 from lightlm.data.sources.hub import client as hub_client
 from lightlm.errors import DataError, LightLMError, UsageError
-from lightlm.evaluate import runner
-from lightlm.evaluate.runner import Settings, Tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks import manager
 from lightlm.evaluate.tasks.examples import scored_examples
+from lightlm.evaluate.tasks.manager import Tasks
 from tests.evaluate.quizzes import REPO, add_data, write_tasks
 from tests.evaluate.tiny_run import write_world
 from tests.hub import Fault, Hub
@@ -29,7 +30,7 @@ ALL = "quiz_easy,quiz_hard,quiz_written,quiz_prose"
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub with the data of the tasks in `tasks/`, a run beside them, and empty caches."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "stock_tasks", dict)  # spares seconds: lm-eval's thousands of files
+    monkeypatch.setattr(manager, "stock_tasks", dict)  # spares seconds: lm-eval's thousands of files
     write_world(tmp_path)
     write_tasks(tmp_path / "tasks")
     hub_client._unreachable.cache_clear()

@@ -9,10 +9,12 @@ from lm_eval.tasks import TaskManager
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.errors import UsageError
-from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.runner import run_tasks
+from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks import index as task_index
+from lightlm.evaluate.tasks import manager
+from lightlm.evaluate.tasks.manager import Tasks
 from tests.evaluate.tiny_run import write_world
 
 LOCAL = """
@@ -55,7 +57,7 @@ aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "stock_tasks", dict)
+    monkeypatch.setattr(manager, "stock_tasks", dict)
     loaded = write_world(tmp_path, max_seq_len=200)
     (tmp_path / "mine" / "deep").mkdir(parents=True)
     kinds = {"first": CHOICES, "deep/second": CHOICES, "written": WRITTEN, "read": READ}
@@ -124,7 +126,7 @@ def test_a_users_task_replaces_the_stock_one_and_that_is_said(
     world: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stock = TaskManager(include_path="mine", include_defaults=False).task_index
-    monkeypatch.setattr(runner, "stock_tasks", lambda: {"first": stock["second"]})
+    monkeypatch.setattr(manager, "stock_tasks", lambda: {"first": stock["second"]})
     chosen = Tasks(Settings(["first"], include_path="mine"))
     assert chosen.task_index["first"].yaml_path == stock["first"].yaml_path
     assert "first replace lm-eval's tasks" in caplog.text
@@ -133,8 +135,8 @@ def test_a_users_task_replaces_the_stock_one_and_that_is_said(
 @pytest.mark.parametrize(
     ("text", "folder", "words"),
     [
-        ("", "nowhere", "nowhere is no folder"),
-        ("", "runs", "runs holds no task"),
+        ("", "nowhere", "nowhere is not a folder"),
+        ("", "runs", "runs contains no task"),
         ("task: [", "mine", "broken.yaml cannot be read"),
         ("include: gone.yaml\ntask: x", "mine", "gone.yaml"),
     ],
