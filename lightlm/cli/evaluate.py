@@ -86,19 +86,19 @@ def evaluate(
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.convert.load import load_pretrained, locate
-        from lightlm.device import pick_device
+        from lightlm.device import pick_device, pick_dtype
         from lightlm.evaluate.compare.comparison import compare_all
         from lightlm.evaluate.compare.table import lines_of, score_table
-        from lightlm.evaluate.harness import batch_limits, evaluation_dtype
         from lightlm.evaluate.results.store import result_file
         from lightlm.evaluate.runner import evaluate_model
+        from lightlm.evaluate.scoring.batches import BatchSize
         from lightlm.evaluate.settings import Settings
         from lightlm.evaluate.tasks.heldout import common_folder
         from lightlm.evaluate.tasks.manager import Tasks
 
         target = pick_device(device)
-        precision = evaluation_dtype(dtype, target)
-        batch_limits(batch_size, target)
+        precision = pick_dtype(dtype, target)
+        BatchSize.of(batch_size, target)
         chosen = Tasks(Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype))
         status.update("Reading the tasks' data ...")
         chosen.require_data()

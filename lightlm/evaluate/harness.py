@@ -10,7 +10,6 @@ with all of its arguments. In Python, import `lightlm.evaluate.harness` before c
 
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -20,34 +19,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
 from lightlm.device import pick_device, pick_dtype
-from lightlm.errors import LightLMError, UsageError
+from lightlm.errors import LightLMError
 from lightlm.evaluate.progress import bar
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.generate.engine import TextStream, generate
 from lightlm.generate.sampling import Sampling
-from lightlm.model.config import ModelConfig
 
 _MAX_NEW_TOKENS = 256  # lm-eval's default if a task sets none
 _SEED = 1234  # lm-eval's default torch seed
-
-
-def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the model's precision: `auto` is bfloat16 where it is fast, else float32, as in training and generation.
-
-    Logits and log-probabilities are float32 in either case; in bfloat16 they would lower scores (llm.c's dev/eval,
-    lm-eval's `hf`). SmolLM2-135M-Instruct on HellaSwag's first 1,000 documents: acc 35.4, acc_norm 43.1 in float32, and
-    35.3, 42.8 in bfloat16. Results name the precision. Use float32 for scores that do not depend on the machine.
-    """
-    return pick_dtype(name, device)
-
-
-def batch_limits(batch_size: int | str, device: torch.device, config: ModelConfig | None = None) -> BatchSize:
-    """Return the limits for `--batch-size` on a device. Raises UsageError if it is neither a number nor `auto`."""
-    try:
-        return BatchSize.of(batch_size, device, config)
-    except ValueError:
-        raise UsageError(f"--batch-size {batch_size}: give a number of at least 1, or auto") from None
 
 
 @register_model("lightlm")
@@ -57,7 +37,10 @@ class LightLM(TemplateLM):
     Args:
         pretrained: a run, checkpoint, Hugging Face folder or Hub id, None for the newest run, or a loaded model.
         device: `auto` or a torch device; unused with a loaded model.
-        dtype: see `evaluation_dtype`; unused with a loaded model.
+        dtype: precision of the weights; `auto` is bfloat16 where it is fast, else float32. Unused with a loaded model.
+            Logits and log-probabilities are float32 in either case; in bfloat16 they would lower scores (llm.c's
+            dev/eval, lm-eval's `hf`). SmolLM2-135M-Instruct on HellaSwag's first 1,000 documents: acc 35.4, acc_norm
+            43.1 in float32, and 35.3, 42.8 in bfloat16. Use float32 for scores that do not depend on the machine.
         add_bos_token: whether the beginning-of-text token precedes every context. None follows the tokenizer of an
             imported model, and adds no token for LightLM's own models. As in lm-eval's `hf`.
         batch_size: sequences per batch, or `auto` for a number of positions that suits the device.
@@ -81,11 +64,11 @@ class LightLM(TemplateLM):
         self._show_progress = show_progress
         if not isinstance(pretrained, LoadedModel):
             target = pick_device(device)
-            pretrained = load_pretrained(pretrained, target, evaluation_dtype(dtype, target))
+            pretrained = load_pretrained(pretrained, target, pick_dtype(dtype, target))
         self.loaded = pretrained
         self.model = pretrained.model.eval()
         self._device = self.model.device
-        self.limits = batch_limits(batch_size, self._device, self.model.config)
+        self.limits = BatchSize.of(batch_size, self._device, self.model.config)
         tokenizer = self.loaded.tokenizer
         self.prefix_ids: list[int] = []  # before every context
         if tokenizer.adds_bos if add_bos_token is None else add_bos_token:

@@ -1,4 +1,4 @@
-"""`lightlm eval` with several models and published figures: what is kept, compared and printed."""
+"""`lightlm eval` with several models and published figures: files, comparisons and output."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """runs/demo, and runs/other with other weights; the quiz is called hellaswag, for which there are baselines."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(console.out, "_width", 160)
-    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})  # spares 6 s: lm-eval's thousands of files
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})  # skips lm-eval's index: 5 s
     loaded = write_world(tmp_path)
     other = tmp_path / "runs/other"
     other.mkdir()
@@ -70,7 +70,7 @@ def test_samples_are_written_on_request(world: Path) -> None:
 
 def test_two_models_are_compared_in_words(world: Path) -> None:
     done = run("demo", "other", "--tasks", "heldout,quiz.yaml")
-    # 3 held-out documents and 6 questions can show nothing.
+    # 3 held-out documents and 6 questions are too few for a difference.
     assert "other/step_000007 against demo/step_000007: no difference beyond noise at" in done.stdout
     assert "Noise is the variation from the choice of documents" in done.stdout
     assert "is better than" not in done.stdout

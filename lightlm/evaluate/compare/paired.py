@@ -22,20 +22,13 @@ SIGNIFICANCE = 0.05
 _BATCH = 2_000_000  # numbers drawn at a time: 16 MB of indices
 
 
-def _identity(ratio: Floats) -> Floats:
-    return ratio
-
-
-def _bits(ratio: Floats) -> Floats:
-    return -ratio / math.log(2)
-
-
-def _exponential(ratio: Floats) -> Floats:
-    return np.exp(-ratio)
-
-
-# lm-eval's aggregations that are made of sums: mean, bits_per_byte, perplexity and weighted_perplexity.
-FORMS: tuple[Callable[[Floats], Floats], ...] = (_identity, _bits, _exponential)
+# The g of lm-eval's aggregations that are made of sums: mean, bits_per_byte, and the perplexities.
+FORMS: tuple[Callable[[Floats], Floats], ...] = (
+    lambda ratio: ratio,
+    lambda ratio: -ratio / math.log(2),
+    lambda ratio: np.exp(-ratio),
+)
+_MEAN = FORMS[0]
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ def difference(
         return form(second.sum(axis) / total) - form(first.sum(axis) / total)
 
     value = float(statistic(first_N, second_N, w_N))
-    if is_binary(first_N) and is_binary(second_N) and (w_N == 1).all() and form is _identity:
+    if is_binary(first_N) and is_binary(second_N) and (w_N == 1).all() and form is _MEAN:
         gained, lost = int((second_N > first_N).sum()), int((second_N < first_N).sum())
         low, high = _binary_interval(gained, lost, len(w_N), seed)
         return Difference(value, low, high, mcnemar(gained, lost), "exact McNemar test")

@@ -63,23 +63,8 @@ def documents_file(results: Path) -> Path:
 
 
 def write(path: Path, documents: Iterable[Document]) -> None:
-    lines = (
-        {
-            "task": document.task,
-            "doc_id": document.doc_id,
-            "doc_hash": document.doc_hash,
-            "metrics": {name: _short(value) for name, value in document.metrics.items()},
-        }
-        for document in documents
-    )
-    files.write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-
-
-def _short(value: Value) -> Any:
-    """Write 1 rather than 1.0, since most figures are 0 or 1."""
-    if isinstance(value, tuple):
-        return [_short(item) for item in value]
-    return int(value) if value.is_integer() else value
+    lines = (json.dumps(vars(document), separators=(",", ":")) for document in documents)
+    files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read(path: Path) -> list[Document]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lightlm.errors import UsageError
 from lightlm.model.config import ModelConfig
 
 # Positions in a batch per CPU thread; the activations of more do not fit its caches.
@@ -22,18 +23,18 @@ class BatchSize:
 
     @classmethod
     def of(cls, batch_size: int | str, device: torch.device, config: ModelConfig | None = None) -> "BatchSize":
-        """Return the limit for `auto` or a number.
+        """Return the limit for `auto` or a number of sequences, as on the command line.
 
         Args:
             config: the model's, whose activations must fit a GPU's free memory.
 
         Raises:
-            ValueError: batch_size is neither.
+            UsageError: batch_size is neither.
         """
-        sequences = None if str(batch_size).startswith("auto") else int(batch_size)
-        if sequences is not None and sequences < 1:
-            raise ValueError(batch_size)
-        return cls(_positions(device, config), sequences)
+        sequences = None if str(batch_size).startswith("auto") else str(batch_size)
+        if sequences is not None and not (sequences.isdecimal() and int(sequences) > 0):
+            raise UsageError(f"--batch-size {batch_size}: give a number of at least 1, or auto")
+        return cls(_positions(device, config), int(sequences) if sequences else None)
 
     def fits(self, sequences: int, length: int) -> bool:
         if self.sequences is not None:

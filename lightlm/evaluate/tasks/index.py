@@ -7,9 +7,11 @@ The cached index takes 0.1 s. It is valid until the time or size of one of the f
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import lm_eval
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
@@ -19,6 +21,22 @@ from lightlm import files
 from lightlm.errors import UsageError
 
 ROOT = Path(lm_eval.__file__).parent / "tasks"
+warn = logging.getLogger("lightlm").warning
+
+
+@contextlib.contextmanager
+def index_from_cache(include_stock: bool) -> Iterator[None]:
+    """Make lm-eval's TaskManager take its own tasks from the cached index, and warn about tasks that replace them."""
+    build, stock = TaskIndex.build, stock_tasks() if include_stock else {}
+
+    def build_cached(paths: list[Path]) -> dict[str, Entry]:
+        added: dict[str, Entry] = build([path for path in paths if path != ROOT])
+        if replaced := sorted(name for name in added if name in stock and added[name].kind is not Kind.TAG):
+            warn(f"{paths[-1]}: {', '.join(replaced)} replace lm-eval's tasks of the same name")
+        return stock | added
+
+    with mock.patch.object(TaskIndex, "build", staticmethod(build_cached)):
+        yield
 
 
 def stock_tasks() -> dict[str, Entry]:

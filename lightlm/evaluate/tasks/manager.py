@@ -2,25 +2,22 @@
 
 import contextlib
 import difflib
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Entry, Kind
 
 from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors, offline
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.settings import BOS, Settings
 from lightlm.evaluate.tasks.data_sets import DataSets, find_data_dir, unreadable
 from lightlm.evaluate.tasks.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
-from lightlm.evaluate.tasks.index import check_tasks_folder, stock_tasks
+from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache
 from lightlm.evaluate.tasks.needs import Need, needs_of
 from lightlm.evaluate.tasks.patches import quiet
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
-warn = logging.getLogger("lightlm").warning
 
 
 class Tasks(TaskManager):
@@ -46,9 +43,8 @@ class Tasks(TaskManager):
             folders.append(check_tasks_folder(Path(settings.include_path)))
         # lm-eval passes this very dict to every task that it builds, so `for_model` can change it.
         self._about_model = {"pretrained": ""} | ({"data": settings.data} if settings.data else {})
-        super().__init__(include_path=folders, include_defaults=False, metadata=self._about_model)
-        if not set(settings.tasks) <= _OURS:
-            self._add_stock_tasks()
+        with index_from_cache(include_stock=not set(settings.tasks) <= _OURS):
+            super().__init__(include_path=folders, metadata=self._about_model)
         self.names = [match for name in settings.tasks for match in self._match(name)]
         self._notes: dict[str, bool] = {}  # True once taken
         self._cloze_optional = HELDOUT in self.names and CLOZE not in self.names
@@ -69,18 +65,6 @@ class Tasks(TaskManager):
     def foreign(self) -> list[str]:
         """The chosen names without ours, which get their data from the model's run."""
         return [name for name in self.names if name not in _OURS]
-
-    def _add_stock_tasks(self) -> None:
-        """Add lm-eval's tasks as its `include_defaults` does, but from the cached index."""
-        stock = stock_tasks()
-        if replaced := sorted(name for name in self._index if name in stock and self._index[name].kind is not Kind.TAG):
-            warn(f"{self.settings.include_path}: {', '.join(replaced)} replace lm-eval's tasks of the same name")
-        self._index: dict[str, Entry] = stock | self._index
-        kinds = {name: entry.kind for name, entry in self._index.items()}
-        self._all_tasks = sorted(kinds)
-        self._all_subtasks = sorted(name for name, kind in kinds.items() if kind in (Kind.TASK, Kind.PY_TASK))
-        self._all_groups = sorted(name for name, kind in kinds.items() if kind is Kind.GROUP)
-        self._all_tags = sorted(name for name, kind in kinds.items() if kind is Kind.TAG)
 
     def _match(self, name: str) -> list[str]:
         if name.endswith(".yaml") and Path(name).is_file():

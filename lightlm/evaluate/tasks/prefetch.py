@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,15 @@ class _Listing:
     config: str
     files: list[str]
 
+    def sizes(self) -> list[int]:
+        """Ask the Hub for the files' sizes in bytes."""
+        api = huggingface_hub.HfApi()
+        return [
+            entry.size
+            for entry in api.get_paths_info(self.repo, self.files, revision=self.revision, repo_type="dataset")
+            if isinstance(entry, huggingface_hub.hf_api.RepoFile)
+        ]
+
 
 def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) -> list[Fetched]:
     """Fetch the data sets of the tasks, then load the tasks offline to check that nothing is missing.
@@ -95,44 +104,27 @@ def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) ->
 
 def _fetch(need: Need, folder: Path | None) -> Fetched:
     builder = load_dataset_builder(need.path, need.name, **need.options)
-    listing = _listing(builder)
+    names = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
+    listing = _listing(names, builder.config.name)
     if Path(need.path).is_dir():  # `datasets` too prefers it to the Hub
-        return Fetched(need.tasks, need.path, need.name, None, *_local_files(builder), str(Path(need.path).resolve()))
-    if listing is not None and folder is not None:
-        place = _into_folder(listing, folder / need.path)
-        sizes = [(place / file).stat().st_size for file in listing.files]
-        return Fetched(need.tasks, need.path, need.name, listing.revision, len(sizes), sum(sizes), str(place))
-    DataSets().load(need.path, need.name, **need.options)
-    if listing is None:
-        return Fetched(need.tasks, need.path, need.name, None, *_local_files(builder), builder.cache_dir)
-    sizes = [entry.size for entry in _sizes(listing)]
-    return Fetched(need.tasks, need.path, need.name, listing.revision, len(sizes), sum(sizes), builder.cache_dir)
+        where, listing = Path(need.path).resolve(), None
+    elif listing is not None and folder is not None:
+        where = _into_folder(listing, folder / need.path)
+    else:
+        DataSets().load(need.path, need.name, **need.options)
+        where = Path(builder.cache_dir)
+    sizes = listing.sizes() if listing else [Path(name).stat().st_size for name in names if Path(name).is_file()]
+    revision = listing.revision if listing else None
+    return Fetched(need.tasks, need.path, need.name, revision, len(sizes), sum(sizes), str(where))
 
 
-def _data_files(builder: Any) -> list[str]:
-    return [str(file) for split in (builder.config.data_files or {}).values() for file in split]
-
-
-def _listing(builder: Any) -> _Listing | None:
+def _listing(names: list[str], config: str) -> _Listing | None:
     """Return the files of a data set on the Hub; None if it has other files."""
-    found = [_ON_HUB.fullmatch(file) for file in _data_files(builder)]
-    matches = [match for match in found if match is not None]
-    if not matches or len(matches) < len(found):
+    matches = [match for name in names if (match := _ON_HUB.fullmatch(name))]
+    if not matches or len(matches) < len(names):
         return None
-    paths = sorted({match["file"] for match in matches})
     revision = unquote(matches[0]["revision"])  # refs/convert/parquet has slashes
-    return _Listing(matches[0]["repo"], revision, builder.config.name, paths)
-
-
-def _local_files(builder: Any) -> tuple[int, int]:
-    sizes = [Path(file).stat().st_size for file in _data_files(builder) if Path(file).is_file()]
-    return len(sizes), sum(sizes)
-
-
-def _sizes(listing: _Listing) -> Iterator[Any]:
-    yield from huggingface_hub.HfApi().get_paths_info(
-        listing.repo, listing.files, revision=listing.revision, repo_type="dataset"
-    )
+    return _Listing(matches[0]["repo"], revision, config, sorted({match["file"] for match in matches}))
 
 
 def _into_folder(listing: _Listing, place: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Published figures and how they are named, placed and marked."""
+"""Published figures: names, place in tables, and marks for other protocols."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is said of two models' scores on the same documents."""
+"""Comparisons of two models' scores on the same documents."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_two_forms_of_one_figure_are_compared_once():
 
 
 def test_among_many_comparisons_each_must_be_the_clearer():
-    # 8 documents to 0 alone is p = 0.008; a tenth of such finds among ten comparisons would be chance.
+    # 8 documents to 0 give p = 0.008, which is likely to occur by chance among ten comparisons.
     first, second = [0] * 8 + [1] * 30, [1] * 38
     assert compare(accuracy("a", first), accuracy("b", second)).winner == 1
     tasks = [f"quiz{i}" for i in range(10)]

@@ -1,4 +1,4 @@
-"""`eval.tasks` shared by the processes of a run: the figures of one process, and no process left waiting."""
+"""`eval.tasks` shared by the processes of a run: same figures as one process, and no process waits in vain."""
 
 import json
 import sys
@@ -53,7 +53,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def run_and_quarrel(world):
-    """The metrics of a sharded run with `eval.tasks`; then what each kind of trouble in the second process gives."""
+    """Return the metrics of a sharded run with `eval.tasks`, and the outcome of each kind of trouble in process 1."""
     recipe = load_recipe("tiny.yaml", (*RECIPE, "eval.tasks=[heldout]", "train.parallel=fsdp"))
     watch = Recorder()
     trainer = Trainer(recipe, Path("runs/shared"), watch, lambda model, prompt: "", None, world)
@@ -98,9 +98,9 @@ def test_two_processes_score_as_one_and_share_trouble(workspace):
     shared = {key.removeprefix("eval/"): value for key, value in metrics[-1].items() if key.startswith("eval/")}
     path = checkpoint.newest_checkpoint(Path("runs/shared"))
     loaded = checkpoint.load_model(path, torch.device("cpu"))
-    alone = rows(run_tasks(LightLM(loaded), Tasks(Settings(["heldout"], LIMIT, data="data/tiny"))))
-    assert {f"{row.task}/{row.metric}" for row in alone} == shared.keys()
-    for row in alone:
+    single = rows(run_tasks(LightLM(loaded), Tasks(Settings(["heldout"], LIMIT, data="data/tiny"))))
+    assert {f"{row.task}/{row.metric}" for row in single} == shared.keys()
+    for row in single:
         exact = row.task == "heldout_cloze"
         value = shared[f"{row.task}/{row.metric}"]
         assert value == row.value if exact else value == pytest.approx(row.value, rel=1e-6)
@@ -115,7 +115,7 @@ def test_two_processes_score_as_one_and_share_trouble(workspace):
 
 def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})  # spares 6 s: lm-eval's thousands of files
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})  # skips lm-eval's index: 5 s
     loaded = write_world(tmp_path)
     write_quiz(tmp_path)
     monkeypatch.setattr(sharing, "_FIRST_ROUND", 1.0)
@@ -141,7 +141,7 @@ def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
     assert len(answered) == 3  # one question of six
 
 
-def test_the_first_process_failure_is_told_as_it_is():
+def test_a_failure_of_the_first_process_is_reported_as_it_is():
     class Two:
         rank, size = 1, 2
 

@@ -20,7 +20,7 @@ Pair = tuple[list[int], list[int]]
 
 
 def random_pairs(vocab_size: int, longest: int) -> list[Pair]:
-    """Ragged pairs: contexts alone, contexts that several answers share, one-token answers, and overlong ones."""
+    """Ragged pairs: single contexts, contexts shared by several answers, one-token answers, and overlong ones."""
     rng = random.Random(0)
 
     def tokens(low: int, high: int) -> list[int]:

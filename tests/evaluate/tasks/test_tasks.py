@@ -1,4 +1,4 @@
-"""Tasks of a user's own folder, of every kind, and the list of lm-eval's."""
+"""Tasks of every kind in a user's folder, and the index of lm-eval's tasks."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,6 @@ from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.runner import run_tasks
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks import index as task_index
-from lightlm.evaluate.tasks import manager
 from lightlm.evaluate.tasks.manager import Tasks
 from tests.evaluate.tiny_run import write_world
 
@@ -57,7 +56,7 @@ aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(manager, "stock_tasks", dict)
+    monkeypatch.setattr(task_index, "stock_tasks", dict)
     loaded = write_world(tmp_path, max_seq_len=200)
     (tmp_path / "mine" / "deep").mkdir(parents=True)
     kinds = {"first": CHOICES, "deep/second": CHOICES, "written": WRITTEN, "read": READ}
@@ -94,7 +93,7 @@ def test_each_kind_of_task_runs(world: LoadedModel) -> None:
 
 
 def test_an_argument_that_datasets_no_longer_takes_is_dropped(world: LoadedModel) -> None:
-    """Many stock tasks still have it; lm-eval drops it too."""
+    """Many stock tasks still have it, and lm-eval drops it too."""
     path = Path("mine/first.yaml")
     path.write_text(path.read_text().replace("dataset_kwargs:\n", "dataset_kwargs:\n  trust_remote_code: true\n"))
     [need] = Tasks(Settings(["first"], include_path="mine")).needs()
@@ -122,11 +121,11 @@ def test_examples_stand_in_the_prompt(world: LoadedModel, monkeypatch: pytest.Mo
             assert any(context.endswith(doc["question"]) for doc in documents)
 
 
-def test_a_users_task_replaces_the_stock_one_and_that_is_said(
+def test_a_users_task_replaces_the_stock_one_with_a_warning(
     world: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stock = TaskManager(include_path="mine", include_defaults=False).task_index
-    monkeypatch.setattr(manager, "stock_tasks", lambda: {"first": stock["second"]})
+    monkeypatch.setattr(task_index, "stock_tasks", lambda: {"first": stock["second"]})
     chosen = Tasks(Settings(["first"], include_path="mine"))
     assert chosen.task_index["first"].yaml_path == stock["first"].yaml_path
     assert "first replace lm-eval's tasks" in caplog.text
@@ -167,8 +166,8 @@ def test_the_list_of_tasks_is_read_again_only_after_a_change(tmp_path: Path, mon
     assert len(builds) == 1
     (folder / "a.yaml").write_text("task: b\ntag: [x, z]\n")
     assert task_index.stock_tasks().keys() == {"b", "g", "x", "z"}
-    [kept] = (tmp_path / "cache" / "lightlm").iterdir()  # the old list is gone
+    [kept] = (tmp_path / "cache" / "lightlm").iterdir()  # the old index is deleted
     kept.write_text("[[torn")
     assert task_index.stock_tasks().keys() == {"b", "g", "x", "z"}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "a.yaml"))  # no folder, nor can one be made there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "a.yaml"))  # not a folder, and none can be made there
     assert task_index.stock_tasks().keys() == {"b", "g", "x", "z"}
