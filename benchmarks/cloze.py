@@ -21,8 +21,10 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
 from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.results.store import rows
-from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.results.rows import rows
+from lightlm.evaluate.runner import run_tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.model.transformer import Transformer
 
 METRICS = ["acc", "acc_norm", "acc_mutual_info"]

@@ -128,7 +128,9 @@ def compete(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, 
     from lm_eval.models.huggingface import HFLM
 
     from lightlm.evaluate.harness import LightLM
-    from lightlm.evaluate.runner import Settings, Tasks, quiet
+    from lightlm.evaluate.settings import Settings
+    from lightlm.evaluate.tasks.manager import Tasks
+    from lightlm.evaluate.tasks.patches import quiet
 
     device = pick_device(options.device)
     with quiet():
@@ -147,7 +149,7 @@ def compete(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, 
 def evaluate(lm: Any, tasks: Any, options: argparse.Namespace, outcome: Outcome, limit: int) -> None:
     from lm_eval.evaluator import simple_evaluate
 
-    from lightlm.evaluate.runner import quiet
+    from lightlm.evaluate.tasks.patches import quiet
 
     with quiet(), timed(lm) as seconds:
         document = simple_evaluate(

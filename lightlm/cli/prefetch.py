@@ -1,4 +1,4 @@
-"""`lightlm eval --prefetch`: fetch what tasks need, and nothing else."""
+"""`lightlm eval --prefetch`: fetch the data of tasks without scoring."""
 
 import os
 from dataclasses import asdict
@@ -13,23 +13,22 @@ from lightlm.errors import UsageError
 if TYPE_CHECKING:
     from lightlm.evaluate.tasks.prefetch import Fetched
 
-_HEEDED = {"prefetch", "include_path", "data_dir", "as_json"}
+_USED = {"prefetch", "include_path", "data_dir", "as_json"}
 
 
 def fetch_only(
     context: typer.Context, names: str, include_path: str | None, data_dir: str | None, as_json: bool
 ) -> None:
-    """Fetch the data sets of these tasks into the Hub's cache, or into `data_dir`, and print what came."""
+    """Fetch the data sets of these tasks into the Hub's cache or `data_dir`, and print them."""
     _refuse_others(context)
     if data_dir is not None:
         _make_folder(Path(data_dir))
     with console.status("Reading lm-eval's list of tasks ...") as status:
-        from lightlm.evaluate.runner import Settings, Tasks
+        from lightlm.evaluate.settings import Settings
+        from lightlm.evaluate.tasks.manager import Tasks
         from lightlm.evaluate.tasks.prefetch import prefetch
 
-        chosen = Tasks(
-            Settings([n.strip() for n in names.split(",") if n.strip()], None, None, None, include_path, data_dir)
-        )
+        chosen = Tasks(Settings(split_list(names), include_path=include_path, data_dir=data_dir))
         fetched = prefetch(chosen, lambda title: status.update(f"Fetching {title} ..."))
     if as_json:
         print_json({"data_sets": [asdict(row) for row in fetched]})
@@ -37,18 +36,22 @@ def fetch_only(
         _print_table(fetched, data_dir)
 
 
+def split_list(names: str) -> list[str]:
+    """Split comma-separated names."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def _refuse_others(context: typer.Context) -> None:
-    """Refuse options and models that mean nothing here, rather than pass over them."""
+    """Refuse models and options that have no effect here."""
     given = [
         parameter.opts[0] if parameter.param_type_name == "option" else "MODEL"
         for parameter in context.command.params
-        if parameter.name not in _HEEDED
+        if parameter.name not in _USED
         and str(context.get_parameter_source(parameter.name or "")).endswith("COMMANDLINE")
     ]
     if given:
         raise UsageError(
-            f"--prefetch fetches data and scores nothing; leave out {', '.join(given)}, and run the same tasks with "
-            "--tasks afterwards"
+            f"--prefetch only fetches data; leave out {', '.join(given)}, and run the tasks with --tasks afterwards"
         )
 
 
@@ -63,7 +66,7 @@ def _print_table(fetched: list["Fetched"], data_dir: str | None) -> None:
     from rich.table import Table
 
     if not fetched:
-        out.print("These tasks read no data set.")
+        out.print("These tasks need no data set.")
         return
     table = Table("Tasks", "Data set", "Revision")
     for title in ("Files", "Bytes"):
@@ -73,7 +76,7 @@ def _print_table(fetched: list["Fetched"], data_dir: str | None) -> None:
         names = map(escape, (", ".join(row.tasks), title, (row.revision or "")[:8]))
         table.add_row(*names, f"{row.files:,}", f"{row.bytes:,}")
     out.print(table)
-    apart = [row.where for row in fetched if data_dir is None or not Path(row.where).is_relative_to(data_dir)]
-    for places in ([row.where for row in fetched if row.where not in apart], apart):  # the folder; the cache
+    elsewhere = [row.where for row in fetched if data_dir is None or not Path(row.where).is_relative_to(data_dir)]
+    for places in ([row.where for row in fetched if row.where not in elsewhere], elsewhere):  # folder, then cache
         if places:
             out.print(f"In {os.path.commonpath(places)}", markup=False, soft_wrap=True)

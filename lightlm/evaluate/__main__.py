@@ -1,6 +1,6 @@
-"""`python -m lightlm.evaluate run ...`: lm-eval's own command, to which the model `lightlm` and `heldout` are known.
+"""`python -m lightlm.evaluate run ...`: lm-eval's own command with the model `lightlm` and our tasks.
 
-LIGHTLM_EVAL_DATA names a folder of data sets for it too.
+It also reads data sets from the folder LIGHTLM_EVAL_DATA.
 """
 
 import sys
@@ -11,12 +11,12 @@ import lightlm.evaluate.harness  # noqa: F401  (registers the model)
 from lightlm.evaluate.tasks.data_sets import DataSets, find_data_dir
 from lightlm.evaluate.tasks.heldout import TASKS
 
-# lm-eval's own default is cuda:0, there or not.
+# lm-eval's default device is cuda:0, even without a GPU.
 _DEFAULTS = {"--include_path": str(TASKS), "--device": "auto"}
 
 
 def with_defaults(arguments: list[str]) -> list[str]:
-    """Add our defaults to the arguments of `run`; options given, as `--device cpu` or `--device=cpu`, stay."""
+    """Add our defaults to the arguments of `run`, except for options that are given."""
     if arguments[:1] != ["run"]:
         return arguments
     given = {argument.partition("=")[0] for argument in arguments}

@@ -1,16 +1,15 @@
-"""LightLM's models in lm-evaluation-harness: the model `lightlm`, without transformers.
+"""The model `lightlm` for lm-evaluation-harness, without transformers.
 
-Within LightLM `lightlm eval` uses it. lm-eval 0.4 has no hook by which its own command could find a model of
-another package (its registry is filled from a table in lm_eval/models/__init__.py alone), so that command runs as
+`lightlm eval` uses it. lm-eval 0.4 cannot find models of other packages by itself (it fills its registry only from a
+table in lm_eval/models/__init__.py), so its own command runs as
 
     python -m lightlm.evaluate run --model lightlm --model_args pretrained=runs/demo --tasks hellaswag
 
-with lm-eval's own arguments; `import lightlm.evaluate.harness` before `lm_eval.simple_evaluate` does it in Python.
+with all of its arguments. In Python, import `lightlm.evaluate.harness` before calling `lm_eval.simple_evaluate`.
 """
 
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -20,49 +19,32 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
 from lightlm.device import pick_device, pick_dtype
-from lightlm.errors import LightLMError, UsageError
+from lightlm.errors import LightLMError
 from lightlm.evaluate.progress import bar
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.generate.engine import TextStream, generate
 from lightlm.generate.sampling import Sampling
-from lightlm.model.config import ModelConfig
 
-_MAX_NEW_TOKENS = 256  # lm-eval's own default where a task sets none
+_MAX_NEW_TOKENS = 256  # lm-eval's default if a task sets none
 _SEED = 1234  # lm-eval's default torch seed
-
-
-def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of scores: `auto` is bfloat16 where it is fast, else float32, as in training and generation.
-
-    bfloat16 rounds what is inside the model; logits and log-probabilities are float32 in either, without which scores
-    are lower (llm.c's dev/eval, lm-eval's `hf`). SmolLM2-135M-Instruct on HellaSwag's first 1,000 documents: acc 35.4,
-    acc_norm 43.1 in float32, and 35.3, 42.8 in bfloat16. Results name the precision; for scores that do not depend on
-    the machine ask for float32.
-    """
-    return pick_dtype(name, device)
-
-
-def batch_limits(batch_size: int | str, device: torch.device, config: ModelConfig | None = None) -> BatchSize:
-    """What `--batch-size` means on a device, for a model. Raises UsageError for other than a number or `auto`."""
-    try:
-        return BatchSize.of(batch_size, device, config)
-    except ValueError:
-        raise UsageError(f"batch-size must be a number from 1 on, or auto; is {batch_size}") from None
 
 
 @register_model("lightlm")
 class LightLM(TemplateLM):
-    """A model under lm-eval.
+    """A model for lm-eval.
 
     Args:
         pretrained: a run, checkpoint, Hugging Face folder or Hub id, None for the newest run, or a loaded model.
-        device: `auto` or a torch device; nothing to say with a loaded model.
-        dtype: see `evaluation_dtype`.
-        add_bos_token: put the beginning-of-text token before every context (True) or not (False); None does what the
-            tokenizer of an imported model does, and nothing for a model of our own. As in lm-eval's `hf`.
-        batch_size: sequences in a batch, or `auto`: as many as make up a budget of positions for the device.
-        show_progress: draw bars on a terminal; not beside another live display.
+        device: `auto` or a torch device; unused with a loaded model.
+        dtype: precision of the weights; `auto` is bfloat16 where it is fast, else float32. Unused with a loaded model.
+            Logits and log-probabilities are float32 in either case; in bfloat16 they would lower scores (llm.c's
+            dev/eval, lm-eval's `hf`). SmolLM2-135M-Instruct on HellaSwag's first 1,000 documents: acc 35.4, acc_norm
+            43.1 in float32, and 35.3, 42.8 in bfloat16. Use float32 for scores that do not depend on the machine.
+        add_bos_token: whether the beginning-of-text token precedes every context. None follows the tokenizer of an
+            imported model, and adds no token for LightLM's own models. As in lm-eval's `hf`.
+        batch_size: sequences per batch, or `auto` for a number of positions that suits the device.
+        show_progress: draw bars on a terminal; leave out beside another live display.
 
     Raises:
         LightLMError: the model cannot be loaded.
@@ -82,13 +64,13 @@ class LightLM(TemplateLM):
         self._show_progress = show_progress
         if not isinstance(pretrained, LoadedModel):
             target = pick_device(device)
-            pretrained = load_pretrained(pretrained, target, evaluation_dtype(dtype, target))
+            pretrained = load_pretrained(pretrained, target, pick_dtype(dtype, target))
         self.loaded = pretrained
         self.model = pretrained.model.eval()
         self._device = self.model.device
-        self.limits = batch_limits(batch_size, self._device, self.model.config)
+        self.limits = BatchSize.of(batch_size, self._device, self.model.config)
         tokenizer = self.loaded.tokenizer
-        self.prefix_ids: list[int] = []  # what stands before every context
+        self.prefix_ids: list[int] = []  # before every context
         if tokenizer.adds_bos if add_bos_token is None else add_bos_token:
             self.prefix_ids = tokenizer.prefix_ids if tokenizer.adds_bos else [self.prefix_token_id]
 
@@ -98,8 +80,10 @@ class LightLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in for the context of a text without one: the beginning-of-text token of an imported model, else
-        end-of-text, which our models' training documents followed."""
+        """The context of a text without one: an imported model's beginning-of-text token, else end-of-text.
+
+        In LightLM's training data each document follows end-of-text.
+        """
         tokenizer = self.loaded.tokenizer
         return tokenizer.end_of_text_id if tokenizer.bos_id is None else tokenizer.bos_id
 
@@ -108,7 +92,7 @@ class LightLM(TemplateLM):
         return self.model.config.max_seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of the string, after `prefix_ids` unless `add_special_tokens` is False."""
+        """Return the string's token ids, after `prefix_ids` unless `add_special_tokens` is False."""
         ids = self.loaded.tokenizer.encode(string)
         return ids if add_special_tokens is False else [*self.prefix_ids, *ids]
 
@@ -124,7 +108,7 @@ class LightLM(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Each document's log-likelihood after end-of-text, in windows of the context's size without overlap."""
+        """Return each document's log-likelihood after end-of-text, in windows of the context's size without overlap."""
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -145,7 +129,7 @@ class LightLM(TemplateLM):
         return [(result.log_likelihood, result.greedy) for result in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Continuations cut before their first stop string; requests with equal settings are batched by length."""
+        """Return continuations up to their first stop string; requests with equal settings are batched by length."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(prompts[i])))
         texts = [""] * len(requests)
@@ -175,7 +159,8 @@ class LightLM(TemplateLM):
         room = self.max_length - kwargs["max_gen_toks"]
         if room < 1:
             raise LightLMError(
-                f"the task asks for {kwargs['max_gen_toks']} new tokens, the model's context holds {self.max_length}"
+                f"the task asks for {kwargs['max_gen_toks']} new tokens, but the model's context holds only "
+                f"{self.max_length}; choose another task or a model with a longer context"
             )
         temperature = kwargs.get("temperature", 1.0) if kwargs.get("do_sample") else 0.0
         sampling = Sampling(temperature, kwargs.get("top_k"), kwargs.get("top_p", 1.0))
@@ -193,8 +178,17 @@ class LightLM(TemplateLM):
             for text, stream in zip(texts, streams, strict=True)
         ]
 
+    def describe_bos(self, setting: str) -> dict[str, Any]:
+        """Return the tokens before every context, and before a text without context, for the facts of a result."""
+        name = self.loaded.tokenizer.name_of
+        return {
+            "setting": setting,
+            "before_contexts": [{"id": token, "token": name(token)} for token in self.prefix_ids],
+            "without_context": {"id": self.prefix_token_id, "token": name(self.prefix_token_id)},
+        }
+
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results about the model."""
+        """Return what lm-eval writes into its results about the model."""
         return {
             "model_num_parameters": self.model.num_parameters()["total"],
             "model_dtype": str(self.model.embed_tokens.weight.dtype),

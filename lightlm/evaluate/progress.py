@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextlib.contextmanager
 def bar(total: int, description: str, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error that the yielded function moves on; nothing where standard error is no terminal."""
+    """Draw a bar on standard error and yield the function that advances it; draw nothing without a terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:

@@ -1,4 +1,4 @@
-"""`lightlm eval` with several models and published figures: what is kept, compared and printed."""
+"""`lightlm eval` with several models and published figures: files, comparisons and output."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ from lightlm.checkpoint import write_checkpoint
 from lightlm.cli import console
 from lightlm.cli.evaluate import evaluate
 from lightlm.errors import UsageError
-from lightlm.evaluate import runner
 from lightlm.evaluate.results import documents
+from lightlm.evaluate.tasks import manager
 from tests.evaluate.tiny_run import tiny_model, write_world
 
 app = typer.Typer()
@@ -25,7 +25,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """runs/demo, and runs/other with other weights; the quiz is called hellaswag, for which there are baselines."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(console.out, "_width", 160)
-    monkeypatch.setattr(runner, "_OURS", {"heldout", "quiz.yaml"})  # spares 6 s: lm-eval's thousands of files
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})  # skips lm-eval's index: 5 s
     loaded = write_world(tmp_path)
     other = tmp_path / "runs/other"
     other.mkdir()
@@ -70,9 +70,9 @@ def test_samples_are_written_on_request(world: Path) -> None:
 
 def test_two_models_are_compared_in_words(world: Path) -> None:
     done = run("demo", "other", "--tasks", "heldout,quiz.yaml")
-    # 3 held-out documents and 6 questions can show nothing.
+    # 3 held-out documents and 6 questions are too few for a difference.
     assert "other/step_000007 against demo/step_000007: no difference beyond noise at" in done.stdout
-    assert "Noise is that of which documents" in done.stdout
+    assert "Noise is the variation from the choice of documents" in done.stdout
     assert "is better than" not in done.stdout
     found = json.loads(run("demo", "other", "--tasks", "heldout,quiz.yaml", "--json").stdout)
     figures = [{row["metric"]: row["value"] for row in model["results"]} for model in found["models"]]
@@ -88,7 +88,7 @@ def test_published_figures_stand_beside_the_run(world: Path) -> None:
     [line] = [line for line in done.stdout.splitlines() if "acc_norm" in line and "hellaswag" in line]
     assert line.split()[-4:] == ["0.3114*", "(a)", "0.389*", "(b)"]
     [line] = [line for line in done.stdout.splitlines() if "bits_per_byte" in line]
-    assert line.split()[-2:] == ["-", "-"]
+    assert line.split()[-2:] == ["–", "–"]
     assert "(b) MobileLLM README: MobileLLM's own script, 0-shot, metric not stated" in done.stdout
     found = json.loads(run("demo", "--tasks", "quiz.yaml", "--compare", "mobilellm-125m", "--json").stdout)
     [baseline] = found["baselines"]

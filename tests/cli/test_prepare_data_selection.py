@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.data.folder import DataFolder
 from lightlm.errors import DataError, LightLMError, UsageError
-from lightlm.evaluate import runner
+from lightlm.evaluate.tasks import manager
 from tests.corpus import texts
 from tests.evaluate.tiny_run import write_quiz
 
@@ -92,7 +92,7 @@ def test_a_mixture() -> None:
 
 
 def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_OURS", {"heldout", "quiz.yaml"})
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})
     write_quiz(Path.cwd())
     question = "Was the cat number three the one that sat on the mat after it ran"
     quiz = Path("quiz.jsonl").read_text(encoding="utf-8").replace("The cat number 3 sat", question)

@@ -1,4 +1,4 @@
-"""Tasks of every kind on data sets of a loopback Hub, in the forms that lm-eval's own tasks have."""
+"""Tasks of every kind on data sets of a loopback Hub, in the form of lm-eval's own tasks."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What stands before a text, against lm-eval's `hf` on the same folder."""
+"""Tokens before a text, compared with lm-eval's `hf` on the same folder."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from lightlm.convert.load import load_pretrained
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import UsageError
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.results.provenance import describe_bos
-from lightlm.evaluate.runner import Settings, Tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks.manager import Tasks
 from tests.evaluate.test_harness import CONTEXTS, LONG, instances
 from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer
 
@@ -68,7 +68,7 @@ def test_scores_and_texts_are_those_of_lm_evals_own_model(
     theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2, add_bos_token=add_bos_token)
     ours = LightLM(load_pretrained(folder), add_bos_token=add_bos_token)
     assert ours.prefix_token_id == theirs.prefix_token_id
-    if names or not add_bos_token:  # without such a token `hf` cannot add it, and adds nothing
+    if names or not add_bos_token:  # without such a token `hf` adds none
         assert ours.tok_encode("The cat") == theirs.tok_encode("The cat")
     else:
         assert ours.tok_encode("The cat") == [ours.eot_token_id, *theirs.tok_encode("The cat")]
@@ -106,10 +106,10 @@ def test_a_model_of_ours_is_shown_texts_as_in_training_whatever_its_tokenizer_ad
     before = LightLM(loaded, add_bos_token=True)
     assert before.tok_encode("The cat") == [tokenizer.end_of_text_id, *plain]
     entry = {"id": tokenizer.end_of_text_id, "token": "<|endoftext|>"}
-    assert describe_bos(before, "yes") == {"setting": "yes", "before_contexts": [entry], "without_context": entry}
+    assert before.describe_bos("yes") == {"setting": "yes", "before_contexts": [entry], "without_context": entry}
 
 
-def test_a_token_that_is_named_elsewhere(tmp_path: Path) -> None:
+def test_a_token_named_in_another_file(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf", False)
     start = definition(False)["added_tokens"][-1]["id"]
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": START}}))
@@ -118,6 +118,6 @@ def test_a_token_that_is_named_elsewhere(tmp_path: Path) -> None:
     assert load_pretrained(folder).tokenizer.bos_id is None  # Qwen's: nothing, although config.json names one
 
 
-def test_an_unknown_word_is_refused() -> None:
+def test_an_unknown_value_is_refused() -> None:
     with pytest.raises(UsageError, match="--bos perhaps"):
         Tasks(Settings(["heldout"], bos="perhaps"))

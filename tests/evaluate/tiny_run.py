@@ -1,4 +1,4 @@
-"""A whole little world for evaluation: a data folder, a run with a checkpoint trained on nothing, and a quiz."""
+"""Inputs of a small evaluation: a data folder, a run with an untrained checkpoint, and a quiz."""
 
 import json
 from dataclasses import replace

@@ -79,7 +79,7 @@ def test_runs_are_compared_on_the_documents_that_both_have(runs):
     [
         ({"limit": 150}, "different documents (200 and 150)"),
         ({"shots": 5}, "0 and 5 examples in the prompt"),
-        ({"documents": False}, "no scores by document of second"),
+        ({"documents": False}, "second has no scores per document"),
     ],
 )
 def test_what_cannot_be_compared_says_why(runs, settings, reason):
@@ -119,7 +119,7 @@ def test_damaged_documents_do_not_stop_a_report(runs, tmp_path):
     for run in runs:
         write_scores(run, {"piqa": 100})
     next((runs[1] / "eval").glob("*.documents.jsonl")).write_text("{", encoding="utf-8")
-    assert "no scores by document of second" in page_of(runs, tmp_path)
+    assert "second has no scores per document" in page_of(runs, tmp_path)
 
 
 def chart_of(runs, baselines=(), name="scores"):

@@ -1,6 +1,6 @@
-"""Whether one model is better than another at a task, beyond the noise of which documents the task happens to have.
+"""Decision whether one model is better than another at a task, beyond the noise from the choice of documents.
 
-It is not the noise of training: another seed gives another model, and only runs with several seeds tell of that.
+The noise of training is a different one: another seed gives another model. Only runs with several seeds show it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,20 +16,20 @@ from lightlm.evaluate.results.documents import Document, Value
 from lightlm.evaluate.results.rows import Row, rows
 
 NOISE = (
-    "Noise is that of which documents a task has: a difference is beyond it at 5% for all these comparisons together "
-    "(p by Holm's method). What another seed of training would change is not in it."
+    "Noise is the variation from the choice of documents. A difference beyond it is significant at 5% for all these "
+    "comparisons together (p by Holm's method). Variation between training seeds is not included."
 )
-# Of metrics that say the same of a document, the one that is compared.
+# Metrics that repeat another one, which is compared instead.
 _SAME_FIGURES = {"byte_perplexity": "bits_per_byte", "word_perplexity": "bits_per_byte"}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a task was put to a model.
+    """Settings under which a model was scored.
 
     Args:
-        version, num_fewshot: without which two figures are not of the same task.
-        dtype, bos: which change the answers a little.
+        version, num_fewshot: figures that differ in these belong to different tasks.
+        dtype, bos: these change scores slightly.
     """
 
     version: Any = None
@@ -38,7 +38,7 @@ class Protocol:
     bos: str | None = None
 
     def refusal(self, other: "Protocol") -> str | None:
-        """Why figures under these two protocols must not be compared."""
+        """Return why figures under these two protocols must not be compared; None if they may be."""
         if self.version != other.version:
             return f"task versions {self.version} and {other.version}"
         if self.num_fewshot != other.num_fewshot:
@@ -46,14 +46,14 @@ class Protocol:
         return None
 
     def notes(self, other: "Protocol") -> list[str]:
-        """What else differs, where both say what it was."""
+        """Return the other differences that both protocols state."""
         pairs = [("", self.dtype, other.dtype), ("BOS ", self.bos, other.bos)]
         return [f"{what}{a} against {b}" for what, a, b in pairs if None not in (a, b) and a != b]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's figure on a task, and its share in it of each document: hash and value by number."""
+    """A model's figure on a task, and the (hash, value) of each document by its number."""
 
     model: str
     row: Row
@@ -63,15 +63,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models' figures for one task and metric.
+    """Comparison of two models' figures for one task and metric.
 
     Args:
-        higher_is_better: None where that has no answer.
-        documents: that both were scored on.
-        difference: second less first; None where it cannot be told, for the `reason`.
-        p_value: the difference's, made larger for how many comparisons it stands among.
-        share: the figure is a share of documents, which is written in percentage points.
-        notes: differences of protocol that do not forbid it.
+        higher_is_better: None if unknown.
+        documents: number of documents that both models were scored on.
+        difference: second minus first; None if the figures cannot be compared, for the `reason`.
+        p_value: the difference's, adjusted for the number of comparisons.
+        share: the figure is a share of documents, written in percentage points.
+        notes: differences in protocol that do not forbid a comparison.
     """
 
     task: str
@@ -88,9 +88,9 @@ class Comparison:
 
     @property
     def winner(self) -> int | None:
-        """0 if the first model is better beyond noise, 1 if the second is.
+        """Return 0 if the first model is better beyond noise, 1 if the second is, else None.
 
-        Test and interval must both say so: on a handful of documents the bootstrap's interval is too narrow.
+        Test and interval must agree, because the bootstrap interval is too narrow for a handful of documents.
         """
         if self.difference is None or self.higher_is_better is None:
             return None
@@ -99,11 +99,11 @@ class Comparison:
         return int((self.difference.value > 0) == self.higher_is_better)
 
     def sentence(self) -> str:
-        """For people: which is better and by how much, or that it cannot be told."""
+        """Return the result in words: which model is better by how much, no difference, or not comparable."""
         where = f"at {self.task} {self.metric}"
         if self.difference is None:
             return f"{self.second} and {self.first} are not compared {where}: {self.reason}"
-        amount, interval = self.lead()
+        amount, interval = self.margin()
         facts = ", ".join(
             [f"95% interval {interval}", _p_text(self.p_value), f"{self.documents:,} documents", *self.notes]
         )
@@ -112,20 +112,20 @@ class Comparison:
         better, worse = (self.second, self.first) if self.winner else (self.first, self.second)
         return f"{better} is better than {worse} {where} by {amount} ({facts})"
 
-    def lead(self) -> tuple[str, str]:
-        """How far the better model, or with a sign the second where none is, is ahead; and between what bounds."""
+    def margin(self) -> tuple[str, str]:
+        """Return the better model's lead and its interval; without a better model the second's, with a sign."""
         difference = self.difference
         assert difference is not None
         sign = -1 if (self.higher_is_better is False) != (self.winner == 0) else 1
         scale, digits = (100, 1) if self.share else (1, 4)
-        unit = " points" if self.share else " bits a byte" if self.metric == "bits_per_byte" else ""
+        unit = " points" if self.share else " bits per byte" if self.metric == "bits_per_byte" else ""
         low, high = sorted((sign * difference.low, sign * difference.high))
         plus = "+" if self.winner is None else ""
         amount = f"{scale * sign * difference.value:{plus}.{digits}f}{unit}"
         return amount, f"{scale * low:.{digits}f} to {scale * high:.{digits}f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the content of `--json`."""
         about = {key: getattr(self, key) for key in ("task", "metric", "first", "second", "documents")}
         about["notes"] = list(self.notes)
         if self.difference is None:
@@ -148,12 +148,12 @@ def _p_text(p_value: float) -> str:
 def answers_of(
     model: str, results: Mapping[str, Any], documents: Sequence[Document], facts: Mapping[str, Any]
 ) -> list[Answers]:
-    """Every figure of a results document, with the documents' shares where they are known.
+    """Return every figure of a results file, with its value for each document if known.
 
     Args:
-        results: lm-eval's document.
-        documents: beside it, see `lightlm.evaluate.results.documents`.
-        facts: of the `.meta.json` beside it.
+        results: lm-eval's results.
+        documents: the content of `<name>.documents.jsonl`.
+        facts: the content of `<name>.meta.json`.
     """
     by_task = {task: list(group) for task, group in groupby(documents, lambda document: document.task)}
     dtype = facts.get("dtype") or (results.get("config") or {}).get("model_dtype")
@@ -175,10 +175,10 @@ def answers_of(
 
 
 def _bos(fact: Any) -> str | None:
-    """Whether a token stood before every context; which one is the tokenizer's affair."""
-    return (
-        ("yes" if fact["before_contexts"] else "no") if isinstance(fact, dict) and "before_contexts" in fact else None
-    )
+    """Return whether a token preceded every context; which token depends on the tokenizer and is not compared."""
+    if not isinstance(fact, dict) or "before_contexts" not in fact:
+        return None
+    return "yes" if fact["before_contexts"] else "no"
 
 
 def compare(first: Answers, second: Answers) -> Comparison:
@@ -189,7 +189,7 @@ def compare(first: Answers, second: Answers) -> Comparison:
         return Comparison(*about, 0, reason=refusal)
     for answers in (first, second):
         if not answers.documents:
-            return Comparison(*about, 0, reason=f"there are no scores by document of {answers.model}; score it again")
+            return Comparison(*about, 0, reason=f"{answers.model} has no scores per document; score it again")
     if {i: document[0] for i, document in first.documents.items()} != {
         i: document[0] for i, document in second.documents.items()
     }:
@@ -199,7 +199,7 @@ def compare(first: Answers, second: Answers) -> Comparison:
     (x_N, w_N), (y_N, v_N) = (_columns([answers.documents[i][1] for i in numbers]) for answers in (first, second))
     form = paired.form_of(x_N, w_N, row.value)
     if form is None or not np.array_equal(w_N, v_N) or paired.form_of(y_N, v_N, second.row.value) is not form:
-        return Comparison(*about, len(numbers), reason="the figure is no mean over documents")
+        return Comparison(*about, len(numbers), reason="the figure is not a mean over documents")
     share = bool((w_N == 1).all() and min(x_N.min(), y_N.min()) >= 0 and max(x_N.max(), y_N.max()) <= 1)
     notes = tuple(first.protocol.notes(second.protocol))
     difference = paired.difference(x_N, y_N, w_N, form)
@@ -214,10 +214,10 @@ def _columns(values: Sequence[Value]) -> tuple[paired.Floats, paired.Floats]:
 
 
 def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
-    """Each model against the first, for every figure that both have; groups of tasks are left to their tasks.
+    """Compare each model with the first, for every figure that both have. Groups are skipped in favor of their tasks.
 
-    The more comparisons there are, the more of them would be beyond noise by chance, so each must pass Holm's bound for
-    all of them: of two runs that differ in their seed alone, one of 12 figures was at p = 0.012.
+    Many comparisons give some small p-values by chance, so Holm's method adjusts them: of two runs that differed only
+    in their seed, one of 12 figures had p = 0.012.
     """
     found = []
     for second in models[1:]:
@@ -229,18 +229,15 @@ def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
                 continue
             if (other := others.get((task, metric))) is not None:
                 found.append(compare(answers, other))
-    told = [i for i, comparison in enumerate(found) if comparison.difference]
-    for i, p_value in zip(told, paired.holm([found[i].p_value for i in told]), strict=True):
+    tested = [i for i, comparison in enumerate(found) if comparison.difference]
+    for i, p_value in zip(tested, paired.holm([found[i].p_value for i in tested]), strict=True):
         found[i] = replace(found[i], p_value=p_value)
     return found
 
 
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    """The comparisons in words; those of two models without a difference, or without an answer, in one sentence."""
-    found = []
-    for comparison in comparisons:
-        if comparison.winner is not None:
-            found.append(comparison.sentence())
+    """Return the comparisons in words: a sentence per winner, then one per pair of models and reason for the others."""
+    found = [comparison.sentence() for comparison in comparisons if comparison.winner is not None]
     alike: dict[tuple[str, str, str], list[Comparison]] = {}
     for comparison in comparisons:
         if comparison.winner is None:
@@ -257,6 +254,6 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _briefly(comparison: Comparison) -> str:
-    amount, interval = comparison.lead()
+    amount, interval = comparison.margin()
     facts = [amount, interval, _p_text(comparison.p_value), *comparison.notes]
     return f"{comparison.task} {comparison.metric} ({', '.join(facts)})"

@@ -1,50 +1,44 @@
-"""Statistics of two models on the same documents, in float64.
+"""Statistics of two models on the same documents, in float64, by scipy.
 
-A figure is g(sum of x / sum of w) over documents: an accuracy is the mean of zeros and ones (all w = 1), bits per byte
--log2(e) times log-likelihoods over bytes. The interval of a difference is a paired bootstrap's over documents; its
-p-value is that of the test in which each document's two answers might as well have been the other way round. For
-zeros and ones this is McNemar's exact test (Psychometrika 12, 1947). Shapes: N documents, R resamples.
+A figure is g(sum of x / sum of w) over documents. An accuracy is the mean of zeros and ones (all w = 1); bits per byte
+are -log2(e) times the log-likelihoods (nats) over the bytes. The interval of a difference comes from a paired bootstrap
+over documents. Its p-value comes from the test that swaps a document's two answers at random, which for zeros and ones
+is McNemar's exact test (Psychometrika 12, 1947). Shapes: N documents, R resamples.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
 SIGNIFICANCE = 0.05
-_CHUNK = 2_000_000  # documents drawn at a time: 16 MB of indices
-_SAME = 1e-9  # relative, below which two figures are the same but for rounding
+_BATCH = 2_000_000  # numbers drawn at a time: 16 MB of indices
 
 
-def _identity(ratio: Floats) -> Floats:
-    return ratio
-
-
-def _bits(ratio: Floats) -> Floats:
-    return -ratio / math.log(2)
-
-
-def _exponential(ratio: Floats) -> Floats:
-    return np.exp(-ratio)
-
-
-# lm-eval's aggregations that are made of sums: mean, bits_per_byte, perplexity and weighted_perplexity.
-FORMS: tuple[Callable[[Floats], Floats], ...] = (_identity, _bits, _exponential)
+# The g of lm-eval's aggregations that are made of sums: mean, bits_per_byte, and the perplexities.
+FORMS: tuple[Callable[[Floats], Floats], ...] = (
+    lambda ratio: ratio,
+    lambda ratio: -ratio / math.log(2),
+    lambda ratio: np.exp(-ratio),
+)
+_MEAN = FORMS[0]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Second model less first.
+    """Second model minus first.
 
     Args:
         low, high: the 95% interval.
-        p_value: two-sided, for there being no difference.
-        method: of the p-value.
+        p_value: two-sided, under the hypothesis of no difference.
+        method: the test that gave the p-value.
     """
 
     value: float
@@ -55,7 +49,7 @@ class Difference:
 
 
 def form_of(x_N: Floats, w_N: Floats, figure: float) -> Callable[[Floats], Floats] | None:
-    """The g by which the documents give the reported figure; None if they do not, as with F1 or BLEU."""
+    """Return the g by which the documents give the reported figure; None if none does, as with F1 or BLEU."""
     total = w_N.sum()
     if not total > 0 or not np.isfinite(x_N).all():
         return None
@@ -67,15 +61,31 @@ def form_of(x_N: Floats, w_N: Floats, figure: float) -> Callable[[Floats], Float
 def difference(
     first_N: Floats, second_N: Floats, w_N: Floats, form: Callable[[Floats], Floats], seed: int = 0
 ) -> Difference:
-    """How far the second model's figure is from the first's, on the same documents with the same weights."""
-    total = w_N.sum()
-    value = float(form(second_N.sum() / total) - form(first_N.sum() / total))
-    if is_binary(first_N) and is_binary(second_N) and (w_N == 1).all() and form is _identity:
+    """Return the second model's figure minus the first's, on the same documents with the same weights."""
+
+    def statistic(first: Floats, second: Floats, w: Floats, axis: int = -1) -> Any:
+        total = w.sum(axis)
+        return form(second.sum(axis) / total) - form(first.sum(axis) / total)
+
+    value = float(statistic(first_N, second_N, w_N))
+    if is_binary(first_N) and is_binary(second_N) and (w_N == 1).all() and form is _MEAN:
         gained, lost = int((second_N > first_N).sum()), int((second_N < first_N).sum())
-        low, high = _interval(_binary_bootstrap(gained, lost, len(w_N), seed))
+        low, high = _binary_interval(gained, lost, len(w_N), seed)
         return Difference(value, low, high, mcnemar(gained, lost), "exact McNemar test")
-    low, high = _interval(bootstrap(first_N, second_N, w_N, form, seed))
-    return Difference(value, low, high, sign_flip(second_N - first_N, seed), "randomisation test")
+    p_value = sign_flip(second_N - first_N, seed)
+    if len(w_N) < 2:
+        return Difference(value, value, value, p_value, "randomization test")
+    low, high = stats.bootstrap(
+        (first_N, second_N, w_N),
+        statistic,
+        paired=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        confidence_level=1 - SIGNIFICANCE,
+        batch=_batch(len(w_N)),
+        rng=seed,
+    ).confidence_interval
+    return Difference(value, float(low), float(high), p_value, "randomization test")
 
 
 def is_binary(x_N: Floats) -> bool:
@@ -83,18 +93,12 @@ def is_binary(x_N: Floats) -> bool:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """McNemar's exact two-sided p-value: that of `gained` heads in as many fair throws as there are documents which
-    only one of the models has right."""
-    count, fewer = gained + lost, min(gained, lost)
-    term = tail = 1
-    for k in range(fewer):
-        term = term * (count - k) // (k + 1)
-        tail += term
-    return min(2 * tail / 2**count, 1.0)  # whole numbers of any size: Python divides them with correct rounding
+    """McNemar's exact two-sided p-value, from the documents that only one of the two models has right."""
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted so that the chance of any false find among them stays at the level of one (Holm 1979)."""
+    """Return the p-values adjusted so that the chance of any false positive stays at the level of one (Holm 1979)."""
     adjusted = [1.0] * len(p_values)
     largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -104,53 +108,42 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def sign_flip(difference_N: Floats, seed: int = 0, resamples: int = RESAMPLES) -> float:
-    """Two-sided p-value of the sum of differences when each might have had the other sign, by random signs; never
-    zero, since the data are one of the arrangements (Phipson and Smyth, arXiv 1603.05766)."""
+    """Two-sided p-value of the sum of differences when the sign of each is random.
+
+    Never zero, since the data are one of the arrangements (Phipson and Smyth, arXiv 1603.05766). scipy's
+    `permutation_test` is the same test, but takes 4 s for 10,000 documents; this takes 0.2 s.
+    """
     difference_N = difference_N[difference_N != 0]
     if not len(difference_N):
         return 1.0
-    observed = abs(float(difference_N.sum())) * (1 - _SAME)
     generator = np.random.default_rng(seed)
-    reached = 0
-    for rows in _chunks(resamples, len(difference_N)):
-        bits = np.frombuffer(generator.bytes(-(-rows * len(difference_N) // 8)), dtype=np.uint8)
-        signs_RN = np.unpackbits(bits, count=rows * len(difference_N)).reshape(rows, -1)
-        sums_R = 2 * (signs_RN @ difference_N) - difference_N.sum()
-        reached += int((np.abs(sums_R) >= observed).sum())
-    return (reached + 1) / (resamples + 1)
+
+    def random_signs(size: tuple[int, ...]) -> Floats:
+        return generator.integers(0, 2, size, dtype=np.int8).astype(np.float64) * 2 - 1
+
+    def statistic(signs: Floats, axis: int = -1) -> Any:
+        return np.abs(signs @ difference_N)
+
+    test = stats.monte_carlo_test(
+        np.ones(len(difference_N)),
+        random_signs,
+        statistic,
+        alternative="greater",
+        n_resamples=resamples,
+        batch=_batch(len(difference_N)),
+    )
+    return float(test.pvalue)
 
 
-def bootstrap(
-    first_N: Floats,
-    second_N: Floats,
-    w_N: Floats,
-    form: Callable[[Floats], Floats],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Floats:
-    """Differences (R,) between the figures on as many documents, drawn with replacement; the same for both models."""
-    generator = np.random.default_rng(seed)
-    parts = []
-    for rows in _chunks(resamples, len(w_N)):
-        drawn_RN = generator.integers(len(w_N), size=(rows, len(w_N)))
-        totals_R = w_N[drawn_RN].sum(axis=1)
-        first_R, second_R = (x_N[drawn_RN].sum(axis=1) / totals_R for x_N in (first_N, second_N))
-        parts.append(form(second_R) - form(first_R))
-    return np.concatenate(parts)
-
-
-def _binary_bootstrap(gained: int, lost: int, count: int, seed: int) -> Floats:
-    """The same for zeros and ones, where a resample is a draw of how many of its documents are gained and lost."""
+def _binary_interval(gained: int, lost: int, count: int, seed: int) -> tuple[float, float]:
+    """Bootstrap interval for zeros and ones: a resample is a draw of how many documents are gained and lost."""
     shares = [gained / count, lost / count, (count - gained - lost) / count]
     drawn_R3 = np.random.default_rng(seed).multinomial(count, shares, size=RESAMPLES)
-    return (drawn_R3[:, 0] - drawn_R3[:, 1]) / count
-
-
-def _interval(values_R: Floats) -> tuple[float, float]:
-    low, high = np.quantile(values_R, (SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2))
+    differences_R = (drawn_R3[:, 0] - drawn_R3[:, 1]) / count
+    low, high = np.quantile(differences_R, (SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2))
     return float(low), float(high)
 
 
-def _chunks(resamples: int, documents: int) -> list[int]:
-    rows = max(_CHUNK // documents, 1)
-    return [min(rows, resamples - start) for start in range(0, resamples, rows)]
+def _batch(documents: int) -> int:
+    """Resamples held in memory at a time."""
+    return max(_BATCH // documents, 1)

@@ -1,8 +1,8 @@
-"""One evaluation shared by the processes of a run, in which no process is left waiting for another.
+"""One evaluation shared by the processes of a training run.
 
-All of them build the same requests, each answers a part, and all learn all answers. They meet every few seconds, in
-rounds: there they also agree to stop, or learn that one of them has failed. So nobody waits longer than a round takes,
-however long the evaluation is.
+All processes build the same requests, each answers a part, and all receive all answers. They exchange them in rounds
+of a few seconds. In each exchange they also agree to stop, or learn that a process failed, so no process waits longer
+than a round.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.errors import LightLMError
 from lightlm.evaluate.harness import LightLM
 
-_ROUND_SECONDS = 5.0  # as long as a signal may go unnoticed, and one process wait for another
-_FIRST_ROUND = 20_000.0  # characters for each process
-_GROUP = 32  # requests with one context that stay together
+_ROUND_SECONDS = 5.0  # longest reaction to a signal, and longest wait for another process
+_FIRST_ROUND = 20_000.0  # characters per process
+_GROUP = 32  # most requests with one context that one process answers together
 Answer = TypeVar("Answer")
 T = TypeVar("T")
 
 
 class Peers(Protocol):
-    """The processes that share the work, seen from one of them: `lightlm.train.distributed.World`."""
+    """The processes that share the work, as one of them sees them: `lightlm.train.distributed.World`."""
 
     rank: int
     size: int
@@ -36,7 +36,7 @@ class Peers(Protocol):
 
 
 class StoppedError(Exception):
-    """One of the processes was asked to stop, and all have agreed to."""
+    """A process was asked to stop, so all do."""
 
 
 class PeerFailedError(LightLMError):
@@ -45,49 +45,49 @@ class PeerFailedError(LightLMError):
 
 @dataclass(frozen=True)
 class _Message:
-    place: str  # where in the evaluation its sender is
+    position: str  # the sender's position in the evaluation
     content: Any = None
     failure: str = ""
     stop: bool = False
 
 
-class Meetings:
-    """Where the processes exchange what they have.
+class Exchange:
+    """Exchange of data, stop requests and failures between the processes.
 
     Args:
-        stop: when set in one process, all leave at the next meeting.
+        stop: once set in any process, all stop at the next round.
     """
 
     def __init__(self, peers: Peers, stop: threading.Event) -> None:
         self.rank, self.size = peers.rank, peers.size
         self._peers, self._stop = peers, stop
 
-    def exchange(self, place: str, content: T) -> list[T]:
-        """Every process's content, in the order of ranks.
+    def round(self, position: str, content: T) -> list[T]:
+        """Return every process's content, in the order of ranks.
 
         Raises:
-            PeerFailedError: another process has failed, or is at another place of the evaluation.
-            StoppedError: one was asked to stop.
+            PeerFailedError: another process failed, or is at another position in the evaluation.
+            StoppedError: a process was asked to stop.
         """
-        messages = self._peers.gather(_Message(place, content, stop=self._stop.is_set()))
+        messages = self._peers.gather(_Message(position, content, stop=self._stop.is_set()))
         for rank, message in enumerate(messages):
             if message.failure:
                 raise PeerFailedError(f"process {rank} of {self.size}: {message.failure}")
-        if len({message.place for message in messages}) > 1:
+        if len({message.position for message in messages}) > 1:
             raise PeerFailedError(
-                f"the {self.size} processes were given different examples; their data sets must be the same"
+                f"the {self.size} processes have different examples; give all of them the same data sets"
             )
         if any(message.stop for message in messages):
             raise StoppedError
         return [message.content for message in messages]
 
     @contextlib.contextmanager
-    def attended(self) -> Iterator[None]:
-        """Around an evaluation: if it fails here, the others are told, and all that happens until its end counts."""
+    def broadcasting_failure(self) -> Iterator[None]:
+        """Broadcast a failure within the block to the other processes, and wait for them at its end."""
         try:
             yield
-            with contextlib.suppress(StoppedError):  # too late: all is done
-                self.exchange("end", None)
+            with contextlib.suppress(StoppedError):  # too late to stop
+                self.round("end", None)
         except (PeerFailedError, StoppedError):
             raise
         except Exception as error:
@@ -96,11 +96,11 @@ class Meetings:
 
 
 class SharedLightLM(LightLM):
-    """LightLM's model for lm-eval, which answers its process's part of the requests and returns everybody's answers."""
+    """LightLM's model for lm-eval that answers this process's part of the requests and returns all answers."""
 
-    def __init__(self, loaded: LoadedModel, meetings: Meetings) -> None:
+    def __init__(self, loaded: LoadedModel, exchange: Exchange) -> None:
         super().__init__(loaded, show_progress=False)
-        self._meetings = meetings
+        self._exchange = exchange
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return self._share(requests, super().loglikelihood)
@@ -114,7 +114,7 @@ class SharedLightLM(LightLM):
     def _share(self, requests: list[Instance], answer: Callable[[list[Instance]], list[Answer]]) -> list[Answer]:
         groups = _groups(requests)
         kind = f"{answer.__name__} {xxhash.xxh3_64_hexdigest(repr([request.args for request in requests]).encode())}"
-        rank, size = self._meetings.rank, self._meetings.size
+        rank, size = self._exchange.rank, self._exchange.size
         answers: dict[int, Answer] = {}
         begin, budget = 0, _FIRST_ROUND
         while begin < len(groups):
@@ -127,17 +127,17 @@ class SharedLightLM(LightLM):
             given = answer([requests[index] for index in mine]) if mine else []
             content = (mine, given, time.perf_counter() - started)
             seconds = 1e-3
-            for indices, theirs, took in self._meetings.exchange(f"{kind} {begin}", content):
+            for indices, theirs, took in self._exchange.round(f"{kind} {begin}", content):
                 answers.update(zip(indices, theirs, strict=True))
                 seconds = max(seconds, took)
             begin = end
-            # The same in all processes, since all know all times.
+            # Equal in all processes, because all have all times.
             budget = min(4 * budget, characters * _ROUND_SECONDS / seconds)
         return [answers[index] for index in range(len(requests))]
 
 
 def _groups(requests: Sequence[Instance]) -> list[list[int]]:
-    """Indices of requests that share a context, so that it is read once; the longest first, alike ones side by side."""
+    """Group the indices of requests that share a context, so that it is read once; longest groups first."""
     by_context: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
         by_context.setdefault(request.args[0], []).append(index)
@@ -146,6 +146,6 @@ def _groups(requests: Sequence[Instance]) -> list[list[int]]:
 
 
 def _characters(requests: Sequence[Instance], group: list[int]) -> int:
-    """What is read for a group: its context once, and its endings; of a whole document, or a prompt, itself."""
+    """Return the characters that a group reads: its context once, and its endings."""
     endings = (requests[index].args[1] for index in group if len(requests[index].args) > 1)
     return len(requests[group[0]].args[0]) + sum(len(ending) for ending in endings if isinstance(ending, str))

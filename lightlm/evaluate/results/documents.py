@@ -1,9 +1,8 @@
-"""What every document contributed to a task's figures, kept beside lm-eval's results: two models can then be compared
-document by document, without scoring them again. Imports nothing heavy.
+"""Each document's part in a task's figures. With it two models are compared without scoring them again.
 
-`<name>.documents.jsonl` has one object a task and document: `task`, `doc_id`, `doc_hash` (lm-eval's, of the document's
-fields) and `metrics`, by the names that tables have. A figure that is a ratio of sums over documents, such as bits per
-byte, has the pair (numerator, denominator): here the log-likelihood in nats and the bytes.
+`<name>.documents.jsonl` has an object per task and document: `task`, `doc_id`, `doc_hash` (lm-eval's, of the document's
+fields) and `metrics` by their names in tables. A metric that is a ratio of sums over documents, such as bits per byte,
+has a pair (numerator, denominator): log-likelihood in nats and bytes.
 """
 
 import json
@@ -20,7 +19,7 @@ Value = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a task, with a model's figures on it."""
+    """A document of a task, with a model's figures on it."""
 
     task: str
     doc_id: int
@@ -29,9 +28,9 @@ class Document:
 
 
 def of_samples(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[Document]:
-    """From lm-eval's samples of each task, where a document stands once for each of the task's filters.
+    """Convert lm-eval's samples by task, which have an entry per document and filter.
 
-    Metrics that are neither a number nor a pair of numbers for a document are left out.
+    Metrics that are neither a number nor a pair of numbers are left out.
     """
     found: dict[tuple[str, int], Document] = {}
     for task, entries in samples.items():
@@ -45,52 +44,34 @@ def of_samples(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[Docum
 
 
 def _value(value: Any) -> Value | None:
-    if isinstance(value, list | tuple):
-        numbers = [_number(item) for item in value]
-        return (numbers[0], numbers[1]) if len(numbers) == 2 and None not in numbers else None  # type: ignore[return-value]
-    return _number(value)
-
-
-def _number(value: Any) -> float | None:
-    """Also of numpy's and torch's scalars."""
-    if isinstance(value, str):
+    """Convert a number or a pair of numbers, also of numpy and torch; None for other values."""
+    parts = list(value) if isinstance(value, list | tuple) else [value]
+    if any(isinstance(part, str) for part in parts):
         return None
     try:
-        return float(value)
+        numbers = [float(part) for part in parts]
     except (TypeError, ValueError):
         return None
+    if not isinstance(value, list | tuple):
+        return numbers[0]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
 
 
 def documents_file(results: Path) -> Path:
-    """The documents of a results file."""
+    """Return the path of the documents beside a results file."""
     return results.with_suffix(".documents.jsonl")
 
 
 def write(path: Path, documents: Iterable[Document]) -> None:
-    lines = (
-        {
-            "task": document.task,
-            "doc_id": document.doc_id,
-            "doc_hash": document.doc_hash,
-            "metrics": {name: _short(value) for name, value in document.metrics.items()},
-        }
-        for document in documents
-    )
-    files.write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-
-
-def _short(value: Value) -> Any:
-    """1 rather than 1.0: most figures are right or wrong."""
-    if isinstance(value, tuple):
-        return [_short(item) for item in value]
-    return int(value) if value.is_integer() else value
+    lines = (json.dumps(vars(document), separators=(",", ":")) for document in documents)
+    files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read(path: Path) -> list[Document]:
-    """What `write` wrote; nothing if the file is not there, as beside results of other tools.
+    """Read what `write` wrote; empty if there is no file, as beside the results of other tools.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file has other content.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""lm-eval's results as rows of a table. Imports nothing heavy: reports read results without lm-eval."""
+"""lm-eval's results as rows of a table."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: a task's metric, on so many documents (None for a group of tasks)."""
+    """A task's figure for one metric. Args: documents: their number; None for a group of tasks."""
 
     task: str
     metric: str
@@ -17,12 +17,12 @@ class Row:
 
 
 def metric_name(metric: str, filter_name: str) -> str:
-    """A metric as tables call it: a filter other than `none` is part of its name."""
+    """Return a metric's name in tables, which includes a filter other than `none`."""
     return metric if filter_name == "none" else f"{metric} ({filter_name})"
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """Every metric of every task and group in lm-eval's results, by `metric_name`."""
+    """Return every metric of every task and group in lm-eval's results."""
     found = []
     for task, metrics in results["results"].items():
         for key, value in metrics.items():

@@ -1,25 +1,33 @@
-"""lm-eval's results as rows of a table (`figures`, which reports use without lm-eval), and as files."""
+"""The files of an evaluation, in the folder `eval/` of a run or in `--out`.
+
+<name>.json                  lm-eval's results, unchanged
+<name>.meta.json             settings, model, data, machine and versions, which lm-eval's format has no place for
+<name>.documents.jsonl       each document's figures (see `documents.py`)
+<name>.samples_<task>.jsonl  prompts and answers in lm-eval's format, with --log-samples
+"""
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval.utils import handle_non_serializable
+import numpy as np
+import torch
 
 from lightlm import files
 from lightlm.checkpoint import LoadedModel
-from lightlm.evaluate.results.rows import Row as Row
-from lightlm.evaluate.results.rows import rows as rows
-from lightlm.evaluate.runner import Settings
+from lightlm.evaluate.settings import Settings
+from lightlm.machine import environment
 from lightlm.runs import run_of
 
-_MAX_STEM = 120  # a file name ends at 255 bytes; a long list of tasks is cut and told apart by a hash
+_PACKAGES = ("lm_eval", "datasets", "tokenizers", "huggingface_hub", "safetensors")
+_MAX_STEM = 120  # file names end at 255 bytes; a long list of tasks is cut and gets a hash
 
 
 def file_stem(settings: Settings) -> str:
-    """A file name for these settings, so that a trial with --limit never replaces a full result."""
+    """Return a file name for these settings, so that a trial with --limit never replaces a full result."""
     stem = "+".join(Path(task).stem for task in settings.tasks)
     if len(stem) > _MAX_STEM:
         stem = f"{stem[:_MAX_STEM]}~{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
@@ -31,11 +39,12 @@ def file_stem(settings: Settings) -> str:
 
 
 def result_file(loaded: LoadedModel, settings: Settings, out: Path | None, name: str | None = None) -> Path | None:
-    """Where results go: `out` if it is a .json file, a file of its own in the folder `out`, or without `out`
-    `<run>/eval/<step>_<tasks>.json`; None for a model that belongs to no run.
+    """Return the path of the results: `out` if it ends in .json, else a file in the folder `out`.
+
+    Without `out` it is `<run>/eval/<step>_<tasks>.json`, and None for a model that belongs to no run.
 
     Args:
-        name: of the model, where its own is also another's.
+        name: the model's name, if another model has the same.
     """
     if out is not None and out.suffix == ".json":
         return out
@@ -47,8 +56,60 @@ def result_file(loaded: LoadedModel, settings: Settings, out: Path | None, name:
 
 
 def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write lm-eval's document to `path` untouched, and what it has no place for to `<name>.meta.json` beside it."""
+    """Write lm-eval's results to `path`, and the facts and versions to `<name>.meta.json`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    files.write_text(path, document + "\n")
+    files.write_text(path, json.dumps(results, indent=2, default=_plain, ensure_ascii=False) + "\n")
     files.write_text(path.with_suffix(".meta.json"), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Write lm-eval's samples beside the results in `path`, as its `--log_samples` does."""
+    for task, entries in samples.items():
+        lines = (json.dumps(_sample(entry), default=_plain, ensure_ascii=False) + "\n" for entry in entries)
+        files.write_text(path.with_suffix(f".samples_{task}.jsonl"), "".join(lines))
+
+
+def _sample(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments and turn answers into text, so that `datasets` can read the file."""
+    arguments = {
+        f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(one)} for i, one in enumerate(entry["arguments"])
+    }
+    texts = {key: _text(entry[key]) for key in ("resps", "filtered_resps")}
+    return {**entry, **texts, "arguments": arguments, "target": str(entry["target"])}
+
+
+def _text(value: Any) -> Any:
+    return [_text(item) for item in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Convert a value that JSON lacks: scalars of numpy, sets, and the rest to text."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, set) else str(value)
+
+
+def provenance(loaded: LoadedModel, data_sets: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return what a score depends on beside the settings.
+
+    Args:
+        data_sets: origin of each data set that was read.
+
+    Returns:
+        `weights`: the sha256 of each file, as the Hub shows it; `revision`: the Hub's commit of a model from there;
+        `data_sets`, and the entries of `machine.environment`.
+    """
+    # The Hub's cache has a model's files in `snapshots/<commit>`.
+    folders = [path.parent for path in loaded.weights[:1]]
+    return {
+        "weights": {path.name: sha256(path) for path in loaded.weights},
+        "revision": next((folder.name for folder in folders if folder.parent.name == "snapshots"), None),
+        "data_sets": data_sets,
+        **environment(device, *_PACKAGES),
+    }
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

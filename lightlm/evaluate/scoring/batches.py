@@ -1,41 +1,40 @@
-"""How much goes through a model at once."""
+"""The size of a batch."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from lightlm.evaluate.scoring.packing import Tree
+from lightlm.errors import UsageError
 from lightlm.model.config import ModelConfig
 
-# Positions of a batch for each thread of a CPU: the activations of more no longer fit its caches.
+# Positions in a batch per CPU thread; the activations of more do not fit its caches.
 _CPU_POSITIONS = 1024
-_MPS_POSITIONS = 16384  # its memory is the system's, and what is free is not known
+_MPS_POSITIONS = 16384  # it shares the system's memory, of which the free part is unknown
 _CUDA_LIMITS = 4096, 131072
-_GENERATED = 8  # a decoding step reads all weights whatever its rows, and computes one position of each
+_GENERATED = 8  # a decoding step reads all weights and computes one position per row, so more rows are cheap
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Limits of one batch: `sequences` if given, else so many positions, padding included."""
+    """The limit of a batch: `sequences` if given, else `positions`, padding included."""
 
     positions: int
     sequences: int | None = None
 
     @classmethod
     def of(cls, batch_size: int | str, device: torch.device, config: ModelConfig | None = None) -> "BatchSize":
-        """From a command line's `auto` or number.
+        """Return the limit for `auto` or a number of sequences, as on the command line.
 
         Args:
-            config: of the model, for whose activations a GPU's free memory is shared out.
+            config: the model's, whose activations must fit a GPU's free memory.
 
         Raises:
-            ValueError: it is neither.
+            UsageError: batch_size is neither.
         """
-        sequences = None if str(batch_size).startswith("auto") else int(batch_size)
-        if sequences is not None and sequences < 1:
-            raise ValueError(batch_size)
-        return cls(_positions(device, config), sequences)
+        sequences = None if str(batch_size).startswith("auto") else str(batch_size)
+        if sequences is not None and not (sequences.isdecimal() and int(sequences) > 0):
+            raise UsageError(f"--batch-size {batch_size}: give a number of at least 1, or auto")
+        return cls(_positions(device, config), int(sequences) if sequences else None)
 
     def fits(self, sequences: int, length: int) -> bool:
         if self.sequences is not None:
@@ -43,14 +42,14 @@ class BatchSize:
         return sequences == 1 or sequences * length <= self.positions
 
     def for_decoding(self) -> "BatchSize":
-        """The limits of a batch that is decoded token by token."""
+        """Return the limit of a batch that is decoded token by token."""
         return replace(self, positions=_GENERATED * self.positions)
 
     def halved(self) -> "BatchSize":
-        """After the device's memory did not suffice.
+        """Return half the limit, after the device ran out of memory.
 
         Raises:
-            torch.OutOfMemoryError: there is nothing left to halve.
+            torch.OutOfMemoryError: the limit is a single request.
         """
         if self.sequences == 1 or self.positions < 2:
             raise torch.OutOfMemoryError("the device's memory does not hold a single request")
@@ -68,23 +67,8 @@ def _positions(device: torch.device, config: ModelConfig | None) -> int:
         return low
     free, _ = torch.cuda.mem_get_info(device)
     config = config.resolved()
-    # At a time there live the residual stream, a block's input and output and what is inside, and a mask's row, in
-    # fp32; half of the memory is left for what is not counted.
+    # At a time memory holds the residual stream, a block's input, output and inner activations, and a row of the mask,
+    # in fp32. Half of the memory stays free for what is not counted.
     width = 6 * config.hidden_size + 3 * config.intermediate_size + config.max_seq_len
     width += 3 * config.num_experts_per_tok * config.moe_intermediate_size if config.num_experts else 0
     return max(low, min(high, free // 2 // (4 * width)))
-
-
-def batches(trees: list[Tree], limits: BatchSize) -> Iterator[list[Tree]]:
-    """Trees, longest first, in batches; a tree that is too large alone is a batch of its own."""
-    batch: list[Tree] = []
-    requests = 0
-    for tree in trees:
-        rows = len(batch) + 1 if limits.sequences is None else requests + len(tree.requests)
-        if batch and not limits.fits(rows, len(batch[0])):
-            yield batch
-            batch, requests = [], 0
-        batch.append(tree)
-        requests += len(tree.requests)
-    if batch:
-        yield batch

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def fp32_logits(x_ND: Tensor, weight_CD: Tensor) -> Tensor:
-    """x W^T (N, C) in fp32, the products of each device's fast unit for the operands' precision."""
+    """Return x W^T (N, C) in fp32, computed on each device's fast unit for the operands' precision."""
     if x_ND.dtype == torch.float32:
         return F.linear(x_ND, weight_CD)
     if x_ND.device.type == "cuda":
@@ -22,7 +22,7 @@ def fp32_logits(x_ND: Tensor, weight_CD: Tensor) -> Tensor:
 
 @contextmanager
 def _fp32_rounded_to_bf16() -> Iterator[None]:
-    """Let a CPU's bf16 units, where it has them, take fp32 operands: exact where these were bf16 before."""
+    """Let a CPU's bf16 units take fp32 operands, which is exact for operands converted from bf16."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -1,6 +1,6 @@
-"""Log-likelihoods of continuations: each token that requests share is computed once, the head only where it is needed.
+"""Log-likelihoods of continuations. Tokens that requests share are computed once, the head only for scored positions.
 
-Shapes: B rows, T columns, D hidden size, N scored positions, P pairs of a scored position and a target, C a piece of
+Shapes: B rows, T columns, D hidden size, N scored positions, P pairs of a scored position and a target, C a chunk of
 the vocabulary.
 """
 
@@ -13,21 +13,20 @@ from torch import Tensor
 
 from lightlm.device import keep_freed_memory
 from lightlm.errors import LightLMError
-from lightlm.evaluate.scoring.batches import BatchSize, batches
+from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.logits import fp32_logits
-from lightlm.evaluate.scoring.packing import Limits, Request, Stand, Tree, plan
-from lightlm.model.config import ModelConfig
+from lightlm.evaluate.scoring.packing import Request, Tree, TreeGroup, batches, plan
 from lightlm.model.transformer import Transformer
 from lightlm.model.trees import Trees, Trunk
 
-# Columns of the head at a time: the logits of 1,024 positions (4 MB) then stay in a CPU's caches.
-_PIECE = 1024
-_LOGITS = 1 << 26  # of a piece on other devices, where launching kernels costs more: 256 MB
+# Columns of the head at a time, so that the logits of 1,024 positions (4 MB) stay in a CPU's caches.
+_CHUNK = 1024
+_LOGITS = 1 << 26  # logits at a time on other devices, where kernel launches cost more: 256 MB
 
 
 @dataclass(frozen=True)
 class Score:
-    """The sum of the continuation's log-probabilities (nats), and whether greedy decoding would have written it."""
+    """The sum of a continuation's log-probabilities (nats), and whether greedy decoding gives the continuation."""
 
     log_likelihood: float
     greedy: bool
@@ -42,16 +41,16 @@ def score(
 ) -> list[Score]:
     """Score each (context ids, continuation ids); both must have at least one token.
 
-    A request longer than the model's context loses tokens from the left, as in lm-eval's `hf` model: of
-    context + continuation the last max_seq_len + 1 tokens stay, all but the last are read, and the outputs of
-    the last len(continuation) are scored.
+    A request longer than the model's context loses tokens from the left, as in lm-eval's `hf` model: the last
+    max_seq_len + 1 tokens of context + continuation stay, the model reads all but the last of them, and the last
+    len(continuation) outputs are scored.
 
     Args:
-        batch_size: halved for what is left when a GPU's memory does not suffice.
-        on_done: told how many more requests are finished.
+        batch_size: halved for the remaining requests if a GPU runs out of memory.
+        on_done: called with the number of newly finished requests.
 
     Raises:
-        LightLMError: a continuation is empty, or alone longer than the model's context.
+        LightLMError: a continuation is empty, or by itself longer than the model's context.
         torch.OutOfMemoryError: the memory does not hold a single request.
     """
     if model.device.type == "cpu":
@@ -67,27 +66,28 @@ def score(
         except torch.OutOfMemoryError:
             batch_size = batch_size.halved()
         if pending:
-            torch.cuda.empty_cache()  # here: within `except`, the error still holds the failed batch's tensors
+            torch.cuda.empty_cache()  # not within `except`, where the error still holds the failed batch's tensors
     return scores
 
 
 def _score_all(model: Transformer, requests: list[Request], batch_size: BatchSize) -> Iterator[tuple[Request, Score]]:
-    limits = Limits(batch_size.positions, batch_size.sequences or len(requests), _attention_cost(model.config))
-    for stand in plan(requests, limits):
-        trunk = _read_trunk(model, stand)
-        for trees in batches(stand.trees, batch_size):
+    # A block's products take 24 D^2 operations per token. Attention takes 4 D per pair, at a quarter of the speed.
+    attention_cost = 1 / (1.5 * model.config.hidden_size)
+    for group in plan(requests, batch_size, attention_cost):
+        prefix = _read_prefix(model, group)
+        for trees in batches(group.trees, batch_size):
             done = [request for tree in trees for request in tree.requests]
-            yield from zip(done, _score_batch(model, trees, trunk), strict=True)
+            yield from zip(done, _score_batch(model, trees, prefix), strict=True)
 
 
 def _cut(requests: list[tuple[list[int], list[int]]], max_seq_len: int) -> list[Request]:
     cut = []
     for index, (context, continuation) in enumerate(requests):
         if not continuation:
-            raise LightLMError("a task asks for the score of an empty answer, which has none; see its doc_to_choice")
+            raise LightLMError("a task asks for the score of an empty answer; check its doc_to_choice")
         if len(continuation) > max_seq_len:
             raise LightLMError(
-                f"an answer to be scored has {len(continuation):,} tokens, the model's context holds {max_seq_len:,}; "
+                f"an answer has {len(continuation):,} tokens, but the model's context holds {max_seq_len:,}; "
                 "this task does not fit this model"
             )
         inputs = (context + continuation)[-(max_seq_len + 1) : -1]
@@ -95,31 +95,25 @@ def _cut(requests: list[tuple[list[int], list[int]]], max_seq_len: int) -> list[
     return cut
 
 
-def _attention_cost(config: ModelConfig) -> float:
-    """See `Limits.square`. A block's products take 24 D^2 operations a token, attention 4 D for each pair, at a quarter
-    of the speed."""
-    return 1 / (1.5 * config.hidden_size)
-
-
-def _read_trunk(model: Transformer, stand: Stand) -> Trunk | None:
-    if not stand.trunk:
+def _read_prefix(model: Transformer, group: TreeGroup) -> Trunk | None:
+    if not group.prefix:
         return None
-    cache = model.new_cache(1, len(stand.trunk))
-    model.hidden_states(torch.tensor([stand.trunk], device=model.device), cache)
+    cache = model.new_cache(1, len(group.prefix))
+    model.hidden_states(torch.tensor([group.prefix], device=model.device), cache)
     return Trunk(cache)
 
 
-def _score_batch(model: Transformer, trees: list[Tree], trunk: Trunk | None) -> Iterator[Score]:
-    """Scores of all requests, tree by tree."""
+def _score_batch(model: Transformer, trees: list[Tree], prefix: Trunk | None) -> Iterator[Score]:
+    """Yield the scores of all requests, tree by tree."""
     width, device = len(trees[0]), model.device
     tokens_BT = _pad([tree.tokens for tree in trees], width).to(device)
     positions_BT = _pad([tree.positions for tree in trees], width).to(device)
     ends_BT = torch.tensor([[*tree.ends, *range(len(tree) + 1, width + 1)] for tree in trees], device=device)
-    x_BTD = model.hidden_states(tokens_BT, trees=Trees(positions_BT, ends_BT, trunk))
+    x_BTD = model.hidden_states(tokens_BT, trees=Trees(positions_BT, ends_BT, prefix))
     pairs = [columns for tree in trees for columns in tree.scored]
     starts = (row * width for row, tree in enumerate(trees) for _ in tree.scored)
     places_P = np.concatenate([np.array(columns) + start for columns, start in zip(pairs, starts, strict=True)])
-    # Requests may share scored positions: those of a common beginning, and the last of a question with short answers.
+    # Requests may share scored positions: those in a common prefix, and the last of a question with short answers.
     places_N, rows_P = np.unique(places_P, return_inverse=True)
     targets = [token for tree in trees for request in tree.requests for token in request.targets]
     log_probs_P, greedy_P = target_log_probs(
@@ -129,7 +123,7 @@ def _score_batch(model: Transformer, trees: list[Tree], trunk: Trunk | None) -> 
         torch.tensor(targets, device=device),
     )
     lengths = [len(columns) for columns in pairs]
-    # Summed on the CPU: Apple's GPUs know no float64.
+    # Summed on the CPU, because Apple's GPUs lack float64.
     for log_probs, greedy in zip(log_probs_P.cpu().split(lengths), greedy_P.cpu().split(lengths), strict=True):
         yield Score(float(log_probs.double().sum()), bool(greedy.all()))
 
@@ -139,20 +133,20 @@ def _pad(rows: list[list[int]], width: int) -> Tensor:
 
 
 def target_log_probs(model: Transformer, x_ND: Tensor, rows_P: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Each target's log-probability in fp32 at its row of x, and whether it is the first of the most likely tokens.
+    """Return each target's log-probability in fp32 at its row of x, and whether it is the first most likely token.
 
-    The vocabulary goes by in pieces whose logits stay in the caches; what remains of each is the maximum and the sum of
-    exponentials (arXiv 1805.02867). All logits at once would be written and read again several times.
+    Logits are computed for a chunk of the vocabulary at a time, which stays in the caches, and reduced to their maximum
+    and sum of exponentials (arXiv 1805.02867). All logits at once would go through memory several times.
     """
     weight_VD, device = model.head_weight, x_ND.device
-    piece = _PIECE if device.type == "cpu" else max(_LOGITS // max(len(x_ND), 1), _PIECE)
+    chunk = _CHUNK if device.type == "cpu" else max(_LOGITS // max(len(x_ND), 1), _CHUNK)
     peak_N = torch.full((len(x_ND),), float("-inf"), device=device)
     total_N = torch.zeros_like(peak_N)
     best_N = torch.zeros(len(x_ND), dtype=torch.long, device=device)
     logits_P = torch.empty(len(targets_P), device=device)
-    for start in range(0, len(weight_VD), piece):
-        logits_NC = fp32_logits(x_ND, weight_VD[start : start + piece])
-        here = ((targets_P >= start) & (targets_P < start + piece)).nonzero()[:, 0]
+    for start in range(0, len(weight_VD), chunk):
+        logits_NC = fp32_logits(x_ND, weight_VD[start : start + chunk])
+        here = ((targets_P >= start) & (targets_P < start + chunk)).nonzero()[:, 0]
         logits_P[here] = logits_NC[rows_P[here], targets_P[here] - start]
         highest_N, index_N = logits_NC.max(-1)
         best_N = torch.where(highest_N > peak_N, index_N + start, best_N)

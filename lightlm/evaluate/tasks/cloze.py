@@ -1,9 +1,9 @@
 """Four-way cloze examples in HellaSwag's form, cut from any documents (the task `heldout_cloze`).
 
-A passage of a document is to be continued: by what follows in it, or by one of three passages from other documents.
-All four begin a sentence, end between words and are equally long, and right answers serve as wrong ones elsewhere,
-so the endings by themselves tell nothing. Examples are a function of the documents' texts alone: not of
-their order, and of no tokenizer.
+The model chooses the continuation of a passage: the text that follows it, or one of three passages from other
+documents. All four begin a sentence, end between words and have the same length. Right answers serve as wrong ones
+elsewhere, so the endings by themselves give no clue. Examples depend on the documents' texts only, not on their order
+or on a tokenizer.
 """
 
 import itertools
@@ -19,18 +19,18 @@ from lightlm.data.select.ngrams import ngram_hashes
 
 EXAMPLES = 1000
 ENDINGS = 4
-# Characters: with 8,192 tokens, context and ending fit into the 256 tokens of the smallest recipe.
+# In characters. With a vocabulary of 8,192, context and ending fit into the 256 tokens of the smallest recipe.
 CONTEXT = 320
-LONGEST_CONTEXT = 640  # a "sentence" that goes on beyond is a table or a list
-# All four are cut by one rule. Were the wrong ones cut to the right one's length, it would be of middle length, a clue.
+LONGEST_CONTEXT = 640  # a longer "sentence" is a table or a list
+# One rule cuts all four. If wrong ones were cut to the right one's length, its middle length would be a clue.
 ENDING = 100
 TOLERANCE = 2
-BYTE_TOLERANCE = 0.05  # of the right ending's; keeps scripts together, whose characters have other numbers of bytes
+BYTE_TOLERANCE = 0.05  # of the right ending's bytes; separates scripts, whose characters have different sizes
 
-_DRAWS = 100  # passages looked at for one example's wrong endings
-_SHARED_WORDS = 8  # an ending that repeats so many words of the right document might be right
-_SHARED_DOCUMENT = 0.1  # of the smaller document's runs of such words: one is a version of the other
-# A full stop after two letters that are no capitals ("Mr.", "J." end nothing), or one of Chinese and Japanese.
+_DRAWS = 100  # candidates for an example's wrong endings
+_SHARED_WORDS = 8  # an ending that repeats this many words of the right document might be right
+_SHARED_DOCUMENT = 0.1  # share of the smaller document's n-grams, above which one is a version of the other
+# A full stop after two letters that are not capitals ("Mr." and "J." end nothing), or a Chinese or Japanese one.
 _SENTENCE_END = re.compile(r"(?<=[^\W\d_A-Z]{2})[.!?…][\"'”’)\]]* |[。！？][”’」』）]* ?")
 _IDEOGRAPH = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef]|[\U00020000-\U0003ffff]")  # no spaces
 
@@ -42,7 +42,7 @@ class Example:
     context: str
     endings: list[str]
     label: int
-    documents: list[int]  # of each ending, as indices of the given texts
+    documents: list[int]  # source of each ending, as an index of the given texts
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class _Passage:
 
 
 def examples(texts: Sequence[str], count: int = EXAMPLES) -> list[Example]:
-    """Up to `count` examples, first one of each document, then a second of each, and so on.
+    """Return up to `count` examples: first one from each document, then a second from each, and so on.
 
-    Fewer where the documents hold fewer passages, none where fewer than four documents hold any. Of documents with
-    equal texts one is used.
+    There are fewer if the documents have fewer passages, and none if fewer than four documents have any. Documents
+    with equal texts count once.
     """
     documents = {" ".join(text.split()): index for index, text in reversed(list(enumerate(texts)))}
     passages = {index: list(_passages(text, index)) for text, index in documents.items()}
@@ -73,7 +73,7 @@ def examples(texts: Sequence[str], count: int = EXAMPLES) -> list[Example]:
 
 
 def _passages(text: str, document: int) -> Iterator[_Passage]:
-    """Contexts that begin and end with sentences, one after another without overlap, and what follows each."""
+    """Yield contexts that begin and end with sentences, without overlap, and the text that follows each."""
     starts = [match.end() for match in _SENTENCE_END.finditer(text) if _opens_sentence(text, match.end())]
     begin = 0
     for start in starts:
@@ -123,13 +123,13 @@ def _hash(text: str) -> int:
 
 
 def _alike(ending: str, right: str) -> bool:
-    """Whether their characters take about as many bytes; if one script has capitals and the other none, they do not."""
+    """Whether they have about as many bytes, which differ if the scripts do."""
     right_bytes = len(right.encode())
     return abs(len(ending.encode()) - right_bytes) <= BYTE_TOLERANCE * right_bytes
 
 
 def _ending(text: str, start: int) -> str | None:
-    """The text from there to the end of a word about `ENDING` characters on; None if no word ends there."""
+    """Return the text from `start` to the end of a word after about `ENDING` characters; None if no word ends there."""
     for distance in range(TOLERANCE + 1):
         for end in (start + ENDING - distance, start + ENDING + distance):
             if end > len(text) or text[end - 1] == " ":
@@ -140,32 +140,32 @@ def _ending(text: str, start: int) -> str | None:
 
 
 class _Overlap:
-    """What documents have in common, by the runs of their words."""
+    """Texts that documents share, by n-grams of `_SHARED_WORDS` words."""
 
     def __init__(self, texts: dict[int, str]) -> None:
-        self._runs = {index: _runs(text) for index, text in texts.items()}
+        self._ngrams = {index: _ngrams(text) for index, text in texts.items()}
         self._related: dict[tuple[int, int], bool] = {}
 
     def quotes(self, ending: str, document: int) -> bool:
-        """Whether a run of the ending's words stands in the document."""
-        return _common(_runs(ending), self._runs[document]) > 0
+        """Whether the document contains one of the ending's n-grams."""
+        return _common(_ngrams(ending), self._ngrams[document]) > 0
 
     def related(self, first: int, second: int) -> bool:
         """Whether one document is a version of the other."""
         pair = min(first, second), max(first, second)
         if pair not in self._related:
-            smaller, larger = sorted((self._runs[index] for index in pair), key=len)
+            smaller, larger = sorted((self._ngrams[index] for index in pair), key=len)
             self._related[pair] = _common(smaller, larger) > _SHARED_DOCUMENT * len(smaller)
         return self._related[pair]
 
 
-def _runs(text: str) -> np.ndarray:
+def _ngrams(text: str) -> np.ndarray:
     found = list(ngram_hashes(text, _SHARED_WORDS))
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
 
 
 def _common(smaller: np.ndarray, larger: np.ndarray) -> int:
-    """How many hashes two sorted arrays without repetitions share; quick if the first is much the smaller."""
+    """Return how many hashes two sorted arrays without repetitions share; fast if the first is much smaller."""
     if not larger.size:
         return 0
     places = np.searchsorted(larger, smaller)

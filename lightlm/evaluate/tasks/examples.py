@@ -1,26 +1,28 @@
-"""The texts that a task's score is made of, for finding them in training data."""
+"""The texts that tasks score, for removing them from training data."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightlm.errors import UsageError
-from lightlm.evaluate.runner import Settings, Tasks, quiet
+from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks.heldout import HELDOUT
+from lightlm.evaluate.tasks.manager import Tasks
+from lightlm.evaluate.tasks.patches import quiet
 
 
 def scored_examples(names: Sequence[str]) -> dict[str, list[list[str]]]:
-    """For each lm-eval task, group or glob: its task's scored examples, each as the texts in its fields.
+    """Return by task the scored examples of these tasks, groups or globs, each as a list of texts.
 
-    The split is the one that lm-eval scores, after the task's own cleaning. All texts of a record are taken (question,
-    passage, every answer), and the prompt with the right answer: many questions are too short to be looked for alone.
+    The split is the one that lm-eval scores, after the task's own cleaning. The texts are all fields of a record
+    (question, passage, every answer), and the prompt with the right answer, since many questions are short.
 
     Raises:
-        UsageError: lm-eval has no such task, or heldout is among them, which is made of the training data itself.
-        DataError: a data set cannot be reached.
+        UsageError: lm-eval has no such task, or heldout is among them, which comes from the training data.
+        DataError: a data set cannot be read.
     """
     tasks = Tasks(Settings(list(names)))
     if tasks.read_data:
-        raise UsageError(f"--decontaminate {HELDOUT}: its documents come from the data folder itself; leave it out")
+        raise UsageError(f"--decontaminate {HELDOUT}: its documents come from the data folder; leave it out")
     with quiet():
         loaded = tasks.load(tasks.names)["tasks"]
         return {
@@ -30,7 +32,7 @@ def scored_examples(names: Sequence[str]) -> dict[str, list[list[str]]]:
 
 
 def _answered(task: Any, record: Any) -> Iterator[str]:
-    """An example's prompts, each with a right answer; lm-eval gives either as text or as the number of a choice."""
+    """Yield prompts with right answers; lm-eval gives either as text or as the number of a choice."""
     choices = task.doc_to_choice(record) if task.config.doc_to_choice is not None else []
     prompt, target = task.doc_to_text(record), task.doc_to_target(record)
     prompts = [prompt] if isinstance(prompt, str) else choices
@@ -41,7 +43,7 @@ def _answered(task: Any, record: Any) -> Iterator[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in a record, however deep."""
+    """Yield all strings in a record, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

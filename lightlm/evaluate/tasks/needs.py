@@ -1,4 +1,4 @@
-"""Which data sets tasks read, found out without reading any."""
+"""The data sets that tasks read, found from the tasks' configurations only."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +11,13 @@ from lm_eval.tasks import TaskManager, _factory
 
 @dataclass(frozen=True)
 class Need:
-    """A data set that tasks read, as they name it.
+    """A data set that tasks read.
 
     Args:
         path: a Hub id, or a format of `datasets` such as `json`.
         name: the configuration.
         options: further arguments of `load_dataset`.
-        tasks: who reads it.
+        tasks: names of the tasks.
     """
 
     path: str
@@ -32,7 +32,7 @@ class Need:
 
 
 class _Described(ConfigurableTask):
-    """A task that has read its configuration and nothing else."""
+    """A task with its configuration and without data."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.source = config.pop("class", None)
@@ -40,26 +40,26 @@ class _Described(ConfigurableTask):
 
 
 class _Describer(_factory.TaskFactory):
-    """lm-eval's factory, which stops before any data is loaded."""
+    """lm-eval's factory, stopped before it loads data."""
 
     def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Task:
         config = self._load_full_config(entry, overrides)
         for key in ("tag", "group", "task_list"):
             config.pop(key, None)
-        known = TaskConfig.__dataclass_fields__.keys() | {"class"}  # tasks in Python may have keys of their own
+        known = TaskConfig.__dataclass_fields__.keys() | {"class"}  # tasks in Python may have further keys
         return _Described({key: value for key, value in config.items() if key in known})
 
 
 def needs_of(manager: TaskManager, names: list[str], metadata: dict[str, Any]) -> list[Need]:
-    """The data sets of tasks, groups and tags, each once; nothing is loaded for it.
+    """Return the data sets of tasks, groups and tags, each once, without loading any.
 
-    Not among them are those that a task fetches by code of its own.
+    Data that a task fetches with code of its own are not included.
     """
     needs: dict[str, Need] = {}
     before = manager._factory
     manager._factory = _Describer(meta=metadata)
     try:
-        # A group builds the tasks that are written out in its own file by the class's name.
+        # A group builds the tasks defined in its own file from this class.
         with mock.patch.object(_factory, "ConfigurableTask", _Described):
             tasks = TaskManager.load(manager, names)["tasks"]
     finally:

@@ -1,9 +1,9 @@
-"""Fetching once what tasks read: into the Hub's cache, or into a folder laid out like the Hub."""
+"""Download of the data sets of tasks, into the Hub's cache or a folder laid out like the Hub."""
 
 import glob
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from lightlm import files
 from lightlm.data.sources.hub.client import first_line, hub_errors, offline, persistently, require_hub
 from lightlm.errors import DataError
-from lightlm.evaluate.runner import Tasks, quiet
 from lightlm.evaluate.tasks.data_sets import RECORD, DataSets, commits_in
+from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.needs import Need
+from lightlm.evaluate.tasks.patches import quiet
 
 _ON_HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+(?:/[^/@]+)?)@(?P<revision>[^/]+)/(?P<file>.+)")
 _CARD, _LEGACY_INFOS = "README.md", "dataset_infos.json"
@@ -28,13 +29,13 @@ _CARD, _LEGACY_INFOS = "README.md", "dataset_infos.json"
 
 @dataclass(frozen=True)
 class Fetched:
-    """A data set as it now lies on this machine.
+    """A data set on this machine.
 
     Args:
-        tasks: which need it.
-        data_set, config: as lm-eval's tasks name it.
-        revision: the Hub's commit; None for one that is not a repository of the Hub.
-        files, bytes: how many data files it has there, and their size.
+        tasks: the tasks that need it.
+        data_set, config: its name in lm-eval's tasks.
+        revision: the Hub's commit; None if it is not a repository on the Hub.
+        files, bytes: number and size of its data files.
         where: the folder that holds it.
     """
 
@@ -49,32 +50,42 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Listing:
-    """The data files of one configuration of a repository, at one commit."""
+    """The data files of a repository's configuration, at one commit."""
 
     repo: str
     revision: str
     config: str
     files: list[str]
 
+    def sizes(self) -> list[int]:
+        """Ask the Hub for the files' sizes in bytes."""
+        api = huggingface_hub.HfApi()
+        return [
+            entry.size
+            for entry in api.get_paths_info(self.repo, self.files, revision=self.revision, repo_type="dataset")
+            if isinstance(entry, huggingface_hub.hf_api.RepoFile)
+        ]
+
 
 def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) -> list[Fetched]:
-    """Fetch the data sets of the tasks, and load the tasks without the Hub to see that nothing is missing.
+    """Fetch the data sets of the tasks, then load the tasks offline to check that nothing is missing.
 
-    They go to `tasks.data_sets.folder`, or where there is none to the cache. What is there already at the Hub's
-    newest commit is not fetched again.
+    The data sets go to `tasks.data_sets.folder`, or without a folder to the cache. Files that are already there at the
+    Hub's newest commit are not fetched again.
 
     Args:
-        report: told of each data set in turn.
+        report: called with the title of each data set.
 
     Raises:
-        DataError: the Hub does not answer, or some cannot be had; the message lists these, and the others are fetched.
+        DataError: the Hub does not answer, or some data sets are unavailable; the message lists these, and the others
+            are fetched.
         HubError: the Hub fails repeatedly.
     """
     with quiet():
         needs = tasks.needs()
     folder = tasks.data_sets.folder
-    if any(not _lies_here(need) for need in needs):
-        require_hub("The data of these tasks", "Fetch it where there is a connection, and bring the folder here.")
+    if not all(DataSets().is_local(need) for need in needs):
+        require_hub("The data of these tasks", "Fetch it on a machine with a connection and copy the folder here.")
     fetched, problems = [], []
     for need in needs:
         report(need.title)
@@ -85,7 +96,7 @@ def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) ->
             problems.append(f"  {need.title}, for {', '.join(need.tasks)}: {first_line(error)}")
     if problems:
         raise DataError("\n".join([f"{len(problems)} of {len(needs)} data sets could not be fetched:", *problems]))
-    tasks.data_sets = DataSets(folder)  # without what is in memory
+    tasks.data_sets = DataSets(folder)  # with nothing in memory
     with offline(), quiet():
         tasks.load(tasks.foreign)
     return fetched
@@ -93,52 +104,31 @@ def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) ->
 
 def _fetch(need: Need, folder: Path | None) -> Fetched:
     builder = load_dataset_builder(need.path, need.name, **need.options)
-    listing = _listing(builder)
-    if Path(need.path).is_dir():  # comes before the Hub, to `datasets` too
-        return Fetched(need.tasks, need.path, need.name, None, *_local_files(builder), str(Path(need.path).resolve()))
-    if listing is not None and folder is not None:
-        place = _into_folder(listing, folder / need.path)
-        sizes = [(place / file).stat().st_size for file in listing.files]
-        return Fetched(need.tasks, need.path, need.name, listing.revision, len(sizes), sum(sizes), str(place))
-    DataSets().load(need.path, need.name, **need.options)
-    if listing is None:
-        return Fetched(need.tasks, need.path, need.name, None, *_local_files(builder), builder.cache_dir)
-    sizes = [entry.size for entry in _sizes(listing)]
-    return Fetched(need.tasks, need.path, need.name, listing.revision, len(sizes), sum(sizes), builder.cache_dir)
+    names = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
+    listing = _listing(names, builder.config.name)
+    if Path(need.path).is_dir():  # `datasets` too prefers it to the Hub
+        where, listing = Path(need.path).resolve(), None
+    elif listing is not None and folder is not None:
+        where = _into_folder(listing, folder / need.path)
+    else:
+        DataSets().load(need.path, need.name, **need.options)
+        where = Path(builder.cache_dir)
+    sizes = listing.sizes() if listing else [Path(name).stat().st_size for name in names if Path(name).is_file()]
+    revision = listing.revision if listing else None
+    return Fetched(need.tasks, need.path, need.name, revision, len(sizes), sum(sizes), str(where))
 
 
-def _lies_here(need: Need) -> bool:
-    return DataSets().is_local(need)
-
-
-def _data_files(builder: Any) -> list[str]:
-    return [str(file) for split in (builder.config.data_files or {}).values() for file in split]
-
-
-def _listing(builder: Any) -> _Listing | None:
-    """What a data set of the Hub consists of; None for one of other files."""
-    found = [_ON_HUB.fullmatch(file) for file in _data_files(builder)]
-    matches = [match for match in found if match is not None]
-    if not matches or len(matches) < len(found):
+def _listing(names: list[str], config: str) -> _Listing | None:
+    """Return the files of a data set on the Hub; None if it has other files."""
+    matches = [match for name in names if (match := _ON_HUB.fullmatch(name))]
+    if not matches or len(matches) < len(names):
         return None
-    paths = sorted({match["file"] for match in matches})
     revision = unquote(matches[0]["revision"])  # refs/convert/parquet has slashes
-    return _Listing(matches[0]["repo"], revision, builder.config.name, paths)
-
-
-def _local_files(builder: Any) -> tuple[int, int]:
-    sizes = [Path(file).stat().st_size for file in _data_files(builder) if Path(file).is_file()]
-    return len(sizes), sum(sizes)
-
-
-def _sizes(listing: _Listing) -> Iterator[Any]:
-    yield from huggingface_hub.HfApi().get_paths_info(
-        listing.repo, listing.files, revision=listing.revision, repo_type="dataset"
-    )
+    return _Listing(matches[0]["repo"], revision, config, sorted({match["file"] for match in matches}))
 
 
 def _into_folder(listing: _Listing, place: Path) -> Path:
-    """The data files of one configuration below `place`, beside those of others fetched before."""
+    """Download a configuration's data files to `place`, beside those of configurations fetched before."""
     huggingface_hub.snapshot_download(
         listing.repo,
         repo_type="dataset",
@@ -163,9 +153,9 @@ def _card(listing: _Listing) -> str | None:
 
 
 def _merge_card(path: Path, theirs: str, config: str) -> None:
-    """Write the Hub's description of a data set with only those configurations whose files are here.
+    """Write the Hub's description of a data set, with only the configurations whose files are here.
 
-    `datasets` looks for the files of the first one listed, whichever it is asked for, and fails where they are not.
+    `datasets` always looks for the files of the first listed configuration and fails if they are missing.
     """
     card = DatasetCard(theirs, ignore_metadata_errors=True)
     before = DatasetCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True) if path.is_file() else None

@@ -1,9 +1,13 @@
-"""Published figures and how they are named, placed and marked."""
+"""Published figures: names, place in tables, and marks for other protocols."""
+
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lightlm.errors import UsageError
-from lightlm.evaluate.compare.baselines import BASELINES, Legend, find_baseline, split_names
+from lightlm.evaluate.compare import baselines
+from lightlm.evaluate.compare.baselines import Legend, find_baseline, load_baselines, split_names
 from lightlm.evaluate.compare.chance import chance_of
 
 
@@ -28,8 +32,8 @@ def test_models_and_figures_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/demo").mkdir(parents=True)
     (tmp_path / "gpt2").mkdir()
-    baselines, models = split_names("gpt2, demo,HuggingFaceTB/SmolLM2-135M,./gpt2,GPT-2,")
-    assert [baseline.name for baseline in baselines] == ["gpt2-124m"]
+    found, models = split_names("gpt2, demo,HuggingFaceTB/SmolLM2-135M,./gpt2,GPT-2,")
+    assert [baseline.name for baseline in found] == ["gpt2-124m"]
     assert models == ["demo", "HuggingFaceTB/SmolLM2-135M", "./gpt2"]
 
 
@@ -40,14 +44,26 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path, monkeypatch):
 
 
 def test_every_name_is_unique_and_every_figure_a_share():
-    plain = [baseline.name for baseline in BASELINES]
-    assert len(set(plain)) == len(plain)
-    for baseline in BASELINES:
-        assert find_baseline(baseline.name) is baseline
+    names = [name for baseline in load_baselines() for name in (baseline.name, *baseline.other_names)]
+    assert len(set(names)) == len(names)
+    for baseline in load_baselines():
+        assert all(find_baseline(name) is baseline for name in (baseline.name, *baseline.other_names))
         assert baseline.figures
         for figure in baseline.figures:
             assert 15 < figure.percent < 80
-            assert figure.source.title
+            assert figure.metric in (None, "acc", "acc_norm")
+
+
+def test_every_figure_and_token_count_has_a_source_and_every_source_a_protocol():
+    content = yaml.safe_load(Path(baselines.__file__).with_name("baselines.yaml").read_text(encoding="utf-8"))
+    for source in content["sources"].values():
+        assert source.keys() == {"title", "url", "harness", "num_fewshot"}  # null means not stated
+        assert source["title"]
+        assert source["url"].startswith("https://")
+    for baseline in load_baselines():
+        assert all(figure.source.url for figure in baseline.figures)
+        assert bool(baseline.tokens) == bool(baseline.tokens_source)
+        assert baseline.tokens_source is None or baseline.tokens_source.startswith("https://")
 
 
 def test_a_figure_stands_beside_its_own_metric():
@@ -76,9 +92,9 @@ def test_what_differs_from_the_run_is_marked_and_explained():
     assert legend.cell(arc, 0, None) == "0.412* (b)"
     assert legend.cell(find_baseline("gpt2").find("hellaswag", "acc")[0], 0, None) == "0.2892* (c)"
     text = "\n".join(legend.lines([find_baseline("smollm-135m")]))
-    assert "of all documents" not in text
+    assert "use all documents" not in text
     legend.cell(mobile, 0, 100)
-    assert "They are of all documents, the run's of fewer." in legend.lines()[0]
+    assert "Published figures use all documents; this run uses fewer." in legend.lines()[0]
     for part in (
         "(a) MobileLLM README: MobileLLM's own script, 0-shot, metric not stated",
         "(b) nanochat, dev/estimate_gpt3_core.ipynb: CORE, 10-shot, metric not stated",

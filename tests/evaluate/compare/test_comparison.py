@@ -1,4 +1,4 @@
-"""What is said of two models' scores on the same documents."""
+"""Comparisons of two models' scores on the same documents."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_a_small_difference_is_not_called_better():
     assert found.sentence().startswith("b against a: no difference beyond noise at quiz acc (+1.0 points, 95% interval")
 
 
-def test_fewer_bits_a_byte_are_better():
+def test_fewer_bits_per_byte_are_better():
     rng = np.random.default_rng(1)
     sizes = rng.integers(100, 2000, 50)
     first = [float(-size) for size in sizes]
@@ -51,7 +51,7 @@ def test_fewer_bits_a_byte_are_better():
     found = compare(bits("a", first, sizes), bits("b", second, sizes))
     assert found.winner == 1
     assert "b is better than a at heldout bits_per_byte by 0.14" in found.sentence()
-    assert " bits a byte (95% interval 0.13" in found.sentence()
+    assert " bits per byte (95% interval 0.13" in found.sentence()
     assert found.difference is not None
     assert found.difference.value == pytest.approx((sum(first) - sum(second)) / sum(sizes) / math.log(2))
 
@@ -65,7 +65,7 @@ def test_two_forms_of_one_figure_are_compared_once():
 
 
 def test_among_many_comparisons_each_must_be_the_clearer():
-    # 8 documents to 0 alone is p = 0.008; a tenth of such finds among ten comparisons would be chance.
+    # 8 documents to 0 give p = 0.008, which is likely to occur by chance among ten comparisons.
     first, second = [0] * 8 + [1] * 30, [1] * 38
     assert compare(accuracy("a", first), accuracy("b", second)).winner == 1
     tasks = [f"quiz{i}" for i in range(10)]
@@ -100,7 +100,7 @@ def test_figures_of_different_tasks_are_not_compared(changed, reason):
 def test_other_documents_and_results_without_any_are_refused():
     assert "different documents (100 and 50)" in compare(accuracy("a", RIGHT), accuracy("b", RIGHT[:50])).reason
     empty = Answers("b", accuracy("b", RIGHT).row, SAME, {})
-    assert "no scores by document of b" in compare(accuracy("a", RIGHT), empty).reason
+    assert "b has no scores per document" in compare(accuracy("a", RIGHT), empty).reason
 
 
 def test_precision_and_bos_are_noted():
@@ -110,11 +110,11 @@ def test_precision_and_bos_are_noted():
     assert "float32 against bfloat16, BOS yes against no)" in sentence
 
 
-def test_a_figure_that_is_no_mean_over_documents_is_refused():
+def test_a_figure_that_is_not_a_mean_over_documents_is_refused():
     answers = [accuracy("a", RIGHT), accuracy("b", BETTER)]
     wrong = [Answers(a.model, Row("quiz", "f1", 0.123, None, 100, True), SAME, a.documents) for a in answers]
     for pair in (wrong, (wrong[0], answers[1]), (answers[0], wrong[1])):
-        assert "no mean over documents" in compare(*pair).reason
+        assert "not a mean over documents" in compare(*pair).reason
 
 
 def test_groups_of_tasks_are_left_to_their_tasks():

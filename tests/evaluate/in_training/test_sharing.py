@@ -1,4 +1,4 @@
-"""`eval.tasks` shared by the processes of a run: the figures of one process, and no process left waiting."""
+"""`eval.tasks` shared by the processes of a run: same figures as one process, and no process waits in vain."""
 
 import json
 import sys
@@ -11,14 +11,16 @@ import torch
 from lightlm import checkpoint
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.prepare.run import prepare
-from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.in_training import sharing
 from lightlm.evaluate.in_training import task_scores as during_training
-from lightlm.evaluate.in_training.sharing import Meetings, PeerFailedError, SharedLightLM
+from lightlm.evaluate.in_training.sharing import Exchange, PeerFailedError, SharedLightLM
 from lightlm.evaluate.in_training.task_scores import TaskScores
-from lightlm.evaluate.results.store import rows
-from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.results.rows import rows
+from lightlm.evaluate.runner import run_tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks import manager
+from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.recipe import EvalSection, load_recipe
 from lightlm.train.distributed import World
 from tests.corpus import TINY_RECIPE
@@ -49,7 +51,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def run_and_quarrel(world):
-    """The metrics of a sharded run with `eval.tasks`; then what each kind of trouble in the second process gives."""
+    """Return the metrics of a sharded run with `eval.tasks`, and the outcome of each kind of trouble in process 1."""
     recipe = load_recipe("tiny.yaml", (*RECIPE, "eval.tasks=[heldout]", "train.parallel=fsdp"))
     watch = Recorder()
     scores = TaskScores(recipe.eval, Path("data/tiny"), world)
@@ -96,9 +98,9 @@ def test_two_processes_score_as_one_and_share_trouble(workspace):
     shared = {key.removeprefix("eval/"): value for key, value in metrics[-1].items() if key.startswith("eval/")}
     path = checkpoint.newest_checkpoint(Path("runs/shared"))
     loaded = checkpoint.load_model(path, torch.device("cpu"))
-    alone = rows(run_tasks(LightLM(loaded), Tasks(Settings(["heldout"], LIMIT, data="data/tiny"))))
-    assert {f"{row.task}/{row.metric}" for row in alone} == shared.keys()
-    for row in alone:
+    single = rows(run_tasks(LightLM(loaded), Tasks(Settings(["heldout"], LIMIT, data="data/tiny"))))
+    assert {f"{row.task}/{row.metric}" for row in single} == shared.keys()
+    for row in single:
         exact = row.task == "heldout_cloze"
         value = shared[f"{row.task}/{row.metric}"]
         assert value == row.value if exact else value == pytest.approx(row.value, rel=1e-6)
@@ -113,13 +115,13 @@ def test_two_processes_score_as_one_and_share_trouble(workspace):
 
 def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "_OURS", {"heldout", "quiz.yaml"})  # spares 6 s: lm-eval's thousands of files
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})  # skips lm-eval's index: 5 s
     loaded = write_world(tmp_path)
     write_quiz(tmp_path)
     monkeypatch.setattr(sharing, "_FIRST_ROUND", 1.0)
     monkeypatch.setattr(sharing, "_ROUND_SECONDS", 0.0)
     tasks, stop = Tasks(Settings(["heldout", "quiz.yaml"])), threading.Event()
-    shared = rows(run_tasks(SharedLightLM(loaded, Meetings(World(), stop)), tasks, bootstrap_iters=0))
+    shared = rows(run_tasks(SharedLightLM(loaded, Exchange(World(), stop)), tasks, bootstrap_iters=0))
     for ours, other in zip(shared, rows(run_tasks(LightLM(loaded), tasks)), strict=True):
         assert (ours.task, ours.metric, ours.documents) == (other.task, other.metric, other.documents)
         assert ours.value == pytest.approx(other.value, rel=1e-6)
@@ -139,7 +141,7 @@ def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
     assert len(answered) == 3  # one question of six
 
 
-def test_the_first_process_failure_is_told_as_it_is():
+def test_a_failure_of_the_first_process_is_reported_as_it_is():
     class Two:
         rank, size = 1, 2
 
@@ -147,7 +149,7 @@ def test_the_first_process_failure_is_told_as_it_is():
             return [type(value)("failure", failure="no room"), value]
 
     with pytest.raises(PeerFailedError, match="process 0 of 2: no room"):
-        Meetings(Two(), threading.Event()).exchange("loglikelihood 0", None)
+        Exchange(Two(), threading.Event()).round("loglikelihood 0", None)
 
 
 def test_generated_answers_are_shared_too(tmp_path, monkeypatch):
@@ -155,13 +157,13 @@ def test_generated_answers_are_shared_too(tmp_path, monkeypatch):
         rank, size = 0, 2
 
         def gather(self, value):
-            other = type(value)(value.place, ([1, 3], ["b", "d"], 0.1))
+            other = type(value)(value.position, ([1, 3], ["b", "d"], 0.1))
             return [value, other]
 
     loaded = write_world(tmp_path)
     monkeypatch.setattr(
         LightLM, "generate_until", lambda self, requests: [request.args[0].lower() for request in requests]
     )
-    lm = SharedLightLM(LoadedModel(loaded.model, loaded.tokenizer, loaded.path), Meetings(Two(), threading.Event()))
+    lm = SharedLightLM(LoadedModel(loaded.model, loaded.tokenizer, loaded.path), Exchange(Two(), threading.Event()))
     requests = [type("Request", (), {"args": (text, {"until": ["."]})})() for text in "ABCD"]
     assert lm.generate_until(requests) == ["a", "b", "c", "d"]

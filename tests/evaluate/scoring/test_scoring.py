@@ -20,7 +20,7 @@ Pair = tuple[list[int], list[int]]
 
 
 def random_pairs(vocab_size: int, longest: int) -> list[Pair]:
-    """Ragged pairs: contexts alone, contexts that several answers share, one-token answers, and overlong ones."""
+    """Ragged pairs: single contexts, contexts shared by several answers, one-token answers, and overlong ones."""
     rng = random.Random(0)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -110,8 +110,8 @@ def test_each_shared_token_is_computed_once(pairs: list[Pair], tokens: int, monk
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightlm.evaluate.scoring.packing._TRUNK_TOKENS", 24)
-    monkeypatch.setattr("lightlm.evaluate.scoring.packing._TRUNK_GAIN", 60)
+    monkeypatch.setattr("lightlm.evaluate.scoring.packing._PREFIX_TOKENS", 24)
+    monkeypatch.setattr("lightlm.evaluate.scoring.packing._PREFIX_GAIN", 60)
     model = build(shape)
     rng = random.Random(1)
     examples = [rng.randrange(97) for _ in range(30)]
@@ -126,8 +126,8 @@ def test_examples_before_every_question_are_read_once(shape: str, monkeypatch: p
 
 
 def test_a_context_longer_than_a_batch_is_still_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightlm.evaluate.scoring.packing._TRUNK_TOKENS", 24)
-    monkeypatch.setattr("lightlm.evaluate.scoring.packing._TRUNK_GAIN", 60)
+    monkeypatch.setattr("lightlm.evaluate.scoring.packing._PREFIX_TOKENS", 24)
+    monkeypatch.setattr("lightlm.evaluate.scoring.packing._PREFIX_GAIN", 60)
     model = build("llama")
     pairs = [([5] * 40, [ending, 1, 2]) for ending in range(4)]
     expected = [reference(model, pair) for pair in pairs]
@@ -164,11 +164,11 @@ def test_a_lack_of_memory_halves_the_batches_and_loses_nothing(monkeypatch: pyte
     whole = score(model, pairs, BatchSize(4096))
     score_batch, sizes = scoring._score_batch, []
 
-    def short_of_memory(model: Transformer, trees: list[Tree], trunk: None) -> Iterator[Score]:
+    def short_of_memory(model: Transformer, trees: list[Tree], prefix: None) -> Iterator[Score]:
         sizes.append(len(trees) * len(trees[0]))
         if sizes[-1] > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return score_batch(model, trees, trunk)
+        return score_batch(model, trees, prefix)
 
     monkeypatch.setattr(scoring, "_score_batch", short_of_memory)
     done: list[int] = []
@@ -181,9 +181,9 @@ def test_a_lack_of_memory_halves_the_batches_and_loses_nothing(monkeypatch: pyte
 def test_a_number_limits_the_requests_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     score_batch, counts = scoring._score_batch, []
 
-    def count(model: Transformer, trees: list[Tree], trunk: None) -> Iterator[Score]:
+    def count(model: Transformer, trees: list[Tree], prefix: None) -> Iterator[Score]:
         counts.append(sum(len(tree.requests) for tree in trees))
-        return score_batch(model, trees, trunk)
+        return score_batch(model, trees, prefix)
 
     monkeypatch.setattr(scoring, "_score_batch", count)
     pairs = [([1, 2, 3], [answer]) for answer in range(7)] + random_pairs(97, 48)
@@ -202,7 +202,7 @@ def test_a_request_that_memory_cannot_hold_ends_it(monkeypatch: pytest.MonkeyPat
 
 
 def test_of_equally_likely_tokens_the_first_is_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_PIECE", 4)
+    monkeypatch.setattr(scoring, "_CHUNK", 4)
     model = build("llama")
     with torch.no_grad():
         model.embed_tokens.weight[[1, 2, 9]] = 5 * torch.ones(32)

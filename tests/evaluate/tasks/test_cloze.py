@@ -1,4 +1,4 @@
-"""The cloze made of validation documents: what its examples promise, and their scores."""
+"""The cloze made from validation documents: properties of its examples, and their scores."""
 
 import json
 import math
@@ -13,11 +13,12 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
 from lightlm.errors import DataError
-from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.results import store as results
-from lightlm.evaluate.runner import Settings, Tasks, run_tasks
-from lightlm.evaluate.tasks import cloze, heldout
+from lightlm.evaluate.results import rows as results
+from lightlm.evaluate.runner import run_tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks import cloze, heldout, manager
+from lightlm.evaluate.tasks.manager import Tasks
 from tests.corpus import texts
 from tests.evaluate.tiny_run import tiny_model, write_world
 
@@ -41,7 +42,7 @@ def found() -> list[cloze.Example]:
     return cloze.examples(documents(60))
 
 
-def test_the_right_ending_goes_on_and_the_others_come_from_other_documents(found: list[cloze.Example]) -> None:
+def test_the_right_ending_follows_and_the_others_come_from_other_documents(found: list[cloze.Example]) -> None:
     all_texts = [flat(text) for text in documents(60)]
     assert len(found) > 60
     for example in found:
@@ -73,11 +74,11 @@ def test_nothing_but_the_texts_decides(found: list[cloze.Example]) -> None:
     assert rows(cloze.examples(shuffled)) == rows(found)
     assert rows(cloze.examples(documents(60) + documents(60))) == rows(found)
     assert rows(cloze.examples(documents(60), 10)) == rows(found[:10])
-    assert len({example.documents[example.label] for example in found[:20]}) == 20  # of each document one, first
+    assert len({example.documents[example.label] for example in found[:20]}) == 20  # one of each document comes first
 
 
-def test_endings_alone_tell_nothing(found: list[cloze.Example]) -> None:
-    """By the words' frequencies, their number or the length, the right one cannot be found."""
+def test_endings_by_themselves_give_no_clue(found: list[cloze.Example]) -> None:
+    """Word frequencies, word counts and lengths do not reveal the right ending."""
     many = found + cloze.examples(documents(200, seed=1))
     counts = Counter(word for example in many for word in example.endings[example.label].lower().split())
     for score in (
@@ -96,7 +97,7 @@ def test_endings_alone_tell_nothing(found: list[cloze.Example]) -> None:
 
 
 def test_a_version_of_a_document_gives_no_wrong_endings() -> None:
-    """Not even its passages that the document lacks: they may go on just as well."""
+    """Not even passages that the document lacks, since they may continue it just as well."""
     originals, others = documents(6), documents(6, seed=7)
     versions = [text[: len(text) // 2] + other for text, other in zip(originals, others, strict=True)]
     found = cloze.examples(originals + versions)
@@ -106,8 +107,8 @@ def test_a_version_of_a_document_gives_no_wrong_endings() -> None:
         assert right % 6 not in {document % 6 for document in wrong}
 
 
-def test_a_passage_that_the_document_quotes_is_no_wrong_ending() -> None:
-    """Of four documents one holds nothing but such a passage, so nothing is left to ask of the document."""
+def test_a_passage_that_the_document_quotes_is_not_a_wrong_ending() -> None:
+    """One of four documents has only such a passage, so no example can be made of the quoting document."""
     rng = random.Random(0)
     quoting, *rest = (flat(text) for text in documents(3))
     quoted = next(cloze._passages(quoting, 0))
@@ -118,7 +119,7 @@ def test_a_passage_that_the_document_quotes_is_no_wrong_ending() -> None:
     assert {example.documents[example.label] for example in found} == {1, 2, 3}
 
 
-def test_abbreviations_and_lists_are_no_sentences() -> None:
+def test_abbreviations_and_lists_are_not_sentences() -> None:
     assert not cloze.examples(["word " * 500 + f"{n}" for n in range(9)])
     text = flat(documents(1)[0])
     assert not any(ending.startswith("Smith") for ending in _endings(text.replace(". ", ". Then Mr. Smith came. ")))
@@ -156,7 +157,7 @@ def test_scripts_without_spaces_are_cut_between_characters() -> None:
 def test_the_tokenizer_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int] | None
 ) -> None:
-    """Also where documents are too many, or too long, for all to be read."""
+    """Also if there are too many documents, or too long ones, to read all."""
     source = tmp_path / "source.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(120)))
     if limits:
@@ -175,7 +176,7 @@ def test_the_tokenizer_does_not_matter(
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "_OURS", {"heldout", "heldout_cloze"})  # spares 6 s: lm-eval's thousands of files
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "heldout_cloze"})  # skips lm-eval's index: 5 s
     source = tmp_path / "source.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(40)))
     prepare(str(source), "train:400", tmp_path / "data" / "long", val_fraction=0.5)
@@ -197,11 +198,11 @@ def test_scores_are_those_of_a_hand_computation(world: LoadedModel) -> None:
     right = {"acc": 0, "acc_norm": 0, "acc_mutual_info": 0}
     for row in heldout.load_cloze(data="long")["validation"].to_list()[:12]:
         plain = [log_likelihood(world, row["context"], ending) for ending in row["endings"]]
-        alone = [log_likelihood(world, "", ending) for ending in row["endings"]]
+        without = [log_likelihood(world, "", ending) for ending in row["endings"]]
         values = {
             "acc": plain,
             "acc_norm": [value / len(ending) for value, ending in zip(plain, row["endings"], strict=True)],
-            "acc_mutual_info": [value - other for value, other in zip(plain, alone, strict=True)],
+            "acc_mutual_info": [value - other for value, other in zip(plain, without, strict=True)],
         }
         for metric, scores in values.items():
             right[metric] += scores.index(max(scores)) == row["label"]

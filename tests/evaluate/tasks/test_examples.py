@@ -1,4 +1,4 @@
-"""The texts of evaluation sets, as decontamination looks for them."""
+"""The texts of evaluation sets that decontamination removes from training data."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.errors import DataError, UsageError
-from lightlm.evaluate import runner
+from lightlm.evaluate.tasks import manager
 from lightlm.evaluate.tasks.examples import scored_examples
 from tests.evaluate.tiny_run import write_quiz
 
@@ -26,8 +26,8 @@ doc_to_choice: "{{{{[start + a, start + b]}}}}"
 @pytest.fixture(autouse=True)
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # Spares 6 s: lm-eval's thousands of files.
-    monkeypatch.setattr(runner, "_OURS", {"heldout", "quiz.yaml", "blanks.yaml"})
+    # Skips lm-eval's index: 5 s.
+    monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml", "blanks.yaml"})
     write_quiz(tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_prompts_that_are_chosen_by_number(tmp_path: Path) -> None:
     assert found_in("As we know, the trophy is bigger than the box because it is so very large.") == []
 
 
-def test_what_cannot_be_looked_for() -> None:
+def test_tasks_without_usable_texts() -> None:
     with pytest.raises(UsageError, match="--decontaminate heldout"):
         scored_examples(["heldout"])
     text = Path("quiz.yaml").read_text(encoding="utf-8")

@@ -12,9 +12,10 @@ from lightlm.cli.evaluate import evaluate
 from lightlm.convert.huggingface.folder import export_huggingface
 from lightlm.data.sources.hub import client as hub_client
 from lightlm.errors import DataError, LightLMError, UsageError
-from lightlm.evaluate import runner
-from lightlm.evaluate.runner import Settings, Tasks
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks import index
 from lightlm.evaluate.tasks.examples import scored_examples
+from lightlm.evaluate.tasks.manager import Tasks
 from tests.evaluate.quizzes import REPO, add_data, write_tasks
 from tests.evaluate.tiny_run import write_world
 from tests.hub import Fault, Hub
@@ -29,7 +30,7 @@ ALL = "quiz_easy,quiz_hard,quiz_written,quiz_prose"
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub with the data of the tasks in `tasks/`, a run beside them, and empty caches."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "stock_tasks", dict)  # spares seconds: lm-eval's thousands of files
+    monkeypatch.setattr(index, "stock_tasks", dict)  # skips lm-eval's index: 5 s
     write_world(tmp_path)
     write_tasks(tmp_path / "tasks")
     hub_client._unreachable.cache_clear()
@@ -41,13 +42,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub_client._unreachable.cache_clear()
 
 
-def down(hub: Hub, monkeypatch: pytest.MonkeyPatch, *, told: bool) -> None:
-    """No Hub from here on; `told` is HF_HUB_OFFLINE=1, else it is found out."""
+def down(hub: Hub, monkeypatch: pytest.MonkeyPatch, *, offline_set: bool) -> None:
+    """Shut off the Hub; `offline_set` sets HF_HUB_OFFLINE=1, otherwise LightLM must notice."""
     hub.clear()
     hub_client._unreachable.cache_clear()
     sleep = time.sleep
     monkeypatch.setattr("time.sleep", lambda seconds: sleep(seconds) if seconds < 0.2 else pytest.fail("tried again"))
-    if told:
+    if offline_set:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     else:
@@ -71,7 +72,7 @@ def test_what_was_fetched_to_the_cache_is_enough_without_the_hub(hub: Hub, monke
     assert easy["bytes"] == sum(path.stat().st_size for path in Path("served/quiz/easy").iterdir())
     assert (prose["config"], prose["files"]) == (None, 1)
     assert Path(prose["where"]).is_relative_to(Path("datasets-cache").resolve())
-    down(hub, monkeypatch, told=True)
+    down(hub, monkeypatch, offline_set=True)
     done = run("--tasks", ALL, "--json")
     assert done.exception is None, done.exception
     [model] = json.loads(done.stdout)["models"]
@@ -96,7 +97,7 @@ def test_a_folder_laid_out_like_the_hub_is_enough(hub: Hub, monkeypatch: pytest.
         "quiz_easy, quiz_written",
     ):
         assert word in done.stdout
-    down(hub, monkeypatch, told=False)
+    down(hub, monkeypatch, offline_set=False)
     shutil.rmtree("datasets-cache")
     shutil.rmtree("hub-cache")
     shutil.move("taken", "elsewhere")
@@ -109,24 +110,24 @@ def test_a_folder_laid_out_like_the_hub_is_enough(hub: Hub, monkeypatch: pytest.
     origin = {"from": str(Path("elsewhere") / REPO), "revision": hub.commit}
     assert facts["data_sets"][f"{REPO} (hard)"] == origin
     assert hub.requests == []
-    monkeypatch.setenv("LIGHTLM_EVAL_DATA", "elsewhere")  # where there is no such option: training, --decontaminate
+    monkeypatch.setenv("LIGHTLM_EVAL_DATA", "elsewhere")  # for training and --decontaminate, which lack the option
     examples = scored_examples(["tasks/quiz_easy.yaml"])["quiz_easy"]
     assert len(examples) == 6
     assert "The easy cat test 0 sat" in examples[0]
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("offline_set", [True, False])
 def test_all_that_is_missing_is_named_before_the_model_loads(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, told: bool
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, offline_set: bool
 ) -> None:
     rows(run("--prefetch", "quiz_prose", "--json"))
-    down(hub, monkeypatch, told=told)
+    down(hub, monkeypatch, offline_set=offline_set)
     monkeypatch.setattr("lightlm.convert.load.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
     done = run("--tasks", "quizzes,quiz_written,quiz_prose")
     assert isinstance(done.exception, DataError)
     message = str(done.exception)
     assert "2 data sets cannot be read" in message
-    assert ("HF_HUB_OFFLINE is set" if told else "no answer from http://127.0.0.1:9") in message.splitlines()[0]
+    assert ("HF_HUB_OFFLINE is set" if offline_set else "no answer from http://127.0.0.1:9") in message.splitlines()[0]
     assert f"{REPO} (easy)  for quiz_easy, quiz_written" in message
     assert f"{REPO} (hard)  for quiz_hard" in message
     assert "someone/prose" not in message
@@ -167,7 +168,7 @@ def test_a_connection_that_breaks_is_tried_again_and_nothing_is_fetched_twice(hu
         (["--data-dir", "runs/demo/recipe.yaml"], "is a file"),
     ],
 )
-def test_fetching_refuses_what_it_would_not_heed(hub: Hub, arguments: list[str], words: str) -> None:
+def test_fetching_refuses_options_without_effect(hub: Hub, arguments: list[str], words: str) -> None:
     done = run(*arguments, "--prefetch", "quiz_easy")
     assert isinstance(done.exception, UsageError)
     assert words in str(done.exception)
@@ -175,7 +176,7 @@ def test_fetching_refuses_what_it_would_not_heed(hub: Hub, arguments: list[str],
 
 
 def test_fetching_without_the_hub_is_one_message(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    down(hub, monkeypatch, told=False)
+    down(hub, monkeypatch, offline_set=False)
     done = run("--prefetch", "quiz_easy")
     assert isinstance(done.exception, DataError)
     assert "127.0.0.1:9 cannot be reached" in str(done.exception)

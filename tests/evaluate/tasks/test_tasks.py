@@ -1,4 +1,4 @@
-"""Tasks of a user's own folder, of every kind, and the list of lm-eval's."""
+"""Tasks of every kind in a user's folder, and the index of lm-eval's tasks."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,11 @@ from lm_eval.tasks import TaskManager
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.errors import UsageError
-from lightlm.evaluate import runner
 from lightlm.evaluate.harness import LightLM
-from lightlm.evaluate.runner import Settings, Tasks, run_tasks
+from lightlm.evaluate.runner import run_tasks
+from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks import index as task_index
+from lightlm.evaluate.tasks.manager import Tasks
 from tests.evaluate.tiny_run import write_world
 
 LOCAL = """
@@ -55,7 +56,7 @@ aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "stock_tasks", dict)
+    monkeypatch.setattr(task_index, "stock_tasks", dict)
     loaded = write_world(tmp_path, max_seq_len=200)
     (tmp_path / "mine" / "deep").mkdir(parents=True)
     kinds = {"first": CHOICES, "deep/second": CHOICES, "written": WRITTEN, "read": READ}
@@ -92,7 +93,7 @@ def test_each_kind_of_task_runs(world: LoadedModel) -> None:
 
 
 def test_an_argument_that_datasets_no_longer_takes_is_dropped(world: LoadedModel) -> None:
-    """Many stock tasks still have it; lm-eval drops it too."""
+    """Many stock tasks still have it, and lm-eval drops it too."""
     path = Path("mine/first.yaml")
     path.write_text(path.read_text().replace("dataset_kwargs:\n", "dataset_kwargs:\n  trust_remote_code: true\n"))
     [need] = Tasks(Settings(["first"], include_path="mine")).needs()
@@ -120,11 +121,11 @@ def test_examples_stand_in_the_prompt(world: LoadedModel, monkeypatch: pytest.Mo
             assert any(context.endswith(doc["question"]) for doc in documents)
 
 
-def test_a_users_task_replaces_the_stock_one_and_that_is_said(
+def test_a_users_task_replaces_the_stock_one_with_a_warning(
     world: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stock = TaskManager(include_path="mine", include_defaults=False).task_index
-    monkeypatch.setattr(runner, "stock_tasks", lambda: {"first": stock["second"]})
+    monkeypatch.setattr(task_index, "stock_tasks", lambda: {"first": stock["second"]})
     chosen = Tasks(Settings(["first"], include_path="mine"))
     assert chosen.task_index["first"].yaml_path == stock["first"].yaml_path
     assert "first replace lm-eval's tasks" in caplog.text
@@ -133,8 +134,8 @@ def test_a_users_task_replaces_the_stock_one_and_that_is_said(
 @pytest.mark.parametrize(
     ("text", "folder", "words"),
     [
-        ("", "nowhere", "nowhere is no folder"),
-        ("", "runs", "runs holds no task"),
+        ("", "nowhere", "nowhere is not a folder"),
+        ("", "runs", "runs contains no task"),
         ("task: [", "mine", "broken.yaml cannot be read"),
         ("include: gone.yaml\ntask: x", "mine", "gone.yaml"),
     ],
@@ -165,8 +166,8 @@ def test_the_list_of_tasks_is_read_again_only_after_a_change(tmp_path: Path, mon
     assert len(builds) == 1
     (folder / "a.yaml").write_text("task: b\ntag: [x, z]\n")
     assert task_index.stock_tasks().keys() == {"b", "g", "x", "z"}
-    [kept] = (tmp_path / "cache" / "lightlm").iterdir()  # the old list is gone
+    [kept] = (tmp_path / "cache" / "lightlm").iterdir()  # the old index is deleted
     kept.write_text("[[torn")
     assert task_index.stock_tasks().keys() == {"b", "g", "x", "z"}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "a.yaml"))  # no folder, nor can one be made there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "a.yaml"))  # not a folder, and none can be made there
     assert task_index.stock_tasks().keys() == {"b", "g", "x", "z"}

@@ -2,7 +2,7 @@ from unittest import mock
 
 from lm_eval import utils
 
-from lightlm.evaluate.tasks.templates import compiled_once
+from lightlm.evaluate.tasks.patches import compiled_once
 
 
 def test_templates_are_compiled_once_and_say_the_same():

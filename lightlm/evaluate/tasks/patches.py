@@ -1,0 +1,43 @@
+"""Changes to lm-eval's behavior that it offers no setting for, each a context manager."""
+
+import contextlib
+import functools
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from unittest import mock
+
+from lm_eval import utils
+
+from lightlm.data.sources.hub.client import quiet_libraries
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence lm-eval and the Hub's libraries below errors, and keep what they print off standard output."""
+    # lm-eval asks git for a commit; outside a repository git's complaint would reach the terminal.
+    silent_git = functools.partial(subprocess.check_output, stderr=subprocess.DEVNULL)
+    with (
+        quiet_libraries("lm_eval", "filelock", "urllib3", "evaluate", level=logging.ERROR),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        mock.patch.object(subprocess, "check_output", silent_git),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """Compile each template once. lm-eval compiles one per field and document, its main cost beside the model."""
+    environment = getattr(utils, "env", None)
+    if environment is None:  # another version of lm-eval
+        yield
+        return
+    with mock.patch.object(environment, "from_string", functools.lru_cache(maxsize=256)(environment.from_string)):
+        yield
+
+
+def results_in_every_process() -> contextlib.AbstractContextManager[object]:
+    """Return results in every process; lm-eval returns them only where LOCAL_RANK is 0."""
+    return mock.patch.dict(os.environ, LOCAL_RANK="0")
