@@ -85,7 +85,8 @@ def _variants(entry: Schema, schema: Schema) -> list[Schema]:
         return _variants(schema["$defs"][entry["$ref"].rsplit("/", 1)[-1]], schema)
     if "properties" in entry:
         return [entry]
-    return [found for member in entry.get("oneOf", entry.get("anyOf", ())) for found in _variants(member, schema)]
+    members = entry.get("oneOf") or entry.get("anyOf") or ()
+    return [found for member in members for found in _variants(member, schema)]
 
 
 def _tag(variants: list[Schema]) -> str:
@@ -103,7 +104,7 @@ def _key(key: str, entries: list[Schema], *, required: bool, only: str = "") -> 
 def _allowed(entry: Schema) -> str:
     """Return the type of a value, or the values allowed, in words."""
     if "title" in entry:
-        return entry["title"]
+        return str(entry["title"])
     if "anyOf" in entry:
         return " | ".join(dict.fromkeys(_allowed(member) for member in entry["anyOf"]))
     if "const" in entry:
@@ -114,7 +115,7 @@ def _allowed(entry: Schema) -> str:
         return f"list of {_allowed(entry['items'])}" if "items" in entry else _pair(entry["prefixItems"])
     if entry["type"] == "boolean":
         return "true | false"
-    word = {"string": "text"}.get(entry["type"], entry["type"])
+    word = "text" if entry["type"] == "string" else str(entry["type"])
     low = [(entry[bound], sign) for bound, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if bound in entry]
     high = [(entry[bound], sign) for bound, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if bound in entry]
     if high:
