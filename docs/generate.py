@@ -28,7 +28,9 @@ in a terminal, and `recipes/recipe.schema.json` brings it into editors ([how](..
 COMMANDS_HEAD = """# Command reference
 
 Every command with its arguments and options. This page is generated from the code; `lightlm COMMAND --help` prints the
-same. A value in brackets may be left out. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to standard output, progress and messages to
+same. A value in brackets may be left out.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to standard output, progress and messages to
 standard error.
 """
 
@@ -50,7 +52,15 @@ def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def recipe_page() -> str:
     parts = [RECIPE_HEAD]
     for section, group in groupby(keys(), key=lambda entry: entry.key.partition(".")[0]):
-        rows = [(code(entry.key), cell(entry.allowed), code(entry.default), cell(entry.description)) for entry in group]
+        rows = [
+            (
+                code(entry.key),
+                cell(entry.allowed),
+                entry.default if entry.default == "required" else code(entry.default),
+                cell(entry.description),
+            )
+            for entry in group
+        ]
         parts += [f"## {section}\n", f"{sections()[section]}\n", table(("key", "allowed", "default", "meaning"), rows)]
     return "\n".join(parts)
 
