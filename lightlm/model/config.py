@@ -1,4 +1,4 @@
-"""The configuration of a model: every value that decides its shape, and the rules between them."""
+"""What a model is: every number that decides its shape, with the rules that hold between them."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -25,10 +25,10 @@ def _is(description: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a `Transformer`. Names are those of Hugging Face configurations where these have one.
+    """The shape of a `Transformer`. Names are the field's (Hugging Face's where it has one).
 
     A value of 0 for `vocab_size`, `num_kv_heads`, `head_dim`, `intermediate_size` or `moe_intermediate_size` asks for
-    the default that its description gives; `resolved()` writes it out.
+    the default that its comment gives; `resolved()` puts it in.
     """
 
     # Read by pydantic where a recipe embeds this class: an unknown key is an error, not ignored.
