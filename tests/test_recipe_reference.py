@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import jsonschema
 import pytest
@@ -103,20 +103,22 @@ def test_an_unknown_section_names_the_nearest():
 
 def test_a_section_that_is_a_union_lists_the_keys_of_all_members(monkeypatch):
     class Plain(BaseModel):
-        name: Literal["plain"] = Field(description="Which.")
+        name: Literal["plain"] = Field(default="plain", description="As ever.")
         lr: float = Field(description="Rate.")
 
     class Fancy(BaseModel):
-        name: Literal["fancy"] = Field(description="Which.")
+        name: Literal["fancy"] = Field(default="fancy", description="With a twist.")
         lr: float = Field(description="Rate.")
         twist: int = Field(default=3, description="Turns.")
 
     class Whole(BaseModel):
-        optimizer: Annotated[Plain | Fancy, Field(discriminator="name", description="How.")]
+        optimizer: Plain | Fancy = Field(description="How.")
 
     monkeypatch.setattr(reference, "Recipe", Whole)
     found = {entry.key: entry for entry in keys()}
     assert found["optimizer.name"].allowed == "plain | fancy"
+    assert found["optimizer.name"].description == "plain: As ever. fancy: With a twist."
+    assert found["optimizer.name"].default == "plain"
     assert found["optimizer.twist"].description == "Turns. Only with optimizer.name=fancy."
     assert found["optimizer.lr"].description == "Rate."
 

@@ -39,6 +39,8 @@ class _WithoutFieldTitles(GenerateJsonSchema):
 def json_schema() -> Schema:
     """Return the JSON Schema of a recipe file, which also admits quantities as text (`10B`, `2%`)."""
     schema = Recipe.model_json_schema(schema_generator=_WithoutFieldTitles)
+    for definition in schema["$defs"].values():
+        definition.pop("description", None)  # the docstring of a class is for programmers
     for entry in schema["properties"].values():
         if _variants(entry, schema):
             entry.pop("default", None)  # whole sections: their keys have defaults of their own
@@ -95,10 +97,12 @@ def _tag(variants: list[Schema]) -> str:
 
 
 def _key(key: str, entries: list[Schema], *, required: bool, only: str = "") -> Key:
-    allowed = " | ".join(dict.fromkeys(_allowed(entry) for entry in entries))
-    value = entries[0].get("default")
-    default = "required" if required else value if isinstance(value, str) else json.dumps(value)
-    return Key(key, allowed, default, entries[0].get("description", "") + only)
+    values = [_allowed(entry) for entry in entries]
+    meanings = {entry.get("description", ""): value for entry, value in zip(entries, values, strict=True)}
+    description = next(iter(meanings)) if len(meanings) == 1 else " ".join(f"{v}: {m}" for m, v in meanings.items())
+    default = entries[0].get("default")
+    text = "required" if required else default if isinstance(default, str) else json.dumps(default)
+    return Key(key, " | ".join(dict.fromkeys(values)), text, description + only)
 
 
 def _allowed(entry: Schema) -> str:
