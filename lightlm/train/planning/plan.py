@@ -68,7 +68,7 @@ class Notes(Silent):
 
 
 def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
-    """The plan as one document of plain values, sizes in bytes. docs/decisions/planning.md lists the assumptions.
+    """The plan as one document of plain values, sizes in bytes. docs/design.md says what is assumed.
 
     Args:
         probe: run a few steps on the recipe's device, if this machine has it.
