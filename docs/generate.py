@@ -6,6 +6,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def cell(text: str) -> str:
 
 
 def code(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|")
+    """Return code for the cell of a Markdown table, where no backticks may hold a bar."""
+    return f"<code>{escape(text).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -41,7 +41,7 @@ def test_the_recipe_reference_has_every_key_with_its_description(pages):
 
 
 def table_rows(page):
-    return [line for line in page.splitlines() if line.startswith("| `")]
+    return [line for line in page.splitlines() if line.startswith(("| `", "| <code>"))]
 
 
 def commands(name, command):
