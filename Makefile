@@ -37,19 +37,21 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Build the documentation in site/. A broken link or a missing page is an error.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --strict
+
+docs-serve: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical serve
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train.py
 
 # Train the demos with the code of BASE and of this tree. Losses and gradient norms must be identical.
 compare: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/compare_commits.py $(BASE)
-
-# Build the documentation in site/; a broken link or a missing page is an error.
-docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict
-
-docs-serve: $(VENV)/.installed-docs
-	$(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -66,7 +68,3 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
 	$(PIP_INSTALL) ".[dev]"
 	touch $@ $(VENV)/.installed
-
-$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/.created
-	$(PIP_INSTALL) ".[docs]"
-	touch $@
