@@ -18,7 +18,7 @@ from lightlm.evaluate.scoring.logits import fp32_logits
 from lightlm.evaluate.scoring.packing import Limits, Request, Stand, Tree, plan
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.model.trees import Trees, Trunk
+from lightlm.model.trees import SharedPrefix, Trees
 
 # Columns of the head at a time: the logits of 1,024 positions (4 MB) then stay in a CPU's caches.
 _PIECE = 1024
@@ -101,15 +101,15 @@ def _attention_cost(config: ModelConfig) -> float:
     return 1 / (1.5 * config.hidden_size)
 
 
-def _read_trunk(model: Transformer, stand: Stand) -> Trunk | None:
+def _read_trunk(model: Transformer, stand: Stand) -> SharedPrefix | None:
     if not stand.trunk:
         return None
     cache = model.new_cache(1, len(stand.trunk))
     model.hidden_states(torch.tensor([stand.trunk], device=model.device), cache)
-    return Trunk(cache)
+    return SharedPrefix(cache)
 
 
-def _score_batch(model: Transformer, trees: list[Tree], trunk: Trunk | None) -> Iterator[Score]:
+def _score_batch(model: Transformer, trees: list[Tree], trunk: SharedPrefix | None) -> Iterator[Score]:
     """Scores of all requests, tree by tree."""
     width, device = len(trees[0]), model.device
     tokens_BT = _pad([tree.tokens for tree in trees], width).to(device)
