@@ -46,7 +46,7 @@ def expected_routing(router, x_ND):
         choice_NE = scores_NE
     ids_NK = choice_NE.argsort(descending=True)[:, : router.chosen].sort().values
     weights_NK = torch.stack([scores_NE[n, ids] for n, ids in enumerate(ids_NK)])
-    if router.normalised:
+    if router.normalized:
         weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
     return ids_NK, weights_NK * router.scaling, scores_NE
 
@@ -57,11 +57,11 @@ def by_id(ids_NK, weights_NK):
 
 
 @pytest.mark.parametrize("scaling", [1.0, 2.5])
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("situation", ["fp32", "autocast", "bf16 model"])
-def test_choices_and_weights_follow_the_formula(kind, normalised, scaling, situation):
-    router = build_router(router=kind, norm_topk_prob=normalised, routed_scaling_factor=scaling)
+def test_choices_and_weights_follow_the_formula(kind, normalized, scaling, situation):
+    router = build_router(router=kind, norm_topk_prob=normalized, routed_scaling_factor=scaling)
     x_ND = torch.randn(40, 16)
     if situation == "bf16 model":
         router, x_ND = router.bfloat16(), x_ND.bfloat16()
@@ -199,8 +199,8 @@ def test_sequence_balance_loss_is_deepseek_v3s():
         for expert in range(6):
             f = 6 / (3 * 9) * one_hot_BTKE[sequence, :, :, expert].sum()
             scores_TE = torch.sigmoid(logits_BTE[sequence])
-            normalised_T = scores_TE[:, expert] / scores_TE.sum(-1)
-            total = total + f * normalised_T.sum() / 9
+            normalized_T = scores_TE[:, expert] / scores_TE.sum(-1)
+            total = total + f * normalized_T.sum() / 9
     expected = total / 4
     load_BE = one_hot_BTKE.sum((1, 2)).long()
     ours = sequence_balance_loss(load_BE, torch.sigmoid(logits_BTE.float()))
@@ -351,14 +351,14 @@ def test_active_parameters_are_a_dense_models_of_the_same_width():
         ({"num_experts_per_tok": 7}, "num_experts_per_tok: must be from 1 to num_experts, 6, is 7"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok: must be from 1 to num_experts, 6, is 0"),
         ({"first_k_dense": 1}, "first_k_dense: leaves no layer of experts: num_layers is 1"),
-        ({"first_k_dense": -1}, "first_k_dense: must not be negative"),
-        ({"num_experts": -1}, "num_experts: must not be negative"),
-        ({"num_shared_experts": -1}, "num_shared_experts: must not be negative"),
-        ({"moe_intermediate_size": -1}, "moe_intermediate_size: must not be negative"),
+        ({"first_k_dense": -1}, "first_k_dense: must be at least 0"),
+        ({"num_experts": -1}, "num_experts: must be at least 0"),
+        ({"num_shared_experts": -1}, "num_shared_experts: must be at least 0"),
+        ({"moe_intermediate_size": -1}, "moe_intermediate_size: must be at least 0"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor: must be above 0"),
         ({"mlp": "gelu"}, "mlp: experts are swiglu networks, is gelu"),
         ({"bias": True}, "bias: experts and their router have no biases"),
-        ({"num_experts_per_tok": 1}, "norm_topk_prob: must be false with one expert a token"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob: must be false with one expert per token"),
     ],
 )
 def test_impossible_mixtures_are_refused(change, message):

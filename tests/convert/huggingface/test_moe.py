@@ -34,13 +34,13 @@ EXPORTED = {
     "glm": GLM,
     "glm qk-norm, untied": replace(GLM, qk_norm=True, tie_embeddings=False),
     "glm repeated blocks": replace(GLM, num_layers=2, layer_sharing=2),
-    "glm nothing shared, not normalised, all layers": replace(
+    "glm nothing shared, not normalized, all layers": replace(
         BASE, norm_topk_prob=False, rope_theta=500_000.0, num_experts_per_tok=4
     ),
     "glm one expert a token": replace(GLM, num_experts_per_tok=1, norm_topk_prob=False),
     "glm all experts": replace(GLM, num_experts=2),
     "qwen3": QWEN,
-    "qwen3 not normalised, untied": replace(QWEN, norm_topk_prob=False, tie_embeddings=False, first_k_dense=0),
+    "qwen3 not normalized, untied": replace(QWEN, norm_topk_prob=False, tie_embeddings=False, first_k_dense=0),
     "qwen3 repeated blocks": replace(QWEN, num_layers=2, layer_sharing=2),
     "mixtral": replace(BASE, router="softmax"),
     "mixtral untied, repeated": replace(BASE, router="softmax", tie_embeddings=False, layer_sharing=2, rope_theta=1e3),
