@@ -1,10 +1,11 @@
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import pytest
 
 from lightlm.convert.huggingface.export_target import export_target
+from lightlm.convert.huggingface.layouts import LAYOUTS
 from lightlm.model.config import ModelConfig
 from tests.shapes import SHAPES
 
@@ -53,7 +54,7 @@ def test_class(config, architecture):
         (replace(LLAMA, hidden_size=34, head_dim=8), ["num_heads: 4", "hidden_size: 34"]),
         (replace(MOE, sliding_window=5), ["Glm4MoeForCausalLM", "sliding_window: 5"]),
         (replace(MOE, num_experts=1, num_experts_per_tok=1, norm_topk_prob=False), ["num_experts: 1"]),
-        (replace(MOE, norm="layernorm"), ["norm: layernorm", "classes with experts have rmsnorm"]),
+        (replace(MOE, norm="layernorm"), ["norm: layernorm", "rmsnorm, rope, swiglu: ", "Glm4MoeForCausalLM"]),
         (
             replace(MOE, router="softmax", qk_norm=True, num_shared_experts=2, routed_scaling_factor=2.5),
             ["Qwen3MoeForCausalLM", "num_shared_experts: 2 (with router: sigmoid", "routed_scaling_factor: 2.5"],
@@ -68,6 +69,28 @@ def test_refusal_names_the_keys(config, named):
     target = export_target(config)
     assert target.architecture == target.model_type == ""
     assert [name for name in named if name not in target.refusal] == []
+
+
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_every_field_is_placed_in_every_layout(model_type):
+    """A new ModelConfig field needs a key, a fixed value or a rule in each layout; until then it refuses to export."""
+    assert [field.name for field in fields(ModelConfig) if not LAYOUTS[model_type].places(field.name)] == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedConfig(ModelConfig):
+    """A configuration with a field that no layout places."""
+
+    attention_gate: bool = False
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN3, MOE, replace(MOE, router="softmax")])
+def test_a_field_that_no_layout_places_refuses_unless_it_has_its_default(config):
+    plain = GatedConfig(**asdict(config))
+    assert export_target(plain) == export_target(config)
+    refusal = export_target(replace(plain, attention_gate=True)).refusal
+    assert f"{export_target(config).architecture}, the nearest" in refusal
+    assert "cannot have attention_gate: true (no equivalent in this class)" in refusal
 
 
 def test_a_configuration_that_is_no_model_is_an_error():
