@@ -203,7 +203,7 @@ def cut(path):
     [
         (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
         (lambda folder: cut(folder / "config.json"), r"config\.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is no JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"has no tokenizer\.json"),
         (lambda folder: cut(folder / "tokenizer.json"), r"tokenizer\.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no weights: none of model\.safetensors, "),
