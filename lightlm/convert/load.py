@@ -77,6 +77,8 @@ def _on_disk(reference: str | Path) -> Path | None:
 
 def _nothing_found(given: Path) -> str:
     there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
+    if given.is_file():
+        there = "no format of `lightlm convert --list` recognizes this file"
     return (
         f"no model at {given}: {there}, no run has that name (runs here: {checkpoint.run_names()}), and it is not "
         "a Hub id (ORG/NAME, such as HuggingFaceTB/SmolLM2-135M)"

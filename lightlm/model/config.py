@@ -9,7 +9,7 @@ _AT_LEAST = dict.fromkeys(
 _AT_LEAST |= {"num_shared_experts": 0, "moe_intermediate_size": 0, "first_k_dense": 0}
 _ABOVE_ZERO = ("norm_eps", "rope_theta", "init_std", "routed_scaling_factor")
 # Fields that have no effect in a model without experts.
-_NEED_EXPERTS = (
+EXPERT_FIELDS = (
     "num_experts_per_tok",
     "num_shared_experts",
     "moe_intermediate_size",
@@ -128,7 +128,7 @@ class ModelConfig:
             ]
         else:
             defaults = {field.name: field.default for field in fields(self)}
-            unused = (key for key in _NEED_EXPERTS if getattr(self, key) != defaults[key])
+            unused = (key for key in EXPERT_FIELDS if getattr(self, key) != defaults[key])
             rules += [(key, True, "has no effect without num_experts") for key in unused]
         return [(key, message) for key, broken, message in rules if broken]
 

@@ -83,7 +83,7 @@ def test_gradients_reach_every_parameter():
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), name
 
 
-def test_initialisation_has_the_papers_scales():
+def test_initialization_has_the_papers_scales():
     torch.manual_seed(0)
     model = Transformer(
         ModelConfig(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from lightlm.convert.huggingface.layouts import LAYOUTS, as_yaml
 from lightlm.model.config import ModelConfig
 
-_KIND = ("norm", "position", "mlp")  # the fields that define a family of classes
-# A refusal names the nearest class: the one that gets furthest in this list without an obstacle.
-_DECISIVE = (*_KIND, "router", "num_experts", "qk_norm")
+# The nearest class to a configuration that none expresses: the one with the fewest obstacles among the first fields,
+# then among the next, then among all.
+_DECISIVE = (("norm", "position", "mlp"), ("router",), ("num_experts",), ("qk_norm",))
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,13 @@ def export_target(config: ModelConfig) -> ExportTarget:
     config = config.resolved()
     obstacles = {model_type: layout.obstacles(config) for model_type, layout in LAYOUTS.items()}
 
-    def distance(model_type: str) -> tuple[list[bool], int]:
-        return [name in obstacles[model_type] for name in _DECISIVE], len(obstacles[model_type])
+    def distance(model_type: str) -> list[int]:
+        found = obstacles[model_type].keys()
+        return [len(found & set(names)) for names in _DECISIVE] + [len(found)]
 
     nearest = min(LAYOUTS, key=distance)
     architecture = LAYOUTS[nearest].architecture
     if not obstacles[nearest]:
         return ExportTarget(architecture, nearest)
-    if any(name in obstacles[nearest] for name in _KIND):
-        kind = ", ".join(f"{name}: {getattr(config, name)}" for name in _KIND)
-        return ExportTarget(refusal=f"no Hugging Face class has {kind} together ({_families()})")
-    listed = ", ".join(
-        f"{name}: {as_yaml(getattr(config, name))} ({reason})" for name, reason in obstacles[nearest].items()
-    )
-    return ExportTarget(refusal=f"{architecture}, the nearest Hugging Face class, cannot have {listed}")
-
-
-def _families() -> str:
-    """Return the combinations that classes have, for messages."""
-    families: dict[str, list[str]] = {}
-    for layout in LAYOUTS.values():
-        kind = ", ".join(layout.fixed[name] for name in _KIND)
-        families.setdefault(kind, []).append(layout.architecture)
-    return "; ".join(f"{kind}: {', '.join(classes)}" for kind, classes in families.items())
+    listed = [f"{name}: {as_yaml(getattr(config, name))} ({reason})" for name, reason in obstacles[nearest].items()]
+    return ExportTarget(refusal=f"{architecture}, the nearest Hugging Face class, cannot have {', '.join(listed)}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import EXPERT_FIELDS, ModelConfig
 
 SELECTION_BIAS = "e_score_correction_bias"  # a buffer of sigmoid routers, fp32 in every file
 
@@ -34,7 +34,7 @@ class Link:
 class Rule:
     """Which values of a ModelConfig field a class expresses, beyond what its config.json keys say."""
 
-    accepts: Callable[[ModelConfig], bool]
+    accepts: Callable[[ModelConfig], bool]  # of a resolved configuration
     requirement: str = ""  # for the refusal; other fields may be named in braces
 
 
@@ -91,23 +91,14 @@ def _sees_everything(config: ModelConfig) -> bool:
     return not any(0 < config.window(layer) < config.max_seq_len for layer in range(config.depth))
 
 
-_ANY = Rule(lambda config: True)
+_ANY = Rule(lambda c: True)
 _RULES = {
     "layer_sharing": _ANY,  # repeated blocks are written as layers of their own
     "sliding_window": Rule(_sees_everything, "every layer must see all positions"),
     "full_attention_interval": _ANY,  # only matters with sliding_window
     "rope_theta": _ANY,  # written by `write_config` where positions are rotary, else without effect
 }
-_NO_EXPERTS = {
-    "num_experts": 0,
-    "num_experts_per_tok": 2,
-    "num_shared_experts": 0,
-    "moe_intermediate_size": 0,
-    "first_k_dense": 0,
-    "router": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
-}
+_NO_EXPERTS = {name: getattr(ModelConfig, name) for name in ("num_experts", *EXPERT_FIELDS)}  # the defaults
 
 _LLAMA_KEYS = {
     "vocab_size": "vocab_size",
@@ -126,9 +117,7 @@ _LLAMA_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm
 # LlamaConfig checks it since transformers 5, though the class itself only needs head_dim.
 _LLAMA_RULES = {
     **_RULES,
-    "num_heads": Rule(
-        lambda config: config.hidden_size % config.num_heads == 0, "must divide hidden_size: {hidden_size}"
-    ),
+    "num_heads": Rule(lambda c: c.hidden_size % c.num_heads == 0, "must divide hidden_size: {hidden_size}"),
 }
 _LLAMA_DEFAULTS = {
     "num_key_value_heads": None,
@@ -162,9 +151,9 @@ _MOE_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": Fa
 _SIGMOID_HINT = "with router: sigmoid Glm4MoeForCausalLM has it"
 _SOFTMAX_RULES = {
     **_RULES,
-    "num_experts": Rule(lambda config: config.num_experts > 0, "must be at least 1"),
-    "num_shared_experts": Rule(lambda config: config.num_shared_experts == 0, _SIGMOID_HINT),
-    "routed_scaling_factor": Rule(lambda config: config.routed_scaling_factor == 1.0, _SIGMOID_HINT),
+    "num_experts": Rule(lambda c: c.num_experts > 0, "must be at least 1"),
+    "num_shared_experts": Rule(lambda c: c.num_shared_experts == 0, _SIGMOID_HINT),
+    "routed_scaling_factor": Rule(lambda c: c.routed_scaling_factor == 1.0, _SIGMOID_HINT),
 }
 _EXPERT_LINKS = (
     Link("model.layers.{}.mlp.gate", ("blocks.{}.mlp.router",)),
@@ -187,6 +176,7 @@ _GLM_LINKS = (
     Link("model.layers.{}.mlp.shared_experts.up_proj", ("blocks.{}.mlp.shared.up_proj",)),
     Link("model.layers.{}.mlp.shared_experts.down_proj", ("blocks.{}.mlp.shared.down_proj",)),
 )
+_GPT2_FIXED = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True, **_NO_EXPERTS}
 _GPT2_QKV = ("blocks.{}.attention.q_proj", "blocks.{}.attention.k_proj", "blocks.{}.attention.v_proj")
 
 # `export_target` tries them in this order.
@@ -205,21 +195,12 @@ LAYOUTS = {
             "tie_embeddings": "tie_word_embeddings",
             "init_std": "initializer_range",
         },
-        fixed={
-            **_NO_EXPERTS,
-            "norm": "layernorm",
-            "position": "learned",
-            "mlp": "gelu",
-            "qk_norm": False,
-            "bias": True,
-        },
+        fixed=_GPT2_FIXED,
         rules={
             **_RULES,
-            "num_kv_heads": Rule(
-                lambda config: config.num_kv_heads == config.num_heads, "must be num_heads, {num_heads}"
-            ),
+            "num_kv_heads": Rule(lambda c: c.num_kv_heads == c.num_heads, "must be num_heads, {num_heads}"),
             "head_dim": Rule(
-                lambda config: config.head_dim * config.num_heads == config.hidden_size,
+                lambda c: c.head_dim * c.num_heads == c.hidden_size,
                 "must be hidden_size / num_heads, {hidden_size} / {num_heads}",
             ),
         },
@@ -294,7 +275,7 @@ LAYOUTS = {
         },
         fixed={**_MOE_FIXED, "router": "sigmoid"},
         # The class chooses among groups of experts by the sum of the best two in each; there is one group.
-        rules={**_RULES, "num_experts": Rule(lambda config: config.num_experts > 1, "must be at least 2")},
+        rules={**_RULES, "num_experts": Rule(lambda c: c.num_experts > 1, "must be at least 2")},
         defaults={
             **_LLAMA_DEFAULTS,
             "num_key_value_heads": 8,

@@ -203,7 +203,7 @@ def test_rotary_base_stands_where_both_versions_of_transformers_look(tokenizer, 
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500_000.0
 
 
-def test_wide_initialisation_loads(tokenizer, tmp_path):
+def test_wide_initialization_loads(tokenizer, tmp_path):
     """LlamaConfig refuses an initializer_range above 1, which says nothing about trained weights."""
     export_huggingface(loaded(replace(SIZED["llama"], init_std=1.5), tokenizer), tmp_path / "hf")
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").initializer_range == 1.0
