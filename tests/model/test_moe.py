@@ -132,7 +132,7 @@ CASTS = {
     "double": lambda model: model.double(),
     "to": lambda model: model.to(torch.bfloat16),
     "to like a tensor": lambda model: model.to(torch.zeros(1, dtype=torch.bfloat16)),
-    "a block alone": lambda model: model.blocks[1].bfloat16() and model,
+    "only a block": lambda model: model.blocks[1].bfloat16() and model,
     "a copy": lambda model: copy.deepcopy(model).bfloat16(),
     "there and back": lambda model: model.bfloat16().float(),
 }
@@ -210,7 +210,7 @@ def test_sequence_balance_loss_is_deepseek_v3s():
 
 
 def test_batch_balance_loss_counts_all_choices():
-    """Switch's E sum f P over a batch (arXiv 2101.03961), with f the share of all choices, not of the first alone."""
+    """Switch's E sum f P over a batch (arXiv 2101.03961), with f the share of all choices, not only of the first."""
     logits_BTE, one_hot_BTKE = routed("softmax")
     probabilities_NE = torch.exp(logits_BTE).flatten(0, 1) / torch.exp(logits_BTE).flatten(0, 1).sum(-1, keepdim=True)
     f_E = one_hot_BTKE.sum((0, 1, 2)) / (4 * 9 * 3)

@@ -43,7 +43,7 @@ def test_attention_matches_float64_formula(window, monkeypatch):
         torch.testing.assert_close(y[0].double(), expected @ attention.o_proj.weight.double().T, atol=1e-6, rtol=1e-5)
 
 
-def test_rotation_depends_on_distance_alone_and_keeps_length():
+def test_rotation_depends_only_on_distance_and_keeps_length():
     x, y = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def score(a, b):
@@ -156,7 +156,7 @@ def test_too_long_a_sequence_is_refused():
         build("llama")(torch.zeros(1, 49, dtype=torch.long))
 
 
-def test_blocks_run_compiled_in_training_alone(monkeypatch):
+def test_blocks_run_compiled_only_in_training(monkeypatch):
     """Prompts and documents of every length would each be compiled anew."""
     compiled = []
     monkeypatch.setattr(transformer, "_compiled_run", lambda: lambda *args: compiled.append(1) or Block._run(*args))

@@ -22,7 +22,7 @@ MOE = replace(LLAMA, num_experts=4, num_experts_per_tok=2)
         (replace(LLAMA, head_dim=16, layer_sharing=3), "LlamaForCausalLM"),
         (QWEN3, "Qwen3ForCausalLM"),
         (replace(QWEN3, hidden_size=34), "Qwen3ForCausalLM"),
-        # A band that hides nothing is none.
+        # A window that hides nothing.
         (replace(LLAMA, sliding_window=48), "LlamaForCausalLM"),
         (replace(LLAMA, sliding_window=5, full_attention_interval=1), "LlamaForCausalLM"),
         (replace(LLAMA, vocab_size=0), "LlamaForCausalLM"),
@@ -94,13 +94,13 @@ def test_a_field_that_no_layout_places_refuses_unless_it_has_its_default(config)
     assert "cannot have attention_gate: true (no equivalent in this class)" in refusal
 
 
-def test_a_configuration_that_is_no_model_is_an_error():
+def test_a_configuration_that_is_not_a_model_is_an_error():
     with pytest.raises(ValueError, match="num_heads"):
         export_target(ModelConfig(num_layers=1, hidden_size=10, num_heads=3, max_seq_len=8))
 
 
 def test_is_light():
-    """Reading a recipe asks the registry, and `lightlm --help` must not wait for torch."""
-    module = "lightlm.convert.huggingface.export_target"
-    code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
+    """Reading a recipe asks `export_target`, `--help` lists the formats, and neither must wait for torch."""
+    modules = "lightlm.convert.huggingface.export_target, lightlm.convert.formats"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
