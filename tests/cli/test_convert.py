@@ -54,7 +54,7 @@ def invoke(*arguments):
 
 
 def test_five_line_chain_works_twice(run):
-    """Without arguments, the newest run goes to runs/RUN/hf, also when an earlier export lies there."""
+    """Without arguments, the newest run is exported to runs/RUN/hf, also over an earlier export."""
     output = invoke()
     config = Path("runs/demo/hf/config.json")
     written = config.stat().st_mtime_ns
@@ -89,7 +89,7 @@ def test_there_and_back(run):
 def test_json_is_the_whole_output(run):
     summary = json.loads(invoke("--json"))
     assert summary["class"] == "LlamaForCausalLM"
-    # Two blocks run twice each are four layers in the file, and counted as such.
+    # Two blocks that run twice each are four layers in the file, and count as four.
     block = sum(parameter.numel() for parameter in run.blocks.parameters())
     assert summary["parameters"] == run.num_parameters()["total"] + block
     assert summary["files"]["model.safetensors"] == Path("runs/demo/hf/model.safetensors").stat().st_size

@@ -71,7 +71,7 @@ def test_hugging_face_folder(workplace, tokenizer):
 
 
 def fake_hub(monkeypatch, folder, wanted):
-    """Stand in for the Hub: it has one repository, of which it gives what the patterns ask for."""
+    """Replace the Hub by one that has a single repository."""
     asked = []
 
     def snapshot_download(repo_id, *, allow_patterns, etag_timeout):

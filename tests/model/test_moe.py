@@ -90,7 +90,7 @@ def test_the_bias_decides_the_choice_and_nothing_else():
     torch.testing.assert_close(weights_NK, chosen_NK / chosen_NK.sum(-1, keepdim=True))
     same = (ids_NK == before_ids).all(-1)
     assert 0 < same.sum() < 200
-    torch.testing.assert_close(weights_NK[same], before[same])  # but for the order of their sum
+    torch.testing.assert_close(weights_NK[same], before[same])  # except for the order of their sum
 
 
 def test_a_bias_that_is_equal_for_all_changes_nothing():
@@ -192,7 +192,7 @@ def routed(kind):
 
 
 def test_sequence_balance_loss_is_deepseek_v3s():
-    """Equations 17 to 20 of arXiv 2412.19437, a sequence and an expert at a time."""
+    """Equations 17 to 20 of arXiv 2412.19437, one sequence and one expert at a time."""
     logits_BTE, one_hot_BTKE = routed("sigmoid")
     total = 0.0
     for sequence in range(4):
@@ -227,7 +227,7 @@ def test_batch_balance_loss_counts_all_choices():
 @pytest.mark.parametrize("name", ["moe", "softmax_moe"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_layer_reports_its_own_loads_and_losses(name, mixed):
-    """From the router's inputs, caught by a hook: what the layer returns is what its losses are made of."""
+    """The layer's losses equal formulas over the router's inputs, which a hook records."""
     model, caught = build(name), []
     for block in model.blocks:
         if isinstance(block.mlp, MoE):
@@ -287,7 +287,7 @@ def test_recomputation_changes_no_bit_and_counts_nothing_twice(name, mixed):
 @pytest.mark.parametrize("name", ["moe", "softmax_moe"])
 @pytest.mark.parametrize("situation", ["fp32", "mixed", "grouped"])
 def test_a_compiled_block_computes_the_same(name, situation, recompute, monkeypatch):
-    """Traced as for any backend, which itself would take a minute. With grouped products, a GPU's, it is one graph."""
+    """Only traced, because a compiler backend takes a minute. With a GPU's grouped products it is one graph."""
     mixed, grouped = situation != "fp32", situation == "grouped"
     keep_padding_uncompiled()
     run = torch.compile(Block._run, backend="aot_eager", fullgraph=grouped)
@@ -320,7 +320,7 @@ def test_repeated_blocks_report_each_pass():
 
 
 def test_active_parameters_and_operations_are_those_of_the_chosen_experts():
-    """A forward pass of one token, whose products torch counts; each of the chosen experts is three."""
+    """Torch counts the products of a one-token forward pass; each chosen expert is three."""
     for name in ("moe", "softmax_moe"):
         model = build(name)
         config, total = model.config, sum(p.numel() for p in model.parameters())

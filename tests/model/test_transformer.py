@@ -157,7 +157,7 @@ def test_too_long_a_sequence_is_refused():
 
 
 def test_blocks_run_compiled_only_in_training(monkeypatch):
-    """Prompts and documents of every length would each be compiled anew."""
+    """Else each length of a prompt or document would be compiled again."""
     compiled = []
     monkeypatch.setattr(transformer, "_compiled_run", lambda: lambda *args: compiled.append(1) or Block._run(*args))
     model, tokens = build("llama"), torch.randint(97, (2, 6))

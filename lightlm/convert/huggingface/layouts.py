@@ -64,10 +64,6 @@ class Layout:
         """Whether the class has rotary positions."""
         return self.fixed["position"] == "rope"
 
-    def places(self, name: str) -> bool:
-        """Return whether the layout says which values of a ModelConfig field the class expresses."""
-        return name in self.keys or name in self.fixed or name in self.rules
-
     def obstacles(self, config: ModelConfig) -> dict[str, str]:
         """Return the fields that keep a resolved configuration from this class, each with what the class requires."""
         found = {}
