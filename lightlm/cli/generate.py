@@ -95,17 +95,16 @@ def _samples(
     stream: bool,
 ) -> "list[Completion]":
     """Draw all samples at once. With `stream`, write the first as it comes: a terminal shows one text at a time."""
-    from lightlm.generate.engine import TextStream
-    from lightlm.generate.engine import generate as continue_prompts
+    from lightlm.generate import engine
 
-    text = TextStream(loaded.tokenizer)
+    text = engine.TextStream(loaded.tokenizer)
 
     def on_token(row: int, token: int) -> None:
         if stream and row == 0:
             _write(text.push(token))
 
     end = {loaded.tokenizer.end_of_text_id}
-    samples = continue_prompts(loaded.model, [ids], max_new_tokens, sampling, seed, end, on_token, num_samples)
+    samples = engine.generate(loaded.model, [ids], max_new_tokens, sampling, seed, end, on_token, num_samples)
     _write(text.flush())
     return samples
 

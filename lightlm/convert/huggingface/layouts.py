@@ -1,7 +1,9 @@
 """How each Hugging Face class names its settings and its weights: one table per class, read in both directions.
 
 The tables are also an allow-list. `Layout.obstacles` refuses each ModelConfig field that a class does not place, unless
-the field has its default. Imports nothing heavy, like `export_target`.
+the field has its default. Place a new field in `keys` of the classes that have it, and in `_RULES` if none does.
+
+Imports nothing heavy, like `export_target`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
