@@ -1,17 +1,16 @@
-"""`lightlm convert`: checkpoints to Hugging Face folders and back."""
+"""`lightlm convert`: models between LightLM's checkpoints and other formats."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lightlm.cli.console import console, out, print_json
-from lightlm.errors import ConvertError, UsageError
+from lightlm.convert.formats import FORMATS, Format, convert_model, format_named, format_of, reader_of
+from lightlm.errors import UsageError
 
-if TYPE_CHECKING:
-    from lightlm.checkpoint import LoadedModel
-
-FORMATS = ("hf", "lightlm")
+_READ = ", ".join(known.name for known in FORMATS.values() if known.reads)
+_WRITTEN = ", ".join(known.name for known in FORMATS.values() if known.writes)
 
 
 def convert(
@@ -19,134 +18,129 @@ def convert(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Run, checkpoint folder, Hugging Face folder or Hub id. [dim]Default: the newest run[/]",
+            help="Run, checkpoint folder, model in another format, or Hub id. [dim]Default: the newest run[/]",
             show_default=False,
         ),
     ] = None,
     to: Annotated[
         str | None,
         typer.Option(
-            help="hf (a folder that transformers loads) or lightlm (a checkpoint). "
-            "[dim]Default: hf for a checkpoint, lightlm for a Hugging Face folder[/]",
+            metavar="FORMAT",
+            help=f"Format to write: {_WRITTEN}. [dim]Default: hf for a checkpoint, lightlm for everything else[/]",
             show_default=False,
         ),
     ] = None,
-    out_folder: Annotated[
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            help=f"Format of MODEL: {_READ}. [dim]Default: detected[/]",
+            show_default=False,
+        ),
+    ] = None,
+    out_path: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            metavar="DIR",
-            help="Folder to write. [dim]Default: runs/RUN/hf for a run, else MODEL-hf or MODEL-lightlm beside it[/]",
+            metavar="PATH",
+            help="Folder or file to write. [dim]Default: runs/RUN/FORMAT for a run, else MODEL-FORMAT beside MODEL[/]",
             show_default=False,
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists at --out.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare logits and tokens with transformers after writing.")
+        bool,
+        typer.Option("--verify", help="Compare logits and tokens with the format's own software after writing."),
     ] = False,
+    list_formats: Annotated[bool, typer.Option("--list", help="List the formats and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Convert a checkpoint to a Hugging Face folder, or a Hugging Face model to a checkpoint.
+    """Convert a checkpoint to another format, such as a Hugging Face folder, or another format to a checkpoint.
 
-    Without --out, an earlier export is replaced as long as nothing in it was changed since; any other folder needs
+    Without --out, an earlier export is replaced if none of its files has changed since. Anything else needs
     --overwrite.
     """
-    from lightlm import checkpoint
-    from lightlm.convert.huggingface.export_target import export_target
-    from lightlm.convert.huggingface.folder import export_huggingface, is_untouched_export
-    from lightlm.convert.huggingface.verify import require_transformers
-    from lightlm.convert.load import load_pretrained, locate
+    if list_formats:
+        _list_formats(as_json=as_json)
+        return
+    writer = format_named("--to", to) if to is not None else None
+    reader = format_named("--from", from_) if from_ is not None else None
+    from lightlm.convert.export_record import is_untouched_export
+    from lightlm.convert.load import locate
     from lightlm.device import DTYPES
 
-    if to is not None and to not in FORMATS:
-        raise UsageError(f"--to {to}: unknown format; this version converts to {' and '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: unknown precision; use {', '.join(DTYPES)}")
-    if verify:
-        require_transformers()  # before any work
     source = locate(model)
-    from_format = "lightlm" if checkpoint.is_checkpoint(source) else "hf"
-    to_format = next(name for name in FORMATS if name != from_format)
-    if to == from_format:
-        raise UsageError(f"--to {to}: {source} is in that format already; --to {to_format} converts it")
-    target = out_folder or _default_folder(model, source, to_format)
-    _check_target(target, source, replace=overwrite or (out_folder is None and is_untouched_export(target)))
+    if reader is not None and not reader.detect(source):
+        raise UsageError(f"--from {reader.name}: {source} is not in that format; leave --from out to detect the format")
+    reader = reader or reader_of(source)
+    writer = writer or FORMATS["hf" if reader.name == "lightlm" else "lightlm"]
+    if reader.name == writer.name:
+        other = ", ".join(known.name for known in FORMATS.values() if known.writes and known.name != reader.name)
+        raise UsageError(f"--to {writer.name}: {source} is in that format already; formats to convert it to: {other}")
+    target = out_path or _default_target(model, source, writer)
+    _check_target(target, source, replace=overwrite or (out_path is None and is_untouched_export(target)))
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
-    loaded = load_pretrained(source)
-    parameters = loaded.model.num_parameters()["total"]
-    if to_format == "hf":
-        parameters = export_huggingface(loaded, target, dtype=DTYPES[dtype], overwrite=True)
-    else:
-        checkpoint.save_model(target, loaded.model.to(DTYPES[dtype]), loaded.tokenizer, overwrite=True)
-    sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
-    summary = {
-        "source": str(source),
-        "folder": str(target),
-        "format": to_format,
-        "class": export_target(loaded.model.config).architecture if to_format == "hf" else "LightLM checkpoint",
-        "parameters": parameters,
-        "dtype": dtype,
-        "files": sizes,
-        "bytes": sum(sizes.values()),
-    }
-    if verify:
-        summary["max_logit_difference"] = _verify(loaded, source, target, to_format, dtype)
-    _report(summary, as_json=as_json)
+    facts = convert_model(source, reader, target, writer, DTYPES[dtype], verify=verify)
+    written = sorted(target.iterdir()) if target.is_dir() else [target]
+    sizes = {path.name: path.stat().st_size for path in written}
+    summary = {"source": str(source), "folder": str(target), "format": writer.name, "dtype": dtype}
+    _report({**summary, **facts, "files": sizes, "bytes": sum(sizes.values())}, as_json=as_json)
 
 
-def _default_folder(model: str | None, source: Path, to: str) -> Path:
-    """`runs/RUN/hf` for a run, with the step in its name for a checkpoint named itself; else beside the model."""
+def _list_formats(*, as_json: bool) -> None:
+    """Print each format, the directions it converts in, and what it writes."""
+    columns = ("format", "reads", "writes", "makes")
+    rows = [(known.name, known.reads, known.writes, known.makes) for known in FORMATS.values()]
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+        return
+    from rich.table import Table
+
+    table = Table(*columns)
+    for name, reads, writes, makes in rows:
+        table.add_row(name, "yes" if reads else "no", "yes" if writes else "no", makes)
+    out.print(table)
+
+
+def _default_target(model: str | None, source: Path, writer: Format) -> Path:
+    """Return where to write without --out.
+
+    For a run it is `runs/RUN/hf`, with the step in the name if the checkpoint was named; else it is beside the model.
+    A format that writes a file gets `runs/RUN/RUN.gguf`.
+    """
     from lightlm.convert.load import is_hub_id
     from lightlm.runs import run_of
 
+    ending = writer.suffix or f"-{writer.name}"
     if model is not None and is_hub_id(model):
-        return Path(f"{Path(model).name}-{to}")
+        return Path(f"{Path(model).name}{ending}")
     run = run_of(source)
     if run is None:
-        folder = source.resolve().with_name(f"{source.resolve().name}-{to}")
+        target = source.resolve().with_name(f"{source.stem if source.is_file() else source.resolve().name}{ending}")
     else:
-        named_itself = model is not None and Path(model).resolve() == source.resolve()
-        folder = run / (f"{to}-{source.name}" if named_itself else to)
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        named = model is not None and Path(model).resolve() == source.resolve()
+        step = f"-{source.name}" if named else ""
+        target = run / f"{run.name if writer.suffix else writer.name}{step}{writer.suffix}"
+    return target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
 
 
 def _check_target(target: Path, source: Path, *, replace: bool) -> None:
     """Refuse to write where something would be lost."""
     if source.resolve().is_relative_to(target.resolve()):
-        raise UsageError(f"{target} is or holds the model to convert; choose another folder with --out")
+        raise UsageError(f"{target} is or holds the model to convert; choose another path with --out")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (target / "config.json").is_file():
-        raise UsageError(f"{target} exists and is no model folder, so it is not replaced; choose another with --out")
+    if format_of(target) is None:
+        raise UsageError(f"{target} exists and is not a model, so it is not replaced; choose another path with --out")
     if not replace:
-        raise UsageError(f"{target} exists already; choose another folder with --out, or replace it with --overwrite")
-
-
-def _verify(loaded: "LoadedModel", source: Path, target: Path, to: str, dtype: str) -> float:
-    """The largest difference between our logits and transformers'; an error if it is more than rounding."""
-    from lightlm.checkpoint import load_model
-    from lightlm.convert.huggingface.verify import TOLERANCE, check_tokenizer, largest_difference
-    from lightlm.device import DTYPES
-
-    if to == "hf":
-        check_tokenizer(loaded, target)
-        difference = largest_difference(loaded, target, DTYPES[dtype])
-    else:
-        difference = largest_difference(load_model(target), source, DTYPES[dtype])
-    if not difference <= TOLERANCE:
-        raise ConvertError(
-            f"{target} does not compute what {source} does: logits differ from transformers' by up to "
-            f"{difference:.2e}, more than rounding ({TOLERANCE:.0e}); do not use it, and report this"
-        )
-    return difference
+        raise UsageError(f"{target} exists already; choose another path with --out, or replace it with --overwrite")
 
 
 def _report(summary: dict[str, Any], *, as_json: bool) -> None:
-    folder = Path(summary["folder"]).as_posix()
-    loader = "AutoModelForCausalLM.from_pretrained" if summary["format"] == "hf" else "load_pretrained"
-    module = "transformers" if summary["format"] == "hf" else "lightlm.convert.load"
-    summary["python"] = f'from {module} import {loader.split(".")[0]}; model = {loader}("{folder}")'
     if as_json:
         print_json(summary)
         return
@@ -157,10 +151,10 @@ def _report(summary: dict[str, Any], *, as_json: bool) -> None:
     table.add_row("parameters", f"{summary['parameters']:,}")
     table.add_row("dtype", summary["dtype"])
     if "max_logit_difference" in summary:
-        table.add_row("verified", f"logits differ from transformers' by {summary['max_logit_difference']:.1e} at most")
+        table.add_row("verified", f"logits differ by {summary['max_logit_difference']:.1e} at most")
     for name, size in summary["files"].items():
         table.add_row(name, f"{size:,} bytes")
-    table.add_row("together", f"{summary['bytes']:,} bytes")
+    table.add_row("total", f"{summary['bytes']:,} bytes")
     out.print(table)
-    out.print(f"Written to {folder}", markup=False, soft_wrap=True)
+    out.print(f"Written to {Path(summary['folder']).as_posix()}", markup=False, soft_wrap=True)
     out.print(summary["python"], markup=False, soft_wrap=True)

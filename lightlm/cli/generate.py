@@ -1,4 +1,4 @@
-"""`lightlm generate`."""
+"""`lightlm generate`: continue a text with a model."""
 
 import sys
 import time
@@ -21,23 +21,32 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; an empty one starts from end-of-text.")],
     checkpoint: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Run, checkpoint, model folder or Hub id; the newest run unless given."),
+        typer.Option(
+            metavar="MODEL",
+            help="Run, checkpoint, model in another format, or Hub id. [dim]Default: the newest run[/]",
+            show_default=False,
+        ),
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="Continuations of the prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a continuation may have.")] = 200,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token; 0.8 unless given.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens; all unless given.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Number of continuations of the prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per continuation.")] = 200,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits; 0 takes the most likely token. [dim]Default: 0.8[/]")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from the k most likely tokens. [dim]Default: all tokens[/]")
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw among the fewest tokens of this total probability; 0.95 unless given.")
+        float | None,
+        typer.Option(help="Draw from the fewest tokens with this total probability. [dim]Default: 0.95[/]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 1337,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
+    dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print samples, token ids and reasons as one JSON document.")
+        bool, typer.Option("--json", help="Print samples, token ids and finish reasons as one JSON document.")
     ] = False,
 ) -> None:
-    """Continue a text with a model; it streams to the terminal as it comes."""
+    """Continue a text with a model. The text streams to the terminal."""
     from lightlm.convert.load import load_pretrained
     from lightlm.device import pick_device, pick_dtype
     from lightlm.generate.engine import check
@@ -47,16 +56,16 @@ def generate(
         raise UsageError(f"num-samples must be at least 1, is {num_samples}")
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # Python keeps bytes of an argument that are no text as lone surrogates
+    except UnicodeEncodeError as error:  # Python keeps bytes that are not UTF-8 as lone surrogates
         raise UsageError(
-            f"the prompt is not valid UTF-8 at character {error.start + 1}; type it anew, or set a UTF-8 locale"
+            f"the prompt is not valid UTF-8 at character {error.start + 1}; type it again, or set a UTF-8 locale"
         ) from None
     sampling = Sampling(
         DEFAULT.temperature if temperature is None else temperature, top_k, DEFAULT.top_p if top_p is None else top_p
     )
     target = pick_device(device)
     if dtype == "auto" and target.type == "cpu":
-        # One token at a time, bf16 is no faster even with AVX512-BF16: 10 tokens/s beside 26 (SmolLM2-135M, 2 threads).
+        # One token at a time, bf16 is slower even with AVX512-BF16: 10 tokens/s against 26 (SmolLM2-135M, 2 threads).
         dtype = "float32"
     loaded = load_pretrained(checkpoint, target, pick_dtype(dtype, target))
     ids = loaded.tokenizer.encode(prompt) or [loaded.tokenizer.end_of_text_id]
@@ -85,17 +94,17 @@ def _samples(
     *,
     stream: bool,
 ) -> "list[Completion]":
-    """All samples at once; the first is written as it comes, since a terminal shows one text at a time."""
-    from lightlm.generate.engine import TextStream, generate_samples
+    """Draw all samples at once. With `stream`, write the first as it comes: a terminal shows one text at a time."""
+    from lightlm.generate import engine
 
-    text = TextStream(loaded.tokenizer)
+    text = engine.TextStream(loaded.tokenizer)
 
     def on_token(row: int, token: int) -> None:
         if stream and row == 0:
             _write(text.push(token))
 
     end = {loaded.tokenizer.end_of_text_id}
-    samples = generate_samples(loaded.model, ids, num_samples, max_new_tokens, sampling, seed, end, on_token)
+    samples = engine.generate(loaded.model, [ids], max_new_tokens, sampling, seed, end, on_token, num_samples)
     _write(text.flush())
     return samples
 
@@ -128,6 +137,6 @@ def _report(loaded: "LoadedModel", samples: "list[Completion]", seconds: float) 
 
 
 def _write(text: str) -> None:
-    """Model text goes out as it is: rich would read [brackets] in it as markup."""
+    """Write model text unchanged: rich would read [brackets] in it as markup."""
     sys.stdout.write(text)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""MODEL on the command line: whatever a user may name, as a model ready to run."""
+"""MODEL on the command line: find and load the model that a user names, in whatever form."""
 
 import re
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 
 from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel
-from lightlm.convert.huggingface.folder import import_huggingface
+from lightlm.convert.formats import format_of, reader_of
 from lightlm.convert.huggingface.weights import WEIGHT_FILES
 from lightlm.errors import CheckpointError
 from lightlm.runs import RUNS, find_run, run_names
@@ -23,33 +23,31 @@ _CONNECT_SECONDS = 5.0
 def load_pretrained(
     reference: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Load a model for evaluation, whatever form it is named in.
+    """Load a model in evaluation mode.
 
     Args:
-        reference: a run folder or a run's name (its newest checkpoint), a checkpoint folder, a Hugging Face folder,
-            or a Hub id such as `HuggingFaceTB/SmolLM2-135M`; None is the newest checkpoint of `runs/latest`.
-            What exists on disk comes before the Hub.
+        reference: a run folder or a run's name (its newest checkpoint), a checkpoint folder, a model in any other
+            format of `lightlm convert --list`, or a Hub id such as `HuggingFaceTB/SmolLM2-135M`; None means the newest
+            checkpoint of `runs/latest`. What exists on disk takes precedence over the Hub.
 
     Returns:
-        The model; the `path` of one from the Hub is its id.
+        The model. The `path` of a model from the Hub is its id.
 
     Raises:
         CheckpointError: nothing is found there (the message lists what was tried), it is damaged, or the Hub
             cannot be reached.
-        ConvertError: it is a Hugging Face model that LightLM cannot represent.
+        ConvertError: LightLM cannot represent the model.
     """
-    folder = locate(reference)
-    if checkpoint.is_checkpoint(folder) or not (folder / "config.json").is_file():
-        return checkpoint.load_model(folder, device, dtype)
-    loaded = import_huggingface(folder)
+    path = locate(reference)
+    loaded = reader_of(path).read(path)
     loaded.model.to(device=device, dtype=dtype)
     return replace(loaded, path=Path(reference)) if reference is not None and is_hub_id(reference) else loaded
 
 
 def locate(reference: str | Path | None = None) -> Path:
-    """The checkpoint or Hugging Face folder that a reference names, downloaded first if it is a Hub id.
+    """Return the path of the model that a reference names; download it first if it is a Hub id.
 
-    Of a run it is the newest checkpoint that is whole, with a warning if that is not the newest.
+    For a run it is the newest undamaged checkpoint, with a warning if a newer one is damaged.
 
     Raises:
         CheckpointError: see `load_pretrained`.
@@ -64,26 +62,27 @@ def locate(reference: str | Path | None = None) -> Path:
 
 
 def is_hub_id(reference: str | Path) -> bool:
-    """Whether a reference is to be sought on the Hub: ORG/NAME, and ORG is no folder here."""
+    """Return whether a reference means a model on the Hub: it is ORG/NAME, and ORG is not a folder here."""
     return bool(_HUB_ID.fullmatch(str(reference))) and not _on_disk(reference) and not Path(reference).parent.is_dir()
 
 
 def _on_disk(reference: str | Path) -> Path | None:
-    """The run or model folder of this path or name."""
+    """Return the run folder or model at this path or name, or None."""
     for given in (Path(reference), RUNS / reference):
-        path = files.follow(given) or given  # checkpoints/latest is a text file on some machines
-        if any((path / name).is_file() for name in ("recipe.yaml", "config.json")):
-            return path
-        if path.is_dir() and path.name.startswith("step_"):
+        # runs/latest and checkpoints/latest are links, or text files where links are not allowed.
+        path = (files.follow(given) if given.name == "latest" else None) or given
+        if (path / "recipe.yaml").is_file() or format_of(path):
             return path
     return None
 
 
 def _nothing_found(given: Path) -> str:
     there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
+    if given.is_file():
+        there = "no format of `lightlm convert --list` recognizes this file"
     return (
-        f"no model at {given}: {there}, no run of that name (runs here: {run_names()}), and it is no Hub id "
-        "that could be fetched (ORG/NAME, such as HuggingFaceTB/SmolLM2-135M)"
+        f"no model at {given}: {there}, no run has that name (runs here: {run_names()}), and it is not "
+        "a Hub id (ORG/NAME, such as HuggingFaceTB/SmolLM2-135M)"
     )
 
 
@@ -97,10 +96,10 @@ def _download(hub_id: str) -> Path:
 def _snapshot(hub_id: str, patterns: list[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=_CONNECT_SECONDS))
-    except Exception as error:  # its network library, and with it the exceptions, depends on its version
+    except Exception as error:  # the types depend on the version of its network library
         reason = next(iter(str(error).splitlines()), "no reason given")
         raise CheckpointError(
-            f"no model {hub_id}: there is no such folder here, and it could not be had from the Hugging Face Hub "
+            f"no model {hub_id}: there is no such folder here, and the Hugging Face Hub did not provide it "
             f"({type(error).__name__}: {reason}); without a connection, "
             "name a run, a checkpoint folder, a downloaded Hugging Face folder, or a Hub model used here before"
         ) from None

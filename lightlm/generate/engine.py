@@ -1,4 +1,4 @@
-"""Text from a model: prefill the prompts once, then one token a row and step through the key/value cache.
+"""Text from a model: prefill the prompts once, then decode one token per row and step with the key/value cache.
 
 Shapes: B rows, T prompt positions, V vocabulary.
 """
@@ -24,14 +24,15 @@ OnToken = Callable[[int, int], bool | None]
 class Completion:
     """The new tokens of one row, without the stop token, and why it ended.
 
-    `stop`: a stop token or `on_token` ended it; `length`: it has max_new_tokens; `context`: the model's context is
-    full.
+    `finish_reason` is `stop` (a stop token or `on_token` ended it), `length` (it has max_new_tokens) or `context` (the
+    model's context is full).
     """
 
     ids: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "context"] = "length"
 
 
+@torch.no_grad()
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -40,86 +41,37 @@ def generate(
     seed: int = 1337,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
+    num_samples: int = 1,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
     Args:
-        prompts: token ids, at least one a prompt.
-        seed: row b draws from its own generator, made from (seed, b).
+        prompts: token ids, at least one per prompt.
+        seed: row b draws from its own generator, seeded with (seed, b). So more samples leave the first ones unchanged
+            where there is one prompt.
         stop_ids: tokens that end a row, usually end-of-text.
         on_token: called as on_token(row, token) for each new token; a true answer ends the row.
+        num_samples: continuations of each prompt, which is read once.
+
+    Returns:
+        One completion per row: all samples of the first prompt, then those of the next.
 
     Raises:
         LightLMError: a prompt is empty or longer than the model's context.
         UsageError: max_new_tokens is below 1.
     """
-    return _run(model, prompts, list(range(len(prompts))), max_new_tokens, sampling, seed, stop_ids, on_token)
-
-
-def generate_samples(
-    model: Transformer,
-    prompt: list[int],
-    num_samples: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int = 1337,
-    stop_ids: Collection[int] = (),
-    on_token: OnToken | None = None,
-) -> list[Completion]:
-    """Continue one prompt several times; it is read once. Sample i is the same whatever `num_samples` is.
-
-    See `generate` for the other arguments and errors.
-    """
-    return _run(model, [prompt], [0] * num_samples, max_new_tokens, sampling, seed, stop_ids, on_token)
-
-
-def sample_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling = DEFAULT,
-    seed: int = 1337,
-) -> str:
-    """The prompt's continuation as text, for a look at a model in training.
-
-    An empty prompt starts from end-of-text. Torch's global generators are not touched, and the model goes back
-    to the mode (training or evaluation) it was in.
-    """
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
-    was_training = model.training
-    model.eval()
-    try:
-        [completion] = generate(model, [ids], max_new_tokens, sampling, seed, {tokenizer.end_of_text_id})
-    finally:
-        model.train(was_training)
-    return tokenizer.decode(completion.ids)
-
-
-@torch.no_grad()
-def _run(
-    model: Transformer,
-    prompts: list[list[int]],
-    rows: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    stop_ids: Collection[int],
-    on_token: OnToken | None,
-) -> list[Completion]:
-    """Prefill the prompts, then decode prompts[row] for each entry of `rows`."""
     check(prompts, max_new_tokens, model.config.max_seq_len)
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
     logits_BV = prefill(model, prompts, cache)
-    if rows != list(range(len(prompts))):
-        cache.select(rows)
-        logits_BV = logits_BV[rows]
-    completions = [Completion() for _ in rows]
-    generators = [row_generator(seed, row) for row in range(len(rows))]
-    active = list(range(len(rows)))  # the row of each line of the cache
+    if num_samples > 1:
+        cache.select([row for row in range(len(prompts)) for _ in range(num_samples)])
+        logits_BV = logits_BV.repeat_interleave(num_samples, dim=0)
+    completions = [Completion() for _ in range(len(prompts) * num_samples)]
+    generators = [row_generator(seed, row) for row in range(len(completions))]
+    active = list(range(len(completions)))  # the row of each line of the cache
     while True:
         tokens = sample(logits_BV, sampling, [generators[row] for row in active])
-        going_on = []
+        remaining = []
         for line, (row, token) in enumerate(zip(active, tokens, strict=True)):
             completion = completions[row]
             if token in stop_ids:
@@ -133,17 +85,45 @@ def _run(
             elif cache.lengths[line] == model.config.max_seq_len:
                 completion.finish_reason = "context"
             else:
-                going_on.append(line)
-        if not going_on:
+                remaining.append(line)
+        if not remaining:
             return completions
-        if len(going_on) < len(active):
-            cache.select(going_on)
-            active = [active[line] for line in going_on]
-        logits_BV = decode_step(model, [tokens[line] for line in going_on], cache)
+        if len(remaining) < len(active):
+            cache.select(remaining)
+            active = [active[line] for line in remaining]
+        logits_BV = decode_step(model, [tokens[line] for line in remaining], cache)
+
+
+def sample_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling = DEFAULT,
+    seed: int = 1337,
+) -> str:
+    """Return the prompt's continuation as text, to look at a model in training.
+
+    An empty prompt starts from end-of-text. Torch's global generators stay untouched, and the model returns to the mode
+    (training or evaluation) it was in. Errors are those of `generate`.
+    """
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+    was_training = model.training
+    model.eval()
+    try:
+        [completion] = generate(model, [ids], max_new_tokens, sampling, seed, {tokenizer.end_of_text_id})
+    finally:
+        model.train(was_training)
+    return tokenizer.decode(completion.ids)
 
 
 def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Raise the error that a user can act on when the request cannot be served."""
+    """Check a request before any work.
+
+    Raises:
+        LightLMError: a prompt is empty or longer than the model's context.
+        UsageError: max_new_tokens is below 1.
+    """
     if max_new_tokens < 1:
         raise UsageError(f"max-new-tokens must be at least 1, is {max_new_tokens}")
     if not prompts or not all(prompts):
@@ -156,7 +136,7 @@ def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int) -> No
 
 
 def prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Tensor:
-    """Read the prompts into the cache; logits (B, V) of each one's next token."""
+    """Read the prompts into the cache and return the logits (B, V) of each one's next token."""
     counts = [len(prompt) for prompt in prompts]
     tokens_BT = torch.zeros(len(prompts), max(counts), dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -167,37 +147,37 @@ def prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Ten
 
 
 def decode_step(model: Transformer, tokens: list[int], cache: KVCache) -> Tensor:
-    """Append one token to each row of the cache; logits (B, V) of the next."""
+    """Append one token to each row of the cache and return the logits (B, V) of the next."""
     return model(torch.tensor(tokens, device=model.device)[:, None], cache)[:, -1]
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
-    """A row's own random numbers: unlike seed + row, (seed, row) and (seed + 1, row - 1) share nothing."""
+    """Return a row's own generator. Unlike with seed + row, (seed, row) and (seed + 1, row - 1) differ."""
     mixed = np.random.SeedSequence([seed % 2**64, row]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed) >> 1)  # torch takes seeds below 2**63
 
 
 class TextStream:
-    """Text out of tokens as they come, never half a character.
+    """Turn tokens into text as they come, without splitting characters.
 
-    One character may take several tokens. What is not yet whole text (it decodes to a trailing U+FFFD) is held
-    back until it is, or until `flush`. All pieces together are `tokenizer.decode` of all tokens.
+    One character may take several tokens. Tokens that end inside a character (they decode to a trailing U+FFFD) wait
+    for the rest of it or for `flush`. All pieces joined equal `tokenizer.decode` of all tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # A sentencepiece vocabulary drops the space at the start of a text, so new tokens are decoded after old ones.
+        # Decoded before the new tokens, because a sentencepiece vocabulary drops the space at the start of a text.
         self._context: list[int] = []
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that this token completes; may be empty."""
+        """Return the text that this token completes; it may be empty."""
         self._pending.append(token)
         text = self._pending_text()
         return "" if text.endswith("�") else self._emit(text)
 
     def flush(self) -> str:
-        """What was held back, once no more tokens come."""
+        """Return the text still waiting, after the last token."""
         return self._emit(self._pending_text())
 
     def _pending_text(self) -> str:

@@ -10,22 +10,21 @@ from torch import Tensor
 
 from lightlm.errors import UsageError
 
-_FIRST_CANDIDATES = 256  # a full sort of 50k logits took 20 ms where their 200 largest took 0.26 ms (one CPU core)
+_FIRST_CANDIDATES = 256  # on one CPU core, sorting 50k logits takes 20 ms, finding the 200 largest 0.26 ms
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How to turn logits into a token.
 
-    The defaults are for small models. Their distribution has a long tail of bad tokens that together hold several
-    percent of the mass: over 200 tokens, some of them would surely be drawn. A nucleus of 0.95 cuts that tail and
-    still adapts to how sure the model is, which a fixed top-k does not; temperature 0.8 favours what the model
-    knows without the loops that greedy decoding falls into.
+    The defaults are for small models, whose distributions have a long tail of bad tokens with several percent of the
+    mass: within 200 tokens, some would be drawn. A nucleus of 0.95 cuts that tail and, unlike a fixed top-k, adapts to
+    how certain the model is. A temperature of 0.8 favors likely tokens without the loops of greedy decoding.
 
     Args:
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens; None keeps all.
-        top_p: of these, keep the fewest whose probabilities reach top_p (arXiv 1904.09751); 1 keeps all.
+        top_p: keep the fewest of these whose probabilities sum to top_p (arXiv 1904.09751); 1 keeps all.
 
     Raises:
         UsageError: a value is out of its range.
@@ -49,22 +48,22 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-    """One token a row; row b draws one number from CPU generator b, so rows do not depend on each other."""
+    """Draw one token per row. Row b draws one number from CPU generator b, so rows do not depend on each other."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).tolist()
     probs_BC, ids_BC = candidates(logits_BV, sampling)
     draws_B = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
     cumulative_BC = probs_BC.cumsum(-1)
-    # The first candidate whose cumulative mass exceeds the draw: one without mass of its own is never the first.
+    # The first candidate whose cumulative mass exceeds the draw. A candidate of mass 0 is never the first.
     chosen_B1 = (cumulative_BC <= draws_B[:, None] * cumulative_BC[:, -1:]).sum(-1, keepdim=True)
     return ids_BC.gather(-1, chosen_B1.clamp(max=probs_BC.shape[-1] - 1))[:, 0].tolist()
 
 
 def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn: relative probabilities (B, C) in float64 on the CPU, and their ids (B, C).
+    """Return the tokens that may be drawn: relative probabilities (B, C) in float64 on the CPU, and their ids (B, C).
 
-    Tokens outside the nucleus have probability 0. At equal logits exactly as many tokens stay as top-k and
-    top-p ask for. The logits (200 KB a row at 50k tokens) come to the CPU: one kind of generator for all devices.
+    Tokens outside the nucleus have probability 0. Where logits are equal, no more tokens stay than top-k and top-p ask
+    for. The logits (200 KB per row at 50k tokens) are copied to the CPU, so all devices draw from the same generators.
     """
     logits_BV = logits_BV.cpu().double() / sampling.temperature
     vocab_size = logits_BV.shape[-1]
@@ -84,7 +83,7 @@ def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 
 def nucleus(probs_BC: Tensor, top_p: float) -> Tensor:
-    """Zero every probability, sorted from high to low, that comes after the mass has reached `top_p`."""
+    """Set each probability to 0 that comes after the mass has reached `top_p`; they are sorted from high to low."""
     mass_before_BC = probs_BC.cumsum(-1) - probs_BC
     mass_before_BC[:, 0] = 0  # the most likely token always stays
     return probs_BC.masked_fill(mass_before_BC >= top_p, 0)

@@ -1,9 +1,13 @@
-"""Causal self-attention: grouped queries, optional query/key norms, optional band, optional cache.
+"""Causal self-attention with grouped queries, optional query and key norms, and an optional band.
+
+`Attention._project` is the only place that makes queries, keys and values, and `Attention.forward` the only place that
+uses them: plain, fused, cached and tree attention all pass through both.
 
 Shapes: B batch, T positions in this call, S key positions, H query heads, G key/value heads, K head size,
 D hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,29 +15,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightlm.model import fused
-from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
 from lightlm.model.norms import RMSNorm
 from lightlm.model.rotary import rotate
-from lightlm.model.trees import Trunk
+
+# Takes one layer's new keys and values (B, G, T, K) and returns all that its queries attend to, (B, G, S, K):
+# `KVCache.update` or `SharedPrefix.prepend`, bound to the layer.
+KeysAndValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What `scaled_dot_product_attention` needs to hide the future; True in `allowed` may be seen."""
+    """The mask arguments of `scaled_dot_product_attention`."""
 
-    # (B or 1, 1, T, S), or None when nothing or just the future is hidden; also what is added to scores, as floats.
+    # (B or 1, 1, T, S): True where a query may see a key, or floats that are added to the scores.
+    # None where `is_causal` says everything.
     allowed: Tensor | None
     is_causal: bool
 
 
 def build_mask(positions_BT: Tensor, num_keys: int, window: int, *, fresh: bool, aligned: bool) -> Mask:
-    """The mask of queries at `positions_BT` over keys at positions 0..num_keys-1.
+    """Return the mask of queries at `positions_BT` over keys at positions 0..num_keys-1.
 
     Args:
-        window: positions a query sees, its own included; 0 means all.
+        window: the number of positions that a query sees, its own included; 0 means all.
         fresh: the queries are positions 0..T-1, the same as the keys.
-        aligned: all rows stand at the same positions, and the last query is the last key.
+        aligned: all rows are at the same positions, and the last query is the last key.
     """
     num_queries = positions_BT.shape[1]
     if not 0 < window < num_keys:
@@ -50,6 +57,8 @@ def build_mask(positions_BT: Tensor, num_keys: int, window: int, *, fresh: bool,
 
 
 class Attention(nn.Module):
+    """Multi-head attention of one layer (arXiv 1706.03762) with grouped queries (arXiv 2305.13245)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -67,44 +76,43 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         mask: Mask,
-        cache: KVCache | Trunk | None = None,
-        step: Step | None = None,
-        layer: int = 0,
+        extend: KeysAndValues | None = None,
     ) -> Tensor:
-        if cache is None and fused.applies(x_BTD):
-            return self._fused(x_BTD, rotation, mask)
-        batch, length, _ = x_BTD.shape
-        q_BHTK = self.q_norm(self.q_proj(x_BTD).view(batch, length, self.num_heads, self.head_dim)).transpose(1, 2)
-        k_BGTK = self.k_norm(self.k_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        v_BGTK = self.v_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        """Return the attention output (B, T, D).
+
+        Args:
+            rotation: cosines and sines, each (B or 1, 1, T, K); None with learned positions.
+            extend: adds the keys and values of earlier positions; None where there are none.
+        """
+        q_BHTK, k_BGSK, v_BGSK = self._project(x_BTD, rotation)
+        if extend is not None:
+            k_BGSK, v_BGSK = extend(k_BGSK, v_BGSK)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK.to(k_BGSK.dtype),
+            k_BGSK,
+            v_BGSK.to(k_BGSK.dtype),
+            attn_mask=mask.allowed,
+            is_causal=mask.is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        y_BTC = y_BHTK.transpose(1, 2).flatten(2)
+        if fused.applies(x_BTD):
+            return fused.linear(y_BTC, self.o_proj)
+        return self.o_proj(y_BTC.to(x_BTD.dtype))
+
+    def _project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, T, K), keys and values (B, G, T, K), normalized and rotated."""
+        if fused.applies(x_BTD):
+            joined = fused.linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+            cos, sin = (None, None) if rotation is None else (angles[:, 0] for angles in rotation)
+            norm_weights = [getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm)]
+            q_BTHK, k_BTGK, v_BTGK = fused.HeadsFunction.apply(
+                joined, self.num_heads, self.num_kv_heads, self.norm_eps, *norm_weights, cos, sin
+            )
+            return q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+        q_BHTK = self.q_norm(self.q_proj(x_BTD).unflatten(2, (self.num_heads, -1))).transpose(1, 2)
+        k_BGTK = self.k_norm(self.k_proj(x_BTD).unflatten(2, (self.num_kv_heads, -1))).transpose(1, 2)
+        v_BGTK = self.v_proj(x_BTD).unflatten(2, (self.num_kv_heads, -1)).transpose(1, 2)
         if rotation is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
-        if cache is not None:
-            k_BGTK, v_BGTK = cache.update(layer, step, k_BGTK, v_BGTK)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK.to(k_BGTK.dtype),
-            k_BGTK,
-            v_BGTK.to(k_BGTK.dtype),
-            attn_mask=mask.allowed,
-            is_causal=mask.is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
-        return self.o_proj(y_BHTK.to(x_BTD.dtype).transpose(1, 2).reshape(batch, length, -1))
-
-    def _fused(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Mask) -> Tensor:
-        joined = fused.linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
-        cos, sin = (None, None) if rotation is None else (angles[:, 0] for angles in rotation)
-        norm_weights = [getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm)]
-        heads = fused.HeadsFunction.apply(
-            joined, self.num_heads, self.num_kv_heads, self.norm_eps, *norm_weights, cos, sin
-        )
-        q_BHTK, k_BGTK, v_BGTK = (part.transpose(1, 2) for part in heads)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BGTK,
-            v_BGTK,
-            attn_mask=mask.allowed,
-            is_causal=mask.is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
-        return fused.linear(y_BHTK.transpose(1, 2).flatten(2), self.o_proj)
+        return q_BHTK, k_BGTK, v_BGTK

@@ -13,22 +13,23 @@ from lightlm.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Step:
-    """Where one chunk of tokens goes in the cache: the same for every layer of one forward call."""
+    """The slots of one chunk of tokens, the same for every layer of one forward call."""
 
     starts: list[int]  # per row, the slot of the chunk's first token
     counts: list[int]  # per row, how many of the chunk's T columns are tokens; the rest is padding on the right
-    positions_BT: Tensor  # the position of each column; padding is held inside the table
-    end: int  # slots that any row uses after this chunk
-    rows: Tensor | None  # with padding: the (row, slot, column) triples to write; None when every row is full
+    positions_BT: Tensor  # the position of each column; padding is clamped to the last slot
+    end: int  # the number of slots that the longest row uses after this chunk
+    # The (row, slot, column) triples to write; None when all rows are full and start at the same slot.
+    rows: Tensor | None
     slots: Tensor | None
     columns: Tensor | None
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, with one length per row.
+    """Preallocated keys and values (depth, B, H, slots, K) of every layer, with one length per row.
 
-    Slot p of a row holds position p, so prompts of different lengths are padded on the right: a padding
-    column is never written, and the causal mask hides every slot a row has not reached.
+    Slot p of a row holds position p. Prompts of different lengths are padded on the right: a padding column is never
+    written, and the causal mask hides every slot that a row has not reached.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
+        """The number of rows."""
         return len(self.lengths)
 
     def begin(self, batch_size: int, num_columns: int, counts: list[int] | None) -> Step:
-        """Reserve room for a chunk of `num_columns` columns of which row b's first counts[b] are tokens.
+        """Reserve slots for a chunk of `num_columns` columns. The first counts[b] columns of row b are tokens.
 
         Raises:
-            ValueError: the batch does not fit the cache, a count is out of range, or a row would overflow.
+            ValueError: the batch size differs from the cache's, a count is out of range, or a row would overflow.
         """
         counts = [num_columns] * batch_size if counts is None else list(counts)
         if batch_size != self.batch_size or len(counts) != batch_size:
@@ -70,9 +72,8 @@ class KVCache:
         positions = positions.clamp(max=self.max_len - 1).to(device)
         return Step(starts, counts, positions, max(ends), rows, slots, columns)
 
-    def update(self, layer: int, step: Step | None, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, step: Step, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values and return those of all slots in use, each (B, H, step.end, K)."""
-        assert step is not None
         keys, values = self.keys[layer], self.values[layer]
         if step.rows is None:
             start = step.starts[0]
@@ -89,11 +90,11 @@ class KVCache:
         self.lengths = [start + count for start, count in zip(step.starts, step.counts, strict=True)]
 
     def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
+        """Forget all positions from `length` onward."""
         self.lengths = [min(row, length) for row in self.lengths]
 
     def select(self, rows: list[int]) -> None:
-        """Keep only these rows, in this order; a row may be named more than once (to sample a prompt many times)."""
+        """Keep only these rows, in this order. A repeated row is copied, to sample a prompt many times."""
         index = torch.tensor(rows, device=self.keys.device)
         self.keys = self.keys.index_select(1, index)
         self.values = self.values.index_select(1, index)

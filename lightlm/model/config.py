@@ -1,9 +1,15 @@
-"""What a model is: every number that decides its shape, with the rules that hold between them."""
+"""The shape of a model: every number that decides it, with the rules that hold between them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
-_MOE_KEYS = (
+_AT_LEAST = dict.fromkeys(
+    ("num_layers", "hidden_size", "num_heads", "max_seq_len", "layer_sharing", "full_attention_interval"), 1
+) | dict.fromkeys(("vocab_size", "num_kv_heads", "head_dim", "intermediate_size", "sliding_window", "num_experts"), 0)
+_AT_LEAST |= {"num_shared_experts": 0, "moe_intermediate_size": 0, "first_k_dense": 0}
+_ABOVE_ZERO = ("norm_eps", "rope_theta", "init_std", "routed_scaling_factor")
+# Fields that have no effect in a model without experts.
+EXPERT_FIELDS = (
     "num_experts_per_tok",
     "num_shared_experts",
     "moe_intermediate_size",
@@ -13,8 +19,7 @@ _MOE_KEYS = (
     "routed_scaling_factor",
 )
 
-
-# Field names of earlier versions, which their checkpoints still hold.
+# Field names in checkpoints of earlier versions, and their names today.
 RENAMED_FIELDS = {"block_repeats": "layer_sharing", "full_attention_every": "full_attention_interval"}
 
 
@@ -28,10 +33,10 @@ def _key(default: _T, description: str) -> _T:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a `Transformer`. Names are the field's (Hugging Face's where it has one).
+    """The shape of a `Transformer`. Names are Hugging Face's where it has one.
 
-    A value of 0 for `vocab_size`, `num_kv_heads`, `head_dim`, `intermediate_size` or `moe_intermediate_size` asks for
-    the default that its comment gives; `resolved()` puts it in.
+    `vocab_size`, `num_kv_heads`, `head_dim`, `intermediate_size` and `moe_intermediate_size` may be 0, which means the
+    default that the field documents; `resolved()` fills it in.
     """
 
     # Read by pydantic where a recipe embeds this class: an unknown key is an error, not ignored.
@@ -104,94 +109,87 @@ class ModelConfig:
     routed_scaling_factor: float = _key(1.0, "Factor on the sum of the routed experts.")
 
     def resolved(self) -> "ModelConfig":
-        """The same shape with every default written out; raises ValueError listing all that does not fit."""
+        """Return the same shape with every default filled in.
+
+        Raises:
+            ValueError: this is not a model; the message lists every problem.
+        """
         if problems := self.problems():
             raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
-        values = asdict(self)
-        values["num_kv_heads"] = self.num_kv_heads or self.num_heads
-        values["head_dim"] = self.head_dim or self.hidden_size // self.num_heads
-        if not self.intermediate_size:
-            swiglu = (8 * self.hidden_size // 3 + 63) // 64 * 64
-            values["intermediate_size"] = swiglu if self.mlp == "swiglu" else 4 * self.hidden_size
-        if self.num_experts and not self.moe_intermediate_size:
-            values["moe_intermediate_size"] = max(values["intermediate_size"] // self.num_experts_per_tok, 1)
-        return ModelConfig(**values)
+        swiglu_size = (8 * self.hidden_size // 3 + 63) // 64 * 64
+        dense_size = self.intermediate_size or (swiglu_size if self.mlp == "swiglu" else 4 * self.hidden_size)
+        expert_size = max(dense_size // self.num_experts_per_tok, 1) if self.num_experts else 0
+        return replace(
+            self,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_heads,
+            intermediate_size=dense_size,
+            moe_intermediate_size=self.moe_intermediate_size or expert_size,
+        )
 
     def problems(self) -> list[tuple[str, str]]:
-        """All (key, message) pairs that keep this from being a model; empty when it is one."""
-        found = []
-        at_least_one = (
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "max_seq_len",
-            "layer_sharing",
-            "full_attention_interval",
-        )
-        for key in at_least_one:
-            if getattr(self, key) < 1:
-                found.append((key, f"must be at least 1, is {getattr(self, key)}"))
-        not_negative = (
-            "vocab_size",
-            "num_kv_heads",
-            "head_dim",
-            "intermediate_size",
-            "sliding_window",
-            "num_experts",
-            "num_shared_experts",
-            "moe_intermediate_size",
-            "first_k_dense",
-        )
-        for key in not_negative:
-            if getattr(self, key) < 0:
-                found.append((key, f"must not be negative, is {getattr(self, key)}"))
-        for key in ("norm_eps", "rope_theta", "init_std", "routed_scaling_factor"):
-            if not getattr(self, key) > 0:
-                found.append((key, f"must be above 0, is {getattr(self, key)}"))
-        if found:
-            return found
-        if not self.head_dim and self.hidden_size % self.num_heads:
-            found.append(
-                ("num_heads", f"{self.num_heads} does not divide hidden_size {self.hidden_size}; set head_dim")
-            )
-        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            found.append(("num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"))
-        if self.position == "rope" and (self.head_dim or self.hidden_size // self.num_heads) % 2:
-            found.append(("head_dim", "must be even for rotary positions (position: rope)"))
-        return found + self._moe_problems()
-
-    def _moe_problems(self) -> list[tuple[str, str]]:
-        if not self.num_experts:
-            set_in_vain = [
-                key for key in _MOE_KEYS if getattr(self, key) != type(self).__dataclass_fields__[key].default
+        """Return a (key, message) pair for everything that keeps this from being a model."""
+        low = [(key, f"must be at least {least}") for key, least in _AT_LEAST.items() if getattr(self, key) < least]
+        low += [(key, "must be above 0") for key in _ABOVE_ZERO if not getattr(self, key) > 0]
+        if low:
+            return [(key, f"{message}, is {getattr(self, key)}") for key, message in low]
+        head_dim = self.head_dim or self.hidden_size // self.num_heads
+        rules = [
+            (
+                "num_heads",
+                self.head_dim == 0 and self.hidden_size % self.num_heads != 0,
+                f"{self.num_heads} does not divide hidden_size {self.hidden_size}; set head_dim",
+            ),
+            (
+                "num_kv_heads",
+                self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads != 0,
+                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}",
+            ),
+            (
+                "head_dim",
+                self.position == "rope" and head_dim % 2 != 0,
+                "must be even for rotary positions (position: rope)",
+            ),
+        ]
+        if self.num_experts:
+            rules += [
+                (
+                    "num_experts_per_tok",
+                    not 1 <= self.num_experts_per_tok <= self.num_experts,
+                    f"must be from 1 to num_experts, {self.num_experts}, is {self.num_experts_per_tok}",
+                ),
+                (
+                    "first_k_dense",
+                    self.first_k_dense >= self.num_layers,
+                    f"leaves no layer of experts: num_layers is {self.num_layers}",
+                ),
+                ("mlp", self.mlp != "swiglu", f"experts are swiglu networks, is {self.mlp}"),
+                ("bias", self.bias, "experts and their router have no biases; must be false with num_experts"),
+                (
+                    "norm_topk_prob",
+                    self.num_experts_per_tok == 1 and self.norm_topk_prob,
+                    "must be false with one expert per token: its weight would always be 1",
+                ),
             ]
-            return [(key, "has no effect without num_experts") for key in set_in_vain]
-        found = []
-        chosen = self.num_experts_per_tok
-        if not 1 <= chosen <= self.num_experts:
-            found.append(("num_experts_per_tok", f"must be from 1 to num_experts, {self.num_experts}, is {chosen}"))
-        if self.first_k_dense >= self.num_layers:
-            found.append(("first_k_dense", f"leaves no layer of experts: num_layers is {self.num_layers}"))
-        if self.mlp != "swiglu":
-            found.append(("mlp", f"experts are swiglu networks, is {self.mlp}"))
-        if self.bias:
-            found.append(("bias", "experts and their router have no biases; must be false with num_experts"))
-        if chosen == 1 and self.norm_topk_prob:
-            found.append(("norm_topk_prob", "must be false with one expert a token: its weight would always be 1"))
-        return found
+        else:
+            defaults = {entry.name: entry.default for entry in fields(self)}
+            unused = (key for key in EXPERT_FIELDS if getattr(self, key) != defaults[key])
+            rules += [(key, True, "has no effect without num_experts") for key in unused]
+        return [(key, message) for key, broken, message in rules if broken]
 
     def has_experts(self, block: int) -> bool:
-        """Whether block `block` (0 <= block < num_layers) is a mixture of experts."""
+        """Return whether block `block` (0 <= block < num_layers) is a mixture of experts."""
         return self.num_experts > 0 and block >= self.first_k_dense
 
     @property
     def depth(self) -> int:
-        """Layers as run: blocks times their repeats."""
+        """The number of layers that run: blocks times their repeats."""
         return self.num_layers * self.layer_sharing
 
     def window(self, layer: int) -> int:
-        """How many positions layer `layer` (0 <= layer < depth) sees, its own included; 0 means all."""
+        """Return how many positions layer `layer` (0 <= layer < depth) sees, its own included; 0 means all."""
         return self.sliding_window if layer % self.full_attention_interval else 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields and their values, as in a checkpoint's config.json."""
         return asdict(self)

@@ -1,12 +1,12 @@
 """The routed experts of a layer as stacked weights, and three ways to compute them that agree to rounding.
 
-- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it. Not on CPUs, where it is
-  a loop over experts that makes oneDNN build kernels for every new load: three times as slow as padding.
-- padded: batched products over equally many tokens of each expert, and one product each for the tokens beyond, on all
-  other devices. benchmarks/experts.py times them.
-- single: one product for each expert that got a token, where tokens are too few for batches: decoding.
+- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it. On CPUs it is a loop
+  for which oneDNN builds a kernel per load: three times as slow as padding.
+- padded: one batched product over equally many tokens of each expert, then one product per expert for its remaining
+  tokens; on all other devices. benchmarks/experts.py times them.
+- single: one product for each expert that got a token; for decoding, where tokens are too few for a batch.
 
-Nothing is dropped in any of them.
+None of them drops a token.
 
 Shapes: N tokens, K experts of a token, E experts, D hidden size, F intermediate size, R rows: tokens in the experts'
 order, one for each choice, with padding; C rows of each expert in a batched product.
@@ -25,18 +25,17 @@ from torch.autograd.function import once_differentiable
 from lightlm.model import fused
 from lightlm.model.config import ModelConfig
 
-# Of experts in the order of their loads, the first whose load is no longer batched in full: padding the others up to a
-# larger load costs more than computing what is beyond a smaller one expert by expert. 0.3 is as good by
-# benchmarks/experts.py, 0.75 and 0.99 are not.
+# Which quantile of the experts' loads (tokens per expert) the batched product covers. A larger one pads more rows, a
+# smaller one leaves more rows to one product per expert. By benchmarks/experts.py 0.3 is as fast, 0.75 and 0.99 slower.
 _BATCHED_QUANTILE = 0.5
-# Row counts are multiples of this part of a mean load, and of the rows of a tile of a CPU's matrix unit: oneDNN makes a
+# Row counts are multiples of the mean load / 8, and of the 16 rows in a tile of a CPU's matrix unit: oneDNN builds a
 # kernel for each new shape, which takes longer than a small product.
 _UNITS_PER_EXPERT, _ROW_MULTIPLE = 8, 16
-_SINGLE_ROWS = 4  # an expert: with fewer rows on average, products of one expert each
+_SINGLE_ROWS = 4  # with fewer rows per expert on average, one product per expert is faster
 
 
 class Experts(nn.Module):
-    """E networks down(silu(gate(x)) * up(x)) without biases."""
+    """E networks down(silu(gate(x)) * up(x)) without biases (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,11 +45,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(shape).mT.contiguous())
 
     def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """For each token, the sum over its experts of weight times output (N, D).
+        """Return (N, D): for each token, the sum over its experts of weight times output.
 
         Args:
             ids_NK: the experts of each token, all different.
-            weights_NK: fp32.
+            weights_NK: their weights, fp32.
         """
         if _has_grouped_mm(x_ND, self.gate_proj):
             return self._grouped(x_ND, ids_NK, weights_NK)
@@ -106,7 +105,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
-    """CUDA's kernels: bf16 from compute capability 8.0 on, rows of whole 16 bytes; on a CPU it is a loop."""
+    """Return whether CUDA has the kernel: it needs bf16, compute capability 8.0 and rows of whole 16 bytes."""
     return (
         x_ND.device.type == "cuda"
         and _compute_dtype(x_ND) == torch.bfloat16
@@ -117,12 +116,12 @@ def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
 
 @functools.cache
 def keep_padding_uncompiled() -> None:
-    """Let torch.compile leave `_padded` as it is, whose shapes are those of its data, and compile what is around it."""
+    """Exclude `_padded` from torch.compile, because its shapes depend on its data."""
     Experts._padded = torch.compiler.disable(Experts._padded)  # type: ignore[method-assign]
 
 
 class _Spread(torch.autograd.Function):
-    """Rows (N, D) once for each of their K choices, in the given order; the gradient is a sum in a fixed order."""
+    """Repeat rows (N, D) for each of their K choices, in the given order. The gradient sums in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, order_R: Tensor, choices: int) -> Tensor:
@@ -138,7 +137,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The reverse of `_Spread`: rows (R, D) summed over the K choices of each token."""
+    """Sum rows (R, D) over the K choices of each token: the reverse of `_Spread`."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
@@ -161,18 +160,18 @@ def _sum_choices(rows_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where each choice is computed: first C rows for each expert, then what is beyond, expert by expert."""
+    """The row of each choice: first C rows for each expert, then the remaining rows, expert by expert."""
 
-    pair_R: Tensor  # which choice (n K + k) a row is; N K for padding
-    token_R: Tensor  # of the choice; any for padding, whose weight is 0
-    row_NK: Tensor  # of each choice
+    pair_R: Tensor  # the choice (n K + k) of a row; N K for padding
+    token_R: Tensor  # the token of a row; arbitrary for padding, whose weight is 0
+    row_NK: Tensor  # the row of each choice
     batched: int  # C
-    beyond: list[tuple[int, int, int]]  # (expert, first row, end)
+    beyond: list[tuple[int, int, int]]  # (expert, first row, end) of the remaining rows
 
     @staticmethod
     @torch.no_grad()
     def of(ids_NK: Tensor, num_experts: int) -> "_Rows":
-        """Waits for the device once, for the loads."""
+        """Build the rows of a batch. Waits for the device once, for the loads."""
         num_pairs = ids_NK.numel()
         order_P = ids_NK.flatten().argsort(stable=True)
         load_E = torch.bincount(ids_NK.flatten(), minlength=num_experts)
@@ -197,7 +196,7 @@ class _Rows:
         return _Rows(pair_R, token_R, row_NK.view_as(ids_NK), batched, beyond)
 
     def product(self, x_RI: Tensor, weights_EIO: Tensor) -> Tensor:
-        """Each row times its expert's (I, O) weight: (R, O)."""
+        """Return (R, O): each row times its expert's (I, O) weight."""
         out_RO = x_RI.new_empty(len(x_RI), weights_EIO.shape[2])
         num_experts, end = len(weights_EIO), len(weights_EIO) * self.batched
         torch.bmm(
@@ -210,7 +209,7 @@ class _Rows:
         return out_RO
 
     def weight_gradient(self, grad_RO: Tensor, x_RI: Tensor, num_experts: int) -> Tensor:
-        """The gradients (E, O, I) of the experts' (O, I) weights."""
+        """Return the gradients (E, O, I) of the experts' (O, I) weights."""
         end = num_experts * self.batched
         grad_EOI = torch.bmm(
             grad_RO[:end].view(num_experts, self.batched, grad_RO.shape[1]).mT,
@@ -221,16 +220,16 @@ class _Rows:
         return grad_EOI
 
     def collect(self, rows_RD: Tensor, weights_NK: Tensor | None = None) -> Tensor:
-        """For each token, the (weighted) sum of its choices' rows (N, D)."""
+        """Return (N, D): for each token, the (weighted) sum of its choices' rows."""
         if rows_RD.device.type == "cpu":
-            # One pass over memory, where gathering the rows and summing them takes three.
+            # One pass over memory; gathering the rows and summing them takes three.
             return F.embedding_bag(self.row_NK, rows_RD, mode="sum", per_sample_weights=weights_NK)
         rows_NKD = rows_RD.index_select(0, self.row_NK.flatten()).unflatten(0, self.row_NK.shape)
         return (rows_NKD if weights_NK is None else rows_NKD * weights_NK[..., None]).sum(1)
 
 
 class _PaddedExperts(torch.autograd.Function):
-    """All experts' networks from copies of their weights; the gradients go to the parameters, passed for that alone."""
+    """Run all experts from copies of their weights. `parameters` are passed only to receive the gradients."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
 """Hand-written gradients for mixed-precision training on a CPU, where memory traffic costs more than arithmetic.
 
 Each function computes what the plain operations in `norms.py`, `attention.py` and `mlp.py` compute under autocast, to
-rounding, in fewer passes over memory: norms and activations hand on bf16 where autocast would cast fp32 once for
-every product, layers that share an input are one product, and what can be made again cheaply is not saved. Parameters
-stay as they are; only their bf16 copies are joined. benchmarks/train.py measures the gain.
+rounding, in fewer passes over memory. Norms and activations return bf16, where autocast would cast fp32 once for every
+product. Layers that share an input become one product. What is cheap to recompute is not saved. Parameters stay
+separate; only their bf16 copies are joined. benchmarks/train.py measures the gain.
 
 Shapes: B batch, T positions, N = B T tokens, D features in, F features out, H query heads, G key/value heads, K head
 size.
@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Elements of lower precision that are added to an fp32 sum at a time: 1 MB in fp32.
-_PIECE = 1 << 18
+_PIECE = 1 << 18  # elements that `add_` adds at a time: 1 MB in fp32
 
 _copies: dict[tuple[int, ...], Tensor] | None = None
 
 
 def applies(x: Tensor) -> bool:
-    """Whether x is on the way to a gradient on a CPU under bf16 autocast. torch.compile fuses the plain operations."""
+    """Return whether x is in a pass with gradients on a CPU under bf16 autocast.
+
+    Not inside torch.compile, which fuses the plain operations itself.
+    """
     return (
         x.device.type == "cpu"
         and torch.is_grad_enabled()
@@ -37,7 +39,7 @@ def applies(x: Tensor) -> bool:
 
 @contextmanager
 def kept_weight_copies() -> Iterator[None]:
-    """While no weight changes: bf16 copies made in this block are used again, instead of made for every micro-batch."""
+    """Context manager that reuses bf16 copies of weights across micro-batches. No weight may change inside it."""
     global _copies
     _copies = {}
     try:
@@ -48,7 +50,7 @@ def kept_weight_copies() -> Iterator[None]:
 
 @torch.no_grad()
 def joined_copy(parameters: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """The parameters in bf16, joined along a dimension."""
+    """Return a bf16 copy of the parameters, joined along a dimension."""
     key = tuple(id(parameter) for parameter in parameters)
     if _copies is not None and key in _copies:
         return _copies[key]
@@ -64,9 +66,9 @@ def joined_copy(parameters: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def add_(total: Tensor, part: Tensor, *, first: bool = False) -> None:
-    """Add a matrix of lower precision to an fp32 sum, or begin the sum with it.
+    """Add a matrix of lower precision to an fp32 sum, in place; with `first`, overwrite the sum.
 
-    torch would first make an fp32 copy of all of `part`; on a CPU that copy is made in pieces that stay in its caches.
+    torch would first copy all of `part` to fp32. On a CPU the copy is made in pieces that stay in its caches.
     """
     if first:
         total.copy_(part)
@@ -77,14 +79,14 @@ def add_(total: Tensor, part: Tensor, *, first: bool = False) -> None:
 
 
 def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The outputs (..., F1 + F2 + ...) in bf16 of layers that share the input x (..., D)."""
+    """Return the joined outputs (..., F1 + F2 + ...) in bf16 of layers that share the input x (..., D)."""
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return _Linear.apply(x, joined_copy(weights), joined_copy(biases) if biases else None, *weights, *biases)
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b from bf16 copies; the gradients go to the parameters, which are passed for that alone."""
+    """x W^T + b from bf16 copies. `parameters` are passed only to receive the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_FD: Tensor, bias_F: Tensor | None, *parameters: Tensor) -> Tensor:
@@ -131,12 +133,17 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) of fp32 x over its last dimension, which becomes 1."""
+    """Return 1 / sqrt(mean(x^2) + eps) of fp32 x (..., K) over its last dimension: (..., 1)."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _norm_gradient_(grad: Tensor, weight: Tensor, normed: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of x from that of normed * weight, in place; `mean` is over features of grad * weight * normed."""
+    """Turn the gradient of normed * weight into that of x, in place.
+
+    Args:
+        mean: the mean of grad * weight * normed over features.
+        scale: 1 / rms of x.
+    """
     return grad.mul_(weight).addcmul_(normed, mean, value=-1).mul_(scale)
 
 
@@ -164,7 +171,7 @@ class SwiGLUFunction(torch.autograd.Function):
 class HeadsFunction(torch.autograd.Function):
     """Joined projections (B, T, (H + 2G) K) -> queries (B, T, H, K), keys and values (B, T, G, K), all bf16.
 
-    Queries and keys are normalised where weights are given, and turned where angles are: cos and sin (B or 1, T, K).
+    Queries and keys are normalized if weights are given, and rotated if cos and sin (B or 1, T, K) are.
     """
 
     @staticmethod
@@ -217,7 +224,7 @@ class HeadsFunction(torch.autograd.Function):
 
 
 def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """`rotary.rotate` by the angle (direction 1) or back (-1), without its halves joined and negated on the way."""
+    """Rotate by the angle (direction 1) or back (-1), as `rotary.rotate` does, without copies of the halves."""
     half = x_BTHK.shape[-1] // 2
     first, second = x_BTHK[..., :half], x_BTHK[..., half:]
     cos, sin = (part[:, :, None, :half].to(x_BTHK.dtype) for part in (cos, sin))

@@ -45,5 +45,5 @@ class MLP(nn.Module):
 
 
 def build_mlp(config: ModelConfig) -> nn.Module:
-    """The dense feed-forward network of one block."""
+    """Return the dense feed-forward network of one block."""
     return SwiGLU(config, config.intermediate_size) if config.mlp == "swiglu" else MLP(config)

@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""Normalization layers."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from lightlm.model.config import ModelConfig
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
 
-    The weight takes the input's precision: under autocast, queries and keys come in bf16, and mixed
-    precisions would leave torch's fused kernel. The mean is fp32 inside either way.
+    The weight is cast to the input's precision: under autocast, queries and keys are bf16, and torch's fused kernel
+    does not take mixed precisions. The kernel computes the mean in fp32 either way.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -24,7 +24,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
-    """The norm in front of a block's halves and of the head."""
+    """Return the norm before attention, before the feed-forward network, or before the head."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)

@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (..., K) in fp32, for integer `positions` of any shape.
+    """Return cosines and sines, each (..., K) in fp32, for integer `positions` of any shape.
 
-    The table holds no state, so no `.to()`, `.bfloat16()` or meta-device build can harm it. Angles are fp32:
-    in bf16, positions past 256 would collide.
+    They are computed on each call: a stored table would be damaged by `.bfloat16()` or a build on the meta device.
+    Angles are fp32, because in bf16 positions past 256 would collide.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    # Written as transformers writes it: `theta**-exponents` differs in the last bit, which thousands of positions
-    # multiply (SmolLM2's logits at 2,000 positions: 2.6e-4 apart, this way equal).
+    # As transformers writes it: `theta**-exponents` differs in the last bit, which thousands of positions multiply.
+    # SmolLM2's logits at 2,000 positions then differ by 2.6e-4; this way they are equal.
     angles = positions[..., None].float() * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()

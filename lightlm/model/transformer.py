@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightlm.model import fused
-from lightlm.model.attention import Attention, Mask, build_mask
-from lightlm.model.cache import KVCache, Step
+from lightlm.model.attention import Attention, KeysAndValues, Mask, build_mask
+from lightlm.model.cache import KVCache
 from lightlm.model.config import ModelConfig
 from lightlm.model.experts import Experts, keep_padding_uncompiled
 from lightlm.model.mlp import build_mlp
 from lightlm.model.moe import MoE, Routing
 from lightlm.model.norms import build_norm
 from lightlm.model.rotary import rotary_table
-from lightlm.model.trees import Trees, Trunk
+from lightlm.model.trees import Trees
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then the feed-forward network, dense or of experts."""
+    """A pre-norm residual block: attention, then a dense feed-forward network or a mixture of experts."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -33,35 +33,22 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = build_norm(config)
         self.mlp = MoE(config) if config.has_experts(index) else build_mlp(config)
-        self.compiled = False  # in training, by torch.compile
+        self.compiled = False  # whether torch.compile runs it in training
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        mask: Mask,
-        cache: KVCache | Trunk | None,
-        step: Step | None,
-        layer: int,
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Mask, extend: KeysAndValues | None = None
     ) -> tuple[Tensor, Routing | None]:
-        if cache is not None:
-            return self._run(x_BTD, rotation, mask, cache, step, layer)
-        # Compiled where gradients are wanted alone: else prompts and documents of every length would each be compiled
-        # anew. Without the layer's number, which would make each block another function to torch.compile.
-        if self.compiled and torch.is_grad_enabled():
+        """Return the output (B, T, D), and what the router did where there is one and gradients are wanted."""
+        # Compiled only for training: each length of a prompt or document would be compiled anew. `extend` is left out:
+        # it is bound to a layer, so torch.compile would treat each block as another function.
+        if self.compiled and extend is None and torch.is_grad_enabled():
             return _compiled_run()(self, x_BTD, rotation, mask)
-        return self._run(x_BTD, rotation, mask)
+        return self._run(x_BTD, rotation, mask, extend)
 
     def _run(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        mask: Mask,
-        cache: KVCache | Trunk | None = None,
-        step: Step | None = None,
-        layer: int = 0,
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Mask, extend: KeysAndValues | None = None
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache, step, layer)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, extend)
         if isinstance(self.mlp, MoE):
             y_BTD, routing = self.mlp(self.mlp_norm(x_BTD))
             return x_BTD + y_BTD, routing
@@ -70,7 +57,7 @@ class Block(nn.Module):
 
 @functools.cache
 def _compiled_run() -> Callable[..., tuple[Tensor, Routing | None]]:
-    """One for all blocks, and not kept in them: a copy of a model would call its original's."""
+    """Return the compiled `Block._run`. All blocks share it; one kept in a block would break copies of a model."""
     keep_padding_uncompiled()
     return torch.compile(Block._run)
 
@@ -98,15 +85,15 @@ class Transformer(nn.Module):
         self.norm = build_norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.initialise()
+        self.initialize()
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """Normal weights of `init_std`, zero biases, unit norms.
+    def initialize(self) -> None:
+        """Draw normal weights of standard deviation `init_std`; set biases to 0 and norm weights to 1.
 
-        The two projections that write to the residual stream are scaled by 1/sqrt(2 x depth), so that the
-        stream's variance does not grow with depth (GPT-2 paper, section 2.3); learned positions get half the
-        standard deviation of tokens (0.01 beside 0.02 in OpenAI's gpt-2 code).
+        The two projections that write to the residual stream are scaled by 1/sqrt(2 x depth), so that the stream's
+        variance does not grow with depth (GPT-2 paper, section 2.3). Learned positions get half the standard deviation
+        of tokens (0.01 against 0.02 in OpenAI's gpt-2 code).
         """
         std = self.config.init_std
         for name, parameter in self.named_parameters():
@@ -121,35 +108,37 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D) weight of the output head."""
+        """The (V, D) weight of the output head."""
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.embed_tokens.weight.device
 
     def compile_blocks(self) -> None:
-        """Let torch.compile work on each block alone: all share one graph, so it is done once."""
+        """Run each block through torch.compile in training. All blocks share one graph, so it is compiled once."""
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compiled = True
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
-        """An empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
+        """Return an empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
         max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)
         return KVCache(self.config, batch_size, max_len, device=self.device, dtype=self._compute_dtype())
 
     def _compute_dtype(self) -> torch.dtype:
-        """Of queries, keys and values."""
+        """Return the precision of queries, keys and values."""
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
         return self.embed_tokens.weight.dtype
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, counts: list[int] | None = None) -> Tensor:
-        """Logits (B, T, V) of the next token after each column; see `hidden_states` for the arguments."""
+        """Return the logits (B, T, V) of each column's next token; see `hidden_states` for arguments and errors."""
         return self.head(self.hidden_states(tokens_BT, cache, counts))
 
     def head(self, x_BTD: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of final hidden states (B, T, D)."""
         return F.linear(x_BTD, self.head_weight)
 
     def hidden_states(
@@ -160,44 +149,45 @@ class Transformer(nn.Module):
         routings: list[Routing] | None = None,
         trees: Trees | None = None,
     ) -> Tensor:
-        """The final norm's output (B, T, D), from which `head` makes logits.
+        """Return the final norm's output (B, T, D), from which `head` makes logits.
 
         Args:
-            tokens_BT: token ids. Without a cache, column t is position t; with one, row b goes on where its
-                last chunk ended.
-            cache: keys and values of what came before; this call appends to it.
-            counts: with a cache, how many columns of each row are tokens; the rest is padding on the right,
-                is not stored, and its output means nothing. Default: all.
-            routings: a list that gets what each layer of experts did, where gradients are wanted.
+            tokens_BT: token ids. Without a cache, column t is position t. With one, row b continues where its last
+                chunk ended.
+            cache: keys and values of earlier positions; this call appends to it.
+            counts: with a cache, how many columns of each row are tokens (default: all). The rest is padding on the
+                right: it is not stored, and its output is meaningless.
+            routings: a list to which each layer of experts appends what its router did, where gradients are wanted.
             trees: the form of rows that are trees; without a cache.
 
         Raises:
-            ValueError: more positions than max_seq_len or than the cache holds, or counts without a cache.
+            ValueError: there are more positions than max_seq_len or than the cache holds, counts without a cache, or
+                trees with one.
         """
         batch, length = tokens_BT.shape
         windows = {self.config.window(layer) for layer in range(self.config.depth)}
         if trees is not None:
             if cache is not None:
-                raise ValueError("trees keep no cache; what comes before them is their trunk")
+                raise ValueError("trees take no cache; pass what comes before them as their shared prefix")
             masks = {window: Mask(trees.bias(window, self._compute_dtype()), is_causal=False) for window in windows}
-            return self._run_blocks(tokens_BT, trees.positions_BT, masks, trees.trunk, None, None)
+            extend = trees.shared_prefix.prepend if trees.shared_prefix is not None else None
+            return self._run_blocks(tokens_BT, trees.positions_BT, masks, extend, None)
         if cache is None:
             if counts is not None:
-                raise ValueError("counts go with a cache: without one, padding on the right needs no mask")
+                raise ValueError("counts need a cache: without one, padding on the right needs no mask")
             if length > self.config.max_seq_len:
                 raise ValueError(f"{length} positions given, max_seq_len is {self.config.max_seq_len}")
-            step, num_keys = None, length
             positions_BT = torch.arange(length, device=tokens_BT.device)[None]
-            fresh = aligned = True
-        else:
-            step = cache.begin(batch, length, counts)
-            positions_BT, num_keys = step.positions_BT, step.end
-            aligned = step.rows is None
-            fresh = aligned and step.starts[0] == 0
-        masks = {window: build_mask(positions_BT, num_keys, window, fresh=fresh, aligned=aligned) for window in windows}
-        x_BTD = self._run_blocks(tokens_BT, positions_BT, masks, cache, step, routings)
-        if cache is not None and step is not None:
-            cache.commit(step)
+            masks = {window: build_mask(positions_BT, length, window, fresh=True, aligned=True) for window in windows}
+            return self._run_blocks(tokens_BT, positions_BT, masks, None, routings)
+        step = cache.begin(batch, length, counts)
+        aligned = step.rows is None
+        fresh = aligned and step.starts[0] == 0
+        masks = {
+            window: build_mask(step.positions_BT, step.end, window, fresh=fresh, aligned=aligned) for window in windows
+        }
+        x_BTD = self._run_blocks(tokens_BT, step.positions_BT, masks, functools.partial(cache.update, step), routings)
+        cache.commit(step)
         return x_BTD
 
     def _run_blocks(
@@ -205,14 +195,18 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor,
         masks: dict[int, Mask],
-        cache: KVCache | Trunk | None,
-        step: Step | None,
+        extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None,
         routings: list[Routing] | None,
     ) -> Tensor:
-        """From tokens to the final norm's output; `masks` has one for each window."""
+        """Return the final norm's output for tokens.
+
+        Args:
+            masks: one for each window that a layer has.
+            extend: adds earlier keys and values to those of a layer, whose number is its first argument.
+        """
         config = self.config
-        # With a tied head the table's gradient is dense anyway: a sparse part is added to it in place, where a dense
-        # one would be another (V, D) tensor of zeros and a sum of the two.
+        # With a tied head the table's gradient is dense anyway. A sparse part is added to it in place; a dense part
+        # would be another (V, D) tensor of zeros and a sum of the two.
         sparse = config.tie_embeddings and fused.applies(self.embed_tokens.weight)
         x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight, sparse=sparse)
         rotation = None
@@ -223,7 +217,8 @@ class Transformer(nn.Module):
             rotation = cos[:, None], sin[:, None]
         for layer in range(config.depth):
             block = self.blocks[layer // config.layer_sharing]
-            arguments = x_BTD, rotation, masks[config.window(layer)], cache, step, layer
+            of_layer = functools.partial(extend, layer) if extend is not None else None
+            arguments = x_BTD, rotation, masks[config.window(layer)], of_layer
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_BTD, routing = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -233,8 +228,11 @@ class Transformer(nn.Module):
         return self.norm(x_BTD)
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameter counts: `total` (a tied head counts once), those `active` for a token (all but the experts it is
-        not sent to), and the total's part in `embedding` tables and head."""
+        """Return parameter counts.
+
+        `total` counts a tied head once, `active` leaves out the experts that a token is not sent to, and `embedding`
+        is the part of the total in embedding tables and head.
+        """
         tables = ("embed_tokens.", "embed_positions.", "lm_head.")
         sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
         total = sum(sizes.values())
@@ -245,14 +243,17 @@ class Transformer(nn.Module):
         }
 
     def _idle_parameters(self) -> int:
-        """Parameters of the experts that a token is not sent to."""
+        """Return the parameters of the experts that a token is not sent to."""
         experts = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
         config = self.config
         return experts // config.num_experts * (config.num_experts - config.num_experts_per_tok) if experts else 0
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward and backward floating-point operations a token: 6 an active weight, and attention's 12 K H S
-        a layer over S visible positions, without a discount for causality (arXiv 2204.02311, appendix B)."""
+        """Return the forward and backward floating-point operations per token (arXiv 2204.02311, appendix B).
+
+        They are 6 per active weight and 12 K H S per layer for attention over S visible positions, without a discount
+        for causality.
+        """
         config = self.config
         block_weights = sum(p.numel() for p in self.blocks.parameters()) - self._idle_parameters()
         visible = sum(min(config.window(layer) or seq_len, seq_len) for layer in range(config.depth))

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 from lightlm import files
 from lightlm.checkpoint import load_model, save_model, write_checkpoint
 from lightlm.cli.convert import convert
+from lightlm.convert.formats import FORMATS
+from lightlm.convert.load import load_pretrained
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import CheckpointError, ConvertError, UsageError
 from lightlm.model.transformer import Transformer
@@ -51,7 +54,7 @@ def invoke(*arguments):
 
 
 def test_five_line_chain_works_twice(run):
-    """Without arguments, the newest run goes to runs/RUN/hf, also when an earlier export lies there."""
+    """Without arguments, the newest run is exported to runs/RUN/hf, also over an earlier export."""
     output = invoke()
     config = Path("runs/demo/hf/config.json")
     written = config.stat().st_mtime_ns
@@ -86,7 +89,7 @@ def test_there_and_back(run):
 def test_json_is_the_whole_output(run):
     summary = json.loads(invoke("--json"))
     assert summary["class"] == "LlamaForCausalLM"
-    # Two blocks run twice each are four layers in the file, and counted as such.
+    # Two blocks that run twice each are four layers in the file, and count as four.
     block = sum(parameter.numel() for parameter in run.blocks.parameters())
     assert summary["parameters"] == run.num_parameters()["total"] + block
     assert summary["files"]["model.safetensors"] == Path("runs/demo/hf/model.safetensors").stat().st_size
@@ -130,8 +133,10 @@ def test_formats_to_come(format_, run):
         (["--to", "lightlm"], "in that format already"),
         (["--out", STEP, "--overwrite"], "is or holds the model to convert"),
         (["--out", ".", "--overwrite"], "is or holds the model to convert"),
-        (["--out", "notes", "--overwrite"], "is no model folder"),
-        (["--out", "notes/todo", "--overwrite"], "is no model folder"),
+        (["--from", "hf"], "is not in that format"),
+        (["--from", "gguf"], "unknown format; this version converts from hf and lightlm"),
+        (["--out", "notes", "--overwrite"], "is not a model"),
+        (["--out", "notes/todo", "--overwrite"], "is not a model"),
     ],
 )
 def test_wrong_usage_writes_and_loses_nothing(arguments, message, run):
@@ -170,7 +175,7 @@ def test_no_run_yet(tmp_path, monkeypatch):
 def test_verify(dtype, run):
     pytest.importorskip("transformers")
     assert json.loads(invoke("--verify", "--dtype", dtype, "--json"))["max_logit_difference"] < 1e-4
-    assert "logits differ from transformers' by" in invoke("--verify", "--dtype", dtype)
+    assert "logits differ by" in invoke("--verify", "--dtype", dtype)
     back = json.loads(invoke("runs/demo/hf", "--verify", "--dtype", dtype, "--json"))
     assert back["max_logit_difference"] < 1e-4
 
@@ -183,6 +188,64 @@ def test_verify_finds_a_wrong_export(run, monkeypatch):
     monkeypatch.setattr(huggingface, "write_config", lambda *args: {**right(*args), "rms_norm_eps": 0.1})
     with pytest.raises(ConvertError, match="does not compute what"):
         invoke("--verify")
+
+
+class Archive:
+    """A format as a newcomer would add it: a checkpoint folder packed into one file."""
+
+    name, suffix, makes = "archive", ".zip", "a .zip file"
+    reads = writes = True
+
+    def detect(self, path):
+        return path.suffix == ".zip" and path.is_file()
+
+    def refusal(self, config):
+        return "qk_norm: true" if config.qk_norm else ""
+
+    def read(self, path):
+        shutil.unpack_archive(path, path.with_suffix(".unpacked"))
+        return replace(load_model(path.with_suffix(".unpacked")), path=path)
+
+    def write(self, loaded, out, dtype):
+        save_model(Path("packing"), loaded.model.to(dtype), loaded.tokenizer)
+        shutil.move(shutil.make_archive("packed", "zip", "packing"), out)
+        return {"class": "Archive", "parameters": 1, "python": f"unzip {out}"}
+
+    def require_verifier(self):
+        pass
+
+    def verify(self, loaded, path, dtype):
+        return 0.0
+
+
+def test_a_new_format_is_one_class_and_one_registration(run, tokenizer, monkeypatch):
+    """Both directions of the command, `--list` and MODEL itself work with it."""
+    monkeypatch.setitem(FORMATS, "archive", Archive())
+    summary = json.loads(invoke("--to", "archive", "--verify", "--json"))
+    assert (summary["folder"], summary["class"]) == (str(Path("runs/demo/demo.zip")), "Archive")
+    assert list(summary["files"]) == ["demo.zip"]
+    back = json.loads(invoke("runs/demo/demo.zip", "--from", "archive", "--verify", "--json"))
+    assert (back["format"], back["folder"]) == ("lightlm", str(Path("runs/demo/demo-lightlm")))
+    tokens = torch.arange(9)[None]
+    for path in (Path(back["folder"]), Path("runs/demo/demo.zip")):
+        assert torch.equal(load_pretrained(path).model(tokens), run(tokens))
+    assert {"format": "archive", "reads": True, "writes": True, "makes": "a .zip file"} in json.loads(
+        invoke("--list", "--json")
+    )
+    save_model(Path("normed"), Transformer(replace(SHAPES["qwen3"], vocab_size=tokenizer.vocab_size)), tokenizer)
+    with pytest.raises(ConvertError, match="normed cannot be converted to archive: qk_norm: true"):
+        invoke("normed", "--to", "archive")
+
+
+def test_list_of_formats():
+    assert {row["format"] for row in json.loads(invoke("--list", "--json"))} == {"hf", "lightlm"}
+    assert "checkpoint folder" in invoke("--list")
+
+
+def test_options_name_every_format():
+    app = typer.Typer()
+    app.command()(convert)
+    assert "hf, lightlm" in CliRunner().invoke(app, ["--help"]).output
 
 
 def test_verify_without_transformers(run, monkeypatch):

@@ -1,4 +1,4 @@
-"""Models of ours and of transformers to convert, and how far apart two of them are."""
+"""Models of LightLM and of transformers to convert, and the difference between two of them."""
 
 import json
 from dataclasses import replace

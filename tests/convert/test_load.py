@@ -71,7 +71,7 @@ def test_hugging_face_folder(workplace, tokenizer):
 
 
 def fake_hub(monkeypatch, folder, wanted):
-    """Stand in for the Hub: it has one repository, of which it gives what the patterns ask for."""
+    """Replace the Hub by one that has a single repository."""
     asked = []
 
     def snapshot_download(repo_id, *, allow_patterns, etag_timeout):
@@ -94,7 +94,7 @@ def test_hub_id(workplace, tokenizer, monkeypatch):
     assert not any("bin" in pattern for pattern in asked[0])
 
 
-def test_hub_model_with_pytorch_weights_alone(workplace, tokenizer, monkeypatch):
+def test_hub_model_with_only_pytorch_weights(workplace, tokenizer, monkeypatch):
     folder = workplace / "cache"
     export_huggingface(LoadedModel(_model(tokenizer, 7), tokenizer, Path("x")), folder)
     weights = folder / "model.safetensors"
@@ -128,10 +128,13 @@ def test_nothing_found_lists_what_was_tried(reference, workplace, monkeypatch):
         assert part in str(error.value)
 
 
-def test_folder_that_is_no_model(workplace):
+def test_path_that_is_not_a_model(workplace):
     (workplace / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty: the folder holds neither recipe\.yaml nor config\.json"):
         locate("empty")
+    (workplace / "notes.txt").write_text("milk")
+    with pytest.raises(CheckpointError, match="recognizes this file"):
+        locate("notes.txt")
 
 
 def test_no_run_yet(tmp_path, monkeypatch):
@@ -180,7 +183,7 @@ def test_training_state_may_be_missing_where_nobody_trains(workplace, tokenizer)
     assert same(load_pretrained("first"), tokenizer, 5)
 
 
-def test_other_config_is_no_checkpoint(workplace):
+def test_other_config_is_not_a_checkpoint(workplace):
     folder = Path("runs/first/checkpoints/step_000010")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.errors import LightLMError, UsageError
-from lightlm.generate.engine import TextStream, generate, generate_samples, sample_text
+from lightlm.generate.engine import TextStream, generate, sample_text
 from lightlm.generate.sampling import GREEDY, Sampling
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
@@ -55,11 +55,11 @@ def test_the_end_of_the_context_ends_a_row_with_its_reason() -> None:
 
 def test_samples_do_not_depend_on_how_many_there_are() -> None:
     model = build("qwen3")
-    five = [completion.ids for completion in generate_samples(model, [4, 5], 5, 9, DRAWN, seed=3)]
-    two = [completion.ids for completion in generate_samples(model, [4, 5], 2, 9, DRAWN, seed=3)]
+    five = [completion.ids for completion in generate(model, [[4, 5]], 9, DRAWN, seed=3, num_samples=5)]
+    two = [completion.ids for completion in generate(model, [[4, 5]], 9, DRAWN, seed=3, num_samples=2)]
     assert five[:2] == two
     assert len({tuple(ids) for ids in five}) > 1
-    other = [completion.ids for completion in generate_samples(model, [4, 5], 5, 9, DRAWN, seed=4)]
+    other = [completion.ids for completion in generate(model, [[4, 5]], 9, DRAWN, seed=4, num_samples=5)]
     assert not {tuple(ids) for ids in five} & {tuple(ids) for ids in other}
 
 

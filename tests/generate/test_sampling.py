@@ -20,7 +20,7 @@ SAMPLINGS = st.builds(
 
 
 def reference(logits: np.ndarray, sampling: Sampling) -> list[float]:
-    """Sorted probabilities after top-k, then nucleus, written out token by token in float64."""
+    """Return the sorted probabilities after top-k, then nucleus, computed token by token in float64."""
     scaled = sorted((float(x) / sampling.temperature for x in logits), reverse=True)[: sampling.top_k]
     total = math.fsum(math.exp(x - scaled[0]) for x in scaled)
     kept: list[float] = []

@@ -50,7 +50,7 @@ def test_cached_equals_full_for_any_chunking_of_a_ragged_batch(name, plan, extra
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_selected_and_truncated_rows_go_on_correctly(name):
+def test_selected_and_truncated_rows_continue_correctly(name):
     model = MODELS[name]
     tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_overflow_is_refused_and_changes_nothing():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_padding_may_reach_past_the_models_context(name):
-    """Row 0 fills the context; row 1's padding columns stand at positions that no table has."""
+    """Row 0 fills the context; row 1's padding columns are at positions past the end of the table."""
     model = MODELS[name]
     tokens = torch.randint(97, (2, 48), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

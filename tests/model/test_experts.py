@@ -1,4 +1,4 @@
-"""Three ways to compute the experts, one of them without gradients, and float64 one-hot sums that they all equal."""
+"""Three ways to compute the experts, one of them without gradients, equal float64 one-hot sums."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def build_experts(num_experts, chosen, hidden=16, inner=24, seed=0):
 
 
 def reference(experts, x_ND, ids_NK, weights_NK):
-    """Every expert for every token, and its one-hot weight."""
+    """Run every expert on every token, with one-hot weights."""
     gate, up, down = (parameter.double() for parameter in experts.parameters())
     gates, ups = (torch.einsum("nd,efd->nef", x_ND, weight) for weight in (gate, up))
     y_NED = torch.einsum("nef,edf->ned", gates * torch.sigmoid(gates) * ups, down)
@@ -44,7 +44,7 @@ def reference(experts, x_ND, ids_NK, weights_NK):
 
 
 def outcome(experts, compute, x_ND, weights_NK, grad_ND):
-    """The output, and, unless only that is asked for, the gradients of tokens, weights and parameters."""
+    """Return the output and, if wanted, the gradients of tokens, weights and parameters."""
     if grad_ND is None:
         with torch.no_grad():
             return [compute(x_ND, weights_NK)]
@@ -118,7 +118,7 @@ def choices(draw):
 @given(plan=choices(), hidden=st.integers(1, 5), inner=st.integers(1, 5), mixed=st.booleans())
 def test_any_shape_and_load(path, plan, hidden, inner, mixed):
     num_experts, ids_NK = plan
-    # torch's grouped product wants rows of whole 16 bytes, on a CPU too.
+    # torch's grouped product needs rows of whole 16 bytes, on a CPU too.
     experts = build_experts(num_experts, ids_NK.shape[1], 8 * hidden, 8 * inner)
     assert_agree(experts, ids_NK, path, torch.bfloat16 if mixed else torch.float32)
 
@@ -155,7 +155,7 @@ def taken(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     class Tokens:
-        """Tokens on a device that need not be here."""
+        """Tokens on a device that this machine need not have."""
 
         def __init__(self):
             self.device, self.dtype, self.shape = torch.device(device), dtype, (tokens, 16)
@@ -167,7 +167,7 @@ def taken(
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_path_of_each_situation(monkeypatch, dtype):
-    # Four experts, two choices: 7 tokens are 14 rows, fewer than 4 an expert.
+    # Four experts, two choices: 7 tokens are 14 rows, fewer than 4 per expert.
     assert taken(monkeypatch, 7, grad=False, dtype=dtype) == "single"
     assert taken(monkeypatch, 8, grad=False, dtype=dtype) == "padded"
     assert taken(monkeypatch, 1, grad=True, dtype=dtype) == "padded"
@@ -195,7 +195,7 @@ def test_single_reads_only_the_chosen_experts():
 
 @pytest.mark.parametrize("quantile", [0.0, 0.3, 0.99])
 def test_padding_and_rows_beyond_the_batched_ones(monkeypatch, quantile):
-    """From nothing batched to everything: each choice has one row of its own expert, and no other."""
+    """Each choice has one row of its own expert, whether none, some or all rows are batched."""
     monkeypatch.setattr(experts_module, "_BATCHED_QUANTILE", quantile)
     ids_NK = LOADS["one token to an empty expert"]
     rows = experts_module._Rows.of(ids_NK, 6)

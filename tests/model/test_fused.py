@@ -1,4 +1,4 @@
-"""The hand-written CPU path beside the plain one: both compute the same, to the rounding of bf16."""
+"""The hand-written CPU path and the plain one compute the same, to the rounding of bf16."""
 
 import copy
 
@@ -25,7 +25,7 @@ def gradients(model, *, dtype=None, plain=False):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_fused_training_is_as_exact_as_plain_autocast(name):
-    """Both paths' gradients lie equally far from float64, and no parameter is forgotten."""
+    """Both paths' gradients are equally far from float64, and none is missing."""
     model = build(name)
     exact_loss, exact = gradients(copy.deepcopy(model).double())
     plain_loss, plain = gradients(copy.deepcopy(model), dtype=torch.bfloat16, plain=True)

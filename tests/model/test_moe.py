@@ -45,7 +45,7 @@ def expected_routing(router, x_ND):
         choice_NE = scores_NE
     ids_NK = choice_NE.argsort(descending=True)[:, : router.chosen].sort().values
     weights_NK = torch.stack([scores_NE[n, ids] for n, ids in enumerate(ids_NK)])
-    if router.normalised:
+    if router.normalized:
         weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
     return ids_NK, weights_NK * router.scaling, scores_NE
 
@@ -56,11 +56,11 @@ def by_id(ids_NK, weights_NK):
 
 
 @pytest.mark.parametrize("scaling", [1.0, 2.5])
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("situation", ["fp32", "autocast", "bf16 model"])
-def test_choices_and_weights_follow_the_formula(kind, normalised, scaling, situation):
-    router = build_router(router=kind, norm_topk_prob=normalised, routed_scaling_factor=scaling)
+def test_choices_and_weights_follow_the_formula(kind, normalized, scaling, situation):
+    router = build_router(router=kind, norm_topk_prob=normalized, routed_scaling_factor=scaling)
     x_ND = torch.randn(40, 16)
     if situation == "bf16 model":
         router, x_ND = router.bfloat16(), x_ND.bfloat16()
@@ -89,7 +89,7 @@ def test_the_bias_decides_the_choice_and_nothing_else():
     torch.testing.assert_close(weights_NK, chosen_NK / chosen_NK.sum(-1, keepdim=True))
     same = (ids_NK == before_ids).all(-1)
     assert 0 < same.sum() < 200
-    torch.testing.assert_close(weights_NK[same], before[same])  # but for the order of their sum
+    torch.testing.assert_close(weights_NK[same], before[same])  # except for the order of their sum
 
 
 def test_a_bias_that_is_equal_for_all_changes_nothing():
@@ -131,7 +131,7 @@ CASTS = {
     "double": lambda model: model.double(),
     "to": lambda model: model.to(torch.bfloat16),
     "to like a tensor": lambda model: model.to(torch.zeros(1, dtype=torch.bfloat16)),
-    "a block alone": lambda model: model.blocks[1].bfloat16() and model,
+    "only a block": lambda model: model.blocks[1].bfloat16() and model,
     "a copy": lambda model: copy.deepcopy(model).bfloat16(),
     "there and back": lambda model: model.bfloat16().float(),
 }
@@ -191,15 +191,15 @@ def routed(kind):
 
 
 def test_sequence_balance_loss_is_deepseek_v3s():
-    """Equations 17 to 20 of arXiv 2412.19437, a sequence and an expert at a time."""
+    """Equations 17 to 20 of arXiv 2412.19437, one sequence and one expert at a time."""
     logits_BTE, one_hot_BTKE = routed("sigmoid")
     total = 0.0
     for sequence in range(4):
         for expert in range(6):
             f = 6 / (3 * 9) * one_hot_BTKE[sequence, :, :, expert].sum()
             scores_TE = torch.sigmoid(logits_BTE[sequence])
-            normalised_T = scores_TE[:, expert] / scores_TE.sum(-1)
-            total = total + f * normalised_T.sum() / 9
+            normalized_T = scores_TE[:, expert] / scores_TE.sum(-1)
+            total = total + f * normalized_T.sum() / 9
     expected = total / 4
     load_BE = one_hot_BTKE.sum((1, 2)).long()
     ours = sequence_balance_loss(load_BE, torch.sigmoid(logits_BTE.float()))
@@ -209,7 +209,7 @@ def test_sequence_balance_loss_is_deepseek_v3s():
 
 
 def test_batch_balance_loss_counts_all_choices():
-    """Switch's E sum f P over a batch (arXiv 2101.03961), with f the share of all choices, not of the first alone."""
+    """Switch's E sum f P over a batch (arXiv 2101.03961), with f the share of all choices, not only of the first."""
     logits_BTE, one_hot_BTKE = routed("softmax")
     probabilities_NE = torch.exp(logits_BTE).flatten(0, 1) / torch.exp(logits_BTE).flatten(0, 1).sum(-1, keepdim=True)
     f_E = one_hot_BTKE.sum((0, 1, 2)) / (4 * 9 * 3)
@@ -226,7 +226,7 @@ def test_batch_balance_loss_counts_all_choices():
 @pytest.mark.parametrize("name", ["moe", "softmax_moe"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_layer_reports_its_own_loads_and_losses(name, mixed):
-    """From the router's inputs, caught by a hook: what the layer returns is what its losses are made of."""
+    """The layer's losses equal formulas over the router's inputs, which a hook records."""
     model, caught = build(name), []
     for block in model.blocks:
         if isinstance(block.mlp, MoE):
@@ -286,7 +286,7 @@ def test_recomputation_changes_no_bit_and_counts_nothing_twice(name, mixed):
 @pytest.mark.parametrize("name", ["moe", "softmax_moe"])
 @pytest.mark.parametrize("situation", ["fp32", "mixed", "grouped"])
 def test_a_compiled_block_computes_the_same(name, situation, recompute, monkeypatch):
-    """Traced as for any backend, which itself would take a minute. With grouped products, a GPU's, it is one graph."""
+    """Only traced, because a compiler backend takes a minute. With a GPU's grouped products it is one graph."""
     mixed, grouped = situation != "fp32", situation == "grouped"
     keep_padding_uncompiled()
     run = torch.compile(Block._run, backend="aot_eager", fullgraph=grouped)
@@ -319,7 +319,7 @@ def test_repeated_blocks_report_each_pass():
 
 
 def test_active_parameters_and_operations_are_those_of_the_chosen_experts():
-    """A forward pass of one token, whose products torch counts; each of the chosen experts is three."""
+    """Torch counts the products of a one-token forward pass; each chosen expert is three."""
     for name in ("moe", "softmax_moe"):
         model = build(name)
         config, total = model.config, sum(p.numel() for p in model.parameters())
@@ -350,14 +350,14 @@ def test_active_parameters_are_a_dense_models_of_the_same_width():
         ({"num_experts_per_tok": 7}, "num_experts_per_tok: must be from 1 to num_experts, 6, is 7"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok: must be from 1 to num_experts, 6, is 0"),
         ({"first_k_dense": 1}, "first_k_dense: leaves no layer of experts: num_layers is 1"),
-        ({"first_k_dense": -1}, "first_k_dense: must not be negative"),
-        ({"num_experts": -1}, "num_experts: must not be negative"),
-        ({"num_shared_experts": -1}, "num_shared_experts: must not be negative"),
-        ({"moe_intermediate_size": -1}, "moe_intermediate_size: must not be negative"),
+        ({"first_k_dense": -1}, "first_k_dense: must be at least 0"),
+        ({"num_experts": -1}, "num_experts: must be at least 0"),
+        ({"num_shared_experts": -1}, "num_shared_experts: must be at least 0"),
+        ({"moe_intermediate_size": -1}, "moe_intermediate_size: must be at least 0"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor: must be above 0"),
         ({"mlp": "gelu"}, "mlp: experts are swiglu networks, is gelu"),
         ({"bias": True}, "bias: experts and their router have no biases"),
-        ({"num_experts_per_tok": 1}, "norm_topk_prob: must be false with one expert a token"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob: must be false with one expert per token"),
     ],
 )
 def test_impossible_mixtures_are_refused(change, message):

@@ -43,7 +43,7 @@ def test_attention_matches_float64_formula(window, monkeypatch):
         torch.testing.assert_close(y[0].double(), expected @ attention.o_proj.weight.double().T, atol=1e-6, rtol=1e-5)
 
 
-def test_rotation_depends_on_distance_alone_and_keeps_length():
+def test_rotation_depends_only_on_distance_and_keeps_length():
     x, y = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def score(a, b):
@@ -83,7 +83,7 @@ def test_gradients_reach_every_parameter():
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), name
 
 
-def test_initialisation_has_the_papers_scales():
+def test_initialization_has_the_papers_scales():
     torch.manual_seed(0)
     model = Transformer(
         ModelConfig(
@@ -156,8 +156,8 @@ def test_too_long_a_sequence_is_refused():
         build("llama")(torch.zeros(1, 49, dtype=torch.long))
 
 
-def test_blocks_run_compiled_in_training_alone(monkeypatch):
-    """Prompts and documents of every length would each be compiled anew."""
+def test_blocks_run_compiled_only_in_training(monkeypatch):
+    """Else each length of a prompt or document would be compiled again."""
     compiled = []
     monkeypatch.setattr(transformer, "_compiled_run", lambda: lambda *args: compiled.append(1) or Block._run(*args))
     model, tokens = build("llama"), torch.randint(97, (2, 6))

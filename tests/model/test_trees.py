@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightlm.model.trees import Trees, Trunk
+from lightlm.model.trees import SharedPrefix, Trees
 from tests.shapes import SHAPES, build
 
 # 1 2 (3 4 | 3 5 | 6), then a tree of one token; children follow their parents.
@@ -18,13 +18,13 @@ PATHS = [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6], [7]]
 @pytest.mark.parametrize("shared", [[], [8, 9, 10, 11, 12, 13, 14, 15]])
 def test_a_token_sees_its_ancestors_and_nothing_else(shape: str, shared: list[int]) -> None:
     model = build(shape)
-    trunk = None
+    prefix = None
     if shared:
         cache = model.new_cache(1, len(shared))
         model.hidden_states(torch.tensor([shared]), cache)
-        trunk = Trunk(cache)
+        prefix = SharedPrefix(cache)
     positions = torch.tensor([POSITIONS]) + len(shared)
-    trees = Trees(positions.expand(2, -1), torch.tensor([ENDS, ENDS]), trunk)
+    trees = Trees(positions.expand(2, -1), torch.tensor([ENDS, ENDS]), prefix)
     rows = model.hidden_states(torch.tensor([TOKENS, TOKENS]), trees=trees)
     for column, path in enumerate(PATHS):
         alone = model.hidden_states(torch.tensor([[*shared, *path]]))[0, -1]
@@ -35,5 +35,5 @@ def test_a_token_sees_its_ancestors_and_nothing_else(shape: str, shared: list[in
 def test_trees_and_a_cache_do_not_mix() -> None:
     model = build("llama")
     trees = Trees(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="trunk"):
+    with pytest.raises(ValueError, match="shared prefix"):
         model.hidden_states(torch.tensor([[1]]), model.new_cache(1, 4), trees=trees)

@@ -1,7 +1,4 @@
-"""A model's shape as a Hugging Face config.json, by the tables in `layouts`.
-
-Imports nothing heavy, like `registry`.
-"""
+"""A model's shape as a Hugging Face config.json, by the tables in `layouts`. Imports nothing heavy."""
 
 import json
 from pathlib import Path
@@ -13,7 +10,7 @@ from lightlm.model.config import ModelConfig
 
 
 def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
-    """The shape part of a config.json, as transformers 4.56 and 5 both read it."""
+    """Return the shape part of a config.json that transformers 4.56 and 5 both read."""
     layout = LAYOUTS[model_type]
     values: dict[str, Any] = {"architectures": [layout.architecture], "model_type": model_type}
     values |= {theirs: getattr(config, ours) for ours, theirs in layout.keys.items()}
@@ -21,7 +18,7 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
     for ours in ("norm_eps", "routed_scaling_factor"):
         if ours in layout.keys:
             values[layout.keys[ours]] = float(getattr(config, ours))
-    values[layout.keys["init_std"]] = min(float(config.init_std), 1.0)  # more is refused there; nothing depends on it
+    values[layout.keys["init_std"]] = min(float(config.init_std), 1.0)  # LlamaConfig refuses more
     values |= {key: allowed[0] for key, allowed in layout.constants.items()}
     values |= dict.fromkeys(layout.bias_keys, config.bias)
     dense_layers = config.first_k_dense * config.layer_sharing
@@ -37,22 +34,26 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
         values["rope_parameters"] = {"rope_type": "default", **rope}  # read by transformers 5
     values |= {other: values[key] for key, other in layout.aliases.items()}
     if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
-        # transformers 5 takes grouped products unless told otherwise, and those refuse rows of no whole 16 bytes.
+        # The grouped products that transformers 5 defaults to refuse rows that are not whole 16 bytes.
         values["experts_implementation"] = "eager"
     return values | layout.written
 
 
 def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
-    """The model type and the shape that a config.json describes.
+    """Return the model type and the shape that a config.json describes.
+
+    Args:
+        values: the content of the config.json.
+        where: its path, for messages.
 
     Raises:
-        ConvertError: LightLM has no such model; the message lists every key in the way.
+        ConvertError: LightLM does not have such a model; the message lists every key in the way.
     """
     model_type = values.get("model_type")
     if model_type not in LAYOUTS:
         raise ConvertError(
             f"{where}: model_type is {model_type!r}; LightLM reads {', '.join(sorted(LAYOUTS))} (without "
-            "quantisation), and its own checkpoints"
+            "quantization), and its own checkpoints"
         )
     layout = LAYOUTS[model_type]
     values = {key: values[other] for key, other in layout.aliases.items() if other in values} | values
@@ -65,7 +66,7 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     settings: dict[str, Any] = {
         ours: values.get(theirs, layout.defaults.get(theirs)) for ours, theirs in layout.keys.items()
     }
-    # null leaves the size to the class's rule, which is ours too: num_heads, hidden_size / num_heads, 4 x hidden_size.
+    # null means the class's default, which is also ours: num_heads, hidden_size / num_heads, 4 x hidden_size.
     settings = {ours: 0 if value is None else value for ours, value in settings.items()}
     if isinstance(settings.get("first_k_dense"), list):
         settings["first_k_dense"] = len(settings["first_k_dense"])
@@ -80,7 +81,7 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
 
 
 def _rope_settings(layout: Layout, values: dict[str, Any]) -> dict[str, Any]:
-    """Type, base and rotated share of the rotary embedding, wherever a version of transformers put them."""
+    """Return type, base and rotated share of the rotary embedding, under the keys of any version of transformers."""
     nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
     given = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0} | layout.rope | values | nested
     return {
@@ -91,6 +92,7 @@ def _rope_settings(layout: Layout, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problems(layout: Layout, model_type: str, values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+    """Return what a config.json says that LightLM does not compute."""
     problems = []
     for key, allowed in layout.constants.items():
         if (value := values.get(key, allowed[0])) not in allowed:
@@ -103,7 +105,7 @@ def _problems(layout: Layout, model_type: str, values: dict[str, Any], rope: dic
         problems.append(f"{key} has rope_type {rope['rope_type']!r}, must be 'default' (positions unscaled)")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, must be 1.0")
-    windows = {"mistral": 4096, "mixtral": None}  # what a missing key means; elsewhere it has no effect
+    windows = {"mistral": 4096, "mixtral": None}  # what a missing key means; other classes ignore the key
     window = values.get("sliding_window", windows[model_type]) if model_type in windows else None
     if window is not None and window < values.get("max_position_embeddings", 0):
         problems.append(f"sliding_window is {window!r}, must be null or at least max_position_embeddings")
@@ -119,7 +121,11 @@ def _problems(layout: Layout, model_type: str, values: dict[str, Any], rope: dic
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file."""
+    """Return the object in a JSON file, or an empty one if there is no such file.
+
+    Raises:
+        ConvertError: the file is not a JSON object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -127,5 +133,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConvertError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise ConvertError(f"{path} is no JSON object")
+        raise ConvertError(f"{path} is not a JSON object")
     return values

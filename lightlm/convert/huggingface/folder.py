@@ -1,6 +1,6 @@
-"""Hugging Face model folders: written so that transformers loads them with no code of ours, and read back.
+"""Hugging Face model folders: write them so that transformers loads them without custom code, and read them.
 
-transformers itself is not needed for either. How the classes name things stands in `layouts`.
+Neither direction needs transformers. `layouts` has the names that the classes use.
 """
 
 import json
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from lightlm import __version__, files
 from lightlm.checkpoint import LoadedModel, build_model, clean_state
+from lightlm.convert.export_record import write_record
 from lightlm.convert.huggingface.config import read_config, read_json, write_config
 from lightlm.convert.huggingface.export_target import export_target
 from lightlm.convert.huggingface.layouts import SELECTION_BIAS
@@ -20,8 +21,6 @@ from lightlm.convert.huggingface.weights import our_state, read_weights, their_s
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
-
-RECORD = "lightlm_export.json"  # what an export wrote: a folder that still fits it holds nothing else
 
 _MODEL_CARD = """---
 library_name: transformers
@@ -50,7 +49,8 @@ def export_huggingface(
         overwrite: replace the folder `out` if it exists.
 
     Returns:
-        The number of parameters written; more than the model's own where shared blocks are written out.
+        The number of parameters written. It is more than the model's own if blocks repeat, because each repetition is
+        written as a layer.
 
     Raises:
         ConvertError: no Hugging Face class computes what this model computes, or `out` exists.
@@ -74,38 +74,24 @@ def export_huggingface(
                 architecture=target.architecture,
             )
             (folder / "README.md").write_text(card, encoding="utf-8")
-            sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir())}
-            _write_json(
-                folder / RECORD, {"lightlm_version": __version__, "source": loaded.path.as_posix(), "xxh3": sums}
-            )
+            write_record(folder, loaded.path)
     except FileExistsError:
-        raise ConvertError(f"{out} exists already; choose another folder or overwrite it (--overwrite)") from None
+        raise ConvertError(f"{out} exists already; choose another folder, or replace it with --overwrite") from None
     return parameters
 
 
-def is_untouched_export(folder: Path) -> bool:
-    """Whether a folder holds exactly what `export_huggingface` wrote there, so that nothing is lost with it."""
-    try:
-        sums = json.loads((folder / RECORD).read_text(encoding="utf-8"))["xxh3"]
-        return {path.name for path in folder.iterdir()} == {*sums, RECORD} and all(
-            files.checksum(folder / name) == value for name, value in sums.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def import_huggingface(folder: Path) -> LoadedModel:
-    """Read a Hugging Face folder of one of the classes in `layouts` as a float32 model.
+    """Read a Hugging Face folder of one of the classes in `layouts` as a float32 model in evaluation mode.
 
     Weights may be float32, bfloat16 or float16, in one safetensors or PyTorch file or in shards.
 
     Raises:
-        ConvertError: a file is missing or damaged, or the model is one that LightLM does not have; the message
-            names the file, and the config keys with their values.
-        CheckpointError: weights do not have the shapes that config.json tells.
+        ConvertError: a file is missing or damaged, or LightLM does not have such a model; the message names the file,
+            and the config keys with their values.
+        CheckpointError: weights do not have the shapes that config.json gives.
     """
     if not (folder / "config.json").is_file():
-        raise ConvertError(f"{folder} is no Hugging Face model: config.json is missing")
+        raise ConvertError(f"{folder} is not a Hugging Face model: config.json is missing")
     values = read_json(folder / "config.json")
     model_type, config = read_config(values, str(folder / "config.json"))
     tokenizer = _read_tokenizer(folder, values, config.vocab_size)
@@ -114,7 +100,7 @@ def import_huggingface(folder: Path) -> LoadedModel:
 
 
 def _model_json(model_type: str, config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    # No pad_token_id here: it would freeze that embedding when the model is trained further.
+    # Without pad_token_id: it would freeze that embedding when the model is trained further.
     end = tokenizer.end_of_text_id
     bos = end if tokenizer.bos_id is None else tokenizer.bos_id
     name = str(dtype).removeprefix("torch.")
@@ -122,8 +108,10 @@ def _model_json(model_type: str, config: ModelConfig, tokenizer: Tokenizer, dtyp
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """The tokenizer, so that `AutoTokenizer` gives our ids: nothing cut off, and nothing added to a text unless the
-    model was imported with a tokenizer that does."""
+    """Write the tokenizer so that `AutoTokenizer` gives our ids.
+
+    It does not truncate, and adds tokens to a text only if the model was imported with a tokenizer that does.
+    """
     path = folder / "tokenizer.json"
     tokenizer.save(path)
     raw = tokenizers.Tokenizer.from_file(str(path))
@@ -154,14 +142,14 @@ def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> To
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConvertError(
-            f"{folder} has no tokenizer.json; put the model's there (transformers writes it: "
+            f"{folder} has no tokenizer.json; put the model's there (transformers writes it with "
             "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
         )
     tokenizer = Tokenizer.from_file(path, end_of_text_id=_end_of_text_id(folder, config))
     if tokenizer.vocab_size > vocab_size:
         raise ConvertError(
             f"{path} has {tokenizer.vocab_size} tokens, config.json's vocab_size is {vocab_size}: "
-            "this tokenizer belongs to another model"
+            "the tokenizer belongs to another model; replace it with the model's own"
         )
     tokenizer.bos_id = _bos_id(folder, config, tokenizer)
     tokenizer.adds_bos = bool(tokenizer.prefix_ids)
@@ -169,7 +157,10 @@ def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> To
 
 
 def _bos_id(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> int | None:
-    """The beginning-of-text id as `AutoTokenizer` has it; config.json's stands in for the defaults of its classes."""
+    """Return the beginning-of-text id that `AutoTokenizer` has.
+
+    Where no tokenizer file names it, the id in config.json replaces the defaults of the tokenizer classes.
+    """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         values = read_json(folder / name)
         if "bos_token" in values:
@@ -180,11 +171,13 @@ def _bos_id(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> int |
 
 
 def _end_of_text_id(folder: Path, config: dict[str, Any]) -> int | None:
-    """The first end-of-sequence id that config.json, generation_config.json or tokenizer_config.json names and
-    the tokenizer has; None when there is none."""
+    """Return the first end-of-sequence id that a config file names and the tokenizer has, or None.
+
+    The files are config.json, generation_config.json and tokenizer_config.json, in this order.
+    """
     try:
         raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises no narrower type
+    except Exception as error:  # the library raises bare Exception
         raise ConvertError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
     named: list[Any] = []
     for values in (config, read_json(folder / "generation_config.json")):

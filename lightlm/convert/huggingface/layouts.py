@@ -1,20 +1,25 @@
-"""How each Hugging Face class names its settings and its weights: one table a class, read in both directions.
+"""How each Hugging Face class names its settings and its weights: one table per class, read in both directions.
 
-Imports nothing heavy, like `registry`.
+The tables are also an allow-list. `Layout.obstacles` refuses each ModelConfig field that a class does not place, unless
+the field has its default. Place a new field in `keys` of the classes that have it, and in `_RULES` if none does.
+
+Imports nothing heavy, like `export_target`.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-SELECTION_BIAS = "e_score_correction_bias"  # of sigmoid routers: a buffer, fp32 in every file
+from lightlm.model.config import EXPERT_FIELDS, ModelConfig
+
+SELECTION_BIAS = "e_score_correction_bias"  # a buffer of sigmoid routers, fp32 in every file
 
 
 @dataclass(frozen=True)
 class Link:
     """One of their modules and ours that hold the same weights, or one tensor by its full name.
 
-    `{}` stands for the layer, `*` for the expert: ours are stacked in one tensor, theirs have a name each.
+    `{}` stands for the layer. `*` stands for the expert: ours are stacked in one tensor, theirs have a name each.
     """
 
     theirs: str
@@ -23,30 +28,75 @@ class Link:
 
     @property
     def by_expert(self) -> bool:
+        """Whether their side has one tensor per expert."""
         return "*" in self.theirs
 
 
 @dataclass(frozen=True)
+class Rule:
+    """Which values of a ModelConfig field a class expresses, beyond what its config.json keys say."""
+
+    accepts: Callable[[ModelConfig], bool]  # of a resolved configuration
+    requirement: str = ""  # for the refusal; other fields may be named in braces
+
+
+@dataclass(frozen=True)
 class Layout:
-    """A Hugging Face class as a set of names."""
+    """A Hugging Face class as a set of names.
+
+    `keys`, `fixed` and `rules` together place every ModelConfig field.
+    """
 
     architecture: str
     base: str  # prefix of all weights but the head's; files saved from the bare model lack it
-    keys: dict[str, str]  # ModelConfig field -> their key
-    fixed: dict[str, Any]  # ModelConfig fields that every model of this class has
-    defaults: dict[str, Any]  # their keys that may be missing (written by an older version), and what that means
-    constants: dict[str, tuple[Any, ...]]  # their keys that must hold one of these; the first is meant when missing
+    keys: dict[str, str]  # ModelConfig field -> their key, which expresses every value
+    fixed: dict[str, Any]  # ModelConfig field -> the value that it has in every model of this class
+    rules: dict[str, Rule]  # ModelConfig field -> which values the class expresses without a key, or in spite of one
+    defaults: dict[str, Any]  # their keys that may be missing (in files of older versions), and what that means
+    constants: dict[str, tuple[Any, ...]]  # their keys that must hold one of these; missing means the first
     links: tuple[Link, ...]
     bias_keys: tuple[str, ...] = ()  # their keys for ModelConfig.bias, where the class leaves the choice
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
     rope: dict[str, float] = field(default_factory=dict)  # rotary settings where config.json has none
     aliases: dict[str, str] = field(default_factory=dict)  # key -> its name in another version of transformers
-    stacked_links: tuple[Link, ...] = ()  # names where experts lie stacked on disk (save_original_format=False)
+    stacked_links: tuple[Link, ...] = ()  # names where experts are stacked on disk (save_original_format=False)
 
     @property
     def has_rope(self) -> bool:
+        """Whether the class has rotary positions."""
         return self.fixed["position"] == "rope"
 
+    def obstacles(self, config: ModelConfig) -> dict[str, str]:
+        """Return the fields that keep a resolved configuration from this class, each with what the class requires."""
+        found = {}
+        for setting in fields(config):
+            name, value = setting.name, getattr(config, setting.name)
+            if name in self.rules:
+                if not self.rules[name].accepts(config):
+                    found[name] = self.rules[name].requirement.format(**vars(config))
+            elif name not in self.keys and value != (needed := self.fixed.get(name, setting.default)):
+                found[name] = f"must be {as_yaml(needed)}" if name in self.fixed else "no equivalent in this class"
+        return found
+
+
+def as_yaml(value: Any) -> str:
+    """Return a setting's value as a recipe writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _sees_everything(config: ModelConfig) -> bool:
+    """Return whether every layer of a configuration sees all positions."""
+    return not any(0 < config.window(layer) < config.max_seq_len for layer in range(config.depth))
+
+
+_ANY = Rule(lambda c: True)
+_RULES = {
+    "layer_sharing": _ANY,  # repeated blocks are written as layers of their own
+    "sliding_window": Rule(_sees_everything, "every layer must see all positions"),
+    "full_attention_interval": _ANY,  # only matters with sliding_window
+    "rope_theta": _ANY,  # written by `write_config` where positions are rotary, else without effect
+}
+_NO_EXPERTS = {name: getattr(ModelConfig, name) for name in ("num_experts", *EXPERT_FIELDS)}  # the defaults
 
 _LLAMA_KEYS = {
     "vocab_size": "vocab_size",
@@ -61,7 +111,12 @@ _LLAMA_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
-_LLAMA_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": False}
+_LLAMA_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": False, **_NO_EXPERTS}
+# LlamaConfig checks it since transformers 5, though the class itself only needs head_dim.
+_LLAMA_RULES = {
+    **_RULES,
+    "num_heads": Rule(lambda c: c.hidden_size % c.num_heads == 0, "must divide hidden_size: {hidden_size}"),
+}
 _LLAMA_DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -91,6 +146,13 @@ _MOE_KEYS = {
     "norm_topk_prob": "norm_topk_prob",
 }
 _MOE_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
+_SIGMOID_HINT = "with router: sigmoid Glm4MoeForCausalLM has it"
+_SOFTMAX_RULES = {
+    **_RULES,
+    "num_experts": Rule(lambda c: c.num_experts > 0, "must be at least 1"),
+    "num_shared_experts": Rule(lambda c: c.num_shared_experts == 0, _SIGMOID_HINT),
+    "routed_scaling_factor": Rule(lambda c: c.routed_scaling_factor == 1.0, _SIGMOID_HINT),
+}
 _EXPERT_LINKS = (
     Link("model.layers.{}.mlp.gate", ("blocks.{}.mlp.router",)),
     Link("model.layers.{}.mlp.experts.*.gate_proj.weight", ("blocks.{}.mlp.experts.gate_proj",)),
@@ -112,8 +174,10 @@ _GLM_LINKS = (
     Link("model.layers.{}.mlp.shared_experts.up_proj", ("blocks.{}.mlp.shared.up_proj",)),
     Link("model.layers.{}.mlp.shared_experts.down_proj", ("blocks.{}.mlp.shared.down_proj",)),
 )
+_GPT2_FIXED = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True, **_NO_EXPERTS}
 _GPT2_QKV = ("blocks.{}.attention.q_proj", "blocks.{}.attention.k_proj", "blocks.{}.attention.v_proj")
 
+# `export_target` tries them in this order.
 LAYOUTS = {
     "gpt2": Layout(
         architecture="GPT2LMHeadModel",
@@ -129,7 +193,15 @@ LAYOUTS = {
             "tie_embeddings": "tie_word_embeddings",
             "init_std": "initializer_range",
         },
-        fixed={"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True},
+        fixed=_GPT2_FIXED,
+        rules={
+            **_RULES,
+            "num_kv_heads": Rule(lambda c: c.num_kv_heads == c.num_heads, "must be num_heads, {num_heads}"),
+            "head_dim": Rule(
+                lambda c: c.head_dim * c.num_heads == c.hidden_size,
+                "must be hidden_size / num_heads, {hidden_size} / {num_heads}",
+            ),
+        },
         defaults={
             "n_inner": None,
             "layer_norm_epsilon": 1e-5,
@@ -154,23 +226,25 @@ LAYOUTS = {
             Link("transformer.ln_f", ("norm",)),
             Link("lm_head", ("lm_head",)),
         ),
-        written={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},  # else training it further would drop out
+        written={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},  # for training it further without dropout
     ),
     "llama": Layout(
         architecture="LlamaForCausalLM",
         base="model.",
         keys=_LLAMA_KEYS,
         fixed=_LLAMA_FIXED,
+        rules={**_LLAMA_RULES, "bias": _ANY},
         defaults=_LLAMA_DEFAULTS,
         constants={"hidden_act": ("silu",)},
         links=_LLAMA_LINKS,
         bias_keys=("attention_bias", "mlp_bias"),
     ),
-    "mistral": Layout(  # read only: without its window it is a Llama
+    "mistral": Layout(  # only read: without its window it is a Llama, which comes first
         architecture="MistralForCausalLM",
         base="model.",
         keys=_LLAMA_KEYS,
         fixed={**_LLAMA_FIXED, "bias": False},
+        rules=_LLAMA_RULES,
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 8},
         constants={"hidden_act": ("silu",)},
         links=_LLAMA_LINKS,
@@ -180,6 +254,7 @@ LAYOUTS = {
         base="model.",
         keys=_LLAMA_KEYS,
         fixed={**_LLAMA_FIXED, "qk_norm": True, "bias": False},
+        rules=_RULES,
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
         constants={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
         links=_LLAMA_LINKS,
@@ -197,6 +272,8 @@ LAYOUTS = {
             "routed_scaling_factor": "routed_scaling_factor",
         },
         fixed={**_MOE_FIXED, "router": "sigmoid"},
+        # The class chooses among groups of experts by the sum of the best two in each; there is one group.
+        rules={**_RULES, "num_experts": Rule(lambda c: c.num_experts > 1, "must be at least 2")},
         defaults={
             **_LLAMA_DEFAULTS,
             "num_key_value_heads": 8,
@@ -210,7 +287,7 @@ LAYOUTS = {
         constants={"hidden_act": ("silu",), "attention_bias": (False,), "n_group": (1,), "topk_group": (1,)},
         links=_GLM_LINKS + _EXPERT_LINKS,
         stacked_links=_GLM_LINKS + _STACKED_LINKS,
-        # Layers for speculative decoding. Read, the number says nothing: transformers writes 1 for models without any.
+        # Layers for speculative decoding. It is ignored when read: transformers writes 1 for models without any.
         written={"num_nextn_predict_layers": 0},
         rope={"partial_rotary_factor": 0.5},
     ),
@@ -219,6 +296,7 @@ LAYOUTS = {
         base="model.",
         keys={**_LLAMA_KEYS, **_MOE_KEYS, "num_experts": "num_experts", "first_k_dense": "mlp_only_layers"},
         fixed={**_MOE_FIXED, "router": "softmax", "qk_norm": True},
+        rules=_SOFTMAX_RULES,
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 4, "norm_topk_prob": False, "mlp_only_layers": None},
         constants={
             "hidden_act": ("silu",),
@@ -239,7 +317,8 @@ LAYOUTS = {
             "num_experts_per_tok": "num_experts_per_tok",
             "moe_intermediate_size": "intermediate_size",
         },
-        fixed={**_MOE_FIXED, "router": "softmax", "qk_norm": False},
+        fixed={**_MOE_FIXED, "router": "softmax", "qk_norm": False, "norm_topk_prob": True, "first_k_dense": 0},
+        rules={**_SOFTMAX_RULES, "intermediate_size": _ANY},  # no dense layer has it
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
         constants={"hidden_act": ("silu",)},
         links=(
@@ -256,8 +335,10 @@ LAYOUTS = {
 
 
 def layer_links(links: Iterable[Link], depth: int, repeats: int = 1) -> Iterator[Link]:
-    """These links of a model of `depth` layers with the layers' numbers put in; block i is their layers
-    i x repeats to (i + 1) x repeats - 1."""
+    """Yield the links of a model of `depth` layers, with the layers' numbers filled in.
+
+    Our block i is their layers i x repeats to (i + 1) x repeats - 1.
+    """
     for link in links:
         if "{}" not in link.theirs:
             yield link

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face folder and one of our models compute the same, by transformers' own code."""
+"""Compare a Hugging Face folder with one of our models, by running transformers' own code."""
 
 import copy
 from pathlib import Path
@@ -11,16 +11,18 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.errors import ConvertError
 from lightlm.model.moe import Router
 
-# On logits in float32, where the two can differ in the order of sums alone. Measured on one CPU: 0 for SmolLM2-135M.
+# The largest accepted difference of float32 logits: the two may only differ in the order of sums. Measured on one CPU:
+# 0 for SmolLM2-135M.
 TOLERANCE = 1e-4
-# How much more than the next a token's last chosen expert must score (softmax: in logit) lest the order of sums decide.
-# Measured on one CPU over 30 layers of 384 with 32 experts: scores differ by 1.3e-6 at most, 1 to 2 % of tokens tie.
+# Two experts tie if a token's last chosen one scores (softmax: in logit) less than this above the next, so that the
+# order of sums may decide. Measured on one CPU over 30 layers of 384 with 32 experts: scores differ by 1.3e-6 at most,
+# 1 to 2 % of tokens tie.
 TIE = 1e-5
 SAMPLE = "Hello, I am a language model: naïve café, 3.14,\n\tdon't stop.  The end"
 
 
 def require_transformers() -> Any:
-    """The transformers module.
+    """Return the transformers module.
 
     Raises:
         ConvertError: it is not installed.
@@ -36,12 +38,11 @@ def require_transformers() -> Any:
 
 @torch.no_grad()
 def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> float:
-    """The largest absolute difference of logits between our model and a Hugging Face folder's.
+    """Return the largest absolute difference of logits between our model and a Hugging Face folder's.
 
-    Both models' weights are rounded to `dtype` and then run in float32 on the same tokens, so a conversion to
-    bfloat16 meets the same tolerance: what rounding itself costs is not counted. Nor is what follows a tie: where two
-    experts score alike, either may be chosen, and logits differ from that token on. So a sequence is compared up to
-    the first token that differs and had a tie; its first token counts in any case.
+    Both models' weights are rounded to `dtype` and then run in float32 on the same tokens, so the same tolerance holds
+    for bfloat16. Where two experts tie, either may be chosen, and logits differ from that token onward. So a sequence
+    is compared up to the first token that differs and had a tie; its first token always counts.
 
     Raises:
         ConvertError: transformers is missing or cannot load the folder.
@@ -54,10 +55,10 @@ def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) ->
     ours = copy.deepcopy(loaded.model).cpu()
     length = min(128, ours.config.max_seq_len)
     tokens_BT = torch.randint(loaded.tokenizer.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
-    # Parameters alone: `.to` would round their table of rotary frequencies too, which no file holds.
+    # Only parameters: `.to` would also round their table of rotary frequencies, which is not in the file.
     for parameter in (*ours.parameters(), *theirs.parameters()):
         parameter.data = parameter.data.to(dtype).float()
-    if hasattr(theirs, "set_experts_implementation"):  # since transformers 5, whose default refuses some widths
+    if hasattr(theirs, "set_experts_implementation"):  # since transformers 5; its default refuses some widths
         theirs.set_experts_implementation("eager")
     margins: list[Tensor] = []
     for router in (module for module in ours.modules() if isinstance(module, Router)):
@@ -70,7 +71,7 @@ def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) ->
 
 
 def _margins(router: Router, scores_NE: Tensor, logits_NE: Tensor) -> Tensor:
-    """How far the last chosen expert of each token (N,) is above the first that was not."""
+    """Return how far each token's last chosen expert scores above the first that was not chosen (N,)."""
     choice_NE = logits_NE if router.selection_bias is None else scores_NE + router.selection_bias
     if router.chosen == choice_NE.shape[1]:
         return torch.full_like(choice_NE[:, 0], torch.inf)
@@ -79,7 +80,7 @@ def _margins(router: Router, scores_NE: Tensor, logits_NE: Tensor) -> Tensor:
 
 
 def _comparable(difference_T: Tensor, tied_T: Tensor) -> Tensor:
-    """The differences of a sequence up to the one that a tie explains; never less than the first token's."""
+    """Return the differences of a sequence up to the one that a tie explains, at least the first token's."""
     differing = (difference_T > TOLERANCE).nonzero().flatten().tolist()
     end = differing[0] if differing and tied_T[differing[0]] else len(difference_T)
     return difference_T[: max(end, 1)]
@@ -89,9 +90,9 @@ def check_tokenizer(loaded: LoadedModel, folder: Path) -> None:
     """Compare the ids of a sample text.
 
     Raises:
-        ConvertError: `AutoTokenizer` makes other ids of it than our tokenizer.
+        ConvertError: `AutoTokenizer` gives other ids than our tokenizer.
     """
     theirs = require_transformers().AutoTokenizer.from_pretrained(folder)(SAMPLE, verbose=False)["input_ids"]
-    ours = list(loaded.tokenizer.encode(SAMPLE))
+    ours = [*(loaded.tokenizer.prefix_ids if loaded.tokenizer.adds_bos else ()), *loaded.tokenizer.encode(SAMPLE)]
     if theirs != ours:
         raise ConvertError(f"{folder}: AutoTokenizer encodes a sample text as {theirs}, LightLM as {ours}")

@@ -1,4 +1,4 @@
-"""A model's weights under the names of a Hugging Face class, by the tables in `layouts`, and back; and their files."""
+"""Rename weights between a Hugging Face class and our model, by the tables in `layouts`, and read their files."""
 
 import pickle
 import re
@@ -21,15 +21,15 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Causal masks of old GPT-2 files and rotary frequencies of old Llama files: constants, not weights.
+# Causal masks in old GPT-2 files and rotary frequencies in old Llama files: constants, not weights.
 _CONSTANTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
-_KINDS = (".weight", ".bias", "")  # of a link's names: a module's tensors, or a tensor named in full
+_KINDS = (".weight", ".bias", "")  # the endings of a link's names: a module's tensors, or a tensor's full name
 
 
 def their_state(
     model_type: str, config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of a file that the class loads, from those of our checkpoint."""
+    """Return the tensors of a file that the class loads, from those of our checkpoint."""
     state = state | _empty_shared_experts(config)
     theirs = {}
     for link in layer_links(LAYOUTS[model_type].links, config.depth, config.layer_sharing):
@@ -40,20 +40,20 @@ def their_state(
             if not link.theirs.endswith(SELECTION_BIAS):
                 tensor = tensor.to(dtype)
             parts = tensor.unbind() if link.by_expert else (_turned(link, tensor),)
-            # Copied where blocks repeat: a safetensors file cannot hold one tensor under two names.
+            # A copy for each repeated block: a safetensors file cannot hold one tensor under two names.
             for name, part in zip(_names(link, kind, config), parts, strict=True):
                 theirs[name] = part.clone(memory_format=torch.contiguous_format)
     return theirs
 
 
 def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The tensors of our checkpoint in float32, from those of a folder.
+    """Return the tensors of our checkpoint in float32, from those of a folder.
 
     Raises:
         ConvertError: tensors are missing or left over, or contradict the configuration; the message names them.
     """
     layout = LAYOUTS[model_type]
-    given = _weights_alone(layout, config, given, folder)
+    given = _only_weights(layout, config, given, folder)
     stacked = any(name.endswith(".experts.gate_up_proj") for name in given)
     with torch.device("meta"):
         wanted = Transformer(config).state_dict().keys()
@@ -72,7 +72,7 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
                 problems.append(f"{names[0]} and those of the other experts differ in shape")
                 continue
             tensor = torch.stack(tensors) if link.by_expert else _turned(link, tensors[0])
-            # Equal parts: gate and up are, and so are GPT-2's, which has a key head for every query head.
+            # The parts are equal: gate and up are, and GPT-2 has as many key heads as query heads.
             parts = tensor.tensor_split(len(link.ours), dim=1 if tensor.ndim == 3 else 0)
             for name, part in zip(link.ours, parts, strict=True):
                 state[name + kind] = part.clone(memory_format=torch.contiguous_format)
@@ -84,7 +84,7 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
 
 
 def _names(link: Link, kind: str, config: ModelConfig) -> list[str]:
-    """Their names of one of our tensors: one, or one for each expert."""
+    """Return their names of one of our tensors: one, or one for each expert."""
     name = link.theirs + kind
     return [name.replace("*", str(expert)) for expert in range(config.num_experts)] if link.by_expert else [name]
 
@@ -94,7 +94,7 @@ def _turned(link: Link, tensor: Tensor) -> Tensor:
 
 
 def _empty_shared_experts(config: ModelConfig) -> dict[str, Tensor]:
-    """What a class that always has shared experts loads where there are none: tensors without elements."""
+    """Return tensors without elements, which a class that always has shared experts loads where there are none."""
     if config.num_shared_experts:
         return {}
     return {
@@ -109,8 +109,8 @@ def _empty_shared_experts(config: ModelConfig) -> dict[str, Tensor]:
     }
 
 
-def _weights_alone(layout: Layout, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The tensors under their full names, without constants, empty ones and the copy of a tied head."""
+def _only_weights(layout: Layout, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Return the tensors under their full names, without constants, empty tensors and the copy of a tied head."""
     given = {name: tensor for name, tensor in given.items() if tensor.numel() and not _CONSTANTS.search(name)}
     if not any(name.startswith(layout.base) for name in given):  # saved from the model without its head
         given = {name if name.startswith("lm_head.") else layout.base + name: given[name] for name in given}
@@ -119,13 +119,13 @@ def _weights_alone(layout: Layout, config: ModelConfig, given: dict[str, Tensor]
         if embedding is not None and not torch.equal(given.pop("lm_head.weight"), embedding):
             raise ConvertError(
                 f"{folder}: config.json says tie_word_embeddings: true, but lm_head.weight differs from the embedding; "
-                "set it to false if the head is its own"
+                "set it to false if the model has a head of its own"
             )
     return given
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder under their names.
+    """Return all tensors of a Hugging Face folder by name.
 
     Raises:
         ConvertError: there are none, or a file is missing or damaged.
@@ -137,10 +137,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a Hugging Face folder that hold its tensors, of the first kind there is.
+    """Return the files of a Hugging Face folder that hold its tensors; safetensors before PyTorch files.
 
     Raises:
-        ConvertError: there are none, one is missing, or the list of them is damaged.
+        ConvertError: there are none, one is missing, or the index that lists them is damaged.
     """
     for name in WEIGHT_FILES:
         if not (folder / name).is_file():
@@ -163,4 +163,4 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ConvertError(f"{path} cannot be read, it is damaged or cut off: {error}") from None
+        raise ConvertError(f"{path} cannot be read: it is damaged or cut off ({error}); download it again") from None

@@ -1,4 +1,4 @@
-"""Exports, judged by transformers itself: it loads them with no custom code and gets the same logits."""
+"""transformers loads every export without custom code and gets the same logits."""
 
 import json
 from dataclasses import replace
@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lightlm.convert.export_record import is_untouched_export
 from lightlm.convert.huggingface.export_target import export_target
-from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface, is_untouched_export
+from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
+from lightlm.convert.huggingface.verify import check_tokenizer
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
@@ -145,8 +147,8 @@ def test_auto_tokenizer_agrees(shape, tokenizer, tmp_path):
     assert batch["input_ids"].shape == batch["attention_mask"].shape
 
 
-def test_tokenizer_that_frames_and_cuts_texts(tokenizer, tmp_path):
-    """Llama and BERT definitions add tokens and cut; LightLM trains without either, so must the export be."""
+def framed(tokenizer, tmp_path):
+    """A tokenizer whose definition truncates, pads and puts a token before each text, as Llama's and BERT's do."""
     import tokenizers
 
     tokenizer.save(tmp_path / "plain.json")
@@ -156,11 +158,27 @@ def test_tokenizer_that_frames_and_cuts_texts(tokenizer, tmp_path):
     raw.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.end_of_text_id)]
     )
-    framing = Tokenizer(raw.to_str().encode(), origin="test")
+    return Tokenizer(raw.to_str().encode(), origin="test")
+
+
+def test_tokenizer_that_frames_and_truncates_texts(tokenizer, tmp_path):
+    """LightLM trains without either, so the export has neither."""
+    framing = framed(tokenizer, tmp_path)
     export_huggingface(loaded(SIZED["llama"], framing), tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in SAMPLES:
         assert theirs(text)["input_ids"] == framing.encode(text) == tokenizer.encode(text)
+
+
+def test_verification_counts_the_token_that_an_imported_tokenizer_adds(tokenizer, tmp_path):
+    framing = framed(tokenizer, tmp_path)
+    framing.adds_bos = True
+    model = loaded(SIZED["llama"], framing)
+    export_huggingface(model, tmp_path / "hf")
+    check_tokenizer(model, tmp_path / "hf")
+    framing.adds_bos = False
+    with pytest.raises(ConvertError, match="AutoTokenizer encodes a sample text"):
+        check_tokenizer(model, tmp_path / "hf")
 
 
 def test_existing_folder_is_kept(tokenizer, tmp_path):
@@ -202,7 +220,7 @@ def test_rotary_base_stands_where_both_versions_of_transformers_look(tokenizer, 
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500_000.0
 
 
-def test_wide_initialisation_loads(tokenizer, tmp_path):
+def test_wide_initialization_loads(tokenizer, tmp_path):
     """LlamaConfig refuses an initializer_range above 1, which says nothing about trained weights."""
     export_huggingface(loaded(replace(SIZED["llama"], init_std=1.5), tokenizer), tmp_path / "hf")
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").initializer_range == 1.0

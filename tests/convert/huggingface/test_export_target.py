@@ -1,10 +1,11 @@
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import pytest
 
 from lightlm.convert.huggingface.export_target import export_target
+from lightlm.convert.huggingface.layouts import LAYOUTS
 from lightlm.model.config import ModelConfig
 from tests.shapes import SHAPES
 
@@ -21,7 +22,7 @@ MOE = replace(LLAMA, num_experts=4, num_experts_per_tok=2)
         (replace(LLAMA, head_dim=16, layer_sharing=3), "LlamaForCausalLM"),
         (QWEN3, "Qwen3ForCausalLM"),
         (replace(QWEN3, hidden_size=34), "Qwen3ForCausalLM"),
-        # A band that hides nothing is none.
+        # A window that hides nothing.
         (replace(LLAMA, sliding_window=48), "LlamaForCausalLM"),
         (replace(LLAMA, sliding_window=5, full_attention_interval=1), "LlamaForCausalLM"),
         (replace(LLAMA, vocab_size=0), "LlamaForCausalLM"),
@@ -42,10 +43,11 @@ def test_class(config, architecture):
         (replace(LLAMA, sliding_window=5), ["LlamaForCausalLM", "sliding_window: 5"]),
         (replace(GPT2, sliding_window=5), ["GPT2LMHeadModel", "sliding_window: 5"]),
         (replace(QWEN3, sliding_window=5), ["Qwen3ForCausalLM", "sliding_window: 5"]),
-        (replace(LLAMA, mlp="relu2"), ["mlp: relu2"]),
-        (replace(LLAMA, mlp="gelu"), ["mlp: gelu", "norm: rmsnorm", "position: rope"]),
-        (replace(LLAMA, norm="layernorm"), ["norm: layernorm", "position: rope"]),
-        (replace(GPT2, norm="rmsnorm"), ["norm: rmsnorm", "position: learned"]),
+        (replace(LLAMA, mlp="relu2"), ["LlamaForCausalLM", "mlp: relu2 (must be swiglu)"]),
+        (replace(LLAMA, mlp="gelu"), ["LlamaForCausalLM", "mlp: gelu (must be swiglu)"]),
+        (replace(LLAMA, norm="layernorm"), ["LlamaForCausalLM", "norm: layernorm (must be rmsnorm)"]),
+        (replace(LLAMA, norm="layernorm", mlp="gelu"), ["GPT2LMHeadModel", "position: rope (must be learned)", "bias"]),
+        (replace(GPT2, norm="rmsnorm"), ["GPT2LMHeadModel", "norm: rmsnorm (must be layernorm)"]),
         (replace(GPT2, bias=False), ["GPT2LMHeadModel", "bias: false"]),
         (replace(GPT2, qk_norm=True, num_kv_heads=2), ["qk_norm: true", "num_kv_heads: 2"]),
         (replace(GPT2, head_dim=16), ["head_dim: 16"]),
@@ -53,7 +55,7 @@ def test_class(config, architecture):
         (replace(LLAMA, hidden_size=34, head_dim=8), ["num_heads: 4", "hidden_size: 34"]),
         (replace(MOE, sliding_window=5), ["Glm4MoeForCausalLM", "sliding_window: 5"]),
         (replace(MOE, num_experts=1, num_experts_per_tok=1, norm_topk_prob=False), ["num_experts: 1"]),
-        (replace(MOE, norm="layernorm"), ["norm: layernorm", "classes with experts have rmsnorm"]),
+        (replace(MOE, norm="layernorm"), ["Glm4MoeForCausalLM", "norm: layernorm (must be rmsnorm)"]),
         (
             replace(MOE, router="softmax", qk_norm=True, num_shared_experts=2, routed_scaling_factor=2.5),
             ["Qwen3MoeForCausalLM", "num_shared_experts: 2 (with router: sigmoid", "routed_scaling_factor: 2.5"],
@@ -70,13 +72,36 @@ def test_refusal_names_the_keys(config, named):
     assert [name for name in named if name not in target.refusal] == []
 
 
-def test_a_configuration_that_is_no_model_is_an_error():
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_every_field_is_placed_in_every_layout(model_type):
+    """A new ModelConfig field needs a key, a fixed value or a rule in each layout; until then it refuses to export."""
+    layout = LAYOUTS[model_type]
+    assert {field.name for field in fields(ModelConfig)} == {*layout.keys, *layout.fixed, *layout.rules}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedConfig(ModelConfig):
+    """A configuration with a field that no layout places."""
+
+    attention_gate: bool = False
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN3, MOE, replace(MOE, router="softmax")])
+def test_a_field_that_no_layout_places_refuses_unless_it_has_its_default(config):
+    plain = GatedConfig(**asdict(config))
+    assert export_target(plain) == export_target(config)
+    refusal = export_target(replace(plain, attention_gate=True)).refusal
+    assert f"{export_target(config).architecture}, the nearest" in refusal
+    assert "cannot have attention_gate: true (no equivalent in this class)" in refusal
+
+
+def test_a_configuration_that_is_not_a_model_is_an_error():
     with pytest.raises(ValueError, match="num_heads"):
         export_target(ModelConfig(num_layers=1, hidden_size=10, num_heads=3, max_seq_len=8))
 
 
 def test_is_light():
-    """Reading a recipe asks the registry, and `lightlm --help` must not wait for torch."""
-    module = "lightlm.convert.huggingface.export_target"
-    code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
+    """Reading a recipe asks `export_target`, `--help` lists the formats, and neither must wait for torch."""
+    modules = "lightlm.convert.huggingface.export_target, lightlm.convert.formats"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -100,7 +100,7 @@ def test_shards(tokenizer, tmp_path):
 
 
 def test_pytorch_file_with_old_names(tokenizer, tmp_path):
-    """As the first GPT-2 files on the Hub: no `transformer.` prefix, and the causal masks among the weights."""
+    """The first GPT-2 files on the Hub lack the `transformer.` prefix and hold the causal masks."""
     theirs = build("gpt2", tokenizer.vocab_size)
     path = write(theirs, tokenizer, tmp_path / "hf")
     state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
@@ -203,7 +203,7 @@ def cut(path):
     [
         (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
         (lambda folder: cut(folder / "config.json"), r"config\.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is no JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"has no tokenizer\.json"),
         (lambda folder: cut(folder / "tokenizer.json"), r"tokenizer\.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no weights: none of model\.safetensors, "),

@@ -34,13 +34,13 @@ EXPORTED = {
     "glm": GLM,
     "glm qk-norm, untied": replace(GLM, qk_norm=True, tie_embeddings=False),
     "glm repeated blocks": replace(GLM, num_layers=2, layer_sharing=2),
-    "glm nothing shared, not normalised, all layers": replace(
+    "glm nothing shared, not normalized, all layers": replace(
         BASE, norm_topk_prob=False, rope_theta=500_000.0, num_experts_per_tok=4
     ),
     "glm one expert a token": replace(GLM, num_experts_per_tok=1, norm_topk_prob=False),
     "glm all experts": replace(GLM, num_experts=2),
     "qwen3": QWEN,
-    "qwen3 not normalised, untied": replace(QWEN, norm_topk_prob=False, tie_embeddings=False, first_k_dense=0),
+    "qwen3 not normalized, untied": replace(QWEN, norm_topk_prob=False, tie_embeddings=False, first_k_dense=0),
     "qwen3 repeated blocks": replace(QWEN, num_layers=2, layer_sharing=2),
     "mixtral": replace(BASE, router="softmax"),
     "mixtral untied, repeated": replace(BASE, router="softmax", tie_embeddings=False, layer_sharing=2, rope_theta=1e3),
@@ -49,7 +49,7 @@ CLASSES = {"glm": "Glm4MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM", "mixtral
 
 
 def written_out(config):
-    """What comes back of a configuration: repeats as layers, and no width of dense layers where there are none."""
+    """Return a configuration after export and import: repeated blocks become layers."""
     return replace(
         config,
         num_layers=config.depth,
@@ -157,7 +157,7 @@ def test_export_of_an_import_is_the_file_it_came_from(family, tokenizer, tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_selection_biases_stay_fp32(dtype, tokenizer, tmp_path):
-    """Steps of 0.001 are lost in bf16, and with them the balance of the experts."""
+    """In bf16, steps of 0.001 would be lost, and with them the balance of the experts."""
     model = loaded(GLM, tokenizer)
     bias = model.model.blocks[1].mlp.router.selection_bias.clone()
     export_huggingface(model, tmp_path / "hf", dtype=dtype)
@@ -173,7 +173,7 @@ def test_selection_biases_stay_fp32(dtype, tokenizer, tmp_path):
 
 
 def test_biases_are_compared(tokenizer, tmp_path):
-    """The choice of experts is part of what --verify looks at."""
+    """--verify also checks the choice of experts."""
     model = loaded(GLM, tokenizer)
     export_huggingface(model, tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
@@ -194,7 +194,7 @@ def test_widths_that_grouped_products_refuse(tokenizer, tmp_path):
 
 @torch.no_grad()
 def test_a_tie_of_two_experts_may_go_either_way(tokenizer, tmp_path):
-    """Where two experts score alike, which of them is chosen depends on the order of sums, not on the conversion."""
+    """If two experts score alike, the order of sums decides between them, not the conversion."""
     model = loaded(replace(GLM, num_layers=2), tokenizer)
     router = model.model.blocks[1].mlp.router
     tokens = torch.randint(tokenizer.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
@@ -237,7 +237,7 @@ def test_settings_stand_where_both_versions_of_transformers_look(name, expected,
     assert config["rope_parameters"] == {"rope_type": "default"} | {
         key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config
     }
-    assert ("partial_rotary_factor" in config) is name.startswith("glm")  # its class rotates half of a head unasked
+    assert ("partial_rotary_factor" in config) is name.startswith("glm")  # the class rotates half of a head by default
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen3_moe", "mixtral"])
@@ -307,7 +307,7 @@ def test_refused_configurations(family, changes, named, tokenizer, tmp_path):
             r"experts\.0\.up_proj\.weight and those of the oth",
         ),
         ({"model.layers.1.mlp.shared_experts.up_proj.weight": (24, 32)}, r"shared\.up_proj\.weight has shape \(24, 32"),
-        # A layer for speculative decoding; models with such weights exist, and this one's head would be lost.
+        # A layer for speculative decoding, as some published models have; reading without it would lose its head.
         ({"model.layers.3.eh_proj.weight": (32, 64)}, r"layers\.3\.eh_proj\.weight belongs to no part of Glm4Moe"),
     ],
 )

@@ -1,0 +1,129 @@
+"""The formats that models are converted from and to.
+
+A new format is one module with a class that has the members of `Format`, and one entry in `FORMATS`: the `lightlm
+convert` options, `lightlm convert --list` and MODEL on the command line follow from it. Importing this module is cheap,
+because formats import torch and their own libraries inside their methods.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightlm.convert.checkpoint_folder import CheckpointFolder
+from lightlm.convert.huggingface.format import HuggingFaceFolder
+from lightlm.errors import ConvertError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lightlm.checkpoint import LoadedModel
+    from lightlm.model.config import ModelConfig
+
+
+class Format(Protocol):
+    """A form in which a model is stored."""
+
+    name: str  # what --from and --to take
+    makes: str  # what a conversion writes, for people
+    suffix: str  # how the name of the file that it writes ends, such as .gguf; empty for a folder
+    reads: bool  # whether `read` is implemented
+    writes: bool  # whether `write` is implemented
+
+    def detect(self, path: Path) -> bool:
+        """Return whether a path holds a model in this format; at most one format may say so."""
+
+    def refusal(self, config: "ModelConfig") -> str:
+        """Return why the format cannot hold a model of this shape, or an empty string."""
+
+    def read(self, path: Path) -> "LoadedModel":
+        """Load a model in float32 on the CPU, in evaluation mode.
+
+        Raises:
+            LightLMError: a file is missing or damaged, or LightLM does not have such a model.
+        """
+
+    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
+        """Write a model whole or not at all, in place of what `out` is.
+
+        Returns:
+            What the command reports: `class` (what the model is called there), `parameters` (how many were written),
+            and `python` (code that loads it).
+        """
+
+    def require_verifier(self) -> None:
+        """Check, before any work, that `verify` can run.
+
+        Raises:
+            ConvertError: the format's own software is not installed; the message says how to install it.
+        """
+
+    def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
+        """Compare a model with what the format's own software computes from `path`.
+
+        Returns:
+            The largest absolute difference of logits between the two, both with weights rounded to `dtype`.
+
+        Raises:
+            ConvertError: they differ by more than rounding.
+        """
+
+
+FORMATS: dict[str, Format] = {"hf": HuggingFaceFolder(), "lightlm": CheckpointFolder()}
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of the model at a path, or None if no format recognizes it."""
+    return next((known for known in FORMATS.values() if known.detect(path)), None)
+
+
+def reader_of(path: Path) -> Format:
+    """Return the format that reads the model at a path.
+
+    Raises:
+        ConvertError: no format recognizes it, or LightLM only writes that format.
+    """
+    found = format_of(path)
+    if found is None or not found.reads:
+        kind = f"a model in the format {found.name}, which LightLM only writes" if found else "not a model"
+        readable = ", ".join(known.name for known in FORMATS.values() if known.reads)
+        raise ConvertError(f"{path} is {kind}; formats that LightLM reads: {readable}")
+    return found
+
+
+def format_named(option: str, name: str) -> Format:
+    """Return the format that an option names.
+
+    Raises:
+        UsageError: there is none, or it does not go in this direction (--from reads, --to writes).
+    """
+    usable = [known for known in FORMATS.values() if (known.reads if option == "--from" else known.writes)]
+    if found := next((known for known in usable if known.name == name), None):
+        return found
+    raise UsageError(
+        f"{option} {name}: unknown format; this version converts {option[2:]} "
+        f"{' and '.join(known.name for known in usable)} (see `lightlm convert --list`)"
+    )
+
+
+def convert_model(
+    source: Path, reader: Format, out: Path, writer: Format, dtype: "torch.dtype", *, verify: bool = False
+) -> dict[str, Any]:
+    """Convert a model, in place of what `out` is.
+
+    Returns:
+        What `Format.write` returns, and with `verify` also `max_logit_difference`.
+
+    Raises:
+        ConvertError: the format written cannot hold this model, or `verify` found a difference.
+        LightLMError: the model cannot be read.
+    """
+    if verify:
+        for known in (reader, writer):
+            known.require_verifier()
+    loaded = reader.read(source)
+    if refusal := writer.refusal(loaded.model.config):
+        raise ConvertError(f"{source} cannot be converted to {writer.name}: {refusal}")
+    facts = writer.write(loaded, out, dtype)
+    if verify:
+        ends = ((reader, source), (writer, out))
+        facts["max_logit_difference"] = max(known.verify(loaded, path, dtype) for known, path in ends)
+    return facts

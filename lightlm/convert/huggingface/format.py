@@ -1,0 +1,62 @@
+"""Hugging Face folders as a format. Imports nothing heavy."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightlm.convert.huggingface.export_target import export_target
+from lightlm.errors import ConvertError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lightlm.checkpoint import LoadedModel
+    from lightlm.model.config import ModelConfig
+
+
+class HuggingFaceFolder:
+    """A folder that transformers loads; see `lightlm.convert.formats.Format` for the members."""
+
+    name = "hf"
+    makes = "a Hugging Face folder: model.safetensors, config.json, tokenizer files, README.md"
+    suffix = ""
+    reads = writes = True
+
+    def detect(self, path: Path) -> bool:
+        from lightlm.checkpoint import is_checkpoint
+
+        return (path / "config.json").is_file() and not is_checkpoint(path)
+
+    def refusal(self, config: "ModelConfig") -> str:
+        return export_target(config).refusal
+
+    def read(self, path: Path) -> "LoadedModel":
+        from lightlm.convert.huggingface.folder import import_huggingface
+
+        return import_huggingface(path)
+
+    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
+        from lightlm.convert.huggingface.folder import export_huggingface
+
+        loader = "AutoModelForCausalLM"
+        return {
+            "class": export_target(loaded.model.config).architecture,
+            "parameters": export_huggingface(loaded, out, dtype=dtype, overwrite=True),
+            "python": f'from transformers import {loader}; model = {loader}.from_pretrained("{out.as_posix()}")',
+        }
+
+    def require_verifier(self) -> None:
+        from lightlm.convert.huggingface.verify import require_transformers
+
+        require_transformers()
+
+    def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
+        from lightlm.convert.huggingface.verify import TOLERANCE, check_tokenizer, largest_difference
+
+        check_tokenizer(loaded, path)
+        difference = largest_difference(loaded, path, dtype)
+        if not difference <= TOLERANCE:
+            raise ConvertError(
+                f"{path} does not compute what {loaded.path} does: logits of transformers and LightLM differ by up to "
+                f"{difference:.2e}, more than rounding ({TOLERANCE:.0e}); do not use the conversion, and report this"
+            )
+        return difference
