@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightlm.api import Model, TextScore, evaluate, load, prepare, train
+    from lightlm.api import Model, Observer, Result, TextScore, evaluate, load, prepare, train
 
 __version__ = "0.1.0"
-__all__ = ["Model", "TextScore", "evaluate", "load", "prepare", "train"]
+__all__ = ["Model", "Observer", "Result", "TextScore", "evaluate", "load", "prepare", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,17 +21,35 @@ from torch import Tensor
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
 from lightlm.data.folder import DataFolder
+from lightlm.data.prepare.run import prepare as prepare_folder
+from lightlm.data.sources.registry import open_source
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import UsageError
+from lightlm.evaluate.in_training.task_scores import task_evaluator
+from lightlm.evaluate.results.store import result_file
+from lightlm.evaluate.runner import evaluate_model
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
-from lightlm.generate.engine import generate_samples
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks.heldout import common_folder
+from lightlm.evaluate.tasks.manager import Tasks
+from lightlm.generate.engine import generate
 from lightlm.generate.sampling import DEFAULT, Sampling
+from lightlm.machine import record_machine
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
+from lightlm.quantities import parse_quantity
+from lightlm.recipe import load_recipe
+from lightlm.report.build import write_report
+from lightlm.runs import new_run
+from lightlm.train.checkpointing.resume import reopen_run
+from lightlm.train.observe.observers import Observer, Observers
+from lightlm.train.observe.trackers import Trackers
+from lightlm.train.setup import open_data, set_up
+from lightlm.train.trainer import Result, Trainer
 
-__all__ = ["Model", "TextScore", "evaluate", "load", "prepare", "train"]
+__all__ = ["Model", "Observer", "Result", "TextScore", "evaluate", "load", "prepare", "train"]
 
 PathLike = str | os.PathLike[str]
 
@@ -117,7 +135,7 @@ class Model:
             raise UsageError(f"count must be at least 1, is {count}")
         end = self.tokenizer.end_of_text_id
         ids = self.tokenizer.encode(prompt) or [end]
-        completions = generate_samples(self.transformer, ids, count, max_new_tokens, sampling, seed, {end})
+        completions = generate(self.transformer, [ids], max_new_tokens, sampling, seed, {end}, num_samples=count)
         return [self.tokenizer.decode(completion.ids) for completion in completions]
 
     @torch.no_grad()
@@ -180,13 +198,125 @@ def load(model: PathLike | None = None, *, device: str = "auto", dtype: str = "f
     return Model(load_pretrained(None if model is None else str(model), target, pick_dtype(dtype, target)))
 
 
-def prepare(source: PathLike, **settings: Any) -> DataFolder:
-    raise NotImplementedError
+def prepare(
+    source: PathLike,
+    *,
+    out: PathLike | None = None,
+    tokenizer: str | None = None,
+    max_tokens: int | str | None = None,
+    val_fraction: float | None = None,
+    text_column: str = "text",
+    overwrite: bool = False,
+) -> DataFolder:
+    """Tokenize a source into a data folder and open it. A folder with the same settings is only opened.
+
+    Args:
+        source: `pydocs`, a named data set, `hf:org/name`, a file or a folder, as for `lightlm prepare-data`.
+        out: the folder to write; None is `data/NAME`.
+        tokenizer: `train:N`, `gpt2`, a Hub id or a tokenizer.json; None is the source's default.
+        max_tokens: stop after the document that reaches this many tokens; text such as "1B" also works.
+        val_fraction: share of documents for validation; None is the source's default.
+        text_column: the column or JSON key with the text.
+        overwrite: replace a folder that was prepared with other settings.
+
+    Raises:
+        UsageError: an argument is out of its range.
+        DataError: the source cannot be read, or `out` holds something else.
+    """
+    opened = open_source(str(source), text_column)
+    folder = Path("data") / opened.name if out is None else Path(out)
+    limit = None if max_tokens is None else parse_quantity(max_tokens)
+    settings: dict[str, Any] = {"max_tokens": limit, "val_fraction": val_fraction, "overwrite": overwrite}
+    prepare_folder(opened, tokenizer, folder, text_column=text_column, **settings)
+    return DataFolder.open(folder)
 
 
-def train(recipe: PathLike, *overrides: str, **settings: Any) -> Any:
-    raise NotImplementedError
+def train(
+    recipe: PathLike | None = None,
+    *overrides: str,
+    name: str | None = None,
+    resume: PathLike | None = None,
+    observer: Observer | None = None,
+) -> Result:
+    """Train a model in this process, to the end of the recipe or until Ctrl-C; both save the last step.
+
+    Args:
+        recipe: a recipe file, or the name of a shipped recipe such as `demo`.
+        overrides: changes such as `"optimizer.lr=1e-3"`.
+        name: the run folder under `runs/`; None is the recipe's name, with a number if it is taken.
+        resume: a run to resume, in place of a recipe.
+        observer: receives every step, sample and checkpoint; None shows nothing.
+
+    Returns:
+        The run folder, its last step, losses and duration. `load(result.run)` loads the trained model.
+
+    Raises:
+        UsageError: both or neither of `recipe` and `resume`.
+        RecipeError: mistakes in the recipe; the message lists them all.
+        DataError: the data is missing or does not fit the recipe.
+        TrainingDivergedError: the loss or the gradient became NaN or infinite.
+    """
+    if (recipe is None) == (resume is None):
+        raise UsageError("train takes a recipe, or resume=RUN")
+    observer = observer or Observer()
+    run, checkpoint = None, None
+    if resume is not None:
+        parsed, run, checkpoint = reopen_run(str(resume), overrides, observer.note)
+    else:
+        parsed = load_recipe(str(recipe), overrides)
+    data = open_data(parsed)
+    assert data is not None
+    setup = set_up(parsed, data, observer.note, resume_from=checkpoint)
+    scored = parsed.eval.tasks
+    evaluator = task_evaluator(setup.recipe.eval, data, setup.world, observer.note) if scored else None
+    run = run or new_run(name or parsed.name, exact=name is not None)
+    with Trackers(parsed.tracking, observer.note) as trackers:
+        trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
+        result = trainer.train()
+    record_machine(run, setup.device, trainer.facts())
+    write_report([run])
+    return result
 
 
-def evaluate(model: Any, tasks: str = "heldout", **settings: Any) -> dict[str, Any]:
-    raise NotImplementedError
+def evaluate(
+    model: PathLike | Model | None = None,
+    tasks: str | Sequence[str] = "heldout",
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    data: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    include_path: PathLike | None = None,
+) -> dict[str, Any]:
+    """Score a model with lm-evaluation-harness; a run keeps the results in its folder `eval/`.
+
+    Args:
+        model: what `load` takes, or a loaded model, which keeps its device and precision.
+        tasks: lm-eval's tasks, groups or globs, and `heldout`; a list, or text separated by commas.
+        limit: documents per task; None is all.
+        num_fewshot: examples in the prompt; None is each task's default.
+        batch_size: sequences in a batch, or `auto`.
+        data: data folder of heldout; None is the folder that the run was trained on.
+        data_dir: a folder with data sets, laid out like the Hub.
+        include_path: a folder with further lm-eval tasks.
+
+    Returns:
+        The model's facts and `results`: a list with task, metric, value and standard error, as `lightlm eval --json`
+        prints them.
+
+    Raises:
+        UsageError: a task or a folder does not exist.
+        DataError: a data set cannot be read; the message lists all of them.
+    """
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else list(tasks)
+    own, further, sets = (None if folder is None else str(folder) for folder in (data, include_path, data_dir))
+    chosen = Tasks(Settings(names, limit, num_fewshot, own, further, sets, dtype=dtype))
+    chosen.require_data()
+    loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=dtype))._loaded
+    heldout_data = common_folder([] if data else [loaded.path], chosen.settings.data) if chosen.read_data else None
+    file = result_file(loaded, chosen.settings, None)
+    done = evaluate_model(loaded, chosen, loaded.name, file, batch_size=str(batch_size), data=heldout_data)
+    return done.to_dict()

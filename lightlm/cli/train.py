@@ -11,13 +11,10 @@ from lightlm.cli.launch import launch, report_once
 from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from threading import Event
-
     from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
-    from lightlm.train.setup import Setup
-    from lightlm.train.trainer import Evaluator, Result, Trainer
+    from lightlm.train.trainer import Result, Trainer
 
 NEWEST = "runs/latest"  # the value of a bare --resume
 
@@ -114,7 +111,6 @@ def _train(
     """Do the work of one process; return whether it was interrupted."""
     from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.convert.huggingface.export_target import export_target
-    from lightlm.generate.engine import sample_text
     from lightlm.runs import new_run
     from lightlm.train.observe.observers import Observers
     from lightlm.train.observe.trackers import Trackers
@@ -128,7 +124,12 @@ def _train(
     trackers = Trackers(parsed.tracking, display.note)
     data = open_data(parsed, required=not dry_run or checkpoint is not None)
     setup = set_up(parsed, data, display.note, world, checkpoint)
-    evaluator = _evaluator(setup, display) if data is not None and parsed.eval.tasks else None
+    evaluator = None
+    if data is not None and parsed.eval.tasks:
+        with console.status("Reading lm-eval's list of tasks ..."):
+            from lightlm.evaluate.in_training.task_scores import task_evaluator
+
+            evaluator = task_evaluator(setup.recipe.eval, data, world, display.note)
     if dry_run:
         planned = run or Path("runs") / (name or parsed.name)
         _print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, as_json)
@@ -138,12 +139,7 @@ def _train(
     run = world.from_writer(lambda: run or new_run(name or parsed.name, exact=exact))
     if setup.done:
         display.note(f"{run} is complete; raise train.tokens to train it further")
-
-    def sampler(model: Any, prompt: str) -> str:
-        assert data is not None
-        return sample_text(model, data.tokenizer, prompt, parsed.eval.max_new_tokens, seed=parsed.train.seed)
-
-    trainer = Trainer(setup, run, Observers(display, trackers), sampler, evaluator)
+    trainer = Trainer(setup, run, Observers(display, trackers), evaluator=evaluator)
     with display, trackers:
         result = trainer.train()
     if world.is_writer:
@@ -177,36 +173,6 @@ def _choose(
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")
     return load_recipe(reference, changes), None, None
-
-
-def _evaluator(setup: "Setup", display: "TrainingDisplay") -> "Evaluator":
-    """Return what scores `eval.tasks` during training. It loads the tasks now, so that a mistake shows at once."""
-    from lightlm.evaluate.in_training.task_scores import TaskScores
-
-    assert setup.data is not None
-    world, data, loaded = setup.world, setup.data, []
-
-    def load() -> None:
-        with console.status("Reading lm-eval's list of tasks ..."):
-            loaded.append(TaskScores(setup.recipe.eval, data.path, world))
-
-    world.from_writer(load)  # before the others, since it downloads what is missing
-    if not world.is_writer:
-        load()
-    [scores] = loaded
-
-    def show_notes() -> None:
-        for note in scores.take_notes():
-            if world.is_writer:
-                display.note(note)
-
-    def evaluator(model: Any, path: Path, stop: "Event") -> dict[str, float] | None:
-        found = scores(model, data.tokenizer, path, stop)
-        show_notes()
-        return found
-
-    show_notes()
-    return evaluator
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:

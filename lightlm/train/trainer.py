@@ -18,6 +18,7 @@ import torch
 from lightlm import checkpoint, files
 from lightlm.device import peak_flops
 from lightlm.errors import LightLMError
+from lightlm.generate.engine import sample_text
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import learning_rates, set_learning_rate
 from lightlm.optim.state import named_state
@@ -66,19 +67,24 @@ class Trainer:
         setup: the parts of the run, with data. Each process has a Trainer of its own.
         run: the run folder, which exists.
         observer: receives every step, sample and checkpoint.
-        sampler: continues a prompt with the model, for the samples during training.
+        sampler: continues a prompt with the model, for the samples during training; `sample_text` by default.
         evaluator: scores the model on the recipe's `eval.tasks`, as `task/metric`; all processes call it together. The
             path is that of the step's checkpoint, which need not exist. None if the event was set before the end.
     """
 
     def __init__(
-        self, setup: Setup, run: Path, observer: Observer, sampler: Sampler, evaluator: Evaluator | None = None
+        self,
+        setup: Setup,
+        run: Path,
+        observer: Observer,
+        sampler: Sampler | None = None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         assert setup.data is not None
         self.setup, self.recipe, self.data, self.world = setup, setup.recipe, setup.data, setup.world
         self.model, self.loss, self.optimizer = setup.model, setup.loss, setup.optimizer
         self.gradients, self.progress, self.total_tokens = setup.gradients, setup.progress, setup.total_tokens
-        self.run_folder, self.sampler, self.evaluator = run, sampler, evaluator
+        self.run_folder, self.sampler, self.evaluator = run, sampler or self._continue, evaluator
         self.observer = observer if self.world.is_writer else Observer()
         self.flops_per_token = self.model.flops_per_token(self.recipe.seq_len)
         self.token_bytes = torch.from_numpy(self.data.tokenizer.token_bytes())
@@ -249,6 +255,10 @@ class Trainer:
             )
             return {}
         return {f"eval/{task}": value for task, value in scores.items()}
+
+    def _continue(self, model: Transformer, prompt: str) -> str:
+        recipe = self.recipe
+        return sample_text(model, self.data.tokenizer, prompt, recipe.eval.max_new_tokens, seed=recipe.train.seed)
 
     def _sample(self) -> None:
         """Let the model continue the recipe's prompts."""

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from lightlm.data.prepare.executors import Engine
     from lightlm.data.shards import Manifest
 
-# pydocs must work without a network, and its 9 MB are too little for a vocabulary of 50,257. Of its 1,600 documents
-# 0.5% would be 8, too few for a stable validation loss.
-PYDOCS_TOKENIZER, PYDOCS_VAL_FRACTION = "train:8192", 0.05
-TOKENIZER, VAL_FRACTION = "gpt2", 0.005
-
 
 def prepare_data(
     context: typer.Context,
@@ -35,7 +30,7 @@ def prepare_data(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help=f"Default: {TOKENIZER}; for pydocs {PYDOCS_TOKENIZER}."),
+        typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help="Default: gpt2; for pydocs train:8192."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write. Default: data/NAME.")] = None,
     text_column: Annotated[str, typer.Option(metavar="NAME", help="The column or JSON key with the text.")] = "text",
@@ -46,8 +41,7 @@ def prepare_data(
         float | None,
         typer.Option(
             metavar="X",
-            help="Share of documents for validation, 0 for no validation split. "
-            f"Default: {VAL_FRACTION}; for pydocs {PYDOCS_VAL_FRACTION}.",
+            help="Share of documents for validation, 0 for no validation split. Default: 0.005; for pydocs 0.05.",
         ),
     ] = None,
     workers: Annotated[
@@ -109,13 +103,12 @@ def prepare_data(
     from lightlm.data.preview import beginnings
     from lightlm.data.select.deduplication import checked_mode
     from lightlm.data.select.filters import Filter
-    from lightlm.data.sources.pydocs import PYDOCS
 
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
 
         refuse_other_options(context)
-        return download_data(open_named(source, mix, text_column, None), tokenizer or TOKENIZER, as_json)
+        return download_data(open_named(source, mix, text_column, None), tokenizer, as_json)
     chosen_engine = _engine(engine, workers, ray_address)
     started = time.perf_counter()
     limit, mode = _tokens(max_tokens), checked_mode(dedup)
@@ -125,28 +118,29 @@ def prepare_data(
         manifest = verify_folder(folder)
     else:
         sets = evaluation_sets(decontaminate, contaminated)
-        with _sigterm_as_interrupt(), opened(source, mix, text_column, row_filter, out) as (text_source, folder):
-            embedded = text_source.name == PYDOCS and text_source.spec == PYDOCS
-            if val_fraction is None:
-                val_fraction = PYDOCS_VAL_FRACTION if embedded else VAL_FRACTION
-            with _interruption_message(folder), ProgressLine() as line:
-                manifest = prepare(
-                    text_source,
-                    tokenizer or (PYDOCS_TOKENIZER if embedded else TOKENIZER),
-                    folder,
-                    text_column=text_column,
-                    max_tokens=limit,
-                    val_fraction=val_fraction,
-                    workers=workers,
-                    overwrite=overwrite,
-                    skip_bad=skip_bad,
-                    encoder=encoder,
-                    dedup=mode,
-                    decontaminate=sets,
-                    filter=row_filter,
-                    engine=chosen_engine,
-                    progress=line.update,
-                )
+        with (
+            _sigterm_as_interrupt(),
+            opened(source, mix, text_column, row_filter, out) as (text_source, folder),
+            _interruption_message(folder),
+            ProgressLine() as line,
+        ):
+            manifest = prepare(
+                text_source,
+                tokenizer,
+                folder,
+                text_column=text_column,
+                max_tokens=limit,
+                val_fraction=val_fraction,
+                workers=workers,
+                overwrite=overwrite,
+                skip_bad=skip_bad,
+                encoder=encoder,
+                dedup=mode,
+                decontaminate=sets,
+                filter=row_filter,
+                engine=chosen_engine,
+                progress=line.update,
+            )
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
     if sample:
         summary["samples"] = beginnings(DataFolder.open(folder), sample)

@@ -27,7 +27,7 @@ def refuse_other_options(context: typer.Context) -> None:
         )
 
 
-def download_data(source: Source, tokenizer: str, as_json: bool) -> None:
+def download_data(source: Source, tokenizer: str | None, as_json: bool) -> None:
     """Fetch the files of a Hub data set and the tokenizer, and print where they are.
 
     Raises UsageError for a source that is not on the Hub.
@@ -35,6 +35,7 @@ def download_data(source: Source, tokenizer: str, as_json: bool) -> None:
     from huggingface_hub import constants
 
     from lightlm.cli.console import console, out, print_json
+    from lightlm.data.prepare.options import default_tokenizer
     from lightlm.data.sources.hub.client import download_tokenizer
     from lightlm.data.sources.hub.source import HubSource
     from lightlm.data.tokenizer import load_tokenizer, requested_vocab_size
@@ -46,6 +47,7 @@ def download_data(source: Source, tokenizer: str, as_json: bool) -> None:
     size = f"{listing.total_bytes / 1e9:,.2f} GB in {len(listing.files)} file{'s' * (len(listing.files) != 1)}"
     console.print(f"{source.spec}, {size}, to {constants.HF_HUB_CACHE}", markup=False, soft_wrap=True)
     source.download()
+    tokenizer = tokenizer or default_tokenizer(source)
     if requested_vocab_size(tokenizer) is None:
         load_tokenizer(tokenizer, download_tokenizer)
     if as_json:

@@ -11,10 +11,27 @@ from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import Source
+from lightlm.data.sources.pydocs import PYDOCS
 from lightlm.data.tokenizer import requested_vocab_size
 from lightlm.errors import UsageError
 
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
+
+
+TOKENIZER, VAL_FRACTION = "gpt2", 0.005
+# pydocs must work without a network, and its 9 MB are too little for a vocabulary of 50,257. Of its 1,600 documents
+# 0.5% would be 8, too few for a stable validation loss.
+PYDOCS_TOKENIZER, PYDOCS_VAL_FRACTION = "train:8192", 0.05
+
+
+def default_tokenizer(source: Source) -> str:
+    """Return the tokenizer of a preparation that names none."""
+    return PYDOCS_TOKENIZER if source.spec == PYDOCS else TOKENIZER
+
+
+def default_val_fraction(source: Source) -> float:
+    """Return the share of validation documents of a preparation that names none."""
+    return PYDOCS_VAL_FRACTION if source.spec == PYDOCS else VAL_FRACTION
 
 
 @dataclass(frozen=True)

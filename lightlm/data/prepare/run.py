@@ -22,7 +22,7 @@ from lightlm.data.prepare.encoded_block import EncodedBlock
 from lightlm.data.prepare.encoders import AUTO, EncoderError, choose_encoder, remember
 from lightlm.data.prepare.executors import Engine, ThreadEngine, read_or_encode
 from lightlm.data.prepare.mixing.source import MixtureSource
-from lightlm.data.prepare.options import SHARD_TOKENS, Options
+from lightlm.data.prepare.options import SHARD_TOKENS, Options, default_tokenizer, default_val_fraction
 from lightlm.data.prepare.selection import Selector
 from lightlm.data.prepare.workspace import Setting, Workspace, different_settings
 from lightlm.data.select.decontamination import Decontaminator
@@ -64,12 +64,12 @@ ProgressCallback = Callable[[Progress], None]
 
 def prepare(
     source: Source | str,
-    tokenizer_spec: str,
+    tokenizer_spec: str | None,
     out: str | os.PathLike[str],
     *,
     text_column: str = "text",
     max_tokens: int | None = None,
-    val_fraction: float = 0.005,
+    val_fraction: float | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
@@ -86,9 +86,10 @@ def prepare(
 
     Args:
         source: a source, or an argument of `open_source` (then `text_column` is the column to read).
-        tokenizer_spec: `train:N`, or an argument of `load_tokenizer`.
+        tokenizer_spec: `train:N`, or an argument of `load_tokenizer`; None is the source's default (GPT-2's).
         max_tokens: stop after the document that reaches this many tokens, both splits together.
-        val_fraction: the share of documents for validation (see `assembly.SPLIT_RULE`); 0 for no validation split.
+        val_fraction: the share of documents for validation (see `assembly.SPLIT_RULE`); 0 for no validation split;
+            None is the source's default (0.005).
         workers: threads of the default engine; by default one per core, at most `MAX_DEFAULT_WORKERS`.
         overwrite: replace a finished folder; it stays in place until the new one is complete.
         skip_bad: leave out what cannot be read, and count and list it in the manifest.
@@ -110,13 +111,15 @@ def prepare(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: at least 1 is needed")
+    if isinstance(source, str):
+        source = open_source(source, text_column, filter)
+    tokenizer_spec = tokenizer_spec or default_tokenizer(source)
+    val_fraction = default_val_fraction(source) if val_fraction is None else val_fraction
     options = Options(
         tokenizer_spec, text_column, max_tokens, val_fraction, shard_tokens, skip_bad, encoder, filters, dedup,
         decontaminate, filter,
     )  # fmt: skip
     options.check()
-    if isinstance(source, str):
-        source = open_source(source, text_column, filter)
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # the threads of `tokenizers`
     workers = workers or min(available_cores(), MAX_DEFAULT_WORKERS)

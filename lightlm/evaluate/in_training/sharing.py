@@ -32,6 +32,11 @@ class Peers(Protocol):
     rank: int
     size: int
 
+    @property
+    def is_writer(self) -> bool: ...
+
+    def from_writer(self, make: Callable[[], T]) -> T: ...
+
     def gather(self, value: T) -> list[T]: ...
 
 

@@ -1,9 +1,11 @@
 """Scores of lm-eval's tasks during training, for the recipe's `eval.tasks`."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.data.folder import DataFolder
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import UsageError
 from lightlm.evaluate.in_training.sharing import Exchange, Peers, SharedLightLM, StoppedError
@@ -66,3 +68,33 @@ class TaskScores:
         except StoppedError:
             return None
         return {f"{row.task}/{row.metric.replace(' ', '')}": row.value for row in rows(document)}
+
+
+def task_evaluator(
+    section: EvalSection, data: DataFolder, peers: Peers, note: Callable[[str], None]
+) -> Callable[[Transformer, Path, threading.Event], dict[str, float] | None]:
+    """Return what scores `eval.tasks` in a training run (see `TaskScores`); notes go to `note`.
+
+    It loads the tasks now, so that a mistake shows before training; the writer first, which downloads what is missing.
+    """
+    loaded: list[TaskScores] = []
+
+    def load() -> None:
+        loaded.append(TaskScores(section, data.path, peers))
+
+    peers.from_writer(load)
+    if not peers.is_writer:
+        load()
+
+    def pass_notes() -> None:
+        for message in loaded[0].take_notes():
+            if peers.is_writer:
+                note(message)
+
+    def evaluator(model: Transformer, path: Path, stop: threading.Event) -> dict[str, float] | None:
+        scores = loaded[0](model, data.tokenizer, path, stop)
+        pass_notes()
+        return scores
+
+    pass_notes()
+    return evaluator
