@@ -44,12 +44,14 @@ bench: $(VENV)/.installed-dev
 compare: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/compare_commits.py $(BASE)
 
-# Build the documentation in site/; a broken link or a missing page is an error.
+# Build the documentation site in site/. A broken link is an error.
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --strict
 
 docs-serve: $(VENV)/.installed-docs
-	$(BIN)/mkdocs serve
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical serve
 
 clean:
 	rm -rf $(VENV) site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
