@@ -152,7 +152,7 @@ def test_summary_figures(compared):
         [{"step": 1, "tokens": 4}, {"step": 2, "tokens": 8, "unknown": {"a": 1}, "eval/x": "text"}],
         [{"step": 1, "tokens": 4, "grad_norm": 0.0, "tokens_per_second": 0.0, "moe/dead_experts": 0, "loss": 0.0}],
     ],
-    ids=["one step", "no numbers", "no known figures", "zeros"],
+    ids=["one step", "no finite values", "no known metrics", "zeros"],
 )
 def test_runs_with_little_in_them_still_get_a_page(tmp_path, metrics):
     report = write_report([write_run(tmp_path / "poor", metrics)])
@@ -184,7 +184,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert [record.name for record in read_records(runs)] == [run.as_posix() for run in runs]
 
 
-def test_results_that_are_none_become_a_note(tmp_path):
+def test_a_file_without_results_becomes_a_note(tmp_path):
     run = write_run(tmp_path / "run", rows(2))
     (run / "eval").mkdir()
     (run / "eval/other.json").write_text(json.dumps([1, 2]), encoding="utf-8")

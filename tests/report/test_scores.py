@@ -18,7 +18,7 @@ N = 200
 
 
 def write_scores(run, tasks, *, shots=0, limit=None, facts=None, documents=True):
-    """Results of lm-eval as `lightlm eval` leaves them: of each task how many of its documents are right."""
+    """Write results as `lightlm eval` does; `tasks` gives the number of right documents of each task."""
     (run / "eval").mkdir(exist_ok=True)
     path = run / "eval" / f"step_000005_{'+'.join(tasks)}{limit or ''}_{shots}shot.json"
     results, found = {}, []
