@@ -100,10 +100,10 @@ def test_plots_are_images_with_both_runs_in_them(compared):
             width, height = image.size
             assert 900 < width < 1200
             assert 450 < height < 900
-            colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
-        assert len(colours) > 20, f"{path} is empty"
+            colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
+        assert len(colors) > 20, f"{path} is empty"
         if path.stem == "loss":
-            assert {(0x0B, 0x64, 0xB4), (0xD1, 0x56, 0x0B)} <= colours
+            assert {(0x0B, 0x64, 0xB4), (0xD1, 0x56, 0x0B)} <= colors
 
 
 def test_overlaid_curves_end_where_their_runs_end(compared):
