@@ -20,7 +20,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 $(addprefix --ignore=,$(UNIT_TESTS))
 	$(BIN)/python -m pytest --numprocesses 2 $(UNIT_TESTS) --cov=lightlm.recipe --cov=lightlm.report --cov-report=term:skip-covered
 
-# Coverage of the whole package takes half as long again as the tests do; on Python 3.12 and later it is almost free.
+# Coverage of the whole package takes 70% longer than the tests; on Python 3.12 and later it is almost free.
 coverage: $(VENV)/.installed-dev
 	COVERAGE_CORE=$$($(BIN)/python -c "import sys; print('sysmon' if sys.version_info >= (3, 12) else 'ctrace')") \
 		$(BIN)/python -m pytest --numprocesses 2 --cov=lightlm --cov-report=term:skip-covered

@@ -42,7 +42,7 @@ if __name__ == "__main__":
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="GPT-2's tokenizer.json")
     parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step == "measure":

@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--peer-megabytes", type=float, default=20)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--only", choices=[*PEERS, "lightlm"])
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--work", type=Path, help="a folder for temporary files")
     parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

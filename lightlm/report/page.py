@@ -18,7 +18,6 @@ from lightlm.report.scores import score_lines
 from lightlm.report.summary import summary_table
 
 _SAMPLES = 6  # of a single run, spread over its training; of several runs, each one's last
-_SAMPLE_CHARACTERS = 2000
 _PAGE = ("#f6f7f9", "#0f1217")  # background, light and dark
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # control characters that HTML does not allow
 
@@ -123,17 +122,9 @@ def _shown(value: Any) -> str:
 
 def _samples(records: Sequence[Record]) -> Iterator[tuple[str, str, bool]]:
     """Yield heading, text, and whether the text is shown at first."""
-    if len(records) == 1:
-        samples = records[0].samples
-        last = len(samples) - 1
-        for i in sorted({round(i * last / (_SAMPLES - 1)) for i in range(_SAMPLES)}) if samples else []:
-            yield f"Step {samples[i][0]:,}", _shortened(samples[i][1]), i == last
-    else:
-        for record in records:
-            if record.samples:
-                step, text = record.samples[-1]
-                yield f"{record.name}, step {step:,}", _shortened(text), True
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SAMPLE_CHARACTERS else f"{text[:_SAMPLE_CHARACTERS]} …"
+    for record in records:
+        last = len(record.samples) - 1
+        chosen = {round(i * last / (_SAMPLES - 1)) for i in range(_SAMPLES)} if len(records) == 1 else {last}
+        for i in sorted(chosen) if record.samples else []:
+            step, text = record.samples[i]
+            yield f"Step {step:,}" if len(records) == 1 else f"{record.name}, step {step:,}", text, i == last

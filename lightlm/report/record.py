@@ -143,12 +143,8 @@ def _read_recipe(run: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str,
 
 
 def _read_samples(run: Path) -> list[tuple[int, str]]:
-    found = []
-    for path in sorted((run / "samples").glob("step_*.txt")):
-        step = path.stem.removeprefix("step_")
-        if step.isdecimal():
-            found.append((int(step), path.read_text(encoding="utf-8", errors="replace").strip()))
-    return sorted(found)
+    found = [(re.fullmatch(r"step_(\d+)", path.stem), path) for path in (run / "samples").glob("step_*.txt")]
+    return sorted((int(n[1]), path.read_text(encoding="utf-8", errors="replace").strip()) for n, path in found if n)
 
 
 def _read_scores(run: Path, name: str, notes: list[str]) -> Iterator[Score]:

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, without training."""
+"""Run folders like those of training, without training."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ MARKUP = 'The <b>old</b> clock & "quote" </pre><script>alert(1)</script> \x00'
 
 
 def rows(steps, *, batch=256, first_loss=6.0, last_loss=3.0, every=5, **extra):
-    """Metrics of a run whose loss falls in a straight line, with a validation every few steps."""
+    """Return metrics of a run whose loss falls in a straight line, with validation every few steps."""
     found = []
     for step in range(1, steps + 1):
         loss = first_loss + (last_loss - first_loss) * (step - 1) / max(steps - 1, 1)
@@ -37,7 +37,7 @@ def write_run(path: Path, metrics, *, recipe=TINY_RECIPE) -> Path:
 
 
 def write_extras(path: Path) -> None:
-    """A sample with markup in it, and results of lm-eval."""
+    """Write a sample with markup in it, and results of lm-eval."""
     (path / "samples").mkdir()
     (path / "samples/step_000005.txt").write_text(MARKUP, encoding="utf-8")
     (path / "eval").mkdir()

@@ -9,7 +9,7 @@ from tests.report.run_folder import rows
 NAN = math.nan
 
 
-def test_columns_are_by_step_with_gaps_where_a_figure_is_missing():
+def test_columns_have_gaps_where_a_step_lacks_the_metric():
     curves = Curves([{"step": 1, "tokens": 8, "loss": 5.0}, {"step": 2, "tokens": 16, "loss": 4.0, "val_loss": 4.5}])
     assert curves.tokens.tolist() == [8, 16]
     np.testing.assert_equal(curves.column("val_loss"), [NAN, 4.5])
@@ -17,14 +17,14 @@ def test_columns_are_by_step_with_gaps_where_a_figure_is_missing():
     assert curves.keys() == ["step", "tokens", "loss", "val_loss"]
 
 
-def test_what_is_no_number_is_a_gap_and_counted_as_lost():
+def test_values_that_are_not_finite_numbers_are_gaps_and_counted_as_lost():
     values = [5.0, None, NAN, math.inf, True, "4.0", [1]]
     curves = Curves([{"step": i, "tokens": i, "loss": value} for i, value in enumerate(values)] + [{"step": 99}, 7])
     np.testing.assert_equal(curves.column("loss"), [5.0, NAN, NAN, NAN, NAN, NAN, NAN])
     assert (len(curves), curves.lost("loss"), curves.lost("val_loss")) == (7, 6, 0)
 
 
-def test_a_step_done_twice_counts_once_with_its_later_figures():
+def test_a_repeated_step_counts_once_with_its_later_values():
     """A crash after step 4, resumed from the checkpoint of step 2."""
     metrics = [
         {"step": s, "tokens": 10 * s, "loss": loss} for s, loss in [(1, 9), (2, 8), (3, 7), (4, 6), (3, 5), (4, 4)]
@@ -34,7 +34,7 @@ def test_a_step_done_twice_counts_once_with_its_later_figures():
     assert curves.column("loss").tolist() == [9, 8, 5, 4]
 
 
-def test_time_goes_on_where_the_clock_began_again():
+def test_time_continues_where_a_resumed_clock_restarts():
     seconds = [10.0, 20.0, 3.0, 5.0, 2.0]
     curves = Curves([{"step": i, "tokens": i, "seconds": value} for i, value in enumerate(seconds)])
     assert curves.seconds.tolist() == [10, 20, 23, 25, 27]
@@ -52,7 +52,7 @@ def test_smoothing_is_the_unbiased_moving_average():
 def test_smoothing_skips_gaps_and_follows_a_young_curve_closely():
     smoothed = smooth(np.array([1.0, NAN, 1.0, 1.0]), 5)
     np.testing.assert_equal(smoothed, [1.0, NAN, 1.0, 1.0])
-    fall = np.linspace(10, 0, 200)  # by 0.05 a step
+    fall = np.linspace(10, 0, 200)  # by 0.05 per step
     lag = smooth(fall, 100) - fall
     assert lag[50] < 0.35  # seven steps behind, where an average of full length would be 25
     assert np.all(lag >= 0)
@@ -72,7 +72,7 @@ def test_limits_leave_out_the_first_fall_but_not_of_a_short_run():
 
 
 @pytest.mark.parametrize("damaged", [[[1, 2], [3]], [], [1, 2], "x", [["a"]], [[1, None], [3, 4]], [[1, 2, 3]] * 2])
-def test_a_table_that_is_none_or_of_another_shape_is_left_out(damaged):
+def test_a_damaged_table_or_one_of_another_shape_is_left_out(damaged):
     good = [[1, 2], [3, 4]]
     curves = Curves([row | {"moe/load": load} for row, load in zip(rows(3), [good, damaged, good], strict=True)])
     indices, tables = curves.arrays("moe/load", 2)

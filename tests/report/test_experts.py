@@ -1,4 +1,4 @@
-"""The figures of a mixture of experts, as they are drawn."""
+"""Plots of a mixture of experts, as drawn."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ RECIPE = TINY_RECIPE.replace(
 
 
 def loads(seed=0, steps=STEPS, layers=LAYERS, experts=EXPERTS):
-    """Of each step: layers that lean to other experts, less and less."""
+    """Return loads by step: each layer prefers other experts, less and less over the run."""
     rng = np.random.default_rng(seed)
     lean = rng.normal(size=(layers, experts))
     found = []
@@ -29,7 +29,7 @@ def loads(seed=0, steps=STEPS, layers=LAYERS, experts=EXPERTS):
 
 
 def write_experts(path, load_SLE, *, dead=0, recipe=RECIPE):
-    """A run with lists in every second step, as a longer one has."""
+    """Write a run with lists in every second step, like a longer run."""
     metrics = rows(len(load_SLE))
     for row, load_LE in zip(metrics, load_SLE, strict=True):
         violation = load_LE.max(1) / load_LE.mean(1) - 1
@@ -105,7 +105,7 @@ def test_violation_of_one_run_has_a_line_for_each_layer_their_mean_and_the_worst
 
 
 def test_a_balanced_run_is_not_blown_up(tmp_path):
-    """Noise of a hundredth does not fill the axis: half a share is always on it."""
+    """The axis always includes half a share, so noise of a hundredth does not fill it."""
     chart = plots(write_experts(tmp_path / "run", np.full((STEPS, LAYERS, EXPERTS), 85)))["moe_violation"].chart
     assert chart.axes.get_ylim()[1] >= 0.5
 
@@ -126,7 +126,7 @@ def test_several_runs_are_compared_and_dense_ones_take_no_part(tmp_path):
     assert not {"moe_load_2", "moe_load", "moe_entropy"} & set(found)
     chart = found["moe_violation"].chart
     assert [text.get_text() for text in chart.figure.legends[0].get_texts()] == ["a", "b"]
-    assert len(chart.axes.lines) == 4  # of each run the mean and the worst
+    assert len(chart.axes.lines) == 4  # mean and worst of each run
     assert "b" in found["moe_load_1"].chart.title
 
 
@@ -134,7 +134,7 @@ def test_a_deep_run_with_many_experts_is_taller_and_its_page_stays_small(tmp_pat
     recipe = RECIPE.replace("num_layers: 5", "num_layers: 30").replace("num_experts: 6", "num_experts: 16")
     found = plots(write_experts(tmp_path / "run", loads(layers=29, experts=16, steps=300), recipe=recipe))
     rows_drawn = found["moe_load_over_time"].chart
-    # Two pixels of the PNG, at 150 to the inch, for each expert of each layer.
+    # Two pixels of the PNG (150 per inch) for each expert of each layer.
     assert rows_drawn.height * 150 >= 2 * 29 * 16
     labels = tick_labels(found["moe_load"].chart.axes.yaxis)
     assert labels == [str(layer) for layer in range(1, 30, 2)]
@@ -146,7 +146,7 @@ def test_the_summary_counts_active_parameters_and_operations(tmp_path):
     summary = records[0].summary()
     expert = 3 * 8 * 32
     assert summary["parameters"] - summary["active_parameters"] == LAYERS * (EXPERTS - 2) * expert
-    # 6 a weight in use but for the embedding, which is the tied head too; 12 x 4 heads x 8 x 32 positions a layer.
+    # 6 per active weight, where the embedding counts once, as the tied head; 12 x 4 heads x 8 x 32 positions per layer.
     assert summary["flops_per_token"] == 6 * (summary["active_parameters"] - 32) + 5 * 12 * 32 * 32
     headings, [row] = summary_table(records)
     shown = dict(zip(headings, row, strict=True))

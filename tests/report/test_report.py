@@ -100,10 +100,10 @@ def test_plots_are_images_with_both_runs_in_them(compared):
             width, height = image.size
             assert 900 < width < 1200
             assert 450 < height < 900
-            colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
-        assert len(colours) > 20, f"{path} is empty"
+            colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
+        assert len(colors) > 20, f"{path} is empty"
         if path.stem == "loss":
-            assert {(0x0B, 0x64, 0xB4), (0xD1, 0x56, 0x0B)} <= colours
+            assert {(0x0B, 0x64, 0xB4), (0xD1, 0x56, 0x0B)} <= colors
 
 
 def test_overlaid_curves_end_where_their_runs_end(compared):
@@ -152,7 +152,7 @@ def test_summary_figures(compared):
         [{"step": 1, "tokens": 4}, {"step": 2, "tokens": 8, "unknown": {"a": 1}, "eval/x": "text"}],
         [{"step": 1, "tokens": 4, "grad_norm": 0.0, "tokens_per_second": 0.0, "moe/dead_experts": 0, "loss": 0.0}],
     ],
-    ids=["one step", "no numbers", "no known figures", "zeros"],
+    ids=["one step", "no finite values", "no known metrics", "zeros"],
 )
 def test_runs_with_little_in_them_still_get_a_page(tmp_path, metrics):
     report = write_report([write_run(tmp_path / "poor", metrics)])
@@ -184,7 +184,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert [record.name for record in read_records(runs)] == [run.as_posix() for run in runs]
 
 
-def test_results_that_are_none_become_a_note(tmp_path):
+def test_a_file_without_results_becomes_a_note(tmp_path):
     run = write_run(tmp_path / "run", rows(2))
     (run / "eval").mkdir()
     (run / "eval/other.json").write_text(json.dumps([1, 2]), encoding="utf-8")

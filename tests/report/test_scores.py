@@ -18,7 +18,7 @@ N = 200
 
 
 def write_scores(run, tasks, *, shots=0, limit=None, facts=None, documents=True):
-    """Results of lm-eval as `lightlm eval` leaves them: of each task how many of its documents are right."""
+    """Write results as `lightlm eval` does; `tasks` gives the number of right documents of each task."""
     (run / "eval").mkdir(exist_ok=True)
     path = run / "eval" / f"step_000005_{'+'.join(tasks)}{limit or ''}_{shots}shot.json"
     results, found = {}, []
@@ -132,8 +132,8 @@ def test_bars_have_their_heights_errors_chance_and_published_marks(runs):
     plot = chart_of(runs, [find_baseline("mobilellm-125m")])
     axes = plot.chart.axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.5, 0.6, 0.55, 0.45])
-    colours = [bar.get_facecolor() for bar in axes.patches]
-    assert colours[0] == colours[1] != colours[2] == colours[3]
+    colors = [bar.get_facecolor() for bar in axes.patches]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
     errors = [line for container in axes.containers if hasattr(container, "has_yerr") for line in container[2]]
     low, high = errors[0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(1.96 * (0.25 / (N - 1)) ** 0.5)

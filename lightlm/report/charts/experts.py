@@ -27,20 +27,16 @@ _EXPECTED_ZERO = ("moe/dead_experts", "moe/dropped")
 
 @dataclass(frozen=True)
 class _Balance:
-    """A metric that every layer has.
+    """A metric that every layer has: `moe/<key>` is its mean over layers, `moe/layer_<key>` the list of all layers.
 
     Args:
-        mean: key of the mean over layers, if metrics.jsonl has it.
-        worst: key of the worst layer's value.
-        layers: key of the list of all layers' values.
+        worst: ending of the key of the worst layer's value. Empty if `moe/<key>` is that value, and there is no mean.
         span: the balanced value, and a value that the axis always includes.
     """
 
-    name: str
-    title: str
-    mean: str | None
+    key: str
     worst: str
-    layers: str
+    title: str
     unit: str
     span: tuple[float, float]
     caption: str
@@ -48,31 +44,25 @@ class _Balance:
 
 _BALANCES = (
     _Balance(
-        "moe_violation",
+        "violation",
+        "_worst",
         "Load violation",
-        "moe/violation",
-        "moe/violation_worst",
-        "moe/layer_violation",
         "equal shares",
         (0.0, 0.5),
         "Load of a layer's busiest expert beyond an equal share, in shares: 0 is balanced.",
     ),
     _Balance(
-        "moe_entropy",
+        "entropy",
+        "_lowest",
         "Load entropy",
-        "moe/entropy",
-        "moe/entropy_lowest",
-        "moe/layer_entropy",
         "share of log E",
         (1.0, 0.95),
         "Entropy of a layer's loads over that of equal shares: 1 is balanced.",
     ),
     _Balance(
-        "moe_bias_range",
+        "bias_range",
+        "",
         "Range of the selection bias",
-        None,
-        "moe/bias_range",
-        "moe/layer_bias_range",
         "scores",
         (0.0, 0.01),
         "Largest minus smallest bias of a layer; scores lie between 0 and 1.",
@@ -85,7 +75,7 @@ def expert_plots(records: Sequence[Record]) -> Iterator[Plot | None]:
     drawn = set()
     for balance in _BALANCES:
         yield _balance(records, balance)
-        drawn |= {balance.mean, balance.worst}
+        drawn |= {f"moe/{balance.key}", f"moe/{balance.key}{balance.worst}"}
     for key in dict.fromkeys(key for record in records for key in record.curves.keys("moe/")):
         if key not in drawn and not (key in _EXPECTED_ZERO and _always_zero(records, key)):
             yield _other(records, key)
@@ -101,18 +91,18 @@ def _balance(records: Sequence[Record], balance: _Balance) -> Plot | None:
     """Draw a single run's layers, their mean, and the worst; of several runs the mean, and dotted the worst."""
     chart = empty_chart(records, balance.title, balance.unit)
     several = len(records) > 1
-    dots = (0, (1, 1.2)) if several and balance.mean else None
+    dots = (0, (1, 1.2)) if several and balance.worst else None
     shown = []
-    for i, record in runs_with(records, balance.worst):
+    for i, record in runs_with(records, f"moe/{balance.key}{balance.worst}"):
         tokens = record.curves.tokens
-        if not several and (layers := record.curves.arrays(balance.layers, 1)) is not None:
+        if not several and (layers := record.curves.arrays(f"moe/layer_{balance.key}", 1)) is not None:
             ends, values_ML = _by_moment(tokens[layers[0]], layers[1])
             for values in values_ML.T:
                 chart.faint(ends, values, i)
             shown.append(values_ML.ravel())
-        worst = record.curves.column(balance.worst)
-        if balance.mean is not None:
-            worst, mean = smooth(worst), smooth(record.curves.column(balance.mean))
+        worst = record.curves.column(f"moe/{balance.key}{balance.worst}")
+        if balance.worst:
+            worst, mean = smooth(worst), smooth(record.curves.column(f"moe/{balance.key}"))
             chart.line(label(records, record, "mean of the layers"), tokens, mean, i)
         chart.line(label(records, record, "worst layer"), tokens, worst, i if several else 1, style=dots)
         shown += [worst, np.array(balance.span)]
@@ -120,7 +110,7 @@ def _balance(records: Sequence[Record], balance: _Balance) -> Plot | None:
         return None
     chart.axes.set_ylim(*limits)
     key = " Dots: the worst layer." if dots else " Faint: each layer." if not several else ""
-    return Plot(balance.name, balance.caption + key, chart)
+    return Plot(f"moe_{balance.key}", balance.caption + key, chart)
 
 
 def _other(records: Sequence[Record], key: str) -> Plot:
