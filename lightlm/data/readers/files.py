@@ -1,7 +1,7 @@
 """The file types that can be read. A type is a module here and a row of `READERS`."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lightlm.data.readers.file import File
 from lightlm.data.readers.jsonl import compressed_jsonl_units, jsonl_units
@@ -11,7 +11,7 @@ from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
 
 
-class Reader(Protocol):
+class Units(Protocol):
     """Yields the units of one file, whose ids start with `name`.
 
     Only records that `row_filter` keeps are read. An error names the file and the place in it.
@@ -20,30 +20,31 @@ class Reader(Protocol):
     def __call__(self, file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]: ...
 
 
+class Reader(NamedTuple):
+    """A file type; without columns, a `--filter` cannot judge its records."""
+
+    units: Units
+    has_columns: bool = True
+
+
 READERS: dict[str, Reader] = {
-    ".txt": plain_units,
-    ".md": plain_units,
-    ".jsonl": jsonl_units,
-    ".jsonl.gz": compressed_jsonl_units,
-    ".jsonl.zst": compressed_jsonl_units,
-    ".parquet": parquet_units,
+    ".txt": Reader(plain_units, has_columns=False),
+    ".md": Reader(plain_units, has_columns=False),
+    ".jsonl": Reader(jsonl_units),
+    ".jsonl.gz": Reader(compressed_jsonl_units),
+    ".jsonl.zst": Reader(compressed_jsonl_units),
+    ".parquet": Reader(parquet_units),
 }
-WITHOUT_COLUMNS = (plain_units,)  # these have nothing for a `--filter` to judge by
 
 
 def suffix_of(file: File) -> str | None:
-    """Which suffix of `READERS` a file name ends in, ignoring case; None for a file that cannot be read."""
+    """Return the suffix of `READERS` that a file name ends in, ignoring case; None for a file that cannot be read."""
     name = file.name.lower()
     return next((suffix for suffix in READERS if name.endswith(suffix)), None)
 
 
-def has_columns(file: File) -> bool:
-    """Whether a `--filter` can judge the records of a file."""
-    return READERS[suffix_of(file) or ".txt"] not in WITHOUT_COLUMNS
-
-
-def file_units(file: File, name: str, text_column: str, row_filter: Filter | None = None) -> Iterator[Unit]:
-    """Yield the units of one file; `Reader` describes the arguments. Opens Parquet files for their footers."""
+def reader_of(file: File) -> Reader:
+    """Return the reader of a file that has one."""
     suffix = suffix_of(file)
     assert suffix is not None
-    return READERS[suffix](file, name, text_column, row_filter)
+    return READERS[suffix]

@@ -114,7 +114,7 @@ def _parse(line: bytes, where: Callable[[], str], text_column: str, row_filter: 
         columns = json.loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where()}: not UTF-8 at byte {error.start} of the line") from error
-    except (ValueError, RecursionError) as error:  # the second for thousands of nested brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise DataError(f"{where()}: not valid JSON ({error})") from error
     if not isinstance(columns, dict):
         raise DataError(f"{where()}: a JSON object was expected, with the text under {text_column!r}")
@@ -128,7 +128,7 @@ def _parse(line: bytes, where: Callable[[], str], text_column: str, row_filter: 
 
 
 def _line_in_block(file: File, start: int, number: int) -> str:
-    """The name, for an error, of the `number`-th line that begins in the block at byte `start`."""
+    """Return the name, for an error, of the `number`-th line that begins in the block at byte `start`."""
     if start and not is_local(file):  # counting the lines before would fetch them once more
         return f"{file}, line {number} after byte {start}"
     before = sum(_line_ends(file, max(0, at - 1), at + BLOCK_BYTES - 1) for at in range(0, start, BLOCK_BYTES))
@@ -137,7 +137,7 @@ def _line_in_block(file: File, start: int, number: int) -> str:
 
 @functools.lru_cache(maxsize=1 << 14)  # a terabyte: with --skip-bad there may be a million errors in a file
 def _line_ends(file: File, start: int, end: int) -> int:
-    """How many lines end in a stretch of a file."""
+    """Count the lines that end between two bytes of a file."""
     with file.open("rb") as opened:
         opened.seek(start)
         return sum(opened.read(min(CHUNK_BYTES, end - at)).count(b"\n") for at in range(start, end, CHUNK_BYTES))

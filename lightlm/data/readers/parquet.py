@@ -55,7 +55,7 @@ def _unreadable(error: DataError, bad: BadRecord) -> Iterator[Texts]:
 
 
 def _row_groups(file: File, text_column: str, row_filter: Filter | None) -> int:
-    """How many row groups a file has. Raises DataError where it lacks the text column, or a filter's."""
+    """Return the number of row groups. Raises DataError where it lacks the text column, or a filter's."""
     try:
         found = _footer(file, _version(file))
         schema, groups = found.schema.to_arrow_schema(), found.num_row_groups
@@ -100,15 +100,15 @@ def _group_texts(
 ) -> Iterator[Texts]:
     schema, size = opened.schema_arrow, opened.metadata.row_group(group)
     tested = row_filter.arrow_columns(schema) if row_filter is not None else []
+    expression = row_filter.arrow(schema, where) if row_filter is not None else None
     first = 0
     # Few rows at a time: about a chunk by the average, since one text may be far above it.
     rows = max(1, min(4_096, int(size.num_rows * CHUNK_BYTES / max(1, size.total_byte_size))))
     for batch in opened.iter_batches(row_groups=[group], columns=[text_column, *tested], batch_size=rows):
         numbers, column = np.arange(first, first + len(batch)), batch.column(text_column)
         first += len(batch)
-        if row_filter is not None:
-            table = pyarrow.Table.from_batches([batch.select(tested)])
-            kept = matching_rows(table, row_filter.arrow(schema, where))
+        if expression is not None:
+            kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
             if len(kept) < len(batch):
                 bad(FilteredOut(len(batch) - len(kept)))
                 numbers, column = numbers[kept], column.take(pyarrow.array(kept))
@@ -135,7 +135,7 @@ def _footer(file: File, version: tuple[int, int]) -> parquet.FileMetaData:
 
 @functools.lru_cache(maxsize=FOOTERS)
 def _matching_groups(file: File, version: tuple[int, int], row_filter: Filter) -> frozenset[int]:
-    """The row groups that may have rows that `row_filter` keeps, by their statistics."""
+    """Return the row groups that may have rows that `row_filter` keeps, by their statistics."""
     metadata = _footer(file, version)
     expression = row_filter.arrow(metadata.schema.to_arrow_schema(), str(file))
     content = pyarrow.BufferOutputStream()  # the footer suffices, wherever the file itself is

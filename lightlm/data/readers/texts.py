@@ -86,7 +86,7 @@ class Unit:
 
 
 def raise_bad(error: DataError) -> None:
-    """The `BadRecord` of a run that skips nothing."""
+    """Raise the mistake: the `BadRecord` of a run without --skip-bad."""
     if not isinstance(error, FilteredOut):
         raise error
 
@@ -106,7 +106,7 @@ def pack(texts: Iterable[str]) -> Iterator[Texts]:
 
 
 def pack_strings(read: Callable[[], Iterable[str]], bad: BadRecord) -> Iterator[Texts]:
-    """The `Stream` of a function that gives strings, by `functools.partial`."""
+    """Yield the strings that `read` gives, packed; `functools.partial` of it with `read` is a `Stream`."""
     return pack(read())
 
 
@@ -140,7 +140,7 @@ def in_chunks(array: pyarrow.Array) -> Iterator[Texts]:
 
 
 def _parts(data: np.ndarray, start: int, end: int) -> Iterator[Texts]:
-    """One large text in parts of about `CHUNK_BYTES`, cut between characters."""
+    """Yield one large text in parts of about `CHUNK_BYTES`, cut between characters."""
     while start < end:
         border = min(start + CHUNK_BYTES, end)
         while border < end and data[border] & 0xC0 == 0x80:  # inside a character

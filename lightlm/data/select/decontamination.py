@@ -79,7 +79,7 @@ class Decontaminator:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the sets' names or texts."""
+        """A hash of the names and the n-grams of the sets."""
         names = "\n".join(self.names).encode()
         content = self._hashes.astype("<u8").tobytes() + self._masks.astype("<u8").tobytes()
         return xxhash.xxh3_64_hexdigest(names + b"\0" + content)
@@ -99,7 +99,7 @@ class Decontaminator:
 
     @functools.cached_property
     def _table(self) -> np.ndarray:
-        """Bit b is set if an n-gram's hash begins with the `_TABLE_BITS` bits of b: uint8 of shape (2**22,)."""
+        """A table whose bit b is set if a hash begins with the `_TABLE_BITS` bits of b: uint8 of shape (2**22,)."""
         prefixes = (self._hashes >> np.uint64(64 - _TABLE_BITS)).astype(np.int64)
         table = np.zeros(1 << _TABLE_BITS - 3, np.uint8)
         np.bitwise_or.at(table, prefixes >> 3, np.left_shift(1, prefixes & 7).astype(np.uint8))

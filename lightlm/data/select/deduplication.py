@@ -89,7 +89,7 @@ class Deduplicator:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the hashes take between merges."""
+        """Bytes of the hashes between merges."""
         return sum(index.nbytes for index in (self._exact, *self._bands))
 
     def remember(self, signatures: np.ndarray) -> None:

@@ -98,7 +98,7 @@ class Filter:
         return expression
 
     def arrow_columns(self, schema: "pyarrow.Schema") -> list[str]:
-        """The top-level columns to read for the expression: the first part of each dotted name."""
+        """Return the top-level columns to read for the expression: the first part of each dotted name."""
         return list(dict.fromkeys(_arrow_path(column, schema)[0] for column in self.columns))
 
     def values(self, record: Mapping[str, Any], where: Callable[[], str]) -> list[Any]:
@@ -120,7 +120,7 @@ class Filter:
 
 
 def matching_rows(table: "pyarrow.Table", expression: "pyarrow.compute.Expression") -> np.ndarray:
-    """The numbers of the rows for which `Filter.arrow`'s expression is true: int64, ascending."""
+    """Return the numbers of the rows for which `Filter.arrow`'s expression is true: int64, ascending."""
     numbered = table.append_column("", [np.arange(table.num_rows)])
     return numbered.filter(expression).column(table.num_columns).to_numpy()
 
@@ -216,7 +216,7 @@ class _Parser:
         return self._text[self._place(node.col_offset) : self._place(node.end_col_offset or 0)]
 
     def _place(self, offset: int) -> int:
-        """The index in the text of a place that `ast` gives in UTF-8 bytes."""
+        """Return the index in the text of an offset that `ast` gives in UTF-8 bytes."""
         return self._start + len(self._python.encode()[:offset].decode())
 
     def _expected(self, what: str, node: ast.expr) -> UsageError:
@@ -237,7 +237,7 @@ def _negated(operand: Bind) -> Bind:
 
 
 def _as_python(token: re.Match[str]) -> str:
-    """A token in Python's spelling, of the same length; columns become `____`, so that any name is allowed."""
+    """Return a token in Python's spelling, of the same length; columns become `____`, so that any name is allowed."""
     match token.lastgroup:
         case "name":
             return _KEYWORDS.get(token[0].lower(), "_" * len(token[0]))
@@ -260,7 +260,10 @@ def _kind(value: object) -> str:
 
 
 def _value(record: Mapping[str, Any], column: str, kind: str | None) -> Any:
-    """The value of a column, by its name or along its dots; a field of null is null. Without a kind only `is null`."""
+    """Return the value of a column, by its name or along its dots; a field of null is null.
+
+    Without a kind, only whether it is null matters: True stands for any value.
+    """
     value: Any = record
     for part in (column,) if column in record else column.split("."):
         if value is None:
@@ -298,7 +301,7 @@ def _field(column: str, schema: "pyarrow.Schema") -> "pyarrow.compute.Expression
 
 
 def _arrow_path(column: str, schema: "pyarrow.Schema") -> tuple[str, ...]:
-    """The names that lead to a column, from the outermost."""
+    """Return the names that lead to a column, from the outermost."""
     import pyarrow
 
     if column in schema.names:
@@ -314,7 +317,7 @@ def _arrow_path(column: str, schema: "pyarrow.Schema") -> tuple[str, ...]:
 
 
 def _arrow_kind(path: tuple[str, ...], schema: "pyarrow.Schema") -> str:
-    """A kind of literal, as `_kind` names it; else Arrow's name for the type."""
+    """Return a kind of literal, as `_kind` names it; else Arrow's name for the type."""
     from pyarrow import types
 
     kind = schema.field(path[0]).type

@@ -1,4 +1,4 @@
-"""What a source of text is."""
+"""The protocols of a source of text."""
 
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
@@ -16,7 +16,7 @@ class Source(Protocol):
 
     @property
     def spec(self) -> str:
-        """What the user asked for, in a form that does not depend on the working directory."""
+        """The user's request, in a form that does not depend on the working directory."""
 
     @property
     def description(self) -> str:
@@ -24,7 +24,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str | None:
-        """Changes when the content does; None where only the network could tell."""
+        """A text that changes when the content does; None where only the network could tell."""
 
     @property
     def revision(self) -> str | None:

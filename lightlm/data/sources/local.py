@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from lightlm.data.readers.files import READERS, file_units, has_columns, suffix_of
+from lightlm.data.readers.files import READERS, reader_of, suffix_of
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
@@ -46,13 +46,13 @@ class LocalSource:
         for path in files:
             if not str(path).isascii():
                 _check_name(path)
-        plain = next((path for path in files if not has_columns(path)), None)
+        plain = next((path for path in files if not reader_of(path).has_columns), None)
         if plain is not None and self._row_filter is not None:
             raise DataError(f'--filter "{self._row_filter.text}": {plain} is plain text, without columns to judge')
         return files
 
     def _relative(self, path: Path) -> str:
-        """The file's name in unit ids: relative to the folder, with forward slashes on every system."""
+        """Return the file's name in unit ids: relative to the folder, with forward slashes on every system."""
         return path.relative_to(self._root).as_posix() if path != self._root else path.name
 
     def _listing_hash(self) -> str:
@@ -66,7 +66,7 @@ class LocalSource:
 
     def units(self) -> Iterator[Unit]:
         for path in self._files:
-            yield from file_units(path, self._relative(path), self._column, self._row_filter)
+            yield from reader_of(path).units(path, self._relative(path), self._column, self._row_filter)
 
 
 def _split_glob(path: Path) -> tuple[Path, str]:
@@ -84,6 +84,6 @@ def _check_name(path: Path) -> None:
 
 
 def _stem(path: Path) -> str:
-    """A name without every supported suffix: `notes.jsonl.gz` is `notes`; a folder keeps its whole name."""
+    """Return a name without its supported suffix: `notes` for `notes.jsonl.gz`; the whole name for a folder."""
     suffix = suffix_of(path) if path.is_file() else None
     return path.name[: -len(suffix)] if suffix else path.name

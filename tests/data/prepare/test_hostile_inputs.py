@@ -16,7 +16,6 @@ from tokenizers import models, pre_tokenizers
 
 from lightlm.data.prepare.run import prepare, verify
 from lightlm.data.readers import jsonl as readers
-from lightlm.data.readers.files import file_units
 from lightlm.data.sources.stdin import standard_input
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError, UsageError
@@ -95,7 +94,7 @@ def test_lines_are_numbered_without_reading_the_file_again(tmp_path: Path, monke
     path = tmp_path / "a.jsonl"
     path.write_text("\r\n".join(lines) + "\n", encoding="utf-8")
     found: list[str] = []
-    for unit in file_units(path, "a", "text"):
+    for unit in readers.jsonl_units(path, "a", "text", None):
         list(unit.texts(lambda error: found.append(str(error))))
     bad = [number for number, line in enumerate(lines, start=1) if line.startswith("bad")]
     assert [int(message.partition("line ")[2].partition(":")[0]) for message in found] == bad
@@ -107,7 +106,7 @@ def test_lines_are_numbered_without_reading_the_file_again(tmp_path: Path, monke
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", opened)
-    for unit in file_units(path, "a", "text"):
+    for unit in readers.jsonl_units(path, "a", "text", None):
         list(unit.texts(lambda _: None))
     assert len(reads) == len(range(0, path.stat().st_size, 50))
 

@@ -11,7 +11,7 @@ import zstandard
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import jsonl
-from lightlm.data.readers.files import file_units
+from lightlm.data.readers.files import reader_of
 from lightlm.errors import DataError
 from tests.corpus import texts
 
@@ -59,7 +59,7 @@ def test_each_other_line_is_read_once_whatever_the_blocks(
     lines = [line(f"{n} " + "x" * (LIMIT * 3 if n % 3 == 0 else n * 50)) for n in range(20)]
     path = write(tmp_path / "a.jsonl", b"".join(lines))
     bad: list[str] = []
-    units = list(file_units(path, "a", "text"))
+    units = list(reader_of(path).units(path, "a", "text", None))
     streams = [unit.texts(lambda error: bad.append(str(error))) for unit in units]
     found = [text for stream in streams for array, _ in stream for text in array.to_pylist()]
     assert [int(text.split()[0]) for text in found] == [n for n in range(20) if n % 3]
@@ -83,7 +83,12 @@ def test_a_large_line_is_not_held_whole(
 
     tracemalloc.start()
     try:
-        found = [text for unit in file_units(path, "a", "text") for array, _ in unit.texts(reject) for text in array]
+        found = [
+            text
+            for unit in reader_of(path).units(path, "a", "text", None)
+            for array, _ in unit.texts(reject)
+            for text in array
+        ]
     except DataError:
         found = []
     peak = tracemalloc.get_traced_memory()[1]

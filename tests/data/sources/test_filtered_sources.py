@@ -39,6 +39,7 @@ def test_every_kind_of_file_is_filtered_alike(chunk: int, tmp_path: Path, monkey
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     for path in write(tmp_path):
         assert read(path, ROW_FILTER) == KEPT
+        assert read(path, Filter("text in ['document 3', 'document 9', 'x']")) == ["document 3", "document 9"]
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_missing_paths_and_unreadable_folders(tmp_path: Path) -> None:
         ("zzzz", "Known names: pydocs, fineweb-edu"),
         ("org/name", "Hub as hf:org/name"),
         ("hf:name", "hf:organization/name"),
+        ("pydocs:3.12", "pydocs has no configurations"),
     ],
 )
 def test_unknown_names_get_a_suggestion(

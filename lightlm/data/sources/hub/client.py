@@ -182,7 +182,7 @@ def _unreachable(endpoint: str) -> str | None:
 
 
 def hub_errors() -> tuple[type[BaseException], ...]:
-    """The errors of `datasets` and `huggingface_hub` for networks, missing repositories, formats and options."""
+    """Return the errors of `datasets` and `huggingface_hub` for networks, missing repositories, formats and options."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 

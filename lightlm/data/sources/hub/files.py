@@ -49,7 +49,7 @@ class HubFile:
 
     @property
     def request_bytes(self) -> int:
-        """The size in which reads are best buffered."""
+        """The best size for buffered reads."""
         return REQUEST_BYTES
 
     def stat(self) -> _Status:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightlm.data.readers.files import file_units
+from lightlm.data.readers.files import reader_of
 from lightlm.data.readers.records import Record, pack_records, record_of
 from lightlm.data.readers.texts import BadRecord, Texts, Unit
 from lightlm.data.select.filters import Filter
@@ -106,7 +106,7 @@ class HubSource:
         for path, size in listing.files:
             file = self._open(path, size)
             if _is_read_here(listing, path):
-                yield from file_units(file, path, column, self._row_filter)
+                yield from reader_of(file).units(file, path, column, self._row_filter)
             else:
                 location = file.url if isinstance(file, HubFile) else str(file)
                 yield Unit(path, partial(_read_streamed, listing, location, column, self._row_filter), size)
