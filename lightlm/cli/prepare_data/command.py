@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lightlm.data.prepare.executors import Engine
     from lightlm.data.shards import Manifest
 
-# pydocs must work without a network, and its 9 MB are no match for a vocabulary of 50,257. Its 1,600 documents
-# need a larger share too: 0.5% would be 8 of them, too few for a steady validation loss.
+# pydocs must work without a network, and its 9 MB are too little for a vocabulary of 50,257. Of its 1,600 documents
+# 0.5% would be 8, too few for a stable validation loss.
 PYDOCS_TOKENIZER, PYDOCS_VAL_FRACTION = "train:8192", 0.05
 TOKENIZER, VAL_FRACTION = "gpt2", 0.005
 
@@ -46,35 +46,30 @@ def prepare_data(
         float | None,
         typer.Option(
             metavar="X",
-            help=f"Share of documents for validation. Default: {VAL_FRACTION}; pydocs {PYDOCS_VAL_FRACTION}.",
+            help="Share of documents for validation, 0 for no validation split. "
+            f"Default: {VAL_FRACTION}; for pydocs {PYDOCS_VAL_FRACTION}.",
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Threads that read and tokenize, or Ray tasks. Default: all cores, of this machine 8 at most.",
-        ),
+        typer.Option(metavar="N", help="Threads or Ray tasks. Default: one per core, at most 8 threads."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, replacing what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over and replace the folder.")] = False,
     verify: Annotated[
         bool,
-        typer.Option(
-            "--verify", help="Prepare nothing: check a finished folder (SOURCE may be the folder), checksums included."
-        ),
+        typer.Option("--verify", help="Check a finished folder, checksums included. SOURCE may be the folder."),
     ] = False,
     download_only: Annotated[
         bool,
         typer.Option(
-            "--download-only",
-            help="Prepare nothing: fetch a Hub data set and the tokenizer into the Hub's cache, for HF_HUB_OFFLINE=1.",
+            "--download-only", help="Fetch a Hub data set and the tokenizer into the Hub's cache, for HF_HUB_OFFLINE=1."
         ),
     ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what cannot be read, and count and list it.")
+        bool, typer.Option("--skip-bad", help="Skip records that cannot be read; count and list them.")
     ] = False,
     encoder: Annotated[
-        str, typer.Option(metavar="auto|gigatoken|tokenizers", help="What tokenizes; the tokens are the same.")
+        str, typer.Option(metavar="auto|gigatoken|tokenizers", help="The tokenizer library; the tokens are the same.")
     ] = "auto",
     mix: Annotated[
         str | None, typer.Option(metavar="A=0.7,B=0.3", help="Several sources instead of SOURCE, by shares of tokens.")
@@ -94,9 +89,7 @@ def prepare_data(
     ] = "drop",
     engine: Annotated[
         str,
-        typer.Option(
-            metavar="threads|ray", help="Where to work: this machine, or a Ray cluster; the folder is the same."
-        ),
+        typer.Option(metavar="threads|ray", help="Run on this machine or on a Ray cluster; the folder is the same."),
     ] = "threads",
     ray_address: Annotated[
         str | None,
@@ -109,12 +102,13 @@ def prepare_data(
 ) -> None:
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
     from lightlm.cli.displays.preparation import ProgressLine, print_summary
-    from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened, parse_filter
+    from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.run import verify as verify_folder
     from lightlm.data.preview import beginnings
     from lightlm.data.select.deduplication import checked_mode
+    from lightlm.data.select.filters import Filter
     from lightlm.data.sources.pydocs import PYDOCS
 
     if download_only:
@@ -124,29 +118,32 @@ def prepare_data(
         return download_data(open_named(source, mix, text_column, None), tokenizer or TOKENIZER, as_json)
     chosen_engine = _engine(engine, workers, ray_address)
     started = time.perf_counter()
-    limit, chosen, mode = _tokens(max_tokens), parse_filter(filter_text), checked_mode(dedup)
+    limit, mode = _tokens(max_tokens), checked_mode(dedup)
+    row_filter = None if filter_text is None else Filter(filter_text)
     if verify:
-        folder = out or _finished_folder(source) or Path("data") / open_named(source, mix, text_column, chosen).name
+        folder = out or _finished_folder(source) or Path("data") / open_named(source, mix, text_column, row_filter).name
         manifest = verify_folder(folder)
     else:
         sets = evaluation_sets(decontaminate, contaminated)
-        with _sigterm_as_interrupt(), opened(source, mix, text_column, chosen, out) as (text_source, folder):
+        with _sigterm_as_interrupt(), opened(source, mix, text_column, row_filter, out) as (text_source, folder):
             embedded = text_source.name == PYDOCS and text_source.spec == PYDOCS
-            with _kept(folder), ProgressLine() as line:
+            if val_fraction is None:
+                val_fraction = PYDOCS_VAL_FRACTION if embedded else VAL_FRACTION
+            with _interruption_message(folder), ProgressLine() as line:
                 manifest = prepare(
                     text_source,
                     tokenizer or (PYDOCS_TOKENIZER if embedded else TOKENIZER),
                     folder,
                     text_column=text_column,
                     max_tokens=limit,
-                    val_fraction=_first(val_fraction, PYDOCS_VAL_FRACTION if embedded else VAL_FRACTION),
+                    val_fraction=val_fraction,
                     workers=workers,
                     overwrite=overwrite,
                     skip_bad=skip_bad,
                     encoder=encoder,
                     dedup=mode,
                     decontaminate=sets,
-                    filter=chosen,
+                    filter=row_filter,
                     engine=chosen_engine,
                     progress=line.update,
                 )
@@ -157,7 +154,7 @@ def prepare_data(
 
 
 def _finished_folder(source: str | None) -> Path | None:
-    """The prepared folder that SOURCE itself names, by path or by name under data/; its text may be long gone."""
+    """Return the prepared folder that SOURCE names, by path or by name under data/; its text may be deleted."""
     from lightlm.data.sources.stdin import NAME, SPEC
 
     if source is None:
@@ -169,8 +166,8 @@ def _finished_folder(source: str | None) -> Path | None:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM (kill, a job scheduler's time limit) end the block as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in no other
+    """Handle SIGTERM (kill, a job scheduler's time limit) like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -181,20 +178,20 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept(folder: Path) -> Iterator[None]:
-    """After an interruption, say whether something is kept."""
+def _interruption_message(folder: Path) -> Iterator[None]:
+    """After an interruption, print that progress is saved, if it is."""
     try:
         yield
     except KeyboardInterrupt:
         from lightlm.cli.console import console
 
         if folder.absolute().with_name(f".{folder.absolute().name}.partial").exists():
-            console.print("Stopped. What is finished is kept: run the same command again to go on from there.")
+            console.print("Stopped. Progress is saved. Rerun the same command to resume.")
         raise
 
 
 def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine | None:
-    """What runs the blocks; None for threads of this process. Raises UsageError for another name or a missing Ray."""
+    """Return the engine; None for threads of this process. Raises UsageError for another name or a missing Ray."""
     from lightlm.errors import UsageError
 
     if name not in ("threads", "ray"):
@@ -206,10 +203,6 @@ def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine |
     from lightlm.data.prepare.ray import RayEngine
 
     return RayEngine(workers, ray_address)
-
-
-def _first(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 def _tokens(text: str | None) -> int | None:
@@ -225,7 +218,7 @@ def _tokens(text: str | None) -> int | None:
 
 
 def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool) -> dict[str, Any]:
-    """What `--json` prints and the table shows."""
+    """Return what `--json` prints and the table shows."""
     megabytes = sum(manifest.text_bytes.values()) / 1e6
     return {
         "folder": folder.as_posix(),
@@ -251,7 +244,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
 
 
 def _next_command(folder: Path) -> str:
-    """The command to run next; the demo recipe reads data/pydocs by itself."""
+    """Return the command to run next; the demo recipe reads data/pydocs by default."""
     from lightlm.data.folder import dataset_reference
 
     if folder == Path("data/pydocs"):
