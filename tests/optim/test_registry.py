@@ -48,7 +48,7 @@ def test_a_plan_counts_its_state():
 
 
 def test_mistakes_name_it():
-    with pytest.raises(RecipeError, match="optimizer.damping: has no effect with optimizer.name=adamw; leave it out"):
+    with pytest.raises(RecipeError, match=r"optimizer.damping: has no effect with optimizer.name=adamw; leave it out"):
         load_recipe("tiny.yaml", ["optimizer.damping=0.5"])
-    with pytest.raises(RecipeError, match="optimizer.name: should be 'adamw', 'muon' or 'sgd', not 'sdg'; did you"):
+    with pytest.raises(RecipeError, match=r"optimizer.name: should be 'adamw', 'muon' or 'sgd', not 'sdg'; did you"):
         load_recipe("tiny.yaml", ["optimizer.name=sdg"])
