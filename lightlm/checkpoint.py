@@ -1,7 +1,7 @@
-"""Checkpoint and run folders on disk: what is in them, and how one is found.
+"""The checkpoint folder: its format, and how to write, check and load it.
 
-    runs/<name>/recipe.yaml metrics.jsonl checkpoints/{step_000100/, latest} eval/ samples/
-    step_000100/model.safetensors config.json tokenizer.json [training_state.pt] complete.json
+    checkpoints/step_000100/model.safetensors config.json tokenizer.json [training_state.pt] complete.json
+    checkpoints/latest -> step_000100
 
 `complete.json` is written last and lists every file's size and xxh3 checksum: a folder without it is not a checkpoint.
 """
@@ -24,10 +24,10 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError
 from lightlm.model.config import RENAMED_FIELDS, ModelConfig
 from lightlm.model.transformer import Transformer
+from lightlm.runs import run_of
 
 MARKER = "complete.json"
 TRAINING_STATE = "training_state.pt"
-RUNS = Path("runs")
 _MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
 _STEP_NAME = re.compile(r"step_(\d+)")
@@ -35,21 +35,21 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.com
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not what was written: torn, altered or unreadable. `problem` says what, without advice."""
+    """A checkpoint is truncated, altered or unreadable. `problem` says how, without advice."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(f"{problem}; use another checkpoint, or name the run: it falls back on the one before")
+        super().__init__(f"{problem}; use another checkpoint, or name the run to use its previous one")
         self.problem = problem
 
 
 @dataclass
 class LoadedModel:
-    """A model ready to run, the tokenizer it was trained with, and where both came from."""
+    """A model ready to run, its tokenizer, and the folder that both came from."""
 
     model: Transformer
     tokenizer: Tokenizer
     path: Path
-    weights: tuple[Path, ...] = ()  # the files that they were read from
+    weights: tuple[Path, ...] = ()  # the files that hold them
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class LoadedModel:
 
 
 def model_name(path: Path) -> str:
-    """The run's name and the step for a checkpoint (`demo/step_000200`), else the folder's name."""
+    """Return run and step of a run's checkpoint (`demo/step_000200`), or the name of any other folder."""
     run = run_of(path)
     return f"{run.name}/{path.name}" if run else path.name
 
@@ -68,53 +68,10 @@ def step_name(step: int) -> str:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first."""
+    """Return the run's complete checkpoints, oldest first."""
     named = {path: _STEP_NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*")}
     steps = {path: int(match[1]) for path, match in named.items() if match and (path / MARKER).is_file()}
     return sorted(steps, key=steps.__getitem__)
-
-
-def run_of(checkpoint: Path) -> Path | None:
-    """The run folder a checkpoint lies in, or None for a folder that stands alone."""
-    run = checkpoint.resolve().parent.parent
-    return run if checkpoint.resolve().parent.name == "checkpoints" else None
-
-
-def find_run(reference: str | Path | None = None) -> Path:
-    """The folder of a run given by path or by name under `runs/`; None is the newest run (`runs/latest`).
-
-    Raises:
-        CheckpointError: there is no such run.
-    """
-    if reference is None:
-        reference = RUNS / "latest"
-    for path in (Path(reference), RUNS / reference):
-        # A pointer must be read even where it is a link: a run called `latest` would come to point to itself.
-        if path.name == "latest" and (target := files.follow(path)) is not None and target.is_dir():
-            return target
-    if Path(reference) == RUNS / "latest":
-        raise CheckpointError(
-            f"no run yet: {RUNS / 'latest'} does not exist in {Path.cwd()}; "
-            "train a model first (`lightlm train recipes/demo.yaml`) or name a model folder"
-        )
-    for path in (Path(reference), RUNS / reference):
-        if (path / "recipe.yaml").is_file():
-            return path
-    raise CheckpointError(f"no run at {reference}: it holds no recipe.yaml; runs here: {run_names()}")
-
-
-def run_names() -> str:
-    """The names of the runs in this folder, for messages."""
-    return (
-        ", ".join(sorted(path.parent.name for path in RUNS.glob("*/recipe.yaml") if path.parent.name != "latest"))
-        or "none"
-    )
-
-
-def mark_latest(run: Path) -> None:
-    """Let `runs/latest` point to this run, if it lies in `runs`."""
-    if run.resolve().parent == RUNS.resolve():
-        files.point_to(RUNS / "latest", run.resolve().name)
 
 
 def newest_checkpoint(
@@ -122,14 +79,14 @@ def newest_checkpoint(
     examine: Callable[[Path], None] | None = None,
     warn: Callable[[str], None] = warn,
 ) -> Path:
-    """The run's last complete checkpoint that is whole.
+    """Return the run's newest complete checkpoint that is not damaged.
 
     Args:
-        examine: raises DamagedCheckpointError for one that is not; by default `check` of the model's files.
-        warn: told of each damaged one and what is used instead.
+        examine: raises DamagedCheckpointError for a damaged one; `check_model` unless given.
+        warn: receives a message for each damaged one.
 
     Raises:
-        CheckpointError: it has none, or all are damaged.
+        CheckpointError: the run has no checkpoint, or all are damaged.
     """
     examine = examine or check_model
     problems: list[str] = []
@@ -145,7 +102,7 @@ def newest_checkpoint(
     if problems:
         raise CheckpointError(
             f"all {len(problems)} checkpoints of {run} are damaged ({'; '.join(problems)}); "
-            f"to begin the run again with `lightlm train --resume {run}`, delete {run / 'checkpoints'}"
+            f"to restart the run with `lightlm train --resume {run}`, delete {run / 'checkpoints'}"
         )
     raise CheckpointError(
         f"no checkpoint yet in {run}: nothing complete under {run / 'checkpoints'}; "
@@ -154,14 +111,14 @@ def newest_checkpoint(
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is, or set out to be, a checkpoint of LightLM's own format."""
+    """Return whether the folder has LightLM's own format; it may be incomplete."""
     return (folder / "config.json").is_file() and _read_config(folder).get("model_type") == "lightlm"
 
 
 def write_checkpoint(
     run: Path, step: int, model: Transformer, tokenizer: Tokenizer, training_state: dict[str, Any] | None = None
 ) -> Path:
-    """Write `checkpoints/step_...` of a run and let `latest` point to it; returns its path."""
+    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path."""
     return write_states(run, step, model.state_dict(), model.config, tokenizer, training_state)
 
 
@@ -175,10 +132,10 @@ def write_states(
     *,
     milestone: bool = False,
 ) -> Path:
-    """`write_checkpoint` of weights that no model holds: a copy taken earlier, or gathered from several devices.
+    """Do as `write_checkpoint` with weights outside a model: a copy taken earlier, or gathered from several devices.
 
     Args:
-        milestone: noted in the marker; see `is_milestone`.
+        milestone: recorded in the marker; see `is_milestone`.
     """
     path = run / "checkpoints" / step_name(step)
     with files.new_folder(path, overwrite=True) as folder:
@@ -188,7 +145,7 @@ def write_states(
 
 
 def is_milestone(checkpoint: Path) -> bool:
-    """Whether a complete checkpoint is to be kept for good."""
+    """Return whether a complete checkpoint is never pruned."""
     try:
         return bool(json.loads((checkpoint / MARKER).read_text(encoding="utf-8")).get("milestone"))
     except (ValueError, AttributeError):
@@ -196,7 +153,7 @@ def is_milestone(checkpoint: Path) -> bool:
 
 
 def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, *, overwrite: bool = False) -> None:
-    """Write a checkpoint folder without training state, whole or not at all.
+    """Write a checkpoint folder without training state, atomically.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
@@ -213,7 +170,7 @@ def _fill(
     training_state: dict[str, Any] | None,
     facts: dict[str, Any],
 ) -> None:
-    """Write a checkpoint's files, and last its marker, which also holds `facts`."""
+    """Write a checkpoint's files, then its marker, which also holds `facts`."""
     save_file(clean_state(weights), folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "lightlm",
@@ -234,7 +191,7 @@ def _fill(
 
 
 def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU under the names of a plain `Transformer`, whatever wraps the model."""
+    """Return the tensors on the CPU under the names of a plain `Transformer`, without prefixes of wrappers."""
     cleaned = {}
     for name, tensor in state.items():
         parts = [part for part in re.split(r"(?<=\.)", name) if part not in _WRAPPERS]
@@ -243,17 +200,17 @@ def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check(folder: Path, names: Collection[str] | None = None) -> None:
-    """Verify a checkpoint against its marker: present, files there, sizes and checksums right.
+    """Verify the presence, size and checksum of a checkpoint's files against its marker.
 
     Args:
-        names: look at these files only.
+        names: the files to verify; all unless given.
 
     Raises:
-        DamagedCheckpointError: naming the first file that does not fit.
-        CheckpointError: it is no complete checkpoint.
+        DamagedCheckpointError: a file does not match; the message names the first.
+        CheckpointError: the folder is not a complete checkpoint.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
+        raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     if not (folder / MARKER).is_file():
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: its marker {MARKER} is missing, so writing it was interrupted; "
@@ -275,24 +232,24 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
 
 
 def check_model(folder: Path) -> None:
-    """`check` what using a model needs, which leaves out the two thirds of a checkpoint that only training reads."""
+    """Verify the files that a model needs, without the training state (two thirds of the bytes)."""
     check(folder, _MODEL_FILES)
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and checksum of each file that a marker lists."""
+    """Return size and checksum of each file that a marker lists."""
     try:
         listing = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
         return {name: (entry["bytes"], entry["xxh3"]) for name, entry in listing.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is no list of files") from None
+        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is not a list of files") from None
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a checkpoint folder of LightLM's own format, checked against its marker, in evaluation mode.
+    """Verify and load a checkpoint folder of LightLM's own format; the model is in evaluation mode.
 
     Raises:
-        CheckpointError: the folder is incomplete or damaged, or its parts do not fit each other.
+        CheckpointError: the folder is incomplete or damaged, or its weights do not fit its configuration.
     """
     check_model(folder)
     config = _read_config(folder)
@@ -303,7 +260,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
             f"{folder / 'config.json'} has the unknown keys {', '.join(unknown)}; "
             f"it was written by another version of LightLM (this is {__version__})"
         )
-    # A tokenizer.json does not say which token ends a text; SmolLM2-Instruct's is not <|endoftext|>, for example.
+    # A tokenizer.json does not name the token that ends a text: that of SmolLM2-Instruct is not <|endoftext|>.
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
     tokenizer.bos_id, tokenizer.adds_bos = config.get("bos_token_id"), config.get("adds_bos", False)
     try:
@@ -316,10 +273,13 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Transformer:
-    """A model of this shape that takes over exactly these weights, in their precision.
+    """Return a model with exactly these weights, in their precision.
+
+    Args:
+        where: the folder of the weights, for messages.
 
     Raises:
-        CheckpointError: a weight is missing, left over, or of the wrong shape; all are listed.
+        CheckpointError: a weight is missing, unknown, or has the wrong shape; the message lists up to five.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -345,5 +305,5 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} is no JSON object")
+        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object")
     return config

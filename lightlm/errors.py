@@ -1,31 +1,31 @@
-"""The errors that a user can cause, each carrying one message that says what is wrong, where, and what to do.
+"""The errors that a user can cause. A message says what is wrong, where, and what to do.
 
-The command line prints the message without a traceback and exits with `exit_code`.
+The command line prints it without a traceback and exits with `exit_code`.
 """
 
 
 class LightLMError(Exception):
-    """A mistake or a condition outside LightLM that the user can act on."""
+    """A mistake, or a condition outside LightLM, on which the user can act."""
 
     exit_code = 1
 
 
 class UsageError(LightLMError):
-    """The command line itself is wrong: a malformed option value or a contradiction between options."""
+    """The command line is wrong: a malformed option value, or options that contradict each other."""
 
     exit_code = 2
 
 
 class RecipeError(LightLMError):
-    """A recipe or an override does not fit the schema; the message lists every mistake at once."""
+    """A recipe or an override does not fit the schema; the message lists all mistakes."""
 
 
 class DataError(LightLMError):
-    """A text source, a tokenizer or a prepared data folder is missing, damaged or does not fit."""
+    """A text source, a tokenizer or a prepared data folder is missing, damaged or unsuitable."""
 
 
 class CheckpointError(LightLMError):
-    """A run, a checkpoint or a model folder is missing, incomplete or does not fit."""
+    """A run, a checkpoint or a model folder is missing, incomplete or unsuitable."""
 
 
 class ConvertError(LightLMError):

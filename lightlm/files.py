@@ -1,18 +1,22 @@
-"""Files and folders that appear whole or not at all: temporary name, fsync, rename."""
+"""Atomic writes of files and folders (temporary name, fsync, rename), pointers, checksums and disk errors."""
 
 import contextlib
+import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
-_TEMPORARY = (".partial", ".old", ".deleted")  # what temporary names end with; they begin with a dot
+from lightlm.errors import DataError
+
+_TEMPORARY = (".partial", ".old", ".deleted")  # endings of temporary names, which begin with a dot
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable. Windows cannot open a folder, and does not need it."""
+    """Make renames inside `folder` durable. Windows cannot open a folder and does not need to."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -23,14 +27,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush what has been written to a file to the disk."""
+    """Flush a file's content to the disk."""
     # Windows flushes only through a descriptor open for writing.
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`; a kill at any instant leaves the old or the new file."""
+    """Replace `path` atomically: a kill at any instant leaves the old or the new content."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_bytes(content)
     sync_file(temporary)
@@ -45,11 +49,11 @@ def write_text(path: Path, content: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes `path` when the block ends without an error.
+    """Context manager that gives a temporary folder to fill, and renames it to `path` when the block succeeds.
 
-    Every file in it is flushed to disk before the rename. With `overwrite`, an existing folder stays in place
-    until the new one is complete. On an error the temporary folder is removed and `path` is untouched. A symbolic
-    link is followed: the folder it leads to is filled, on its own disk.
+    Its files are flushed to the disk before the rename. With `overwrite`, an existing folder stays in place until the
+    new one is complete. On an error the temporary folder is removed and `path` is unchanged. If `path` is a symbolic
+    link, its target is replaced.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
@@ -65,7 +69,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.partial")
     remove_folder(temporary)
     try:
-        temporary.mkdir()  # inside, since a signal may come right after it
+        temporary.mkdir()  # inside the block: a signal may come right after it
         yield temporary
         sync_tree(temporary)
     except BaseException:
@@ -75,7 +79,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file below a folder, and the folder, to the disk."""
+    """Flush a folder and every file below it to the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             sync_file(file)
@@ -83,14 +87,14 @@ def sync_tree(folder: Path) -> None:
 
 
 def restore_folder(path: Path) -> None:
-    """Undo the first half of a `replace_folder` that a kill cut short."""
+    """Undo a `replace_folder` that a kill interrupted between its two renames."""
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         os.replace(old, path)
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Give the complete folder `new`, on the same disk, the name `path`; a folder of that name is deleted."""
+    """Rename the complete folder `new` to `path` on the same disk; an existing `path` is deleted."""
     old = path.with_name(f".{path.name}.old")
     if path.exists():
         remove_folder(old)
@@ -103,7 +107,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder if it is there. It is renamed first, so that a kill never leaves half of it under its name."""
+    """Delete a folder if it exists. It is renamed first, so a kill never leaves half of it under its name."""
     if not path.exists():
         return
     doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.deleted")
@@ -115,11 +119,11 @@ def remove_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a kill left of the functions above. Only for a folder that no other process writes to."""
+    """Remove temporary files that a kill left in a folder. No other process may write to the folder."""
     for path in folder.glob(".*"):
         name = path.stem.removeprefix(".")
         if path.suffix == ".old" and not (folder / name).exists():
-            os.replace(path, folder / name)  # a kill between the two renames of `new_folder`
+            os.replace(path, folder / name)  # as `restore_folder`
         elif path.suffix in _TEMPORARY:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -128,9 +132,9 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """The xxh3 (64 bits, 16 hexadecimal digits) of a whole file."""
+    """Return the xxh3 of a file: 64 bits as 16 hexadecimal digits."""
     digest = xxhash.xxh3_64()
-    block = memoryview(bytearray(1 << 22))  # one for all reads: fresh memory would cost more than the hash
+    block = memoryview(bytearray(1 << 22))  # reused: allocating memory for each read would cost more than the hash
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
@@ -138,7 +142,7 @@ def checksum(path: Path) -> str:
 
 
 def point_to(link: Path, target_name: str) -> None:
-    """Make `link` point to its sibling `target_name`: a symbolic link, or a text file where links are not allowed."""
+    """Point `link` to its sibling `target_name` by a symbolic link, or by a text file where links are not allowed."""
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
     try:
@@ -150,9 +154,30 @@ def point_to(link: Path, target_name: str) -> None:
 
 
 def follow(link: Path) -> Path | None:
-    """The folder that a pointer made by `point_to` names, or None where there is no pointer."""
+    """Return the target of a pointer made by `point_to`, or None if `link` is not a pointer."""
     if link.is_symlink():
         return link.parent / os.readlink(link)
     if link.is_file():
         return link.parent / link.read_text(encoding="utf-8").strip()
     return None
+
+
+@contextlib.contextmanager
+def clear_errors(target: Path, rerun: str = "Progress is saved. Rerun the same command to resume.") -> Iterator[None]:
+    """Context manager that raises an OSError of its block as a DataError that says what to do.
+
+    Args:
+        target: the folder that the block writes; its disk is named if it is full.
+        rerun: what is kept, and how to resume.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            places = f"{target.parent} (or {tempfile.gettempdir()}, for temporary files)"
+            problem = f"The disk that holds {places} is full ({error.strerror}). Free some space"
+        else:
+            problem = f"{error.filename or target}: {error.strerror or error}"
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                problem += ". Change its permissions, or choose another folder with --out"
+        raise DataError(f"{problem}. {rerun}") from error

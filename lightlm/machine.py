@@ -1,5 +1,6 @@
-"""What something ran on: processor, memory, versions and commits, for `machine.json` of a run and files of results."""
+"""The environment of a run or an evaluation: machine, versions and commits, for `machine.json` and `*.meta.json`."""
 
+import json
 import os
 import platform
 import subprocess
@@ -11,54 +12,64 @@ from typing import Any
 import torch
 
 import lightlm
+from lightlm import files
 
-GIB = 2**30
+_RECORD = "machine.json"
+_TRAINING = ("device", "dtype", "micro_batch", "accumulation", "processes", "compile")
+_GIB = 2**30
 
 
-def processor() -> str:
-    """The CPU's model name where the system tells it, else its architecture."""
+def environment(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Describe what a result depends on beside model, data and settings.
+
+    Returns:
+        `machine`: the computer and, if one is used, the accelerator; memory is in GiB.
+        `versions`: of LightLM, Python, torch and `packages`; None for a package that is not installed.
+        `commit` (of LightLM's checkout) and `working_directory_commit`: see `git_commit`.
+    """
+    checkout = Path(lightlm.__file__).parents[1]
+    return {
+        "machine": describe_machine(device),
+        "versions": versions(*packages),
+        "commit": git_commit(checkout) if (checkout / ".git").exists() else None,
+        "working_directory_commit": git_commit(Path.cwd()),
+    }
+
+
+def record_machine(run: Path, device: torch.device, facts: dict[str, Any]) -> None:
+    """Write a run's `machine.json`: the environment, and what the trainer's facts say of batches and processes."""
+    found = environment(device)
+    document = {key: facts[key] for key in _TRAINING if key in facts} | found.pop("machine") | found.pop("versions")
+    files.write_text(run / _RECORD, json.dumps(document | found, indent=2) + "\n")
+
+
+def read_machine(run: Path) -> dict[str, Any]:
+    """Return a run's `machine.json`, which any version may have written, or nothing."""
     try:
-        if sys.platform == "linux":
-            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        if sys.platform == "darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, StopIteration, subprocess.SubprocessError):
-        pass
-    return platform.processor() or platform.machine()
-
-
-def memory_bytes() -> int | None:
-    """The machine's memory, or None where it cannot be found out."""
-    try:
-        if sys.platform == "win32":
-            import psutil
-
-            return int(psutil.virtual_memory().total)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, ImportError):
-        return None
+        document = json.loads((run / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The machine, and the accelerator if one is used. Memory is in GiB."""
-    memory = memory_bytes()
+    """Return the `machine` part of `environment`."""
+    memory = _memory_bytes()
     facts: dict[str, Any] = {
         "system": platform.platform(),
-        "processor": processor(),
+        "processor": _processor(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": None if memory is None else round(memory / GIB, 1),
+        "memory_gib": None if memory is None else round(memory / _GIB, 1),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {"accelerator": properties.name, "accelerator_memory_gib": round(properties.total_memory / GIB, 1)}
+        facts |= {"accelerator": properties.name, "accelerator_memory_gib": round(properties.total_memory / _GIB, 1)}
     return facts
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """The versions of LightLM, Python, torch and further packages; None for one that is not installed."""
+    """Return the `versions` part of `environment`."""
     found: dict[str, str | None] = {
         "lightlm": lightlm.__version__,
         "python": platform.python_version(),
@@ -72,16 +83,10 @@ def versions(*packages: str) -> dict[str, str | None]:
     return found
 
 
-def lightlm_commit() -> str | None:
-    """The commit of the checkout that LightLM runs from, with a + if files differ from it; None if it is installed."""
-    root = Path(lightlm.__file__).parents[1]
-    return git_commit(root) if (root / ".git").exists() else None
-
-
 def git_commit(folder: Path) -> str | None:
-    """The commit of the repository that a folder lies in, with a + if files differ from it; None where there is none.
+    """Return the commit of the repository that a folder lies in, or None outside a repository.
 
-    A file that git does not track makes no difference.
+    A + follows the commit if tracked files differ from it.
     """
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
@@ -89,3 +94,29 @@ def git_commit(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip() or None
+
+
+def _processor() -> str:
+    """Return the CPU's model name where the system knows it, else its architecture."""
+    try:
+        if sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, StopIteration, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    """Return the machine's memory in bytes, or None where the system does not tell it."""
+    try:
+        if sys.platform == "win32":
+            import psutil
+
+            return int(psutil.virtual_memory().total)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, ImportError):
+        return None

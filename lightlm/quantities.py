@@ -1,4 +1,4 @@
-"""Quantities as people write them: `10B` tokens, `512K` tokens a batch, `3_000`."""
+"""Quantities as people write them: `10B` tokens, `512K` tokens per batch, `3_000`."""
 
 import math
 import re
@@ -13,7 +13,7 @@ def parse_quantity(text: str | int | float, base: int = 1000) -> int:
     Batch sizes pass base=1024: the field's "512K batch" is 2**19 tokens, a whole number of sequences.
 
     Raises:
-        ValueError: the text is no such number, or is not whole (`0.5`).
+        ValueError: the text is not a quantity, or not a whole number (`0.5`).
     """
     if isinstance(text, bool):
         raise ValueError("write a whole number such as 3000, 512K, 10M or 1.5B")
@@ -24,12 +24,12 @@ def parse_quantity(text: str | int | float, base: int = 1000) -> int:
     value = float(digits) * factor
     if not math.isfinite(value) or value != round(value):
         raise ValueError(f"{text} is not a whole number")
-    # Past 2**53 a float no longer holds every integer, so plain digits go through int.
+    # Above 2**53 a float cannot hold every integer, so plain digits go through int.
     return int(digits) * factor if digits.isdigit() else round(value)
 
 
 def format_quantity(number: float) -> str:
-    """The short form of a number for a table: 1_500_000 becomes `1.5M`."""
+    """Return the short form of a number: `1.5M` for 1_500_000."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"

@@ -6,6 +6,7 @@ import torch
 from lightlm import checkpoint, files
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import CheckpointError
+from lightlm.runs import find_run
 from tests.corpus import texts
 from tests.shapes import SHAPES, build
 
@@ -63,7 +64,7 @@ def test_wrapper_prefixes_never_reach_a_file(tmp_path, tokenizer):
     assert all(name.startswith("_orig_mod.") for name in compiled.state_dict())
 
 
-def test_a_folder_without_its_marker_is_no_checkpoint(saved):
+def test_a_folder_without_its_marker_is_not_a_checkpoint(saved):
     (saved / checkpoint.MARKER).unlink()
     with pytest.raises(CheckpointError, match=r"not a complete checkpoint.*complete.json is missing"):
         checkpoint.load_model(saved)
@@ -89,7 +90,7 @@ def test_truncated_and_missing_files_are_named(saved):
     with pytest.raises(CheckpointError, match=r"complete.json is damaged"):
         checkpoint.load_model(saved)
     (saved / checkpoint.MARKER).write_text(json.dumps({"files": {"model.safetensors": {"bytes": 1}}}))
-    with pytest.raises(CheckpointError, match=r"complete.json is damaged: it is no list"):
+    with pytest.raises(CheckpointError, match=r"complete.json is damaged: it is not a list"):
         checkpoint.load_model(saved)
     (saved / checkpoint.MARKER).write_text(json.dumps({"files": {}}))
     with pytest.raises(CheckpointError, match=r"complete.json is damaged: it does not list model.safetensors"):
@@ -117,13 +118,13 @@ def test_a_key_of_a_later_version_is_refused(saved):
 def test_runs_and_checkpoints_are_found(saved, monkeypatch, tmp_path, tokenizer):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no run yet"):
-        checkpoint.find_run()
-    run = checkpoint.find_run("one")
-    assert checkpoint.find_run("runs/one") == run
+        find_run()
+    run = find_run("one")
+    assert find_run("runs/one") == run
     newer = checkpoint.write_checkpoint(run, 1_000_000, build("qwen3"), tokenizer)
     (run / "checkpoints" / "step_2000000").mkdir()  # no marker
     assert checkpoint.newest_checkpoint(run) == newer
     assert (run / "checkpoints/latest").resolve() == newer.resolve()
     with pytest.raises(CheckpointError, match=r"no run at two.*runs here: one"):
-        checkpoint.find_run("two")
+        find_run("two")
     assert checkpoint.load_model(newer).name == "one/step_1000000"

@@ -39,6 +39,19 @@ def test_the_machine_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts["accelerator"], facts["accelerator_memory_gib"]) == ("NVIDIA H100", 80.0)
 
 
+def test_a_runs_record_is_read_back_whatever_version_wrote_it(tmp_path: Path) -> None:
+    assert machine.read_machine(tmp_path) == {}
+    machine.record_machine(tmp_path, torch.device("cpu"), {"dtype": "float32", "processes": 2, "tokens": 9})
+    found = machine.read_machine(tmp_path)
+    assert (found["dtype"], found["processes"], found["torch"]) == ("float32", 2, torch.__version__)
+    assert found.keys() >= {"system", "processor", "processors", "python", "lightlm", "commit"}
+    assert "tokens" not in found
+    (tmp_path / "machine.json").write_text('{"device": "H100", "python": "3.11"}')  # without most keys
+    assert machine.read_machine(tmp_path) == {"device": "H100", "python": "3.11"}
+    (tmp_path / "machine.json").write_text("[")
+    assert machine.read_machine(tmp_path) == {}
+
+
 def test_versions_of_what_is_not_installed_are_null() -> None:
     found = machine.versions("lm_eval", "no-such-package-anywhere")
     assert found["lm_eval"]

@@ -57,7 +57,7 @@ app.add_typer(recipes, name="recipes")
 
 
 def with_resume_value(arguments: list[str]) -> list[str]:
-    """Give a bare `--resume` its value, the newest run: typer knows no options whose value may be left out."""
+    """Give a bare `--resume` its value, the newest run: typer has no options with an optional value."""
     filled: list[str] = []
     for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
         filled.append(argument)
@@ -74,7 +74,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 def main() -> None:
     """Run the command line; a LightLMError becomes one message and its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A model may write what a Windows code page cannot: show a mark instead of failing.
+        # A model may generate characters that a Windows code page lacks: print a mark instead of failing.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -84,9 +84,9 @@ def main() -> None:
     except BrokenPipeError:  # `lightlm recipes show demo | head`
         sys.stderr.close()
     except OSError as error:
-        # Permissions, full disks, files where folders should be: the system's own words name the path.
+        # Permissions, a full disk, a file in place of a folder: the system's message names the path.
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which must not be imported for this
+        if type(error).__name__ != "OutOfMemoryError":  # torch's error; importing it would import torch
             raise
         _fail(f"the device is out of memory; lower train.micro_batch_size or --batch-size. {error}", 1)

@@ -97,8 +97,8 @@ def convert(
 
 def _default_folder(model: str | None, source: Path, to: str) -> Path:
     """`runs/RUN/hf` for a run, with the step in its name for a checkpoint named itself; else beside the model."""
-    from lightlm.checkpoint import run_of
     from lightlm.convert.load import is_hub_id
+    from lightlm.runs import run_of
 
     if model is not None and is_hub_id(model):
         return Path(f"{Path(model).name}-{to}")

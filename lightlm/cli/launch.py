@@ -1,8 +1,8 @@
-"""`lightlm train --nproc N`: the same command in N local processes, with one voice and one exit code.
+"""`lightlm train --nproc N`: the same command in N local processes, with one error message and one exit code.
 
-torchrun can start them just as well. Here one machine needs no rendezvous service, a mistake is one message
-instead of a traceback of the launcher's, exit codes survive, and torch is not imported once more. The processes
-are given torchrun's variables, so they need not know which of the two started them.
+torchrun can start these processes as well. On one machine this launcher needs no rendezvous service, prints a
+mistake as one message without the launcher's own traceback, keeps exit codes and does not import torch. It sets
+torchrun's variables, so the processes behave alike under both.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import traceback
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -28,24 +27,24 @@ from lightlm.errors import LightLMError
 if TYPE_CHECKING:
     from lightlm.train.distributed import World
 
-LAUNCHED = "LIGHTLM_LAUNCHED"  # set in the processes that `launch` starts
+_RENDEZVOUS = "LIGHTLM_RENDEZVOUS"  # train.distributed.RENDEZVOUS; importing it would import torch
 _DONE, _INTERRUPTED = 0, 130
-_PEER_LOST = 75  # PeerLostError.exit_code: an effect of another's end, never the cause
+_PEER_LOST = 75  # PeerLostError.exit_code: an effect of another process's end, never the cause
 _CRASHED = 70  # EX_SOFTWARE: an unexpected exception, whose traceback is printed
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 5.0  # that the others get to notice a failure, and again to follow SIGTERM
+_GRACE_SECONDS = 5.0  # for the other processes to notice a failure, and again to obey SIGTERM
 
 
-def launch(arguments: Sequence[str], processes: int, max_restarts: int) -> int:
-    """Run `lightlm ARGUMENTS` in `processes` processes until all are done; gives the command's exit code.
+def launch(command: Sequence[str], restart: Sequence[str], processes: int, max_restarts: int) -> int:
+    """Run `lightlm COMMAND` in `processes` processes until all have ended, and return the exit code.
 
-    When one is killed or crashes, the others are ended and all start again, up to `max_restarts` times; they go on
-    from the last checkpoint of the run they had begun. Mistakes of the user are not tried again.
+    When a process is killed or crashes, end the others and start all with `restart`, up to `max_restarts` times. A
+    user's mistake causes no restart.
     """
-    identity = uuid.uuid4().hex
     for attempt in range(max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="lightlm-") as folder:
-            group = _Group(arguments, processes, _environment(processes, identity, attempt, Path(folder)))
+            environment = _environment(processes, attempt, Path(folder))
+            group = _Group(restart if attempt else command, processes, environment)
             rank, code = group.wait()
         if group.interrupts:
             return _DONE if code == _DONE else _INTERRUPTED
@@ -60,25 +59,24 @@ def launch(arguments: Sequence[str], processes: int, max_restarts: int) -> int:
             )
         elif code != _CRASHED:
             console.print(
-                f"[bold red]Error:[/] {escape(cause)}; `lightlm train --resume` goes on from the last checkpoint",
+                f"[bold red]Error:[/] {escape(cause)}; `lightlm train --resume` resumes from the last checkpoint",
                 soft_wrap=True,
             )
     return 1
 
 
-def _environment(processes: int, identity: str, attempt: int, folder: Path) -> dict[str, str]:
-    """What all processes of a group share."""
+def _environment(processes: int, attempt: int, folder: Path) -> dict[str, str]:
+    """Return the environment that all processes share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        # Without a limit, each process would take a thread for every core.
+        # Otherwise each process starts a thread for every core.
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
         **os.environ,
-        LAUNCHED: "1",
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "TORCHELASTIC_RUN_ID": identity,
+        "TORCHELASTIC_RUN_ID": "lightlm",
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
-        "LIGHTLM_RENDEZVOUS": (folder / "rendezvous").as_uri(),
+        _RENDEZVOUS: (folder / "rendezvous").as_uri(),
     }
 
 
@@ -102,7 +100,7 @@ class _Group:
         with self._signals():
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                if rank:  # what libraries have to say, the first says for all
+                if rank:  # only the first process shows the warnings of libraries
                     own |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
                 self._workers.append(
                     subprocess.Popen(
@@ -115,7 +113,7 @@ class _Group:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Pass Ctrl-C and SIGTERM on as a request to save and stop; a second Ctrl-C ends all at once."""
+        """Forward Ctrl-C and SIGTERM as a request to save and stop; a second Ctrl-C kills all processes."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             again = self.interrupts and number == signal.SIGINT
@@ -131,9 +129,9 @@ class _Group:
                 signal.signal(number, handler)
 
     def wait(self) -> tuple[int, int]:
-        """Wait for all to end: rank and exit code (below 0: the signal) of the one that decided the end."""
-        ended: dict[int, int] = {}  # in the order noticed
-        deadline, ending = 0.0, 0
+        """Wait for all processes; return rank and exit code (negative: a signal) of the one that caused the end."""
+        ended: dict[int, int] = {}  # exit codes by rank, in the order noticed
+        deadline, signals_sent = 0.0, 0
         with self._signals():
             while len(ended) < len(self._workers):
                 time.sleep(_POLL_SECONDS)
@@ -141,23 +139,21 @@ class _Group:
                     if rank not in ended and (code := worker.poll()) is not None:
                         ended[rank] = code
                 failed = any(code not in (_DONE, _INTERRUPTED) for code in ended.values())
-                # Those that saved and stopped, or are about to, are given all the time they need.
+                # After an interruption, the processes have all the time they need to save.
                 if not failed or time.monotonic() < deadline:
                     continue
                 for worker in self._workers:
-                    if ending and worker.poll() is None:
-                        worker.terminate() if ending == 1 else worker.kill()
-                deadline, ending = time.monotonic() + _GRACE_SECONDS, ending + 1
-        causes = [(rank, code) for rank, code in ended.items() if code not in (_DONE, _INTERRUPTED, _PEER_LOST)]
-        lost = [(rank, code) for rank, code in ended.items() if code == _PEER_LOST]
-        stopped = [(rank, code) for rank, code in ended.items() if code == _INTERRUPTED]
-        return [*causes, *lost, *stopped, (0, _DONE)][0]
+                    if signals_sent and worker.poll() is None:
+                        worker.terminate() if signals_sent == 1 else worker.kill()
+                deadline, signals_sent = time.monotonic() + _GRACE_SECONDS, signals_sent + 1
+        precedence = {_PEER_LOST: 1, _INTERRUPTED: 2, _DONE: 3}  # any other code comes first
+        return min(ended.items(), key=lambda end: precedence.get(end[1], 0))
 
 
 @contextlib.contextmanager
-def one_voice(world: "World") -> Iterator[None]:
-    """Of the processes that fail, often all for one reason, let the first speak; the others only leave."""
-    launched = LAUNCHED in os.environ
+def report_once(world: "World") -> Iterator[None]:
+    """Context manager that lets only the first process that fails report its error; the others only exit."""
+    launched = _RENDEZVOUS in os.environ
     try:
         yield
     except typer.Exit:
@@ -165,10 +161,10 @@ def one_voice(world: "World") -> Iterator[None]:
     except Exception as error:
         if world.size == 1 and not launched:
             raise
-        # OutOfMemoryError is torch's, which must not be imported for this; `main` has a message for each of these.
+        # torch's OutOfMemoryError is known by name, without an import of torch. `main` prints each of these.
         known = isinstance(error, LightLMError | OSError) or type(error).__name__ == "OutOfMemoryError"
         code = getattr(error, "exit_code", 1) if known else _CRASHED
-        # Of a lost process the launcher knows better which one it was, and why.
+        # The launcher itself reports a lost process: it knows which one ended, and why.
         if not world.first("failure") or (launched and code == _PEER_LOST):
             raise SystemExit(code) from None
         if not known:

@@ -35,8 +35,8 @@ def report(
             f"with `lightlm eval --compare {models[0]}`"
         )
     with console.status("Drawing ..."):
-        from lightlm.checkpoint import find_run
         from lightlm.report.build import write_report
+        from lightlm.runs import find_run
 
         references: list[str | None] = list(runs) if runs else [None]
         written = write_report([find_run(reference) for reference in references], out_path, baselines)

@@ -8,10 +8,11 @@ import huggingface_hub
 import torch
 
 from lightlm import checkpoint, files
-from lightlm.checkpoint import RUNS, LoadedModel
+from lightlm.checkpoint import LoadedModel
 from lightlm.convert.huggingface.folder import import_huggingface
 from lightlm.convert.huggingface.weights import WEIGHT_FILES
 from lightlm.errors import CheckpointError
+from lightlm.runs import RUNS, find_run, run_names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -54,7 +55,7 @@ def locate(reference: str | Path | None = None) -> Path:
         CheckpointError: see `load_pretrained`.
     """
     if reference is None or Path(reference) == RUNS / "latest":
-        return checkpoint.newest_checkpoint(checkpoint.find_run())
+        return checkpoint.newest_checkpoint(find_run())
     if folder := _on_disk(reference):
         return checkpoint.newest_checkpoint(folder) if (folder / "recipe.yaml").is_file() else folder
     if is_hub_id(reference):
@@ -81,7 +82,7 @@ def _on_disk(reference: str | Path) -> Path | None:
 def _nothing_found(given: Path) -> str:
     there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
     return (
-        f"no model at {given}: {there}, no run of that name (runs here: {checkpoint.run_names()}), and it is no Hub id "
+        f"no model at {given}: {there}, no run of that name (runs here: {run_names()}), and it is no Hub id "
         "that could be fetched (ORG/NAME, such as HuggingFaceTB/SmolLM2-135M)"
     )
 

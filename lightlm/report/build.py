@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightlm import files
-from lightlm.checkpoint import RUNS
 from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.page import render_page
 from lightlm.report.record import Record, read_records
+from lightlm.runs import RUNS
 
 _NAMED = 3  # runs that a comparison's folder is called after
 

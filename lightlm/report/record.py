@@ -13,11 +13,11 @@ import yaml
 from lightlm.errors import CheckpointError, LightLMError, UsageError
 from lightlm.evaluate.compare.comparison import Protocol, answers_of
 from lightlm.evaluate.results.rows import Row
+from lightlm.machine import read_machine
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
 from lightlm.report.charts.curves import Curves, newest, smooth, smoothing_window
-from lightlm.report.machine import read_machine
-from lightlm.train.observe.observers import read_metrics
+from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.schedules import batch_plan
 
 
@@ -48,7 +48,7 @@ class Record:
         parameters: `Transformer.num_parameters`, `flops_per_token` and `planned_tokens`, empty if this version cannot
             read the recipe.
         samples: (step, text) of every validation.
-        machine: see `lightlm.report.machine`; empty for runs without it.
+        machine: see `lightlm.machine`; empty for runs without it.
         notes: what a reader should know before trusting the curves.
     """
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next micro-batch."""
+"""Ctrl-C and SIGTERM as a request to stop before the next micro-batch."""
 
 import contextlib
 import signal
@@ -9,11 +9,13 @@ from types import FrameType
 
 @contextlib.contextmanager
 def stop_on_signals(*, launched: bool = False) -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once. Only the main thread may listen.
+    """Return an event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once.
+
+    Only the main thread receives signals; in another thread nothing sets the event.
 
     Args:
-        launched: one of several processes. Their launcher passes on the Ctrl-C that they have seen already, so a
-            second one means nothing; it is the launcher that ends them at once.
+        launched: whether a launcher started this process. It repeats the first Ctrl-C to its processes, so they
+            ignore a second one; the launcher ends them.
     """
     stop = threading.Event()
 

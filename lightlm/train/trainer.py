@@ -21,15 +21,15 @@ from lightlm.errors import LightLMError
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import learning_rates, set_learning_rate
 from lightlm.optim.state import named_state
+from lightlm.runs import mark_latest
 from lightlm.train.checkpointing.saving import Saver, tidy
 from lightlm.train.checkpointing.state import Progress, pack
 from lightlm.train.distributed import PeerLostError
 from lightlm.train.observe.expert_loads import load_metrics
-from lightlm.train.observe.metrics import peak_memory, step_metrics
-from lightlm.train.observe.observers import MetricsFile, Observer, Silent
+from lightlm.train.observe.metrics import MetricsFile, peak_memory, step_metrics
+from lightlm.train.observe.observers import Observer
 from lightlm.train.observe.spikes import Verdict, judge
 from lightlm.train.rng import preserved
-from lightlm.train.runs import claim_run
 from lightlm.train.schedules import learning_rate_factor
 from lightlm.train.setup import Setup
 from lightlm.train.signals import stop_on_signals
@@ -79,7 +79,7 @@ class Trainer:
         self.model, self.loss, self.optimizer = setup.model, setup.loss, setup.optimizer
         self.gradients, self.progress, self.total_tokens = setup.gradients, setup.progress, setup.total_tokens
         self.run_folder, self.sampler, self.evaluator = run, sampler, evaluator
-        self.observer = observer if self.world.is_writer else Silent()
+        self.observer = observer if self.world.is_writer else Observer()
         self.flops_per_token = self.model.flops_per_token(self.recipe.seq_len)
         self.token_bytes = torch.from_numpy(self.data.tokenizer.token_bytes())
         self.step_began = self.progress.tokens  # tokens before the last step
@@ -101,7 +101,7 @@ class Trainer:
         metrics_file = self._open_run() if self.world.is_writer else None
         self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
         try:
-            with self._saver() as saver, stop_on_signals(launched=self.world.launch is not None) as stop:
+            with self._saver() as saver, stop_on_signals(launched=self.world.launched) as stop:
                 while not self.done:
                     metrics = self._step(stop)
                     if metrics is None:
@@ -127,11 +127,9 @@ class Trainer:
     def _open_run(self) -> MetricsFile:
         """Prepare the run folder and `runs/latest`; only the writer calls this."""
         files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
-        if self.world.launch is not None:
-            claim_run(self.run_folder, self.world.launch)
-        checkpoint.mark_latest(self.run_folder)
+        mark_latest(self.run_folder)
         tidy(self.run_folder, self.setup.resumed_from, self.observer)
-        return MetricsFile(self.run_folder / "metrics.jsonl", self.progress.step)
+        return MetricsFile(self.run_folder, self.progress.step)
 
     @property
     def done(self) -> bool:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,9 @@ def test_second_run_gets_a_number_and_a_taken_name_is_refused(lightlm, workspace
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume", "runs/plain", "--name", "x"], "--name is for new runs"),
+        (["--resume", "runs/plain", "--name", "x"], "leave --name out"),
+        (["--resume", "runs/plain", "--auto-resume"], "leave --auto-resume out"),
+        (["tiny.yaml", "--auto-resume", "--name", "latest"], "cannot name a run"),
         (["tiny.yaml", "--resume", "runs/plain"], "leave RECIPE out"),
         ([], "name a recipe"),
         (["tiny.yaml", "--name", "../elsewhere"], "cannot name a run"),
@@ -129,6 +132,62 @@ def test_resume_accepts_overrides_without_a_recipe(lightlm, workspace):
     lightlm("train", "tiny.yaml", "train.tokens=256", "--name", "longer")
     assert lightlm("train", "train.tokens=512", "--resume", "longer").code == 0
     assert yaml.safe_load((workspace / "runs/longer/recipe.yaml").read_text())["train"]["tokens"] == 512
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_auto_resume_starts_a_run_that_does_not_exist_and_resumes_one_that_does(lightlm, workspace):
+    """The same command again and again, as a requeued job runs it; the recipe is shorter at first, as if killed."""
+    command = ["tiny.yaml", "--name", "requeued", "--auto-resume"]
+    first = lightlm("train", *command, "train.tokens=1280")
+    assert first.code == 0
+    assert "is resumed" not in first.stderr
+    run = workspace / "runs/requeued"
+    begun = losses(run)
+    again = lightlm("train", *command, "train.tokens=2560")
+    assert again.code == 0
+    assert "runs/requeued exists and is resumed with its own recipe" in again.stderr
+    assert "resumed after step 5" in again.stderr
+    assert len(losses(run)) == 10
+    assert losses(run)[:5] == begun
+    assert not (workspace / "runs/requeued-2").exists()
+
+
+def test_auto_resume_of_a_complete_run_says_so_and_succeeds(lightlm, workspace):
+    command = ["train", "tiny.yaml", "train.tokens=512", "name=finished", "--auto-resume"]
+    lightlm(*command)
+    before = (workspace / "runs/finished/metrics.jsonl").read_bytes()
+    outcome = lightlm(*command)
+    assert outcome.code == 0
+    assert "runs/finished is complete; raise train.tokens" in outcome.stderr
+    assert (workspace / "runs/finished/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("left", ["nothing", "temporary file", "recipe", "metrics"])
+def test_auto_resume_of_a_run_killed_before_its_first_checkpoint_starts_in_its_folder(lightlm, workspace, left):
+    name = f"early-{left.split()[0]}"
+    command = ["train", "tiny.yaml", "train.tokens=512", "--name", name, "--auto-resume"]
+    run = workspace / "runs" / name
+    if left in ("recipe", "metrics"):
+        lightlm(*command)
+        shutil.rmtree(run / "checkpoints")
+        if left == "recipe":
+            (run / "metrics.jsonl").unlink()
+    else:
+        run.mkdir(parents=True)
+        if left == "temporary file":
+            (run / ".recipe.yaml.partial").write_text("name: tin")
+    assert lightlm(*command).code == 0
+    assert len(losses(run)) == 2
+    assert not (workspace / "runs" / f"{name}-2").exists()
+
+
+def test_auto_resume_does_not_write_into_a_folder_that_is_not_a_run(lightlm, workspace):
+    (workspace / "runs/notes").mkdir(parents=True)
+    (workspace / "runs/notes/todo.txt").write_text("mine")
+    lightlm("train", "tiny.yaml", "--name", "notes", "--auto-resume").assert_one_message("runs/notes exists already")
 
 
 def test_prompts_with_markup_are_printed_as_they_are(lightlm, workspace):

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lightlm.recipe import load_recipe
-from lightlm.train.observe.metrics import MEASURED
-from lightlm.train.observe.observers import read_metrics
+from lightlm.train.observe.metrics import MEASURED, read_metrics
 from lightlm.train.rng import preserved
 from tests.corpus import make_workspace
 from tests.evaluate.tiny_run import write_quiz

@@ -9,7 +9,7 @@ from lightlm.errors import RecipeError
 from lightlm.optim.registry import OPTIMIZERS
 from lightlm.optim.section import OptimizerSection
 from lightlm.recipe import load_recipe, load_run_recipe
-from lightlm.train.observe.observers import read_metrics
+from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.planning.plan import make_plan
 from tests.corpus import make_workspace
 from tests.train.watch import Recorder, comparable, resume, start

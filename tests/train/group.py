@@ -10,8 +10,8 @@ import traceback
 from pathlib import Path
 
 from lightlm.recipe import load_recipe
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.distributed import RENDEZVOUS, join_world
-from lightlm.train.runs import reopen_run
 from tests.train.watch import Recorder, make_trainer
 
 # A server that has imported torch forks each process in milliseconds; the test's own process may not fork, since

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from lightlm import checkpoint
 from lightlm.errors import LightLMError, RecipeError, UsageError
 from lightlm.recipe import load_recipe
-from lightlm.train.distributed import Launch, World
-from lightlm.train.runs import new_run, run_before_restart
+from lightlm.runs import RUNS
+from lightlm.train.distributed import World
 from lightlm.train.schedules import batch_plan
 from lightlm.train.step.gradients import check_shares
 from tests.train.group import Command, together, train_together
@@ -48,7 +48,7 @@ def runs(workspace):
 
 
 def weights(name):
-    return load_file(checkpoint.newest_checkpoint(checkpoint.RUNS / name) / "model.safetensors")
+    return load_file(checkpoint.newest_checkpoint(RUNS / name) / "model.safetensors")
 
 
 def assert_same_weights(first, second):
@@ -86,7 +86,7 @@ def test_a_signal_to_one_of_four_stops_all_and_resuming_repeats_the_run_bit_for_
     before = together(4, train_together, name, SHORT, 3, stop_rank)
     assert [interrupted for _, _, interrupted in before] == [True] * 4
     # With one micro-batch each, the signal comes after they have agreed on step 4, so they finish it.
-    assert [path.name for path in checkpoint.checkpoints(checkpoint.RUNS / name)] == ["step_000004"]
+    assert [path.name for path in checkpoint.checkpoints(RUNS / name)] == ["step_000004"]
     after = together(4, train_together, name, (), None, 0, True)
     assert comparable(before[0][0] + after[0][0]) == comparable(runs[4])
     assert_same_weights(name, "world-4")
@@ -204,22 +204,6 @@ def test_a_given_micro_batch_that_does_not_fit_is_one_error(monkeypatch):
         start("tiny.yaml", "train.micro_batch_size=auto", name="hopeless")
 
 
-def test_a_run_is_known_again_by_its_own_launch_only(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    first, restarted = Launch("none", "here", 10), Launch("none", "here", 10, restarts=1)
-    run = new_run("a", exact=False, launch=first)
-    checkpoint.mark_latest(run)
-    assert run_before_restart(first) is None  # a new launch begins anew, even with a number that came again
-    assert run_before_restart(restarted) == run
-    assert run_before_restart(Launch("none", "here", 11, restarts=1)) is None
-    assert run_before_restart(Launch("none", "there", 10, restarts=1)) is None
-    job = Launch("job-7", "here", 10)
-    run = new_run("b", exact=False, launch=job)
-    assert run_before_restart(Launch("job-7", "there", 99, restarts=1)) == run  # the writer moved to another machine
-    later = new_run("c", exact=False, launch=job)
-    assert run_before_restart(Launch("job-7", "here", 10, restarts=2)) == later
-
-
 @pytest.fixture(scope="module")
 def undisturbed(workspace):
     with pytest.MonkeyPatch.context() as patch:
@@ -230,12 +214,12 @@ def undisturbed(workspace):
 
 
 @pytest.mark.parametrize("launcher", ["nproc", "torchrun"])
-def test_a_killed_process_is_restarted_and_the_run_goes_on_bit_for_bit(undisturbed, workspace, launcher):
+def test_a_killed_process_is_restarted_and_the_run_resumes_bit_for_bit(undisturbed, workspace, launcher):
     name = f"killed-{launcher}"
-    recipe = ("tiny.yaml", *LONG, "--name", name)
-    if launcher == "nproc":
-        command = Command(*recipe, "--nproc", "2", "--max-restarts", "1")
+    if launcher == "nproc":  # the launcher chooses the run's name: the recipe's, unless it is taken
+        command = Command("tiny.yaml", *LONG, f"name={name}", "--nproc", "2", "--max-restarts", "1")
     else:
+        recipe = ("tiny.yaml", *LONG, "--name", name, "--auto-resume")
         command = Command(*recipe, torchrun=("--nproc-per-node", "2", "--max-restarts", "1", "--standalone"))
     command.await_steps(workspace / "runs" / name / "metrics.jsonl", 8)
     command.signal_rank(1, signal.SIGKILL)
@@ -251,6 +235,28 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on_bit_for_bit(undisturb
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 51))
     assert not (workspace / "runs" / f"{name}-2").exists()
     assert_same_weights(name, undisturbed)
+
+
+def test_a_restart_finds_its_run_among_others_of_its_name(undisturbed, workspace):
+    """The recipe's name is occupied, so the first attempt starts `occupied-2`; the restart resumes that one."""
+    (workspace / "runs/occupied").mkdir()
+    (workspace / "runs/occupied/recipe.yaml").write_text("name: occupied\n")
+    command = Command("tiny.yaml", *LONG, "name=occupied", "--max-restarts", "1")
+    command.await_steps(workspace / "runs/occupied-2/metrics.jsonl", 8)
+    command.signal_rank(0, signal.SIGKILL)
+    code, out, err = command.finish()
+    assert code == 0, err
+    assert "Run runs/occupied-2: step 50" in out
+    assert "resumed after step" in err
+    assert not (workspace / "runs/occupied-3").exists()
+    assert [path.name for path in (workspace / "runs/occupied").iterdir()] == ["recipe.yaml"]
+
+
+def test_a_restart_by_torchrun_without_auto_resume_is_refused(workspace, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    code, _, err = Command("tiny.yaml", *LONG).finish()
+    assert code == 2
+    assert "add --name and --auto-resume" in " ".join(err.split())
 
 
 def test_without_restarts_a_killed_process_is_one_message(workspace):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lightlm import checkpoint
 from lightlm.errors import RecipeError
 from lightlm.recipe import load_recipe
-from lightlm.train.observe.observers import read_metrics
+from lightlm.train.observe.metrics import read_metrics
 from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 
 OVERRIDES = {

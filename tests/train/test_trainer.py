@@ -14,8 +14,9 @@ from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.recipe import load_recipe
-from lightlm.train.observe.observers import read_metrics
-from lightlm.train.runs import new_run, reopen_run
+from lightlm.runs import find_run, new_run
+from lightlm.train.checkpointing.resume import reopen_run
+from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.step import compilation
 from lightlm.train.step.gradients import micro_batch_size
 from lightlm.train.trainer import TrainingDivergedError
@@ -261,13 +262,13 @@ def test_latest_moves_when_training_begins_and_survives_being_resumed(workspace)
     start("tiny.yaml", "train.tokens=256", name="older")
     start("tiny.yaml", "train.tokens=256", name="newer")
     reopen_run("older", [])
-    assert checkpoint.find_run().name == "newer"
+    assert find_run().name == "newer"
     for reference in ("latest", str(workspace / "runs" / "latest"), "runs/latest"):
         resume(reference, "train.tokens=512")
-        assert checkpoint.find_run().name == "newer"
-        assert checkpoint.newest_checkpoint(checkpoint.find_run()).name == "step_000002"
+        assert find_run().name == "newer"
+        assert checkpoint.newest_checkpoint(find_run()).name == "step_000002"
     resume("older")
-    assert checkpoint.find_run().name == "older"
+    assert find_run().name == "older"
 
 
 def test_automatic_micro_batches_fit_a_gpus_memory(monkeypatch):

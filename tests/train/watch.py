@@ -5,8 +5,9 @@ import signal
 from pathlib import Path
 
 from lightlm.recipe import load_recipe
+from lightlm.runs import new_run
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED
-from lightlm.train.runs import new_run, reopen_run
 from lightlm.train.setup import open_data, set_up
 from lightlm.train.trainer import Result, Trainer
 

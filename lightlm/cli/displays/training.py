@@ -14,16 +14,16 @@ from rich.table import Table
 
 from lightlm.cli.console import console as standard_error
 from lightlm.quantities import format_quantity
+from lightlm.train.observe.observers import Observer
 
-# Seconds between plain log lines: 10 at first, one more for each minute, 60 after 50 minutes. An evening's log can
-# be read through, and a day's has 1,500 lines.
+# Seconds between plain log lines: 10 at first, one more per minute, 60 after 50 minutes; a day's log has 1,500 lines.
 _PLAIN_SECONDS = (10.0, 60.0)
-_SPEED_STEPS = 20  # steps that the shown speed averages over
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move a cursor; a model may write anything
-# The live line leaves out what does not fit, these first.
+_SPEED_STEPS = 20  # steps over which the shown speed is averaged
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may generate codes that move the cursor
+# Cells that the live line leaves out, in this order, until it fits.
 _LEAST_IMPORTANT = ("data wait", "MFU", "grad norm", "memory", "lr", "validation", "elapsed", "tokens/s")
 _LEAST_IMPORTANT_OF_EXPERTS = ("dropped", "bias range", "entropy", "by layer", "dead experts")
-_LEVELS = "▁▂▃▄▅▆▇█"  # of a layer's violation, from 0 to 1 and beyond: an expert with twice its share is a full bar
+_LEVELS = "▁▂▃▄▅▆▇█"  # violation of a layer from 0 to 1 or more; 1 is an expert with twice its share
 
 
 def _clock(seconds: float) -> str:
@@ -36,15 +36,15 @@ def _width(cells: list[tuple[str, str]]) -> int:
 
 
 def _bars(violations: list[float]) -> str:
-    """A bar for each layer, the first on the left."""
+    """Return one bar per layer, the first on the left."""
     return "".join(_LEVELS[min(int(violation * len(_LEVELS)), len(_LEVELS) - 1)] for violation in violations)
 
 
-class TrainingDisplay:
-    """An `Observer` that draws on standard error.
+class TrainingDisplay(Observer):
+    """An `Observer` that prints to standard error.
 
-    The live line needs a terminal that understands its cursor movements. Elsewhere (a pipe, a file, TERM=dumb, also
-    where FORCE_COLOR asks for colours in a log) only whole lines are written.
+    A terminal that can move its cursor shows a live line. A pipe, a file or TERM=dumb gets whole lines only, also if
+    FORCE_COLOR asks for colors.
     """
 
     def __init__(self, console: Console = standard_error) -> None:
@@ -53,7 +53,7 @@ class TrainingDisplay:
         self._facts: dict[str, Any] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=_SPEED_STEPS)
         self._last_validation = ""
-        self._layers: dict[str, Any] = {}  # what was last said of the experts layer by layer
+        self._layers: dict[str, Any] = {}  # the newest metrics of experts by layer
         self._printed = 0.0
 
     def __enter__(self) -> "TrainingDisplay":
@@ -73,7 +73,7 @@ class TrainingDisplay:
         active = ""
         if facts["active_parameters"] != facts["parameters"]:
             active = (
-                f" ({format_quantity(facts['active_parameters'])} active for a token, "
+                f" ({format_quantity(facts['active_parameters'])} active per token, "
                 f"{format_quantity(facts['flops_per_token'])} FLOPs)"
             )
         self._log(
@@ -84,7 +84,7 @@ class TrainingDisplay:
         self._log(
             f"{format_quantity(facts['tokens'])} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
             f"{facts['steps']:,} steps of {growing}{facts['batch_tokens']:,}: "
-            f"{facts['accumulation']} x {facts['micro_batch']} sequences{' a process' if processes else ''}"
+            f"{facts['accumulation']} x {facts['micro_batch']} sequences{' per process' if processes else ''}"
         )
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -96,14 +96,14 @@ class TrainingDisplay:
             self._last_validation = f"{metrics['val_loss']:.4f}"
             self._log(
                 f"{at}  loss {metrics['loss']:.4f}  "
-                f"[bold]validation {metrics['val_loss']:.4f} ({metrics['val_bpb']:.4f} bits a byte)[/]"
+                f"[bold]validation {metrics['val_loss']:.4f} ({metrics['val_bpb']:.4f} bits per byte)[/]"
             )
         if scores := {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}:
             self._log(
                 f"{at}  [bold]" + "  ".join(f"{escape(key)} {value:.4f}" for key, value in scores.items()) + "[/]"
             )
         if self._is_live():
-            if self._live is None:  # not before: a tracker may ask for a password when the run begins
+            if self._live is None:  # not in `start`: a tracker may ask for a password there
                 self._live = Live(console=self._console, refresh_per_second=4, transient=True)
                 self._live.start()
             self._live.update(self._tables(metrics))
@@ -136,7 +136,7 @@ class TrainingDisplay:
         return first_or_last or time.monotonic() - self._printed >= pause
 
     def _speed(self) -> float:
-        """Tokens a second over the last steps."""
+        """Return tokens per second over the last steps."""
         (first_tokens, first_seconds), (tokens, seconds) = self._recent[0], self._recent[-1]
         if len(self._recent) == 1:
             return tokens / max(seconds, 1e-9) if not self._facts["first_step"] else 0.0
@@ -161,7 +161,7 @@ class TrainingDisplay:
         return [*cells, ("elapsed", _clock(metrics["seconds"])), ("left", _clock(left / speed) if speed else "-")]
 
     def _expert_cells(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
-        """How evenly the experts are used; nothing for a dense model."""
+        """Return the cells on the balance of experts, none for a dense model."""
         if "moe/violation" not in metrics:
             return []
         cells = [
@@ -175,7 +175,7 @@ class TrainingDisplay:
         return [*cells, ("dropped", f"{metrics['moe/dropped']:,}")]
 
     def _tables(self, metrics: dict[str, Any]) -> Table | Group:
-        """The live line; of a mixture of experts two."""
+        """Return the live line, and a second one for a mixture of experts."""
         table = self._table(self._cells(metrics), _LEAST_IMPORTANT)
         if not (cells := self._expert_cells(metrics)):
             return table

@@ -32,9 +32,8 @@ from lightlm.data.shards import DataFolder, Manifest, MixedSource, token_dtype
 from lightlm.data.sources.local import Revisable, Source, open_source
 from lightlm.data.sources.sample import training_sample
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
-from lightlm.disk_errors import clear_errors
 from lightlm.errors import DataError, UsageError
-from lightlm.files import restore_folder, write_text
+from lightlm.files import clear_errors, restore_folder, write_text
 
 MOST_WORKERS = 8  # by default: each takes some 80 MB of memory
 

@@ -10,8 +10,8 @@ import xxhash
 
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.local import LocalSource
-from lightlm.disk_errors import clear_errors
 from lightlm.errors import DataError, UsageError
+from lightlm.files import clear_errors
 
 SPEC, NAME = "-", "stdin"
 SUFFIXES = (".txt", ".jsonl")

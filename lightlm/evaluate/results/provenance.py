@@ -7,7 +7,9 @@ from typing import Any
 from lightlm.checkpoint import LoadedModel
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.runner import Tasks
-from lightlm.machine import describe_machine, git_commit, lightlm_commit
+from lightlm.machine import environment
+
+_PACKAGES = ("lm_eval", "datasets", "tokenizers", "huggingface_hub", "safetensors")
 
 
 def provenance(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
@@ -16,16 +18,13 @@ def provenance(lm: LightLM, tasks: Tasks) -> dict[str, Any]:
     Returns:
         `weights`: the sha256 of each file, as the Hub shows it; `revision`, the Hub's commit of a model from there.
         `data_sets`: for each, the folder or `hub`, and its commit where that is known.
-        `machine`; `commit` (of LightLM's checkout) and `working_directory_commit`, each with a + if tracked
-        files differ from it, or null.
+        The entries of `machine.environment`.
     """
     return {
         "weights": {path.name: sha256(path) for path in lm.loaded.weights},
         "revision": _model_revision(lm.loaded),
         "data_sets": tasks.data_sets.origins(),
-        "machine": describe_machine(lm.device),
-        "commit": lightlm_commit(),
-        "working_directory_commit": git_commit(Path.cwd()),
+        **environment(lm.device, *_PACKAGES),
     }
 
 

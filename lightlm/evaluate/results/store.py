@@ -9,13 +9,12 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable
 
 from lightlm import files
-from lightlm.checkpoint import LoadedModel, run_of
+from lightlm.checkpoint import LoadedModel
 from lightlm.evaluate.results.rows import Row as Row
 from lightlm.evaluate.results.rows import rows as rows
 from lightlm.evaluate.runner import Settings
-from lightlm.machine import versions
+from lightlm.runs import run_of
 
-_PACKAGES = ("lm_eval", "datasets", "tokenizers", "huggingface_hub", "safetensors")
 _MAX_STEM = 120  # a file name ends at 255 bytes; a long list of tasks is cut and told apart by a hash
 
 
@@ -52,5 +51,4 @@ def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     files.write_text(path, document + "\n")
-    facts = facts | {"versions": versions(*_PACKAGES)}
     files.write_text(path.with_suffix(".meta.json"), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

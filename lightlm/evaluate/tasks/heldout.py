@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
-from lightlm.checkpoint import RUNS, find_run, run_of
 from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate.tasks import cloze
+from lightlm.runs import RUNS, find_run, run_of
 
 HELDOUT, CLOZE = "heldout", "heldout_cloze"
 TASKS = Path(__file__).parent / "yaml"  # for lm-eval's TaskManager(include_path=...)

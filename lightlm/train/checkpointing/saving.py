@@ -1,11 +1,10 @@
-"""Saving a run's checkpoints while it goes on.
+"""Saving a run's checkpoints while it trains.
 
-A state is copied to the CPU between two steps, into buffers that stay: fresh memory would cost more than the copy.
-A thread writes the copy, flushes it, lets `latest` point to it and prunes; Python's lock is free meanwhile, since
-safetensors, torch and xxhash let go of it.
+Between two steps the state is copied to the CPU, into buffers that are reused: allocating memory would cost more than
+the copy. A thread then writes the copy, points `latest` to it and prunes old checkpoints; safetensors, torch and xxhash
+release Python's lock meanwhile.
 """
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,13 +24,13 @@ from lightlm.recipe import CheckpointSection
 from lightlm.train.checkpointing.state import prune
 from lightlm.train.observe.observers import Observer
 
-_LONG_WAIT = 2.0  # seconds of training lost to a save before it, from which on the user should know
+_LONG_WAIT = 2.0  # seconds that training waits for the previous save before the user gets a note
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time, and drops old ones. A context: leaving it waits for the last.
+    """Writes a run's checkpoints one at a time and prunes old ones, in one process of the run.
 
-    Only one process of a run may have one.
+    A context manager: leaving it waits for the last write.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Saver:
         except CheckpointError as failure:
             if kind is None:
                 raise
-            self._observer.note(str(failure))  # the first error is the one to raise
+            self._observer.note(str(failure))  # the block's own error is raised
         finally:
             self._writer.shutdown()
 
@@ -67,18 +66,18 @@ class Saver:
         milestone: bool = False,
         wait: bool = False,
     ) -> None:
-        """Save the state after `step`, unless it is saved already. The tensors may change as soon as this returns.
+        """Save the state after `step`, unless it is saved already. The tensors may change once this returns.
 
         Args:
             weights: by parameter name, on any device.
             training_state: nested dictionaries and lists of tensors and plain values, on any device.
-            milestone: keep it for good.
-            wait: return when it is complete; this takes no copy in memory.
+            milestone: never prune this checkpoint.
+            wait: return once it is complete; the state is not copied into the buffers.
 
         Raises:
-            CheckpointError: this save, or the one before, could not be written.
+            CheckpointError: this save or the previous one could not be written.
         """
-        self._wait(grudging=not wait)
+        self._wait(report_long=not wait)
         if (self._run / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER).is_file():
             return
         at_once = wait or not self._settings.asynchronous
@@ -89,28 +88,28 @@ class Saver:
             self._wait()
 
     def report(self) -> None:
-        """Tell the observer of a save that has been completed; called between steps.
+        """Report a save that has completed since the last call to the observer.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the save could not be written.
         """
         if self._pending is not None and self._pending[1].done():
             self._wait()
 
-    def _wait(self, *, grudging: bool = False) -> None:
+    def _wait(self, *, report_long: bool = False) -> None:
         if self._pending is None:
             return
         (step, write), started = self._pending, time.perf_counter()
         try:
             problems = write.result()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap system errors
             self._pending = None
             raise CheckpointError(self._failure(step, error)) from error
         self._pending = None
         self._observer.checkpoint(self._run / "checkpoints" / checkpoint.step_name(step))
         for problem in problems:
             self._observer.note(problem)
-        if grudging and (seconds := time.perf_counter() - started) > _LONG_WAIT:
+        if report_long and (seconds := time.perf_counter() - started) > _LONG_WAIT:
             self._observer.note(
                 f"training waited {seconds:.0f} s for the checkpoint of step {step} to be written; "
                 "a higher checkpoint.every would avoid that"
@@ -121,13 +120,13 @@ class Saver:
         kept = f"the last complete one is {complete[-1].name}" if complete else "there is none yet"
         return (
             f"the checkpoint of step {step} could not be written to {self._run / 'checkpoints'}: {error}; {kept}. "
-            f"Make room or mend the disk, then go on with `lightlm train --resume {self._run}`"
+            f"Free space or repair the disk, then run `lightlm train --resume {self._run}`"
         )
 
     def _write(self, step: int, state: tuple[dict[str, Tensor], dict[str, Any]], milestone: bool) -> list[str]:
-        """Runs in the writer's thread; returns what went wrong after the checkpoint was complete."""
+        """Write and prune, in the writer's thread; return problems that leave the checkpoint complete."""
         self._copy.arrive()
-        # A checkpoint on the disk should find its steps' metrics there too, also after a power failure.
+        # Metrics first: after a power failure they reach as far as the checkpoint.
         if (metrics := self._run / "metrics.jsonl").exists():
             files.sync_file(metrics)
         weights, training = state
@@ -140,7 +139,7 @@ class Saver:
 
 
 class HostCopy:
-    """Copies of nested tensors in CPU memory that is allocated once; pinned for a GPU, which copies it by itself."""
+    """Copies of nested tensors in CPU memory that is allocated once, and pinned for asynchronous copies from a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -148,9 +147,9 @@ class HostCopy:
         self._copied: torch.cuda.Event | None = None
 
     def take(self, state: Any) -> Any:
-        """`state` with copies for tensors. They are overwritten by the next `take`, and complete after `arrive`.
+        """Return `state` with copies of its tensors, complete after `arrive` and valid until the next `take`.
 
-        The copies of a GPU's tensors are ordered before what is launched on its current stream afterwards.
+        On a GPU the copies precede whatever the current stream launches next.
         """
         copies = map_tensors(state, self._copy)
         if self._gpu is not None:
@@ -173,7 +172,7 @@ class HostCopy:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], place: str = "") -> Any:
-    """Nested dictionaries, lists and tuples anew, with `function(tensor, place)` for each tensor in them."""
+    """Return a copy of nested dictionaries, lists and tuples with `function(tensor, place)` for each tensor."""
     if isinstance(value, Tensor):
         return function(value, place)
     if isinstance(value, dict):
@@ -184,10 +183,10 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], place: st
 
 
 def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:
-    """Make a run's folder what it was when `resumed` had been saved: called once, before it trains.
+    """Restore a run's folder to its state after the save of `resumed`; called once, before training.
 
-    What a kill left half done is removed. Complete checkpoints after `resumed`, which were passed over because they
-    are damaged, are renamed, so that the run can save those steps anew.
+    Temporary files that a kill left are removed. Checkpoints after `resumed` are damaged: they are renamed to
+    `step_....damaged`, so that the run can save these steps again.
     """
     for folder in (run / "checkpoints", run / "samples"):
         files.clear_leftovers(folder)
@@ -195,11 +194,8 @@ def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:
     names = [path.name for path in complete]
     damaged = complete[names.index(resumed.name) + 1 :] if resumed is not None else complete
     for path in damaged:
-        aside, number = path.with_name(f"{path.name}.damaged"), 1
-        while aside.exists():
-            number += 1
-            aside = path.with_name(f"{path.name}.damaged-{number}")
-        os.replace(path, aside)
-        observer.note(f"{path} is set aside as {aside.name}")
+        renamed = path.with_name(f"{path.name}.damaged")
+        files.replace_folder(path, renamed)
+        observer.note(f"{path} is renamed to {renamed.name}")
     if resumed is not None:
         files.point_to(run / "checkpoints" / "latest", resumed.name)

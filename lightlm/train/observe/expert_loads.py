@@ -1,6 +1,6 @@
-"""How evenly the experts are used: the `moe/` figures of metrics.jsonl, as docs/metrics.md describes them.
+"""The balance of experts: the `moe/` metrics of metrics.jsonl, which docs/metrics.md defines.
 
-All follow from the loads of a step's global batch and from the selection bias, so a resumed run has the same.
+They depend only on the loads of a step's global batch and on the selection bias, so a resumed run repeats them.
 Shapes: L layers of experts as run, E experts.
 """
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from lightlm.model.transformer import Transformer
 from lightlm.train.step.routers import selection_bias_ranges
 
-_EVERY_STEP_BITS = 8  # figures by layer are written in each of the first 2**8 steps
+_EVERY_STEP_BITS = 8  # the first 2**8 steps all have metrics by layer
 
 
 def load_metrics(model: Transformer, step: int, batch_tokens: int, loads: list[list[int]] | None) -> dict[str, Any]:
-    """The figures of one step, after its update; none for a model without experts.
+    """Return the metrics of one step after its update, empty for a model without experts.
 
     Args:
-        loads: (L, E), tokens of the global batch that each expert got.
+        loads: (L, E), tokens of the global batch that each expert received.
     """
     if loads is None:
         return {}
@@ -53,16 +53,16 @@ def load_metrics(model: Transformer, step: int, batch_tokens: int, loads: list[l
 
 
 def layers_are_due(step: int) -> bool:
-    """Whether a step's figures are also written layer by layer, and expert by expert.
+    """Return whether a step also has metrics by layer and by expert.
 
-    Every step up to 256, every second one up to 512, every fourth one up to 1,024, and so on: each doubling of a run
-    adds 128, whatever its length will be, and is as finely resolved as the one before.
+    These are all steps up to 256, every second one up to 512, every fourth one up to 1,024, and so on: each doubling of
+    a run's length adds 128 of them.
     """
     return step % (1 << max(step.bit_length() - _EVERY_STEP_BITS, 0)) == 0
 
 
 def _entropy(load_LE: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of each layer's loads as shares, over that of equal shares, log E: 1 is balanced, 0 is one expert for all."""
+    """Return the entropy of each layer's shares / log E: 1 is balanced, 0 is one expert for all tokens."""
     if load_LE.shape[1] == 1:
         return np.ones(len(load_LE))
     share_LE = load_LE / load_LE.sum(1, keepdims=True)
@@ -71,5 +71,5 @@ def _entropy(load_LE: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _digits(value: float) -> float:
-    """Five digits: more than a plot can show, and a third of the characters."""
+    """Round to five digits: more than a plot shows, with a third of the characters."""
     return float(f"{value:.5g}")

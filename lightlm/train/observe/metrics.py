@@ -1,14 +1,20 @@
-"""The figures of one training step, as they stand in metrics.jsonl; docs/metrics.md says what each means."""
+"""metrics.jsonl: one object per step, and the file. docs/metrics.md defines each metric."""
 
 import contextlib
+import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# What two runs of the same recipe need not have in common, unlike all other keys.
+from lightlm import files
+
+# Metrics that differ between two runs of the same recipe.
 MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_second", "mfu", "memory"})
+_FILE = "metrics.jsonl"
 
 
 def step_metrics(
@@ -25,12 +31,12 @@ def step_metrics(
     memory: int | None,
     utilisation_per_token: float | None,
 ) -> dict[str, Any]:
-    """One object of metrics.jsonl.
+    """Return the object of one step.
 
     Args:
         step, tokens, seconds: counts after the step, over the whole run.
         rates: learning rates by their keys (`optimizers.learning_rates`).
-        utilisation_per_token: FLOPs a token over the device's peak FLOP/s; None where the peak is not known.
+        utilisation_per_token: FLOPs per token / the device's peak FLOP/s; None if the peak is unknown.
     """
     metrics: dict[str, Any] = {
         "step": step,
@@ -51,10 +57,42 @@ def step_metrics(
     return metrics
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes in use at the highest point so far: tensors on a CUDA device, the whole process on a CPU.
+class MetricsFile:
+    """`metrics.jsonl` of a run, open for appending.
 
-    On MPS, which keeps no peak, what the driver holds now. None where the system does not say.
+    `logged_step` is the last step that the file held before it was cut; 0 for none.
+    """
+
+    def __init__(self, run: Path, last_step: int) -> None:
+        """Open the file and drop steps after `last_step`, which an interrupted run logged but did not save."""
+        steps = read_metrics(run)
+        self.logged_step = steps[-1]["step"] if steps else 0
+        kept = [json.dumps(metrics) + "\n" for metrics in steps if metrics["step"] <= last_step]
+        files.write_text(run / _FILE, "".join(kept))
+        self._file = (run / _FILE).open("a", encoding="utf-8")
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        # JSON has no NaN or infinity: the loss of a skipped step may be null.
+        values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the metrics of all steps of a run so far."""
+    path = run / _FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a kill can leave half a line
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak of bytes in use so far: of tensors on a CUDA device, of the whole process on a CPU.
+
+    MPS keeps no peak: its driver's present allocation. None where the system does not say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -65,7 +103,7 @@ def peak_memory(device: torch.device) -> int | None:
 
         return int(psutil.Process().memory_info().peak_wset)
     if sys.platform == "linux":
-        # Not ru_maxrss, where this is known: it begins at what the process that started this one held at its own peak.
+        # Not ru_maxrss: it includes the peak of the process that forked this one.
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
                 if line.startswith("VmHWM:"):

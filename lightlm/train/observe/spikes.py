@@ -1,13 +1,13 @@
-"""Loss spikes: steps whose loss or gradient norm stands far above those before them.
+"""Loss spikes: steps whose loss or gradient norm is far above that of the steps before them.
 
-A value is a spike when it lies more than `train.spike_threshold` robust standard deviations above the median of the
-last `train.spike_window` steps; OLMo-core's SkipStepOptimizer does the same with mean and standard deviation, 6 of
-them over 128 steps. The median and the median absolute deviation are not moved by a few spikes within the window.
-With `train.skip_spikes` such a step's gradients are dropped (PaLM, arXiv 2204.02311, section 5.1, skips the batches
-around a spike): its batch is consumed and the step counts, the weights and the optimizer stay as they were.
+A spike lies more than `train.spike_threshold` robust standard deviations above the median of the last
+`train.spike_window` steps. OLMo-core's SkipStepOptimizer uses mean and standard deviation (6 over 128 steps); a few
+spikes in the window do not move the median and the median absolute deviation.
+`train.skip_spikes` drops the gradients of such a step (PaLM, arXiv 2204.02311, section 5.1, skips the batches around a
+spike): its batch is consumed and the step counts, but weights and optimizer do not change.
 
-The judgement is a function of the loss and norm of the global batch, which are equal on all ranks, and of the
-history, which is part of the training state: so ranks agree, and a resumed run repeats it.
+The judgment depends only on loss and norm of the global batch, which are equal on all ranks, and on the history, which
+is part of the training state. So all ranks agree, and a resumed run repeats it.
 """
 
 import math
@@ -16,23 +16,23 @@ from statistics import median
 
 from lightlm.recipe import TrainSection
 
-MAX_IN_A_ROW = 10  # spikes skipped one after the other; then a finite loss is the run's new level, and NaN its end
+MAX_IN_A_ROW = 10  # spikes skipped in a row; after them a finite loss is the new level, and NaN ends the run
 _NORMAL = 1.4826  # median absolute deviation to standard deviation, for a normal distribution
-# Of the median, the least deviation assumed: a loss that hardly varies (a large batch, a memorised text) would make
-# spikes of nothing. With the default threshold of 6 no value within 6% of the median is one.
+# The least deviation, as a share of the median: otherwise a loss that hardly varies (large batch, memorized text) makes
+# spikes of noise. With the default threshold of 6 a value within 6% of the median is never a spike.
 _LEAST_DEVIATION = 0.01
 
 
 @dataclass(frozen=True)
 class SpikeHistory:
-    """What the next step is compared with: the finite values of the last steps, oldest first."""
+    """The finite values of the last steps, oldest first, to which the next step is compared."""
 
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
     in_a_row: int = 0  # spikes up to and including the last step
 
     def after(self, loss: float, norm: float, spike: bool, window: int) -> "SpikeHistory":
-        """The history with one more step. A spike enters it too, or a lasting change of level would never end."""
+        """Return the history with one more step. A spike enters it too, so a lasting change becomes normal."""
         in_a_row = self.in_a_row + 1 if spike else 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return SpikeHistory(self.losses, self.norms, in_a_row)
@@ -43,7 +43,7 @@ class SpikeHistory:
 class Verdict:
     """What to do with a step.
 
-    `reason` says in words why it is a spike, and is empty where it is none. `diverged`: there is nothing to go on with.
+    `reason` says why it is a spike and is empty if it is not one. `diverged`: the run cannot continue.
     """
 
     reason: str
@@ -59,7 +59,7 @@ class Verdict:
 def judge(before: SpikeHistory, loss: float, norm: float, train: TrainSection) -> Verdict:
     """Compare a step's loss and gradient norm (before clipping) with the steps before it.
 
-    A loss or norm that is no number is always a spike; others are judged once half the window is known.
+    A loss or norm that is NaN or infinite is always a spike; others are judged once half the window is filled.
     """
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
@@ -76,12 +76,12 @@ def judge(before: SpikeHistory, loss: float, norm: float, train: TrainSection) -
 
 
 def _excess(name: str, value: float, recent: tuple[float, ...], train: TrainSection) -> str:
-    """How far a value stands out, in words; nothing where it does not."""
+    """Return a description of how far a value stands out, or an empty string."""
     recent = recent[-train.spike_window :]
     if len(recent) < train.spike_window // 2:
         return ""
-    centre = median(recent)
-    deviation = max(_NORMAL * median(abs(other - centre) for other in recent), _LEAST_DEVIATION * abs(centre))
-    if value - centre <= train.spike_threshold * deviation:
+    center = median(recent)
+    deviation = max(_NORMAL * median(abs(other - center) for other in recent), _LEAST_DEVIATION * abs(center))
+    if value - center <= train.spike_threshold * deviation:
         return ""
-    return f"{name} {value:.4g}, median of the last {len(recent)} steps {centre:.4g} ± {deviation:.2g}"
+    return f"{name} {value:.4g}, median of the last {len(recent)} steps {center:.4g} ± {deviation:.2g}"

@@ -1,8 +1,9 @@
-"""Experiment trackers beside metrics.jsonl: TensorBoard, Weights & Biases, trackio.
+"""Backends of experiment tracking beside metrics.jsonl: TensorBoard, Weights & Biases, trackio.
 
-They are watchers: a tracker that fails is noted once and left out, and training goes on. Each gets the numbers of
-metrics.jsonl, the samples, and the resolved recipe as its configuration. Their packages are imported only when a
-recipe names them.
+A backend receives the numbers of metrics.jsonl, the samples, and the resolved recipe as its configuration. One that
+fails is noted once and dropped; training continues. Its package is imported only if a recipe names it.
+
+To add a backend, write a `Tracker` and enter it in `BACKENDS`; `TrackingSection.backends` lists the names.
 """
 
 import contextlib
@@ -16,56 +17,61 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import yaml
 
 from lightlm import files
 from lightlm.errors import RecipeError
 from lightlm.recipe import TrackingSection
+from lightlm.runs import RECIPE
+from lightlm.train.observe.observers import Observer
 
-STATE = "tracking.json"  # in the run folder: each backend that knows the run, its id for it, and `_LOGGED`
+STATE = "tracking.json"  # in the run folder: each backend's id of the run, and `_LOGGED`
 _LOGGED = "logged_step"
-_PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a backend is told when a run begins or goes on."""
+    """What a backend needs to start or resume a run."""
 
     run: Path
     recipe: dict[str, Any]  # resolved
     project: str
-    known: str | None  # the backend's id of this run if it began earlier
-    first_step: int  # the checkpoint's; 0 for a new run
-    logged_step: int  # the last one that ever stood in metrics.jsonl, which a killed run leaves past its checkpoint
+    known: str | None  # the backend's id of a resumed run
+    first_step: int  # the checkpoint's step; 0 for a new run
+    logged_step: int  # the last step ever logged; after a kill it is later than `first_step`
 
 
-class Tracker(Protocol):
-    """One backend's end of a run. Any call may raise."""
+class Tracker:
+    """One backend's connection to a run. Any method may raise."""
 
-    id: str
-    where: str  # how to look at the run, for a note
-    sent: int  # steps up to this one the backend has already, and is not told again
+    package: ClassVar[str]  # the module to import
+    id: str  # the backend's name of the run
+    where: str  # how to view the run, for a note
+    sent: int  # the backend already has the steps up to this one
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Numbers of one step, the step's number among them."""
+    def __init__(self, session: Session) -> None: ...
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def sample(self, step: int, prompt: str, text: str) -> None: ...
 
     def flush(self) -> None:
-        """A checkpoint is complete: what was logged up to here will not be logged again."""
+        """Store what was logged: a checkpoint is complete, so these steps are not logged again."""
 
     def finish(self, failed: bool) -> None: ...
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in `<run>/tensorboard`."""
+
+    package = "torch.utils.tensorboard"
 
     def __init__(self, session: Session) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Told so by the writer's first event, TensorBoard forgets the steps after the checkpoint.
+        # The writer's first event lets TensorBoard drop the steps after the checkpoint.
         purge = session.first_step + 1 if session.known else None
         self._writer: Any = SummaryWriter(str(session.run / "tensorboard"), purge_step=purge)
         self.id, self.where, self.sent = "tensorboard", f"tensorboard --logdir {session.run.parent}", 0
@@ -86,8 +92,10 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
-    """A Weights & Biases run, kept in `<run>/wandb`. WANDB_MODE, WANDB_ENTITY and its other variables are obeyed."""
+class WandB(Tracker):
+    """A Weights & Biases run in `<run>/wandb`, which obeys WANDB_MODE, WANDB_ENTITY and its other variables."""
+
+    package = "wandb"
 
     def __init__(self, session: Session) -> None:
         import wandb
@@ -102,7 +110,7 @@ class WandB:
             config=session.recipe,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        # The server knows what it has; an offline run can only go by our own file.
+        # The server knows which steps it has; for an offline run only our own file does.
         self.sent = self._run.starting_step - 1 if self._run.resumed else session.logged_step if session.known else 0
         offline = f"offline; wandb sync --append {session.run / 'wandb'}/offline-run-*"
         self.where = offline if self._run.offline else str(self._run.url)
@@ -117,23 +125,22 @@ class WandB:
 
         self._run.log({"sample": wandb.Html(f"<pre>{html.escape(prompt + text)}</pre>")}, step=step)
 
-    def flush(self) -> None:
-        pass  # a process of its own writes and sends
-
     def finish(self, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
 
 
-class Trackio:
-    """A trackio run, kept where trackio keeps its projects, so that its dashboard compares runs.
+class Trackio(Tracker):
+    """A trackio run in trackio's own folder, where its dashboard compares runs.
 
-    TRACKIO_DIR, TRACKIO_SPACE_ID and its other variables are obeyed.
+    It obeys TRACKIO_DIR, TRACKIO_SPACE_ID and its other variables.
     """
+
+    package = "trackio"
 
     def __init__(self, session: Session) -> None:
         import trackio
 
-        # "never" for a new run: another of the same name, from another folder, is not continued.
+        # "never": a new run does not continue one of the same name from another folder.
         resume = "allow" if session.known else "never"
         with _no_output():
             self._run: Any = trackio.init(
@@ -150,9 +157,6 @@ class Trackio:
 
         self._run.log({"sample": trackio.Markdown(_fenced(prompt + text))}, step=step)
 
-    def flush(self) -> None:
-        pass  # a thread of its own writes
-
     def finish(self, failed: bool) -> None:
         import trackio
 
@@ -160,15 +164,15 @@ class Trackio:
             trackio.finish()
 
 
-_BACKENDS: dict[str, Callable[[Session], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+BACKENDS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-class Trackers:
-    """An `Observer` that hands a run's numbers to the backends of its recipe; a context that finishes them.
+class Trackers(Observer):
+    """An `Observer` that sends a run's numbers to the backends of its recipe, and a context manager that closes them.
 
     Args:
         section: the recipe's.
-        note: told where the tracked run can be seen, and of a backend that fails.
+        note: receives where to view the run, and each backend's failure.
 
     Raises:
         RecipeError: a backend's package is not installed.
@@ -177,7 +181,7 @@ class Trackers:
     def __init__(self, section: TrackingSection, note: Callable[[str], None]) -> None:
         self._section, self._note = section, note
         self._active: dict[str, Tracker] = {}
-        if missing := [name for name in section.backends if not _installed(_PACKAGES[name])]:
+        if missing := [name for name in section.backends if not _installed(BACKENDS[name].package)]:
             raise RecipeError(
                 f"tracking.backends: {', '.join(missing)} cannot be imported here; install with "
                 "pip install 'lightlm[tracking]', or leave the name out (metrics.jsonl is always written)"
@@ -196,13 +200,13 @@ class Trackers:
         if not self._section.backends:
             return
         run = Path(facts["run"])
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
         known = _read_state(run / STATE)
-        # A run may be killed again before it is as far as it has been: by then metrics.jsonl has been cut.
+        # The maximum, since metrics.jsonl is cut: a resumed run may be killed again before it reaches that step.
         known[_LOGGED] = logged = max(known.get(_LOGGED, 0), facts["logged_step"])
         for name in self._section.backends:
             session = Session(run, recipe, self._section.project, known.get(name), facts["first_step"], logged)
-            tracker = self._guarded(name, functools.partial(_BACKENDS[name], session))
+            tracker = self._guarded(name, functools.partial(BACKENDS[name], session))
             if tracker is not None:
                 self._active[name] = tracker
                 known[name] = tracker.id
@@ -219,27 +223,24 @@ class Trackers:
     def checkpoint(self, path: Path) -> None:
         self._each(lambda tracker: tracker.flush())
 
-    def note(self, message: str) -> None:
-        pass
-
     def _each(self, call: Callable[[Tracker], None], step: int | None = None) -> None:
         for name, tracker in list(self._active.items()):
             if step is None or step > tracker.sent:
                 self._guarded(name, functools.partial(call, tracker))
 
     def _guarded(self, name: str, call: Callable[[], Any]) -> Any:
-        """The call's result, or None and a note where the backend fails, whatever it raises."""
+        """Return the call's result; if it raises anything, note that, drop the backend and return None."""
         try:
             return call()
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             self._active.pop(name, None)
-            self._note(f"{name} failed and is left out from here on ({type(error).__name__}: {reason})")
+            self._note(f"{name} failed and is dropped ({type(error).__name__}: {reason})")
             return None
 
 
 def _installed(module: str) -> bool:
-    """Whether a module can be imported. A folder without code does not count, such as ./wandb with old runs in it."""
+    """Return whether a module with code can be imported; a folder of old runs such as ./wandb does not count."""
     try:
         return importlib.import_module(module).__file__ is not None
     except ImportError:
@@ -257,10 +258,10 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _fenced(text: str) -> str:
-    """Text as a Markdown block that shows it as it is."""
+    """Return the text as a Markdown code block."""
     return "\n".join("    " + line for line in text.splitlines())
 
 
 def _no_output() -> contextlib.AbstractContextManager[Any]:
-    """trackio prints, and standard output belongs to results."""
+    """Suppress what trackio prints: standard output is for results."""
     return contextlib.redirect_stdout(io.StringIO())

@@ -105,7 +105,7 @@ def test_a_plain_log_is_whole_lines_without_control_codes():
     lines = text.splitlines()
     assert lines[0] == "runs/demo: 6.8M parameters on cpu, bfloat16"
     assert "sample: The old sea �[2J�[/b] :smile: naïve" in lines
-    assert "step     11  loss 5.0000  validation 4.5000 (1.8000 bits a byte)" in lines
+    assert "step     11  loss 5.0000  validation 4.5000 (1.8000 bits per byte)" in lines
     assert "step     11  hellaswag/acc_norm 0.2875" in lines
     assert "Note: spike at step 12: loss 9" in lines
     [first] = [line for line in lines if line.startswith("step 1/1,000")]
@@ -132,8 +132,8 @@ def test_plain_lines_come_at_a_rhythm(monkeypatch):
     assert gaps == sorted(gaps)
 
 
-def test_forced_colours_in_a_log_bring_no_cursor_movements():
-    """FORCE_COLOR is usual in continuous integration; its log is no terminal."""
+def test_forced_colors_in_a_log_bring_no_cursor_movements():
+    """FORCE_COLOR is usual in continuous integration; its log is not a terminal."""
     text = plain(force_terminal=True, color_system="standard")
     assert "\x1b[" in text
     assert "\r" not in text
@@ -164,9 +164,9 @@ def test_the_live_line_fits_the_terminal(width):
 
 @needs_terminal
 def test_no_color_is_obeyed_and_a_dumb_terminal_gets_plain_lines():
-    colours = r"\x1b\[[0-9;]*3[0-7]m"
-    assert re.search(colours, in_terminal())
-    assert not re.search(colours, in_terminal(NO_COLOR="1"))
+    colors = r"\x1b\[[0-9;]*3[0-7]m"
+    assert re.search(colors, in_terminal())
+    assert not re.search(colors, in_terminal(NO_COLOR="1"))
     dumb = in_terminal(TERM="dumb").replace("\r\n", "\n")  # the terminal driver's own
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", dumb)
     assert "step 1,000/1,000" in dumb
@@ -177,7 +177,7 @@ def test_a_log_of_experts_says_what_is_active_and_how_evenly_they_are_used():
     with TrainingDisplay(Console(file=stream, width=80)) as display:
         show_experts(display)
     first, _, *steps = stream.getvalue().splitlines()
-    assert first == "runs/demo: 6.8M parameters (2.5M active for a token, 15M FLOPs) on cpu, bfloat16"
+    assert first == "runs/demo: 6.8M parameters (2.5M active per token, 15M FLOPs) on cpu, bfloat16"
     assert len(steps) == 2
     for line in steps:  # the range of the bias is the last one known
         assert line.endswith(

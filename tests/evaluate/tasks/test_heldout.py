@@ -15,6 +15,7 @@ from lightlm.evaluate import runner
 from lightlm.evaluate.__main__ import with_defaults
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.results import store as results
+from lightlm.evaluate.results.provenance import provenance
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
 from lightlm.evaluate.tasks.heldout import TASKS, dataset_of
 from tests.evaluate.tiny_run import DOCUMENTS, write_world
@@ -119,10 +120,11 @@ def test_an_unreachable_hub_is_not_retried(world: LoadedModel, monkeypatch: pyte
 
 def test_results_are_lm_evals_own_document_beside_a_file_of_facts(world: LoadedModel, tmp_path: Path) -> None:
     settings = Settings(["quiz.yaml"], num_fewshot=0, limit=4)
-    document = run_tasks(LightLM(world), Tasks(settings))
+    lm, tasks = LightLM(world), Tasks(settings)
+    document = run_tasks(lm, tasks)
     path = results.result_file(world, settings, None)
     assert path == tmp_path / "runs" / "demo" / "eval" / "step_000007_quiz_0shot_limit4.json"
-    results.write(path, document, {"seconds": 1.5})
+    results.write(path, document, {"seconds": 1.5} | provenance(lm, tasks))
     written = json.loads(path.read_text())
     expected_keys = {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config", "git_hash"}
     expected_keys |= {"date", "lm_eval_version", "model_source", "model_name", "task_hashes"}

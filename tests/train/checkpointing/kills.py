@@ -89,12 +89,12 @@ class Harness:
         self._context.set_forkserver_preload(["lightlm.train.trainer", "lightlm.cli.app", "lightlm.generate.engine"])
 
     def complete(self, name: str, kills: int, *, forked: bool = True) -> None:
-        """Start and resume the run until it is complete, killing up to `kills` of its processes."""
+        """Repeat one command, killing up to `kills` of its processes, until the run is complete."""
         newest = -1
         for life in range(kills + 1):
-            recipe = self.folder / "runs" / name / "recipe.yaml"
-            arguments = ["--resume", name] if recipe.is_file() else [*RECIPE, "--name", name]
-            if self._live(["train", *arguments], name, doomed=life < kills, forked=forked):
+            if self._live(
+                ["train", *RECIPE, "--name", name, "--auto-resume"], name, doomed=life < kills, forked=forked
+            ):
                 return
             newest = self._check(name, newest)
         raise AssertionError(f"{name} did not complete")

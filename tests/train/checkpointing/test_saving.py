@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from lightlm import checkpoint, files
 from lightlm.errors import CheckpointError
 from lightlm.recipe import load_recipe
+from lightlm.runs import new_run
 from lightlm.train.checkpointing import saving
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.checkpointing.saving import HostCopy, Saver, tidy
-from lightlm.train.runs import new_run, reopen_run
 from tests.shapes import build
 from tests.train.checkpointing.kills import differences
 from tests.train.watch import Recorder, resume, start
@@ -99,7 +100,7 @@ def test_the_run_writes_a_damaged_step_again_and_ends_the_same(copied, whole):
     result, watch = resume("copied")
     assert watch.facts["first_step"] == 5
     assert "training_state.pt is damaged" in watch.notes[0]
-    assert watch.notes[1].endswith("step_000010 is set aside as step_000010.damaged")
+    assert watch.notes[1].endswith("step_000010 is renamed to step_000010.damaged")
     assert watch.saved == ["step_000010", "step_000012"]
     assert names(copied) == ["latest", "step_000005", "step_000010", "step_000010.damaged", "step_000012"]
     shutil.rmtree(copied / "checkpoints/step_000010.damaged")

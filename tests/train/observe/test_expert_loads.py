@@ -14,11 +14,11 @@ from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.train.observe.expert_loads import layers_are_due, load_metrics
 from lightlm.train.observe.observers import Observers
-from lightlm.train.observe.trackers import _BACKENDS, Trackers
+from lightlm.train.observe.trackers import BACKENDS, Trackers
 from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 
-DOCS = Path(__file__).parents[2] / "docs"
-# Two layers of eight experts above a dense one, two experts a token, four micro-batches a step.
+DOCS = Path(__file__).parents[3] / "docs"
+# Two layers of eight experts above a dense one, two experts per token, four micro-batches per step.
 EXPERTS = (
     "model.num_layers=3",
     "model.first_k_dense=1",
@@ -98,7 +98,7 @@ def test_every_figure_is_documented_and_a_dense_run_has_none(run):
 
 def test_trackers_get_the_scalars_alone(monkeypatch):
     class Kept:
-        id, where, sent, logged = "kept", "nowhere", 0, []
+        package, id, where, sent, logged = "json", "kept", "nowhere", 0, []
 
         def __init__(self, session): ...
         def log(self, step, metrics):
@@ -108,8 +108,7 @@ def test_trackers_get_the_scalars_alone(monkeypatch):
         def flush(self): ...
         def finish(self, failed): ...
 
-    monkeypatch.setitem(_BACKENDS, "tensorboard", Kept)
-    monkeypatch.setattr("lightlm.train.observe.trackers._PACKAGES", {"tensorboard": "json"})
+    monkeypatch.setitem(BACKENDS, "tensorboard", Kept)
     from lightlm.recipe import load_recipe
 
     watch = Recorder()
@@ -155,7 +154,7 @@ def test_figures_by_layer_come_128_to_a_doubling():
 
 
 def test_a_line_of_a_large_run_stays_short():
-    """29 layers of 16 experts, 512K tokens a batch, eight experts a token."""
+    """29 layers of 16 experts, 512K tokens per batch, eight experts per token."""
     config = replace(SHAPE, num_layers=30, first_k_dense=1, num_experts=16, num_experts_per_tok=8)
     loads = np.random.default_rng(0).multinomial(2**22, np.full(16, 1 / 16), size=29).tolist()
     model = Transformer(config)

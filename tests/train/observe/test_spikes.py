@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from lightlm import checkpoint
 from lightlm.recipe import TrainSection, load_recipe
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.spikes import MAX_IN_A_ROW, SpikeHistory, judge
-from lightlm.train.runs import reopen_run
 from lightlm.train.trainer import TrainingDivergedError
 from tests.train.watch import Recorder, comparable, make_trainer
 
@@ -188,7 +188,7 @@ def test_no_number_is_skipped_and_written_as_null():
     assert len([note for note in watch.notes if "spike" in note]) == 1
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     lines = (result.run / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line, parse_constant=refuse) for line in lines]

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from safetensors.torch import load_file
@@ -17,15 +18,16 @@ from safetensors.torch import load_file
 from lightlm import checkpoint
 from lightlm.errors import RecipeError
 from lightlm.recipe import TrackingSection, load_recipe
-from lightlm.train.observe.metrics import MEASURED
-from lightlm.train.observe.observers import Observers, read_metrics
-from lightlm.train.observe.trackers import _BACKENDS, Trackers, _installed
-from lightlm.train.runs import new_run, reopen_run
+from lightlm.runs import RUNS, new_run
+from lightlm.train.checkpointing.resume import reopen_run
+from lightlm.train.observe.metrics import MEASURED, read_metrics
+from lightlm.train.observe.observers import Observers
+from lightlm.train.observe.trackers import BACKENDS, Trackers, _installed
 from tests.train.watch import Recorder, comparable, make_trainer
 
 # trackio reads it once, when it is first imported.
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="lightlm-trackio-")
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def go(name, *backends, terminate_at=None, overrides=()):
     """A run as `lightlm train` starts it, new or resumed."""
     watch = Recorder(terminate_at)
     changes = [f"tracking.backends=[{', '.join(backends)}]", "eval.prompts=[The <old>]", *overrides]
-    if (checkpoint.RUNS / name).exists():
+    if (RUNS / name).exists():
         recipe, run, saved = reopen_run(name, changes)
     else:
         recipe, run, saved = load_recipe("tiny.yaml", changes), new_run(name, exact=True), None
@@ -203,7 +205,7 @@ def history(file):
 class Broken:
     """A backend that fails at a chosen call."""
 
-    id, where, sent = "broken", "nowhere", 0
+    package, id, where, sent = "json", "broken", "nowhere", 0
 
     def __init__(self, when):
         self.when, self.calls = when, []
@@ -231,13 +233,12 @@ class Broken:
 
 
 @pytest.mark.parametrize("when", ["open", "log 3", "sample", "flush", "finish False"])
-def test_a_tracker_that_fails_is_noted_once_and_training_goes_on(plain_run, monkeypatch, when):
+def test_a_tracker_that_fails_is_noted_once_and_training_continues(plain_run, monkeypatch, when):
     broken = Broken(when)
-    monkeypatch.setitem(_BACKENDS, "tensorboard", broken)
-    monkeypatch.setattr("lightlm.train.observe.trackers._PACKAGES", {"tensorboard": "json"})
+    monkeypatch.setitem(BACKENDS, "tensorboard", broken)
     result, watch = go(f"broken-{when.replace(' ', '-')}", "tensorboard")
     assert [note for note in watch.notes if "failed" in note] == [
-        "tensorboard failed and is left out from here on (ConnectionError: no route to host)"
+        "tensorboard failed and is dropped (ConnectionError: no route to host)"
     ]
     assert broken.calls.count(when) == 1
     assert broken.calls[-1] == when
@@ -254,8 +255,8 @@ def test_a_run_killed_twice_sends_no_step_again(monkeypatch):
         sessions.append((session.first_step, session.logged_step))
         return Broken("never")
 
-    monkeypatch.setitem(_BACKENDS, "tensorboard", opened)
-    monkeypatch.setattr("lightlm.train.observe.trackers._PACKAGES", {"tensorboard": "json"})
+    opened.package = "json"
+    monkeypatch.setitem(BACKENDS, "tensorboard", opened)
     for last_step in (13, 11, None):
         result, _ = go("twice", "tensorboard", terminate_at=last_step)
         if last_step:
@@ -265,8 +266,7 @@ def test_a_run_killed_twice_sends_no_step_again(monkeypatch):
 
 def test_a_run_that_fails_is_finished_as_failed(monkeypatch):
     broken = Broken("never")
-    monkeypatch.setitem(_BACKENDS, "tensorboard", broken)
-    monkeypatch.setattr("lightlm.train.observe.trackers._PACKAGES", {"tensorboard": "json"})
+    monkeypatch.setitem(BACKENDS, "tensorboard", broken)
 
     def fail(self, metrics):
         raise KeyboardInterrupt
@@ -281,6 +281,12 @@ def test_a_missing_package_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(RecipeError, match=r"trackio cannot be imported here; .*pip install 'lightlm\[tracking\]'"):
         Trackers(TrackingSection(backends=["trackio"]), print)
+
+
+def test_a_recipe_may_name_every_backend():
+    assert TrackingSection(backends=list(BACKENDS)).backends == list(BACKENDS)
+    [names] = get_args(TrackingSection.model_fields["backends"].annotation)
+    assert set(get_args(names)) == BACKENDS.keys()
 
 
 def test_a_folder_of_old_runs_is_no_package(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightlm import checkpoint
+from lightlm.runs import RUNS
 from tests.train.group import together, train_together
 from tests.train.step.routed import SHORT, SIGMOID, SOFTMAX, biases, expected_biases, loads, routed_run
 from tests.train.watch import comparable, resume, start
@@ -25,7 +26,7 @@ def _in_workspace(workspace, monkeypatch):
 
 
 def weights(name):
-    return load_file(checkpoint.newest_checkpoint(checkpoint.RUNS / name) / "model.safetensors")
+    return load_file(checkpoint.newest_checkpoint(RUNS / name) / "model.safetensors")
 
 
 def routed_member(world, name, overrides, edit=None):
@@ -138,7 +139,7 @@ def test_checkpoints_move_between_one_process_copies_and_shards():
     assert_close(sharded + copies + single.metrics, watch.metrics)
     for step in range(1, 7):
         path = f"checkpoints/{checkpoint.step_name(step)}/model.safetensors"
-        ours, theirs = (load_file(checkpoint.RUNS / run / path) for run in ("moving", "moving-whole"))
+        ours, theirs = (load_file(RUNS / run / path) for run in ("moving", "moving-whole"))
         for key in theirs:
             if key.endswith("selection_bias"):
                 assert theirs[key].any()

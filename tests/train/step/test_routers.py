@@ -13,6 +13,7 @@ from lightlm.errors import RecipeError
 from lightlm.model.moe import Router
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
+from lightlm.runs import RUNS
 from lightlm.train import trainer as trainer_module
 from lightlm.train.step.parallel import LossModule
 from lightlm.train.step.routers import RouterLosses, move_selection_biases
@@ -35,7 +36,7 @@ def run(workspace):
 
 
 def weights(result_or_name):
-    run_folder = checkpoint.RUNS / result_or_name if isinstance(result_or_name, str) else result_or_name.run
+    run_folder = RUNS / result_or_name if isinstance(result_or_name, str) else result_or_name.run
     return load_file(checkpoint.newest_checkpoint(run_folder) / "model.safetensors")
 
 
