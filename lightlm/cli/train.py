@@ -28,7 +28,11 @@ def train(
         typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one (lightlm recipes ls)."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Overrides, such as optimizer.lr=1e-3.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value ...]",
+            help="Overrides, such as optimizer.lr=1e-3. `lightlm recipes keys` lists all keys.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Run folder under runs/; the recipe's name unless given.")] = None,
     resume: Annotated[
