@@ -37,7 +37,7 @@ def read_section(values: Any) -> OptimizerSection:
     return OPTIMIZERS.get(str(name), _UnknownOptimizer).model_validate(values)
 
 
-# A field of this type holds the section of any optimizer: a union that `name` decides. Validation looks the registry up,
+# The type of a field that holds any optimizer's section: a union that `name` decides. Validation reads the registry,
 # so that it includes optimizers that a program adds; the JSON Schema includes those above.
 _UNION: Any = functools.reduce(operator.or_, OPTIMIZERS.values())
 AnyOptimizer = Annotated[SerializeAsAny[OptimizerSection], BeforeValidator(read_section, json_schema_input_type=_UNION)]
