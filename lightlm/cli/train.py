@@ -137,9 +137,9 @@ def _train(
     # The run folder appears once recipe and data are known to fit.
     exact = name is not None or auto_resume
     run = world.from_writer(lambda: run or new_run(name or parsed.name, exact=exact))
-    if setup.done:
-        display.note(f"{run} is complete; raise train.tokens to train it further")
     trainer = Trainer(setup, run, Observers(display, trackers), evaluator=evaluator)
+    if trainer.done:
+        display.note(f"{run} is complete; raise train.tokens to train it further")
     with display, trackers:
         result = trainer.train()
     if world.is_writer:

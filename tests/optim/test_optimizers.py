@@ -46,6 +46,13 @@ def test_positions_are_a_table_and_one_rate_is_logged_once():
     assert learning_rates(optimizer) == {"lr": 0.05}
 
 
+def test_a_vector_without_a_pattern_is_refused():
+    model = build("gpt2")
+    model.register_parameter("temperature", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(ValueError, match=r"parameter temperature is not a matrix; add its pattern to .*PATTERNS"):
+        optimizer_for(model, lr=0.1)
+
+
 def test_groups_leave_adamws_numbers_alone():
     """The same bits as one AdamW over two groups, decayed and not."""
     ours, theirs = build("gpt2"), build("gpt2")
