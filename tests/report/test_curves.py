@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lightlm.report.charts.curves import Curves, focus, smooth
+from lightlm.report.curves import Curves, focus, smooth
 from tests.report.run_folder import rows
 
 NAN = math.nan

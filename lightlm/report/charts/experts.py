@@ -11,8 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FixedLocator
 
 from lightlm.report.charts.chart import MUTED, PLOT_HEIGHT, RUNS, Chart
-from lightlm.report.charts.curves import Floats, focus, smooth
 from lightlm.report.charts.drawing import Plot, curve, empty_chart, label, runs_with
+from lightlm.report.curves import Floats, focus, smooth
 from lightlm.report.record import Record
 
 _HEAT_RUNS = 4  # runs whose loads get plots of their own
