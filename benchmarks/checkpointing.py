@@ -24,9 +24,10 @@ from lightlm import __version__
 from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.device import autocast, describe, pick_device, pick_dtype
 from lightlm.model.transformer import Transformer
+from lightlm.optim.groups import build_optimizer
+from lightlm.optim.state import named_state
 from lightlm.recipe import CheckpointSection, Recipe, load_recipe
 from lightlm.train.checkpointing.saving import Saver
-from lightlm.train.optim.optimizers import build_optimizer, named_state
 from lightlm.train.step.loss import token_loss
 
 
@@ -52,7 +53,7 @@ class Workload:
         config = replace(recipe.model, vocab_size=vocab_size, max_seq_len=max(length, recipe.model.max_seq_len))
         torch.manual_seed(0)
         self.model = Transformer(config).to(device).train()
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer, dtype)
         self.tokens = torch.randint(vocab_size, (sequences, length + 1), device=device)
 
     def micro_batch(self) -> None:

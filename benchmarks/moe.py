@@ -31,7 +31,7 @@ from lightlm.convert.load import load_pretrained
 from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.train.optim.optimizers import build_optimizer
+from lightlm.optim.groups import build_optimizer
 from lightlm.train.step.parallel import LossModule
 from lightlm.train.step.routers import move_selection_biases, router_losses
 
@@ -56,7 +56,8 @@ def transformers(options: argparse.Namespace, device: torch.device, implementati
     model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, **chosen)
     model = model.to(device).train()
     model.config.use_cache = False
-    return model, lambda tokens: model(tokens, labels=tokens).loss, build_optimizer(model, recipe.optimizer)
+    optimizer = build_optimizer(model, recipe.optimizer, pick_dtype(options.dtype, device))
+    return model, lambda tokens: model(tokens, labels=tokens).loss, optimizer
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:
@@ -78,14 +79,15 @@ def settle(options: argparse.Namespace) -> list[float]:
     recipe, config = train.shape(options)
     torch.manual_seed(0)
     model = Transformer(config).to(device)
-    loss, optimizer = LossModule(model, router_losses(recipe)), build_optimizer(model, recipe.optimizer)
+    dtype = pick_dtype(options.dtype, device)
+    loss, optimizer = LossModule(model, router_losses(recipe)), build_optimizer(model, recipe.optimizer, dtype)
     batches = train.batches_of(options, device)
     if options.start is not None:
         model.load_state_dict(load_pretrained(options.start).model.state_dict())
     violations: list[float] = []
     for step in range(options.settle if options.start is None else 1):
         tokens = next(batches)
-        with autocast(device, pick_dtype(options.dtype, device)):
+        with autocast(device, dtype):
             result = loss(tokens[:, :-1], tokens[:, 1:].contiguous())
         assert result.load_LE is not None, "this recipe has no experts"
         violations = (result.load_LE.amax(1) / result.load_LE.double().mean(1) - 1).tolist()

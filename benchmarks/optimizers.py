@@ -22,8 +22,10 @@ import torch
 from lightlm import __version__
 from lightlm.device import autocast, describe, pick_device, pick_dtype
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import OptimizerSection, load_recipe
-from lightlm.train.optim.optimizers import build_optimizer, parameter_groups
+from lightlm.optim.groups import build_optimizer, parameter_groups
+from lightlm.optim.registry import read_section
+from lightlm.optim.section import OptimizerSection
+from lightlm.recipe import load_recipe
 from lightlm.train.step.loss import token_loss
 
 SETTINGS = {
@@ -87,7 +89,7 @@ def main() -> None:
     passes()
     passes_seconds = min(seconds_of(passes, device, clock) for _ in range(options.rounds))
     batch_seconds = passes_seconds / (options.sequences * options.length) * recipe.train.batch_tokens
-    sections = {name: OptimizerSection(lr=1e-4, **values) for name, values in SETTINGS.items()}
+    sections = {name: read_section({"lr": 1e-4, **values}) for name, values in SETTINGS.items()}
     steps = {name: build_optimizer(model, section, dtype).step for name, section in sections.items()}
     steps["torch.optim.Muon + AdamW"] = TorchMuon(model, sections["muon"]).step
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from lightlm.train.optim.muon import orthogonalise
+from lightlm.optim.orthogonal import orthogonalize
 
 MATRICES, ROUNDS = 24, 5
 
@@ -18,7 +18,7 @@ def milliseconds(matrices_NRC: torch.Tensor, a_call: int) -> float:
     for _ in range(ROUNDS):
         started = time.process_time()
         for call in matrices_NRC.split(a_call):
-            orthogonalise(call, 5, torch.bfloat16)
+            orthogonalize(call, 5, torch.bfloat16)
         rounds.append(time.process_time() - started)
     return 1e3 * min(rounds)
 

@@ -38,9 +38,9 @@ from lightlm.data.shards import DataFolder
 from lightlm.device import autocast, describe, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
+from lightlm.optim.groups import build_optimizer
 from lightlm.recipe import Recipe, load_recipe
 from lightlm.train.observe.metrics import peak_memory
-from lightlm.train.optim.optimizers import build_optimizer
 from lightlm.train.step.parallel import LossModule
 from lightlm.train.step.routers import router_losses
 
@@ -64,7 +64,7 @@ def lightlm(options: argparse.Namespace, device: torch.device, compiled: bool) -
         targets = tokens[:, 1:].contiguous()
         return loss(tokens[:, :-1], targets).objective / targets.numel()
 
-    return model, mean_loss, build_optimizer(model, recipe.optimizer)
+    return model, mean_loss, build_optimizer(model, recipe.optimizer, pick_dtype(options.dtype, device))
 
 
 def transformers(options: argparse.Namespace, device: torch.device, compiled: bool) -> Contestant:
@@ -76,7 +76,7 @@ def transformers(options: argparse.Namespace, device: torch.device, compiled: bo
     their_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     model = transformers.AutoModelForCausalLM.from_config(their_config).to(device).train()
     model.config.use_cache = False
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizer = build_optimizer(model, recipe.optimizer, pick_dtype(options.dtype, device))
     if compiled:
         model.compile()
     # transformers shifts labels itself; one more token gives the same number of predictions.

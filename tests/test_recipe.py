@@ -1,5 +1,7 @@
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,7 +163,7 @@ evals: {}
         ("optimizer.head_lr=1e-3", "optimizer.head_lr: has no effect with model.tie_embeddings; embedding_lr is"),
         (
             "optimizer={name: muon, lr: 0.02, update_scale: original, embedding_lr: 1e-3}",
-            "optimizer.scalar_lr: is missing: with update_scale=original lr 0.02 is no rate for AdamW",
+            "optimizer.scalar_lr: is missing: with update_scale=original lr 0.02 is not a rate for AdamW",
         ),
         ("optimizer.name=adam", "optimizer.name: should be 'adamw' or 'muon', not 'adam'"),
         ("name=../escape", "name: string should match pattern"),
@@ -172,6 +174,22 @@ evals: {}
 def test_settings_that_cannot_work_are_refused(override, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe("demo", [override])
+
+
+def test_the_settings_of_an_unknown_optimizer_are_checked_as_far_as_they_can_be():
+    with pytest.raises(RecipeError) as error:
+        load_recipe("demo", ["optimizer={name: muno, lr: fast, momentum: 0.9, momentun: 0.9}"])
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        "optimizer.name", "optimizer.lr", "optimizer.momentun",
+    ]  # fmt: skip
+    assert "did you mean muon?" in lines[1]
+    assert "did you mean optimizer.momentum?" in lines[3]
+
+
+def test_reading_a_recipe_does_not_import_torch():
+    code = "import sys; from lightlm.recipe import load_recipe; load_recipe('demo'); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("override", ["train.seed", "=3", "train..seed=1", "optimizer.lr=[1"])

@@ -13,12 +13,12 @@ _PARTS = {
     "weights": "weights, fp32",
     "gradients": "gradients, fp32",
     "optimizer": "optimizer state",
-    "weight_copies": "weights' copies for products",
+    "weight_copies": "16-bit copies of weights",
     "activations": "activations of a micro-batch",
     "logits": "logits and the head's gradients",
-    "backward": "backward pass of a layer",
-    "gaps": "gaps between them, a tenth",
-    "checkpoint_copy": "copy to save from",
+    "backward": "backward pass of one layer",
+    "gaps": "gaps between these parts, a tenth",
+    "checkpoint_copy": "copy for saving",
     "process": "Python and torch",
     "total": "sum",
 }
@@ -33,7 +33,7 @@ def plan(
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Time a few steps on this machine.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Say what a recipe will take: parameters, memory by part, steps, hours."""
+    """Print what a recipe takes: parameters, memory by part, steps, hours. The data need not be prepared."""
     with console.status("Planning ..."):
         from lightlm.recipe import load_recipe
         from lightlm.train.planning.plan import make_plan
@@ -53,48 +53,48 @@ def _print(plan: dict[str, Any]) -> None:
     measured = machine["measured"]
     sizes = {
         "parameters": format_quantity(model["parameters"]),
-        "active for a token": format_quantity(model["active_parameters"]),
+        "active per token": format_quantity(model["active_parameters"]),
         "in tables and head": format_quantity(model["embedding_parameters"]),
         "vocabulary": f"{model['vocab_size']:,}",
-        "FLOPs a token": format_quantity(model["flops_per_token"]),
+        "FLOPs per token": format_quantity(model["flops_per_token"]),
         "training tokens": format_quantity(run["tokens"]),
         "steps": f"{run['steps']:,}",
-        "tokens of a batch": f"{run['batch_tokens']:,}",
-        "validations": f"{run['validations']:,}, {format_quantity(run['validation_tokens'])} tokens in all",
-        "FLOPs in all": f"{run['flops']:.3g}",
+        "tokens per batch": f"{run['batch_tokens']:,}",
+        "validations": f"{run['validations']:,}, {format_quantity(run['validation_tokens'])} tokens in total",
+        "FLOPs in total": f"{run['flops']:.3g}",
     }
     out.print(_facts(f"Plan of {plan['recipe']}", sizes))
     out.print(_facts(f"Training on {machine['device']}, {machine['dtype']}", _training(machine)))
     if measured:
         times = {
-            "a micro-batch, forward and backward": f"{measured['pass_seconds']:.3g} s",
-            "a micro-batch in validation": f"{measured['forward_seconds']:.3g} s",
+            "micro-batch, forward and backward": f"{measured['pass_seconds']:.3g} s",
+            "micro-batch in validation": f"{measured['forward_seconds']:.3g} s",
             "clipping and optimizer": f"{measured['update_seconds']:.3g} s",
-            "a step": f"{measured['step_seconds']:.3g} s, {measured['tokens_per_second']:,.0f} tokens/s",
-            "the run": _duration(measured["hours"]),
+            "step": f"{measured['step_seconds']:.3g} s, {measured['tokens_per_second']:,.0f} tokens/s",
+            "whole run": _duration(measured["hours"]),
         }
         out.print(_facts("Measured in 3 steps", times))
     out.print(_facts("Inference", _inference(plan["inference"])))
     out.print(_gpu_table(plan))
-    share = f"{plan['assumed_utilisation']:.0%}"
-    out.print(f"Times are those at {share} of the bf16 peak, an assumption; small batches reach less.", soft_wrap=True)
+    share = f"{plan['assumed_utilization']:.0%}"
+    out.print(f"Times assume {share} of the bf16 peak; small batches reach less.", soft_wrap=True)
     for note in plan["notes"]:
         out.print(f"Note: {note}", soft_wrap=True, markup=False)
 
 
 def _training(machine: dict[str, Any]) -> dict[str, str]:
-    rows = {"micro-batch": f"{machine['micro_batch']} sequences, {machine['accumulation']} a step"}
+    rows = {"micro-batch": f"{machine['micro_batch']} sequences, {machine['accumulation']} per step"}
     rows |= {_PARTS[part]: _bytes(size) for part, size in machine["memory"].items()}
     if machine["measured"] and (peak := machine["measured"]["memory"]) is not None:
         rows["measured at the peak"] = _bytes(peak)
     if "checkpoint_copy" not in machine["memory"]:
-        rows["copy to save from, CPU memory"] = _bytes(machine["host_checkpoint_copy"])
+        rows["copy for saving, CPU memory"] = _bytes(machine["host_checkpoint_copy"])
     return rows
 
 
 def _inference(parts: dict[str, int]) -> dict[str, str]:
     return {
-        precision: f"weights {_bytes(parts[f'weights_{name}'])}, cache {_bytes(parts[f'cache_{name}'])} a full sequence"
+        precision: f"weights {_bytes(parts[f'weights_{name}'])}, cache {_bytes(parts[f'cache_{name}'])} per sequence"
         for precision, name in (("bf16", "bfloat16"), ("fp32", "float32"))
     }
 
@@ -117,7 +117,7 @@ def _gpu_table(plan: dict[str, Any]) -> "Table":
     from rich.table import Table
 
     table = Table(
-        title="One GPU of a kind, not measured",
+        title="One GPU of each kind (estimates)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
-    from lightlm.train.trainer import Result, Trainer
+    from lightlm.train.setup import Setup
+    from lightlm.train.trainer import Evaluator, Result, Trainer
 
 NEWEST = "runs/latest"  # the value of a bare --resume
 
@@ -122,32 +123,32 @@ def _train(world: "World", request: _Request) -> bool:
     from lightlm.runs import new_run
     from lightlm.train.observe.observers import Observers
     from lightlm.train.observe.trackers import Trackers
+    from lightlm.train.setup import open_data, set_up
     from lightlm.train.trainer import Trainer
 
     display = TrainingDisplay()
-
     parsed, run, checkpoint = world.from_writer(lambda: _choose(request, display))
     if refusal := export_target(parsed.model).refusal:
         display.note(f"this recipe's model cannot be exported to Hugging Face: {refusal}")
-
-    def sampler(model: Any, prompt: str) -> str:
-        return sample_text(model, trainer.data.tokenizer, prompt, parsed.eval.max_new_tokens, seed=parsed.train.seed)
-
-    planned = run or Path("runs") / (request.name or parsed.name)
     trackers = Trackers(parsed.tracking, display.note)
-    trainer = Trainer(parsed, planned, Observers(display, trackers), sampler, checkpoint, world)
-    if parsed.eval.tasks:
-        world.from_writer(lambda: _add_evaluator(trainer))  # the writer first: it downloads what is missing
-        if not world.is_writer:
-            _add_evaluator(trainer)
+    data = open_data(parsed, required=not request.dry_run or checkpoint is not None)
+    setup = set_up(parsed, data, display.note, world, checkpoint)
+    evaluator = _evaluator(setup, display) if data is not None and parsed.eval.tasks else None
     if request.dry_run:
-        _print_plan(trainer.facts(), request.as_json)
+        planned = run or Path("runs") / (request.name or parsed.name)
+        _print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)
         return False
     # The run folder appears once recipe and data are known to fit.
     exact = request.name is not None or request.auto_resume
-    trainer.run_folder = world.from_writer(lambda: run or new_run(request.name or parsed.name, exact=exact))
-    if trainer.done:
-        display.note(f"{trainer.run_folder} is complete; raise train.tokens to train it further")
+    run = world.from_writer(lambda: run or new_run(request.name or parsed.name, exact=exact))
+    if setup.done:
+        display.note(f"{run} is complete; raise train.tokens to train it further")
+
+    def sampler(model: Any, prompt: str) -> str:
+        assert data is not None
+        return sample_text(model, data.tokenizer, prompt, parsed.eval.max_new_tokens, seed=parsed.train.seed)
+
+    trainer = Trainer(setup, run, Observers(display, trackers), sampler, evaluator)
     with display, trackers:
         result = trainer.train()
     if world.is_writer:
@@ -176,24 +177,34 @@ def _choose(request: _Request, display: "TrainingDisplay") -> "tuple[Recipe, Pat
     return load_recipe(request.recipe, request.changes), None, None
 
 
-def _add_evaluator(trainer: "Trainer") -> None:
-    """Load `eval.tasks` now, so that a mistake shows before training, and let the trainer score them."""
-    with console.status("Reading lm-eval's list of tasks ..."):
-        from lightlm.evaluate.in_training.task_scores import TaskScores
+def _evaluator(setup: "Setup", display: "TrainingDisplay") -> "Evaluator":
+    """Return what scores `eval.tasks` during training. It loads the tasks now, so that a mistake shows at once."""
+    from lightlm.evaluate.in_training.task_scores import TaskScores
 
-        scores = TaskScores(trainer.recipe.eval, trainer.data.path, trainer.world)
+    assert setup.data is not None
+    world, data, loaded = setup.world, setup.data, []
 
-    def tell() -> None:
+    def load() -> None:
+        with console.status("Reading lm-eval's list of tasks ..."):
+            loaded.append(TaskScores(setup.recipe.eval, data.path, world))
+
+    world.from_writer(load)  # before the others, since it downloads what is missing
+    if not world.is_writer:
+        load()
+    [scores] = loaded
+
+    def show_notes() -> None:
         for note in scores.take_notes():
-            trainer.observer.note(note)
+            if world.is_writer:
+                display.note(note)
 
     def evaluator(model: Any, path: Path, stop: "Event") -> dict[str, float] | None:
-        found = scores(model, trainer.data.tokenizer, path, stop)
-        tell()
+        found = scores(model, data.tokenizer, path, stop)
+        show_notes()
         return found
 
-    tell()
-    trainer.evaluator = evaluator
+    show_notes()
+    return evaluator
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
@@ -205,7 +216,7 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(title=f"Run {facts['name']}", show_header=False)
     for key, value in facts.items():
-        if key != "active_parameters" or value != facts["parameters"]:
+        if value is not None and (key != "active_parameters" or value != facts["parameters"]):
             table.add_row(key.replace("_", " "), Text(_in_words(value)))
     out.print(table)
 
@@ -227,7 +238,7 @@ def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> "Path | None
         from lightlm.machine import record_machine
         from lightlm.report.build import write_report
 
-        record_machine(trainer.run_folder, trainer.device, trainer.facts())
+        record_machine(trainer.run_folder, trainer.setup.device, trainer.facts())
         return write_report([trainer.run_folder]).page
     except Exception as error:
         display.note(f"no plots were made ({error}); try `lightlm report {trainer.run_folder}`")

@@ -304,7 +304,7 @@ def _documents_and_highest(tokens: np.ndarray, end_of_text_id: int) -> tuple[int
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a data folder, without a look at its shards. Raises DataError with the command to run."""
-    command = _prepare_command(folder)
+    command = prepare_command(folder)
     if not folder.is_dir():
         raise DataError(f"There is no data folder {folder}. Make it with: {command}")
     path = folder / "manifest.json"
@@ -345,7 +345,8 @@ def dataset_reference(folder: Path) -> str:
     return path if "/" in path else f"./{path}"
 
 
-def _prepare_command(folder: Path) -> str:
+def prepare_command(folder: Path) -> str:
+    """Return the command that makes this data folder."""
     if folder.parent.name == "data":
         return f"lightlm prepare-data {shlex.quote(folder.name)}"
     return f"lightlm prepare-data SOURCE --out {shlex.quote(str(folder))}"

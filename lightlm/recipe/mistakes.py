@@ -11,6 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from lightlm.errors import RecipeError
 from lightlm.model.config import ModelConfig
+from lightlm.optim.registry import DEFAULT, OPTIMIZERS
+from lightlm.optim.section import OptimizerSection
 from lightlm.recipe.renamed import RENAMED
 from lightlm.recipe.schema import Problem, Recipe, Section
 
@@ -56,9 +58,14 @@ def _section_problems(name: str, annotation: Any, value: Any) -> list[Problem]:
         messages: dict[str, list[str]] = {}
         for entry in error.errors(include_url=False):
             key, message = _describe(name, entry)
+            if name == "optimizer" and key in _valid_keys() and message.startswith("unknown key"):
+                optimizer = str(value.get("name", DEFAULT))
+                if optimizer not in OPTIMIZERS:
+                    continue  # a setting of some optimizer, and which one is meant is the mistake
+                message = f"has no effect with optimizer.name={optimizer}; leave it out"
             messages.setdefault(key, []).append(message)
         return [(key, "; or ".join(parts)) for key, parts in messages.items()]
-    inner = section.problems() if isinstance(section, Section | ModelConfig) else []
+    inner = section.problems() if isinstance(section, Section | ModelConfig | OptimizerSection) else []
     return [(f"{name}.{key}", message) for key, message in inner]
 
 
@@ -111,6 +118,8 @@ def _valid_keys() -> list[str]:
         keys.append(name)
         if field.annotation is ModelConfig:
             keys += [f"{name}.{entry.name}" for entry in fields(ModelConfig)]
+        elif field.annotation is OptimizerSection:
+            keys += dict.fromkeys(f"{name}.{inner}" for kind in OPTIMIZERS.values() for inner in kind.model_fields)
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
     return keys

@@ -14,6 +14,8 @@ from pydantic import (
 )
 
 from lightlm.model.config import ModelConfig
+from lightlm.optim.registry import AnyOptimizer
+from lightlm.optim.section import Problem
 from lightlm.quantities import parse_quantity
 
 
@@ -43,10 +45,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and runs: a plain f
 
 Tokens = Annotated[int, BeforeValidator(parse_quantity), Field(ge=0)]
 BatchTokens = Annotated[int, BeforeValidator(_parse_batch), Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 Span = Annotated[str, BeforeValidator(str), AfterValidator(_check_span)]
-Problem = tuple[str, str]  # key, message
 
 
 class Section(BaseModel):
@@ -91,44 +90,6 @@ class TrainSection(Section):
 
     def problems(self) -> list[Problem]:
         return [("tokens", "must be above 0")] if self.tokens == 0 else []
-
-
-class OptimizerSection(Section):
-    """`muon`: Muon for the matrices of the blocks and AdamW for the rest; `adamw`: AdamW for all."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    # Peak rates. One for all is AdamW's custom, and serves Muon too: match_rms_adamw gives its updates AdamW's size.
-    lr: Rate  # of the blocks' matrices, and of each group below that has no rate of its own
-    embedding_lr: Rate | None = None  # tables of tokens and positions, with the head where it is tied
-    head_lr: Rate | None = None  # an untied head
-    scalar_lr: Rate | None = None  # norms and biases
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # of all but norms and biases
-    embedding_weight_decay: Annotated[float, Field(ge=0)] | None = None  # tables and head; left out: weight_decay
-    cautious: bool = False  # decay a weight only in steps whose update shrinks it too (arXiv 2510.12402)
-    betas: tuple[Share, Share] = (0.9, 0.95)  # AdamW's, as in GPT-3
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    momentum: Share = 0.95  # this and the rest are Muon's; the defaults are Keller Jordan's and torch.optim.Muon's
-    nesterov: bool = True
-    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5  # of Newton-Schulz
-    update_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"  # original: lr about 0.02 for matrices
-
-    def idle(self) -> dict[str, str]:
-        if self.name == "muon":
-            return {}
-        return dict.fromkeys(("momentum", "nesterov", "ns_steps", "update_scale"), "with optimizer.name=adamw")
-
-    def problems(self) -> list[Problem]:
-        found = super().problems()
-        if self.cautious and not (self.weight_decay or self.embedding_weight_decay):
-            found.append(("cautious", "has no effect without weight_decay; leave it out"))
-        return found
-
-    def missing_rates(self, *, tied: bool) -> list[str]:
-        """Groups whose own peak rate must be given: those on AdamW, where lr is no rate for AdamW."""
-        if self.name == "adamw" or self.update_scale == "match_rms_adamw":
-            return []
-        keys = ["embedding_lr", "scalar_lr"] if tied else ["embedding_lr", "head_lr", "scalar_lr"]
-        return [key for key in keys if getattr(self, key) is None]
 
 
 class MoESection(Section):
@@ -217,7 +178,7 @@ class Recipe(BaseModel):
     model: ModelConfig
     data: DataSection
     train: TrainSection
-    optimizer: OptimizerSection
+    optimizer: AnyOptimizer
     moe: MoESection = MoESection()
     schedule: ScheduleSection = ScheduleSection()
     eval: EvalSection = EvalSection()
@@ -262,7 +223,8 @@ class Recipe(BaseModel):
 
     def problems(self) -> list[Problem]:
         """What does not fit between sections."""
-        found = self._optimizer_problems() + self._moe_problems()
+        optimizer = self.optimizer.model_problems(tied=self.model.tie_embeddings)
+        found = [(f"optimizer.{key}", message) for key, message in optimizer] + self._moe_problems()
         schedule = self.schedule
         warmup, decay = (span_tokens(s or "0%", self.train.tokens) for s in (schedule.warmup, schedule.decay_span))
         if warmup + decay > self.train.tokens:
@@ -284,17 +246,6 @@ class Recipe(BaseModel):
                 )
             )
         return found + self._batch_warmup_problems()
-
-    def _optimizer_problems(self) -> list[Problem]:
-        optimizer, tied = self.optimizer, self.model.tie_embeddings
-        found = []
-        if tied and optimizer.head_lr is not None:
-            message = "has no effect with model.tie_embeddings; embedding_lr is the rate of the shared table"
-            found.append(("optimizer.head_lr", message))
-        return found + [
-            (f"optimizer.{key}", f"is missing: with update_scale=original lr {optimizer.lr:g} is no rate for AdamW")
-            for key in optimizer.missing_rates(tied=tied)
-        ]
 
     def _batch_warmup_problems(self) -> list[Problem]:
         schedule, full = self.schedule, self.train.batch_tokens

@@ -17,8 +17,8 @@ from lightlm.machine import read_machine
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
 from lightlm.report.charts.curves import Curves, newest, smooth, smoothing_window
-from lightlm.train.batches import batch_plan
 from lightlm.train.observe.metrics import read_metrics
+from lightlm.train.schedules import batch_plan
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,192 @@
-"""What a recipe must have in common with the data it is trained on."""
+"""The parts of a run, built from its recipe: training, the planning probe and `--dry-run` share them."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from lightlm.data.shards import DataFolder
+import numpy as np
+import torch
+
+from lightlm import checkpoint
+from lightlm.data.loader import BatchLoader
+from lightlm.data.shards import DataFolder, TokenStream, prepare_command, resolve_dataset
+from lightlm.device import describe, keep_freed_memory, pick_dtype
 from lightlm.errors import DataError, RecipeError
+from lightlm.model.transformer import Transformer
+from lightlm.optim.groups import build_optimizer
+from lightlm.optim.state import load_named_state
 from lightlm.recipe import Recipe
-from lightlm.train.observe.observers import Observer
+from lightlm.train.checkpointing.state import Progress, unpack
+from lightlm.train.distributed import World
+from lightlm.train.schedules import BatchPlan, batch_plan
+from lightlm.train.step.compilation import compiles
+from lightlm.train.step.gradients import Gradients, check_shares, micro_batch_size
+from lightlm.train.step.parallel import ParallelLoss
+from lightlm.train.step.routers import router_losses
+
+ASSUMED_VOCABULARY = 50_257  # GPT-2's, if neither the recipe nor prepared data names one
+
+Note = Callable[[str], None]  # receives a message that the user should read
 
 
-def fit_recipe(recipe: Recipe, data: DataFolder, observer: Observer) -> Recipe:
-    """The recipe with the vocabulary filled in from the data.
+@dataclass(frozen=True)
+class Setup:
+    """All parts of a run.
+
+    Attributes:
+        recipe: with `model.vocab_size` and `train.compile` filled in.
+        data: None for random tokens, with which a run can be measured but not trained.
+        progress: where the run starts.
+        resumed_from: the checkpoint that it continues from.
+    """
+
+    recipe: Recipe
+    data: DataFolder | None
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+    model: Transformer
+    loss: ParallelLoss
+    optimizer: torch.optim.Optimizer
+    loader: BatchLoader
+    gradients: Gradients
+    batches: BatchPlan
+    progress: Progress
+    resumed_from: Path | None
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run: `train.tokens` in whole batches."""
+        return self.batches.remaining(self.progress.tokens)[1]
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is complete before it starts."""
+        return self.progress.tokens >= self.recipe.train.tokens
+
+    def facts(self) -> dict[str, Any]:
+        """Return the sizes of the run, for displays and `--dry-run`; None for what only the data says."""
+        recipe, parameters, data = self.recipe, self.model.num_parameters(), self.data
+        return {
+            "parameters": parameters["total"],
+            "active_parameters": parameters["active"],
+            "flops_per_token": self.model.flops_per_token(recipe.seq_len),
+            "device": describe(self.device),
+            "processes": self.world.size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "data": str(resolve_dataset(recipe.data.dataset)),
+            "train_tokens": len(data.split("train")) if data else None,
+            "tokens": self.total_tokens,
+            "steps": self.progress.step + self.batches.remaining(self.progress.tokens)[0],
+            "first_step": self.progress.step,
+            "first_batch_tokens": self.batches.sequences(0) * recipe.seq_len,
+            "batch_tokens": recipe.batch_sequences * recipe.seq_len,
+            "micro_batch": self.gradients.micro_batch,
+            "accumulation": self.gradients.passes(recipe.batch_sequences),
+            "compile": recipe.train.compile,
+            "epochs": self.total_tokens / recipe.seq_len / self.loader.num_samples if data else None,
+        }
+
+
+def set_up(
+    recipe: Recipe,
+    data: DataFolder | None,
+    note: Note,
+    world: World | None = None,
+    resume_from: Path | None = None,
+) -> Setup:
+    """Build all parts of a run. Each process of a run calls this with the same arguments.
+
+    Args:
+        data: see `open_data`; None takes random tokens, for measurements of a new run.
+        note: in the process that writes, receives what the user should know, such as a setting without effect.
+        resume_from: the newest undamaged checkpoint of the run to resume.
+
+    Raises:
+        DataError: the data does not fit the recipe or the checkpoint.
+        RecipeError: the recipe does not fit the data, the processes or this machine.
+        UsageError: the recipe's device is missing.
+        CheckpointError: the checkpoint does not fit.
+    """
+    world = world or World()
+    note = note if world.is_writer else _ignore
+    recipe = fit_recipe(recipe, data, note)
+    batches = batch_plan(recipe)
+    check_shares(recipe, batches, world.size)
+    device = world.pick_device(recipe.train.device)
+    dtype = pick_dtype(recipe.train.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(recipe.train.seed)
+    if resume_from is None:
+        model = Transformer(recipe.model).to(device)
+    else:
+        model = checkpoint.load_model(resume_from, device).model
+    model.train()
+    model.recompute_blocks = recipe.train.activation_checkpointing
+    compiled = compiles(recipe, model, device)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": compiled})})
+    if recipe.train.parallel == "fsdp" and world.size == 1:
+        note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
+    loss = ParallelLoss(
+        model,
+        world,
+        strategy=recipe.train.parallel,
+        compiled=compiled,
+        device=device,
+        dtype=dtype,
+        router_losses=router_losses(recipe),
+    )
+    optimizer = build_optimizer(model, recipe.optimizer, dtype)
+    progress = Progress()
+    if resume_from is not None:
+        assert data is not None, "a run resumes with its data"
+        progress, optimizer_state = unpack(resume_from, data)
+        load_named_state(model, optimizer, optimizer_state)
+    loader = BatchLoader(data.split("train") if data else _random_tokens(recipe), recipe.seq_len, recipe.train.seed)
+    gradients = _gradients(recipe, loss, loader, world, note, device, dtype)
+    return Setup(
+        recipe, data, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress, resume_from
+    )
+
+
+def open_data(recipe: Recipe, *, required: bool = True) -> DataFolder | None:
+    """Open the recipe's data folder. If it is not `required` and does not exist, return None.
+
+    Raises:
+        DataError: the folder is missing or damaged.
+    """
+    folder = resolve_dataset(recipe.data.dataset)
+    return DataFolder.open(folder) if required or folder.is_dir() else None
+
+
+def fit_recipe(recipe: Recipe, data: DataFolder | None, note: Note) -> Recipe:
+    """Return the recipe with the data's vocabulary, or with an assumed one before the data is prepared.
 
     Raises:
         DataError: the recipe's vocabulary is smaller than the tokenizer's.
+        RecipeError: a prompt of `eval.prompts` does not fit the model's context.
     """
-    wanted, given = recipe.model.vocab_size, data.tokenizer.vocab_size
+    wanted = recipe.model.vocab_size
+    if data is None:
+        folder = resolve_dataset(recipe.data.dataset)
+        assumed = "" if wanted else f" Until then, a vocabulary of {ASSUMED_VOCABULARY:,} (GPT-2's) is assumed."
+        note(f"{folder} is not prepared yet. Make it with: {prepare_command(folder)}.{assumed}")
+        return recipe if wanted else _with_vocabulary(recipe, ASSUMED_VOCABULARY)
+    given = data.tokenizer.vocab_size
     if not wanted:
-        return recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
-    if wanted < given:
+        recipe = _with_vocabulary(recipe, given)
+    elif wanted < given:
         raise DataError(
             f"recipe {recipe.name} has model.vocab_size {wanted}, but the tokenizer of {data.path} has "
             f"{given} entries; prepare the data with a tokenizer that fits (for example --tokenizer train:{wanted}) "
             f"or set model.vocab_size={given}"
         )
-    if wanted > given:
-        observer.note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")
-    return recipe
-
-
-def check_prompts(recipe: Recipe, data: DataFolder) -> None:
-    """Refuse a prompt too long to be continued now, not at the first validation.
-
-    Raises:
-        RecipeError: a prompt of `eval.prompts` fills the model's context.
-    """
+    elif wanted > given:
+        note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")
+    if not len(data.split("val")):
+        note(f"{data.path} has no validation split: there will be no validation loss")
     for prompt in recipe.eval.prompts:
         length = len(data.tokenizer.encode(prompt))
         if length > recipe.model.max_seq_len:
@@ -41,3 +194,45 @@ def check_prompts(recipe: Recipe, data: DataFolder) -> None:
                 f"a prompt of eval.prompts has {length} tokens, model.max_seq_len is {recipe.model.max_seq_len}; "
                 f"shorten it: {prompt[:60]!r}"
             )
+    return recipe
+
+
+def _with_vocabulary(recipe: Recipe, size: int) -> Recipe:
+    return recipe.model_copy(update={"model": replace(recipe.model, vocab_size=size)})
+
+
+def _gradients(
+    recipe: Recipe,
+    loss: ParallelLoss,
+    loader: BatchLoader,
+    world: World,
+    note: Note,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Gradients:
+    given = recipe.train.micro_batch_size
+    # Free memory may differ between devices: the smallest size serves all.
+    size = world.smallest(micro_batch_size(recipe, device, world.size))
+    if given not in ("auto", size):
+        note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
+    return Gradients(
+        loss,
+        loader,
+        world,
+        note,
+        micro_batch=size,
+        adjustable=given == "auto",
+        clip=recipe.train.grad_clip,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _random_tokens(recipe: Recipe) -> TokenStream:
+    """Return the tokens of one global batch: the cost of a step does not depend on what its tokens say."""
+    generator = np.random.default_rng(recipe.train.seed)
+    return TokenStream([generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)], 0)
+
+
+def _ignore(message: str) -> None:
+    pass

@@ -50,7 +50,7 @@ def test_a_demo_run_takes_what_was_planned(folder):
 def test_a_plan_needs_no_data_and_leaves_nothing_behind(lightlm, folder):
     plan = json.loads(lightlm("plan", "tiny.yaml", "--json").stdout)
     assert plan["model"]["vocab_size"] == 50_257
-    assert any("no data at data" in note and "50,257" in note for note in plan["notes"])
+    assert any("data/tiny is not prepared yet" in note and "50,257" in note for note in plan["notes"])
     assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
 
     measured, run = plan["machine"]["measured"], plan["run"]
@@ -76,7 +76,7 @@ def test_gpus_get_what_fits_them(lightlm, folder):
     assert gpus["H100"]["micro_batch"] > gpus["L4"]["micro_batch"]
     assert all(row["fits"] and row["memory"] < 0.9 * row["device_memory"] for row in gpus.values())
     # 10B tokens; validation adds less than a hundredth.
-    seconds = 10e9 * plan["model"]["flops_per_token"] / (989e12 * plan["assumed_utilisation"])
+    seconds = 10e9 * plan["model"]["flops_per_token"] / (989e12 * plan["assumed_utilization"])
     assert gpus["H100"]["hours"] == pytest.approx(seconds / 3600, rel=0.05)
 
     large = ["plan", "lightlm", "train.micro_batch_size=256", "train.dtype=float32", "--no-probe", "--json"]
@@ -97,7 +97,7 @@ def test_a_missing_device_is_planned_for_and_an_unknown_one_refused(lightlm, fol
 
 def test_the_table_names_every_part(lightlm, folder):
     text = lightlm("plan", "demo", "--no-probe", "eval.tasks=[heldout]").stdout
-    for words in ("parameters", "FLOPs a token", "activations of a micro-batch", "logits", "H100", "an assumption"):
+    for words in ("parameters", "FLOPs per token", "activations of a micro-batch", "logits", "H100", "assume 40%"):
         assert words in text, words
     assert "leave out eval.tasks (heldout)" in text
 
@@ -112,7 +112,7 @@ def test_experts_cost_what_is_active(lightlm, folder):
     assert sparse["parameters"] == sparse["active_parameters"] + 2 * 6 * 3 * 32 * 32
     assert sparse["flops_per_token"] == dense["flops_per_token"] + 6 * routers
     table = lightlm("plan", "tiny.yaml", *experts, "--no-probe").stdout
-    for key, name in (("parameters", "parameters"), ("active_parameters", "active for a token")):
+    for key, name in (("parameters", "parameters"), ("active_parameters", "active per token")):
         assert re.search(rf"^ *{name} +{re.escape(format_quantity(sparse[key]))} *$", table, re.MULTILINE)
 
 

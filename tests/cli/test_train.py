@@ -33,6 +33,22 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(lightlm, workspace):
     assert not (workspace / "runs").exists()
 
 
+def test_a_dry_run_needs_no_data_and_a_run_does(lightlm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = lightlm("train", "demo", "--dry-run", "--json")
+    plan = json.loads(outcome.stdout)
+    assert (plan["steps"], plan["train_tokens"], plan["epochs"]) == (367, None, None)
+    assert plan["parameters"] == 6_819_840 + (50_257 - 8192) * 256
+    for words in ("data/pydocs is not prepared yet", "lightlm prepare-data pydocs", "vocabulary of 50,257"):
+        assert words in outcome.stderr.replace("\n", " ")
+    table = lightlm("train", "demo", "model.vocab_size=8192", "--dry-run")
+    assert re.search(r"parameters\W+6,819,840\b", table.stdout)
+    assert "epochs" not in table.stdout
+    assert "50,257" not in table.stderr
+    lightlm("train", "demo").assert_one_message("There is no data folder data/pydocs", "lightlm prepare-data pydocs")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_of_experts_counts_what_is_active(lightlm):
     experts = ["model.num_experts=4", "model.num_experts_per_tok=2", "model.moe_intermediate_size=16"]
     plan = json.loads(lightlm("train", "tiny.yaml", *experts, "--dry-run", "--json").stdout)
@@ -189,7 +205,7 @@ def test_a_file_where_a_folder_should_be_is_one_message(lightlm, tmp_path, monke
 
 
 def test_a_dataset_may_be_called_like_a_number(lightlm, workspace):
-    lightlm("train", "tiny.yaml", "data.dataset=2024", "--dry-run").assert_one_message("data/2024")
+    lightlm("train", "tiny.yaml", "data.dataset=2024").assert_one_message("data/2024")
 
 
 def test_a_missing_tracker_is_refused_before_anything_is_written(lightlm, monkeypatch, workspace):

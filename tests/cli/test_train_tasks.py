@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from lightlm.recipe import load_recipe
-from lightlm.runs import new_run
 from lightlm.train.observe.metrics import MEASURED, read_metrics
 from lightlm.train.rng import preserved
-from lightlm.train.trainer import Trainer
 from tests.corpus import make_workspace
 from tests.evaluate.tiny_run import write_quiz
 from tests.shapes import build
-from tests.train.watch import Recorder
+from tests.train.watch import Recorder, make_trainer
 
 SHORT = ["train.tokens=2560", "eval.prompts=[The old]"]
 
@@ -97,7 +95,7 @@ def test_a_task_that_fails_later_is_noted_and_training_goes_on():
 
     watch = Recorder()
     recipe = load_recipe("tiny.yaml", [*SHORT, "eval.tasks=[quiz]", "eval.tasks_every=1280"])
-    trainer = Trainer(recipe, new_run("failing", exact=True), watch, lambda *_: "", evaluator=evaluator)
+    trainer = make_trainer(recipe, "failing", watch, evaluator=evaluator)
     assert trainer.train().step == 10
     assert calls == ["step_000005", "step_000010"]
     assert watch.notes == ["eval.tasks could not be scored at step 5: the Hub gave no answer"]
@@ -111,12 +109,12 @@ def test_a_signal_breaks_an_evaluation_off_and_the_run_is_saved():
 
     watch = Recorder()
     recipe = load_recipe("tiny.yaml", [*SHORT, "eval.tasks=[quiz]", "eval.tasks_every=1280"])
-    trainer = Trainer(recipe, new_run("broken-off", exact=True), watch, lambda *_: "", evaluator=evaluator)
+    trainer = make_trainer(recipe, "broken-off", watch, evaluator=evaluator)
     result = trainer.train()
     assert (result.interrupted, result.step) == (True, 5)
     assert watch.saved == ["step_000005"]
     [note] = watch.notes
-    assert "broke off eval.tasks at step 5" in note
+    assert "interrupted eval.tasks at step 5" in note
 
 
 def test_a_folder_of_data_sets_that_is_not_there_is_named(lightlm, workspace):

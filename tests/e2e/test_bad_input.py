@@ -23,12 +23,10 @@ def pristine(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         from lightlm.recipe import load_recipe
-        from lightlm.runs import new_run
-        from lightlm.train.trainer import Trainer
-        from tests.train.watch import Recorder
+        from tests.train.watch import Recorder, make_trainer
 
         recipe = load_recipe("tiny.yaml", ["train.tokens=512"])
-        Trainer(recipe, new_run("tiny", exact=True), Recorder(), lambda *_: "").train()
+        make_trainer(recipe, "tiny", Recorder()).train()
     return folder
 
 

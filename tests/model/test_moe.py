@@ -16,8 +16,7 @@ from lightlm.model.config import ModelConfig
 from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import MoE, Router, batch_balance_loss, sequence_balance_loss
 from lightlm.model.transformer import Block, Transformer
-from lightlm.recipe import OptimizerSection
-from lightlm.train.optim.optimizers import build_optimizer
+from tests.optim.built import optimizer_for
 from tests.shapes import SHAPES, build
 
 CONFIG = ModelConfig(
@@ -117,7 +116,7 @@ def test_the_bias_is_a_buffer_without_gradient():
 def test_optimizers_neither_move_nor_decay_the_bias(name):
     model = build("moe")
     before = model.blocks[1].mlp.router.selection_bias.clone()
-    optimizer = build_optimizer(model, OptimizerSection(name=name, lr=0.1, weight_decay=1.0))
+    optimizer = optimizer_for(model, name=name, lr=0.1, weight_decay=1.0)
     assert not any(p is model.blocks[1].mlp.router.selection_bias for g in optimizer.param_groups for p in g["params"])
     weight = model.blocks[1].mlp.router.weight.clone()
     model(TOKENS).logsumexp(-1).sum().backward()

@@ -10,11 +10,9 @@ import traceback
 from pathlib import Path
 
 from lightlm.recipe import load_recipe
-from lightlm.runs import new_run
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.distributed import RENDEZVOUS, join_world
-from lightlm.train.trainer import Trainer
-from tests.train.watch import Recorder
+from tests.train.watch import Recorder, make_trainer
 
 # A server that has imported torch forks each process in milliseconds; the test's own process may not fork, since
 # autograd's threads do not survive it.
@@ -63,17 +61,15 @@ def train_together(world, name, overrides=(), stop_at=None, stop_rank=0, resumed
         recipe, run, checkpoint = world.from_writer(lambda: reopen_run(name, overrides))
     else:
         recipe = load_recipe("tiny.yaml", overrides)
-    trainer = Trainer(recipe, run or Path("runs") / name, watch, lambda model, prompt: "...", checkpoint, world)
-    if run is None:
-        trainer.run_folder = world.from_writer(lambda: new_run(name, exact=True))
-    plain = trainer.loader.batch
+    trainer = make_trainer(recipe, run or name, watch, lambda *_: "...", checkpoint, world)
+    plain = trainer.setup.loader.batch
 
     def batch(start, count):
         if trainer.progress.step == stop_at and world.rank == stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(start, count)
 
-    trainer.loader.batch = batch
+    trainer.setup.loader.batch = batch
     result = trainer.train()
     return watch.metrics, watch.notes, result.interrupted
 

@@ -14,8 +14,8 @@ from lightlm import checkpoint
 from lightlm.errors import LightLMError, RecipeError, UsageError
 from lightlm.recipe import load_recipe
 from lightlm.runs import RUNS
-from lightlm.train.batches import batch_plan
 from lightlm.train.distributed import World
+from lightlm.train.schedules import batch_plan
 from lightlm.train.step.gradients import check_shares
 from tests.train.group import Command, together, train_together
 from tests.train.watch import Recorder, comparable, resume, start

@@ -12,17 +12,17 @@ from lightlm import checkpoint
 from lightlm.data.prepare.run import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.model.transformer import Transformer
+from lightlm.optim.groups import build_optimizer
 from lightlm.recipe import load_recipe
 from lightlm.runs import find_run, new_run
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import read_metrics
-from lightlm.train.optim.optimizers import build_optimizer
 from lightlm.train.step import compilation
 from lightlm.train.step.gradients import micro_batch_size
-from lightlm.train.trainer import Trainer, TrainingDivergedError
+from lightlm.train.trainer import TrainingDivergedError
 from tests.shapes import build
 from tests.test_recipe import PARAMETERS
-from tests.train.watch import Recorder, comparable, resume, start
+from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 
 
 @pytest.fixture(autouse=True)
@@ -97,17 +97,17 @@ def test_sigterm_and_resume_equal_an_uninterrupted_run_bit_for_bit(whole_run, st
 
 def test_signal_in_mid_accumulation_undoes_the_step(whole_run):
     """The signal comes inside step 4, between micro-batches: the run saves step 3."""
-    trainer = Trainer(load_recipe("tiny.yaml"), new_run("middle", exact=True), Recorder(), lambda *_: "")
-    plain, calls = trainer.loader.batch, []
+    trainer = make_trainer(load_recipe("tiny.yaml"), "middle", Recorder())
+    plain, calls = trainer.setup.loader.batch, []
 
     def batch(start, count):
         calls.append(count)
-        if len(calls) == 3 * trainer.accumulation + 2:
+        if len(calls) == 3 * trainer.facts()["accumulation"] + 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(start, count)
 
-    trainer.loader.batch = batch
-    assert trainer.accumulation == 4
+    trainer.setup.loader.batch = batch
+    assert trainer.facts()["accumulation"] == 4
     result = trainer.train()
     assert result.interrupted
     assert result.step == 3
@@ -153,7 +153,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint():
                 with torch.no_grad():
                     trainer.model.embed_tokens.weight[:] = float("nan")
 
-    trainer = Trainer(load_recipe("tiny.yaml"), new_run("diverged", exact=True), Poison(), lambda *_: "")
+    trainer = make_trainer(load_recipe("tiny.yaml"), "diverged", Poison())
     with pytest.raises(TrainingDivergedError, match=r"diverged at step 8: loss nan.*step_000005"):
         trainer.train()
     kept = checkpoint.newest_checkpoint(trainer.run_folder)
@@ -170,7 +170,7 @@ def test_learning_rate_warms_up_and_decays(whole_run):
 
 def test_decay_falls_on_matrices_only():
     model = build("gpt2")
-    optimizer = build_optimizer(model, load_recipe("demo").optimizer)
+    optimizer = build_optimizer(model, load_recipe("demo").optimizer, torch.float32)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (not name.endswith("bias") and "norm" not in name), name

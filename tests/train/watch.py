@@ -8,6 +8,7 @@ from lightlm.recipe import load_recipe
 from lightlm.runs import new_run
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED
+from lightlm.train.setup import open_data, set_up
 from lightlm.train.trainer import Result, Trainer
 
 
@@ -41,16 +42,22 @@ class Recorder:
         self.notes.append(message)
 
 
+def make_trainer(recipe, run, watch, sampler=lambda *_: "", checkpoint=None, world=None, evaluator=None) -> Trainer:
+    """A trainer as `lightlm train` makes it. `run`: its folder, or the name of a new one."""
+    setup = set_up(recipe, open_data(recipe), watch.note, world, checkpoint)
+    folder = setup.world.from_writer(lambda: new_run(run, exact=True)) if isinstance(run, str) else run
+    return Trainer(setup, folder, watch, sampler, evaluator)
+
+
 def start(
     recipe: str = "tiny.yaml", *overrides: str, name: str, watch: Recorder | None = None
 ) -> tuple[Result, Recorder]:
     watch = watch or Recorder()
     parsed = load_recipe(recipe, overrides)
-    trainer = Trainer(parsed, new_run(name, exact=True), watch, lambda model, prompt: "...")
-    return trainer.train(), watch
+    return make_trainer(parsed, name, watch, lambda *_: "...").train(), watch
 
 
 def resume(reference: str, *overrides: str, watch: Recorder | None = None) -> tuple[Result, Recorder]:
     watch = watch or Recorder()
     recipe, run, checkpoint = reopen_run(reference, overrides, watch.note)
-    return Trainer(recipe, run, watch, lambda model, prompt: "...", checkpoint).train(), watch
+    return make_trainer(recipe, run, watch, lambda *_: "...", checkpoint).train(), watch

@@ -1,96 +1,86 @@
-"""What a recipe will take, before it is run: sizes, operations, memory by part, and hours."""
+"""The plan of a run: sizes, operations, memory by part, and hours."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lightlm.data.shards import DataFolder, resolve_dataset
 from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype
 from lightlm.errors import UsageError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
-from lightlm.train.batches import batch_plan
-from lightlm.train.observe.observers import Observer
 from lightlm.train.planning.memory import inference_parts, optimizer_bytes, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
-from lightlm.train.setup import fit_recipe
+from lightlm.train.schedules import batch_plan
+from lightlm.train.setup import Note, fit_recipe, open_data
 from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import micro_batch_size
 
-ASSUMED_VOCABULARY = 50_257  # GPT-2's, where neither the recipe nor prepared data say
-ASSUMED_UTILISATION = 0.4  # of a GPU's bf16 peak; LightLM has measured none
-_USABLE = 0.9  # of a GPU's memory; the rest is left to CUDA's context and to gaps between blocks
-# Of what a run allocates on a CPU: memory that lies free between blocks in use, which the system counts. Probes of
-# five shapes and precisions with torch 2.13 held 6 to 23% more than the sum of their parts.
+ASSUMED_UTILIZATION = 0.4  # share of a GPU's bf16 peak; not measured
+_USABLE = 0.9  # share of a GPU's memory; the rest is left to CUDA's context and to gaps between blocks
+# Share of free memory between blocks in use on a CPU, which the system counts. Probes of five shapes and precisions
+# with torch 2.13 held 6 to 23% more than the sum of their parts.
 _GAPS = 0.1
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does, whatever the machine."""
+    """The work of a run, on any machine."""
 
     steps: int
     tokens: int
     validations: int
-    validation_tokens: int  # in all of them
+    validation_tokens: int  # in all validations
 
     def hours(self, probe: Probe, seq_len: int) -> float:
-        """At a probe's speed. A pass's time is taken to be in proportion to its tokens."""
-        a_pass = probe.micro_batch * seq_len
-        training = self.tokens / a_pass * probe.pass_seconds + self.steps * probe.update_seconds
-        return (training + self.validation_tokens / a_pass * probe.forward_seconds) / 3600
+        """Return the hours at a probe's speed, with passes that take time in proportion to their tokens."""
+        pass_tokens = probe.micro_batch * seq_len
+        training = self.tokens / pass_tokens * probe.pass_seconds + self.steps * probe.update_seconds
+        return (training + self.validation_tokens / pass_tokens * probe.forward_seconds) / 3600
 
     def hours_at(self, tokens_per_second: float) -> float:
-        """At a training speed; a forward pass has a third of its operations."""
+        """Return the hours at a training speed; a forward pass has a third of the operations."""
         return (self.tokens + self.validation_tokens / 3) / tokens_per_second / 3600
 
 
 @dataclass(frozen=True)
 class Target:
-    """The device that a recipe names, which may not be here."""
+    """The device that a recipe names; this machine may lack it."""
 
     device: torch.device
     dtype: torch.dtype
     present: bool
 
 
-class Notes(Observer):
-    """What a plan says beside its figures."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.messages.append(message)
-
-
 def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
-    """The plan as one document of plain values, sizes in bytes. docs/design.md says what is assumed.
+    """Return the plan as one document of plain values, sizes in bytes. The data need not be prepared.
 
     Args:
         probe: run a few steps on the recipe's device, if this machine has it.
 
     Raises:
         DataError: the data is prepared, and the recipe does not fit it.
-        UsageError: torch knows no such device.
+        UsageError: torch does not know the device.
     """
-    observer = Notes()
-    recipe, validation_tokens = _with_data(recipe, observer)
-    target = _target(recipe, observer)
+    notes: list[str] = []
+    note = notes.append
+    data = open_data(recipe, required=False)
+    recipe = fit_recipe(recipe, data, note)
+    validation_tokens = min(recipe.eval.tokens, len(data.split("val"))) if data else recipe.eval.tokens
+    target = _target(recipe, note)
     measured = None
     if not probe:
-        observer.note("not probed: memory is an estimate, and there are no hours for this machine")
+        note("not probed: memory is an estimate, and there are no hours for this machine")
     elif target.present:
-        measured = _measured(recipe, observer)
+        measured = _measured(recipe, note)
     with torch.device("meta"):
         model = Transformer(recipe.model)
     work = _work(recipe, validation_tokens)
     counts, flops = model.num_parameters(), model.flops_per_token(recipe.seq_len)
     if recipe.eval.tasks:
-        observer.note(f"the hours leave out eval.tasks ({', '.join(recipe.eval.tasks)})")
+        note(f"the hours leave out eval.tasks ({', '.join(recipe.eval.tasks)})")
     return {
         "recipe": recipe.name,
         "model": {
@@ -111,68 +101,54 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "machine": _machine(recipe, model, work, target, measured),
         "inference": inference_parts(model),
         "gpus": [_gpu(name, gpu, recipe, model, work) for name, gpu in ACCELERATORS.items()],
-        "assumed_utilisation": ASSUMED_UTILISATION,
-        "notes": observer.messages,
+        "assumed_utilization": ASSUMED_UTILIZATION,
+        "notes": notes,
     }
 
 
-def _with_data(recipe: Recipe, observer: Notes) -> tuple[Recipe, int]:
-    """The recipe with a vocabulary, and the tokens of one validation."""
-    folder = resolve_dataset(recipe.data.dataset)
-    if folder.is_dir():
-        data = DataFolder.open(folder)
-        return fit_recipe(recipe, data, observer), min(recipe.eval.tokens, len(data.split("val")))
-    assumed = ""
-    if not recipe.model.vocab_size:
-        recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=ASSUMED_VOCABULARY)})
-        assumed = f" a vocabulary of {ASSUMED_VOCABULARY:,} (model.vocab_size=N) and"
-    observer.note(f"no data at {folder} yet; assumed are{assumed} {recipe.eval.tokens:,} validation tokens")
-    return recipe, recipe.eval.tokens
-
-
-def _target(recipe: Recipe, observer: Notes) -> Target:
+def _target(recipe: Recipe, note: Note) -> Target:
     name = recipe.train.device
     try:
         device = pick_device(name)
     except UsageError as error:
         if name.partition(":")[0] not in ("cuda", "mps"):
             raise
-        observer.note(f"not probed: {error}")
+        note(f"not probed: {error}")
         device = torch.device(name)
         fast = device.type == "cuda" and recipe.train.dtype == "auto"
         return Target(device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU), present=False)
     return Target(device, pick_dtype(recipe.train.dtype, device), present=True)
 
 
-def _measured(recipe: Recipe, observer: Notes) -> Probe | None:
+def _measured(recipe: Recipe, note: Note) -> Probe | None:
     try:
         return run_probe(recipe)
     except ProbeError as error:
-        observer.note(f"{error}; memory is an estimate, and there are no hours for this machine")
+        note(f"{error}; memory is an estimate, and there are no hours for this machine")
         return None
 
 
 def _work(recipe: Recipe, validation_tokens: int) -> Work:
     steps, tokens = batch_plan(recipe).remaining()
-    # At each step that reaches a multiple of eval.every, and at the last one.
+    # Validations come at each step that reaches a multiple of eval.every, and at the last step.
     before = tokens - recipe.batch_sequences * recipe.seq_len
     validations = before // recipe.eval.every + 1 if recipe.eval.every else 1
     return Work(steps, tokens, validations if validation_tokens else 0, validations * validation_tokens)
 
 
 def _machine(recipe: Recipe, model: Transformer, work: Work, target: Target, measured: Probe | None) -> dict[str, Any]:
-    """Memory by part on the recipe's device, and what the probe says."""
+    """Return memory by part on the recipe's device, and the probe's measurements."""
     device = target.device
     sequences = measured.micro_batch if measured else _micro_batch(recipe, target)
     parts = _parts(recipe, model, device, target.dtype, sequences)
     copy = _checkpoint_copy(recipe, model, work)
     if device.type == "cpu":
-        # Elsewhere both are memory of the host.
+        # With a GPU, the copy and the process take memory of the host instead.
         base = measured.process_memory if measured else process_memory()
         parts |= {"gaps": round(_GAPS * sum(parts.values())), "checkpoint_copy": copy, "process": base or 0}
     accumulation = -(-recipe.batch_sequences // sequences)
     return {
-        "device": describe(device) if target.present else f"{device} (not here)",
+        "device": describe(device) if target.present else f"{device} (not available)",
         "dtype": str(target.dtype).removeprefix("torch."),
         "micro_batch": sequences,
         "accumulation": accumulation,
@@ -183,7 +159,7 @@ def _machine(recipe: Recipe, model: Transformer, work: Work, target: Target, mea
 
 
 def _measurements(probe: Probe, recipe: Recipe, work: Work, accumulation: int, copy: int) -> dict[str, Any]:
-    """Of a full batch; a probe saves nothing, so the copy that a run saves from is added to its memory."""
+    """Return the measurements of a full batch. A probe saves nothing, so `copy` is added to its memory."""
     step_seconds = recipe.batch_sequences / probe.micro_batch * probe.pass_seconds + probe.update_seconds
     return {
         "pass_seconds": probe.pass_seconds,
@@ -201,7 +177,7 @@ def _micro_batch(recipe: Recipe, target: Target) -> int:
 
 
 def _checkpoint_copy(recipe: Recipe, model: Transformer, work: Work) -> int:
-    """What saving beside training takes of the host's memory; the last save of a run copies nothing."""
+    """Return the bytes of the copy on the host that a run saves from. The last save of a run makes no copy."""
     settings = recipe.checkpoint
     before_the_end = any(0 < every < work.tokens for every in (settings.every, settings.keep_every))
     if not settings.asynchronous or not before_the_end:
@@ -226,7 +202,7 @@ def _parts(
 
 
 def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, work: Work) -> dict[str, Any]:
-    """One GPU of this kind, by the estimate: the largest automatic micro-batch that fits, or the one given."""
+    """Estimate one GPU of this kind, with the given micro-batch or the largest automatic one that fits."""
     device, weights = torch.device("cuda"), 4 * model.num_parameters()["total"]
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
     sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0))
@@ -234,8 +210,8 @@ def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, work: 
     while memory > _USABLE * gpu.memory and recipe.train.micro_batch_size == "auto" and sequences > 1:
         sequences = max(size for size in range(1, sequences // 2 + 1) if sequences % size == 0)
         memory = sum(_parts(recipe, model, device, dtype, sequences).values())
-    # The peak is that of bf16: no hours are promised for fp32.
-    speed = gpu.peak * ASSUMED_UTILISATION / model.flops_per_token(recipe.seq_len)
+    # The peak is that of bf16, so there is no estimate of hours for fp32.
+    speed = gpu.peak * ASSUMED_UTILIZATION / model.flops_per_token(recipe.seq_len)
     return {
         "gpu": name,
         "device_memory": int(gpu.memory),

@@ -11,24 +11,24 @@ from lightlm.errors import RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 
-# On a CPU, compiling blocks takes a good part of a minute and then saves an eighth of a step of `lightlm`
-# (benchmarks/train.py --contestants "lightlm,lightlm compiled"). These are 10 minutes of training at 0.8 TFLOP/s.
+# On a CPU, compiling takes most of a minute and then saves an eighth of a step of `lightlm` (benchmarks/train.py
+# --contestants "lightlm,lightlm compiled"). These are the FLOPs of 10 minutes at 0.8 TFLOP/s.
 _CPU_FLOPS = 5e14
 
 
 def compiles(recipe: Recipe, model: Transformer, device: torch.device) -> bool:
-    """Whether to compile: as the recipe says, or, for `auto`, always on CUDA and on a CPU in long runs.
+    """Return whether to compile: as the recipe says; for `auto`, on CUDA, and on a CPU in long runs.
 
-    The answer comes from the recipe and the machine, not from a measurement, so that a run is repeatable; the run's own
-    recipe.yaml keeps it, since compiled and plain losses differ by rounding.
+    The answer depends on the recipe and the machine, not on a measurement, so that a run is repeatable. The run's
+    recipe.yaml records it, since compiled and plain losses differ by rounding.
 
     Raises:
-        RecipeError: the recipe asks for it, and this machine has no C++ compiler.
+        RecipeError: the recipe asks for compilation, and this machine has no C++ compiler.
     """
     wanted = recipe.train.compile
     if wanted is True and device.type == "cpu" and not _has_compiler():
         raise RecipeError(
-            "train.compile=true needs a C++ compiler (g++ or clang++) and Python's headers, which are not here; "
+            "train.compile=true needs a C++ compiler (g++ or clang++) and Python's headers, which this machine lacks; "
             "install them (on Debian: g++ and python3-dev), or set train.compile=false"
         )
     if wanted != "auto":

@@ -5,6 +5,7 @@ import itertools
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,31 +16,31 @@ from lightlm.device import autocast
 from lightlm.errors import LightLMError, RecipeError
 from lightlm.model.fused import kept_weight_copies
 from lightlm.recipe import Recipe
-from lightlm.train.batches import BatchPlan
+from lightlm.sharding import whole
 from lightlm.train.distributed import World
-from lightlm.train.observe.observers import Observer
-from lightlm.train.planning.memory import activation_bytes
-from lightlm.train.step.parallel import ParallelLoss, PassLoss, whole
+from lightlm.train.schedules import BatchPlan
+from lightlm.train.step.activations import activation_bytes
+from lightlm.train.step.parallel import ParallelLoss, PassLoss
 
-# Tokens of an automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator,
-# products should be large, as far as memory goes.
+# Tokens per automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator, products
+# should be as large as memory allows.
 _MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
 _MEMORY_SHARE = 0.6  # of free device memory that activations may take
 
 
 @dataclass(frozen=True)
 class BatchOutcome:
-    """Of a global batch, the same in all processes."""
+    """Results of a global batch, the same in all processes."""
 
-    loss: float  # mean nats a token
-    norm: float  # of the whole gradient, before clipping
-    load_LE: Tensor | None = None  # int64, on the device: tokens that each expert of each layer got
+    loss: float  # mean nats per token
+    norm: float  # norm of the whole gradient, before clipping
+    load_LE: Tensor | None = None  # int64, on the device: tokens per expert and layer
     loads: list[list[int]] | None = None  # the same, on the host
 
 
 @dataclass
 class _Sums:
-    """Over the micro-batches of this process."""
+    """Sums over the micro-batches of this process."""
 
     loss: Tensor
     load_LE: Tensor | None = None
@@ -51,10 +52,10 @@ class _Sums:
 
 
 def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
-    """Refuse a number of processes that cannot share the global batch equally.
+    """Check that the processes can share the global batch equally.
 
     Raises:
-        RecipeError: naming the numbers that can.
+        RecipeError: they cannot; the message lists the numbers of processes that can.
     """
     sequences = plan.sequences(0)  # later ones are multiples of the first
     if sequences % processes:
@@ -68,11 +69,10 @@ def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
 
 
 def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1, free: int | None = None) -> int:
-    """Sequences a forward pass: as the recipe says, or the largest divisor of a process's share of the batch that
-    lies within the device's budget.
+    """Return the sequences per forward pass: the recipe's, or the largest divisor of a process's share that fits.
 
     Args:
-        free: bytes of a GPU's memory; asked of the device unless given.
+        free: free bytes of a GPU's memory; asked of the device unless given.
     """
     share = recipe.batch_sequences // processes
     if recipe.train.micro_batch_size != "auto":
@@ -80,10 +80,9 @@ def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1, f
     tokens = _MICRO_TOKENS[device.type]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] if free is None else free
-        # The most that it may be.
         recompute = recipe.train.activation_checkpointing
-        a_token = activation_bytes(recipe.model, mixed=True, fused=False, recompute=recompute)
-        tokens = min(tokens, int(free * _MEMORY_SHARE) // a_token)
+        per_token = activation_bytes(recipe.model, mixed=True, fused=False, recompute=recompute)  # an upper bound
+        tokens = min(tokens, int(free * _MEMORY_SHARE) // per_token)
     most = max(tokens // recipe.seq_len, 1)
     return max(size for size in _divisors(share) if size <= most)
 
@@ -96,9 +95,10 @@ class Gradients:
     """Accumulates a global batch's gradients.
 
     Args:
-        loader: asked by sample numbers alone, so that data order depends on no process, signal or retry.
-        micro_batch: sequences a pass; it shrinks to what fits if `adjustable` (`micro_batch_size: auto`).
-        clip: the largest gradient norm; 0 leaves gradients alone.
+        loader: source of batches by sample number, so that the order does not depend on processes, signals or retries.
+        note: receives a message when the micro-batch shrinks.
+        micro_batch: sequences per pass; it shrinks to what fits if `adjustable` (`micro_batch_size: auto`).
+        clip: the largest gradient norm; 0 does not clip.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Gradients:
         loss: ParallelLoss,
         loader: BatchLoader,
         world: World,
-        observer: Observer,
+        note: Callable[[str], None],
         *,
         micro_batch: int,
         adjustable: bool,
@@ -115,26 +115,26 @@ class Gradients:
         dtype: torch.dtype,
     ) -> None:
         self.micro_batch = micro_batch
-        self._loss, self._loader, self._world, self._observer = loss, loader, world, observer
+        self._loss, self._loader, self._world, self._note = loss, loader, world, note
         self._adjustable, self._clip, self._device, self._dtype = adjustable, clip, device, dtype
         self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
-        self.seconds_waited = 0.0  # for batches, in all steps
+        self.seconds_waited = 0.0  # seconds spent waiting for batches, over all steps
         self._ahead: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
         self._warm = not loss.replicated
 
     def __call__(self, first: int, count: int, stop: threading.Event) -> BatchOutcome | None:
-        """Add the gradients of samples `first` to `first + count` of the run, clipped, to the parameters.
+        """Compute the clipped gradients of samples `first` to `first + count` of the run.
 
-        They are the mean over the batch's tokens, whatever the number of processes. A signal to any process before
-        the last micro-batch drops them in all and gives None: nothing of the step has happened.
+        They are the mean over the batch's tokens, whatever the number of processes. After a signal to any process
+        before the last micro-batch, all processes drop them and return None.
 
         Raises:
-            LightLMError: a micro-batch does not fit into memory, and may not shrink or cannot.
+            LightLMError: a micro-batch does not fit into memory and cannot shrink.
         """
         if not self._warm:
             self._warm_up(first, count)
         while True:
-            # A sharded run gathers its weights anew for each pass, to be rid of them in between.
+            # A sharded run frees its weights after each pass.
             with contextlib.nullcontext() if self._loss.sharded else kept_weight_copies():
                 sums, stopped = self._accumulate(first, count, stop)
             if sums is not None:
@@ -163,22 +163,22 @@ class Gradients:
         return BatchOutcome(total / (count * self._loader.seq_len), norm_value, load_LE, loads)
 
     def passes(self, count: int) -> int:
-        """Micro-batches that a global batch of `count` sequences takes."""
+        """Return the micro-batches per process of a global batch of `count` sequences."""
         return -(-count // (self._world.size * self.micro_batch))
 
     def _parts(self, first: int, count: int) -> list[tuple[int, int]]:
-        """(start, count) of this process's micro-batches: equally many in all processes, and nearly equal in size."""
+        """Return (start, count) of this process's micro-batches: as many as in any other, of nearly equal sizes."""
         world, passes = self._world, self.passes(count)
         begin, end = (first + count * rank // world.size for rank in (world.rank, world.rank + 1))
         bounds = [begin + (end - begin) * index // passes for index in range(passes + 1)]
         return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
 
     def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple["_Sums | None", bool]:
-        """(this process's sums, False); or (None, True) for a signal, (None, False) for too little memory."""
+        """Return (this process's sums, False), (None, True) after a signal, or (None, False) without memory."""
         parts = self._parts(first, count)
         sums, full = _Sums(torch.zeros((), device=self._device)), False
         for index, (start, size) in enumerate(parts):
-            # Before each pass, all processes agree whether to go on: none is left waiting for another's gradients.
+            # Before each pass, all processes agree whether to continue, so that none waits for another's gradients.
             stopped, full = self._world.any(stop.is_set() or self._world.abandoned, full)
             if stopped or full:
                 return None, stopped
@@ -192,18 +192,18 @@ class Gradients:
         return (None if full else sums), False
 
     def _pass(self, start: int, size: int, count: int, *, last: bool) -> PassLoss | None:
-        """Forward and backward over samples `start` to `start + size`: their losses, or None without memory."""
+        """Run samples `start` to `start + size` forward and backward; return their losses, or None without memory."""
         try:
             inputs, targets = self._batch(start, size)
-            with self._loss.synchronised(last):
+            with self._loss.synchronized(last):
                 with autocast(self._device, self._dtype):
                     losses = self._loss(inputs, targets)
-                # The processes' gradients are averaged, so each is divided by its own share of the tokens alone.
+                # The processes' gradients are averaged, so each is divided by its own share of the tokens.
                 (losses.objective / (count * self._loader.seq_len / self._world.size)).backward()
             return losses
         except torch.OutOfMemoryError as error:
             if self._loss.communicates(last):
-                # The others already wait for this process's part: there is no way back.
+                # The other processes already wait for this one's gradients.
                 raise self._too_large() from error
         return None
 
@@ -217,23 +217,23 @@ class Gradients:
         return batch
 
     def _load(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Samples on the device; to CUDA from pinned memory, without waiting for it."""
+        """Return samples on the device; they go to CUDA from pinned memory, asynchronously."""
         inputs, targets = self._loader.batch(start, size)
         if self._device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
 
     def _fetch_ahead(self, start: int, size: int) -> None:
-        """Read the next micro-batch while the device computes. On a CPU there is nothing to overlap."""
+        """Read the next micro-batch while a GPU computes."""
         if self._device.type == "cuda":
             self._ahead = (start, size), self._load(start, size)
 
     def _warm_up(self, first: int, count: int) -> None:
-        """One pass whose gradients are dropped, before the first of a process.
+        """Run passes whose gradients are dropped, before the first step of a process.
 
-        After its first backward pass DistributedDataParallel orders its buckets anew, and where in a bucket a gradient
-        lies decides the order in which more than two processes add it up: without this, the first step after
-        resuming would round differently. It also finds the micro-batch that fits where no process waits for another.
+        DistributedDataParallel rebuilds its buckets after its first backward pass, and the place in a bucket decides
+        the order in which more than two processes sum a gradient. Without this, the first step after resuming would
+        round differently. It also finds a micro-batch that fits while no process waits for another.
         """
         while True:
             start, size = self._parts(first, count)[0]
@@ -251,14 +251,14 @@ class Gradients:
             parameter.grad = None
 
     def _shrink(self) -> None:
-        """Go down to at most half of the micro-batch, in all processes alike."""
+        """Reduce the micro-batch to at most half, in all processes."""
         if not self._adjustable or self.micro_batch == 1:
             raise self._too_large()
-        # The next divisor of the share that the micro-batch divided: all passes stay of one size.
+        # A divisor of the micro-batch keeps all passes of one size.
         smaller = max(size for size in _divisors(self.micro_batch) if size <= self.micro_batch // 2)
-        self._observer.note(
-            f"a micro-batch of {self.micro_batch} sequences does not fit into the device's memory: going on with "
-            f"{smaller}; train.micro_batch_size={smaller} starts there"
+        self._note(
+            f"a micro-batch of {self.micro_batch} sequences does not fit into the device's memory: continuing with "
+            f"{smaller}; set train.micro_batch_size={smaller} to start there"
         )
         self.micro_batch = smaller
         self._ahead = None

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, computed with the output head in chunks, so that all logits never exist at once.
+"""Cross-entropy of the next token, computed together with the output head in chunks of all logits.
 
 Shapes: N tokens of a micro-batch, R tokens of a chunk, S tokens of a slice, D hidden size, V vocabulary, W vocabulary
 padded to a multiple of 128.
@@ -14,20 +14,20 @@ from lightlm.model.fused import add_
 from lightlm.model.moe import Routing
 from lightlm.model.transformer import Transformer
 
-# Rows whose length is no multiple of a cache line slow matrix units down; GPT-2's 50,257 entries are such a length.
+# Matrix units are slower on rows whose length is not a multiple of a cache line, such as GPT-2's 50,257 entries.
 _VOCAB_MULTIPLE = 128
-# Tokens whose logits are held at once (on a CPU 206 MB in bf16 at 50,257 entries); every chunk adds the whole (V, D)
-# weight gradient once more.
+# Tokens whose logits are held at once: on a CPU 206 MB in bf16 at 50,257 entries. Every chunk adds to the whole (V, D)
+# gradient of the weight once more.
 _CHUNK = {"cpu": 2048, "mps": 2048, "cuda": 4096}
-# Rows that the fp32 softmax works on at once on a CPU: about 1 MB, which stays in its caches, but not so few that
-# starting the operations shows. A GPU takes a chunk at a time.
+# Elements that the fp32 softmax works on at once on a CPU: 1 MB, which stays in its caches; and the fewest rows, below
+# which launching the operations dominates. A GPU takes a whole chunk.
 _SLICE_ELEMENTS, _SLICE_ROWS = 1 << 18, 16
 
 
 def token_loss(
     model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, routings: list[Routing] | None = None
 ) -> Tensor:
-    """The sum of -ln p(target) over a batch, in nats: an fp32 scalar.
+    """Return the sum of -ln p(target) over a batch, in nats: an fp32 scalar.
 
     Args:
         routings: see `Transformer.hidden_states`.
@@ -39,7 +39,7 @@ def token_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Linear layer and summed cross-entropy in one; gradients are made along with the loss, chunk by chunk.
+    """Linear layer and summed cross-entropy in one. The forward pass also makes the gradients, chunk by chunk.
 
     Products run in the precision of x; the loss, the softmax and the sums of the weight's gradient are fp32.
     """
@@ -59,7 +59,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradients: bool) -> tuple[Tensor, ...]:
-    """The summed loss and, where asked for, the gradients of x and of the weight."""
+    """Return the summed loss and, `with_gradients`, the gradients of x and of the weight."""
     vocab_size = len(master_VD)
     weight_WD = _padded(master_VD, x_ND.dtype)
     rows = min(_CHUNK[x_ND.device.type], len(x_ND))
@@ -74,7 +74,7 @@ def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradi
         logits = torch.mm(x_RD, weight_WD.T, out=logits_RW[: len(x_RD)])
         losses_N[chunk] = _softmax_(logits[:, :vocab_size], targets_R)
         if with_gradients:
-            # softmax - 1 at the target, from the loss: 1 - p would cancel where p is near 1
+            # softmax - 1 at the target, computed from the loss: 1 - p would cancel where p is near 1.
             logits[torch.arange(len(x_RD), device=logits.device), targets_R] = torch.expm1(-losses_N[chunk]).to(
                 x_ND.dtype
             )
@@ -88,10 +88,10 @@ def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradi
 def head_loss_bytes(
     tokens: int, hidden_size: int, vocab_size: int, device_type: str, dtype: torch.dtype, *, accumulates: bool
 ) -> int:
-    """What `_head_loss` holds at its peak.
+    """Return the bytes that `_head_loss` holds at its peak.
 
     Args:
-        accumulates: the weight already has a gradient, so the new one is memory of its own.
+        accumulates: the weight already has a gradient, so the new one takes memory of its own.
     """
     rows, element = min(_CHUNK[device_type], tokens), dtype.itemsize
     padded = -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
@@ -114,7 +114,7 @@ def _padded(master_VD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _softmax_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    """The loss of each row; the logits become their softmax in place. Computed in fp32."""
+    """Replace logits by their softmax and return the loss of each row. Both are computed in fp32."""
     rows, vocab_size = logits_RV.shape
     size = max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS) if logits_RV.device.type == "cpu" else rows
     full_SV = logits_RV.new_empty(size, vocab_size, dtype=torch.float32)

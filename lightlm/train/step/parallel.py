@@ -1,8 +1,8 @@
-"""One module for the loss, and what is put around it: torch.compile, DistributedDataParallel, FSDP2."""
+"""The loss as one module, and its wrappers: torch.compile, DistributedDataParallel, FSDP2."""
 
 import contextlib
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,22 @@ from lightlm import checkpoint
 from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import Router, Routing
 from lightlm.model.transformer import Transformer
+from lightlm.sharding import whole
 from lightlm.train.distributed import World
 from lightlm.train.step.loss import token_loss
 from lightlm.train.step.routers import RouterLosses
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
 
 class PassLoss(NamedTuple):
-    """Of one micro-batch."""
+    """Results of one micro-batch."""
 
-    objective: Tensor  # what gradients are taken of: the loss, and the routers' losses times the tokens
+    objective: Tensor  # what is differentiated: the loss, plus the routers' losses times the number of tokens
     loss: Tensor  # the summed cross-entropy, in nats
-    load_LE: Tensor | None  # tokens that each expert of each layer got; None without experts
+    load_LE: Tensor | None  # tokens per expert and layer; None without experts
 
 
 class LossModule(nn.Module):
-    """`token_loss` as a module: the root that every wrapper needs, so that none of them reaches into the model."""
+    """`token_loss` as a module: the root that every wrapper needs."""
 
     def __init__(self, model: Transformer, router_losses: RouterLosses) -> None:
         super().__init__()
@@ -48,10 +46,10 @@ class ParallelLoss:
     """The loss of a micro-batch, with gradients averaged over the processes.
 
     Args:
-        strategy: `ddp`, a copy of everything in each process; or `fsdp`, parameters, gradients and optimizer state
-            sharded (FSDP2). In a world of one both are the plain model.
-        dtype: the precision that FSDP gathers the blocks' weights in.
-        router_losses: of a mixture of experts.
+        strategy: `ddp` keeps a copy of everything in each process; `fsdp` shards parameters, gradients and optimizer
+            state (FSDP2). With one process, both are the plain model.
+        dtype: the precision in which FSDP gathers the blocks' weights.
+        router_losses: losses of the routers in a mixture of experts.
     """
 
     def __init__(
@@ -83,28 +81,29 @@ class ParallelLoss:
             self._root = _replicate(self._local, device, compiled)
 
     def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> PassLoss:
-        """The losses; the objective's backward pass must run inside `synchronised`."""
+        """Return the losses. The objective's backward pass must run inside `synchronized`."""
         return self._root(inputs_BT, targets_BT)
 
     def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """The summed cross-entropy without gradients. With FSDP all processes must call it equally often."""
+        """Return the summed cross-entropy without gradients. With FSDP all processes must call it equally often."""
         return self._local(inputs_BT, targets_BT).loss
 
-    def synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a forward and backward pass. DDP averages gradients in the last of a batch only.
+    def synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward and backward pass; `last`: the last one of a batch.
 
-        FSDP does in each: whole gradients, kept until the last, are the memory that it is there to save.
+        DDP averages gradients only in the last pass. FSDP averages them in each: keeping whole gradients until the last
+        pass would take the memory that it saves.
         """
         if isinstance(self._root, nn.parallel.DistributedDataParallel) and not last:
             return self._root.no_sync()
         return contextlib.nullcontext()
 
     def communicates(self, last: bool) -> bool:
-        """Whether a pass inside `synchronised(last)` waits for other processes."""
+        """Return whether a pass inside `synchronized(last)` waits for other processes."""
         return self.sharded or (self.replicated and last)
 
     def whole_model(self) -> Transformer:
-        """The model in one piece, for saving and generating. With FSDP a copy, for which all processes must call."""
+        """Return the unsharded model, for saving and generating. With FSDP it is a copy: all processes must call."""
         if not self.sharded:
             return self.model
         state = {name: whole(tensor).detach() for name, tensor in self.model.state_dict().items()}
@@ -113,9 +112,9 @@ class ParallelLoss:
 
 def _replicate(module: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
     if compiled:
-        # It would cut the compiled graph at the buckets, and refuses a graph with the head's own backward in it.
+        # It would cut the compiled graph at the buckets, and it refuses a graph with the head's own backward pass.
         torch._dynamo.config.optimize_ddp = False
-    # Buffers belong to each process: broadcast, one process's counts would replace the others'. Renamed in torch 2.13.
+    # Each process keeps its own buffers: a broadcast would replace the others' counts. Torch 2.13 renamed the option.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     options: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
@@ -129,10 +128,10 @@ def _replicate(module: nn.Module, device: torch.device, compiled: bool) -> nn.Mo
 
 
 def _shard(module: LossModule, world: World, device: torch.device, dtype: torch.dtype) -> None:
-    """FSDP2 (arXiv 2304.11277): each block a group of its own, then all that remains.
+    """Apply FSDP2 (arXiv 2304.11277): one group per block, then one for all that remains.
 
-    Under mixed precision, blocks are gathered in `dtype`, half of the traffic. Routers, tables and the head stay fp32:
-    the head adds its gradient up chunk by chunk, and autocast casts for its products anyway, as in one process.
+    Under mixed precision, blocks are gathered in `dtype`, which halves the traffic. Routers, tables and the head stay
+    fp32: the head sums its gradient chunk by chunk, and autocast casts for its products anyway.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -147,24 +146,3 @@ def _shard(module: LossModule, world: World, device: torch.device, dtype: torch.
             fully_shard(router, mesh=mesh, mp_policy=full)
         fully_shard(block, mesh=mesh, mp_policy=low)
     fully_shard(module, mesh=mesh, mp_policy=full)
-
-
-def is_sharded(value: Any) -> TypeGuard["DTensor"]:
-    """Whether this is a DTensor, of which each process holds a part."""
-    return hasattr(value, "full_tensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, which takes all processes; any other tensor as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def like_parameter(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The tensor on the parameter's device, and sharded as it is; a scalar such as a step count is never sharded."""
-    tensor = tensor.to(parameter.device)
-    if not is_sharded(parameter) or tensor.ndim == 0:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    # No source rank: each process holds the whole tensor, and keeps its own part of it.
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,6 +1,6 @@
-"""How the routers of a mixture of experts are trained: their losses, and the bias that balances without one.
+"""How the routers of a mixture of experts are trained: by losses, and by a selection bias that balances without a loss.
 
-Shapes: L layers of experts as run, E experts.
+Shapes: L layers of experts in the order they run, R routers, E experts.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from lightlm.recipe import Recipe
 
 @dataclass(frozen=True)
 class RouterLosses:
-    """What a layer's losses are multiplied by; layers are summed."""
+    """Coefficients of the routers' losses."""
 
     balance: float = 0.0
     z: float = 0.0
 
     def __call__(self, routings: list[Routing]) -> Tensor:
-        """The losses of all layers, in nats a token."""
+        """Return the weighted losses, summed over layers, in nats per token."""
         total = torch.zeros((), device=routings[0].z.device)
         if self.balance:
             total = total + self.balance * torch.stack([routing.balance for routing in routings]).sum()
@@ -31,29 +31,32 @@ class RouterLosses:
 
 
 def router_losses(recipe: Recipe) -> RouterLosses:
+    """Return the recipe's coefficients, with the defaults of its kind of router."""
     settings = recipe.router_training
     return RouterLosses(settings.balance_loss_coef or 0.0, settings.z_loss_coef)
 
 
 @torch.no_grad()
 def move_selection_biases(model: Transformer, load_LE: Tensor, rate: float) -> None:
-    """Raise the bias of experts with less than the mean load by `rate`, and lower the others' (arXiv 2408.15664).
+    """Raise the bias of experts below the mean load by `rate`, and lower the bias of those above (arXiv 2408.15664).
 
     Args:
-        load_LE: tokens of the whole global batch that each expert got. Layers that repeat a block share its bias.
+        load_LE: tokens per expert, from the whole global batch. Layers that repeat a block share its bias.
     """
     routers = [module for module in model.blocks.modules() if isinstance(module, Router)]
     load_LRE = load_LE.view(len(routers), model.config.layer_sharing, -1)
     for router, load_E in zip(routers, load_LRE.sum(1).unbind(), strict=True):
         assert router.selection_bias is not None
-        # E times the mean, in whole numbers: exact, and MPS has no float64.
+        # Integers, E times the mean: exact, also on MPS, which lacks float64.
         router.selection_bias += rate * torch.sign(load_E.sum() - len(load_E) * load_E)
 
 
 @torch.no_grad()
 def selection_bias_ranges(model: Transformer) -> list[float] | None:
-    """The largest minus the smallest selection bias of each layer (L); None for routers without one. Waits for the
-    device."""
+    """Return the largest minus the smallest selection bias of each layer (L), or None for routers without biases.
+
+    Waits for the device.
+    """
     routers = [module for module in model.blocks.modules() if isinstance(module, Router)]
     biases = [router.selection_bias for router in routers if router.selection_bias is not None]
     if not biases:

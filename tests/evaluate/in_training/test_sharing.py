@@ -20,14 +20,12 @@ from lightlm.evaluate.in_training.task_scores import TaskScores
 from lightlm.evaluate.results.store import rows
 from lightlm.evaluate.runner import Settings, Tasks, run_tasks
 from lightlm.recipe import EvalSection, load_recipe
-from lightlm.runs import new_run
 from lightlm.train.distributed import World
-from lightlm.train.trainer import Trainer
 from tests.corpus import TINY_RECIPE
 from tests.evaluate.tasks.test_cloze import documents
 from tests.evaluate.tiny_run import write_quiz, write_world
 from tests.train.group import together
-from tests.train.watch import Recorder
+from tests.train.watch import Recorder, make_trainer
 
 LIMIT = 20
 RECIPE = (
@@ -54,10 +52,12 @@ def run_and_quarrel(world):
     """The metrics of a sharded run with `eval.tasks`; then what each kind of trouble in the second process gives."""
     recipe = load_recipe("tiny.yaml", (*RECIPE, "eval.tasks=[heldout]", "train.parallel=fsdp"))
     watch = Recorder()
-    trainer = Trainer(recipe, Path("runs/shared"), watch, lambda model, prompt: "", None, world)
-    scores = TaskScores(recipe.eval, trainer.data.path, world)
-    trainer.evaluator = lambda model, path, stop: scores(model, trainer.data.tokenizer, path, stop)
-    trainer.run_folder = world.from_writer(lambda: new_run("shared", exact=True))
+    scores = TaskScores(recipe.eval, Path("data/tiny"), world)
+
+    def evaluator(model, path, stop):
+        return scores(model, trainer.data.tokenizer, path, stop)
+
+    trainer = make_trainer(recipe, "shared", watch, world=world, evaluator=evaluator)
     trainer.train()
     model, second = trainer.loss.whole_model(), world.rank == 1
 

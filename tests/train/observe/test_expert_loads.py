@@ -15,7 +15,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.train.observe.expert_loads import layers_are_due, load_metrics
 from lightlm.train.observe.observers import Observers
 from lightlm.train.observe.trackers import BACKENDS, Trackers
-from tests.train.watch import Recorder, comparable, resume, start
+from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 
 DOCS = Path(__file__).parents[3] / "docs"
 # Two layers of eight experts above a dense one, two experts per token, four micro-batches per step.
@@ -110,14 +110,12 @@ def test_trackers_get_the_scalars_alone(monkeypatch):
 
     monkeypatch.setitem(BACKENDS, "tensorboard", Kept)
     from lightlm.recipe import load_recipe
-    from lightlm.runs import new_run
-    from lightlm.train.trainer import Trainer
 
     watch = Recorder()
     recipe = load_recipe("tiny.yaml", [*EXPERTS, "train.tokens=512", "tracking.backends=[tensorboard]"])
     trackers = Trackers(recipe.tracking, watch.note)
     with trackers:
-        Trainer(recipe, new_run("tracked", exact=True), Observers(watch, trackers), lambda *_: "").train()
+        make_trainer(recipe, "tracked", Observers(watch, trackers)).train()
     assert [note for note in watch.notes if "failed" in note] == []
     for logged, metrics in zip(Kept.logged, watch.metrics, strict=True):
         scalars = {key: value for key, value in metrics.items() if key.startswith("moe/") and np.isscalar(value)}

@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 
 from lightlm import checkpoint
 from lightlm.recipe import TrainSection, load_recipe
-from lightlm.runs import new_run
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.spikes import MAX_IN_A_ROW, SpikeHistory, judge
-from lightlm.train.trainer import Trainer, TrainingDivergedError
-from tests.train.watch import Recorder, comparable
+from lightlm.train.trainer import TrainingDivergedError
+from tests.train.watch import Recorder, comparable, make_trainer
 
 # Small enough for 20 steps: judged from step 5 on. At the recipe's own rate of 1e-2 one bad step upsets the next three.
 SPIKY = ["train.spike_window=8", "train.spike_threshold=6", "optimizer.lr=2e-3"]
@@ -97,27 +96,27 @@ class Poisoned(Recorder):
         self.steps = steps
 
     def run(self, trainer):
-        plain, per_step = trainer.loader.batch, trainer.recipe.batch_sequences
+        plain, per_step = trainer.setup.loader.batch, trainer.recipe.batch_sequences
 
         def batch(start, count):
             step = start // per_step + 1
             inputs, targets = plain(start, count)
             return (inputs, torch.full_like(targets, 7)) if step in self.steps else (inputs, targets)
 
-        trainer.loader.batch = batch
+        trainer.setup.loader.batch = batch
         return trainer.train()
 
 
 def poisoned_run(name, steps, *overrides, terminate_at=None):
     watch = Poisoned(steps, terminate_at)
-    trainer = Trainer(load_recipe("tiny.yaml", overrides), new_run(name, exact=True), watch, lambda *_: "")
+    trainer = make_trainer(load_recipe("tiny.yaml", overrides), name, watch)
     return watch.run(trainer), watch
 
 
 def resumed_run(name, steps):
     watch = Poisoned(steps)
     recipe, run, saved = reopen_run(name, [])
-    return watch.run(Trainer(recipe, run, watch, lambda *_: "", saved)), watch
+    return watch.run(make_trainer(recipe, run, watch, checkpoint=saved)), watch
 
 
 def state(run, step):
@@ -173,7 +172,7 @@ def test_skipping_resumes_bit_for_bit():
 
 def nan_run(name, steps, *overrides):
     watch = Recorder()
-    trainer = Trainer(load_recipe("tiny.yaml", overrides), new_run(name, exact=True), watch, lambda *_: "")
+    trainer = make_trainer(load_recipe("tiny.yaml", overrides), name, watch)
 
     def poison(module, inputs, output):
         return output * math.nan if trainer.model.training and trainer.progress.step + 1 in steps else output

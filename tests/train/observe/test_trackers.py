@@ -23,8 +23,7 @@ from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED, read_metrics
 from lightlm.train.observe.observers import Observers
 from lightlm.train.observe.trackers import BACKENDS, Trackers, _installed
-from lightlm.train.trainer import Trainer
-from tests.train.watch import Recorder, comparable
+from tests.train.watch import Recorder, comparable, make_trainer
 
 # trackio reads it once, when it is first imported.
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="lightlm-trackio-")
@@ -60,7 +59,7 @@ def go(name, *backends, terminate_at=None, overrides=()):
     else:
         recipe, run, saved = load_recipe("tiny.yaml", changes), new_run(name, exact=True), None
     trackers = Trackers(recipe.tracking, watch.note)
-    trainer = Trainer(recipe, run, Observers(watch, trackers), lambda *_: " & more", saved)
+    trainer = make_trainer(recipe, run, Observers(watch, trackers), lambda *_: " & more", saved)
     with trackers:
         return trainer.train(), watch
 
@@ -87,16 +86,16 @@ def test_the_times_of_a_step_fit_together(plain_run):
 
 def test_data_seconds_is_the_wait_for_batches():
     watch = Recorder()
-    trainer = Trainer(load_recipe("tiny.yaml", ["train.tokens=512"]), new_run("slow", exact=True), watch, lambda *_: "")
-    plain = trainer.loader.batch
+    trainer = make_trainer(load_recipe("tiny.yaml", ["train.tokens=512"]), "slow", watch)
+    plain = trainer.setup.loader.batch
 
     def slow(start, count):
         time.sleep(0.01)
         return plain(start, count)
 
-    trainer.loader.batch = slow
+    trainer.setup.loader.batch = slow
     trainer.train()
-    assert trainer.accumulation == 4
+    assert trainer.facts()["accumulation"] == 4
     assert all(m["data_seconds"] > 0.04 for m in watch.metrics)
 
 

@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_iter
 from lightlm.model import experts
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import OptimizerSection
-from lightlm.train.optim.optimizers import build_optimizer
-from lightlm.train.planning import memory
-from lightlm.train.planning.memory import activation_bytes, backward_bytes, inference_parts, mask_bytes, optimizer_bytes
+from lightlm.optim.groups import build_optimizer
+from lightlm.optim.registry import read_section
+from lightlm.train.planning.memory import inference_parts, optimizer_bytes
+from lightlm.train.step import activations
+from lightlm.train.step.activations import activation_bytes, backward_bytes, mask_bytes
 from lightlm.train.step.loss import token_loss
 from tests.shapes import SHAPES
 
@@ -45,7 +46,7 @@ def unpadded(monkeypatch):
     """Experts have a row for each choice and no more; how many they pad depends on what tokens choose."""
     for name, value in {"_ROW_MULTIPLE": 1, "_UNITS_PER_EXPERT": 10**6, "_BATCHED_QUANTILE": 0.0}.items():
         monkeypatch.setattr(experts, name, value)
-    monkeypatch.setattr(memory, "_PADDING", 1.0)
+    monkeypatch.setattr(activations, "_PADDING", 1.0)
 
 
 def indices_of_rows(config):
@@ -146,7 +147,7 @@ def test_rows_are_padded_as_assumed():
         load_E = torch.bincount(ids_NK.flatten(), minlength=num_experts).double()
         assert 0.05 < load_E.std() / load_E.mean() < 0.25
         rows = len(experts._Rows.of(ids_NK, num_experts).pair_R)
-        assert rows / ids_NK.numel() == pytest.approx(memory._PADDING, abs=0.1)
+        assert rows / ids_NK.numel() == pytest.approx(activations._PADDING, abs=0.1)
 
 
 def test_banded_layers_keep_a_mask_each():
@@ -160,8 +161,8 @@ def test_banded_layers_keep_a_mask_each():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizer_state_is_counted(name):
     model = Transformer(SHAPES["qwen3"])
-    section = OptimizerSection(name=name, lr=1e-3)
-    optimizer = build_optimizer(model, section)
+    section = read_section({"name": name, "lr": 1e-3})
+    optimizer = build_optimizer(model, section, torch.float32)
     token_loss(model, torch.randint(97, (1, 8)), torch.randint(97, (1, 8))).backward()
     optimizer.step()
     state = [value for values in optimizer.state.values() for value in values.values() if value.ndim]

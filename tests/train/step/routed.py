@@ -1,15 +1,11 @@
 """Runs of a tiny mixture of experts, and what its routers did, counted without the counts under test."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from lightlm.model.moe import Router
 from lightlm.recipe import load_recipe
-from lightlm.runs import new_run
-from lightlm.train.trainer import Trainer
-from tests.train.watch import Recorder
+from tests.train.watch import Recorder, make_trainer
 
 MOE = (
     "model.num_experts=5",
@@ -51,7 +47,7 @@ class Routed:
         if metrics is not None:
             # DistributedDataParallel's first step is preceded by passes whose gradients are dropped.
             repeats = self._trainer.model.config.layer_sharing
-            last = self._passes[-self._trainer.accumulation * len(self._routers) * repeats :]
+            last = self._passes[-self._trainer.facts()["accumulation"] * len(self._routers) * repeats :]
             self.steps.append([self._of(index, last) for index in range(len(self._routers))])
         return metrics
 
@@ -67,8 +63,7 @@ def _local(weight):
 def routed_run(name, *overrides, world=None, edit=None):
     """(metrics, what the routers did, the result) of a run; `edit` is called with the trainer before it starts."""
     watch = Recorder()
-    trainer = Trainer(load_recipe("tiny.yaml", overrides), Path("runs") / name, watch, lambda *_: "...", None, world)
-    trainer.run_folder = trainer.world.from_writer(lambda: new_run(name, exact=True))
+    trainer = make_trainer(load_recipe("tiny.yaml", overrides), name, watch, lambda *_: "...", world=world)
     if edit is not None:
         edit(trainer)
     routed = Routed(trainer)

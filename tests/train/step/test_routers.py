@@ -170,7 +170,7 @@ def test_gradients_are_of_the_cross_entropy_and_the_routers_losses(kind):
             hooks = [r.register_forward_pre_hook(lambda r, inputs: caught.append((r, inputs[0]))) for r in routers]
             total, parameters = 0.0, list(model.parameters())
             for first in range(0, 8, 2):
-                inputs, targets = trainer.loader.batch(first, 2)
+                inputs, targets = trainer.setup.loader.batch(first, 2)
                 caught.clear()
                 cross_entropy = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
                 balanced, squared = losses(kind, caught)

@@ -12,8 +12,7 @@ from lightlm import checkpoint
 from lightlm.errors import RecipeError
 from lightlm.recipe import load_recipe
 from lightlm.train.observe.metrics import read_metrics
-from lightlm.train.trainer import Trainer
-from tests.train.watch import Recorder, comparable, resume, start
+from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 
 OVERRIDES = {
     "muon": ["optimizer.name=muon", "optimizer.lr=3e-2", "optimizer.embedding_lr=1e-2"],
@@ -84,8 +83,8 @@ def test_a_growing_batch_keeps_the_count_of_tokens_steps_and_samples(runs):
 def test_a_small_batch_has_its_own_mean(runs):
     """Loss and gradient of the first two sequences, beside torch's own mean cross-entropy over all logits."""
     _, growing = runs("growing")
-    trainer = Trainer(load_recipe("tiny.yaml", OVERRIDES["growing"]), Path("unused"), Recorder(), lambda *_: "")
-    inputs, targets = trainer.loader.batch(0, 2)
+    trainer = make_trainer(load_recipe("tiny.yaml", OVERRIDES["growing"]), Path("unused"), Recorder())
+    inputs, targets = trainer.setup.loader.batch(0, 2)
     loss = F.cross_entropy(trainer.model(inputs).flatten(0, 1), targets.flatten())
     loss.backward()
     assert growing.metrics[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)

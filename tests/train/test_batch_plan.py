@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightlm.recipe import load_recipe
-from lightlm.train.batches import BatchPlan, batch_plan
+from lightlm.train.schedules import BatchPlan, batch_plan
 
 
 def plan(*overrides):

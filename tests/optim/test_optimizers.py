@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightlm.recipe import OptimizerSection
-from lightlm.train.optim.optimizers import build_optimizer, learning_rates, set_learning_rate
+from lightlm.optim.groups import learning_rates, set_learning_rate
+from tests.optim.built import optimizer_for
 from tests.shapes import build
 
 
@@ -16,14 +16,14 @@ def kinds(optimizer, model):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_each_kind_of_parameter_has_its_rate_and_decay(optimizer, wrapped):
-    section = OptimizerSection(
-        name=optimizer, lr=1.0, embedding_lr=2.0, head_lr=3.0, scalar_lr=4.0, weight_decay=0.5,
-        embedding_weight_decay=0.25,
-    )  # fmt: skip
+    settings = {
+        "name": optimizer, "lr": 1.0, "embedding_lr": 2.0, "head_lr": 3.0, "scalar_lr": 4.0, "weight_decay": 0.5,
+        "embedding_weight_decay": 0.25,
+    }  # fmt: skip
     model = build("qwen3")
     assert not model.config.tie_embeddings
     outer = torch.nn.ModuleDict({"module": model}) if wrapped else model
-    built = build_optimizer(outer, section)
+    built = optimizer_for(outer, **settings)
     groups = {group["name"]: group for group in built.param_groups}
     assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
         "matrices": (1.0, 0.5), "embedding": (2.0, 0.25), "head": (3.0, 0.25), "scalar": (4.0, 0.0),
@@ -40,10 +40,17 @@ def test_each_kind_of_parameter_has_its_rate_and_decay(optimizer, wrapped):
 
 def test_positions_are_a_table_and_one_rate_is_logged_once():
     model = build("gpt2")
-    optimizer = build_optimizer(model, OptimizerSection(lr=0.1))
+    optimizer = optimizer_for(model, lr=0.1)
     assert kinds(optimizer, model)["embed_positions.weight"] == "embedding"
     set_learning_rate(optimizer, 0.5)
     assert learning_rates(optimizer) == {"lr": 0.05}
+
+
+def test_a_vector_without_a_pattern_is_refused():
+    model = build("gpt2")
+    model.register_parameter("temperature", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(ValueError, match=r"parameter temperature is not a matrix; add its pattern to .*PATTERNS"):
+        optimizer_for(model, lr=0.1)
 
 
 def test_groups_leave_adamws_numbers_alone():
@@ -52,7 +59,7 @@ def test_groups_leave_adamws_numbers_alone():
     split = [p for p in theirs.parameters() if p.ndim >= 2], [p for p in theirs.parameters() if p.ndim < 2]
     groups = [{"params": split[0], "weight_decay": 0.1}, {"params": split[1], "weight_decay": 0.0}]
     plain = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    grouped = build_optimizer(ours, OptimizerSection(lr=1e-2))
+    grouped = optimizer_for(ours, lr=1e-2)
     for _ in range(3):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             a.grad = torch.randn_like(a)
@@ -77,7 +84,7 @@ def test_cautious_adamw_follows_the_papers_rule():
     """On a table and a head as on the matrices (of AdamW); norms do not decay at all."""
     model = build("qwen3")
     settings = {"lr": 0.05, "weight_decay": 0.5, "betas": (0.9, 0.95), "eps": 1e-8}
-    optimizer = build_optimizer(model, OptimizerSection(cautious=True, **settings))
+    optimizer = optimizer_for(model, cautious=True, **settings)
     before = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
     gradients = {name: [] for name in before}
     for _ in range(5):
@@ -104,9 +111,7 @@ def test_cautious_decay_does_nothing_where_the_update_grows_the_weight():
             for decay, kept in ((0.0, plain), (0.5, decayed)):
                 with torch.no_grad():
                     weight.copy_(torch.eye(*weight.shape))
-                optimizer = build_optimizer(
-                    model, OptimizerSection(name=name, lr=0.1, weight_decay=decay, cautious=cautious and decay > 0)
-                )
+                optimizer = optimizer_for(model, name=name, lr=0.1, weight_decay=decay, cautious=cautious and decay > 0)
                 weight.grad = -torch.eye(*weight.shape)
                 optimizer.step()
                 kept.append(weight.detach().clone())

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightlm.recipe import OptimizerSection
-from lightlm.train.optim import muon as muon_module
-from lightlm.train.optim.muon import Muon, orthogonalise
-from lightlm.train.optim.optimizers import build_optimizer
+from lightlm.optim import orthogonal
+from lightlm.optim.orthogonal import Muon, orthogonalize
+from tests.optim.built import optimizer_for
 from tests.shapes import build
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (3, 12, 20), (2, 20, 12), (16, 16), (1, 9)]
@@ -65,7 +64,7 @@ def random_run(shapes=SHAPES, steps=4, seed=0):
 @pytest.mark.parametrize("call_elements", [1, 300, 2**20])
 def test_muon_follows_its_float64_reference(nesterov, original, cautious, call_elements, monkeypatch):
     """Four steps in fp32: every matrix as if alone, whatever shares its call; experts each by itself."""
-    monkeypatch.setitem(muon_module._CALL_ELEMENTS, "cpu", call_elements)
+    monkeypatch.setitem(orthogonal._CALL_ELEMENTS, "cpu", call_elements)
     weights, gradients = random_run()
     parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
     rule = "original" if original else "match_rms_adamw"
@@ -100,7 +99,7 @@ def test_singular_values_land_in_newton_schulzs_band(shape, dtype):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
     matrices = u @ torch.diag_embed(s.clamp(min=0.003 * s.norm(dim=-1, keepdim=True))) @ vt
-    result = orthogonalise(matrices, 5, dtype)
+    result = orthogonalize(matrices, 5, dtype)
     assert result.dtype == dtype
     values = torch.linalg.svdvals(result.float())
     assert 0.67 < values.min() < values.max() < 1.21
@@ -129,7 +128,7 @@ def test_a_matrix_without_gradient_stays_and_a_zero_gradient_only_decays():
 def test_blocks_matrices_get_muon_and_all_else_adamw():
     for shape in ("gpt2", "qwen3"):
         model = build(shape)
-        optimizer = build_optimizer(model, OptimizerSection(name="muon", lr=1e-3))
+        optimizer = optimizer_for(model, name="muon", lr=1e-3)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
@@ -142,7 +141,7 @@ def test_blocks_matrices_get_muon_and_all_else_adamw():
 def test_state_survives_a_state_dict():
     """torch's own saving works too: it replaces groups and state, and both halves must follow."""
     model, other = build("qwen3"), build("qwen3")
-    optimizer, fresh = (build_optimizer(m, OptimizerSection(name="muon", lr=1e-2)) for m in (model, other))
+    optimizer, fresh = (optimizer_for(m, name="muon", lr=1e-2) for m in (model, other))
     generator = torch.Generator().manual_seed(3)
 
     def step(both):

@@ -5,9 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightlm.recipe import OptimizerSection
-from lightlm.train.optim.muon import Muon
-from lightlm.train.optim.optimizers import build_optimizer
+from lightlm.optim.orthogonal import Muon
+from tests.optim.built import optimizer_for
 from tests.shapes import build
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
@@ -15,8 +14,7 @@ pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 
 def _steps(model, cautious):
     """Three steps on the same gradients in every process; returns whole weights."""
-    section = OptimizerSection(name="muon", lr=1e-2, cautious=cautious)
-    optimizer = build_optimizer(model, section, torch.float32)
+    optimizer = optimizer_for(model, name="muon", lr=1e-2, cautious=cautious)
     tokens = torch.arange(64).reshape(4, 16)
     for _ in range(3):
         model(tokens).logsumexp(-1).mean().backward()

@@ -1,4 +1,4 @@
-"""AdamW with cautious weight decay."""
+"""Cautious weight decay (arXiv 2510.12402), and AdamW with it."""
 
 from typing import Any
 
@@ -7,16 +7,18 @@ from torch import Tensor
 
 
 def cautious_decay_(parameter: Tensor, update: Tensor, rate: float) -> None:
-    """parameter -= rate * parameter, only where subtracting `update` does not push it away from zero either
-    (arXiv 2510.12402): the mask is update * parameter >= 0, element by element. Shapes are the same."""
+    """Do parameter -= rate * parameter where update * parameter >= 0: where subtracting `update` also moves it to zero.
+
+    The two tensors have the same shape.
+    """
     agreeing = (update * parameter).ge_(0)  # 1 or 0 in the parameter's own dtype
     parameter.addcmul_(parameter, agreeing, value=-rate)
 
 
 class CautiousAdamW(torch.optim.AdamW):
-    """AdamW whose decay touches a weight only where the update shrinks it too; the arguments are AdamW's.
+    """AdamW that decays a weight only where the update also shrinks it; the arguments are AdamW's.
 
-    The fused kernel decays every weight, so it runs without decay, and the decay goes first, as AdamW has it.
+    The fused kernel would decay every weight. It runs without decay, after a decay that comes first as in AdamW.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
@@ -34,7 +36,7 @@ class CautiousAdamW(torch.optim.AdamW):
         super().step(closure)
 
     def _direction(self, parameter: Tensor, beta: float) -> Tensor:
-        """The mean gradient that this step will make: it has the signs of AdamW's update."""
+        """Return the mean gradient after this step, which has the signs of AdamW's update."""
         assert parameter.grad is not None
         mean = self.state[parameter].get("exp_avg")
         return parameter.grad if mean is None else torch.lerp(mean, parameter.grad, 1 - beta)

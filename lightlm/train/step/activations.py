@@ -1,0 +1,137 @@
+"""Memory of a forward and backward pass, counted from a model's shape.
+
+Shapes: D hidden size, F intermediate size, H query heads, G key/value heads, K head size, T positions of a sequence.
+"""
+
+from typing import Literal
+
+from lightlm.model.config import ModelConfig
+
+# Rows of experts on a CPU per choice of a token, with the padding of loads that vary by a fifth of their mean.
+_PADDING = 1.15
+
+
+def activation_bytes(config: ModelConfig, *, mixed: bool, fused: bool, recompute: bool = False) -> int:
+    """Return the bytes that autograd keeps per token up to the head.
+
+    Args:
+        mixed: matrix products run in 16 bits.
+        fused: with the hand-written gradients of `model/fused.py`. What torch.compile keeps depends on its version; it
+            is assumed to be the same. Otherwise with plain operations as torch runs them on a CPU: an upper bound on
+            CUDA, whose RMSNorm keeps less. Mixed and not fused, experts are CUDA's grouped products.
+        recompute: with activation checkpointing: the blocks' inputs, and what one block computes again at the peak.
+    """
+    config = config.resolved()
+    element = 2 if mixed else 4
+    layer = _fused_layer if fused else _plain_layer
+    layers = {kind: count * layer(config, element, kind) for kind, count in _layers(config).items()}
+    if recompute:
+        widest = max(layer(config, element, kind) for kind in layers)
+        return config.depth * 4 * config.hidden_size + widest + _norm(config, fused)
+    return sum(layers.values()) + _norm(config, fused)
+
+
+Kind = Literal["dense", "experts"]
+
+
+def _layers(config: ModelConfig) -> dict[Kind, int]:
+    """Return the number of layers of each kind."""
+    experts = sum(config.has_experts(block) for block in range(config.num_layers)) * config.layer_sharing
+    counts: dict[Kind, int] = {"dense": config.depth - experts, "experts": experts}
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def mask_bytes(config: ModelConfig, seq_len: int, *, mixed: bool) -> int:
+    """Return the bytes of the banded layers' masks, (T, T) each in the precision of queries; sequences share them."""
+    banded = sum(0 < config.window(layer) < seq_len for layer in range(config.depth))
+    return banded * (2 if mixed else 4) * seq_len**2
+
+
+def _norm(config: ModelConfig, fused: bool) -> int:
+    """Count the input in fp32 and its statistics. Without `fused`, RMSNorm also keeps x / rms(x)."""
+    if config.norm == "layernorm":
+        return 4 * config.hidden_size + 8
+    return (4 if fused else 8) * config.hidden_size + 4
+
+
+def _fused_layer(config: ModelConfig, element: int, kind: Kind) -> int:
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    turned = config.qk_norm or config.position == "rope"
+    attention = (
+        element * config.hidden_size  # input of the joined projection
+        + element * (queries + 2 * keys)  # its output, which includes the values
+        + (4 * (config.num_heads + config.num_kv_heads) if config.qk_norm else 0)  # 1 / rms
+        + (element * (queries + keys) if turned else 0)
+        + element * queries  # output of attention, input of o_proj
+        + 4 * config.num_heads  # log-sum-exp
+    )
+    # The feed-forward network's input is counted below, its inner values here.
+    if kind == "experts":
+        inner = element * 3 * _shared_size(config) + _router(config, element) + _padded_experts(config, element)
+    else:
+        inner = element * (3 if config.mlp == "swiglu" else 2) * config.intermediate_size
+    return 2 * _norm(config, True) + attention + element * config.hidden_size + inner
+
+
+def _plain_layer(config: ModelConfig, element: int, kind: Kind) -> int:
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    networks = _shared_size(config) if kind == "experts" else config.intermediate_size
+    # Autocast copies the norm's output for each product that takes it; in fp32 all products share it.
+    inputs = (3 + ((2 if config.mlp == "swiglu" else 1) if networks else 0)) if element == 2 else 2
+    attention = (
+        (8 * (queries + keys) + 4 * (config.num_heads + config.num_kv_heads) if config.qk_norm else 0)
+        + element * (queries + 2 * keys)  # input of attention
+        + element * queries
+        + 4 * config.num_heads
+    )
+    inner = element * (4 if config.mlp == "swiglu" else 2) * networks
+    if kind == "experts":
+        inner += _router(config, element)
+        inner += _grouped_experts(config) if element == 2 else _padded_experts(config, element)
+    return 2 * _norm(config, False) + attention + element * inputs * config.hidden_size + inner
+
+
+def _shared_size(config: ModelConfig) -> int:
+    return config.num_shared_experts * config.moe_intermediate_size
+
+
+def _router(config: ModelConfig, element: int) -> int:
+    """Count its fp32 input where that is a copy, logits and scores of all experts, sums over them; int64 choices."""
+    chosen = config.num_experts_per_tok
+    sums = 4 + (4 if config.router == "sigmoid" else 0)  # of the z-loss and of the balance loss
+    weights = 8 * chosen + (4 * chosen + 4 if config.norm_topk_prob else 0)
+    return (4 * config.hidden_size if element == 2 else 0) + 8 * config.num_experts + sums + weights
+
+
+def _padded_experts(config: ModelConfig, element: int) -> int:
+    """Count gate and up of each row with its choice and token, and the row and weight of each choice."""
+    rows = config.num_experts_per_tok * _PADDING
+    return round(rows * (element * 2 * config.moe_intermediate_size + 16)) + 12 * config.num_experts_per_tok
+
+
+def _grouped_experts(config: ModelConfig) -> int:
+    """Count per choice, in 16 bits, the token, five inner values and the weight; and its place in the order."""
+    per_choice = 2 * (config.hidden_size + 5 * config.moe_intermediate_size + 1) + 8
+    return config.num_experts_per_tok * per_choice
+
+
+def backward_bytes(config: ModelConfig, *, mixed: bool) -> int:
+    """Return the bytes per token that the widest layer's backward pass holds beside all activations.
+
+    These are the gradients of the stream and of the layer's input in fp32, and those of the feed-forward network's
+    inner values with one product.
+    """
+    config = config.resolved()
+    inner = {"dense": (4 if config.mlp == "swiglu" else 2) * config.intermediate_size}
+    # Five inner values, the gradient of the output and that of the token, per row of experts.
+    per_row = 5 * config.moe_intermediate_size + 2 * config.hidden_size
+    inner["experts"] = round(config.num_experts_per_tok * _PADDING * per_row) + 4 * _shared_size(config)
+    widest = max(inner[kind] for kind in _layers(config))
+    return 3 * 4 * config.hidden_size + (2 if mixed else 4) * widest
+
+
+def expert_gradient_bytes(config: ModelConfig, *, mixed: bool) -> int:
+    """Return the bytes of one layer's gradients of experts, before they are added to those of earlier passes."""
+    config = config.resolved()
+    weights = 3 * config.num_experts * config.moe_intermediate_size * config.hidden_size
+    return weights * (6 if mixed else 4)
