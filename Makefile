@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test check lint format bench compare clean
+.PHONY: demo test check lint format docs bench compare clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lightlm prepare-data pydocs --tokenizer train:8192
@@ -27,6 +27,11 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, into site/index.html.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --strict
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train.py

@@ -128,7 +128,7 @@ evals: {}
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.batch_tokens=1000", "1000 is no whole number of 256-token sequences; nearest: 1024"),
+        ("train.batch_tokens=1000", "1000 is not a whole number of 256-token sequences; nearest: 1024"),
         ("train.micro_batch_size=7", "7 does not divide the 16 sequences"),
         ("train.seq_len=512", "512 exceeds model.max_seq_len 256"),
         ("model.num_kv_heads=3", "3 does not divide num_heads 4"),
@@ -147,7 +147,7 @@ evals: {}
         ("schedule={name: cosine, decay_shape: sqrt}", "decay_shape: has no effect with schedule.name=cosine"),
         ("schedule={warmup: 90%}", "schedule: warmup 90% and decay 20% exceed"),
         ("schedule.batch_start=1K", "schedule.batch_start: has no effect without schedule.batch_warmup"),
-        ("schedule.batch_warmup=10%", "schedule.batch_start: is missing: batch_warmup 10% needs"),
+        ("schedule.batch_warmup=10%", "schedule.batch_start: is missing: batch_warmup 10% needs a first batch"),
         ("schedule={batch_warmup: 10%, batch_start: 768}", "768 must be smaller than train.batch_tokens 4096, divide"),
         ("schedule={batch_warmup: 10%, batch_start: 900}", "whole number of 256-token sequences; nearest: 1024"),
         ("schedule={batch_warmup: 10%, batch_start: 4K}", "4096 must be smaller than train.batch_tokens 4096"),
@@ -227,7 +227,7 @@ def test_unknown_recipe_names_the_nearest():
 
 
 @pytest.mark.parametrize("text", ["just text", "- a\n- b", "a: [1", "name: x\n", "1: 2\n", ""])
-def test_files_that_are_no_recipe_are_refused(tmp_path, text):
+def test_files_that_are_not_recipes_are_refused(tmp_path, text):
     mistakes(tmp_path, text)
 
 

@@ -29,7 +29,11 @@ def train(
         typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one (lightlm recipes ls)."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Overrides, such as optimizer.lr=1e-3.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value ...]",
+            help="Overrides, such as optimizer.lr=1e-3. `lightlm recipes keys` lists all keys.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Run folder under runs/; the recipe's name unless given.")] = None,
     resume: Annotated[
@@ -141,14 +145,14 @@ def _train(world: "World", request: _Request) -> bool:
     # The run folder appears once recipe and data are known to fit.
     exact = request.name is not None or request.auto_resume
     run = world.from_writer(lambda: run or new_run(request.name or parsed.name, exact=exact))
-    if setup.done:
-        display.note(f"{run} is complete; raise train.tokens to train it further")
 
     def sampler(model: Any, prompt: str) -> str:
         assert data is not None
         return sample_text(model, data.tokenizer, prompt, parsed.eval.max_new_tokens, seed=parsed.train.seed)
 
     trainer = Trainer(setup, run, Observers(display, trackers), sampler, evaluator)
+    if trainer.done:
+        display.note(f"{run} is complete; raise train.tokens to train it further")
     with display, trackers:
         result = trainer.train()
     if world.is_writer:

@@ -1,7 +1,7 @@
 """What a model is: every number that decides its shape, with the rules that hold between them."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar
 
 _MOE_KEYS = (
     "num_experts_per_tok",
@@ -18,6 +18,14 @@ _MOE_KEYS = (
 RENAMED_FIELDS = {"block_repeats": "layer_sharing", "full_attention_every": "full_attention_interval"}
 
 
+_T = TypeVar("_T")
+
+
+def _key(default: _T, description: str) -> _T:
+    """Return a field with a default; pydantic copies its description into the JSON Schema of recipes."""
+    return field(default=default, metadata={"description": description})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a `Transformer`. Names are the field's (Hugging Face's where it has one).
@@ -29,34 +37,71 @@ class ModelConfig:
     # Read by pydantic where a recipe embeds this class: an unknown key is an error, not ignored.
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    max_seq_len: int
-    vocab_size: int = 0  # from the data folder's tokenizer
-    num_kv_heads: int = 0  # num_heads, plain multi-head attention; fewer is grouped-query attention
-    head_dim: int = 0  # hidden_size / num_heads
-    intermediate_size: int = 0  # 4 x hidden_size; for swiglu 8/3 x, up to a multiple of 64 (equal parameters)
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-5
-    position: Literal["rope", "learned"] = "rope"
-    rope_theta: float = 10_000.0
-    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"
-    qk_norm: bool = False  # RMSNorm over each query and key head before the rotation (Qwen3)
-    tie_embeddings: bool = True  # the output head is the token embedding
-    bias: bool = False  # biases on every projection and, for layernorm, on the norms (GPT-2)
-    layer_sharing: int = 1  # each block runs this many times in succession with the same weights (MobileLLM-LS)
-    sliding_window: int = 0  # banded layers see this many positions, their own included; 0: every layer sees all
-    full_attention_interval: int = 2  # with sliding_window: layers 0, n, 2n, ... see all, the others are banded
-    init_std: float = 0.02
-    num_experts: int = 0  # routed experts of a layer (DeepSeekMoE, arXiv 2401.06066); 0: every layer is dense
-    num_experts_per_tok: int = 2  # of them, chosen for each token
-    num_shared_experts: int = 0  # experts that every token passes through, as one network of their joint size
-    moe_intermediate_size: int = 0  # of one expert; intermediate_size / num_experts_per_tok (equal active parameters)
-    first_k_dense: int = 0  # this many blocks at the start keep a dense network of intermediate_size
-    router: Literal["sigmoid", "softmax"] = "sigmoid"  # sigmoid: balanced by a bias in the choice (arXiv 2408.15664)
-    norm_topk_prob: bool = True  # the chosen experts' weights sum to 1
-    routed_scaling_factor: float = 1.0  # of the routed experts' sum
+    num_layers: int = field(metadata={"description": "Blocks of the network; layer_sharing repeats each of them."})
+    hidden_size: int = field(metadata={"description": "Width of the residual stream."})
+    num_heads: int = field(metadata={"description": "Query heads per layer."})
+    max_seq_len: int = field(
+        metadata={"description": "Longest sequence that the model reads, in tokens; training sequences are as long."}
+    )
+    vocab_size: int = _key(0, "Entries of the token table. 0 takes the vocabulary of the data folder's tokenizer.")
+    num_kv_heads: int = _key(
+        0, "Key and value heads per layer. 0 takes num_heads (multi-head attention); fewer is grouped-query attention."
+    )
+    head_dim: int = _key(0, "Width of one head. 0 takes hidden_size / num_heads.")
+    intermediate_size: int = _key(
+        0,
+        "Width of the feed-forward network. 0 takes 4 x hidden_size; for swiglu 8/3 x hidden_size, rounded up to a "
+        "multiple of 64, which has equally many parameters.",
+    )
+    norm: Literal["rmsnorm", "layernorm"] = _key(
+        "rmsnorm", "Normalization before attention, before the feed-forward network, and before the head."
+    )
+    norm_eps: float = _key(1e-5, "Small number added to the variance in every norm.")
+    position: Literal["rope", "learned"] = _key(
+        "rope",
+        "How positions enter: `rope` rotates queries and keys; `learned` adds a table of max_seq_len vectors (GPT-2).",
+    )
+    rope_theta: float = _key(10_000.0, "Base of the rotary frequencies.")
+    mlp: Literal["swiglu", "gelu", "relu2"] = _key(
+        "swiglu",
+        "Feed-forward network: `swiglu` (Llama), `gelu` in the tanh approximation (GPT-2), or `relu2`, the squared "
+        "ReLU (arXiv 2109.08668).",
+    )
+    qk_norm: bool = _key(False, "Apply RMSNorm to each query and key head before the rotation (Qwen3).")
+    tie_embeddings: bool = _key(True, "Use the token table as the output head as well.")
+    bias: bool = _key(False, "Add biases to every projection and, with layernorm, to the norms (GPT-2).")
+    layer_sharing: int = _key(
+        1, "Times that each block runs in succession with the same weights (MobileLLM-LS, arXiv 2402.14905)."
+    )
+    sliding_window: int = _key(
+        0, "Positions that a banded layer sees, its own included. 0 lets every layer see all positions."
+    )
+    full_attention_interval: int = _key(
+        2, "With sliding_window: layers 0, n, 2n, ... see all positions; the others are banded."
+    )
+    init_std: float = _key(
+        0.02,
+        "Standard deviation of the initial weights (GPT-2's). SmolLM2-135M uses 1 / sqrt(hidden_size), which suits "
+        "small widths better.",
+    )
+    num_experts: int = _key(0, "Routed experts per layer (DeepSeekMoE, arXiv 2401.06066). 0 makes every layer dense.")
+    num_experts_per_tok: int = _key(2, "Routed experts that the router chooses for each token.")
+    num_shared_experts: int = _key(
+        0, "Experts that every token passes through. They are stored as one network of their joint width."
+    )
+    moe_intermediate_size: int = _key(
+        0,
+        "Width of one expert. 0 takes intermediate_size / num_experts_per_tok, so that a token meets as many weights "
+        "as in a dense layer.",
+    )
+    first_k_dense: int = _key(0, "Blocks at the start that keep a dense network of intermediate_size.")
+    router: Literal["sigmoid", "softmax"] = _key(
+        "sigmoid",
+        "Gates of the experts. `sigmoid` balances loads by a bias in the choice (arXiv 2408.15664), `softmax` by an "
+        "auxiliary loss.",
+    )
+    norm_topk_prob: bool = _key(True, "Scale the weights of the chosen experts to a sum of 1.")
+    routed_scaling_factor: float = _key(1.0, "Factor on the sum of the routed experts.")
 
     def resolved(self) -> "ModelConfig":
         """The same shape with every default written out; raises ValueError listing all that does not fit."""

@@ -1,5 +1,7 @@
 """The optimizers that a recipe can name. A new one is a file with its section, and its line in `OPTIMIZERS`."""
 
+import functools
+import operator
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, field_validator
@@ -35,9 +37,7 @@ def read_section(values: Any) -> OptimizerSection:
     return OPTIMIZERS.get(str(name), _UnknownOptimizer).model_validate(values)
 
 
-# A field of this type holds a registered section. The registry is looked up at validation, so entries added at run time
-# count; the JSON Schema holds the optimizers above.
-AnyOptimizer = Annotated[
-    SerializeAsAny[OptimizerSection],
-    BeforeValidator(read_section, json_schema_input_type=AdamWSection | MuonSection),
-]
+# The type of a field that holds any optimizer's section: a union that `name` decides. Validation reads the registry,
+# so that it includes optimizers that a program adds; the JSON Schema includes those above.
+_UNION: Any = functools.reduce(operator.or_, OPTIMIZERS.values())
+AnyOptimizer = Annotated[SerializeAsAny[OptimizerSection], BeforeValidator(read_section, json_schema_input_type=_UNION)]

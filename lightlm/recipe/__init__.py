@@ -1,4 +1,4 @@
-"""Recipes: the YAML file that describes a run, its schema, and overrides like `optimizer.lr=1e-3`."""
+"""Recipes: YAML files that describe runs, their schema, and overrides such as `optimizer.lr=1e-3`."""
 
 from lightlm.recipe.loading import (
     apply_override,

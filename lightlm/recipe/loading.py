@@ -1,4 +1,4 @@
-"""Recipes read from files, with overrides like `optimizer.lr=1e-3`."""
+"""Read recipes from files, and apply overrides such as `optimizer.lr=1e-3`."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +13,16 @@ from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
 
-# Text whatever it looks like: a folder may be called 2024 or [old].
+# Keys whose values are text even if they look like something else: a folder may be called 2024 or [old].
 _TEXT_KEYS = ("name", "data.dataset", "train.device", "tracking.project")
 
 
 def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by path, or by the name of one that LightLM ships, and apply `key=value` overrides.
+    """Read a recipe by its path or by the name of a shipped one, and apply `key=value` overrides.
 
     Raises:
-        RecipeError: no such recipe, or mistakes in it; the message lists them all.
-        UsageError: an override is not of the form key=value.
+        RecipeError: the recipe does not exist, or has mistakes; the message lists all of them.
+        UsageError: an override does not have the form key=value.
     """
     return _load(find_recipe(reference), overrides, lambda values: values)
 
@@ -53,7 +53,7 @@ def _load(path: Path, overrides: Sequence[str], prepare: Callable[[dict[str, Any
 
 
 def apply_override(values: dict[str, Any], override: str) -> str:
-    """Set the dotted key of `key=value` in nested `values`; the value is read as YAML. Returns the key."""
+    """Set the dotted key of `key=value` in nested `values`, reading the value as YAML, and return the key."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -73,18 +73,19 @@ def apply_override(values: dict[str, Any], override: str) -> str:
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside an installed wheel, or beside the package in a checkout."""
+    """Return the folder of the shipped recipes: in an installed wheel, or beside the package in a checkout."""
     package = Path(lightlm.__file__).parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def shipped_recipes() -> list[Path]:
+    """Return the files of the shipped recipes, sorted by name."""
     return sorted(recipes_folder().glob("*.yaml"))
 
 
 def find_recipe(reference: str | Path) -> Path:
-    """The file at this path, else the shipped recipe of this name (`demo`, `demo.yaml` or `recipes/demo.yaml`).
+    """Return the file at this path, or the shipped recipe of this name (`demo`, `demo.yaml`, `recipes/demo.yaml`).
 
     Raises:
         RecipeError: neither exists.

@@ -1,4 +1,4 @@
-"""A recipe's mistakes, all at once: each with its key, the line or override it stands in, the values allowed, and the
+"""Check a recipe and report all mistakes at once: each with its key, its line or override, the allowed values and the
 nearest valid key.
 """
 
@@ -18,14 +18,14 @@ from lightlm.recipe.schema import Problem, Recipe, Section
 
 
 def parse_recipe(values: dict[str, Any], where: str, origins: dict[str, str] | None = None) -> Recipe:
-    """Check plain values against the schema.
+    """Check plain values against the schema and return the recipe.
 
     Args:
         where: the file, for messages.
-        origins: for each dotted key, the place it came from (`line 12`).
+        origins: where each dotted key was given, such as `line 12`.
 
     Raises:
-        RecipeError: listing every mistake.
+        RecipeError: the values have mistakes; the message lists all of them.
     """
     problems: list[Problem] = []
     for name, field in Recipe.model_fields.items():
@@ -48,13 +48,13 @@ def parse_recipe(values: dict[str, Any], where: str, origins: dict[str, str] | N
 
 
 def _section_problems(name: str, annotation: Any, value: Any) -> list[Problem]:
-    """The mistakes within one top-level key."""
+    """Return the mistakes within one top-level key."""
     if value is None:
         value = {}
     try:
         section = TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
-        # A union (`auto` or a number) fails once a member: those messages become one.
+        # A union (`auto` or a number) fails once per member; these messages become one.
         messages: dict[str, list[str]] = {}
         for entry in error.errors(include_url=False):
             key, message = _describe(name, entry)
@@ -70,7 +70,7 @@ def _section_problems(name: str, annotation: Any, value: Any) -> list[Problem]:
 
 
 def _describe(section: str, entry: Any) -> Problem:
-    """A pydantic error as (dotted key, message in plain words)."""
+    """Return a pydantic error as (dotted key, message in plain words)."""
     # Union members appear in the location as type names; only field names and list positions are keys.
     parts = [str(part) for part in entry["loc"]]
     known = set(_valid_keys())
@@ -101,7 +101,7 @@ def _unknown(key: str) -> str:
         return f"renamed to {RENAMED[key]}"
     valid = _valid_keys()
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    # A right name in the wrong section (train.lr) is nearer in meaning than in spelling.
+    # A known name in the wrong section (train.lr) means that key, although its spelling differs more.
     name = key.rsplit(".", 1)[-1]
     close = [other for other in valid if other.rsplit(".", 1)[-1] == name][:1] or close
     return "unknown key" + (f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(_siblings(key))}")
@@ -126,7 +126,7 @@ def _valid_keys() -> list[str]:
 
 
 def _origin(key: str, origins: dict[str, str]) -> str | None:
-    """The place of a key, or of the section it belongs in."""
+    """Return where a key was given, or else its section."""
     while key not in origins and "." in key:
         key = key.rpartition(".")[0]
     return origins.get(key)

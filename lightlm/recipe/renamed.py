@@ -1,4 +1,4 @@
-"""Keys of earlier versions: an error in a recipe, understood in the recipe of an earlier run."""
+"""Keys of earlier versions. A new recipe with one is refused; the recipe of an earlier run is still read."""
 
 from typing import Any
 

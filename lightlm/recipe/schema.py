@@ -1,4 +1,4 @@
-"""The schema of a recipe: its sections, their defaults, and what does not fit together."""
+"""The schema of a recipe: sections, keys with their defaults and descriptions, and combinations that are refused."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     model_serializer,
 )
 
@@ -29,7 +30,11 @@ def _check_span(span: str) -> str:
 
 
 def span_tokens(span: str, total: int) -> int:
-    """Tokens in a span written as a share of the run (`2%`) or as a quantity (`375M`)."""
+    """Return the tokens in a span, which is a share of `total` (`2%`) or a quantity (`375M`).
+
+    Raises:
+        ValueError: the span is neither, or the share is not between 0 and 100%.
+    """
     if not span.endswith("%"):
         return parse_quantity(span)
     try:
@@ -43,9 +48,27 @@ def span_tokens(span: str, total: int) -> int:
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and runs: a plain folder name on every system
 
-Tokens = Annotated[int, BeforeValidator(parse_quantity), Field(ge=0)]
-BatchTokens = Annotated[int, BeforeValidator(_parse_batch), Field(ge=1)]
-Span = Annotated[str, BeforeValidator(str), AfterValidator(_check_span)]
+
+def _written_as(title: str, pattern: str, minimum: int = 0) -> WithJsonSchema:
+    """Return the JSON Schema of a number that a recipe may also write as text, such as `10B` or `2%`."""
+    return WithJsonSchema(
+        {"title": title, "anyOf": [{"type": "number", "minimum": minimum}, {"type": "string", "pattern": pattern}]}
+    )
+
+
+_QUANTITY = r"\d[\d_]*(\.\d+)?([eE]\d+)?[kKmMbBtT]?"
+Tokens = Annotated[
+    int, BeforeValidator(parse_quantity), Field(ge=0), _written_as("tokens, such as 10B", f"^{_QUANTITY}$")
+]
+BatchTokens = Annotated[
+    int, BeforeValidator(_parse_batch), Field(ge=1), _written_as("tokens, such as 512K (2**19)", f"^{_QUANTITY}$", 1)
+]
+Span = Annotated[
+    str,
+    BeforeValidator(str),
+    AfterValidator(_check_span),
+    _written_as("share or tokens, such as 2% or 375M", rf"^({_QUANTITY}|\d+(\.\d+)?%)$"),
+]
 
 
 class Section(BaseModel):
@@ -54,11 +77,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def idle(self) -> dict[str, str]:
-        """Settings without effect beside the others, and why: refused where given, left out of a resolved recipe."""
+        """Return the settings that have no effect beside the others, each with the reason.
+
+        A recipe that gives one is refused, and a resolved recipe leaves them out.
+        """
         return {}
 
     def problems(self) -> list[Problem]:
-        """What does not fit together within the section."""
+        """Return the settings of this section that do not fit together."""
         idle = self.idle().items()
         return [(key, f"has no effect {why}; leave it out") for key, why in idle if key in self.model_fields_set]
 
@@ -69,52 +95,101 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    dataset: str = Field(min_length=1)  # a name under data/, or the path of a prepared folder
+    dataset: str = Field(min_length=1, description="Name of a folder under data/, or the path of a prepared folder.")
 
 
 class TrainSection(Section):
-    tokens: Tokens  # to train on in total, rounded up to whole batches
-    batch_tokens: BatchTokens  # global batch; K and M are powers of 1,024 here, so 512K is 2**19
-    seq_len: Annotated[int, Field(ge=0)] = 0  # 0: model.max_seq_len
-    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # sequences a forward pass
-    seed: int = 1337
-    device: str = "auto"
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    compile: Literal["auto"] | bool = "auto"
-    activation_checkpointing: bool = False  # keep only the blocks' inputs; the backward pass computes the rest again
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # with many processes: a copy of the model in each, or shards of one
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 leaves gradients alone
-    skip_spikes: bool = False  # drop the gradients of a step whose loss or gradient norm is a spike or no number
-    spike_threshold: Annotated[float, Field(gt=0)] = 6.0  # standard deviations above the last steps' median
-    spike_window: Annotated[int, Field(ge=8)] = 128  # the steps compared with
+    tokens: Tokens = Field(description="Tokens to train on in total, rounded up to whole batches.")
+    batch_tokens: BatchTokens = Field(
+        description="Tokens per global batch. K and M are powers of 1,024 here, so 512K is 2**19. The batch does not "
+        "depend on the number of devices: gradients accumulate."
+    )
+    seq_len: int = Field(default=0, ge=0, description="Tokens per training sequence. 0 takes model.max_seq_len.")
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto", description="Sequences per device and forward pass. `auto` fits them to the device's memory."
+    )
+    seed: int = Field(default=1337, description="Seed of the initial weights, the data order and the samples.")
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Precision of matrix products. `auto` takes bfloat16 where the device is fast at it. Weights stay "
+        "in float32.",
+    )
+    compile: Literal["auto"] | bool = Field(
+        default="auto", description="Use torch.compile. `auto` decides by device and by the length of the run."
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep only the inputs of the blocks, and compute the rest again in the backward pass: less memory, "
+        "more time.",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="With several processes: `ddp` keeps a copy of the model in each, `fsdp` shards one model (FSDP2).",
+    )
+    grad_clip: float = Field(default=1.0, ge=0, description="Largest global L2 norm of the gradients. 0 does not clip.")
+    skip_spikes: bool = Field(
+        default=False,
+        description="Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite.",
+    )
+    spike_threshold: float = Field(
+        default=6.0,
+        gt=0,
+        description="Robust standard deviations above the median of the last steps at which a step is a spike.",
+    )
+    spike_window: int = Field(default=128, ge=8, description="Steps that a step is compared with to find spikes.")
 
     def problems(self) -> list[Problem]:
         return [("tokens", "must be above 0")] if self.tokens == 0 else []
 
 
 class MoESection(Section):
-    """How routers are trained, with model.num_experts. A null is the default for the kind of `model.router`."""
-
-    bias_update_rate: Annotated[float, Field(ge=0)] | None = None  # sigmoid: of the selection bias, a step; 0.001
-    # Of the loss that counts a balanced layer as 1, layers summed. sigmoid: within each sequence, 1e-4 as in
-    # DeepSeek-V3; softmax: over a forward pass, 1e-2 as in the Switch Transformer
-    balance_loss_coef: Annotated[float, Field(ge=0)] | None = None
-    z_loss_coef: Annotated[float, Field(ge=0)] = 0.0  # of mean(logsumexp(logits)^2); ST-MoE has 1e-3 (arXiv 2202.08906)
+    bias_update_rate: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Change of a selection bias per step, with router sigmoid. null takes 0.001 (DeepSeek-V3's); runs "
+        "of a few hundred steps want 0.01.",
+    )
+    balance_loss_coef: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Coefficient of the balance loss, which is 1 for a balanced layer, summed over layers. null takes "
+        "1e-4 with router sigmoid, within each sequence (DeepSeek-V3), and 1e-2 with softmax, over a forward pass "
+        "(Switch Transformer).",
+    )
+    z_loss_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="Coefficient of mean(logsumexp(router logits)^2). ST-MoE uses 1e-3 (arXiv 2202.08906).",
+    )
 
 
 class ScheduleSection(Section):
-    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup: Span = "2%"
-    # wsd: the last part of the run, 20%; cosine and linear: from the warm-up on, all that remains
-    decay: Span | None = None
-    decay_shape: Literal["linear", "sqrt"] = "linear"  # of wsd; sqrt falls as 1 - sqrt (arXiv 2405.18392)
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the peak that the decay ends at
-    batch_warmup: Span = "0%"  # the batch doubles from batch_start to train.batch_tokens over this part of the run
-    batch_start: BatchTokens | None = None
+    name: Literal["wsd", "cosine", "linear", "constant"] = Field(
+        default="wsd",
+        description="Shape of the learning rate after the warmup: `wsd` stays at the peak, then decays; `cosine` and "
+        "`linear` decay from the warmup on; `constant` stays.",
+    )
+    warmup: Span = Field(default="2%", description="Linear rise of the learning rate from 0 to its peak.")
+    decay: Span | None = Field(
+        default=None,
+        description="Length of the decay. null takes the last 20% with wsd (SmolLM2-135M's share), and all that "
+        "remains after the warmup with cosine and linear.",
+    )
+    decay_shape: Literal["linear", "sqrt"] = Field(
+        default="linear", description="Shape of the wsd decay. `sqrt` falls as 1 - sqrt(x) (arXiv 2405.18392)."
+    )
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="Learning rate at the end of the decay, as a fraction of the peak."
+    )
+    batch_warmup: Span = Field(
+        default="0%", description="Part of the run in which the batch doubles from batch_start to train.batch_tokens."
+    )
+    batch_start: BatchTokens | None = Field(
+        default=None, description="Tokens of the first batch, required with batch_warmup."
+    )
 
     @property
     def decay_span(self) -> str | None:
-        """The decay's length; None is all that remains after the warm-up. SmolLM2-135M decays over its last 20%."""
+        """Length of the decay; None is all that remains after the warmup."""
         return self.decay or ("20%" if self.name == "wsd" else None)
 
     @property
@@ -129,7 +204,7 @@ class ScheduleSection(Section):
     def problems(self) -> list[Problem]:
         found = super().problems()
         if self.warms_batch_up and self.batch_start is None:
-            found.append(("batch_start", f"is missing: batch_warmup {self.batch_warmup} needs a batch to begin with"))
+            found.append(("batch_start", f"is missing: batch_warmup {self.batch_warmup} needs a first batch"))
         shares = [span_tokens(span, 10**6) for span in (self.warmup, self.decay or "0%") if span.endswith("%")]
         if sum(shares) > 10**6:
             found.append(("decay", f"warmup {self.warmup} and decay {self.decay} exceed the run"))
@@ -137,15 +212,28 @@ class ScheduleSection(Section):
 
 
 class EvalSection(Section):
-    every: Tokens = 0  # training tokens between validations; 0: at the end only
-    tokens: Annotated[Tokens, Field(ge=1)] = 256_000  # of the validation split, from its start
-    prompts: list[str] = ["Hello, I am a language model,"]  # continued at each validation
-    max_new_tokens: Annotated[int, Field(ge=1)] = 48
-    tasks: list[str] = []  # lm-eval's tasks, scored during training
-    tasks_every: Tokens = 0  # training tokens between scorings; 0: at the end only
-    limit: Annotated[int, Field(ge=1)] | None = None  # documents a task; null scores all
-    # With the tasks' data sets by their names on the Hub; null: $LIGHTLM_EVAL_DATA, or the Hub and its cache
-    data_dir: Annotated[str, Field(min_length=1)] | None = None
+    every: Tokens = Field(
+        default=0, description="Training tokens between validations. 0 validates only at the end of the run."
+    )
+    tokens: Annotated[Tokens, Field(ge=1)] = Field(
+        default=256_000, description="Tokens of the validation split that a validation reads, from its start."
+    )
+    prompts: list[str] = Field(
+        default=["Hello, I am a language model,"], description="Texts that the model continues at each validation."
+    )
+    max_new_tokens: int = Field(default=48, ge=1, description="Tokens to generate for each prompt.")
+    tasks: list[str] = Field(default=[], description="Tasks of lm-evaluation-harness to score during training.")
+    tasks_every: Tokens = Field(
+        default=0, description="Training tokens between scorings of eval.tasks. 0 scores only at the end."
+    )
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Documents per task during training. null scores all of them."
+    )
+    data_dir: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Folder with the tasks' data sets, laid out like the Hub. null takes $LIGHTLM_EVAL_DATA, or the "
+        "Hub and its cache.",
+    )
 
     def problems(self) -> list[Problem]:
         idle = [key for key in ("tasks_every", "limit", "data_dir") if getattr(self, key) and not self.tasks]
@@ -153,15 +241,29 @@ class EvalSection(Section):
 
 
 class CheckpointSection(Section):
-    every: Tokens = 0  # training tokens between checkpoints; 0: at the end only
-    keep_last: Annotated[int, Field(ge=1)] = 2  # with 1 there is none to fall back on if a disk damages it
-    keep_every: Tokens = 0  # training tokens between checkpoints that are kept for good; 0: none
-    asynchronous: bool = True  # write while training goes on, from a copy in memory of 12 bytes a parameter
+    every: Tokens = Field(
+        default=0, description="Training tokens between checkpoints. 0 saves only at the end and on interruption."
+    )
+    keep_last: int = Field(
+        default=2,
+        ge=1,
+        description="Newest checkpoints to keep. With 1 there is no older one to fall back on if a disk damages it.",
+    )
+    keep_every: Tokens = Field(
+        default=0, description="Training tokens between checkpoints that are never deleted. 0 keeps none for good."
+    )
+    asynchronous: bool = Field(
+        default=True,
+        description="Write checkpoints in the background while training continues, from a copy in memory of 12 bytes "
+        "per parameter.",
+    )
 
 
 class TrackingSection(Section):
-    backends: list[Literal["tensorboard", "wandb", "trackio"]] = []  # besides metrics.jsonl
-    project: Annotated[str, Field(pattern=NAME_PATTERN)] = "lightlm"  # of wandb and trackio
+    backends: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="Trackers that receive the metrics besides metrics.jsonl (extra `lightlm[tracking]`)."
+    )
+    project: str = Field(default="lightlm", pattern=NAME_PATTERN, description="Project name for wandb and trackio.")
 
     def problems(self) -> list[Problem]:
         twice = sorted({name for name in self.backends if self.backends.count(name) > 1})
@@ -169,21 +271,23 @@ class TrackingSection(Section):
 
 
 class Recipe(BaseModel):
-    """A whole run: what `lightlm train` needs to know."""
+    """The description of a whole run, which `lightlm train` reads."""
 
-    # protected_namespaces: pydantic reserves `model_` names, and the contract has a section `model`.
+    # protected_namespaces: pydantic reserves names that begin with `model_`, and a recipe has a section `model`.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    name: str = Field(pattern=NAME_PATTERN)
-    model: ModelConfig
-    data: DataSection
-    train: TrainSection
-    optimizer: AnyOptimizer
-    moe: MoESection = MoESection()
-    schedule: ScheduleSection = ScheduleSection()
-    eval: EvalSection = EvalSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    tracking: TrackingSection = TrackingSection()
+    name: str = Field(pattern=NAME_PATTERN, description="Name of the recipe, and of its run folder runs/NAME.")
+    model: ModelConfig = Field(description="Shape of the network.")
+    data: DataSection = Field(description="What to train on.")
+    train: TrainSection = Field(description="Length of the run, batches, device and precision.")
+    optimizer: AnyOptimizer = Field(description="Optimizer, its rates and weight decay.")
+    moe: MoESection = Field(default=MoESection(), description="Training of the routers, with model.num_experts.")
+    schedule: ScheduleSection = Field(
+        default=ScheduleSection(), description="Learning rate and batch size over the run."
+    )
+    eval: EvalSection = Field(default=EvalSection(), description="Validation, samples and tasks during training.")
+    checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="When to save, and what to keep.")
+    tracking: TrackingSection = Field(default=TrackingSection(), description="Experiment trackers.")
 
     @property
     def seq_len(self) -> int:
@@ -191,12 +295,12 @@ class Recipe(BaseModel):
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences in a global batch."""
+        """Sequences per global batch."""
         return self.train.batch_tokens // self.seq_len
 
     @property
     def router_training(self) -> MoESection:
-        """`moe` with the defaults of the router's kind written out."""
+        """The section `moe` with the defaults of `model.router` written out."""
         sigmoid, given = self.model.router == "sigmoid", self.moe
         rate = given.bias_update_rate if given.bias_update_rate is not None else 0.001
         balance = given.balance_loss_coef if given.balance_loss_coef is not None else 1e-4 if sigmoid else 1e-2
@@ -222,7 +326,7 @@ class Recipe(BaseModel):
         return []
 
     def problems(self) -> list[Problem]:
-        """What does not fit between sections."""
+        """Return the settings of different sections that do not fit together."""
         optimizer = self.optimizer.model_problems(tied=self.model.tie_embeddings)
         found = [(f"optimizer.{key}", message) for key, message in optimizer] + self._moe_problems()
         schedule = self.schedule
@@ -235,7 +339,7 @@ class Recipe(BaseModel):
         elif self.train.batch_tokens % self.seq_len:
             nearest = max(round(self.train.batch_tokens / self.seq_len), 1) * self.seq_len
             message = (
-                f"{self.train.batch_tokens} is no whole number of {self.seq_len}-token sequences; nearest: {nearest}"
+                f"{self.train.batch_tokens} is not a whole number of {self.seq_len}-token sequences; nearest: {nearest}"
             )
             found.append(("train.batch_tokens", message))
         elif self.train.micro_batch_size != "auto" and self.batch_sequences % self.train.micro_batch_size:

@@ -1,4 +1,4 @@
-"""A break in training for evaluation, which leaves no trace in it."""
+"""Random generators and the model's mode, kept unchanged by an evaluation during training."""
 
 import contextlib
 import random
@@ -12,10 +12,10 @@ from lightlm.model.transformer import Transformer
 
 @contextlib.contextmanager
 def preserved(model: Transformer) -> Iterator[None]:
-    """Put back the model's mode and every random generator; lm-eval seeds Python's, numpy's and torch's."""
+    """Restore the model's mode and every random generator afterwards: lm-eval seeds Python's, numpy's and torch's."""
     training, device = model.training, model.device
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Each accelerator's module (torch.cuda, torch.mps) has the same two functions.
+    # Each accelerator's module (torch.cuda, torch.mps) has these two functions.
     module = None if device.type == "cpu" else torch.get_device_module(device)
     accelerator = module.get_rng_state() if module else None
     try:

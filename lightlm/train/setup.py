@@ -60,11 +60,6 @@ class Setup:
         """Tokens of the whole run: `train.tokens` in whole batches."""
         return self.batches.remaining(self.progress.tokens)[1]
 
-    @property
-    def done(self) -> bool:
-        """Whether the run is complete before it starts."""
-        return self.progress.tokens >= self.recipe.train.tokens
-
     def facts(self) -> dict[str, Any]:
         """Return the sizes of the run, for displays and `--dry-run`; None for what only the data says."""
         recipe, parameters, data = self.recipe, self.model.num_parameters(), self.data
@@ -90,11 +85,7 @@ class Setup:
 
 
 def set_up(
-    recipe: Recipe,
-    data: DataFolder | None,
-    note: Note,
-    world: World | None = None,
-    resume_from: Path | None = None,
+    recipe: Recipe, data: DataFolder | None, note: Note, world: World | None = None, resume_from: Path | None = None
 ) -> Setup:
     """Build all parts of a run. Each process of a run calls this with the same arguments.
 
@@ -110,7 +101,7 @@ def set_up(
         CheckpointError: the checkpoint does not fit.
     """
     world = world or World()
-    note = note if world.is_writer else _ignore
+    note = note if world.is_writer else lambda message: None
     recipe = fit_recipe(recipe, data, note)
     batches = batch_plan(recipe)
     check_shares(recipe, batches, world.size)
@@ -145,7 +136,12 @@ def set_up(
         progress, optimizer_state = unpack(resume_from, data)
         load_named_state(model, optimizer, optimizer_state)
     loader = BatchLoader(data.split("train") if data else _random_tokens(recipe), recipe.seq_len, recipe.train.seed)
-    gradients = _gradients(recipe, loss, loader, world, note, device, dtype)
+    given = recipe.train.micro_batch_size
+    # Free memory may differ between devices: the smallest size serves all.
+    size = world.smallest(micro_batch_size(recipe, device, world.size))
+    if given not in ("auto", size):
+        note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
+    gradients = Gradients(loss, loader, note, micro_batch=size, adjustable=given == "auto", clip=recipe.train.grad_clip)
     return Setup(
         recipe, data, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress, resume_from
     )
@@ -201,38 +197,7 @@ def _with_vocabulary(recipe: Recipe, size: int) -> Recipe:
     return recipe.model_copy(update={"model": replace(recipe.model, vocab_size=size)})
 
 
-def _gradients(
-    recipe: Recipe,
-    loss: ParallelLoss,
-    loader: BatchLoader,
-    world: World,
-    note: Note,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Gradients:
-    given = recipe.train.micro_batch_size
-    # Free memory may differ between devices: the smallest size serves all.
-    size = world.smallest(micro_batch_size(recipe, device, world.size))
-    if given not in ("auto", size):
-        note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
-    return Gradients(
-        loss,
-        loader,
-        world,
-        note,
-        micro_batch=size,
-        adjustable=given == "auto",
-        clip=recipe.train.grad_clip,
-        device=device,
-        dtype=dtype,
-    )
-
-
 def _random_tokens(recipe: Recipe) -> TokenStream:
     """Return the tokens of one global batch: the cost of a step does not depend on what its tokens say."""
     generator = np.random.default_rng(recipe.train.seed)
     return TokenStream([generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)], 0)
-
-
-def _ignore(message: str) -> None:
-    pass

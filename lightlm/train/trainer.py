@@ -224,8 +224,6 @@ class Trainer:
             seq_len=recipe.seq_len,
             max_tokens=recipe.eval.tokens,
             batch_size=self.gradients.micro_batch,
-            dtype=self.setup.dtype,
-            world=self.world,
         )
         return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
 

@@ -17,9 +17,9 @@ from lightlm.train.step.parallel import ParallelLoss
 
 @dataclass(frozen=True)
 class Validation:
-    """Results over the same windows every time."""
+    """Results of one validation."""
 
-    loss: float  # mean nats a token
+    loss: float  # mean nats per token
     bits_per_byte: float  # comparable between tokenizers
     tokens: int
 
@@ -33,20 +33,19 @@ def validate(
     seq_len: int,
     max_tokens: int,
     batch_size: int,
-    dtype: torch.dtype,
-    world: World,
 ) -> Validation:
-    """Loss over the first `max_tokens` of a validation stream in windows of `seq_len`, shared among the processes.
+    """Measure the loss over the first `max_tokens` of a validation stream in windows of `seq_len`.
+
+    The processes share the windows, which are the same at every validation.
 
     Args:
-        token_bytes: UTF-8 bytes that each token id stands for, int tensor (V,); special tokens count 0.
+        token_bytes: UTF-8 bytes per token id, int tensor (V,); special tokens count 0.
     """
-    model = loss.model
-    device = model.device
+    model, device, world = loss.model, loss.device, loss.world
     nats, tokens, num_bytes = 0.0, 0, 0
     model.eval()
     for (inputs, targets), counts in _shared(validation_batches(stream, seq_len, max_tokens, batch_size), world):
-        with autocast(device, dtype):
+        with autocast(device, loss.dtype):
             batch_nats = loss.evaluate(inputs.to(device), targets.to(device)).item()
         if counts:
             nats += batch_nats
@@ -60,8 +59,10 @@ def validate(
 
 
 def _shared(batches: Iterator[tuple[Tensor, Tensor]], world: World) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:
-    """This process's batches, and whether each counts. All processes get equally many, as FSDP needs, so in the last
-    round some repeat another's."""
+    """Yield this process's batches, and whether each counts.
+
+    FSDP needs equally many batches in all processes, so in the last round some processes repeat another's.
+    """
     while one_each := list(itertools.islice(batches, world.size)):
         mine = world.rank < len(one_each)
         yield one_each[world.rank if mine else 0], mine

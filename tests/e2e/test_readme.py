@@ -1,4 +1,4 @@
-"""Every `lightlm` command in the README runs as written, in the README's order, on small stand-ins.
+"""Every `lightlm` command in the README and the guides runs as written, in their order, on small stand-ins.
 
 Folders named like the Hub's (HuggingFaceFW/fineweb-edu, Rowan/hellaswag, gpt2) take the Hub's place, and recipes
 in ./recipes take that of the shipped ones: the commands themselves are unchanged.
@@ -22,11 +22,29 @@ from tests.cli.runner import Runner
 from tests.corpus import texts
 
 README = Path(__file__).parents[2] / "README.md"
+GUIDES = README.parent / "docs" / "guides"
+
+# Commands in the guides that need what no stand-in gives.
+NEEDS_MORE = (
+    "hf:org/name",  # a name to fill in
+    "SmolLM2-135M",  # the Hub
+    "--download-only",
+    "HF_HUB_OFFLINE=1",
+    "-m lightlm.evaluate",  # another program
+    "--nnodes",
+    "srun",
+    "#",
+)
 
 
-def commands():
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+def commands(page):
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()]
+
+
+def guide_commands(name):
+    lines = commands(GUIDES / f"{name}.md")
+    return [line for line in lines if not any(need in line.partition(" #")[0] for need in NEEDS_MORE)]
 
 
 def write_fineweb(folder):
@@ -64,7 +82,7 @@ def write_recipe(path, name):
     values = yaml.safe_load(load_recipe(name).to_yaml())
     values["model"] |= {"num_layers": 2, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 0}
     values["model"] |= {"intermediate_size": 64, "max_seq_len": 64}
-    values["train"] |= {"tokens": 4096, "batch_tokens": 512, "device": "cpu"}
+    values["train"] |= {"tokens": 8192, "batch_tokens": 2048, "device": "cpu"}
     values["eval"] |= {"every": 0, "tokens": 1024, "max_new_tokens": 4}
     values["checkpoint"] |= {"every": 2048}
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -83,6 +101,8 @@ def stand_ins(tmp_path, monkeypatch):
     (tmp_path / "my-books").mkdir()
     for number, text in enumerate(texts(60, seed=1)):
         (tmp_path / "my-books" / f"{number}.txt").write_text(text * 4, encoding="utf-8")
+    rows = [{"text": text, "score": number % 5, "language": "en"} for number, text in enumerate(texts(40, seed=2))]
+    (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return tmp_path
 
 
@@ -101,10 +121,10 @@ def run_processes(line):
     assert re.search(r"processes\D+2\b", outcome.stdout), outcome.stdout
 
 
-def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
-    run = Runner(monkeypatch, capsys)
+def run_all(run, lines):
+    """Run commands in this process, and return the names of those that ran."""
     ran = set()
-    for line in commands():
+    for line in lines:
         if "nproc" in line:
             run_processes(line)
             continue
@@ -116,11 +136,36 @@ def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
         outcome = run(*arguments)
         assert outcome.code == 0, (line, outcome.stderr)
         ran.add(arguments[0])
+    return ran
+
+
+@pytest.mark.timeout(600)
+def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
+    ran = run_all(Runner(monkeypatch, capsys), commands(README))
     assert ran == {"prepare-data", "plan", "train", "eval", "generate", "convert", "report", "recipes"}
     latest = json.loads((stand_ins / "runs/moe/hf/config.json").read_text())
     assert latest["architectures"] == ["Glm4MoeForCausalLM"]
     assert (stand_ins / "runs/books/eval").is_dir()
     assert list((stand_ins / "runs/moe/eval").glob("*hellaswag*.json"))
+
+
+@pytest.mark.timeout(900)
+def test_the_guides_commands_run(stand_ins, monkeypatch, capsys):
+    run = Runner(monkeypatch, capsys)
+    run_all(run, guide_commands("data"))
+    run_all(run, ["lightlm prepare-data pydocs --tokenizer train:512 --max-tokens 100K"])
+    run_all(run, guide_commands("recipes") + guide_commands("training") + ["lightlm train recipes/moe.yaml"])
+    run_all(run, guide_commands("evaluation") + guide_commands("generation") + guide_commands("conversion"))
+    run_all(run, guide_commands("clusters"))
+    assert list((stand_ins / "runs/moe/eval").glob("*hellaswag*.json"))
+    assert (stand_ins / "demo-hf" / "config.json").is_file()
+
+
+def test_readme_is_short_and_names_no_page_that_is_missing():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (README.parent / target).exists(), target
 
 
 def test_the_readmes_make_targets_exist():

@@ -17,7 +17,6 @@ from lightlm.errors import LightLMError, RecipeError
 from lightlm.model.fused import kept_weight_copies
 from lightlm.recipe import Recipe
 from lightlm.sharding import whole
-from lightlm.train.distributed import World
 from lightlm.train.schedules import BatchPlan
 from lightlm.train.step.activations import activation_bytes
 from lightlm.train.step.parallel import ParallelLoss, PassLoss
@@ -105,18 +104,15 @@ class Gradients:
         self,
         loss: ParallelLoss,
         loader: BatchLoader,
-        world: World,
         note: Callable[[str], None],
         *,
         micro_batch: int,
         adjustable: bool,
         clip: float,
-        device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
-        self.micro_batch = micro_batch
-        self._loss, self._loader, self._world, self._note = loss, loader, world, note
-        self._adjustable, self._clip, self._device, self._dtype = adjustable, clip, device, dtype
+        self.micro_batch, self._adjustable, self._clip = micro_batch, adjustable, clip
+        self._loss, self._loader, self._note = loss, loader, note
+        self._world, self._device, self._dtype = loss.world, loss.device, loss.dtype
         self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
         self.seconds_waited = 0.0  # seconds spent waiting for batches, over all steps
         self._ahead: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None

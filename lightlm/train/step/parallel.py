@@ -48,7 +48,7 @@ class ParallelLoss:
     Args:
         strategy: `ddp` keeps a copy of everything in each process; `fsdp` shards parameters, gradients and optimizer
             state (FSDP2). With one process, both are the plain model.
-        dtype: the precision in which FSDP gathers the blocks' weights.
+        dtype: the precision of matrix products, in which FSDP gathers the blocks' weights.
         router_losses: losses of the routers in a mixture of experts.
     """
 
@@ -66,7 +66,7 @@ class ParallelLoss:
         self.model = model
         self.sharded = strategy == "fsdp" and world.size > 1
         self.replicated = strategy == "ddp" and world.size > 1
-        self._world = world
+        self.world, self.device, self.dtype = world, device, dtype
         self._local = LossModule(model, router_losses)
         # FSDP's hooks sit between the blocks; on a CPU, all blocks are one graph, quick to compile.
         if compiled and (self.sharded or device.type == "cpu"):

@@ -41,7 +41,7 @@ def test_a_file_that_is_written_again_has_another_footer(tmp_path: Path) -> None
 
 
 def test_arrow_gives_freed_memory_back_unless_told_otherwise() -> None:
-    """Half of a text of 500 MB more, measured (docs/design.md); too large to do it here."""
+    """Half of a text of 500 MB more, measured (benchmarks/results/large-document.json); too large to do it here."""
     code = "import lightlm.data.readers.files, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
     environment = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
     for chosen in ({}, {"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}):

@@ -1,0 +1,126 @@
+"""Write the generated pages of the site: the recipe reference and the command reference.
+
+`make docs` runs `python docs/generate.py` before each build, so these pages are always those of the code.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.text import Text
+
+from lightlm.cli.app import app
+from lightlm.recipe.reference import keys, sections
+
+RECIPE_HEAD = """# Recipe reference
+
+Every key that a recipe may have. This page is generated from the code; `lightlm recipes keys [SECTION]` prints the same
+in a terminal, and `recipes/recipe.schema.json` brings it into editors ([how](../guides/recipes.md#in-an-editor)).
+
+`tokens` are written as a number or with a suffix: `K`, `M`, `B` and `T` are powers of 1,000, but powers of 1,024 in
+`train.batch_tokens` and `schedule.batch_start`. A share such as `2%` is a share of `train.tokens`.
+"""
+
+COMMANDS_HEAD = """# Command reference
+
+Every command with its arguments and options. This page is generated from the code; `lightlm COMMAND --help` prints the
+same. A value in brackets may be left out.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to standard output, progress and messages to
+standard error.
+"""
+
+
+def cell(text: str) -> str:
+    """Return a text as the cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    """Return code for the cell of a Markdown table, where no backticks may hold a bar."""
+    return f"<code>{escape(text).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
+
+
+def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [headings, tuple("---" for _ in headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def recipe_page() -> str:
+    parts = [RECIPE_HEAD]
+    for section, group in groupby(keys(), key=lambda entry: entry.key.partition(".")[0]):
+        rows = [
+            (
+                code(entry.key),
+                cell(entry.allowed),
+                entry.default if entry.default == "required" else code(entry.default),
+                cell(entry.description),
+            )
+            for entry in group
+        ]
+        parts += [f"## {section}\n", f"{sections()[section]}\n", table(("key", "allowed", "default", "meaning"), rows)]
+    return "\n".join(parts)
+
+
+def commands_page() -> str:
+    parts = [COMMANDS_HEAD]
+    for name, command in walk("lightlm", typer.main.get_command(app)):
+        parts += [f"## {name}\n", f"{plain(command.help)}\n", f"    {usage(name, command)}\n"]
+        if rows := [row(parameter) for parameter in parameters(command)]:
+            parts.append(table(("argument or option", "default", "meaning"), rows))
+    return "\n".join(parts)
+
+
+def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a command and those below it, each with its full name."""
+    yield name, command
+    for inner, child in getattr(command, "commands", {}).items():
+        yield from walk(f"{name} {inner}", child)
+
+
+def plain(markup: str | None) -> str:
+    """Return a help text without rich's markup, one line per paragraph."""
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", Text.from_markup(markup or "").plain.strip())
+    return re.sub(r"\n\s*", "\n\n", text)
+
+
+def parameters(command: Any) -> list[Any]:
+    return [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+
+
+def usage(name: str, command: Any) -> str:
+    arguments = [value_name(entry) for entry in parameters(command) if entry.param_type_name == "argument"]
+    if getattr(command, "commands", None):
+        arguments.append("COMMAND")
+    return " ".join([name, *arguments, "[OPTIONS]"])
+
+
+def value_name(parameter: Any) -> str:
+    return parameter.metavar or ("N" if type(parameter.default) is int else parameter.name.upper())
+
+
+def row(parameter: Any) -> tuple[str, ...]:
+    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    if parameter.param_type_name == "argument":
+        names = value_name(parameter)
+    elif not parameter.is_flag:
+        names += f" {value_name(parameter)}"
+    default = parameter.default
+    shown = "" if default is None or isinstance(default, bool) else code(str(default))
+    return code(names), shown, cell(plain(parameter.help))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "reference"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.md").write_text(recipe_page(), encoding="utf-8")
+    (folder / "commands.md").write_text(commands_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

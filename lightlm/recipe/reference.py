@@ -1,0 +1,140 @@
+"""The reference of recipe keys, made from the schema: for `lightlm recipes keys`, for the site and for editors.
+
+`python -m lightlm.recipe.reference` writes recipes/recipe.schema.json anew.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema
+
+from lightlm.errors import UsageError
+from lightlm.recipe.loading import recipes_folder
+from lightlm.recipe.schema import Recipe
+
+SCHEMA_FILE = "recipe.schema.json"
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One recipe key. `allowed` is the type or the allowed values in words; `default` is as in YAML, or `required`."""
+
+    key: str
+    allowed: str
+    default: str
+    description: str
+
+
+class _WithoutFieldTitles(GenerateJsonSchema):
+    """Leaves out the titles that pydantic makes from field names; those of quantities stay."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema() -> Schema:
+    """Return the JSON Schema of a recipe file, which also admits quantities as text (`10B`, `2%`)."""
+    schema = Recipe.model_json_schema(schema_generator=_WithoutFieldTitles)
+    for definition in schema["$defs"].values():
+        definition.pop("description", None)  # the docstring of a class is for programmers
+    for entry in schema["properties"].values():
+        if _variants(entry, schema):
+            entry.pop("default", None)  # whole sections: their keys have defaults of their own
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {"title": "LightLM recipe"}
+
+
+def sections() -> dict[str, str]:
+    """Return the description of each top-level key of a recipe."""
+    return {name: entry["description"] for name, entry in json_schema()["properties"].items()}
+
+
+def keys(section: str | None = None) -> list[Key]:
+    """Return all keys of a recipe, or those of one section.
+
+    Raises:
+        UsageError: there is no such section.
+    """
+    found = list(_all_keys(json_schema()))
+    if section is None:
+        return found
+    chosen = [entry for entry in found if entry.key == section or entry.key.startswith(f"{section}.")]
+    if not chosen:
+        close = difflib.get_close_matches(section, [*sections(), *(entry.key for entry in found)], n=1)
+        hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections())}"
+        raise UsageError(f"a recipe has no section {section}; {hint}")
+    return chosen
+
+
+def _all_keys(schema: Schema) -> Iterator[Key]:
+    for name, entry in schema["properties"].items():
+        variants = _variants(entry, schema)
+        if not variants:
+            yield _key(name, [entry], required=name in schema["required"])
+        for inner in dict.fromkeys(key for variant in variants for key in variant["properties"]):
+            having = [variant for variant in variants if inner in variant["properties"]]
+            only = "" if len(having) == len(variants) else f" Only with {name}.{_tag(having)}."
+            required = inner in having[0].get("required", ())
+            yield _key(f"{name}.{inner}", [v["properties"][inner] for v in having], required=required, only=only)
+
+
+def _variants(entry: Schema, schema: Schema) -> list[Schema]:
+    """Return the object schemas of a section: one, or one for each member of a union; none for a plain value."""
+    if "$ref" in entry:
+        return _variants(schema["$defs"][entry["$ref"].rsplit("/", 1)[-1]], schema)
+    if "properties" in entry:
+        return [entry]
+    members = entry.get("oneOf") or entry.get("anyOf") or ()
+    return [found for member in members for found in _variants(member, schema)]
+
+
+def _tag(variants: list[Schema]) -> str:
+    """Return the setting that chooses these members of a union, such as `name=muon`."""
+    return "name=" + " or ".join(_allowed(variant["properties"]["name"]) for variant in variants)
+
+
+def _key(key: str, entries: list[Schema], *, required: bool, only: str = "") -> Key:
+    values = [_allowed(entry) for entry in entries]
+    meanings = {entry.get("description", ""): value for entry, value in zip(entries, values, strict=True)}
+    description = next(iter(meanings)) if len(meanings) == 1 else " ".join(f"{v}: {m}" for m, v in meanings.items())
+    default = entries[0].get("default")
+    text = "required" if required else default if isinstance(default, str) else json.dumps(default)
+    return Key(key, " | ".join(dict.fromkeys(values)), text, description + only)
+
+
+def _allowed(entry: Schema) -> str:
+    """Return the type of a value, or the values allowed, in words."""
+    if "title" in entry:
+        return str(entry["title"])
+    if "anyOf" in entry:
+        return " | ".join(dict.fromkeys(_allowed(member) for member in entry["anyOf"]))
+    if "const" in entry:
+        return str(entry["const"])
+    if "enum" in entry:
+        return " | ".join(str(value) for value in entry["enum"])
+    if entry["type"] == "array":
+        return f"list of {_allowed(entry['items'])}" if "items" in entry else _pair(entry["prefixItems"])
+    if entry["type"] == "boolean":
+        return "true | false"
+    word = "text" if entry["type"] == "string" else str(entry["type"])
+    low = [(entry[bound], sign) for bound, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if bound in entry]
+    high = [(entry[bound], sign) for bound, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if bound in entry]
+    if high:
+        return f"{low[0][0]:g} {low[0][1]} {word} {high[0][1]} {high[0][0]:g}"
+    return f"{word} {low[0][1].replace('<', '>')} {low[0][0]:g}" if low else word
+
+
+def _pair(entries: list[Schema]) -> str:
+    return f"[{', '.join(_allowed(entry) for entry in entries)}]"
+
+
+def schema_text() -> str:
+    """Return the text of the schema file."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    (recipes_folder() / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
