@@ -11,7 +11,7 @@ from lightlm.errors import DataError
 
 @contextlib.contextmanager
 def clear_errors(target: Path) -> Iterator[None]:
-    """Raises DataError for an OSError, with what to do about it and about the folder `target` that is written."""
+    """Turn an OSError while writing the folder `target` into a DataError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -20,7 +20,7 @@ def clear_errors(target: Path) -> Iterator[None]:
             places = f"{target.parent} (or {tempfile.gettempdir()}, for temporary files)"
             advice = f"The disk that holds {places} is full ({error.strerror}). Free some space"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = f"{where}{error.strerror}. Allow it, or choose another folder with --out"
+            advice = f"{where}{error.strerror}. Grant access, or choose another folder with --out"
         else:
-            advice = f"{where}{error.strerror or error}. See to it"
-        raise DataError(f"{advice}, and run the same command again: what is finished is kept.") from error
+            advice = f"{where}{error.strerror or error}. Check the disk"
+        raise DataError(f"{advice}. Progress is saved. Rerun the same command to resume.") from error
