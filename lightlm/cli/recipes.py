@@ -73,7 +73,7 @@ def show_recipe(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -
     """Print a recipe."""
     from lightlm.recipe import find_recipe
 
-    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+    print("".join(_own_lines(find_recipe(name))), end="")
 
 
 @recipes.command("cp")

@@ -51,9 +51,11 @@ def test_recipes_are_listed_shown_and_copied(lightlm, tmp_path, monkeypatch):
     text = lightlm("recipes", "show", "demo").stdout
     assert text.startswith("# ")
     assert lightlm("recipes", "cp", "demo", "mine.yaml").code == 0
-    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == text
-    lightlm("recipes", "cp", "demo", "mine.yaml").assert_one_message("mine.yaml exists already")
-    lightlm("recipes", "cp", "demo", "no/where.yaml").assert_one_message("there is no folder no")
+    first, _, copied = (tmp_path / "mine.yaml").read_text(encoding="utf-8").partition("\n")
+    assert first.startswith("# yaml-language-server: $schema=file:")
+    assert copied == text
+    lightlm("recipes", "cp", "demo", "mine.yaml").assert_one_message("mine.yaml exists; name another file")
+    lightlm("recipes", "cp", "demo", "no/where.yaml").assert_one_message("no folder no")
     lightlm("recipes", "show", "dem").assert_one_message("did you mean demo")
 
 
