@@ -72,11 +72,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        mask: Mask,
-        extend: KeysAndValues | None = None,
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Mask, extend: KeysAndValues | None = None
     ) -> Tensor:
         """Return the attention output (B, T, D).
 
