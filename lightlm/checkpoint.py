@@ -28,7 +28,7 @@ from lightlm.runs import run_of
 
 MARKER = "complete.json"
 TRAINING_STATE = "training_state.pt"
-_MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+_MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
 _STEP_NAME = re.compile(r"step_(\d+)")
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's prefixes
@@ -75,24 +75,21 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(
-    run: Path,
-    examine: Callable[[Path], None] | None = None,
-    warn: Callable[[str], None] = warn,
+    run: Path, examine: Callable[[Path], None] | None = None, warn: Callable[[str], None] = warn
 ) -> Path:
     """Return the run's newest complete checkpoint that is not damaged.
 
     Args:
-        examine: raises DamagedCheckpointError for a damaged one; `check_model` unless given.
+        examine: raises DamagedCheckpointError for a damaged one; checks the model's files unless given.
         warn: receives a message for each damaged one.
 
     Raises:
         CheckpointError: the run has no checkpoint, or all are damaged.
     """
-    examine = examine or check_model
     problems: list[str] = []
     for path in reversed(checkpoints(run)):
         try:
-            examine(path)
+            examine(path) if examine is not None else check(path, _MODEL_FILES)
         except DamagedCheckpointError as error:
             problems.append(error.problem)
             continue
@@ -116,13 +113,6 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def write_checkpoint(
-    run: Path, step: int, model: Transformer, tokenizer: Tokenizer, training_state: dict[str, Any] | None = None
-) -> Path:
-    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path."""
-    return write_states(run, step, model.state_dict(), model.config, tokenizer, training_state)
-
-
-def write_states(
     run: Path,
     step: int,
     weights: dict[str, Tensor],
@@ -132,14 +122,14 @@ def write_states(
     *,
     milestone: bool = False,
 ) -> Path:
-    """Do as `write_checkpoint` with weights outside a model: a copy taken earlier, or gathered from several devices.
+    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path.
 
     Args:
         milestone: recorded in the marker; see `is_milestone`.
     """
     path = run / "checkpoints" / step_name(step)
     with files.new_folder(path, overwrite=True) as folder:
-        _fill(folder, weights, config, tokenizer, training_state, {"milestone": True} if milestone else {})
+        _fill(folder, weights, config, tokenizer, training_state, milestone=milestone)
     files.point_to(path.parent / "latest", path.name)
     return path
 
@@ -159,7 +149,7 @@ def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, *, overwrit
         FileExistsError: `path` exists and `overwrite` is not set.
     """
     with files.new_folder(path, overwrite=overwrite) as folder:
-        _fill(folder, model.state_dict(), model.config, tokenizer, None, {})
+        _fill(folder, model.state_dict(), model.config, tokenizer)
 
 
 def _fill(
@@ -167,10 +157,11 @@ def _fill(
     weights: dict[str, Tensor],
     model_config: ModelConfig,
     tokenizer: Tokenizer,
-    training_state: dict[str, Any] | None,
-    facts: dict[str, Any],
+    training_state: dict[str, Any] | None = None,
+    *,
+    milestone: bool = False,
 ) -> None:
-    """Write a checkpoint's files, then its marker, which also holds `facts`."""
+    """Write a checkpoint's files, then its marker."""
     save_file(clean_state(weights), folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "lightlm",
@@ -187,7 +178,8 @@ def _fill(
     listing = {
         file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in sorted(folder.iterdir())
     }
-    (folder / MARKER).write_text(json.dumps(facts | {"files": listing}, indent=2) + "\n", encoding="utf-8")
+    marker = ({"milestone": True} if milestone else {}) | {"files": listing}
+    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,14 +201,16 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
         DamagedCheckpointError: a file does not match; the message names the first.
         CheckpointError: the folder is not a complete checkpoint.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     if not (folder / MARKER).is_file():
         raise CheckpointError(
-            f"{folder} is not a complete checkpoint: its marker {MARKER} is missing, so writing it was interrupted; "
+            f"{folder} is not a complete checkpoint: {MARKER} is missing, so writing it was interrupted; "
             "use another checkpoint of the run, or delete this folder"
         )
-    listing = _listing(folder)
+    try:
+        entries = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        listing = {name: (entry["bytes"], entry["xxh3"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is not a list of files") from None
     if unlisted := [name for name in names or _MODEL_FILES if name not in listing]:
         raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it does not list {unlisted[0]}")
     for name in names or listing:
@@ -231,27 +225,13 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
             raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {MARKER}")
 
 
-def check_model(folder: Path) -> None:
-    """Verify the files that a model needs, without the training state (two thirds of the bytes)."""
-    check(folder, _MODEL_FILES)
-
-
-def _listing(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and checksum of each file that a marker lists."""
-    try:
-        listing = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        return {name: (entry["bytes"], entry["xxh3"]) for name, entry in listing.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is not a list of files") from None
-
-
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Verify and load a checkpoint folder of LightLM's own format; the model is in evaluation mode.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, or its weights do not fit its configuration.
     """
-    check_model(folder)
+    check(folder, _MODEL_FILES)
     config = _read_config(folder)
     values = {RENAMED_FIELDS.get(key, key): value for key, value in config["model"].items()}
     known = {field.name for field in fields(ModelConfig)}

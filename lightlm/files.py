@@ -12,8 +12,6 @@ import xxhash
 
 from lightlm.errors import DataError
 
-_TEMPORARY = (".partial", ".old", ".deleted")  # endings of temporary names, which begin with a dot
-
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable. Windows cannot open a folder and does not need to."""
@@ -99,10 +97,8 @@ def replace_folder(new: Path, path: Path) -> None:
     if path.exists():
         remove_folder(old)
         os.replace(path, old)
-        os.replace(new, path)
-        remove_folder(old)
-    else:
-        os.replace(new, path)
+    os.replace(new, path)
+    remove_folder(old)
     sync_folder(path.parent)
 
 
@@ -110,25 +106,20 @@ def remove_folder(path: Path) -> None:
     """Delete a folder if it exists. It is renamed first, so a kill never leaves half of it under its name."""
     if not path.exists():
         return
-    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.deleted")
-    if doomed != path:
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    if not path.name.startswith("."):
+        shutil.rmtree(doomed := path.with_name(f".{path.name}.deleted"), ignore_errors=True)
+        path = path.replace(doomed)
+    shutil.rmtree(path)
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove temporary files that a kill left in a folder. No other process may write to the folder."""
     for path in folder.glob(".*"):
-        name = path.stem.removeprefix(".")
-        if path.suffix == ".old" and not (folder / name).exists():
-            os.replace(path, folder / name)  # as `restore_folder`
-        elif path.suffix in _TEMPORARY:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        if path.suffix == ".old":
+            restore_folder(path.with_name(path.stem.removeprefix(".")))
+        if path.suffix in (".partial", ".old", ".deleted"):
+            with contextlib.suppress(FileNotFoundError):  # restored
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def checksum(path: Path) -> str:

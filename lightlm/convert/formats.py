@@ -1,14 +1,15 @@
 """The formats that models are converted from and to.
 
-A new format is one module with a class that has the members of `Format`, and one entry in `FORMATS`: the `lightlm
-convert` options, `lightlm convert --list` and MODEL on the command line follow from it. Importing this module is cheap,
-because formats import torch and their own libraries inside their methods.
+A new format is one class with the members of `Format`, in its own module, and one entry in `FORMATS`: the options of
+`lightlm convert` and MODEL on the command line follow from it. Importing this module is cheap, because formats import
+torch and their own libraries inside their methods.
 """
 
+import copy
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightlm.convert.checkpoint_folder import CheckpointFolder
 from lightlm.convert.huggingface.format import HuggingFaceFolder
 from lightlm.errors import ConvertError, UsageError
 
@@ -27,6 +28,7 @@ class Format(Protocol):
     suffix: str  # how the name of the file that it writes ends, such as .gguf; empty for a folder
     reads: bool  # whether `read` is implemented
     writes: bool  # whether `write` is implemented
+    verifier: str  # the package that `verify` runs, installed by "lightlm[NAME]"; empty if LightLM has all it needs
 
     def detect(self, path: Path) -> bool:
         """Return whether a path holds a model in this format; at most one format may say so."""
@@ -49,13 +51,6 @@ class Format(Protocol):
             and `python` (code that loads it).
         """
 
-    def require_verifier(self) -> None:
-        """Check, before any work, that `verify` can run.
-
-        Raises:
-            ConvertError: the format's own software is not installed; the message says how to install it.
-        """
-
     def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
         """Compare a model with what the format's own software computes from `path`.
 
@@ -65,6 +60,51 @@ class Format(Protocol):
         Raises:
             ConvertError: they differ by more than rounding.
         """
+
+
+class CheckpointFolder:
+    """LightLM's own format, a checkpoint without training state; see `lightlm.checkpoint`."""
+
+    name = "lightlm"
+    makes = "a checkpoint folder: model.safetensors, config.json, tokenizer.json, complete.json"
+    suffix = verifier = ""
+    reads = writes = True
+
+    def detect(self, path: Path) -> bool:
+        from lightlm.checkpoint import is_checkpoint
+
+        if (path / "config.json").is_file():
+            return is_checkpoint(path)
+        return path.is_dir() and path.name.startswith("step_")  # an interrupted one: `read` says what is missing
+
+    def refusal(self, config: "ModelConfig") -> str:
+        return ""
+
+    def read(self, path: Path) -> "LoadedModel":
+        from lightlm.checkpoint import load_model
+
+        return load_model(path)
+
+    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
+        from lightlm.checkpoint import save_model
+
+        save_model(out, copy.deepcopy(loaded.model).to(dtype), loaded.tokenizer, overwrite=True)
+        return {
+            "class": "LightLM checkpoint",
+            "parameters": loaded.model.num_parameters()["total"],
+            "python": f'from lightlm.convert.load import load_pretrained; model = load_pretrained("{out.as_posix()}")',
+        }
+
+    def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
+        import torch
+
+        models = [copy.deepcopy(each.model).to(dtype).float() for each in (loaded, self.read(path))]
+        tokens_BT = torch.arange(min(128, loaded.model.config.max_seq_len))[None] % loaded.tokenizer.vocab_size
+        with torch.no_grad():
+            ours_BTV, theirs_BTV = (model(tokens_BT) for model in models)
+        if not torch.equal(ours_BTV, theirs_BTV):
+            raise ConvertError(f"{path} does not hold the weights of {loaded.path}; do not use it, and report this")
+        return 0.0
 
 
 FORMATS: dict[str, Format] = {"hf": HuggingFaceFolder(), "lightlm": CheckpointFolder()}
@@ -116,14 +156,15 @@ def convert_model(
         ConvertError: the format written cannot hold this model, or `verify` found a difference.
         LightLMError: the model cannot be read.
     """
-    if verify:
-        for known in (reader, writer):
-            known.require_verifier()
+    ends = ((reader, source), (writer, out))
+    for known, _ in ends if verify else ():
+        if known.verifier and importlib.util.find_spec(known.verifier) is None:
+            install = f'pip install "lightlm[{known.name}]"'
+            raise ConvertError(f"--verify compares with {known.verifier}, which is not installed: {install}")
     loaded = reader.read(source)
     if refusal := writer.refusal(loaded.model.config):
         raise ConvertError(f"{source} cannot be converted to {writer.name}: {refusal}")
     facts = writer.write(loaded, out, dtype)
     if verify:
-        ends = ((reader, source), (writer, out))
         facts["max_logit_difference"] = max(known.verify(loaded, path, dtype) for known, path in ends)
     return facts

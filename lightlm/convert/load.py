@@ -58,7 +58,14 @@ def locate(reference: str | Path | None = None) -> Path:
         return checkpoint.newest_checkpoint(folder) if (folder / "recipe.yaml").is_file() else folder
     if is_hub_id(reference):
         return _download(str(reference))
-    raise CheckpointError(_nothing_found(Path(reference)))
+    given = Path(reference)
+    there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
+    if given.is_file():
+        there = "no format of `lightlm convert --list` recognizes this file"
+    raise CheckpointError(
+        f"no model at {given}: {there}, no run has that name (runs here: {run_names()}), and it is not "
+        "a Hub id (ORG/NAME, such as HuggingFaceTB/SmolLM2-135M)"
+    )
 
 
 def is_hub_id(reference: str | Path) -> bool:
@@ -76,30 +83,20 @@ def _on_disk(reference: str | Path) -> Path | None:
     return None
 
 
-def _nothing_found(given: Path) -> str:
-    there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
-    if given.is_file():
-        there = "no format of `lightlm convert --list` recognizes this file"
-    return (
-        f"no model at {given}: {there}, no run has that name (runs here: {run_names()}), and it is not "
-        "a Hub id (ORG/NAME, such as HuggingFaceTB/SmolLM2-135M)"
-    )
-
-
 def _download(hub_id: str) -> Path:
-    folder = _snapshot(hub_id, [*_SMALL_FILES, *WEIGHT_FILES[:2], "model-*.safetensors"])
-    if any((folder / name).is_file() for name in WEIGHT_FILES):
-        return folder
-    return _snapshot(hub_id, [*_SMALL_FILES, *WEIGHT_FILES[2:], "pytorch_model-*.bin"])
-
-
-def _snapshot(hub_id: str, patterns: list[str]) -> Path:
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=_CONNECT_SECONDS))
-    except Exception as error:  # the types depend on the version of its network library
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise CheckpointError(
-            f"no model {hub_id}: there is no such folder here, and the Hugging Face Hub did not provide it "
-            f"({type(error).__name__}: {reason}); without a connection, "
-            "name a run, a checkpoint folder, a downloaded Hugging Face folder, or a Hub model used here before"
-        ) from None
+    """Download a model from the Hub; PyTorch files only if it has no safetensors."""
+    for weights in ([*WEIGHT_FILES[:2], "model-*.safetensors"], [*WEIGHT_FILES[2:], "pytorch_model-*.bin"]):
+        try:
+            path = huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=_SMALL_FILES + weights, etag_timeout=_CONNECT_SECONDS
+            )
+        except Exception as error:  # the types depend on the version of its network library
+            reason = next(iter(str(error).splitlines()), "no reason given")
+            raise CheckpointError(
+                f"no model {hub_id}: there is no such folder here, and the Hugging Face Hub did not provide it "
+                f"({type(error).__name__}: {reason}); without a connection, "
+                "name a run, a checkpoint folder, a downloaded Hugging Face folder, or a Hub model used here before"
+            ) from None
+        if any((Path(path) / name).is_file() for name in WEIGHT_FILES):
+            break
+    return Path(path)

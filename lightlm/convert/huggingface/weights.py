@@ -30,16 +30,28 @@ def their_state(
     model_type: str, config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the tensors of a file that the class loads, from those of our checkpoint."""
-    state = state | _empty_shared_experts(config)
+    if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
+        sizes = {
+            "gate_proj": (0, config.hidden_size),
+            "up_proj": (0, config.hidden_size),
+            "down_proj": (config.hidden_size, 0),
+        }
+        blocks = [block for block in range(config.num_layers) if config.has_experts(block)]
+        state = state | {
+            f"blocks.{block}.mlp.shared.{name}.weight": torch.empty(size)
+            for block in blocks
+            for name, size in sizes.items()
+        }
     theirs = {}
     for link in layer_links(LAYOUTS[model_type].links, config.depth, config.layer_sharing):
+        ours = link.ours.split()
         for kind in _KINDS:
-            if link.ours[0] + kind not in state:
+            if ours[0] + kind not in state:
                 continue
-            tensor = torch.cat([state[name + kind] for name in link.ours])
+            tensor = torch.cat([state[name + kind] for name in ours])
             if not link.theirs.endswith(SELECTION_BIAS):
                 tensor = tensor.to(dtype)
-            parts = tensor.unbind() if link.by_expert else (_turned(link, tensor),)
+            parts = tensor.unbind() if "*" in link.theirs else (_turned(link, tensor),)
             # A copy for each repeated block: a safetensors file cannot hold one tensor under two names.
             for name, part in zip(_names(link, kind, config), parts, strict=True):
                 theirs[name] = part.clone(memory_format=torch.contiguous_format)
@@ -60,8 +72,9 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
     state: dict[str, Tensor] = {}
     problems = []
     for link in layer_links(layout.stacked_links if stacked else layout.links, config.num_layers):
+        ours = link.ours.split()
         for kind in _KINDS:
-            if link.ours[0] + kind not in wanted:
+            if ours[0] + kind not in wanted:
                 continue
             names = _names(link, kind, config)
             if missing := [name for name in names if name not in given]:
@@ -71,10 +84,10 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
             if len({tensor.shape for tensor in tensors}) > 1:
                 problems.append(f"{names[0]} and those of the other experts differ in shape")
                 continue
-            tensor = torch.stack(tensors) if link.by_expert else _turned(link, tensors[0])
+            tensor = torch.stack(tensors) if "*" in link.theirs else _turned(link, tensors[0])
             # The parts are equal: gate and up are, and GPT-2 has as many key heads as query heads.
-            parts = tensor.tensor_split(len(link.ours), dim=1 if tensor.ndim == 3 else 0)
-            for name, part in zip(link.ours, parts, strict=True):
+            parts = tensor.tensor_split(len(ours), dim=1 if tensor.ndim == 3 else 0)
+            for name, part in zip(ours, parts, strict=True):
                 state[name + kind] = part.clone(memory_format=torch.contiguous_format)
     problems += [f"{name} belongs to no part of {layout.architecture}" for name in sorted(given)]
     if problems:
@@ -86,27 +99,11 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
 def _names(link: Link, kind: str, config: ModelConfig) -> list[str]:
     """Return their names of one of our tensors: one, or one for each expert."""
     name = link.theirs + kind
-    return [name.replace("*", str(expert)) for expert in range(config.num_experts)] if link.by_expert else [name]
+    return [name.replace("*", str(expert)) for expert in range(config.num_experts)] if "*" in name else [name]
 
 
 def _turned(link: Link, tensor: Tensor) -> Tensor:
     return tensor.t() if link.transposed and tensor.ndim == 2 else tensor
-
-
-def _empty_shared_experts(config: ModelConfig) -> dict[str, Tensor]:
-    """Return tensors without elements, which a class that always has shared experts loads where there are none."""
-    if config.num_shared_experts:
-        return {}
-    return {
-        f"blocks.{block}.mlp.shared.{name}.weight": torch.empty(shape)
-        for block in range(config.num_layers)
-        if config.has_experts(block)
-        for name, shape in (
-            ("gate_proj", (0, config.hidden_size)),
-            ("up_proj", (0, config.hidden_size)),
-            ("down_proj", (config.hidden_size, 0)),
-        )
-    }
 
 
 def _only_weights(layout: Layout, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -132,7 +129,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        state |= _load_tensors(path)
+        try:
+            safe = path.suffix == ".safetensors"
+            state |= load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ConvertError(
+                f"{path} cannot be read: it is damaged or cut off ({error}); download it again"
+            ) from None
     return state
 
 
@@ -150,17 +153,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         parts = read_json(folder / name).get("weight_map")
         if not isinstance(parts, dict):
             raise ConvertError(f"{folder / name} is damaged: it has no weight_map")
-        for part in sorted(set(parts.values())):
-            if not (folder / part).is_file():
-                raise ConvertError(f"{folder / part} is missing, though {name} lists it; download it again")
-        return tuple(folder / part for part in sorted(set(parts.values())))
+        paths = tuple(folder / part for part in sorted(set(parts.values())))
+        if missing := [path for path in paths if not path.is_file()]:
+            raise ConvertError(f"{missing[0]} is missing, though {name} lists it; download it again")
+        return paths
     raise ConvertError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)} is there")
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ConvertError(f"{path} cannot be read: it is damaged or cut off ({error}); download it again") from None
