@@ -31,7 +31,7 @@ TRAINING_STATE = "training_state.pt"
 _MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
 _STEP_NAME = re.compile(r"step_(\d+)")
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's prefixes
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # DistributedDataParallel's and torch.compile's prefixes
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -129,7 +129,7 @@ def write_checkpoint(
     """
     path = run / "checkpoints" / step_name(step)
     with files.new_folder(path, overwrite=True) as folder:
-        _fill(folder, weights, config, tokenizer, training_state, milestone=milestone)
+        _fill(folder, weights, config, tokenizer, training_state, milestone)
     files.point_to(path.parent / "latest", path.name)
     return path
 
@@ -149,46 +149,31 @@ def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, *, overwrit
         FileExistsError: `path` exists and `overwrite` is not set.
     """
     with files.new_folder(path, overwrite=overwrite) as folder:
-        _fill(folder, model.state_dict(), model.config, tokenizer)
+        _fill(folder, model.state_dict(), model.config, tokenizer, None, False)
 
 
 def _fill(
-    folder: Path,
-    weights: dict[str, Tensor],
-    model_config: ModelConfig,
-    tokenizer: Tokenizer,
-    training_state: dict[str, Any] | None = None,
-    *,
-    milestone: bool = False,
+    folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, state: Any, milestone: bool
 ) -> None:
     """Write a checkpoint's files, then its marker."""
     save_file(clean_state(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": "lightlm",
-        "lightlm_version": __version__,
-        "end_of_text_id": tokenizer.end_of_text_id,
-        "model": model_config.to_dict(),
-    }
+    values = {"model_type": "lightlm", "lightlm_version": __version__, "end_of_text_id": tokenizer.end_of_text_id}
+    values["model"] = config.to_dict()
     if tokenizer.bos_id is not None or tokenizer.adds_bos:  # an imported model's
-        config |= {"bos_token_id": tokenizer.bos_id, "adds_bos": tokenizer.adds_bos}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        values |= {"bos_token_id": tokenizer.bos_id, "adds_bos": tokenizer.adds_bos}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
-    if training_state is not None:
-        torch.save(training_state, folder / TRAINING_STATE)
-    listing = {
-        file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in sorted(folder.iterdir())
-    }
-    marker = ({"milestone": True} if milestone else {}) | {"files": listing}
+    if state is not None:
+        torch.save(state, folder / TRAINING_STATE)
+    listed = sorted(folder.iterdir())
+    marker: dict[str, Any] = {"milestone": True} if milestone else {}
+    marker["files"] = {file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in listed}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors on the CPU under the names of a plain `Transformer`, without prefixes of wrappers."""
-    cleaned = {}
-    for name, tensor in state.items():
-        parts = [part for part in re.split(r"(?<=\.)", name) if part not in _WRAPPERS]
-        cleaned["".join(parts)] = tensor.detach().cpu().contiguous()
-    return cleaned
+    return {_WRAPPERS.sub("", name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def check(folder: Path, names: Collection[str] | None = None) -> None:
@@ -234,8 +219,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     check(folder, _MODEL_FILES)
     config = _read_config(folder)
     values = {RENAMED_FIELDS.get(key, key): value for key, value in config["model"].items()}
-    known = {field.name for field in fields(ModelConfig)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - {field.name for field in fields(ModelConfig)}):
         raise CheckpointError(
             f"{folder / 'config.json'} has the unknown keys {', '.join(unknown)}; "
             f"it was written by another version of LightLM (this is {__version__})"
@@ -247,8 +231,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         state = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise DamagedCheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
-    model = build_model(ModelConfig(**values), state, str(folder))
-    model = model.to(device=device, dtype=dtype).eval()
+    model = build_model(ModelConfig(**values), state, str(folder)).to(device=device, dtype=dtype).eval()
     return LoadedModel(model, tokenizer, folder, (folder / "model.safetensors",))
 
 

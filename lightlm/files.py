@@ -47,11 +47,10 @@ def write_text(path: Path, content: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Context manager that gives a temporary folder to fill, and renames it to `path` when the block succeeds.
+    """Context manager that gives a temporary folder to fill, flushes it, and renames it to `path` after the block.
 
-    Its files are flushed to the disk before the rename. With `overwrite`, an existing folder stays in place until the
-    new one is complete. On an error the temporary folder is removed and `path` is unchanged. If `path` is a symbolic
-    link, its target is replaced.
+    With `overwrite`, an existing folder stays in place until the new one is complete. On an error the temporary folder
+    is removed and `path` is unchanged. If `path` is a symbolic link, its target is replaced.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
@@ -148,19 +147,12 @@ def follow(link: Path) -> Path | None:
     """Return the target of a pointer made by `point_to`, or None if `link` is not a pointer."""
     if link.is_symlink():
         return link.parent / os.readlink(link)
-    if link.is_file():
-        return link.parent / link.read_text(encoding="utf-8").strip()
-    return None
+    return link.parent / link.read_text(encoding="utf-8").strip() if link.is_file() else None
 
 
 @contextlib.contextmanager
-def clear_errors(target: Path, rerun: str = "Progress is saved. Rerun the same command to resume.") -> Iterator[None]:
-    """Context manager that raises an OSError of its block as a DataError that says what to do.
-
-    Args:
-        target: the folder that the block writes; its disk is named if it is full.
-        rerun: what is kept, and how to resume.
-    """
+def clear_errors(target: Path) -> Iterator[None]:
+    """Context manager that raises an OSError of its block, which writes `target`, as a DataError with advice."""
     try:
         yield
     except OSError as error:
@@ -171,4 +163,4 @@ def clear_errors(target: Path, rerun: str = "Progress is saved. Rerun the same c
             problem = f"{error.filename or target}: {error.strerror or error}"
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 problem += ". Change its permissions, or choose another folder with --out"
-        raise DataError(f"{problem}. {rerun}") from error
+        raise DataError(f"{problem}. Progress is saved. Rerun the same command to resume.") from error

@@ -116,11 +116,7 @@ def format_of(path: Path) -> Format | None:
 
 
 def reader_of(path: Path) -> Format:
-    """Return the format that reads the model at a path.
-
-    Raises:
-        ConvertError: no format recognizes it, or LightLM only writes that format.
-    """
+    """Return the format that reads the model at a path; raise ConvertError if there is none."""
     found = format_of(path)
     if found is None or not found.reads:
         kind = f"a model in the format {found.name}, which LightLM only writes" if found else "not a model"
@@ -130,11 +126,7 @@ def reader_of(path: Path) -> Format:
 
 
 def format_named(option: str, name: str) -> Format:
-    """Return the format that an option names.
-
-    Raises:
-        UsageError: there is none, or it does not go in this direction (--from reads, --to writes).
-    """
+    """Return the format that --from (which reads) or --to (which writes) names; raise UsageError if there is none."""
     usable = [known for known in FORMATS.values() if (known.reads if option == "--from" else known.writes)]
     if found := next((known for known in usable if known.name == name), None):
         return found

@@ -22,13 +22,10 @@ OnToken = Callable[[int, int], bool | None]
 
 @dataclass
 class Completion:
-    """The new tokens of one row, without the stop token, and why it ended.
-
-    `finish_reason` is `stop` (a stop token or `on_token` ended it), `length` (it has max_new_tokens) or `context` (the
-    model's context is full).
-    """
+    """The new tokens of one row, without the stop token, and why it ended."""
 
     ids: list[int] = field(default_factory=list)
+    # A stop token or `on_token` ended it, it has max_new_tokens, or the model's context is full.
     finish_reason: Literal["stop", "length", "context"] = "length"
 
 
@@ -47,8 +44,7 @@ def generate(
 
     Args:
         prompts: token ids, at least one per prompt.
-        seed: row b draws from its own generator, seeded with (seed, b). So more samples leave the first ones unchanged
-            where there is one prompt.
+        seed: row b draws from its own generator, seeded with (seed, b); more samples of one prompt keep the first ones.
         stop_ids: tokens that end a row, usually end-of-text.
         on_token: called as on_token(row, token) for each new token; a true answer ends the row.
         num_samples: continuations of each prompt, which is read once.
@@ -81,7 +77,7 @@ def generate(
             if on_token is not None and on_token(row, token):
                 completion.finish_reason = "stop"
             elif len(completion.ids) == max_new_tokens:
-                completion.finish_reason = "length"
+                continue
             elif cache.lengths[line] == model.config.max_seq_len:
                 completion.finish_reason = "context"
             else:
@@ -91,16 +87,12 @@ def generate(
         if len(remaining) < len(active):
             cache.select(remaining)
             active = [active[line] for line in remaining]
-        logits_BV = decode_step(model, [tokens[line] for line in remaining], cache)
+        tokens_B1 = torch.tensor([[tokens[line]] for line in remaining], device=model.device)
+        logits_BV = model(tokens_B1, cache)[:, -1]
 
 
 def sample_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling = DEFAULT,
-    seed: int = 1337,
+    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int, sampling: Sampling = DEFAULT
 ) -> str:
     """Return the prompt's continuation as text, to look at a model in training.
 
@@ -144,11 +136,6 @@ def prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Ten
     x_BTD = model.hidden_states(tokens_BT.to(model.device), cache, counts)
     last_B = torch.tensor(counts, device=x_BTD.device) - 1
     return model.head(x_BTD[torch.arange(len(prompts), device=x_BTD.device), last_B])
-
-
-def decode_step(model: Transformer, tokens: list[int], cache: KVCache) -> Tensor:
-    """Append one token to each row of the cache and return the logits (B, V) of the next."""
-    return model(torch.tensor(tokens, device=model.device)[:, None], cache)[:, -1]
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:

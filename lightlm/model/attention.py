@@ -20,7 +20,7 @@ from lightlm.model.norms import RMSNorm
 from lightlm.model.rotary import rotate
 
 # Takes one layer's new keys and values (B, G, T, K) and returns all that its queries attend to, (B, G, S, K):
-# `KVCache.update` or `SharedPrefix.prepend`, bound to the layer.
+# `KVCache.update` or `Trees.prepend`, bound to the layer.
 KeysAndValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -173,7 +173,7 @@ class Transformer(nn.Module):
                 raise ValueError("trees take no cache; pass what comes before them as their shared prefix")
             positions_BT = trees.positions_BT
             masks = {window: Mask(trees.bias(window, self._compute_dtype()), is_causal=False) for window in windows}
-            extend = trees.shared_prefix.prepend if trees.shared_prefix is not None else None
+            extend = trees.prepend
         elif cache is not None:
             step = cache.begin(batch, length, counts)
             positions_BT, aligned = step.positions_BT, step.rows is None

@@ -61,27 +61,20 @@ def export_huggingface(
     tokenizer, end = loaded.tokenizer, loaded.tokenizer.end_of_text_id
     bos = end if tokenizer.bos_id is None else tokenizer.bos_id
     # Without pad_token_id: it would freeze that embedding when the model is trained further.
-    values = {"dtype": str(dtype).removeprefix("torch."), "bos_token_id": bos, "eos_token_id": end}
+    ids = {"bos_token_id": bos, "eos_token_id": end}
+    values = write_config(target.model_type, config) | {"dtype": str(dtype).removeprefix("torch.")} | ids
     state = their_state(target.model_type, config, clean_state(loaded.model.state_dict()), dtype)
     parameters = sum(tensor.numel() for name, tensor in state.items() if not name.endswith(SELECTION_BIAS))
     try:
         with files.new_folder(out, overwrite=overwrite) as folder:
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-            _write_json(folder / "config.json", write_config(target.model_type, config) | values)
-            _write_json(
-                folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": end}
-            )
+            _write_json(folder / "config.json", values)
+            _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
             _write_tokenizer(folder, tokenizer, bos, config.max_seq_len)
-            card = _MODEL_CARD.format(
-                title=loaded.name,
-                name=out.resolve().name,
-                parameters=parameters,
-                version=__version__,
-                architecture=target.architecture,
-            )
+            facts = {"title": loaded.name, "name": out.resolve().name, "parameters": parameters, "version": __version__}
+            card = _MODEL_CARD.format(**facts, architecture=target.architecture)
             (folder / "README.md").write_text(card, encoding="utf-8")
-            sums = {file.name: files.checksum(file) for file in sorted(folder.iterdir())}
-            record = {"lightlm_version": __version__, "source": loaded.path.as_posix(), "xxh3": sums}
+            record = {"lightlm_version": __version__, "source": loaded.path.as_posix(), "xxh3": _checksums(folder)}
             _write_json(folder / RECORD, record)
     except FileExistsError:
         raise ConvertError(f"{out} exists already; choose another folder, or replace it with --overwrite") from None
@@ -91,12 +84,13 @@ def export_huggingface(
 def is_untouched_export(folder: Path) -> bool:
     """Return whether a folder holds exactly what an export wrote, so that replacing it loses nothing."""
     try:
-        sums = json.loads((folder / RECORD).read_text(encoding="utf-8"))["xxh3"]
-        return {path.name for path in folder.iterdir()} == {*sums, RECORD} and all(
-            files.checksum(folder / name) == value for name, value in sums.items()
-        )
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))["xxh3"] == _checksums(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {file.name: files.checksum(file) for file in sorted(folder.iterdir()) if file.name != RECORD}
 
 
 def import_huggingface(folder: Path) -> LoadedModel:

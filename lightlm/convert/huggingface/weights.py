@@ -30,18 +30,12 @@ def their_state(
     model_type: str, config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the tensors of a file that the class loads, from those of our checkpoint."""
+    state = dict(state)
     if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
-        sizes = {
-            "gate_proj": (0, config.hidden_size),
-            "up_proj": (0, config.hidden_size),
-            "down_proj": (config.hidden_size, 0),
-        }
-        blocks = [block for block in range(config.num_layers) if config.has_experts(block)]
-        state = state | {
-            f"blocks.{block}.mlp.shared.{name}.weight": torch.empty(size)
-            for block in blocks
-            for name, size in sizes.items()
-        }
+        for block in filter(config.has_experts, range(config.num_layers)):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                size = (config.hidden_size, 0) if name == "down_proj" else (0, config.hidden_size)
+                state[f"blocks.{block}.mlp.shared.{name}.weight"] = torch.empty(size)
     theirs = {}
     for link in layer_links(LAYOUTS[model_type].links, config.depth, config.layer_sharing):
         ours = link.ours.split()
