@@ -72,12 +72,10 @@ class TextScore:
 
 
 class Model:
-    """A model with its tokenizer, ready to generate and to score."""
+    """A PyTorch model (`transformer`) with its `tokenizer`, and the `path` or Hub id that it was loaded from."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.transformer = loaded.model  # the PyTorch module, in evaluation mode
-        self.tokenizer = loaded.tokenizer
-        self.path = loaded.path  # the checkpoint or Hugging Face folder that it was loaded from, or its Hub id
+        self.transformer, self.tokenizer, self.path = loaded.model, loaded.tokenizer, loaded.path
         self._loaded = loaded
 
     def __repr__(self) -> str:

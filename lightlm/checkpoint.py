@@ -77,16 +77,15 @@ def checkpoints(run: Path) -> list[Path]:
 def newest_checkpoint(
     run: Path, examine: Callable[[Path], None] | None = None, warn: Callable[[str], None] = warn
 ) -> Path:
-    """Return the run's newest complete checkpoint that is not damaged.
+    """Return the run's newest complete checkpoint that is not damaged; `warn` receives a message for each that is.
 
     Args:
         examine: raises DamagedCheckpointError for a damaged one; checks the model's files unless given.
-        warn: receives a message for each damaged one.
 
     Raises:
         CheckpointError: the run has no checkpoint, or all are damaged.
     """
-    problems: list[str] = []
+    problems = []
     for path in reversed(checkpoints(run)):
         try:
             examine(path) if examine is not None else check(path, _MODEL_FILES)
@@ -122,11 +121,7 @@ def write_checkpoint(
     *,
     milestone: bool = False,
 ) -> Path:
-    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path.
-
-    Args:
-        milestone: recorded in the marker; see `is_milestone`.
-    """
+    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path. A milestone is never pruned."""
     path = run / "checkpoints" / step_name(step)
     with files.new_folder(path, overwrite=True) as folder:
         _fill(folder, weights, config, tokenizer, training_state, milestone)
@@ -143,11 +138,7 @@ def is_milestone(checkpoint: Path) -> bool:
 
 
 def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, *, overwrite: bool = False) -> None:
-    """Write a checkpoint folder without training state, atomically.
-
-    Raises:
-        FileExistsError: `path` exists and `overwrite` is not set.
-    """
+    """Write a checkpoint folder without training state; raise FileExistsError if it exists, without `overwrite`."""
     with files.new_folder(path, overwrite=overwrite) as folder:
         _fill(folder, model.state_dict(), model.config, tokenizer, None, False)
 
@@ -177,10 +168,7 @@ def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check(folder: Path, names: Collection[str] | None = None) -> None:
-    """Verify the presence, size and checksum of a checkpoint's files against its marker.
-
-    Args:
-        names: the files to verify; all unless given.
+    """Verify presence, size and checksum of a checkpoint's files (only of `names` if given) against its marker.
 
     Raises:
         DamagedCheckpointError: a file does not match; the message names the first.
@@ -236,10 +224,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Transformer:
-    """Return a model with exactly these weights, in their precision.
-
-    Args:
-        where: the folder of the weights, for messages.
+    """Return a model with exactly these weights, in their precision; `where` is their folder, for messages.
 
     Raises:
         CheckpointError: a weight is missing, unknown, or has the wrong shape; the message lists up to five.

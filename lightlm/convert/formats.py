@@ -37,28 +37,19 @@ class Format(Protocol):
         """Return why the format cannot hold a model of this shape, or an empty string."""
 
     def read(self, path: Path) -> "LoadedModel":
-        """Load a model in float32 on the CPU, in evaluation mode.
-
-        Raises:
-            LightLMError: a file is missing or damaged, or LightLM does not have such a model.
-        """
+        """Load a model in float32 on the CPU, in evaluation mode; raise LightLMError if that is impossible."""
 
     def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
         """Write a model whole or not at all, in place of what `out` is.
 
-        Returns:
-            What the command reports: `class` (what the model is called there), `parameters` (how many were written),
-            and `python` (code that loads it).
+        Return what the command reports: `class` (the model's name there), `parameters` (the number written), and
+        `python` (code that loads it).
         """
 
     def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
-        """Compare a model with what the format's own software computes from `path`.
+        """Return the largest difference of logits from those that the format's own software computes from `path`.
 
-        Returns:
-            The largest absolute difference of logits between the two, both with weights rounded to `dtype`.
-
-        Raises:
-            ConvertError: they differ by more than rounding.
+        Both have weights rounded to `dtype`. Raise ConvertError if they differ by more than rounding.
         """
 
 
@@ -139,10 +130,7 @@ def format_named(option: str, name: str) -> Format:
 def convert_model(
     source: Path, reader: Format, out: Path, writer: Format, dtype: "torch.dtype", *, verify: bool = False
 ) -> dict[str, Any]:
-    """Convert a model, in place of what `out` is.
-
-    Returns:
-        What `Format.write` returns, and with `verify` also `max_logit_difference`.
+    """Convert a model, in place of what `out` is; return what `write` does, and with `verify` `max_logit_difference`.
 
     Raises:
         ConvertError: the format written cannot hold this model, or `verify` found a difference.

@@ -23,15 +23,12 @@ _CONNECT_SECONDS = 5.0
 def load_pretrained(
     reference: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Load a model in evaluation mode.
+    """Load a model in evaluation mode. The `path` of a model from the Hub is its id.
 
     Args:
         reference: a run folder or a run's name (its newest checkpoint), a checkpoint folder, a model in any other
             format of `lightlm convert --list`, or a Hub id such as `HuggingFaceTB/SmolLM2-135M`; None means the newest
             checkpoint of `runs/latest`. What exists on disk takes precedence over the Hub.
-
-    Returns:
-        The model. The `path` of a model from the Hub is its id.
 
     Raises:
         CheckpointError: nothing is found there (the message lists what was tried), it is damaged, or the Hub
@@ -45,12 +42,9 @@ def load_pretrained(
 
 
 def locate(reference: str | Path | None = None) -> Path:
-    """Return the path of the model that a reference names; download it first if it is a Hub id.
+    """Return the path of the model that `load_pretrained` would load; download it first if it is a Hub id.
 
     For a run it is the newest undamaged checkpoint, with a warning if a newer one is damaged.
-
-    Raises:
-        CheckpointError: see `load_pretrained`.
     """
     if reference is None or Path(reference) == RUNS / "latest":
         return checkpoint.newest_checkpoint(find_run())

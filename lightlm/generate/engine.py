@@ -110,12 +110,7 @@ def sample_text(
 
 
 def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Check a request before any work.
-
-    Raises:
-        LightLMError: a prompt is empty or longer than the model's context.
-        UsageError: max_new_tokens is below 1.
-    """
+    """Raise what `generate` raises for such a request, before any work."""
     if max_new_tokens < 1:
         raise UsageError(f"max-new-tokens must be at least 1, is {max_new_tokens}")
     if not prompts or not all(prompts):

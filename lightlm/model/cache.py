@@ -19,10 +19,8 @@ class Step:
     counts: list[int]  # per row, how many of the chunk's T columns are tokens; the rest is padding on the right
     positions_BT: Tensor  # the position of each column; padding is clamped to the last slot
     end: int  # the number of slots that the longest row uses after this chunk
-    # The (row, slot, column) triples to write; None when all rows are full and start at the same slot.
-    rows: Tensor | None
-    slots: Tensor | None
-    columns: Tensor | None
+    # The rows, slots and columns to write, one of each per token; None if all rows are full and start at the same slot.
+    places: tuple[Tensor, Tensor, Tensor] | None
 
 
 class KVCache:
@@ -55,25 +53,26 @@ class KVCache:
         if max(ends) > self.max_len:
             raise ValueError(f"the cache has {self.max_len} slots, {max(ends)} are needed")
         positions = torch.tensor(starts)[:, None] + torch.arange(num_columns)
-        rows = slots = columns = None
+        places = None
         if any(count < num_columns for count in counts) or len(set(starts)) > 1:
             rows, columns = (torch.arange(num_columns) < torch.tensor(counts)[:, None]).nonzero(as_tuple=True)
-            slots = positions[rows, columns]
-            rows, slots, columns = (index.to(self.keys.device) for index in (rows, slots, columns))
+            index_3N = torch.stack((rows, positions[rows, columns], columns)).to(self.keys.device)
+            places = (index_3N[0], index_3N[1], index_3N[2])
         positions = positions.clamp(max=self.max_len - 1).to(self.keys.device)
-        return Step(starts, counts, positions, max(ends), rows, slots, columns)
+        return Step(starts, counts, positions, max(ends), places)
 
     def update(self, step: Step, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values and return those of all slots in use, each (B, H, step.end, K)."""
         keys, values = self.keys[layer], self.values[layer]
-        if step.rows is None:
+        if step.places is None:
             start = step.starts[0]
             keys[:, :, start : step.end] = k_BHTK
             values[:, :, start : step.end] = v_BHTK
         else:
+            rows, slots, columns = step.places
             # Two index tensors around a slice put the indexed pairs first: (pairs, H, K).
-            keys[step.rows, :, step.slots] = k_BHTK[step.rows, :, step.columns].to(keys.dtype)
-            values[step.rows, :, step.slots] = v_BHTK[step.rows, :, step.columns].to(values.dtype)
+            keys[rows, :, slots] = k_BHTK[rows, :, columns].to(keys.dtype)
+            values[rows, :, slots] = v_BHTK[rows, :, columns].to(values.dtype)
         return keys[:, :, : step.end], values[:, :, : step.end]
 
     def commit(self, step: Step) -> None:

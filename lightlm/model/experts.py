@@ -58,7 +58,7 @@ class Experts(nn.Module):
         return self._padded(x_ND, ids_NK, weights_NK)
 
     def _grouped(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        dtype, choices = _compute_dtype(x_ND), ids_NK.shape[1]
+        dtype, choices = compute_dtype(x_ND), ids_NK.shape[1]
         order_R = ids_NK.flatten().argsort(stable=True)
         experts_E = torch.arange(len(self.gate_proj), device=ids_NK.device)
         ends_E = torch.searchsorted(ids_NK.flatten()[order_R], experts_E, right=True).to(torch.int32)
@@ -75,13 +75,13 @@ class Experts(nn.Module):
             down_EDF = fused.joined_copy(parameters[2:])
         else:
             with torch.no_grad():
-                both_E2FD = torch.cat(parameters[:2], dim=1).to(_compute_dtype(x_ND))
+                both_E2FD = torch.cat(parameters[:2], dim=1).to(compute_dtype(x_ND))
                 down_EDF = parameters[2].to(both_E2FD.dtype)
         rows = _Rows.of(ids_NK, len(self.gate_proj))
         return _PaddedExperts.apply(x_ND.to(both_E2FD.dtype), weights_NK, both_E2FD, down_EDF, rows, *parameters)
 
     def _single(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        dtype, choices = _compute_dtype(x_ND), ids_NK.shape[1]
+        dtype, choices = compute_dtype(x_ND), ids_NK.shape[1]
         order_R = ids_NK.flatten().argsort(stable=True)
         x_RD = x_ND.to(dtype).index_select(0, order_R // choices)
         y_RD = torch.empty_like(x_RD)
@@ -99,7 +99,8 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the precision of products with a tensor: autocast's, or its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -108,7 +109,7 @@ def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
     """Return whether CUDA has the kernel: it needs bf16, compute capability 8.0 and rows of whole 16 bytes."""
     return (
         x_ND.device.type == "cuda"
-        and _compute_dtype(x_ND) == torch.bfloat16
+        and compute_dtype(x_ND) == torch.bfloat16
         and all(size % 8 == 0 for size in weight_EFD.shape[1:])
         and (torch.compiler.is_compiling() or torch.cuda.get_device_capability(x_ND.device) >= (8, 0))
     )

@@ -16,7 +16,7 @@ from lightlm.model import fused
 from lightlm.model.attention import Attention, KeysAndValues, Mask, build_mask
 from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
-from lightlm.model.experts import Experts, keep_padding_uncompiled
+from lightlm.model.experts import Experts, compute_dtype, keep_padding_uncompiled
 from lightlm.model.mlp import build_mlp
 from lightlm.model.moe import MoE, Routing
 from lightlm.model.norms import build_norm
@@ -63,10 +63,7 @@ def _compiled_run() -> Callable[..., tuple[Tensor, Routing | None]]:
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model.
-
-    Args:
-        config: the shape; `vocab_size` must be set.
+    """A decoder-only language model of the shape `config`, with its `vocab_size` set.
 
     Raises:
         ValueError: the configuration is not a model; the message lists every reason.
@@ -124,13 +121,8 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
         """Return an empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
         max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)
-        return KVCache(self.config, batch_size, max_len, device=self.device, dtype=self._compute_dtype())
-
-    def _compute_dtype(self) -> torch.dtype:
-        """Return the precision of queries, keys and values."""
-        if torch.is_autocast_enabled(self.device.type):
-            return torch.get_autocast_dtype(self.device.type)
-        return self.embed_tokens.weight.dtype
+        dtype = compute_dtype(self.embed_tokens.weight)
+        return KVCache(self.config, batch_size, max_len, device=self.device, dtype=dtype)
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, counts: list[int] | None = None) -> Tensor:
         """Return the logits (B, T, V) of each column's next token; see `hidden_states` for arguments and errors."""
@@ -171,12 +163,12 @@ class Transformer(nn.Module):
         if trees is not None:
             if cache is not None:
                 raise ValueError("trees take no cache; pass what comes before them as their shared prefix")
-            positions_BT = trees.positions_BT
-            masks = {window: Mask(trees.bias(window, self._compute_dtype()), is_causal=False) for window in windows}
+            positions_BT, dtype = trees.positions_BT, compute_dtype(self.embed_tokens.weight)
+            masks = {window: Mask(trees.bias(window, dtype), is_causal=False) for window in windows}
             extend = trees.prepend
         elif cache is not None:
             step = cache.begin(batch, length, counts)
-            positions_BT, aligned = step.positions_BT, step.rows is None
+            positions_BT, aligned = step.positions_BT, step.places is None
             fresh = aligned and step.starts[0] == 0
             masks = {w: build_mask(positions_BT, step.end, w, fresh=fresh, aligned=aligned) for w in windows}
             extend = functools.partial(cache.update, step)

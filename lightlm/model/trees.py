@@ -1,8 +1,7 @@
-"""Rows that are trees of tokens instead of sequences, so that a beginning that sequences share is computed once.
+"""Rows that are trees of tokens, so that a prefix that sequences share is computed once (SpecInfer, arXiv 2305.09781).
 
 A tree lies in its row in preorder: a token, then everything that follows it, branch after branch. A token sees itself
 and its ancestors, at the positions that these have in their sequence, so its output equals that of its own sequence.
-This is the tree attention of speculative decoding (SpecInfer, arXiv 2305.09781).
 
 Shapes: B rows, T columns, S = P + T keys: P of a prefix that all trees share, then the row's own.
 """
@@ -44,8 +43,7 @@ class Trees:
     def bias(self, window: int, dtype: torch.dtype) -> Tensor:
         """Return (B, 1, T, S): 0 where a token (row) may see another (column), minus infinity elsewhere.
 
-        Args:
-            window: the number of positions that a token sees, its own included; 0 means all.
+        A token sees `window` positions, its own included; 0 means all.
         """
         columns_T = torch.arange(self.positions_BT.shape[1], device=self.positions_BT.device)
         ahead_TT = columns_T[:, None] >= columns_T

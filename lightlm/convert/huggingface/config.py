@@ -40,11 +40,7 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
-    """Return the model type and the shape that a config.json describes.
-
-    Args:
-        values: the content of the config.json.
-        where: its path, for messages.
+    """Return the model type and the shape that a config.json describes; `where` is its path, for messages.
 
     Raises:
         ConvertError: LightLM does not have such a model; the message lists every key in the way.
@@ -111,11 +107,7 @@ def _problems(layout: Layout, values: dict[str, Any], rope: dict[str, Any]) -> l
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one if there is no such file.
-
-    Raises:
-        ConvertError: the file is not a JSON object.
-    """
+    """Return the object in a JSON file, or an empty one if there is no file; raise ConvertError if it is damaged."""
     if not path.is_file():
         return {}
     try:

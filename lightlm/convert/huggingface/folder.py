@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from lightlm import __version__, files
 from lightlm.checkpoint import LoadedModel, build_model, clean_state
 from lightlm.convert.huggingface.config import read_config, read_json, write_config
-from lightlm.convert.huggingface.export_target import export_target
-from lightlm.convert.huggingface.layouts import SELECTION_BIAS
+from lightlm.convert.huggingface.layouts import SELECTION_BIAS, export_target
 from lightlm.convert.huggingface.weights import our_state, read_weights, their_state, weight_files
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
@@ -48,8 +47,7 @@ def export_huggingface(
         overwrite: replace the folder `out` if it exists.
 
     Returns:
-        The number of parameters written. It is more than the model's own if blocks repeat, because each repetition is
-        written as a layer.
+        The number of parameters written; each repetition of a block is written as a layer, and counts.
 
     Raises:
         ConvertError: no Hugging Face class computes what this model computes, or `out` exists.
@@ -99,8 +97,7 @@ def import_huggingface(folder: Path) -> LoadedModel:
     Weights may be float32, bfloat16 or float16, in one safetensors or PyTorch file or in shards.
 
     Raises:
-        ConvertError: a file is missing or damaged, or LightLM does not have such a model; the message names the file,
-            and the config keys with their values.
+        ConvertError: a file is missing or damaged, or LightLM does not have such a model.
         CheckpointError: weights do not have the shapes that config.json gives.
     """
     if not (folder / "config.json").is_file():

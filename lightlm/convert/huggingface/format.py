@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightlm.convert.huggingface.export_target import export_target
+from lightlm.convert.huggingface.layouts import export_target
 from lightlm.errors import ConvertError
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 The tables are also an allow-list. `Layout.obstacles` refuses each ModelConfig field that a class does not place, unless
 the field has its default. Place a new field in `keys` of the classes that have it, and in `_RULES` if none does.
+
+Imports nothing heavy: `train` and `recipes` ask for the `export_target` when they read a recipe.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -57,11 +59,11 @@ class Layout:
                 if not self.rules[name].accepts(config):
                     found[name] = self.rules[name].requirement.format(**vars(config))
             elif name not in self.keys and value != (needed := self.fixed.get(name, setting.default)):
-                found[name] = f"must be {as_yaml(needed)}" if name in self.fixed else "no equivalent in this class"
+                found[name] = f"must be {_as_yaml(needed)}" if name in self.fixed else "no equivalent in this class"
         return found
 
 
-def as_yaml(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     """Return a setting's value as a recipe writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -105,14 +107,12 @@ _LLAMA_DEFAULTS = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _LLAMA_LINKS = (
     Link("model.embed_tokens", "embed_tokens"),
     Link("model.layers.{}.input_layernorm", "blocks.{}.attention_norm"),
-    *(
-        Link(f"model.layers.{{}}.self_attn.{name}", f"blocks.{{}}.attention.{name}")
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-    ),
+    *(Link(f"model.layers.{{}}.self_attn.{name}", f"blocks.{{}}.attention.{name}") for name in _ATTENTION),
     Link("model.layers.{}.post_attention_layernorm", "blocks.{}.mlp_norm"),
     *(Link(f"model.layers.{{}}.mlp.{name}", f"blocks.{{}}.mlp.{name}") for name in _MLP),
     Link("model.norm", "norm"),
@@ -156,7 +156,7 @@ _QWEN_CONSTANTS = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sli
 _GPT2_FIXED = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True, **_NO_EXPERTS}
 _GPT2_QKV = "blocks.{}.attention.q_proj blocks.{}.attention.k_proj blocks.{}.attention.v_proj"
 
-# `export_target` tries them in this order.
+# `export_target` takes the first that expresses a configuration.
 LAYOUTS = {
     "gpt2": Layout(
         architecture="GPT2LMHeadModel",
@@ -176,10 +176,7 @@ LAYOUTS = {
         rules={
             **_RULES,
             "num_kv_heads": Rule(lambda c: c.num_kv_heads == c.num_heads, "must be num_heads, {num_heads}"),
-            "head_dim": Rule(
-                lambda c: c.head_dim * c.num_heads == c.hidden_size,
-                "must be hidden_size / num_heads, {hidden_size} / {num_heads}",
-            ),
+            "head_dim": Rule(lambda c: c.head_dim * c.num_heads == c.hidden_size, "must be hidden_size / num_heads"),
         },
         defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02},
         constants={
@@ -285,6 +282,41 @@ LAYOUTS = {
         rope={"rope_theta": 1_000_000.0},
     ),
 }
+
+
+# The nearest class to a configuration that none expresses: the one with the fewest obstacles among the first fields,
+# then among the next, then among all.
+_DECISIVE = (("norm", "position", "mlp"), ("router",), ("num_experts",), ("qk_norm",))
+
+
+@dataclass(frozen=True)
+class ExportTarget:
+    """The Hugging Face class that computes what a model computes, or the reason why there is none."""
+
+    architecture: str = ""  # the class, such as LlamaForCausalLM; empty when refused
+    model_type: str = ""  # its `model_type` in config.json, such as llama
+    refusal: str = ""  # one sentence naming the fields in the way; empty when it can be exported
+
+
+def export_target(config: ModelConfig) -> ExportTarget:
+    """Return the class that a configuration exports to with equal logits, or a refusal; `vocab_size` may still be 0.
+
+    Raises:
+        ValueError: the configuration is not a model.
+    """
+    config = config.resolved()
+    obstacles = {model_type: layout.obstacles(config) for model_type, layout in LAYOUTS.items()}
+
+    def distance(model_type: str) -> list[int]:
+        found = obstacles[model_type].keys()
+        return [len(found & set(names)) for names in _DECISIVE] + [len(found)]
+
+    nearest = min(LAYOUTS, key=distance)
+    architecture = LAYOUTS[nearest].architecture
+    if not obstacles[nearest]:
+        return ExportTarget(architecture, nearest)
+    listed = [f"{name}: {_as_yaml(getattr(config, name))} ({reason})" for name, reason in obstacles[nearest].items()]
+    return ExportTarget(refusal=f"{architecture}, the nearest Hugging Face class, cannot have {', '.join(listed)}")
 
 
 def layer_links(links: Iterable[Link], depth: int, repeats: int = 1) -> Iterator[Link]:

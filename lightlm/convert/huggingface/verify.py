@@ -27,9 +27,6 @@ def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) ->
     Both models' weights are rounded to `dtype` and then run in float32 on the same tokens, so the same tolerance holds
     for bfloat16. Where two experts tie, either may be chosen, and logits differ from that token onward. So a sequence
     is compared up to the first token that differs and had a tie; its first token always counts.
-
-    Raises:
-        ConvertError: transformers cannot load the folder.
     """
     import transformers
 
@@ -72,11 +69,7 @@ def _comparable(difference_T: Tensor, tied_T: Tensor) -> Tensor:
 
 
 def check_tokenizer(loaded: LoadedModel, folder: Path) -> None:
-    """Compare the ids of a sample text.
-
-    Raises:
-        ConvertError: `AutoTokenizer` gives other ids than our tokenizer.
-    """
+    """Raise ConvertError if `AutoTokenizer` gives other ids of a sample text than our tokenizer."""
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(folder)(SAMPLE, verbose=False)["input_ids"]

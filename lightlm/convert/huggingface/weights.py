@@ -53,11 +53,7 @@ def their_state(
 
 
 def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of our checkpoint in float32, from those of a folder.
-
-    Raises:
-        ConvertError: tensors are missing or left over, or contradict the configuration; the message names them.
-    """
+    """Return the tensors of our checkpoint in float32; raise ConvertError if some are missing, left over or differ."""
     layout = LAYOUTS[model_type]
     given = _only_weights(layout, config, given, folder)
     stacked = any(name.endswith(".experts.gate_up_proj") for name in given)
@@ -116,11 +112,7 @@ def _only_weights(layout: Layout, config: ModelConfig, given: dict[str, Tensor],
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a Hugging Face folder by name.
-
-    Raises:
-        ConvertError: there are none, or a file is missing or damaged.
-    """
+    """Return all tensors of a Hugging Face folder by name; raise ConvertError if a file is missing or damaged."""
     state: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
@@ -134,11 +126,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of a Hugging Face folder that hold its tensors; safetensors before PyTorch files.
-
-    Raises:
-        ConvertError: there are none, one is missing, or the index that lists them is damaged.
-    """
+    """Return the files of a folder's tensors, safetensors before PyTorch; raise ConvertError if any is missing."""
     for name in WEIGHT_FILES:
         if not (folder / name).is_file():
             continue
