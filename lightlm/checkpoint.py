@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -215,10 +214,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     # A tokenizer.json does not name the token that ends a text: that of SmolLM2-Instruct is not <|endoftext|>.
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
     tokenizer.bos_id, tokenizer.adds_bos = config.get("bos_token_id"), config.get("adds_bos", False)
-    try:
-        state = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise DamagedCheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
+    state = load_file(folder / "model.safetensors")
     model = build_model(ModelConfig(**values), state, str(folder)).to(device=device, dtype=dtype).eval()
     return LoadedModel(model, tokenizer, folder, (folder / "model.safetensors",))
 

@@ -139,8 +139,8 @@ def convert_model(
     ends = ((reader, source), (writer, out))
     for known, _ in ends if verify else ():
         if known.verifier and importlib.util.find_spec(known.verifier) is None:
-            install = f'pip install "lightlm[{known.name}]"'
-            raise ConvertError(f"--verify compares with {known.verifier}, which is not installed: {install}")
+            missing = f"--verify compares with {known.verifier}, which is not installed"
+            raise ConvertError(f'{missing}: pip install "lightlm[{known.name}]"')
     loaded = reader.read(source)
     if refusal := writer.refusal(loaded.model.config):
         raise ConvertError(f"{source} cannot be converted to {writer.name}: {refusal}")

@@ -17,7 +17,6 @@ from lightlm.runs import RUNS, find_run, run_names
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 _SMALL_FILES += ["special_tokens_map.json", checkpoint.MARKER]
-_CONNECT_SECONDS = 5.0
 
 
 def load_pretrained(
@@ -81,9 +80,7 @@ def _download(hub_id: str) -> Path:
     """Download a model from the Hub; PyTorch files only if it has no safetensors."""
     for weights in ([*WEIGHT_FILES[:2], "model-*.safetensors"], [*WEIGHT_FILES[2:], "pytorch_model-*.bin"]):
         try:
-            path = huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=_SMALL_FILES + weights, etag_timeout=_CONNECT_SECONDS
-            )
+            path = huggingface_hub.snapshot_download(hub_id, allow_patterns=_SMALL_FILES + weights, etag_timeout=5.0)
         except Exception as error:  # the types depend on the version of its network library
             reason = next(iter(str(error).splitlines()), "no reason given")
             raise CheckpointError(

@@ -17,8 +17,6 @@ from lightlm.generate.sampling import DEFAULT, Sampling, sample
 from lightlm.model.cache import KVCache
 from lightlm.model.transformer import Transformer
 
-OnToken = Callable[[int, int], bool | None]
-
 
 @dataclass
 class Completion:
@@ -37,7 +35,7 @@ def generate(
     sampling: Sampling,
     seed: int = 1337,
     stop_ids: Collection[int] = (),
-    on_token: OnToken | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
     num_samples: int = 1,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
@@ -155,18 +153,16 @@ class TextStream:
     def push(self, token: int) -> str:
         """Return the text that this token completes; it may be empty."""
         self._pending.append(token)
-        text = self._pending_text()
-        return "" if text.endswith("�") else self._emit(text)
+        return self._take(whole=True)
 
     def flush(self) -> str:
         """Return the text still waiting, after the last token."""
-        return self._emit(self._pending_text())
+        return self._take(whole=False)
 
-    def _pending_text(self) -> str:
+    def _take(self, *, whole: bool) -> str:
         known = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(known) :]
-
-    def _emit(self, text: str) -> str:
-        if text:
-            self._context, self._pending = self._pending, []
+        text = self._tokenizer.decode(self._context + self._pending)[len(known) :]
+        if not text or (whole and text.endswith("\ufffd")):
+            return ""
+        self._context, self._pending = self._pending, []
         return text

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 _AT_LEAST = dict.fromkeys(
     ("num_layers", "hidden_size", "num_heads", "max_seq_len", "layer_sharing", "full_attention_interval"), 1
@@ -23,10 +23,8 @@ EXPERT_FIELDS = (
 # Field names in checkpoints of earlier versions, and their names today.
 RENAMED_FIELDS = {"block_repeats": "layer_sharing", "full_attention_every": "full_attention_interval"}
 
-_T = TypeVar("_T")
 
-
-def _key(default: _T, description: str) -> _T:
+def _key(default: Any, description: str) -> Any:
     """Return a field with a default; pydantic copies its description into the JSON Schema of recipes."""
     return field(default=default, metadata={"description": description})
 

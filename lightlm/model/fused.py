@@ -165,16 +165,9 @@ class HeadsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        joined: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        norm_eps: float,
-        q_weight_K: Tensor | None,
-        k_weight_K: Tensor | None,
-        cos: Tensor | None,
-        sin: Tensor | None,
+        ctx: Any, joined: Tensor, num_heads: int, num_kv_heads: int, norm_eps: float, *optional: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q_weight_K, k_weight_K, cos, sin = optional
         heads = joined.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
         qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
         scale = weight_HK = None
