@@ -26,7 +26,7 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one
     import torch
     from rich.table import Table
 
-    from lightlm.convert.huggingface.export_target import export_target
+    from lightlm.convert.huggingface.layouts import export_target
     from lightlm.model.transformer import Transformer
     from lightlm.quantities import format_quantity
     from lightlm.recipe import load_recipe, shipped_recipes

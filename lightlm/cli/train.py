@@ -119,7 +119,7 @@ class _Request:
 def _train(world: "World", request: _Request) -> bool:
     """Train in one process; return whether it was interrupted."""
     from lightlm.cli.displays.training import TrainingDisplay
-    from lightlm.convert.huggingface.export_target import export_target
+    from lightlm.convert.huggingface.layouts import export_target
     from lightlm.runs import new_run
     from lightlm.train.observe.observers import Observers
     from lightlm.train.observe.trackers import Trackers

@@ -16,8 +16,9 @@ from lightlm.errors import LightLMError
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.logits import fp32_logits
 from lightlm.evaluate.scoring.packing import Request, Tree, TreeGroup, batches, plan
+from lightlm.model.cache import KVCache
 from lightlm.model.transformer import Transformer
-from lightlm.model.trees import SharedPrefix, Trees
+from lightlm.model.trees import Trees
 
 # Columns of the head at a time, so that the logits of 1,024 positions (4 MB) stay in a CPU's caches.
 _CHUNK = 1024
@@ -95,15 +96,15 @@ def _cut(requests: list[tuple[list[int], list[int]]], max_seq_len: int) -> list[
     return cut
 
 
-def _read_prefix(model: Transformer, group: TreeGroup) -> SharedPrefix | None:
+def _read_prefix(model: Transformer, group: TreeGroup) -> KVCache | None:
     if not group.prefix:
         return None
     cache = model.new_cache(1, len(group.prefix))
     model.hidden_states(torch.tensor([group.prefix], device=model.device), cache)
-    return SharedPrefix(cache)
+    return cache
 
 
-def _score_batch(model: Transformer, trees: list[Tree], prefix: SharedPrefix | None) -> Iterator[Score]:
+def _score_batch(model: Transformer, trees: list[Tree], prefix: KVCache | None) -> Iterator[Score]:
     """Yield the scores of all requests, tree by tree."""
     width, device = len(trees[0]), model.device
     tokens_BT = _pad([tree.tokens for tree in trees], width).to(device)

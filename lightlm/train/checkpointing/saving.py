@@ -130,7 +130,9 @@ class Saver:
         if (metrics := self._run / "metrics.jsonl").exists():
             files.sync_file(metrics)
         weights, training = state
-        checkpoint.write_states(self._run, step, weights, self._config, self._tokenizer, training, milestone=milestone)
+        checkpoint.write_checkpoint(
+            self._run, step, weights, self._config, self._tokenizer, training, milestone=milestone
+        )
         try:
             prune(self._run, self._settings.keep_last)
         except OSError as error:

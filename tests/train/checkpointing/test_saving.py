@@ -142,8 +142,8 @@ class Gate:
     """Holds the writer of one step's checkpoint until it is opened."""
 
     def __init__(self, monkeypatch, step):
-        self.event, self.step, self._write = threading.Event(), step, checkpoint.write_states
-        monkeypatch.setattr(checkpoint, "write_states", self._held)
+        self.event, self.step, self._write = threading.Event(), step, checkpoint.write_checkpoint
+        monkeypatch.setattr(checkpoint, "write_checkpoint", self._held)
 
     def _held(self, run, step, *args, **kwargs):
         assert step != self.step or self.event.wait(20)
@@ -230,7 +230,7 @@ def test_a_failure_of_training_comes_before_one_of_the_writer(monkeypatch, tmp_p
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_states", full)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", full)
     watch, model = Recorder(), build("llama")
     settings = load_recipe("tiny.yaml").checkpoint
     with pytest.raises(ZeroDivisionError), Saver(tmp_path, settings, None, model.config, watch) as saver:  # noqa: PT012
