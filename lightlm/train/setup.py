@@ -139,7 +139,7 @@ def set_up(
     loader = BatchLoader(data.split("train") if data else _random_tokens(recipe), recipe.seq_len, recipe.train.seed)
     given = recipe.train.micro_batch_size
     # Free memory may differ between devices: the smallest size serves all.
-    size = world.smallest(micro_batch_size(recipe, device, world.size))
+    size = min(world.gather(micro_batch_size(recipe, device, world.size)))
     if given not in ("auto", size):
         note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
     gradients = Gradients(loss, loader, note, micro_batch=size, adjustable=given == "auto", clip=recipe.train.grad_clip)
