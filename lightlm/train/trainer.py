@@ -23,8 +23,8 @@ from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import learning_rates, set_learning_rate
 from lightlm.optim.state import named_state
 from lightlm.runs import mark_latest
+from lightlm.train.checkpointing.resume import Progress, pack
 from lightlm.train.checkpointing.saving import Saver, tidy
-from lightlm.train.checkpointing.state import Progress, pack
 from lightlm.train.distributed import PeerLostError
 from lightlm.train.observe.expert_loads import load_metrics
 from lightlm.train.observe.metrics import MetricsFile, peak_memory
