@@ -152,9 +152,7 @@ def _train(world: "World", request: _Request) -> bool:
     with display, trackers:
         result = trainer.train()
     if world.is_writer:
-        unigram = trainer.data.manifest.unigram
-        page = _draw_report(trainer, display)
-        _report(result, parsed, unigram.nats_per_token if unigram else None, page, request.as_json)
+        _report(result, trainer, _draw_report(trainer, display), request.as_json)
     return result.interrupted
 
 
@@ -202,7 +200,7 @@ def _in_words(value: Any) -> str:
     return str(value)
 
 
-def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> "Path | None":
+def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> Path | None:
     """Write the run's page and plots and return the page. The run is saved already, so a failure is only a note."""
     try:
         from lightlm.machine import record_machine
@@ -215,30 +213,23 @@ def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> "Path | None
         return None
 
 
-def _report(
-    result: "Result", recipe: "Recipe", unigram_entropy: float | None, page: "Path | None", as_json: bool
-) -> None:
+def _report(result: "Result", trainer: "Trainer", page: Path | None, as_json: bool) -> None:
+    unigram = trainer.data.manifest.unigram
+    unigram_entropy = unigram.nats_per_token if unigram else None
     if as_json:
         print_json(vars(result) | {"unigram_entropy": unigram_entropy, "report": page})
         return
-    line = f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s"
-    out.print(line, soft_wrap=True, markup=False)
+    lines = [f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s"]
     if result.val_loss is not None:
-        out.print(f"Validation loss {result.val_loss:.4f} nats per token, {result.val_bpb:.4f} bits per byte")
+        lines.append(f"Validation loss {result.val_loss:.4f} nats per token, {result.val_bpb:.4f} bits per byte")
         if unigram_entropy is not None:
-            out.print(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats per token")
+            lines.append(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats per token")
     if page is not None:
-        out.print(f"Plots and page: {page}", soft_wrap=True, markup=False)
+        lines.append(f"Plots and page: {page}")
+    if not result.interrupted:
+        prompt = (trainer.recipe.eval.prompts or ["Hello"])[0]
+        lines.append(f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert')
+    out.print("\n".join(lines), soft_wrap=True, markup=False)
     if result.interrupted:
-        console.print(
-            f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}",
-            soft_wrap=True,
-            markup=False,
-        )
-    else:
-        prompt = recipe.eval.prompts[0] if recipe.eval.prompts else "Hello"
-        out.print(
-            f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert',
-            soft_wrap=True,
-            markup=False,
-        )
+        how = f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}"
+        console.print(how, soft_wrap=True, markup=False)

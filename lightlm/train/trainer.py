@@ -23,13 +23,13 @@ from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import learning_rates, set_learning_rate
 from lightlm.optim.state import named_state
 from lightlm.runs import mark_latest
+from lightlm.train.checkpointing.resume import Progress, pack
 from lightlm.train.checkpointing.saving import Saver, tidy
-from lightlm.train.checkpointing.state import Progress, pack
 from lightlm.train.distributed import PeerLostError
 from lightlm.train.observe.expert_loads import load_metrics
-from lightlm.train.observe.metrics import MetricsFile, peak_memory, step_metrics
+from lightlm.train.observe.metrics import MetricsFile, peak_memory
 from lightlm.train.observe.observers import Observer
-from lightlm.train.observe.spikes import Verdict, judge
+from lightlm.train.observe.spikes import judge
 from lightlm.train.rng import preserved
 from lightlm.train.schedules import learning_rate_factor
 from lightlm.train.setup import Setup
@@ -128,7 +128,17 @@ class Trainer:
         finally:
             if metrics_file:
                 metrics_file.close()
-        return self._result(interrupted)
+        validation = self.last_validation
+        return Result(
+            run=self.run_folder,
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
+            interrupted=interrupted,
+            loss=self.last_loss,
+            val_loss=validation.loss if validation else None,
+            val_bpb=validation.bits_per_byte if validation else None,
+        )
 
     def _open_run(self) -> MetricsFile:
         """Prepare the run folder and `runs/latest`; only the writer calls this."""
@@ -174,31 +184,28 @@ class Trainer:
             verdict.history,
         )
         self.last_loss = outcome.loss if math.isfinite(outcome.loss) else self.last_loss
-        peak = peak_flops(self.setup.device) if self.setup.dtype != torch.float32 else None
-        metrics = step_metrics(
-            step=self.progress.step,
-            tokens=self.progress.tokens,
-            seconds=self.progress.seconds,
-            batch_tokens=batch_tokens,
-            loss=outcome.loss,
-            rates=learning_rates(self.optimizer),
-            grad_norm=outcome.norm,
-            step_seconds=seconds,
-            data_seconds=self.gradients.seconds_waited - waited,
-            memory=peak_memory(self.setup.device),
-            utilisation_per_token=self.flops_per_token / (peak * self.world.size) if peak else None,
-        )
-        metrics |= load_metrics(self.model, self.progress.step, batch_tokens, outcome.loads)
-        return metrics | self._spike_metrics(verdict)
-
-    def _spike_metrics(self, verdict: Verdict) -> dict[str, bool]:
-        """Return the metrics of a spike, and note the first of several in a row."""
-        if not verdict.spike:
-            return {}
         if verdict.history.in_a_row == 1:
             done = "; the step is skipped" if verdict.skip else ""
             self.observer.note(f"spike at step {self.progress.step}: {verdict.reason}{done}")
-        return {"spike": True} | ({"skipped": True} if verdict.skip else {})
+        metrics: dict[str, Any] = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "loss": outcome.loss,
+            **learning_rates(self.optimizer),
+            "batch_tokens": batch_tokens,
+            "grad_norm": outcome.norm,
+            "tokens_per_second": batch_tokens / seconds,
+            "seconds": self.progress.seconds,
+            "step_seconds": seconds,
+            "data_seconds": self.gradients.seconds_waited - waited,
+        }
+        if (memory := peak_memory(self.setup.device)) is not None:
+            metrics["memory"] = memory
+        if self.setup.dtype != torch.float32 and (peak := peak_flops(self.setup.device)):
+            metrics["mfu"] = self.flops_per_token / (peak * self.world.size) * metrics["tokens_per_second"]
+        metrics |= load_metrics(self.model, self.progress.step, batch_tokens, outcome.loads)
+        spike = {"spike": bool(verdict.reason), "skipped": verdict.skip}
+        return metrics | {key: True for key, value in spike.items() if value}
 
     def _diverged(self, step: int, outcome: BatchOutcome) -> None:
         saved = checkpoint.checkpoints(self.run_folder)
@@ -220,16 +227,11 @@ class Trainer:
         return metrics
 
     def _validate(self) -> dict[str, float]:
-        recipe = self.recipe
-        if not len(self.data.split("val")):
+        if not len(stream := self.data.split("val")):
             return {}
+        size, most = self.gradients.micro_batch, self.recipe.eval.tokens
         self.last_validation = result = validate(
-            self.loss,
-            self.data.split("val"),
-            self.token_bytes,
-            seq_len=recipe.seq_len,
-            max_tokens=recipe.eval.tokens,
-            batch_size=self.gradients.micro_batch,
+            self.loss, stream, self.token_bytes, seq_len=self.recipe.seq_len, max_tokens=most, batch_size=size
         )
         return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
 
@@ -237,22 +239,18 @@ class Trainer:
         """Return the scores of `eval.tasks`. Any error of a task becomes a note, so that training continues."""
         if self.evaluator is None:
             return {}
-        model = self.loss.whole_model()
-        name = checkpoint.step_name(self.progress.step)
+        model, step = self.loss.whole_model(), self.progress.step
         try:
             with preserved(model):
-                scores = self.evaluator(model, self.run_folder / "checkpoints" / name, stop)
+                scores = self.evaluator(model, self.run_folder / "checkpoints" / checkpoint.step_name(step), stop)
         except PeerLostError:
             raise
         except Exception as error:
-            self.observer.note(f"eval.tasks could not be scored at step {self.progress.step}: {error}")
+            self.observer.note(f"eval.tasks could not be scored at step {step}: {error}")
             return {}
         if scores is None:
-            self.observer.note(
-                f"a signal interrupted eval.tasks at step {self.progress.step}; score it with `lightlm eval`"
-            )
-            return {}
-        return {f"eval/{task}": value for task, value in scores.items()}
+            self.observer.note(f"a signal interrupted eval.tasks at step {step}; score it with `lightlm eval`")
+        return {f"eval/{task}": value for task, value in (scores or {}).items()}
 
     def _continue(self, model: Transformer, prompt: str) -> str:
         recipe = self.recipe
@@ -286,19 +284,5 @@ class Trainer:
         weights = self.loss.whole_model().state_dict()
         state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
         if saver is not None:
-            saver.save(
-                self.progress.step, weights, state, milestone=self._due(self.recipe.checkpoint.keep_every), wait=wait
-            )
-
-    def _result(self, interrupted: bool) -> Result:
-        progress, validation = self.progress, self.last_validation
-        return Result(
-            self.run_folder,
-            progress.step,
-            progress.tokens,
-            progress.seconds,
-            interrupted,
-            self.last_loss,
-            validation.loss if validation else None,
-            validation.bits_per_byte if validation else None,
-        )
+            milestone = self._due(self.recipe.checkpoint.keep_every)
+            saver.save(self.progress.step, weights, state, milestone=milestone, wait=wait)

@@ -5,11 +5,11 @@ the copy. A thread then writes the copy, points `latest` to it and prunes old ch
 release Python's lock meanwhile.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,13 +21,12 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError
 from lightlm.model.config import ModelConfig
 from lightlm.recipe import CheckpointSection
-from lightlm.train.checkpointing.state import prune
 from lightlm.train.observe.observers import Observer
 
 _LONG_WAIT = 2.0  # seconds that training waits for the previous save before the user gets a note
 
 
-class Saver:
+class Saver(contextlib.AbstractContextManager["Saver"]):
     """Writes a run's checkpoints one at a time and prunes old ones, in one process of the run.
 
     A context manager: leaving it waits for the last write.
@@ -42,12 +41,7 @@ class Saver:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[list[str]]] | None = None
 
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             self._wait()
         except CheckpointError as failure:
@@ -103,9 +97,14 @@ class Saver:
         try:
             problems = write.result()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap system errors
+            complete = checkpoint.checkpoints(self._run)
+            kept = f"the last complete one is {complete[-1].name}" if complete else "there is none yet"
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self._run / 'checkpoints'}: {error}; {kept}. "
+                f"Free space or repair the disk, then run `lightlm train --resume {self._run}`"
+            ) from error
+        finally:
             self._pending = None
-            raise CheckpointError(self._failure(step, error)) from error
-        self._pending = None
         self._observer.checkpoint(self._run / "checkpoints" / checkpoint.step_name(step))
         for problem in problems:
             self._observer.note(problem)
@@ -114,14 +113,6 @@ class Saver:
                 f"training waited {seconds:.0f} s for the checkpoint of step {step} to be written; "
                 "a higher checkpoint.every would avoid that"
             )
-
-    def _failure(self, step: int, error: Exception) -> str:
-        complete = checkpoint.checkpoints(self._run)
-        kept = f"the last complete one is {complete[-1].name}" if complete else "there is none yet"
-        return (
-            f"the checkpoint of step {step} could not be written to {self._run / 'checkpoints'}: {error}; {kept}. "
-            f"Free space or repair the disk, then run `lightlm train --resume {self._run}`"
-        )
 
     def _write(self, step: int, state: tuple[dict[str, Tensor], dict[str, Any]], milestone: bool) -> list[str]:
         """Write and prune, in the writer's thread; return problems that leave the checkpoint complete."""
@@ -168,8 +159,7 @@ class HostCopy:
             self._gpu = tensor.device
         buffer = self._buffers.get(place)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-            self._buffers[place] = buffer
+            buffer = self._buffers[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
         return buffer.copy_(tensor.detach(), non_blocking=on_gpu)
 
 
@@ -182,6 +172,13 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], place: st
     if isinstance(value, list | tuple):
         return type(value)(map_tensors(item, function, f"{place}/{index}") for index, item in enumerate(value))
     return value
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Delete all complete checkpoints except milestones and the newest `keep_last`."""
+    for path in checkpoint.checkpoints(run)[:-keep_last]:
+        if not checkpoint.is_milestone(path):
+            files.remove_folder(path)
 
 
 def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:

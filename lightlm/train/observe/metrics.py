@@ -17,46 +17,6 @@ MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_sec
 _FILE = "metrics.jsonl"
 
 
-def step_metrics(
-    *,
-    step: int,
-    tokens: int,
-    seconds: float,
-    batch_tokens: int,
-    loss: float,
-    rates: dict[str, float],
-    grad_norm: float,
-    step_seconds: float,
-    data_seconds: float,
-    memory: int | None,
-    utilisation_per_token: float | None,
-) -> dict[str, Any]:
-    """Return the object of one step.
-
-    Args:
-        step, tokens, seconds: counts after the step, over the whole run.
-        rates: learning rates by their keys (`optimizers.learning_rates`).
-        utilisation_per_token: FLOPs per token / the device's peak FLOP/s; None if the peak is unknown.
-    """
-    metrics: dict[str, Any] = {
-        "step": step,
-        "tokens": tokens,
-        "loss": loss,
-        **rates,
-        "batch_tokens": batch_tokens,
-        "grad_norm": grad_norm,
-        "tokens_per_second": batch_tokens / step_seconds,
-        "seconds": seconds,
-        "step_seconds": step_seconds,
-        "data_seconds": data_seconds,
-    }
-    if memory is not None:
-        metrics["memory"] = memory
-    if utilisation_per_token is not None:
-        metrics["mfu"] = utilisation_per_token * metrics["tokens_per_second"]
-    return metrics
-
-
 class MetricsFile:
     """`metrics.jsonl` of a run, open for appending.
 

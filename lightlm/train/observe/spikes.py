@@ -51,25 +51,16 @@ class Verdict:
     diverged: bool
     history: SpikeHistory
 
-    @property
-    def spike(self) -> bool:
-        return bool(self.reason)
-
 
 def judge(before: SpikeHistory, loss: float, norm: float, train: TrainSection) -> Verdict:
     """Compare a step's loss and gradient norm (before clipping) with the steps before it.
 
     A loss or norm that is NaN or infinite is always a spike; others are judged once half the window is filled.
     """
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        found = (
-            _excess("loss", loss, before.losses, train),
-            _excess("gradient norm", norm, before.norms, train),
-        )
-        reason = ", ".join(part for part in found if part)
-    else:
-        reason = f"loss {loss}, gradient norm {norm}"
+    reason = f"loss {loss}, gradient norm {norm}"
+    if finite := math.isfinite(loss) and math.isfinite(norm):
+        found = (_excess("loss", loss, before.losses, train), _excess("gradient norm", norm, before.norms, train))
+        reason = ", ".join(filter(None, found))
     history = before.after(loss, norm, bool(reason), train.spike_window)
     skip = train.skip_spikes and bool(reason) and history.in_a_row <= MAX_IN_A_ROW
     return Verdict(reason, skip, diverged=not finite and not skip, history=history)
