@@ -10,7 +10,6 @@ from lightlm.cli.console import console, print_json
 from lightlm.cli.displays.evaluation import print_scores
 from lightlm.cli.prefetch import fetch_only, split_list
 from lightlm.errors import UsageError
-from lightlm.evaluate.compare.baselines import split_names
 
 _NOT_STORED = "{} does not belong to a run, so its results are not stored; give --out DIR to store them"
 
@@ -79,6 +78,8 @@ def evaluate(
     if prefetch is not None:
         fetch_only(context, prefetch, include_path, data_dir, as_json)
         return
+    from lightlm.evaluate.compare.baselines import split_names
+
     baselines, further = split_names(compare or "")
     references: list[str | None] = [*models, *further] if models else [None, *further]
     if out_path is not None:

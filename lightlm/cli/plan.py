@@ -116,11 +116,7 @@ def _gpu_table(plan: dict[str, Any]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        title="One GPU of each kind (estimates)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
+    table = Table(title="One GPU of each kind (estimates)", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("GPU", "memory", "needed", "fits", "micro-batch", "time"):
         table.add_column(heading, justify="left" if heading == "GPU" else "right")
     for row in plan["gpus"]:
