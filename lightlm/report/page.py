@@ -11,7 +11,7 @@ from markupsafe import Markup
 from lightlm import __version__
 from lightlm.evaluate.compare.baselines import Baseline, Legend
 from lightlm.evaluate.compare.comparison import NOISE, Comparison, sentences
-from lightlm.report.charts.chart import RUNS, color_variables
+from lightlm.report.charts.chart import COLOR_VARIABLES, RUNS
 from lightlm.report.charts.drawing import Plot
 from lightlm.report.record import Record, Score
 from lightlm.report.scores import score_lines
@@ -48,7 +48,7 @@ def render_page(
     return environment.get_template("page.html.jinja").render(
         title=title,
         version=__version__,
-        colors=color_variables() | {"--page": _PAGE},
+        colors=COLOR_VARIABLES | {"--page": _PAGE},
         run_colors=len(RUNS),
         names=names,
         summary={"headings": ["Run", *headings], "rows": list(zip(names, rows, strict=True))},
