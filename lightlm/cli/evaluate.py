@@ -88,7 +88,7 @@ def evaluate(
         from lightlm.convert.load import load_pretrained, locate
         from lightlm.device import pick_device, pick_dtype
         from lightlm.evaluate.compare.comparison import compare_all
-        from lightlm.evaluate.compare.table import lines_of, score_table
+        from lightlm.evaluate.compare.table import Score, score_lines, score_table
         from lightlm.evaluate.results.store import result_file
         from lightlm.evaluate.runner import evaluate_model
         from lightlm.evaluate.scoring.batches import BatchSize
@@ -131,7 +131,8 @@ def evaluate(
         return
     facts = [done.facts for done in evaluations]
     names = [fact["model"] for fact in facts]
-    print_scores(score_table(lines_of(answers, limit), names, comparisons, baselines), facts)
+    lines = score_lines([[Score(None, limit, answer) for answer in model] for model in answers])
+    print_scores(score_table(lines, names, comparisons, baselines), facts)
 
 
 def _print_notes(notes: list[str]) -> None:
