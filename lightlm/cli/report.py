@@ -7,7 +7,6 @@ import typer
 
 from lightlm.cli.console import console, out, print_json
 from lightlm.errors import UsageError
-from lightlm.evaluate.compare.baselines import split_names
 
 if TYPE_CHECKING:
     from lightlm.report.build import Report
@@ -28,6 +27,8 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print paths and summaries as one JSON document.")] = False,
 ) -> None:
     """Plot runs as one page and PNG files. Several runs share each plot, and their stored scores are compared."""
+    from lightlm.evaluate.compare.baselines import split_names
+
     baselines, models = split_names(compare or "")
     if models:
         raise UsageError(

@@ -127,9 +127,9 @@ def _train(
     evaluator = None
     if data is not None and parsed.eval.tasks:
         with console.status("Reading lm-eval's list of tasks ..."):
-            from lightlm.evaluate.in_training.task_scores import task_evaluator
+            from lightlm.evaluate.in_training.task_scores import TaskScores
 
-            evaluator = task_evaluator(setup.recipe.eval, data, world, display.note)
+            evaluator = TaskScores(setup.recipe.eval, data, world, display.note)
     if dry_run:
         planned = run or Path("runs") / (name or parsed.name)
         _print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, as_json)

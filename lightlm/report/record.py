@@ -11,34 +11,15 @@ import torch
 import yaml
 
 from lightlm.errors import CheckpointError, LightLMError, UsageError
-from lightlm.evaluate.compare.comparison import Answers, answers_of
+from lightlm.evaluate.compare.comparison import answers_of
+from lightlm.evaluate.compare.table import Score
 from lightlm.evaluate.results import documents
-from lightlm.evaluate.results.rows import Row
 from lightlm.machine import read_machine
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
 from lightlm.report.charts.curves import Curves, newest, smooth
 from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.schedules import batch_plan
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of one task, measured on a checkpoint.
-
-    Args:
-        step: the checkpoint's step; None if the file's name does not tell.
-        limit: the number of documents that the task was limited to; None for all.
-    """
-
-    step: int | None
-    limit: int | None
-    answers: Answers
-
-    @property
-    def row(self) -> Row:
-        """The value, its standard error and its number of documents."""
-        return self.answers.row
 
 
 @dataclass(frozen=True)
