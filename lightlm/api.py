@@ -25,12 +25,12 @@ from lightlm.data.prepare.run import prepare as prepare_folder
 from lightlm.data.sources.registry import open_source
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import UsageError
-from lightlm.evaluate.in_training.task_scores import task_evaluator
+from lightlm.evaluate.in_training.task_scores import TaskScores
 from lightlm.evaluate.results.store import result_file
 from lightlm.evaluate.runner import evaluate_model
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
-from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.settings import Settings, split_list
 from lightlm.evaluate.tasks.heldout import common_folder
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.generate.engine import generate
@@ -255,7 +255,8 @@ def train(
     data = open_data(parsed)
     assert data is not None
     setup = set_up(parsed, data, observer.note, resume_from=checkpoint)
-    evaluator = task_evaluator(setup.recipe.eval, data, setup.world, observer.note) if parsed.eval.tasks else None
+    scored = parsed.eval.tasks
+    evaluator = TaskScores(setup.recipe.eval, data, setup.world, observer.note) if scored else None
     run = run or new_run(name or parsed.name, exact=name is not None)
     with Trackers(parsed.tracking, observer.note) as trackers:
         trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
@@ -298,7 +299,7 @@ def evaluate(
         UsageError: a task or a folder does not exist.
         DataError: a data set cannot be read; the message lists all of them.
     """
-    names = [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else list(tasks)
+    names = split_list(tasks) if isinstance(tasks, str) else list(tasks)
     own, further, sets = (None if folder is None else str(folder) for folder in (data, include_path, data_dir))
     chosen = Tasks(Settings(names, limit, num_fewshot, own, further, sets, dtype=dtype))
     chosen.require_data()

@@ -9,7 +9,7 @@ import yaml
 
 from lightlm.errors import RecipeError, UsageError
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import load_recipe, load_run_recipe, shipped_recipes, span_tokens
+from lightlm.recipe import CheckpointSection, load_recipe, load_run_recipe, shipped_recipes, span_tokens
 
 PARAMETERS = {
     "demo": 6_819_840,
@@ -219,6 +219,10 @@ def test_the_recipe_of_an_earlier_run_is_read_under_its_old_names(tmp_path):
     text = old.to_yaml().replace("min_lr_ratio", "final_lr").replace("layer_sharing", "block_repeats")
     (tmp_path / "recipe.yaml").write_text(text)
     assert load_run_recipe(tmp_path) == old
+
+
+def test_a_section_without_keys_takes_its_defaults():
+    assert load_recipe("demo", ["checkpoint="]).checkpoint == CheckpointSection()
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -33,10 +33,7 @@ def convert(
     from_: Annotated[
         str | None,
         typer.Option(
-            "--from",
-            metavar="FORMAT",
-            help=f"Format of MODEL: {_READ}. [dim]Default: detected[/]",
-            show_default=False,
+            "--from", metavar="FORMAT", help=f"Format of MODEL: {_READ}. [dim]Default: detected[/]", show_default=False
         ),
     ] = None,
     out_path: Annotated[
@@ -51,8 +48,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists at --out.")] = False,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Compare logits and tokens with the format's own software after writing."),
+        bool, typer.Option("--verify", help="Compare logits and tokens with the format's own software after writing.")
     ] = False,
     list_formats: Annotated[bool, typer.Option("--list", help="List the formats and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

@@ -1,6 +1,7 @@
 """`lightlm eval`."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -8,11 +9,9 @@ import typer
 
 from lightlm.cli.console import console, print_json
 from lightlm.cli.displays.evaluation import print_scores
-from lightlm.cli.prefetch import fetch_only, split_list
+from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import UsageError
-from lightlm.evaluate.compare.baselines import split_names
-
-_NOT_STORED = "{} does not belong to a run, so its results are not stored; give --out DIR to store them"
+from lightlm.evaluate.settings import Settings, split_list
 
 
 def evaluate(
@@ -79,30 +78,32 @@ def evaluate(
     if prefetch is not None:
         fetch_only(context, prefetch, include_path, data_dir, as_json)
         return
+    from lightlm.evaluate.compare.baselines import split_names
+
     baselines, further = split_names(compare or "")
     references: list[str | None] = [*models, *further] if models else [None, *further]
     if out_path is not None:
         _check_out(out_path, len(references))
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ...") as status:
-        from lightlm.convert.load import load_pretrained, locate
+        from lightlm.convert.load import is_hub_id, load_pretrained, locate
         from lightlm.device import pick_device, pick_dtype
         from lightlm.evaluate.compare.comparison import compare_all
-        from lightlm.evaluate.compare.table import lines_of, score_table
+        from lightlm.evaluate.compare.table import Score, score_lines, score_table
         from lightlm.evaluate.results.store import result_file
         from lightlm.evaluate.runner import evaluate_model
         from lightlm.evaluate.scoring.batches import BatchSize
-        from lightlm.evaluate.settings import Settings
         from lightlm.evaluate.tasks.heldout import common_folder
         from lightlm.evaluate.tasks.manager import Tasks
 
         target = pick_device(device)
         precision = pick_dtype(dtype, target)
         BatchSize.of(batch_size, target)
-        chosen = Tasks(Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype))
+        settings = Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype)
+        chosen = Tasks(settings, _note)
         status.update("Reading the tasks' data ...")
         chosen.require_data()
-    located = _located(references)
+    located = [name if name is not None and is_hub_id(name) else locate(name) for name in references]
     heldout_data = common_folder([] if data else located, data) if chosen.read_data else None
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
@@ -111,11 +112,11 @@ def evaluate(
         loaded = load_pretrained(model, target, precision)
         console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
         file = result_file(loaded, chosen.settings, out_path, name)
-        _print_notes([] if file else [_NOT_STORED.format(name)])
+        if file is None:
+            _note(f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them")
         done = evaluate_model(
             loaded, chosen, name, file, batch_size=batch_size, data=heldout_data, log_samples=log_samples
         )
-        _print_notes(chosen.take_notes())
         stored = f", {file}" if file else ""
         console.print(f"{name}: {done.facts['seconds']:.0f} s{stored}", markup=False, soft_wrap=True)
         evaluations.append(done)
@@ -130,15 +131,14 @@ def evaluate(
         print_json(document)
         return
     facts = [done.facts for done in evaluations]
-    names = [fact["model"] for fact in facts]
-    print_scores(score_table(lines_of(answers, limit), names, comparisons, baselines), facts)
+    lines = score_lines([[Score(None, limit, answer) for answer in model] for model in answers])
+    print_scores(score_table(lines, [fact["model"] for fact in facts], comparisons, baselines), facts)
 
 
-def _print_notes(notes: list[str]) -> None:
+def _note(message: str) -> None:
     from rich.markup import escape
 
-    for note in notes:
-        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+    console.print(f"[yellow]Note:[/] {escape(message)}", soft_wrap=True)
 
 
 def _check_out(path: Path, models: int) -> None:
@@ -150,20 +150,9 @@ def _check_out(path: Path, models: int) -> None:
         raise UsageError(f"--out {path} is a folder, and a name ending in .json means a file; choose another name")
     folder = path.parent if is_file else path
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())  # "." and "/" always do
-    if not nearest.is_dir():
-        hint = ", or a results file with a name ending in .json" if nearest == path else ""
-        raise UsageError(f"--out {path}: {nearest} is a file, not a folder; choose another folder{hint}")
-    if not os.access(nearest, os.W_OK):
-        raise UsageError(f"--out {path}: no permission to write to {nearest}; choose another folder")
-
-
-def _located(references: list[str | None]) -> list[str | Path]:
-    """Return the folder of each model, or its id on the Hub, without a download."""
-    from lightlm.convert.load import is_hub_id, locate
-
-    return [
-        reference if reference is not None and is_hub_id(reference) else locate(reference) for reference in references
-    ]
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        fault = "does not permit writing" if nearest.is_dir() else "is a file, not a folder"
+        raise UsageError(f"--out {path}: {nearest} {fault}; choose another folder, or a file ending in .json")
 
 
 def _names(models: list[str | Path]) -> list[str]:
@@ -171,7 +160,6 @@ def _names(models: list[str | Path]) -> list[str]:
     from lightlm.checkpoint import model_name
 
     paths = [Path(model) for model in models]
-    places: dict[str, set[Path]] = {}
-    for path in paths:
-        places.setdefault(model_name(path), set()).add(path.resolve())
-    return [path.as_posix() if len(places[model_name(path)]) > 1 else model_name(path) for path in paths]
+    places = {(model_name(path), path.resolve()) for path in paths}
+    counts = Counter(name for name, _ in places)
+    return [path.as_posix() if counts[model_name(path)] > 1 else model_name(path) for path in paths]

@@ -1,13 +1,10 @@
 """`lightlm plan`."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from lightlm.cli.console import console, out, print_json
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from lightlm.cli.console import console, out, print_json, print_table
 
 _PARTS = {
     "weights": "weights, fp32",
@@ -42,16 +39,17 @@ def plan(
         document = make_plan(load_recipe(recipe, changes), probe=probe)
     if as_json:
         print_json(document)
-        return
-    _print(document)
+    else:
+        _print(document)
 
 
 def _print(plan: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+
     from lightlm.quantities import format_quantity
 
-    model, run, machine = plan["model"], plan["run"], plan["machine"]
-    measured = machine["measured"]
-    sizes = {
+    model, run, machine, parts = plan["model"], plan["run"], plan["machine"], plan["inference"]
+    facts = {
         "parameters": format_quantity(model["parameters"]),
         "active per token": format_quantity(model["active_parameters"]),
         "in tables and head": format_quantity(model["embedding_parameters"]),
@@ -63,68 +61,29 @@ def _print(plan: dict[str, Any]) -> None:
         "validations": f"{run['validations']:,}, {format_quantity(run['validation_tokens'])} tokens in total",
         "FLOPs in total": f"{run['flops']:.3g}",
     }
-    out.print(_facts(f"Plan of {plan['recipe']}", sizes))
-    out.print(_facts(f"Training on {machine['device']}, {machine['dtype']}", _training(machine)))
-    if measured:
-        times = {
+    tables = {f"Plan of {plan['recipe']}": facts}
+    training = {"micro-batch": f"{machine['micro_batch']} sequences, {machine['accumulation']} per step"}
+    training |= {_PARTS[part]: _bytes(size) for part, size in machine["memory"].items()}
+    if "checkpoint_copy" not in machine["memory"]:
+        training["copy for saving, CPU memory"] = _bytes(machine["host_checkpoint_copy"])
+    tables[f"Training on {machine['device']}, {machine['dtype']}"] = training
+    if measured := machine["measured"]:
+        tables["Measured in 3 steps"] = {
             "micro-batch, forward and backward": f"{measured['pass_seconds']:.3g} s",
             "micro-batch in validation": f"{measured['forward_seconds']:.3g} s",
             "clipping and optimizer": f"{measured['update_seconds']:.3g} s",
             "step": f"{measured['step_seconds']:.3g} s, {measured['tokens_per_second']:,.0f} tokens/s",
+            "memory at the peak": "unknown" if measured["memory"] is None else _bytes(measured["memory"]),
             "whole run": _duration(measured["hours"]),
         }
-        out.print(_facts("Measured in 3 steps", times))
-    out.print(_facts("Inference", _inference(plan["inference"])))
-    out.print(_gpu_table(plan))
-    share = f"{plan['assumed_utilization']:.0%}"
-    out.print(f"Times assume {share} of the bf16 peak; small batches reach less.", soft_wrap=True)
-    for note in plan["notes"]:
-        out.print(f"Note: {note}", soft_wrap=True, markup=False)
-
-
-def _training(machine: dict[str, Any]) -> dict[str, str]:
-    rows = {"micro-batch": f"{machine['micro_batch']} sequences, {machine['accumulation']} per step"}
-    rows |= {_PARTS[part]: _bytes(size) for part, size in machine["memory"].items()}
-    if machine["measured"] and (peak := machine["measured"]["memory"]) is not None:
-        rows["measured at the peak"] = _bytes(peak)
-    if "checkpoint_copy" not in machine["memory"]:
-        rows["copy for saving, CPU memory"] = _bytes(machine["host_checkpoint_copy"])
-    return rows
-
-
-def _inference(parts: dict[str, int]) -> dict[str, str]:
-    return {
+    tables["Inference"] = {
         precision: f"weights {_bytes(parts[f'weights_{name}'])}, cache {_bytes(parts[f'cache_{name}'])} per sequence"
         for precision, name in (("bf16", "bfloat16"), ("fp32", "float32"))
     }
-
-
-def _facts(title: str, rows: dict[str, str]) -> "Table":
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD, min_width=60)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in rows.items():
-        table.add_row(name, Text(value), style="bold" if name == _PARTS["total"] else "")
-    return table
-
-
-def _gpu_table(plan: dict[str, Any]) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title="One GPU of each kind (estimates)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for heading in ("GPU", "memory", "needed", "fits", "micro-batch", "time"):
-        table.add_column(heading, justify="left" if heading == "GPU" else "right")
-    for row in plan["gpus"]:
-        table.add_row(
+    for title, rows in tables.items():
+        print_table(rows.items(), title=title, right=[1], box=SIMPLE_HEAD, min_width=60)
+    gpus = [
+        (
             row["gpu"],
             _bytes(row["device_memory"]),
             _bytes(row["memory"]),
@@ -132,7 +91,15 @@ def _gpu_table(plan: dict[str, Any]) -> "Table":
             str(row["micro_batch"]),
             "-" if row["hours"] is None or not row["fits"] else _duration(row["hours"]),
         )
-    return table
+        for row in plan["gpus"]
+    ]
+    headings = ("GPU", "memory", "needed", "fits", "micro-batch", "time")
+    print_table(gpus, *headings, title="One GPU of each kind (estimates)", right=range(1, 6), box=SIMPLE_HEAD)
+    out.print(
+        f"Times assume {plan['assumed_utilization']:.0%} of the bf16 peak; small batches reach less.", soft_wrap=True
+    )
+    for note in plan["notes"]:
+        out.print(f"Note: {note}", soft_wrap=True, markup=False)
 
 
 def _bytes(size: float) -> str:

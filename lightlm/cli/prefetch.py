@@ -9,6 +9,7 @@ import typer
 
 from lightlm.cli.console import console, out, print_json
 from lightlm.errors import UsageError
+from lightlm.evaluate.settings import Settings, split_list
 
 if TYPE_CHECKING:
     from lightlm.evaluate.tasks.prefetch import Fetched
@@ -20,11 +21,21 @@ def fetch_only(
     context: typer.Context, names: str, include_path: str | None, data_dir: str | None, as_json: bool
 ) -> None:
     """Fetch the data sets of these tasks into the Hub's cache or `data_dir`, and print them."""
-    _refuse_others(context)
+    given = [
+        parameter.opts[0] if parameter.param_type_name == "option" else "MODEL"
+        for parameter in context.command.params
+        if parameter.name not in _USED
+        and str(context.get_parameter_source(parameter.name or "")).endswith("COMMANDLINE")
+    ]
+    if given:
+        raise UsageError(
+            f"--prefetch only fetches data; leave out {', '.join(given)}, and run the tasks with --tasks afterwards"
+        )
     if data_dir is not None:
-        _make_folder(Path(data_dir))
+        if Path(data_dir).is_file():
+            raise UsageError(f"--data-dir {data_dir} is a file, not a folder; choose another name")
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
     with console.status("Reading lm-eval's list of tasks ...") as status:
-        from lightlm.evaluate.settings import Settings
         from lightlm.evaluate.tasks.manager import Tasks
         from lightlm.evaluate.tasks.prefetch import prefetch
 
@@ -36,41 +47,14 @@ def fetch_only(
         _print_table(fetched, data_dir)
 
 
-def split_list(names: str) -> list[str]:
-    """Split comma-separated names."""
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _refuse_others(context: typer.Context) -> None:
-    """Refuse models and options that have no effect here."""
-    given = [
-        parameter.opts[0] if parameter.param_type_name == "option" else "MODEL"
-        for parameter in context.command.params
-        if parameter.name not in _USED
-        and str(context.get_parameter_source(parameter.name or "")).endswith("COMMANDLINE")
-    ]
-    if given:
-        raise UsageError(
-            f"--prefetch only fetches data; leave out {', '.join(given)}, and run the tasks with --tasks afterwards"
-        )
-
-
-def _make_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"--data-dir {path} is a file, not a folder; choose another name")
-    path.mkdir(parents=True, exist_ok=True)
-
-
 def _print_table(fetched: list["Fetched"], data_dir: str | None) -> None:
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     if not fetched:
         out.print("These tasks need no data set.")
         return
-    table = Table("Tasks", "Data set", "Revision")
-    for title in ("Files", "Bytes"):
-        table.add_column(title, justify="right")
+    table = Table("Tasks", "Data set", "Revision", Column("Files", justify="right"), Column("Bytes", justify="right"))
     for row in fetched:
         title = f"{row.data_set} ({row.config})" if row.config else row.data_set
         names = map(escape, (", ".join(row.tasks), title, (row.revision or "")[:8]))

@@ -1,11 +1,11 @@
 """`lightlm recipes`: the recipes that LightLM ships."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from lightlm.cli.console import out, print_json
+from lightlm.cli.console import out, print_json, print_table
 from lightlm.errors import UsageError
 
 recipes = typer.Typer(no_args_is_help=True, help="List, show and copy shipped recipes; look up recipe keys.")
@@ -24,7 +24,6 @@ def _own_lines(path: Path) -> list[str]:
 def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
     """List the shipped recipes with their parameters, tokens and Hugging Face classes."""
     import torch
-    from rich.table import Table
 
     from lightlm.convert.huggingface.layouts import export_target
     from lightlm.model.transformer import Transformer
@@ -38,34 +37,23 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one
         config = recipe.model if recipe.model.vocab_size else load_recipe(path, ["model.vocab_size=50257"]).model
         with torch.device("meta"):
             parameters = Transformer(config).num_parameters()["total"]
-        about = _own_lines(path)[0].strip("# \n")
-        target = export_target(recipe.model)
         rows.append(
             {
                 "recipe": path.stem,
                 "parameters": parameters,
                 "vocab_size": config.vocab_size,
                 "tokens": recipe.train.tokens,
-                "exports_to": target.architecture or "-",
-                "about": about,
+                "exports_to": export_target(recipe.model).architecture or "-",
+                "about": _own_lines(path)[0].strip("# \n"),
             }
         )
     if as_json:
         print_json(rows)
         return
-    table = Table(caption="Parameters with 50,257 entries where the vocabulary comes from the data.")
-    for heading in ("recipe", "parameters", "tokens", "exports to", "about"):
-        justify: Literal["left", "right"] = "right" if heading in ("parameters", "tokens") else "left"
-        table.add_column(heading, justify=justify, no_wrap=heading != "about")
-    for row in rows:
-        table.add_row(
-            row["recipe"],
-            format_quantity(row["parameters"]),
-            format_quantity(row["tokens"]),
-            row["exports_to"],
-            row["about"],
-        )
-    out.print(table)
+    shown = ("recipe", "parameters", "tokens", "exports_to", "about")
+    texts = [[format_quantity(v) if isinstance(v := row[key], int) else v for key in shown] for row in rows]
+    caption = "Parameters with 50,257 entries where the vocabulary comes from the data."
+    print_table(texts, *(key.replace("_", " ") for key in shown), right=[1, 2], whole=[0, 3], caption=caption)
 
 
 @recipes.command("show")
@@ -108,9 +96,6 @@ def list_keys(
     from dataclasses import asdict
     from itertools import groupby
 
-    from rich.table import Table
-    from rich.text import Text
-
     from lightlm.recipe.reference import keys, sections
 
     found = keys(section)
@@ -119,11 +104,6 @@ def list_keys(
         return
     titles = sections()
     for name, group in groupby(found, key=lambda entry: entry.key.partition(".")[0]):
-        table = Table(title=f"{name}: {titles[name]}", title_justify="left", box=None, padding=(0, 2, 1, 0))
-        table.add_column("key", no_wrap=True)
-        for heading in ("allowed", "default", "description"):
-            table.add_column(heading)
-        for entry in group:
-            inner = entry.key.removeprefix(f"{name}.")
-            table.add_row(*(Text(text) for text in (inner, entry.allowed, entry.default, entry.description)))
-        out.print(table)
+        rows = [(e.key.removeprefix(f"{name}."), e.allowed, e.default, e.description) for e in group]
+        headings = ("key", "allowed", "default", "description")
+        print_table(rows, *headings, whole=[0], title=f"{name}: {titles[name]}", box=None, padding=(0, 2, 1, 0))

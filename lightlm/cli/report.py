@@ -1,16 +1,12 @@
 """The command `lightlm report`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lightlm.cli.console import console, out, print_json
+from lightlm.cli.console import console, out, print_json, print_table
 from lightlm.errors import UsageError
-from lightlm.evaluate.compare.baselines import split_names
-
-if TYPE_CHECKING:
-    from lightlm.report.build import Report
 
 
 def report(
@@ -28,6 +24,8 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print paths and summaries as one JSON document.")] = False,
 ) -> None:
     """Plot runs as one page and PNG files. Several runs share each plot, and their stored scores are compared."""
+    from lightlm.evaluate.compare.baselines import split_names
+
     baselines, models = split_names(compare or "")
     if models:
         raise UsageError(
@@ -46,29 +44,18 @@ def report(
         comparisons = [comparison.to_dict() for comparison in written.comparisons]
         print_json({"page": str(written.page), "plots": plots, "runs": runs_found, "comparisons": comparisons})
         return
-    from lightlm.evaluate.compare.comparison import sentences
+    from rich.box import SIMPLE_HEAD
 
-    _print_table(written)
+    from lightlm.evaluate.compare.comparison import sentences
+    from lightlm.report.summary import summary_table
+
+    headings, rows = summary_table(written.records, short=True)
+    texts = [[record.name, *row] for record, row in zip(written.records, rows, strict=True)]
+    numbers = range(1, len(headings) + 1)
+    print_table(texts, "Run", *headings, right=numbers, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for record in written.records:
         for note in record.notes:
             console.print(f"{record.name}: {note}", soft_wrap=True, markup=False)
     made = [f"Page {written.page}", f"{len(written.plots)} plots in {written.page.parent / 'plots'}"]
     for line in [*sentences(written.comparisons), *made]:
         out.print(line, soft_wrap=True, markup=False)
-
-
-def _print_table(written: "Report") -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    from lightlm.report.summary import summary_table
-
-    headings, rows = summary_table(written.records, short=True)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("Run", overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for record, row in zip(written.records, rows, strict=True):
-        table.add_row(*map(escape, [record.name, *row]))
-    out.print(table)

@@ -136,9 +136,9 @@ def _train(world: "World", request: _Request) -> bool:
     evaluator = None
     if data is not None and parsed.eval.tasks:
         with console.status("Reading lm-eval's list of tasks ..."):
-            from lightlm.evaluate.in_training.task_scores import task_evaluator
+            from lightlm.evaluate.in_training.task_scores import TaskScores
 
-            evaluator = task_evaluator(setup.recipe.eval, data, world, display.note)
+            evaluator = TaskScores(setup.recipe.eval, data, world, display.note)
     if request.dry_run:
         planned = run or Path("runs") / (request.name or parsed.name)
         _print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)

@@ -8,6 +8,8 @@ table in lm_eval/models/__init__.py), so its own command runs as
 with all of its arguments. In Python, import `lightlm.evaluate.harness` before calling `lm_eval.simple_evaluate`.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -15,12 +17,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import LightLMError
-from lightlm.evaluate.progress import bar
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.generate.engine import TextStream, generate
@@ -107,15 +110,25 @@ class LightLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return scores
 
+    @contextlib.contextmanager
+    def _bar(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
+        """Draw a bar on standard error and yield the function that advances it; draw nothing without a terminal."""
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        hidden = not (self._show_progress and console.is_terminal)
+        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda count: progress.advance(task, count)
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Return each document's log-likelihood after end-of-text, in windows of the context's size without overlap."""
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
-                windows.append(make_disjoint_window(pair))
-                owners.append(owner)
+            pairs = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            windows += map(make_disjoint_window, pairs)
+            owners += [owner] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
         for owner, (log_likelihood, _) in zip(owners, self._score(windows, "Reading documents"), strict=True):
             totals[owner] += log_likelihood
@@ -124,7 +137,7 @@ class LightLM(TemplateLM):
         return totals
 
     def _score(self, pairs: list[tuple[list[int], list[int]]], what: str) -> list[tuple[float, bool]]:
-        with bar(len(pairs), what, self._show_progress) as advance:
+        with self._bar(len(pairs), what) as advance:
             scores = score(self.model, pairs, self.limits, advance)
         return [(result.log_likelihood, result.greedy) for result in scores]
 
@@ -132,18 +145,15 @@ class LightLM(TemplateLM):
         """Return continuations up to their first stop string; requests with equal settings are batched by length."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(prompts[i])))
-        texts = [""] * len(requests)
-        with bar(len(requests), "Generating", self._show_progress) as advance:
+        texts, limits = [""] * len(requests), self.limits.for_decoding()
+        with self._bar(len(requests), "Generating") as advance:
             while order:
                 settings = requests[order[0]].args[1]
-                new_tokens = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)["max_gen_toks"]
-                length = len(prompts[order[0]]) + new_tokens
+                length = len(prompts[order[0]]) + normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)["max_gen_toks"]
                 count = 1
-                while (
-                    count < len(order)
-                    and requests[order[count]].args[1] == settings
-                    and self.limits.for_decoding().fits(count + 1, length)
-                ):
+                while count < len(order) and requests[order[count]].args[1] == settings:
+                    if not limits.fits(count + 1, length):
+                        break
                     count += 1
                 batch, order = order[:count], order[count:]
                 answers = self._generate([prompts[i] for i in batch], settings, seed=_SEED + len(order))
@@ -156,11 +166,12 @@ class LightLM(TemplateLM):
     def _generate(self, prompts: list[list[int]], settings: dict[str, Any], seed: int) -> list[str]:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))
         stops = [stop for stop in kwargs["until"] if stop]
-        room = self.max_length - kwargs["max_gen_toks"]
+        new_tokens = kwargs["max_gen_toks"]
+        room = self.max_length - new_tokens
         if room < 1:
             raise LightLMError(
-                f"the task asks for {kwargs['max_gen_toks']} new tokens, but the model's context holds only "
-                f"{self.max_length}; choose another task or a model with a longer context"
+                f"the task asks for {new_tokens} new tokens, but the model's context holds only {self.max_length}; "
+                "choose another task or a model with a longer context"
             )
         temperature = kwargs.get("temperature", 1.0) if kwargs.get("do_sample") else 0.0
         sampling = Sampling(temperature, kwargs.get("top_k"), kwargs.get("top_p", 1.0))
@@ -172,7 +183,7 @@ class LightLM(TemplateLM):
             return any(stop in texts[row] for stop in stops)
 
         starts = [prompt[-room:] or [self.prefix_token_id] for prompt in prompts]
-        generate(self.model, starts, kwargs["max_gen_toks"], sampling, seed, {self.eot_token_id}, stop_found)
+        generate(self.model, starts, new_tokens, sampling, seed, {self.eot_token_id}, stop_found)
         return [
             postprocess_generated_text(text + stream.flush(), stops, None)
             for text, stream in zip(texts, streams, strict=True)
@@ -180,12 +191,9 @@ class LightLM(TemplateLM):
 
     def describe_bos(self, setting: str) -> dict[str, Any]:
         """Return the tokens before every context, and before a text without context, for the facts of a result."""
-        name = self.loaded.tokenizer.name_of
-        return {
-            "setting": setting,
-            "before_contexts": [{"id": token, "token": name(token)} for token in self.prefix_ids],
-            "without_context": {"id": self.prefix_token_id, "token": name(self.prefix_token_id)},
-        }
+        ids = [*self.prefix_ids, self.prefix_token_id]
+        *before, without = ({"id": token, "token": self.loaded.tokenizer.name_of(token)} for token in ids)
+        return {"setting": setting, "before_contexts": before, "without_context": without}
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval writes into its results about the model."""

@@ -31,13 +31,14 @@ def run_tasks(
         LightLMError: the model's context is too short for a task.
     """
     path = lm.loaded.path
+    tasks.for_model(lm, path)
     tracker = EvaluationTracker()
     arguments = {"pretrained": str(path), "dtype": str(lm.model.embed_tokens.weight.dtype).removeprefix("torch.")}
     with quiet(), compiled_once():
         results: dict[str, Any] = simple_evaluate(
             model=lm,
             model_args=arguments,
-            tasks=tasks.for_model(path).fitting(lambda text: len(lm.tok_encode(text)), lm.max_length),
+            tasks=tasks.names,
             task_manager=tasks,
             limit=tasks.settings.limit,
             bootstrap_iters=bootstrap_iters,

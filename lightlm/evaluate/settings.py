@@ -28,3 +28,8 @@ class Settings:
     data_dir: str | None = None
     bos: str = "auto"
     dtype: str = "auto"
+
+
+def split_list(names: str) -> list[str]:
+    """Split comma-separated names."""
+    return [name.strip() for name in names.split(",") if name.strip()]

@@ -94,8 +94,7 @@ def find_recipe(reference: str | Path) -> Path:
     if path.is_file():
         return path
     shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
-    named_by_path = path.parent in (Path("."), Path("recipes"))
-    if named_by_path and path.suffix in ("", ".yaml") and path.stem in shipped:
+    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in shipped:
         return shipped[path.stem]
     close = difflib.get_close_matches(path.stem, shipped, n=1)
     hint = f"did you mean {close[0]}? " if close else ""

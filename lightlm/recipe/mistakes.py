@@ -7,14 +7,15 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from lightlm.errors import RecipeError
 from lightlm.model.config import ModelConfig
 from lightlm.optim.registry import DEFAULT, OPTIMIZERS
-from lightlm.optim.section import OptimizerSection
 from lightlm.recipe.renamed import RENAMED
-from lightlm.recipe.schema import Problem, Recipe, Section
+from lightlm.recipe.schema import Problem, Recipe
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def parse_recipe(values: dict[str, Any], where: str, origins: dict[str, str] | None = None) -> Recipe:
@@ -27,62 +28,32 @@ def parse_recipe(values: dict[str, Any], where: str, origins: dict[str, str] | N
     Raises:
         RecipeError: the values have mistakes; the message lists all of them.
     """
-    problems: list[Problem] = []
-    for name, field in Recipe.model_fields.items():
-        if name in values:
-            problems += _section_problems(name, field.rebuild_annotation(), values[name])
-        elif field.is_required():
-            problems.append((name, "is missing"))
-    problems += [(key, _unknown(key)) for key in values if key not in Recipe.model_fields]
-    if not problems:
-        recipe = Recipe(**values)
-        problems = recipe.problems()
-    if problems:
-        lines = []
-        for key, message in problems:
-            place = _origin(key, origins or {})
-            lines.append(f"  {key}: {message}" + (f"  [{place}]" if place else ""))
-        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
-        raise RecipeError(f"{count} in {where}:\n" + "\n".join(lines))
-    return recipe
-
-
-def _section_problems(name: str, annotation: Any, value: Any) -> list[Problem]:
-    """Return the mistakes within one top-level key."""
-    if value is None:
-        value = {}
+    values = {key: {} if value is None else value for key, value in values.items()}
     try:
-        section = TypeAdapter(annotation).validate_python(value)
+        return Recipe.model_validate(values)
     except ValidationError as error:
-        # A union (`auto` or a number) fails once per member; these messages become one.
-        messages: dict[str, list[str]] = {}
-        for entry in error.errors(include_url=False):
-            key, message = _describe(name, entry)
-            if name == "optimizer" and key in _valid_keys() and message.startswith("unknown key"):
-                optimizer = str(value.get("name", DEFAULT))
-                if optimizer not in OPTIMIZERS:
-                    continue  # a setting of some optimizer, and which one is meant is the mistake
-                message = f"has no effect with optimizer.name={optimizer}; leave it out"
-            messages.setdefault(key, []).append(message)
-        return [(key, "; or ".join(parts)) for key, parts in messages.items()]
-    inner = section.problems() if isinstance(section, Section | ModelConfig | OptimizerSection) else []
-    return [(f"{name}.{key}", message) for key, message in inner]
+        entries = error.errors(include_url=False)
+    # A union (`auto` or a number) fails once per member; these messages become one.
+    messages: dict[str, list[str]] = {}
+    for entry in entries:
+        key, message = _describe(entry)
+        section, _, inner = key.partition(".")
+        if section == "optimizer" and entry["type"] in _UNKNOWN and inner in _optimizer_keys():
+            name = values[section].get("name", DEFAULT)
+            if name not in OPTIMIZERS:
+                continue  # a setting of some optimizer, and which one is meant is the mistake
+            message = f"has no effect with optimizer.name={name}; leave it out"
+        messages.setdefault(key, []).append(message)
+    lines = [f"  {key}: {'; or '.join(parts)}{_place(key, origins or {})}" for key, parts in messages.items()]
+    raise RecipeError(f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {where}:\n" + "\n".join(lines))
 
 
-def _describe(section: str, entry: Any) -> Problem:
+def _describe(entry: Any) -> Problem:
     """Return a pydantic error as (dotted key, message in plain words)."""
-    # Union members appear in the location as type names; only field names and list positions are keys.
-    parts = [str(part) for part in entry["loc"]]
-    known = set(_valid_keys())
-    key = section
-    for part in parts:
-        if (
-            f"{key}.{part}" in known
-            or part.isdigit()
-            or entry["type"].endswith(("extra_forbidden", "unexpected_keyword_argument"))
-        ):
-            key = f"{key}.{part}"
-    if entry["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    # Below section and key, a location holds positions in lists and the type names of union members.
+    location = entry["loc"]
+    key = ".".join(str(part) for part in [*location[:2], *(part for part in location[2:] if isinstance(part, int))])
+    if entry["type"] in _UNKNOWN:
         return key, _unknown(key)
     if entry["type"] in ("missing", "missing_argument"):
         return key, "is missing"
@@ -99,34 +70,22 @@ def _describe(section: str, entry: Any) -> Problem:
 def _unknown(key: str) -> str:
     if key in RENAMED:
         return f"renamed to {RENAMED[key]}"
-    valid = _valid_keys()
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    keys = {name: list(getattr(field.annotation, "model_fields", ())) for name, field in Recipe.model_fields.items()}
+    keys |= {"model": [field.name for field in fields(ModelConfig)], "optimizer": _optimizer_keys()}
+    valid = [*keys, *(f"{section}.{inner}" for section, found in keys.items() for inner in found)]
     # A known name in the wrong section (train.lr) means that key, although its spelling differs more.
-    name = key.rsplit(".", 1)[-1]
-    close = [other for other in valid if other.rsplit(".", 1)[-1] == name][:1] or close
-    return "unknown key" + (f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(_siblings(key))}")
+    section, _, name = key.rpartition(".")
+    close = [other for other in valid if other.rpartition(".")[2] == name] or difflib.get_close_matches(key, valid, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"valid are {', '.join(keys.get(section, keys))}"
+    return f"unknown key; {hint}"
 
 
-def _siblings(key: str) -> list[str]:
-    section = key.rpartition(".")[0]
-    return [other for other in _valid_keys() if other.rpartition(".")[0] == section]
+def _optimizer_keys() -> list[str]:
+    return list(dict.fromkeys(key for section in OPTIMIZERS.values() for key in section.model_fields))
 
 
-def _valid_keys() -> list[str]:
-    keys = []
-    for name, field in Recipe.model_fields.items():
-        keys.append(name)
-        if field.annotation is ModelConfig:
-            keys += [f"{name}.{entry.name}" for entry in fields(ModelConfig)]
-        elif field.annotation is OptimizerSection:
-            keys += dict.fromkeys(f"{name}.{inner}" for kind in OPTIMIZERS.values() for inner in kind.model_fields)
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
-    return keys
-
-
-def _origin(key: str, origins: dict[str, str]) -> str | None:
+def _place(key: str, origins: dict[str, str]) -> str:
     """Return where a key was given, or else its section."""
     while key not in origins and "." in key:
         key = key.rpartition(".")[0]
-    return origins.get(key)
+    return f"  [{origins[key]}]" if key in origins else ""

@@ -16,6 +16,8 @@ from lightlm.recipe.loading import recipes_folder
 from lightlm.recipe.schema import Recipe
 
 SCHEMA_FILE = "recipe.schema.json"
+_LOWEST = {"minimum": "<=", "exclusiveMinimum": "<"}
+_HIGHEST = {"maximum": "<=", "exclusiveMaximum": "<"}
 Schema = dict[str, Any]
 
 
@@ -49,7 +51,7 @@ def json_schema() -> Schema:
 
 def sections() -> dict[str, str]:
     """Return the description of each top-level key of a recipe."""
-    return {name: entry["description"] for name, entry in json_schema()["properties"].items()}
+    return {name: field.description or "" for name, field in Recipe.model_fields.items()}
 
 
 def keys(section: str | None = None) -> list[Key]:
@@ -59,11 +61,9 @@ def keys(section: str | None = None) -> list[Key]:
         UsageError: there is no such section.
     """
     found = list(_all_keys(json_schema()))
-    if section is None:
-        return found
-    chosen = [entry for entry in found if entry.key == section or entry.key.startswith(f"{section}.")]
+    chosen = [entry for entry in found if section is None or f"{entry.key}.".startswith(f"{section}.")]
     if not chosen:
-        close = difflib.get_close_matches(section, [*sections(), *(entry.key for entry in found)], n=1)
+        close = difflib.get_close_matches(str(section), [*sections(), *(entry.key for entry in found)], n=1)
         hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections())}"
         raise UsageError(f"a recipe has no section {section}; {hint}")
     return chosen
@@ -73,12 +73,15 @@ def _all_keys(schema: Schema) -> Iterator[Key]:
     for name, entry in schema["properties"].items():
         variants = _variants(entry, schema)
         if not variants:
-            yield _key(name, [entry], required=name in schema["required"])
+            yield _key(name, [entry])
         for inner in dict.fromkeys(key for variant in variants for key in variant["properties"]):
-            having = [variant for variant in variants if inner in variant["properties"]]
-            only = "" if len(having) == len(variants) else f" Only with {name}.{_tag(having)}."
-            required = inner in having[0].get("required", ())
-            yield _key(f"{name}.{inner}", [v["properties"][inner] for v in having], required=required, only=only)
+            having = [variant["properties"] for variant in variants if inner in variant["properties"]]
+            tag = " or ".join(_allowed(properties["name"]) for properties in having if len(having) < len(variants))
+            yield _key(
+                f"{name}.{inner}",
+                [properties[inner] for properties in having],
+                tag and f" Only with {name}.name={tag}.",
+            )
 
 
 def _variants(entry: Schema, schema: Schema) -> list[Schema]:
@@ -87,21 +90,16 @@ def _variants(entry: Schema, schema: Schema) -> list[Schema]:
         return _variants(schema["$defs"][entry["$ref"].rsplit("/", 1)[-1]], schema)
     if "properties" in entry:
         return [entry]
-    members = entry.get("oneOf") or entry.get("anyOf") or ()
-    return [found for member in members for found in _variants(member, schema)]
+    return [found for member in entry.get("anyOf", ()) for found in _variants(member, schema)]
 
 
-def _tag(variants: list[Schema]) -> str:
-    """Return the setting that chooses these members of a union, such as `name=muon`."""
-    return "name=" + " or ".join(_allowed(variant["properties"]["name"]) for variant in variants)
-
-
-def _key(key: str, entries: list[Schema], *, required: bool, only: str = "") -> Key:
+def _key(key: str, entries: list[Schema], only: str = "") -> Key:
+    """Return a key with its schema in each member of a union."""
     values = [_allowed(entry) for entry in entries]
     meanings = {entry.get("description", ""): value for entry, value in zip(entries, values, strict=True)}
     description = next(iter(meanings)) if len(meanings) == 1 else " ".join(f"{v}: {m}" for m, v in meanings.items())
-    default = entries[0].get("default")
-    text = "required" if required else default if isinstance(default, str) else json.dumps(default)
+    default = entries[0].get("default", "required")
+    text = default if isinstance(default, str) else json.dumps(default)
     return Key(key, " | ".join(dict.fromkeys(values)), text, description + only)
 
 
@@ -116,19 +114,14 @@ def _allowed(entry: Schema) -> str:
     if "enum" in entry:
         return " | ".join(str(value) for value in entry["enum"])
     if entry["type"] == "array":
-        return f"list of {_allowed(entry['items'])}" if "items" in entry else _pair(entry["prefixItems"])
-    if entry["type"] == "boolean":
-        return "true | false"
-    word = "text" if entry["type"] == "string" else str(entry["type"])
-    low = [(entry[bound], sign) for bound, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if bound in entry]
-    high = [(entry[bound], sign) for bound, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if bound in entry]
+        if "items" in entry:
+            return f"list of {_allowed(entry['items'])}"
+        return f"[{', '.join(_allowed(item) for item in entry['prefixItems'])}]"
+    word = {"string": "text", "boolean": "true | false"}.get(entry["type"], str(entry["type"]))
+    low, high = ([(entry[b], s) for b, s in bounds.items() if b in entry] for bounds in (_LOWEST, _HIGHEST))
     if high:
         return f"{low[0][0]:g} {low[0][1]} {word} {high[0][1]} {high[0][0]:g}"
     return f"{word} {low[0][1].replace('<', '>')} {low[0][0]:g}" if low else word
-
-
-def _pair(entries: list[Schema]) -> str:
-    return f"[{', '.join(_allowed(entry) for entry in entries)}]"
 
 
 def schema_text() -> str:

@@ -15,13 +15,10 @@ RENAMED = {
 
 def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe's plain values with every renamed key under its new name."""
-    renamed: dict[str, Any] = {}
-    for section, settings in values.items():
-        if isinstance(settings, dict):
-            settings = {_new_name(section, key): value for key, value in settings.items()}
-        renamed[section] = settings
-    return renamed
+    return {section: _renamed(section, settings) for section, settings in values.items()}
 
 
-def _new_name(section: str, key: str) -> str:
-    return RENAMED.get(f"{section}.{key}", f"{section}.{key}").partition(".")[2]
+def _renamed(section: str, settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {RENAMED.get(f"{section}.{key}", f".{key}").partition(".")[2]: value for key, value in settings.items()}

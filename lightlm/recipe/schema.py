@@ -1,6 +1,7 @@
 """The schema of a recipe: sections, keys with their defaults and descriptions, and combinations that are refused."""
 
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -10,23 +11,18 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationError,
     WithJsonSchema,
+    field_validator,
     model_serializer,
+    model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lightlm.model.config import ModelConfig
 from lightlm.optim.registry import AnyOptimizer
 from lightlm.optim.section import Problem
 from lightlm.quantities import parse_quantity
-
-
-def _parse_batch(text: str | int | float) -> int:
-    return parse_quantity(text, base=1024)
-
-
-def _check_span(span: str) -> str:
-    span_tokens(span, 1)
-    return span
 
 
 def span_tokens(span: str, total: int) -> int:
@@ -46,6 +42,11 @@ def span_tokens(span: str, total: int) -> int:
     return round(total * share / 100)
 
 
+def _check_span(span: str) -> str:
+    span_tokens(span, 1)
+    return span
+
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and runs: a plain folder name on every system
 
 
@@ -61,7 +62,10 @@ Tokens = Annotated[
     int, BeforeValidator(parse_quantity), Field(ge=0), _written_as("tokens, such as 10B", f"^{_QUANTITY}$")
 ]
 BatchTokens = Annotated[
-    int, BeforeValidator(_parse_batch), Field(ge=1), _written_as("tokens, such as 512K (2**19)", f"^{_QUANTITY}$", 1)
+    int,
+    BeforeValidator(partial(parse_quantity, base=1024)),
+    Field(ge=1),
+    _written_as("tokens, such as 512K (2**19)", f"^{_QUANTITY}$", 1),
 ]
 Span = Annotated[
     str,
@@ -71,16 +75,23 @@ Span = Annotated[
 ]
 
 
+def _refuse(problems: list[Problem]) -> None:
+    """Raise the ValidationError that lists these problems, if there are any."""
+    errors: list[InitErrorDetails] = [
+        {"type": PydanticCustomError("problem", "{text}", {"text": text}), "loc": tuple(key.split(".")), "input": None}
+        for key, text in problems
+    ]
+    if errors:
+        raise ValidationError.from_exception_data("Recipe", errors)
+
+
 class Section(BaseModel):
     """One section of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def idle(self) -> dict[str, str]:
-        """Return the settings that have no effect beside the others, each with the reason.
-
-        A recipe that gives one is refused, and a resolved recipe leaves them out.
-        """
+        """Return the settings that have no effect beside the others, each with the reason; no recipe may give one."""
         return {}
 
     def problems(self) -> list[Problem]:
@@ -129,8 +140,7 @@ class TrainSection(Section):
     )
     grad_clip: float = Field(default=1.0, ge=0, description="Largest global L2 norm of the gradients. 0 does not clip.")
     skip_spikes: bool = Field(
-        default=False,
-        description="Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite.",
+        default=False, description="Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite."
     )
     spike_threshold: float = Field(
         default=6.0,
@@ -289,6 +299,12 @@ class Recipe(BaseModel):
     checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="When to save, and what to keep.")
     tracking: TrackingSection = Field(default=TrackingSection(), description="Experiment trackers.")
 
+    @field_validator("*")
+    @classmethod
+    def _check_section(cls, section: Any) -> Any:
+        _refuse([] if isinstance(section, str) else section.problems())  # the name is a string
+        return section
+
     @property
     def seq_len(self) -> int:
         return self.train.seq_len or self.model.max_seq_len
@@ -316,44 +332,38 @@ class Recipe(BaseModel):
             return values
         return values | {"moe": {k: v for k, v in self.router_training.model_dump().items() if v is not None}}
 
-    def _moe_problems(self) -> list[Problem]:
-        moe = self.moe
-        given = [key for key, value in moe if key in moe.model_fields_set and value is not None]
-        if not self.model.num_experts:
-            return [(f"moe.{key}", "has no effect without model.num_experts; leave it out") for key in given]
-        if self.model.router == "softmax" and "bias_update_rate" in given:
-            return [("moe.bias_update_rate", "has no effect with model.router=softmax; leave it out")]
-        return []
-
-    def problems(self) -> list[Problem]:
-        """Return the settings of different sections that do not fit together."""
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        """Refuse settings of different sections that do not fit together."""
         optimizer = self.optimizer.model_problems(tied=self.model.tie_embeddings)
         found = [(f"optimizer.{key}", message) for key, message in optimizer] + self._moe_problems()
-        schedule = self.schedule
+        schedule, batch = self.schedule, self.train.batch_tokens
         warmup, decay = (span_tokens(s or "0%", self.train.tokens) for s in (schedule.warmup, schedule.decay_span))
         if warmup + decay > self.train.tokens:
             spans = f"warmup {schedule.warmup}" + (f" and decay {schedule.decay_span}" if decay else "")
             found.append(("schedule", f"{spans} exceed the run's {self.train.tokens:,} tokens"))
         if self.seq_len > self.model.max_seq_len:
             found.append(("train.seq_len", f"{self.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"))
-        elif self.train.batch_tokens % self.seq_len:
-            nearest = max(round(self.train.batch_tokens / self.seq_len), 1) * self.seq_len
-            message = (
-                f"{self.train.batch_tokens} is not a whole number of {self.seq_len}-token sequences; nearest: {nearest}"
-            )
+        elif batch % self.seq_len:
+            nearest = max(round(batch / self.seq_len), 1) * self.seq_len
+            message = f"{batch} is not a whole number of {self.seq_len}-token sequences; nearest: {nearest}"
             found.append(("train.batch_tokens", message))
         elif self.train.micro_batch_size != "auto" and self.batch_sequences % self.train.micro_batch_size:
-            found.append(
-                (
-                    "train.micro_batch_size",
-                    f"{self.train.micro_batch_size} does not divide the {self.batch_sequences} sequences of a batch",
-                )
-            )
-        return found + self._batch_warmup_problems()
+            message = f"{self.train.micro_batch_size} does not divide the {self.batch_sequences} sequences of a batch"
+            found.append(("train.micro_batch_size", message))
+        _refuse(found + self._batch_warmup_problems())
+        return self
+
+    def _moe_problems(self) -> list[Problem]:
+        given = [key for key, value in self.moe if key in self.moe.model_fields_set and value is not None]
+        if not self.model.num_experts:
+            return [(f"moe.{key}", "has no effect without model.num_experts; leave it out") for key in given]
+        if self.model.router == "softmax" and "bias_update_rate" in given:
+            return [("moe.bias_update_rate", "has no effect with model.router=softmax; leave it out")]
+        return []
 
     def _batch_warmup_problems(self) -> list[Problem]:
-        schedule, full = self.schedule, self.train.batch_tokens
-        start = schedule.batch_start
+        schedule, full, start = self.schedule, self.train.batch_tokens, self.schedule.batch_start
         if start is None or not schedule.warms_batch_up or full % self.seq_len:
             return []
         found = []

@@ -58,26 +58,14 @@ class Curves:
         """Return the newest finite value."""
         return newest(self.column(key))
 
-    def arrays(self, key: str, dimensions: int) -> tuple[NDArray[np.int64], Floats] | None:
+    def arrays(self, key: str) -> tuple[NDArray[np.int64], Floats] | None:
         """Return a metric that is a list, such as the loads of experts by layer (layers x experts).
 
         Returns:
-            The indices of the steps that have it, and its values (steps, ...). Values of another shape than the
-            newest are left out. None if no step has any.
+            The indices of the steps that have it, and its values (steps, ...); None if no step has any.
         """
-        found = []
-        for i, row in enumerate(self._rows):
-            if isinstance(row.get(key), list):
-                try:
-                    array = np.array(row[key], dtype=np.float64)
-                except (ValueError, TypeError):
-                    continue
-                if array.ndim == dimensions and array.size and np.isfinite(array).all():
-                    found.append((i, array))
-        if not found:
-            return None
-        found = [(i, array) for i, array in found if array.shape == found[-1][1].shape]
-        return np.array([i for i, _ in found]), np.stack([array for _, array in found])
+        found = {i: row[key] for i, row in enumerate(self._rows) if row.get(key)}
+        return (np.array(list(found)), np.array(list(found.values()), dtype=np.float64)) if found else None
 
 
 def newest(column: Floats) -> float | None:

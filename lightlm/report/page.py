@@ -9,11 +9,12 @@ import jinja2
 from markupsafe import Markup
 
 from lightlm import __version__
-from lightlm.evaluate.compare.baselines import Baseline, Legend
-from lightlm.evaluate.compare.comparison import NOISE, Comparison, sentences
-from lightlm.report.charts.chart import RUNS, color_variables
+from lightlm.evaluate.compare.baselines import Baseline
+from lightlm.evaluate.compare.comparison import Comparison
+from lightlm.evaluate.compare.table import score_table
+from lightlm.report.charts.chart import COLOR_VARIABLES, RUNS
 from lightlm.report.charts.drawing import Plot
-from lightlm.report.record import Record, Score
+from lightlm.report.record import Record
 from lightlm.report.scores import score_lines
 from lightlm.report.summary import summary_table
 
@@ -35,6 +36,7 @@ def render_page(
         comparisons: every run against the first, see `lightlm.report.scores.compare_runs`.
     """
     names = [record.name for record in records]
+    scores = score_table(score_lines(records), names, comparisons, baselines)
     headings, rows = summary_table(records)
     machine = dict.fromkeys(key for record in records for key in record.machine)
     environment = jinja2.Environment(
@@ -48,13 +50,19 @@ def render_page(
     return environment.get_template("page.html.jinja").render(
         title=title,
         version=__version__,
-        colors=color_variables() | {"--page": _PAGE},
+        colors=COLOR_VARIABLES | {"--page": _PAGE},
         run_colors=len(RUNS),
         names=names,
         summary={"headings": ["Run", *headings], "rows": list(zip(names, rows, strict=True))},
         notes=[f"{r.name}: {note}" if len(records) > 1 else note for r in records for note in r.notes],
         plots=[(Markup(plot.chart.svg(plot.name)), plot.caption) for plot in plots],
-        scores=_scores(records, baselines, comparisons),
+        scores={
+            "headings": scores.columns,
+            "rows": [(task, cells) for task, *cells in scores.rows],
+            "best": {(row, column - 1) for row, column in scores.best},  # the task is a heading
+            "sentences": scores.sentences,
+            "notes": scores.notes,
+        },
         recipe=_recipe([dict(flatten(record.recipe)) for record in records]),
         samples=list(_samples(records)),
         machine=[(key.replace("_", " "), [_shown(r.machine.get(key)) for r in records]) for key in machine],
@@ -64,40 +72,6 @@ def render_page(
 def _allowed(value: Any) -> Any:
     """Replace the control characters of a text that is not markup."""
     return _FORBIDDEN.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _scores(
-    records: Sequence[Record], baselines: Sequence[Baseline], comparisons: Sequence[Comparison]
-) -> dict[str, Any]:
-    """Return the table of scores; `best` lists the cells (row, column) that are better beyond noise, of two runs."""
-    names = [record.name for record in records] if len(records) > 1 else ["Value"]
-    winners = {(one.task, one.metric): one.winner for one in comparisons} if len(records) == 2 else {}
-    legend = Legend()
-    rows: list[tuple[str, list[str]]] = []
-    best: list[tuple[int, int]] = []
-    for line in score_lines(records):
-        cells = [_score(line.scores.get(i)) for i in range(len(records))]
-        winner = winners.get((line.task, line.metric)) if len(line.scores) == 2 else None
-        if winner is not None:
-            best.append((len(rows), 2 + winner))  # after the metric and the documents
-        published = [line.published(baseline, legend) for baseline in baselines]
-        rows.append((line.task, [line.metric, line.documents, *cells, *published]))
-    noise = [NOISE] if any(comparison.difference for comparison in comparisons) else []
-    return {
-        "headings": ["Task", "Metric", "Documents", *names, *(baseline.name for baseline in baselines)],
-        "rows": rows,
-        "best": best,
-        "sentences": sentences(comparisons),
-        "notes": [*noise, *legend.lines(baselines)],
-    }
-
-
-def _score(score: Score | None) -> str:
-    if score is None:
-        return ""
-    error = "" if score.row.stderr is None else f" ± {score.row.stderr:.4f}"
-    step = "" if score.step is None else f" (step {score.step:,})"
-    return f"{score.row.value:.4f}{error}{step}"
 
 
 def _recipe(flat: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:

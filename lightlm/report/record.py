@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +11,15 @@ import torch
 import yaml
 
 from lightlm.errors import CheckpointError, LightLMError, UsageError
-from lightlm.evaluate.compare.comparison import Answers, answers_of
+from lightlm.evaluate.compare.comparison import answers_of
+from lightlm.evaluate.compare.table import Score
 from lightlm.evaluate.results import documents
-from lightlm.evaluate.results.rows import Row
 from lightlm.machine import read_machine
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
 from lightlm.report.curves import Curves, newest, smooth
 from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.schedules import batch_plan
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of one task, measured on a checkpoint.
-
-    Args:
-        step: the checkpoint's step; None if the file's name does not tell.
-        limit: the number of documents that the task was limited to; None for all.
-    """
-
-    step: int | None
-    limit: int | None
-    answers: Answers
-
-    @property
-    def row(self) -> Row:
-        """The value, its standard error and its number of documents."""
-        return self.answers.row
 
 
 @dataclass(frozen=True)
@@ -63,7 +44,7 @@ class Record:
     samples: list[tuple[int, str]]
     scores: list[Score]
     machine: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     def summary(self) -> dict[str, Any]:
         """Return the run as one row; None for unknown values. Times cover only training steps."""
@@ -101,15 +82,12 @@ def read_records(runs: list[Path]) -> list[Record]:
     resolved = [run.resolve() for run in runs]
     if twice := [run for run, place in zip(runs, resolved, strict=True) if resolved.count(place) > 1]:
         raise UsageError(f"{twice[0]} is named twice; name each run once")
-    names = [run.name for run in resolved]
-    return [
-        read_record(run, name if names.count(name) == 1 else run.as_posix())
-        for run, name in zip(runs, names, strict=True)
-    ]
+    names = [place.name for place in resolved]
+    names = [name if names.count(name) == 1 else run.as_posix() for run, name in zip(runs, names, strict=True)]
+    return [_read_record(run, name) for run, name in zip(runs, names, strict=True)]
 
 
-def read_record(run: Path, name: str) -> Record:
-    """Read one run; see `read_records`."""
+def _read_record(run: Path, name: str) -> Record:
     try:
         curves = Curves(read_metrics(run))
     except ValueError as error:
@@ -121,7 +99,7 @@ def read_record(run: Path, name: str) -> Record:
     notes: list[str] = []
     recipe, parameters = _read_recipe(run, notes)
     scores = list(_read_scores(run, name, notes))
-    _note_curves(curves, parameters, notes)
+    notes += _note_curves(curves, parameters)
     return Record(name, run, curves, recipe, parameters, _read_samples(run), scores, read_machine(run), notes)
 
 
@@ -152,39 +130,27 @@ def _read_scores(run: Path, name: str, notes: list[str]) -> Iterator[Score]:
     for path in sorted((run / "eval").glob("*.json")):
         if path.name.endswith(".meta.json"):
             continue
-        facts = _read_json(path.with_suffix(".meta.json"))  # missing if another tool wrote the results
+        step = re.match(r"step_(\d+)_", path.name)
+        meta = path.with_suffix(".meta.json")  # missing if another tool wrote the results
         try:
-            scored = documents.read(documents.documents_file(path))
-        except (OSError, ValueError):
-            scored = []
-        try:
-            results = _read_json(path)
-            answers = answers_of(name, results, scored, facts if isinstance(facts, dict) else {})
+            facts = json.loads(meta.read_text(encoding="utf-8")) if meta.exists() else {}
+            results = json.loads(path.read_text(encoding="utf-8"))
+            answers = answers_of(name, results, documents.read(documents.documents_file(path)), facts)
             limit = results.get("config", {}).get("limit")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{path} does not hold lm-eval's results and is left out.")
             continue
-        step = re.match(r"step_(\d+)_", path.name)
         yield from (Score(int(step[1]) if step else None, limit, answer) for answer in answers)
 
 
-def _read_json(path: Path) -> Any:
-    """Return the file's contents; None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _note_curves(curves: Curves, parameters: dict[str, int], notes: list[str]) -> None:
+def _note_curves(curves: Curves, parameters: dict[str, int]) -> Iterator[str]:
     planned, tokens = parameters.get("planned_tokens"), int(curves.tokens[-1])
     if planned and tokens < planned:
-        notes.append(f"Not at its end: {tokens:,} of {planned:,} tokens ({tokens / planned:.0%}).")
+        yield f"Not at its end: {tokens:,} of {planned:,} tokens ({tokens / planned:.0%})."
     if lost := curves.lost("loss"):
-        notes.append(f"The loss was NaN or infinite in {lost:,} {'step' if lost == 1 else 'steps'}.")
+        yield f"The loss was NaN or infinite in {lost:,} {'step' if lost == 1 else 'steps'}."
     if spikes := int(curves.flagged("spike").sum()):
         skipped = int(curves.flagged("skipped").sum())
-        ending = f", {skipped:,} skipped." if skipped else "."
-        notes.append(f"{spikes:,} loss {'spike' if spikes == 1 else 'spikes'}{ending}")
+        yield f"{spikes:,} loss {'spike' if spikes == 1 else 'spikes'}{f', {skipped:,} skipped' if skipped else ''}."
     if curves.last("val_loss") is None:
-        notes.append("No validation loss was measured.")
+        yield "No validation loss was measured."

@@ -71,7 +71,6 @@ def test_a_full_context_is_told() -> None:
     [
         (["x", "--temperature", "-1"], UsageError, "temperature"),
         (["caf\udcff"], UsageError, "not valid UTF-8 at character 4"),
-        (["x", "--num-samples", "0"], UsageError, "num-samples"),
         (["x", "--device", "abacus"], UsageError, "abacus"),
         (["The cat ran " * 40], LightLMError, "context holds 40"),
         (["x", "--checkpoint", "runs/nothing"], LightLMError, "nothing"),
@@ -82,3 +81,9 @@ def test_mistakes_are_one_message(arguments: list[str], kind: type[Exception], w
     assert isinstance(done.exception, kind)
     assert words in str(done.exception)
     assert done.stdout == ""
+
+
+def test_no_samples_is_wrong_usage() -> None:
+    done = CliRunner().invoke(app, ["x", "--num-samples", "0"])
+    assert done.exit_code == 2
+    assert "--num-samples" in done.output

@@ -121,7 +121,7 @@ def test_a_folder_of_data_sets_that_is_not_there_is_named(lightlm, workspace):
     changes = ["eval.tasks=[quiz.yaml]", "eval.data_dir=evals"]
     write_quiz(workspace)
     outcome = lightlm("train", "tiny.yaml", *changes, "--name", "no-sets")
-    outcome.assert_one_message("eval.data_dir evals is not a folder", "--prefetch quiz.yaml --data-dir evals")
+    outcome.assert_one_message("evals is not a folder", "eval.data_dir", "--data-dir evals` makes it")
 
 
 def test_an_evaluation_leaves_no_trace():

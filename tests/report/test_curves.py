@@ -1,7 +1,6 @@
 import math
 
 import numpy as np
-import pytest
 
 from lightlm.report.curves import Curves, focus, smooth
 from tests.report.run_folder import rows
@@ -71,12 +70,12 @@ def test_limits_leave_out_the_first_fall_but_not_of_a_short_run():
     assert low < 2 < high
 
 
-@pytest.mark.parametrize("damaged", [[[1, 2], [3]], [], [1, 2], "x", [["a"]], [[1, None], [3, 4]], [[1, 2, 3]] * 2])
-def test_a_damaged_table_or_one_of_another_shape_is_left_out(damaged):
-    good = [[1, 2], [3, 4]]
-    curves = Curves([row | {"moe/load": load} for row, load in zip(rows(3), [good, damaged, good], strict=True)])
-    indices, tables = curves.arrays("moe/load", 2)
+def test_lists_are_found_in_the_steps_that_have_them():
+    loads = [[1, 2], [3, 4]]
+    curves = Curves(
+        [row | extra for row, extra in zip(rows(3), [{"moe/load": loads}, {}, {"moe/load": loads}], strict=True)]
+    )
+    indices, tables = curves.arrays("moe/load")
     assert indices.tolist() == [0, 2]
-    assert tables.tolist() == [good, good]
-    assert curves.arrays("moe/load", 3) is None
-    assert curves.arrays("moe/other", 2) is None
+    assert tables.tolist() == [loads, loads]
+    assert curves.arrays("moe/other") is None

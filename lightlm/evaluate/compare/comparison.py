@@ -37,19 +37,6 @@ class Protocol:
     dtype: str | None = None
     bos: str | None = None
 
-    def refusal(self, other: "Protocol") -> str | None:
-        """Return why figures under these two protocols must not be compared; None if they may be."""
-        if self.version != other.version:
-            return f"task versions {self.version} and {other.version}"
-        if self.num_fewshot != other.num_fewshot:
-            return f"{self.num_fewshot} and {other.num_fewshot} examples in the prompt"
-        return None
-
-    def notes(self, other: "Protocol") -> list[str]:
-        """Return the other differences that both protocols state."""
-        pairs = [("", self.dtype, other.dtype), ("BOS ", self.bos, other.bos)]
-        return [f"{what}{a} against {b}" for what, a, b in pairs if None not in (a, b) and a != b]
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -103,26 +90,25 @@ class Comparison:
         where = f"at {self.task} {self.metric}"
         if self.difference is None:
             return f"{self.second} and {self.first} are not compared {where}: {self.reason}"
-        amount, interval = self.margin()
-        facts = ", ".join(
-            [f"95% interval {interval}", _p_text(self.p_value), f"{self.documents:,} documents", *self.notes]
-        )
+        amount, interval, p_value, *notes = self.facts()
+        facts = ", ".join([f"95% interval {interval}", p_value, f"{self.documents:,} documents", *notes])
         if self.winner is None:
             return f"{self.second} against {self.first}: no difference beyond noise {where} ({amount}, {facts})"
         better, worse = (self.second, self.first) if self.winner else (self.first, self.second)
         return f"{better} is better than {worse} {where} by {amount} ({facts})"
 
-    def margin(self) -> tuple[str, str]:
-        """Return the better model's lead and its interval; without a better model the second's, with a sign."""
+    def facts(self) -> list[str]:
+        """Return the better model's lead (or the second's, with a sign), its interval, the p-value and the notes."""
         difference = self.difference
         assert difference is not None
         sign = -1 if (self.higher_is_better is False) != (self.winner == 0) else 1
-        scale, digits = (100, 1) if self.share else (1, 4)
+        scale, digits = (100 * sign, 1) if self.share else (sign, 4)
         unit = " points" if self.share else " bits per byte" if self.metric == "bits_per_byte" else ""
-        low, high = sorted((sign * difference.low, sign * difference.high))
+        low, high = sorted((scale * difference.low, scale * difference.high))
         plus = "+" if self.winner is None else ""
-        amount = f"{scale * sign * difference.value:{plus}.{digits}f}{unit}"
-        return amount, f"{scale * low:.{digits}f} to {scale * high:.{digits}f}"
+        p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
+        amount = f"{scale * difference.value:{plus}.{digits}f}{unit}"
+        return [amount, f"{low:.{digits}f} to {high:.{digits}f}", p_value, *self.notes]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `--json`."""
@@ -141,10 +127,6 @@ class Comparison:
         }
 
 
-def _p_text(p_value: float) -> str:
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
-
-
 def answers_of(
     model: str, results: Mapping[str, Any], documents: Sequence[Document], facts: Mapping[str, Any]
 ) -> list[Answers]:
@@ -157,42 +139,36 @@ def answers_of(
     """
     by_task = {task: list(group) for task, group in groupby(documents, lambda document: document.task)}
     dtype = facts.get("dtype") or (results.get("config") or {}).get("model_dtype")
+    # Which token comes before contexts depends on the tokenizer, so only whether one does is compared.
+    bos = facts.get("bos")
+    before = bos.get("before_contexts") if isinstance(bos, dict) else None
+    precedes = None if before is None else "yes" if before else "no"
     found = []
     for row in rows(dict(results)):
-        protocol = Protocol(
-            results.get("versions", {}).get(row.task),
-            results.get("n-shot", {}).get(row.task),
-            str(dtype).removeprefix("torch.") if dtype else None,
-            _bos(facts.get("bos")),
-        )
-        shares = {
+        version, shots = (results.get(key, {}).get(row.task) for key in ("versions", "n-shot"))
+        protocol = Protocol(version, shots, str(dtype).removeprefix("torch.") if dtype else None, precedes)
+        values = {
             document.doc_id: (document.doc_hash, document.metrics[row.metric])
             for document in by_task.get(row.task, ())
             if row.metric in document.metrics
         }
-        found.append(Answers(model, row, protocol, shares))
+        found.append(Answers(model, row, protocol, values))
     return found
-
-
-def _bos(fact: Any) -> str | None:
-    """Return whether a token preceded every context; which token depends on the tokenizer and is not compared."""
-    if not isinstance(fact, dict) or "before_contexts" not in fact:
-        return None
-    return "yes" if fact["before_contexts"] else "no"
 
 
 def compare(first: Answers, second: Answers) -> Comparison:
     """Compare two models' figures for the same task and metric."""
-    row = first.row
+    row, ours, theirs = first.row, first.protocol, second.protocol
     about = (row.task, row.metric, first.model, second.model, row.higher_is_better)
-    if refusal := first.protocol.refusal(second.protocol):
-        return Comparison(*about, 0, reason=refusal)
-    for answers in (first, second):
-        if not answers.documents:
-            return Comparison(*about, 0, reason=f"{answers.model} has no scores per document; score it again")
-    if {i: document[0] for i, document in first.documents.items()} != {
-        i: document[0] for i, document in second.documents.items()
-    }:
+    if ours.version != theirs.version:
+        return Comparison(*about, 0, reason=f"task versions {ours.version} and {theirs.version}")
+    if ours.num_fewshot != theirs.num_fewshot:
+        return Comparison(*about, 0, reason=f"{ours.num_fewshot} and {theirs.num_fewshot} examples in the prompt")
+    if not (first.documents and second.documents):
+        model = second.model if first.documents else first.model
+        return Comparison(*about, 0, reason=f"{model} has no scores per document; score it again")
+    hashes = [{i: document[0] for i, document in answers.documents.items()} for answers in (first, second)]
+    if hashes[0] != hashes[1]:
         counts = f"{len(first.documents):,} and {len(second.documents):,}"
         return Comparison(*about, 0, reason=f"they were scored on different documents ({counts})")
     numbers = sorted(first.documents)
@@ -201,16 +177,17 @@ def compare(first: Answers, second: Answers) -> Comparison:
     if form is None or not np.array_equal(w_N, v_N) or paired.form_of(y_N, v_N, second.row.value) is not form:
         return Comparison(*about, len(numbers), reason="the figure is not a mean over documents")
     share = bool((w_N == 1).all() and min(x_N.min(), y_N.min()) >= 0 and max(x_N.max(), y_N.max()) <= 1)
-    notes = tuple(first.protocol.notes(second.protocol))
+    settings = [("", ours.dtype, theirs.dtype), ("BOS ", ours.bos, theirs.bos)]
+    notes = [f"{what}{a} against {b}" for what, a, b in settings if None not in (a, b) and a != b]
     difference = paired.difference(x_N, y_N, w_N, form)
     return Comparison(*about, len(numbers), difference, difference.p_value, share=share, notes=notes)
 
 
 def _columns(values: Sequence[Value]) -> tuple[paired.Floats, paired.Floats]:
-    """Numerators and denominators (N,)."""
+    """Return numerators and denominators (N,)."""
     pairs = [value if isinstance(value, tuple) else (value, 1.0) for value in values]
-    columns = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    return columns[0], columns[1]
+    x_N, w_N = np.array(pairs, dtype=np.float64).T
+    return x_N, w_N
 
 
 def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
@@ -224,11 +201,10 @@ def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
         others = {(answers.row.task, answers.row.metric): answers for answers in second}
         metrics = {(answers.row.task, answers.row.metric) for answers in models[0]}
         for answers in models[0]:
-            task, metric = answers.row.task, answers.row.metric
-            if (task, _SAME_FIGURES.get(metric)) in metrics or answers.row.documents is None:
-                continue
-            if (other := others.get((task, metric))) is not None:
-                found.append(compare(answers, other))
+            task, metric = key = answers.row.task, answers.row.metric
+            repeated = (task, _SAME_FIGURES.get(metric)) in metrics
+            if key in others and answers.row.documents is not None and not repeated:
+                found.append(compare(answers, others[key]))
     tested = [i for i, comparison in enumerate(found) if comparison.difference]
     for i, p_value in zip(tested, paired.holm([found[i].p_value for i in tested]), strict=True):
         found[i] = replace(found[i], p_value=p_value)
@@ -243,17 +219,12 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
         if comparison.winner is None:
             alike.setdefault((comparison.first, comparison.second, comparison.reason), []).append(comparison)
     for (first, second, reason), group in alike.items():
+        names = [f"{one.task} {one.metric}" for one in group]
         if len(group) == 1:
             found.append(group[0].sentence())
         elif reason:
-            where = ", ".join(f"{one.task} {one.metric}" for one in group)
-            found.append(f"{second} and {first} are not compared at {where}: {reason}")
+            found.append(f"{second} and {first} are not compared at {', '.join(names)}: {reason}")
         else:
-            found.append(f"{second} against {first}: no difference beyond noise at {'; '.join(map(_briefly, group))}")
+            facts = (f"{name} ({', '.join(one.facts())})" for name, one in zip(names, group, strict=True))
+            found.append(f"{second} against {first}: no difference beyond noise at {'; '.join(facts)}")
     return found
-
-
-def _briefly(comparison: Comparison) -> str:
-    amount, interval = comparison.margin()
-    facts = [amount, interval, _p_text(comparison.p_value), *comparison.notes]
-    return f"{comparison.task} {comparison.metric} ({', '.join(facts)})"

@@ -21,7 +21,6 @@ RESAMPLES = 10_000
 SIGNIFICANCE = 0.05
 _BATCH = 2_000_000  # numbers drawn at a time: 16 MB of indices
 
-
 # The g of lm-eval's aggregations that are made of sums: mean, bits_per_byte, and the perplexities.
 FORMS: tuple[Callable[[Floats], Floats], ...] = (
     lambda ratio: ratio,
@@ -67,29 +66,21 @@ def difference(
         total = w.sum(axis)
         return form(second.sum(axis) / total) - form(first.sum(axis) / total)
 
-    value = float(statistic(first_N, second_N, w_N))
-    if is_binary(first_N) and is_binary(second_N) and (w_N == 1).all() and form is _MEAN:
+    value, batch = float(statistic(first_N, second_N, w_N)), max(_BATCH // len(w_N), 1)
+    if form is _MEAN and (w_N == 1).all() and np.isin([first_N, second_N], (0, 1)).all():
         gained, lost = int((second_N > first_N).sum()), int((second_N < first_N).sum())
-        low, high = _binary_interval(gained, lost, len(w_N), seed)
-        return Difference(value, low, high, mcnemar(gained, lost), "exact McNemar test")
-    p_value = sign_flip(second_N - first_N, seed)
-    if len(w_N) < 2:
-        return Difference(value, value, value, p_value, "randomization test")
-    low, high = stats.bootstrap(
-        (first_N, second_N, w_N),
-        statistic,
-        paired=True,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        confidence_level=1 - SIGNIFICANCE,
-        batch=_batch(len(w_N)),
-        rng=seed,
-    ).confidence_interval
-    return Difference(value, float(low), float(high), p_value, "randomization test")
-
-
-def is_binary(x_N: Floats) -> bool:
-    return bool(((x_N == 0) | (x_N == 1)).all())
+        # A resample of zeros and ones is a draw of how many documents are gained, lost and neither.
+        shares = np.array([gained, lost, len(w_N) - gained - lost]) / len(w_N)
+        drawn_R3 = np.random.default_rng(seed).multinomial(len(w_N), shares, size=RESAMPLES)
+        low, high = np.quantile((drawn_R3[:, 0] - drawn_R3[:, 1]) / len(w_N), (SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2))
+        return Difference(value, float(low), float(high), mcnemar(gained, lost), "exact McNemar test")
+    low, high = value, value
+    if len(w_N) > 1:
+        columns, options = (first_N, second_N, w_N), {"n_resamples": RESAMPLES, "batch": batch, "rng": seed}
+        level = 1 - SIGNIFICANCE
+        found = stats.bootstrap(columns, statistic, paired=True, method="percentile", confidence_level=level, **options)
+        low, high = map(float, found.confidence_interval)
+    return Difference(value, low, high, sign_flip(second_N - first_N, seed), "randomization test")
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -99,12 +90,11 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return the p-values adjusted so that the chance of any false positive stays at the level of one (Holm 1979)."""
-    adjusted = [1.0] * len(p_values)
-    largest = 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min((len(p_values) - rank) * p_values[i], 1.0))
-        adjusted[i] = largest
-    return adjusted
+    values = np.array(p_values)
+    order = np.argsort(values, kind="stable")
+    scaled = values[order] * np.arange(len(values), 0, -1)
+    values[order] = np.maximum.accumulate(scaled).clip(max=1)
+    return [float(value) for value in values]
 
 
 def sign_flip(difference_N: Floats, seed: int = 0, resamples: int = RESAMPLES) -> float:
@@ -116,34 +106,13 @@ def sign_flip(difference_N: Floats, seed: int = 0, resamples: int = RESAMPLES) -
     difference_N = difference_N[difference_N != 0]
     if not len(difference_N):
         return 1.0
-    generator = np.random.default_rng(seed)
-
-    def random_signs(size: tuple[int, ...]) -> Floats:
-        return generator.integers(0, 2, size, dtype=np.int8).astype(np.float64) * 2 - 1
-
-    def statistic(signs: Floats, axis: int = -1) -> Any:
-        return np.abs(signs @ difference_N)
-
+    generator, count = np.random.default_rng(seed), len(difference_N)
     test = stats.monte_carlo_test(
-        np.ones(len(difference_N)),
-        random_signs,
-        statistic,
+        np.ones(count),
+        lambda size: generator.integers(0, 2, size, dtype=np.int8).astype(np.float64) * 2 - 1,  # random signs
+        lambda signs, axis: np.abs(signs @ difference_N),
         alternative="greater",
         n_resamples=resamples,
-        batch=_batch(len(difference_N)),
+        batch=max(_BATCH // count, 1),
     )
     return float(test.pvalue)
-
-
-def _binary_interval(gained: int, lost: int, count: int, seed: int) -> tuple[float, float]:
-    """Bootstrap interval for zeros and ones: a resample is a draw of how many documents are gained and lost."""
-    shares = [gained / count, lost / count, (count - gained - lost) / count]
-    drawn_R3 = np.random.default_rng(seed).multinomial(count, shares, size=RESAMPLES)
-    differences_R = (drawn_R3[:, 0] - drawn_R3[:, 1]) / count
-    low, high = np.quantile(differences_R, (SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2))
-    return float(low), float(high)
-
-
-def _batch(documents: int) -> int:
-    """Resamples held in memory at a time."""
-    return max(_BATCH // documents, 1)

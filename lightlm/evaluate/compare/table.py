@@ -1,34 +1,46 @@
 """The table of scores as data. The CLI renders it with rich, the report as HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lightlm.evaluate.compare.baselines import Baseline, Legend
-from lightlm.evaluate.compare.comparison import NOISE, Answers, Comparison, Protocol, sentences
+from lightlm.evaluate.compare.comparison import NOISE, Answers, Comparison, sentences
 from lightlm.evaluate.results.rows import Row
 
 TEXT_COLUMNS = 2  # task and metric; the others hold numbers
-_ABSENT = "–"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model's figure. Args: limit: the task's documents if cut; note: text behind the figure, such as a step."""
+class Score:
+    """One metric of one task, measured on a model.
 
-    row: Row
-    protocol: Protocol
-    limit: int | None = None
-    note: str = ""
+    Args:
+        step: the checkpoint's step; None if it is not shown or unknown.
+        limit: the number of documents that the task was limited to; None for all.
+    """
+
+    step: int | None
+    limit: int | None
+    answers: Answers
+
+    @property
+    def row(self) -> Row:
+        """The value, its standard error and its number of documents."""
+        return self.answers.row
+
+    def __str__(self) -> str:
+        error = "" if self.row.stderr is None else f" ± {self.row.stderr:.4f}"
+        return f"{self.row.value:.4f}{error}{'' if self.step is None else f' (step {self.step:,})'}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """The models' figures for one task and metric, None for a model without one."""
+    """One metric of one task on the same documents. Args: scores: by the model's number, if it has one."""
 
     task: str
     metric: str
     documents: str
-    cells: Sequence[Cell | None]
+    scores: dict[int, Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,10 +56,25 @@ class ScoreTable:
     """
 
     columns: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    best: set[tuple[int, int]] = field(default_factory=set)
-    sentences: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    rows: list[list[str]]
+    best: set[tuple[int, int]]
+    sentences: list[str]
+    notes: list[str]
+
+
+def count_documents(score: Score) -> str:
+    """Return the number of documents as text; empty for a group of tasks."""
+    return "" if score.row.documents is None else f"{score.row.documents:,}"
+
+
+def score_lines(models: Sequence[Sequence[Score]], describe: Callable[[Score], str] = count_documents) -> list[Line]:
+    """Return a line per task, metric and description of its documents; of equal scores of a model the last counts."""
+    lines: dict[tuple[str, str, str], Line] = {}
+    for number, scores in enumerate(models):
+        for score in scores:
+            key = (score.row.task, score.row.metric, describe(score))
+            lines.setdefault(key, Line(*key)).scores[number] = score
+    return list(lines.values())
 
 
 def score_table(
@@ -58,41 +85,20 @@ def score_table(
 ) -> ScoreTable:
     """Build the table. With two models, a figure that is better beyond noise is marked as best."""
     figures = list(models) if len(models) > 1 else ["Value ± Stderr"]
-    table = ScoreTable(["Task", "Metric", "Documents", *figures, *(baseline.name for baseline in baselines)])
     winners = {(one.task, one.metric): one.winner for one in comparisons} if len(models) == 2 else {}
     legend = Legend()
+    rows: list[list[str]] = []
+    best = set()
     for line in lines:
-        shown = [_figure(cell) for cell in line.cells]
         winner = winners.get((line.task, line.metric))
-        if winner is not None and all(line.cells):
-            table.best.add((len(table.rows), TEXT_COLUMNS + 1 + winner))
-        cell = next(cell for cell in line.cells if cell)
-        published = [_published(baseline, line, cell, legend) for baseline in baselines]
-        table.rows.append([line.task, line.metric, line.documents, *shown, *published])
-    table.sentences.extend(sentences(comparisons))
-    table.notes.extend([NOISE] if any(comparison.difference for comparison in comparisons) else [])
-    table.notes.extend(legend.lines(baselines))
-    return table
-
-
-def lines_of(answers: Sequence[Sequence[Answers]], limit: int | None) -> list[Line]:
-    """Return a line per task and metric from each model's answers."""
-    found: dict[tuple[str, str], list[Cell | None]] = {}
-    for column, model in enumerate(answers):
-        for one in model:
-            cells = found.setdefault((one.row.task, one.row.metric), [None] * len(answers))
-            cells[column] = Cell(one.row, one.protocol, limit)
-    counts = {key: next(cell.row.documents for cell in cells if cell) for key, cells in found.items()}
-    return [Line(*key, "" if counts[key] is None else f"{counts[key]:,}", cells) for key, cells in found.items()]
-
-
-def _figure(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    error = "" if cell.row.stderr is None else f" ± {cell.row.stderr:.4f}"
-    return f"{cell.row.value:.4f}{error}{cell.note and f' {cell.note}'}"
-
-
-def _published(baseline: Baseline, line: Line, cell: Cell, legend: Legend) -> str:
-    figures = baseline.find(line.task, line.metric)
-    return legend.cell(figures[0], cell.protocol.num_fewshot, cell.limit) if figures else _ABSENT
+        if winner is not None and len(line.scores) == 2:
+            best.add((len(rows), TEXT_COLUMNS + 1 + winner))
+        score = next(iter(line.scores.values()))
+        shots = score.answers.protocol.num_fewshot
+        published = [baseline.find(line.task, line.metric) for baseline in baselines]
+        cells = [str(line.scores.get(number, "")) for number in range(len(models))]
+        cells += [legend.cell(found[0], shots, score.limit) if found else "–" for found in published]
+        rows.append([line.task, line.metric, line.documents, *cells])
+    columns = ["Task", "Metric", "Documents", *figures, *(baseline.name for baseline in baselines)]
+    notes = [NOISE] if any(comparison.difference for comparison in comparisons) else []
+    return ScoreTable(columns, rows, best, sentences(comparisons), notes + legend.lines(baselines))

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 from lm_eval.api.instance import Instance
@@ -19,25 +19,14 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.errors import LightLMError
 from lightlm.evaluate.harness import LightLM
 
+if TYPE_CHECKING:
+    from lightlm.train.distributed import World
+
 _ROUND_SECONDS = 5.0  # longest reaction to a signal, and longest wait for another process
 _FIRST_ROUND = 20_000.0  # characters per process
 _GROUP = 32  # most requests with one context that one process answers together
 Answer = TypeVar("Answer")
 T = TypeVar("T")
-
-
-class Peers(Protocol):
-    """The processes that share the work, as one of them sees them: `lightlm.train.distributed.World`."""
-
-    rank: int
-    size: int
-
-    @property
-    def is_writer(self) -> bool: ...
-
-    def from_writer(self, make: Callable[[], T]) -> T: ...
-
-    def gather(self, value: T) -> list[T]: ...
 
 
 class StoppedError(Exception):
@@ -63,7 +52,7 @@ class Exchange:
         stop: once set in any process, all stop at the next round.
     """
 
-    def __init__(self, peers: Peers, stop: threading.Event) -> None:
+    def __init__(self, peers: "World", stop: threading.Event) -> None:
         self.rank, self.size = peers.rank, peers.size
         self._peers, self._stop = peers, stop
 
@@ -130,14 +119,13 @@ class SharedLightLM(LightLM):
             mine = [index for group in groups[begin:end][rank::size] for index in group]
             started = time.perf_counter()
             given = answer([requests[index] for index in mine]) if mine else []
-            content = (mine, given, time.perf_counter() - started)
-            seconds = 1e-3
-            for indices, theirs, took in self._exchange.round(f"{kind} {begin}", content):
-                answers.update(zip(indices, theirs, strict=True))
-                seconds = max(seconds, took)
+            content = dict(zip(mine, given, strict=True)), time.perf_counter() - started
+            everyones = self._exchange.round(f"{kind} {begin}", content)
+            for theirs, _ in everyones:
+                answers |= theirs
             begin = end
             # Equal in all processes, because all have all times.
-            budget = min(4 * budget, characters * _ROUND_SECONDS / seconds)
+            budget = min(4 * budget, characters * _ROUND_SECONDS / max(1e-3, *(took for _, took in everyones)))
         return [answers[index] for index in range(len(requests))]
 
 

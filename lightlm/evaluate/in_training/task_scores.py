@@ -1,54 +1,57 @@
 """Scores of lm-eval's tasks during training, for the recipe's `eval.tasks`."""
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.folder import DataFolder
-from lightlm.data.tokenizer import Tokenizer
-from lightlm.errors import UsageError
-from lightlm.evaluate.in_training.sharing import Exchange, Peers, SharedLightLM, StoppedError
+from lightlm.evaluate.in_training.sharing import Exchange, SharedLightLM, StoppedError
 from lightlm.evaluate.results.rows import rows
 from lightlm.evaluate.runner import run_tasks
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks.manager import Tasks
-from lightlm.evaluate.tasks.patches import quiet, results_in_every_process
+from lightlm.evaluate.tasks.patches import quiet
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import EvalSection
+
+if TYPE_CHECKING:
+    from lightlm.train.distributed import World
 
 
 class TaskScores:
     """Scorer of a model, as by `lightlm eval`: each task's default number of examples, weights in float32.
 
+    It loads the tasks now, so that a mistake shows before training; the writer first, which downloads what is missing.
+
     Args:
         section: the recipe's `eval`, with tasks and limit.
-        data: the data folder, for the task heldout and its cloze.
+        data: the run's data, whose folder is also that of the task heldout and its cloze.
         peers: the processes that share the work; each has its own scorer.
-
-    Attributes:
-        take_notes: returns new notes about the tasks for the user.
+        note: called in the writer with notes about the tasks for the user.
 
     Raises:
         UsageError: a task or the folder `eval.data_dir` does not exist.
         DataError: a task's data set cannot be read.
     """
 
-    def __init__(self, section: EvalSection, data: Path, peers: Peers) -> None:
-        if section.data_dir is not None and not Path(section.data_dir).is_dir():
-            raise UsageError(
-                f"eval.data_dir {section.data_dir} is not a folder; "
-                f"`lightlm eval --prefetch {','.join(section.tasks)} --data-dir {section.data_dir}` makes it"
-            )
-        self._tasks = Tasks(Settings(list(section.tasks), section.limit, data=str(data), data_dir=section.data_dir))
-        self._peers = peers
-        with quiet():
-            self._tasks.load(self._tasks.names)  # so that mistakes show now, and data are cached
-        self.take_notes = self._tasks.take_notes
+    def __init__(self, section: EvalSection, data: DataFolder, peers: "World", note: Callable[[str], object]) -> None:
+        self._tokenizer, self._peers = data.tokenizer, peers
+        settings = Settings(list(section.tasks), section.limit, data=str(data.path), data_dir=section.data_dir)
 
-    def __call__(
-        self, model: Transformer, tokenizer: Tokenizer, path: Path, stop: threading.Event
-    ) -> dict[str, float] | None:
+        def load() -> None:
+            self._tasks = Tasks(settings, note if peers.is_writer else lambda message: None)
+            with quiet():
+                self._tasks.load(self._tasks.names)
+
+        peers.from_writer(load)
+        if not peers.is_writer:
+            load()
+
+    def __call__(self, model: Transformer, path: Path, stop: threading.Event) -> dict[str, float] | None:
         """Return every metric of every task and group, as `task/metric`; leaves the model in evaluation mode.
 
         All processes must call this, each with the whole model. All get the figures, or all an error.
@@ -61,40 +64,12 @@ class TaskScores:
             PeerFailedError: the evaluation failed in another process.
         """
         exchange = Exchange(self._peers, stop)
-        lm = SharedLightLM(LoadedModel(model, tokenizer, path), exchange)
+        lm = SharedLightLM(LoadedModel(model, self._tokenizer, path), exchange)
+        # lm-eval returns results only where LOCAL_RANK is 0.
+        results_everywhere = mock.patch.dict(os.environ, LOCAL_RANK="0")
         try:
-            with exchange.broadcasting_failure(), results_in_every_process():
+            with exchange.broadcasting_failure(), results_everywhere:
                 document = run_tasks(lm, self._tasks, bootstrap_iters=0)
         except StoppedError:
             return None
         return {f"{row.task}/{row.metric.replace(' ', '')}": row.value for row in rows(document)}
-
-
-def task_evaluator(
-    section: EvalSection, data: DataFolder, peers: Peers, note: Callable[[str], None]
-) -> Callable[[Transformer, Path, threading.Event], dict[str, float] | None]:
-    """Return what scores `eval.tasks` in a training run (see `TaskScores`); notes go to `note`.
-
-    It loads the tasks now, so that a mistake shows before training; the writer first, which downloads what is missing.
-    """
-    loaded: list[TaskScores] = []
-
-    def load() -> None:
-        loaded.append(TaskScores(section, data.path, peers))
-
-    peers.from_writer(load)
-    if not peers.is_writer:
-        load()
-
-    def pass_notes() -> None:
-        for message in loaded[0].take_notes():
-            if peers.is_writer:
-                note(message)
-
-    def evaluator(model: Transformer, path: Path, stop: threading.Event) -> dict[str, float] | None:
-        scores = loaded[0](model, data.tokenizer, path, stop)
-        pass_notes()
-        return scores
-
-    pass_notes()
-    return evaluator

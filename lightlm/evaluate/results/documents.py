@@ -35,26 +35,23 @@ def of_samples(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[Docum
     found: dict[tuple[str, int], Document] = {}
     for task, entries in samples.items():
         for entry in entries:
-            empty = Document(task, int(entry["doc_id"]), str(entry["doc_hash"]), {})
-            document = found.setdefault((task, empty.doc_id), empty)
-            for metric in entry["metrics"]:
-                if (value := _value(entry[metric])) is not None:
-                    document.metrics[metric_name(metric, entry["filter"])] = value
+            number = int(entry["doc_id"])
+            document = found.setdefault((task, number), Document(task, number, str(entry["doc_hash"]), {}))
+            values = {metric_name(metric, entry["filter"]): _value(entry[metric]) for metric in entry["metrics"]}
+            document.metrics.update({name: value for name, value in values.items() if value is not None})
     return list(found.values())
 
 
 def _value(value: Any) -> Value | None:
     """Convert a number or a pair of numbers, also of numpy and torch; None for other values."""
-    parts = list(value) if isinstance(value, list | tuple) else [value]
-    if any(isinstance(part, str) for part in parts):
-        return None
+    parts = value if isinstance(value, list | tuple) else [value]
     try:
-        numbers = [float(part) for part in parts]
+        numbers = tuple(float(part) for part in parts if not isinstance(part, str))
     except (TypeError, ValueError):
         return None
-    if not isinstance(value, list | tuple):
+    if parts is not value and numbers:
         return numbers[0]
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+    return numbers if len(numbers) == len(parts) == 2 else None
 
 
 def documents_file(results: Path) -> Path:
@@ -78,11 +75,7 @@ def read(path: Path) -> list[Document]:
     except FileNotFoundError:
         return []
     try:
-        return [_document(json.loads(line)) for line in text.splitlines() if line]
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [Document(**line | {"metrics": {k: _value(v) for k, v in line["metrics"].items()}}) for line in lines]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold scores of documents ({error!r})") from None
-
-
-def _document(line: dict[str, Any]) -> Document:
-    metrics = {name: value for name, stored in line["metrics"].items() if (value := _value(stored)) is not None}
-    return Document(line["task"], line["doc_id"], line["doc_hash"], metrics)

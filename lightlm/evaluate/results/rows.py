@@ -30,14 +30,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
             if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{filter_name}")
-            found.append(
-                Row(
-                    task=task,
-                    metric=metric_name(metric, filter_name),
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-                    documents=results["n-samples"].get(task, {}).get("effective"),
-                    higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
-                )
-            )
+            error = float(stderr) if isinstance(stderr, (int, float)) else None
+            count = results["n-samples"].get(task, {}).get("effective")
+            higher_is_better = results["higher_is_better"].get(task, {}).get(metric)
+            found.append(Row(task, metric_name(metric, filter_name), float(value), error, count, higher_is_better))
     return found

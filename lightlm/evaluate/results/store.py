@@ -65,17 +65,14 @@ def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:
 def write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """Write lm-eval's samples beside the results in `path`, as its `--log_samples` does."""
     for task, entries in samples.items():
-        lines = (json.dumps(_sample(entry), default=_plain, ensure_ascii=False) + "\n" for entry in entries)
+        lines = []
+        for entry in entries:
+            # Arguments get names and answers become text, so that `datasets` can read the file.
+            texts = {key: _text(entry[key]) for key in ("resps", "filtered_resps")} | {"target": str(entry["target"])}
+            calls = ({f"arg_{j}": part for j, part in enumerate(call)} for call in entry["arguments"])
+            texts["arguments"] = {f"gen_args_{i}": call for i, call in enumerate(calls)}
+            lines.append(json.dumps({**entry, **texts}, default=_plain, ensure_ascii=False) + "\n")
         files.write_text(path.with_suffix(f".samples_{task}.jsonl"), "".join(lines))
-
-
-def _sample(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments and turn answers into text, so that `datasets` can read the file."""
-    arguments = {
-        f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(one)} for i, one in enumerate(entry["arguments"])
-    }
-    texts = {key: _text(entry[key]) for key in ("resps", "filtered_resps")}
-    return {**entry, **texts, "arguments": arguments, "target": str(entry["target"])}
 
 
 def _text(value: Any) -> Any:
@@ -100,10 +97,10 @@ def provenance(loaded: LoadedModel, data_sets: dict[str, Any], device: torch.dev
         `data_sets`, and the entries of `machine.environment`.
     """
     # The Hub's cache has a model's files in `snapshots/<commit>`.
-    folders = [path.parent for path in loaded.weights[:1]]
+    folders = [path.parent for path in loaded.weights[:1] if path.parent.parent.name == "snapshots"]
     return {
         "weights": {path.name: sha256(path) for path in loaded.weights},
-        "revision": next((folder.name for folder in folders if folder.parent.name == "snapshots"), None),
+        "revision": folders[0].name if folders else None,
         "data_sets": data_sets,
         **environment(device, *_PACKAGES),
     }

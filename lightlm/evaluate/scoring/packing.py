@@ -57,7 +57,7 @@ def plan(requests: Sequence[Request], batch_size: BatchSize, attention_cost: flo
     """
     ordered = sorted(requests, key=lambda request: request.inputs)
     shared = [0, *(_shared(a.inputs, b.inputs) for a, b in pairwise(ordered))]
-    groups, plain = [], TreeGroup((), [])
+    groups, plain = [], []
     for start, end in _runs(shared):
         run = ordered[start:end]
         # Scored tokens stay in the trees.
@@ -67,39 +67,29 @@ def plan(requests: Sequence[Request], batch_size: BatchSize, attention_cost: flo
         if length >= _PREFIX_TOKENS:
             behind = list(_trees(run, shared[start:end], length, batch_size, attention_cost))
             if sum(map(len, whole)) - sum(map(len, behind)) - length >= _PREFIX_GAIN:
-                groups.append(TreeGroup(run[0].inputs[:length], _longest_first(behind)))
+                groups.append((run[0].inputs[:length], behind))
                 continue
-        plain.trees += whole
-    plain.trees = _longest_first(plain.trees)
-    return [*groups, plain] if plain.trees else groups
-
-
-def _longest_first(trees: list[Tree]) -> list[Tree]:
-    """Sort, so that the first batch shows whether memory suffices and neighbors need little padding."""
-    return sorted(trees, key=len, reverse=True)
+        plain += whole
+    # Longest first, so that the first batch shows whether memory suffices and neighbors need little padding.
+    found = [TreeGroup(prefix, sorted(trees, key=len, reverse=True)) for prefix, trees in [*groups, ((), plain)]]
+    return found if plain else found[:-1]
 
 
 def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Return the length of the common prefix of a and b."""
-    if a == b:
-        return len(a)
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _runs(shared: list[int]) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of neighbors that share a long prefix, and of the sequences between them."""
     start = 0
-    in_run = False
+    joins = [False, *(common >= _PREFIX_TOKENS for common in shared[1:])]
     for n in range(1, len(shared)):
-        joins = shared[n] >= _PREFIX_TOKENS
-        if joins == in_run:
-            continue
         # If sequence n shares the prefix of n - 1, the run starts there; if not, the run ends there.
-        border = n - 1 if joins else n
-        if border > start:
+        border = n - 1 if joins[n] else n
+        if joins[n] != joins[n - 1] and border > start:
             yield start, border
             start = border
-        in_run = joins
     yield start, len(shared)
 
 
@@ -117,27 +107,20 @@ def _trees(
         added_attention = attention_cost * (joined**2 - len(tree) ** 2 - own**2)
         full = len(tree.requests) >= most or joined > max(batch_size.positions, own, len(tree))
         if tree.tokens and (saved <= added_attention or full):
-            _close(tree, path, 0)
             yield tree
             tree, path, saved = Tree(), [], 0
-        _close(tree, path, saved)
+        del path[saved:]
         added = range(len(tree), len(tree) + own - saved)
         tree.tokens += request.inputs[prefix + saved :]
         tree.positions += range(prefix + saved, len(request.inputs))
         tree.ends += added
         path += added
+        for node in path:
+            tree.ends[node] = len(tree)
         tree.requests.append(request)
         first = len(request.inputs) - len(request.targets) - prefix
         tree.scored.append(path[first:])
-    _close(tree, path, 0)
     yield tree
-
-
-def _close(tree: Tree, path: list[int], keep: int) -> None:
-    """End the path's nodes from `keep` on; no token will follow them."""
-    for node in path[keep:]:
-        tree.ends[node] = len(tree)
-    del path[keep:]
 
 
 def batches(trees: list[Tree], batch_size: BatchSize) -> Iterator[list[Tree]]:

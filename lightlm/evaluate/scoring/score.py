@@ -4,18 +4,18 @@ Shapes: B rows, T columns, D hidden size, N scored positions, P pairs of a score
 the vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightlm.device import keep_freed_memory
 from lightlm.errors import LightLMError
 from lightlm.evaluate.scoring.batches import BatchSize
-from lightlm.evaluate.scoring.logits import fp32_logits
-from lightlm.evaluate.scoring.packing import Request, Tree, TreeGroup, batches, plan
+from lightlm.evaluate.scoring.packing import Request, Tree, batches, plan
 from lightlm.model.cache import KVCache
 from lightlm.model.transformer import Transformer
 from lightlm.model.trees import Trees
@@ -57,7 +57,16 @@ def score(
     if model.device.type == "cpu":
         keep_freed_memory()
     scores: list[Score] = [Score(0.0, True)] * len(requests)
-    pending = {request.index: request for request in _cut(requests, model.config.max_seq_len)}
+    context_size, pending = model.config.max_seq_len, {}
+    for index, (context, continuation) in enumerate(requests):
+        if not continuation:
+            raise LightLMError("a task asks for the score of an empty answer; check its doc_to_choice")
+        if len(continuation) > context_size:
+            raise LightLMError(
+                f"an answer has {len(continuation):,} tokens, but the model's context holds {context_size:,}; "
+                "this task does not fit this model"
+            )
+        pending[index] = Request(index, tuple((context + continuation)[-(context_size + 1) : -1]), continuation)
     while pending:
         try:
             for request, result in _score_all(model, list(pending.values()), batch_size):
@@ -75,40 +84,23 @@ def _score_all(model: Transformer, requests: list[Request], batch_size: BatchSiz
     # A block's products take 24 D^2 operations per token. Attention takes 4 D per pair, at a quarter of the speed.
     attention_cost = 1 / (1.5 * model.config.hidden_size)
     for group in plan(requests, batch_size, attention_cost):
-        prefix = _read_prefix(model, group)
+        prefix = None
+        if group.prefix:
+            prefix = model.new_cache(1, len(group.prefix))
+            model.hidden_states(torch.tensor([group.prefix], device=model.device), prefix)
         for trees in batches(group.trees, batch_size):
             done = [request for tree in trees for request in tree.requests]
             yield from zip(done, _score_batch(model, trees, prefix), strict=True)
 
 
-def _cut(requests: list[tuple[list[int], list[int]]], max_seq_len: int) -> list[Request]:
-    cut = []
-    for index, (context, continuation) in enumerate(requests):
-        if not continuation:
-            raise LightLMError("a task asks for the score of an empty answer; check its doc_to_choice")
-        if len(continuation) > max_seq_len:
-            raise LightLMError(
-                f"an answer has {len(continuation):,} tokens, but the model's context holds {max_seq_len:,}; "
-                "this task does not fit this model"
-            )
-        inputs = (context + continuation)[-(max_seq_len + 1) : -1]
-        cut.append(Request(index, tuple(inputs), continuation))
-    return cut
-
-
-def _read_prefix(model: Transformer, group: TreeGroup) -> KVCache | None:
-    if not group.prefix:
-        return None
-    cache = model.new_cache(1, len(group.prefix))
-    model.hidden_states(torch.tensor([group.prefix], device=model.device), cache)
-    return cache
-
-
 def _score_batch(model: Transformer, trees: list[Tree], prefix: KVCache | None) -> Iterator[Score]:
     """Yield the scores of all requests, tree by tree."""
     width, device = len(trees[0]), model.device
-    tokens_BT = _pad([tree.tokens for tree in trees], width).to(device)
-    positions_BT = _pad([tree.positions for tree in trees], width).to(device)
+
+    def padded(rows: Iterable[list[int]]) -> Tensor:
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+    tokens_BT, positions_BT = padded(tree.tokens for tree in trees), padded(tree.positions for tree in trees)
     ends_BT = torch.tensor([[*tree.ends, *range(len(tree) + 1, width + 1)] for tree in trees], device=device)
     x_BTD = model.hidden_states(tokens_BT, trees=Trees(positions_BT, ends_BT, prefix))
     pairs = [columns for tree in trees for columns in tree.scored]
@@ -127,10 +119,6 @@ def _score_batch(model: Transformer, trees: list[Tree], prefix: KVCache | None) 
     # Summed on the CPU, because Apple's GPUs lack float64.
     for log_probs, greedy in zip(log_probs_P.cpu().split(lengths), greedy_P.cpu().split(lengths), strict=True):
         yield Score(float(log_probs.double().sum()), bool(greedy.all()))
-
-
-def _pad(rows: list[list[int]], width: int) -> Tensor:
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 def target_log_probs(model: Transformer, x_ND: Tensor, rows_P: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,3 +145,18 @@ def target_log_probs(model: Transformer, x_ND: Tensor, rows_P: Tensor, targets_P
         peak_N = highest_N
     log_probs_P = logits_P - (peak_N + total_N.log_())[rows_P]
     return log_probs_P, best_N[rows_P] == targets_P
+
+
+def fp32_logits(x_ND: Tensor, weight_CD: Tensor) -> Tensor:
+    """Return x W^T (N, C) in fp32, computed on each device's fast unit: a bf16 logit of 20 is a multiple of 0.125."""
+    if x_ND.device.type == "cuda" and x_ND.dtype != torch.float32:
+        return torch.mm(x_ND, weight_CD.T, out_dtype=torch.float32)
+    if x_ND.device.type != "cpu" or x_ND.dtype != torch.bfloat16:
+        return F.linear(x_ND, weight_CD).float()
+    before = torch.get_float32_matmul_precision()
+    # A CPU's bf16 units take fp32 operands rounded to bf16, which is exact for operands converted from bf16.
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return F.linear(x_ND.float(), weight_CD.float())
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -60,21 +60,22 @@ def examples(texts: Sequence[str], count: int = EXAMPLES) -> list[Example]:
     with equal texts count once.
     """
     documents = {" ".join(text.split()): index for index, text in reversed(list(enumerate(texts)))}
-    passages = {index: list(_passages(text, index)) for text, index in documents.items()}
-    pool = sorted((passage for some in passages.values() for passage in some), key=lambda passage: passage.key)
-    overlap = _Overlap({index: text for text, index in documents.items()})
+    passages = (passage for text, index in documents.items() for passage in _passages(text, index))
+    pool = sorted(passages, key=lambda passage: passage.key)
+    ngrams = {index: _ngrams(text) for text, index in documents.items()}
     turns: Counter[int] = Counter()
     order = []
     for passage in pool:
         turns[passage.document] += 1
         order.append((turns[passage.document], passage))
-    found = (_example(passage, pool, overlap) for _, passage in sorted(order, key=lambda entry: entry[0]))
+    found = (_example(passage, pool, ngrams) for _, passage in sorted(order, key=lambda entry: entry[0]))
     return list(itertools.islice(filter(None, found), count))
 
 
 def _passages(text: str, document: int) -> Iterator[_Passage]:
     """Yield contexts that begin and end with sentences, without overlap, and the text that follows each."""
-    starts = [match.end() for match in _SENTENCE_END.finditer(text) if _opens_sentence(text, match.end())]
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    starts = [end for end in ends if text[end : end + 1].isalpha() and not text[end].islower()]
     begin = 0
     for start in starts:
         if start < begin + CONTEXT:
@@ -82,29 +83,24 @@ def _passages(text: str, document: int) -> Iterator[_Passage]:
         if start > begin + LONGEST_CONTEXT:
             begin = start
             continue
-        ending = _ending(text, start)
-        if ending is None:
-            continue
-        context = text[begin:start].rstrip()
-        yield _Passage(document, context, ending, _hash(f"{context}\0{ending}"))
-        begin = next((later for later in starts if later >= start + ENDING + TOLERANCE), len(text))
+        if ending := _ending(text, start):
+            context = text[begin:start].rstrip()
+            yield _Passage(document, context, ending, _hash(f"{context}\0{ending}"))
+            begin = next((later for later in starts if later >= start + ENDING + TOLERANCE), len(text))
 
 
-def _opens_sentence(text: str, position: int) -> bool:
-    first = text[position : position + 1]
-    return first.isalpha() and not first.islower()
-
-
-def _example(passage: _Passage, pool: list[_Passage], overlap: "_Overlap") -> Example | None:
-    right = passage.ending
-    wrong: dict[int, str] = {}
+def _example(passage: _Passage, pool: list[_Passage], ngrams: dict[int, np.ndarray]) -> Example | None:
+    right, own, wrong = passage.ending, ngrams[passage.document], dict[int, str]()
+    size = len(right.encode())
     for draw in range(_DRAWS):
         other = pool[_hash(f"{passage.key}:{draw}") % len(pool)]
-        if other.document in (passage.document, *wrong):
+        if other.document in (passage.document, *wrong) or other.ending in (right, *wrong.values()):
             continue
-        if other.ending in (right, *wrong.values()) or not _alike(other.ending, right):
+        if abs(len(other.ending.encode()) - size) > BYTE_TOLERANCE * size:
             continue
-        if overlap.related(passage.document, other.document) or overlap.quotes(other.ending, passage.document):
+        smaller, larger = sorted((own, ngrams[other.document]), key=len)
+        version = _common(smaller, larger) > _SHARED_DOCUMENT * len(smaller)
+        if version or _common(_ngrams(other.ending), own):  # the right document contains one of its n-grams
             continue
         wrong[other.document] = other.ending
         if len(wrong) == ENDINGS - 1:
@@ -122,12 +118,6 @@ def _hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def _alike(ending: str, right: str) -> bool:
-    """Whether they have about as many bytes, which differ if the scripts do."""
-    right_bytes = len(right.encode())
-    return abs(len(ending.encode()) - right_bytes) <= BYTE_TOLERANCE * right_bytes
-
-
 def _ending(text: str, start: int) -> str | None:
     """Return the text from `start` to the end of a word after about `ENDING` characters; None if no word ends there."""
     for distance in range(TOLERANCE + 1):
@@ -139,27 +129,8 @@ def _ending(text: str, start: int) -> str | None:
     return None
 
 
-class _Overlap:
-    """Texts that documents share, by n-grams of `_SHARED_WORDS` words."""
-
-    def __init__(self, texts: dict[int, str]) -> None:
-        self._ngrams = {index: _ngrams(text) for index, text in texts.items()}
-        self._related: dict[tuple[int, int], bool] = {}
-
-    def quotes(self, ending: str, document: int) -> bool:
-        """Whether the document contains one of the ending's n-grams."""
-        return _common(_ngrams(ending), self._ngrams[document]) > 0
-
-    def related(self, first: int, second: int) -> bool:
-        """Whether one document is a version of the other."""
-        pair = min(first, second), max(first, second)
-        if pair not in self._related:
-            smaller, larger = sorted((self._ngrams[index] for index in pair), key=len)
-            self._related[pair] = _common(smaller, larger) > _SHARED_DOCUMENT * len(smaller)
-        return self._related[pair]
-
-
 def _ngrams(text: str) -> np.ndarray:
+    """Return the hashes of all runs of `_SHARED_WORDS` words, sorted and without repetitions."""
     found = list(ngram_hashes(text, _SHARED_WORDS))
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
 

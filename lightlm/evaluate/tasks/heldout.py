@@ -5,6 +5,7 @@ examples (lightlm/evaluate/tasks/cloze.py) depend on a vocabulary.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,8 +88,8 @@ def _beginnings(folder: DataFolder) -> list[str]:
     Both limits depend on the number of documents only, which is the same for every tokenizer.
     """
     split = folder.split("val")
-    every = math.ceil(sum(1 for _ in split.documents()) / _CLOZE_DOCUMENTS)
-    chosen = [document for index, document in enumerate(split.documents()) if index % every == 0]
+    every = math.ceil(sum(1 for _ in split.documents()) / _CLOZE_DOCUMENTS) or 1
+    chosen = list(itertools.islice(split.documents(), 0, None, every))
     size = _CLOZE_BYTES // max(1, len(chosen))
     # A token covers at least one byte. Eight more tokens, because the cut may split a character.
     decoded = (folder.tokenizer.decode(document[: size + 8].tolist()) for document in chosen)
@@ -120,19 +121,12 @@ def dataset_of(model: str | Path | None) -> Path:
     Raises:
         DataError: the model does not belong to a run whose recipe names a data set, or the recipe cannot be read.
     """
+    path = RUNS / "latest"
     try:
         path = ((run_of(Path(model)) if model else None) or find_run(model)) / "recipe.yaml"
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return resolve_dataset(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["dataset"])
     except (LightLMError, OSError):
-        raise _needs_text(f"{model or RUNS / 'latest'} does not belong to a run with a recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _needs_text(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
-    section = recipe.get("data") if isinstance(recipe, dict) else None
-    dataset = section.get("dataset") if isinstance(section, dict) else None
-    if not isinstance(dataset, str):
-        raise _needs_text(f"{path} names no data set under data.dataset")
-    return resolve_dataset(dataset)
-
-
-def _needs_text(reason: str) -> DataError:
-    return DataError(f"the task {HELDOUT} needs text: {reason}; give a prepared data folder with --data")
+        reason = f"{model or path} does not belong to a run with a recipe"
+    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+        reason = f"{path} names no data set under data.dataset ({' '.join(str(error).split())})"
+    raise DataError(f"the task {HELDOUT} needs text: {reason}; give a prepared data folder with --data")

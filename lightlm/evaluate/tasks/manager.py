@@ -2,10 +2,11 @@
 
 import contextlib
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors, offline
@@ -13,7 +14,7 @@ from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.settings import BOS, Settings
 from lightlm.evaluate.tasks.data_sets import DataSets, find_data_dir, unreadable
 from lightlm.evaluate.tasks.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
-from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache
+from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache, warn
 from lightlm.evaluate.tasks.needs import Need, needs_of
 from lightlm.evaluate.tasks.patches import quiet
 
@@ -23,6 +24,9 @@ _OURS = {path.stem for path in TASKS.glob("*.yaml")}
 class Tasks(TaskManager):
     """lm-eval's tasks and ours, and the names chosen among them. The task `heldout` adds its cloze.
 
+    Args:
+        note: called once with each note for the user.
+
     Attributes:
         names: the chosen tasks.
 
@@ -31,12 +35,13 @@ class Tasks(TaskManager):
             that the settings name does not exist.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, note: Callable[[str], object] = warn) -> None:
         if not settings.tasks:
             raise UsageError("--tasks names no task; for example --tasks heldout,hellaswag")
         if settings.bos not in BOS:
             raise UsageError(f"--bos {settings.bos}: choose {', '.join(BOS)}")
-        self.settings = settings
+        self.settings, self._note, self._noted = settings, note, set[str]()
+        self._lm: TemplateLM | None = None
         self.data_sets = DataSets(find_data_dir(settings.data_dir))
         folders = [TASKS]
         if settings.include_path is not None:
@@ -46,7 +51,6 @@ class Tasks(TaskManager):
         with index_from_cache(include_stock=not set(settings.tasks) <= _OURS):
             super().__init__(include_path=folders, metadata=self._about_model)
         self.names = [match for name in settings.tasks for match in self._match(name)]
-        self._notes: dict[str, bool] = {}  # True once taken
         self._cloze_optional = HELDOUT in self.names and CLOZE not in self.names
         if self._cloze_optional:
             self.names.insert(self.names.index(HELDOUT) + 1, CLOZE)
@@ -75,64 +79,45 @@ class Tasks(TaskManager):
         hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists all"
         raise UsageError(f"lm-eval has no task '{name}'; {hint}")
 
-    def for_model(self, path: Path) -> "Tasks":
+    def for_model(self, lm: TemplateLM, path: Path) -> None:
         """Set the model that the tasks are for, as lm-eval's own command does."""
-        self._about_model["pretrained"] = str(path)
-        return self
+        self._lm, self._about_model["pretrained"] = lm, str(path)
 
-    def load(self, task_list: Any) -> Any:
-        """Build tasks as lm-eval's `load` does.
+    def load(self, task_list: Sequence[str]) -> Any:
+        """Build tasks as lm-eval's `load` does, without a cloze that the data or the model does not allow.
 
         Raises:
             DataError: data sets cannot be read (the message lists all), or a task needs a package that is missing.
         """
-        if self._cloze_optional and CLOZE in task_list:
-            task_list = self._without_missing_cloze(task_list)
+        names = list(task_list)
+        if self._cloze_optional and CLOZE in names and (problem := self._cloze_problem()):
+            names.remove(CLOZE)
+            if problem not in self._noted:
+                self._noted.add(problem)
+                self._note(problem)
+        needs = self.needs()
+        with self._reading():
+            try:
+                with self._without_retries(needs), self.data_sets.in_use():
+                    return super().load(names)
+            except hub_errors():
+                self.require_data()
+                raise
+
+    def _cloze_problem(self) -> str:
+        """Return why the cloze is left out, or an empty text."""
         try:
-            with self._without_retries(), self.data_sets.in_use():
-                return super().load(task_list)
-        except ImportError as error:
-            raise self._lacks_package(error) from None
-        except hub_errors() as error:
-            self.require_data()
-            raise self._cannot_load(error) from None
-
-    def _lacks_package(self, error: ImportError) -> DataError:
-        return DataError(f"a task in {', '.join(self.names)} needs a package: {error}")
-
-    def _cannot_load(self, error: BaseException) -> DataError:
-        return DataError(f"the tasks {', '.join(self.names)} cannot be loaded: {first_line(error)}")
-
-    def _without_missing_cloze(self, names: list[str]) -> list[str]:
-        try:
-            load_cloze(**self._about_model)
+            rows = load_cloze(**self._about_model)["validation"]
         except TooFewDocumentsError as error:
-            return self._without_cloze(names, str(error))
-        return names
-
-    def _without_cloze(self, names: list[str], note: str) -> list[str]:
-        self._notes.setdefault(note, False)
-        return [name for name in names if name != CLOZE]
-
-    def fitting(self, count_tokens: Callable[[str], int], max_length: int) -> list[str]:
-        """Return the names, without an optional cloze whose endings exceed the model's context of `max_length`."""
-        if not self._cloze_optional:
-            return self.names
-        names = self._without_missing_cloze(self.names)
-        if CLOZE not in names:
-            return names
-        rows = load_cloze(**self._about_model)["validation"]
-        longest = max(count_tokens(f" {ending}") for row in rows for ending in row["endings"])
-        if longest <= max_length:
-            return names
-        note = f"{CLOZE} is left out: its endings have up to {longest} tokens, the model's context has {max_length}"
-        return self._without_cloze(names, note)
-
-    def take_notes(self) -> list[str]:
-        """Return notes for the user that were not returned before."""
-        new = [note for note, taken in self._notes.items() if not taken]
-        self._notes = dict.fromkeys(self._notes, True)
-        return new
+            return str(error)
+        if self._lm is None:
+            return ""
+        longest = max(len(self._lm.tok_encode(f" {ending}")) for row in rows for ending in row["endings"])
+        if longest <= self._lm.max_length:
+            return ""
+        return (
+            f"{CLOZE} is left out: its endings have up to {longest} tokens, the model's context {self._lm.max_length}"
+        )
 
     def needs(self) -> list[Need]:
         """Return the data sets that the tasks read, except those that a task makes itself, such as heldout.
@@ -140,12 +125,19 @@ class Tasks(TaskManager):
         Raises:
             DataError: a task cannot be read, or needs a package that is missing.
         """
-        try:
+        with self._reading():
             return needs_of(self, self.names, self._about_model)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        names = ", ".join(self.names)
+        expected: tuple[type[BaseException], ...] = (*hub_errors(), TypeError, KeyError)
+        try:
+            yield
         except ImportError as error:
-            raise self._lacks_package(error) from None
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise self._cannot_load(error) from None
+            raise DataError(f"a task in {names} needs a package: {error}") from None
+        except expected as error:
+            raise DataError(f"the tasks {names} cannot be loaded: {first_line(error)}") from None
 
     def require_data(self) -> None:
         """Read every data set that the tasks need, so that all missing ones are reported before a model loads.
@@ -158,14 +150,10 @@ class Tasks(TaskManager):
             with self._without_retries(needs):
                 missing = self.data_sets.missing(needs)
         if missing:
-            raise unreadable(missing, ",".join(self.settings.tasks), self.settings.include_path, self.data_sets.folder)
+            raise unreadable(missing, self.settings, self.data_sets.folder)
 
-    def _without_retries(self, needs: list[Need] | None = None) -> contextlib.AbstractContextManager[object]:
+    def _without_retries(self, needs: list[Need]) -> contextlib.AbstractContextManager[object]:
         """Make `datasets` use its cache at once if the Hub does not answer; otherwise it retries for 30 s."""
-        if needs is None:
-            needs = self.needs()
-        all_here = all(self.data_sets.is_local(need) for need in needs)
         # Tasks without a need may fetch their data with code of their own.
-        if (all_here and (needs or not self.foreign)) or hub_answers():
-            return contextlib.nullcontext()
-        return offline()
+        all_here = all(map(self.data_sets.is_local, needs)) and (needs or not self.foreign)
+        return contextlib.nullcontext() if all_here or hub_answers() else offline()

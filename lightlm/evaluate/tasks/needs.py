@@ -44,9 +44,8 @@ class _Describer(_factory.TaskFactory):
 
     def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Task:
         config = self._load_full_config(entry, overrides)
-        for key in ("tag", "group", "task_list"):
-            config.pop(key, None)
-        known = TaskConfig.__dataclass_fields__.keys() | {"class"}  # tasks in Python may have further keys
+        # Tasks in Python may have further keys.
+        known = TaskConfig.__dataclass_fields__.keys() - {"tag"} | {"class"}
         return _Described({key: value for key, value in config.items() if key in known})
 
 
@@ -56,31 +55,21 @@ def needs_of(manager: TaskManager, names: list[str], metadata: dict[str, Any]) -
     Data that a task fetches with code of its own are not included.
     """
     needs: dict[str, Need] = {}
-    before = manager._factory
-    manager._factory = _Describer(meta=metadata)
-    try:
-        # A group builds the tasks defined in its own file from this class.
-        with mock.patch.object(_factory, "ConfigurableTask", _Described):
-            tasks = TaskManager.load(manager, names)["tasks"]
-    finally:
-        manager._factory = before
+    # A group builds the tasks defined in its own file from ConfigurableTask.
+    with (
+        mock.patch.object(manager, "_factory", _Describer(meta=metadata)),
+        mock.patch.object(_factory, "ConfigurableTask", _Described),
+    ):
+        tasks = TaskManager.load(manager, names)["tasks"]
     for task_name, task in tasks.items():
-        need = _need(task)
-        if need is not None:
-            key = repr((need.path, need.name, sorted(need.options.items())))
-            needs.setdefault(key, need).tasks.append(task_name)
+        config, source = task.config, task.source
+        path = config.dataset_path or getattr(source, "DATASET_PATH", None)
+        name = config.dataset_name or getattr(source, "DATASET_NAME", None)
+        fetches_itself = source is not None and source.download not in (Task.download, ConfigurableTask.download)
+        if config.custom_dataset is not None or path is None or fetches_itself:
+            continue
+        # lm-eval's own `download` drops this argument, which `datasets` no longer takes.
+        options = {key: value for key, value in (config.dataset_kwargs or {}).items() if key != "trust_remote_code"}
+        key = repr((path, name, sorted(options.items())))
+        needs.setdefault(key, Need(path, name, options)).tasks.append(task_name)
     return list(needs.values())
-
-
-def _need(task: Any) -> Need | None:
-    config, source = task.config, task.source
-    if config.custom_dataset is not None:
-        return None
-    if source is not None and source.download not in (Task.download, ConfigurableTask.download):
-        return None
-    path = config.dataset_path or getattr(source, "DATASET_PATH", None)
-    if path is None:
-        return None
-    # lm-eval's own `download` drops this argument, which `datasets` no longer takes.
-    options = {key: value for key, value in (config.dataset_kwargs or {}).items() if key != "trust_remote_code"}
-    return Need(path, config.dataset_name or getattr(source, "DATASET_NAME", None), options)

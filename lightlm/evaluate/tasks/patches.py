@@ -30,14 +30,6 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def compiled_once() -> Iterator[None]:
     """Compile each template once. lm-eval compiles one per field and document, its main cost beside the model."""
-    environment = getattr(utils, "env", None)
-    if environment is None:  # another version of lm-eval
+    cached = functools.lru_cache(maxsize=256)(utils.env.from_string)
+    with mock.patch.object(utils.env, "from_string", cached):
         yield
-        return
-    with mock.patch.object(environment, "from_string", functools.lru_cache(maxsize=256)(environment.from_string)):
-        yield
-
-
-def results_in_every_process() -> contextlib.AbstractContextManager[object]:
-    """Return results in every process; lm-eval returns them only where LOCAL_RANK is 0."""
-    return mock.patch.dict(os.environ, LOCAL_RANK="0")

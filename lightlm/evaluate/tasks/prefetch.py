@@ -1,5 +1,6 @@
 """Download of the data sets of tasks, into the Hub's cache or a folder laid out like the Hub."""
 
+import contextlib
 import glob
 import json
 import re
@@ -24,7 +25,6 @@ from lightlm.evaluate.tasks.needs import Need
 from lightlm.evaluate.tasks.patches import quiet
 
 _ON_HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+(?:/[^/@]+)?)@(?P<revision>[^/]+)/(?P<file>.+)")
-_CARD, _LEGACY_INFOS = "README.md", "dataset_infos.json"
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,6 @@ class Fetched:
     files: int
     bytes: int
     where: str
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """The data files of a repository's configuration, at one commit."""
-
-    repo: str
-    revision: str
-    config: str
-    files: list[str]
-
-    def sizes(self) -> list[int]:
-        """Ask the Hub for the files' sizes in bytes."""
-        api = huggingface_hub.HfApi()
-        return [
-            entry.size
-            for entry in api.get_paths_info(self.repo, self.files, revision=self.revision, repo_type="dataset")
-            if isinstance(entry, huggingface_hub.hf_api.RepoFile)
-        ]
 
 
 def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) -> list[Fetched]:
@@ -105,66 +86,46 @@ def prefetch(tasks: Tasks, report: Callable[[str], None] = lambda line: None) ->
 def _fetch(need: Need, folder: Path | None) -> Fetched:
     builder = load_dataset_builder(need.path, need.name, **need.options)
     names = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
-    listing = _listing(names, builder.config.name)
-    if Path(need.path).is_dir():  # `datasets` too prefers it to the Hub
-        where, listing = Path(need.path).resolve(), None
-    elif listing is not None and folder is not None:
-        where = _into_folder(listing, folder / need.path)
-    else:
+    matches = [match for name in names if (match := _ON_HUB.fullmatch(name))]
+    if Path(need.path).is_dir() or not matches or len(matches) < len(names):  # `datasets` prefers a folder to the Hub
+        DataSets().load(need.path, need.name, **need.options)
+        where = Path(need.path).resolve() if Path(need.path).is_dir() else Path(builder.cache_dir)
+        sizes = [Path(name).stat().st_size for name in names if Path(name).is_file()]
+        return Fetched(need.tasks, need.path, need.name, None, len(sizes), sum(sizes), str(where))
+    repo, revision = matches[0]["repo"], unquote(matches[0]["revision"])  # refs/convert/parquet has slashes
+    found = sorted({match["file"] for match in matches})
+    entries = huggingface_hub.HfApi().get_paths_info(repo, found, revision=revision, repo_type="dataset")
+    sizes = [entry.size for entry in entries if isinstance(entry, huggingface_hub.hf_api.RepoFile)]
+    if folder is None:
         DataSets().load(need.path, need.name, **need.options)
         where = Path(builder.cache_dir)
-    sizes = listing.sizes() if listing else [Path(name).stat().st_size for name in names if Path(name).is_file()]
-    revision = listing.revision if listing else None
+    else:
+        where = folder / need.path
+        _fetch_files(repo, revision, builder.config.name, found, where)
     return Fetched(need.tasks, need.path, need.name, revision, len(sizes), sum(sizes), str(where))
 
 
-def _listing(names: list[str], config: str) -> _Listing | None:
-    """Return the files of a data set on the Hub; None if it has other files."""
-    matches = [match for name in names if (match := _ON_HUB.fullmatch(name))]
-    if not matches or len(matches) < len(names):
-        return None
-    revision = unquote(matches[0]["revision"])  # refs/convert/parquet has slashes
-    return _Listing(matches[0]["repo"], revision, config, sorted({match["file"] for match in matches}))
+def _fetch_files(repo: str, revision: str, config: str, names: list[str], place: Path) -> None:
+    """Download a configuration's data files to `place`, beside those of configurations fetched before.
 
-
-def _into_folder(listing: _Listing, place: Path) -> Path:
-    """Download a configuration's data files to `place`, beside those of configurations fetched before."""
-    huggingface_hub.snapshot_download(
-        listing.repo,
-        repo_type="dataset",
-        revision=listing.revision,
-        local_dir=place,
-        allow_patterns=[glob.escape(name) for name in [*listing.files, _LEGACY_INFOS]],
-    )
-    card = _card(listing)
-    if card is not None:
-        _merge_card(place / _CARD, card, listing.config)
-    commits = commits_in(place)
-    files.write_text(place / RECORD, json.dumps({**commits, listing.config: listing.revision}, indent=2) + "\n")
-    return place
-
-
-def _card(listing: _Listing) -> str | None:
-    try:
-        path = huggingface_hub.hf_hub_download(listing.repo, _CARD, repo_type="dataset", revision=listing.revision)
-    except EntryNotFoundError:
-        return None
-    return Path(path).read_text(encoding="utf-8")
-
-
-def _merge_card(path: Path, theirs: str, config: str) -> None:
-    """Write the Hub's description of a data set, with only the configurations whose files are here.
-
-    `datasets` always looks for the files of the first listed configuration and fails if they are missing.
+    The Hub's description of the data set is written with only the configurations whose files are here: `datasets`
+    always looks for the files of the first listed configuration and fails if they are missing.
     """
-    card = DatasetCard(theirs, ignore_metadata_errors=True)
-    before = DatasetCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True) if path.is_file() else None
-    for key in ("configs", "dataset_info"):
-        entries = [entry for entry in _entries(card, key) if entry.get("config_name", "default") == config]
-        kept = [entry for entry in _entries(before, key) if entry.get("config_name", "default") != config]
-        if _entries(card, key):
-            setattr(card.data, key, [*kept, *entries])
-    files.write_text(path, str(card))
+    wanted = [glob.escape(name) for name in [*names, "dataset_infos.json"]]
+    huggingface_hub.snapshot_download(
+        repo, repo_type="dataset", revision=revision, local_dir=place, allow_patterns=wanted
+    )
+    with contextlib.suppress(EntryNotFoundError):
+        theirs = huggingface_hub.hf_hub_download(repo, "README.md", repo_type="dataset", revision=revision)
+        card, ours = DatasetCard(Path(theirs).read_text("utf-8"), ignore_metadata_errors=True), place / "README.md"
+        before = DatasetCard(ours.read_text("utf-8"), ignore_metadata_errors=True) if ours.is_file() else None
+        for key in ("configs", "dataset_info"):
+            if fetched := _entries(card, key):
+                kept = [entry for entry in _entries(before, key) if entry.get("config_name", "default") != config]
+                kept += [entry for entry in fetched if entry.get("config_name", "default") == config]
+                setattr(card.data, key, kept)
+        files.write_text(ours, str(card))
+    files.write_text(place / RECORD, json.dumps({**commits_in(place), config: revision}, indent=2) + "\n")
 
 
 def _entries(card: DatasetCard | None, key: str) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ from matplotlib.ticker import PercentFormatter
 
 from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.evaluate.compare.chance import Chance, chance_of
+from lightlm.evaluate.compare.table import Line
 from lightlm.report.charts.chart import Chart
 from lightlm.report.charts.drawing import Plot
 from lightlm.report.record import Record
-from lightlm.report.scores import Line, score_lines, widest
+from lightlm.report.scores import score_lines, widest
 
 # The first of these that a task has is drawn; heldout_cloze tells small models apart by mutual information.
 _METRICS = ("acc_mutual_info", "acc_norm", "acc", "exact_match")

@@ -4,7 +4,6 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import LogFormatterMathtext, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
 from lightlm.quantities import format_quantity
 from lightlm.report.curves import Floats
@@ -32,6 +31,9 @@ RUNS = [
     ("#8a3b2e", "#d58a7c"),
     ("#2a8fa3", "#66c5d8"),
 ]
+# The CSS variables of a page with plots: name -> (light, dark).
+COLOR_VARIABLES = {"--ink": INK, "--muted": MUTED, "--grid": GRID, "--paper": PAPER}
+COLOR_VARIABLES |= {f"--run-{i}": pair for i, pair in enumerate(RUNS)}
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
 _HATCHES = ("", "///", "xxx")  # the bars' counterpart of dashed lines
 _SHAPES = "D^svP*hX"  # markers of published scores
@@ -73,16 +75,13 @@ class Chart:
         self._entries: dict[str, Artist] = {}
         self._right = _RIGHT
 
-    @property
-    def width(self) -> float:
-        """Width of the axes in inches."""
-        return _WIDTH - _LEFT - self._right
-
     def _plot(self, label: str, x: Floats, y: Floats, **style: Any) -> None:
         known = np.isfinite(x) & np.isfinite(y)  # a line passes over the steps that lack the metric
         x, y = x[known], y[known]
+        if not len(x):
+            return
         (drawn,) = self.axes.plot(x, y, **{"marker": "o" if len(x) == 1 else "", "label": "_"} | style)
-        if label and len(x):
+        if label:
             self._entries.setdefault(label, drawn)
 
     def line(self, label: str, x: Floats, y: Floats, run: int, *, style: object = None) -> None:
@@ -126,35 +125,18 @@ class Chart:
     def quantities(self, axis: str) -> None:
         """Write ticks such as 10M on the axis `x` or `y`."""
         chosen = self.axes.xaxis if axis == "x" else self.axes.yaxis
-        chosen.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-        chosen.set_major_formatter(_written(format_quantity))
-
-    def from_zero(self, axis: str, highest: float) -> None:
-        """Start the axis `x` or `y` at zero and end it a little above its highest value."""
-        if axis == "x":
-            self.axes.set_xlim(0, highest * 1.03 or 1.0)
-        else:
-            self.axes.set_ylim(0, highest * 1.15 or 1.0)
-
-    def log_quantities_x(self) -> None:
-        """Make x logarithmic, with ticks such as 10M."""
-        self.axes.set_xscale("log")
-        self.axes.xaxis.set_major_formatter(_written(format_quantity))
-        self.axes.xaxis.set_minor_formatter(NullFormatter())
-
-    def scientific_y(self) -> None:
-        """Write ticks such as 2.5e-3, as recipes write learning rates."""
-        self.axes.yaxis.set_major_formatter(_written(_exponent))
+        if chosen.get_scale() == "linear":
+            chosen.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+        chosen.set_major_formatter(lambda number, _: format_quantity(number))
+        chosen.set_minor_formatter(NullFormatter())
 
     def log_y(self) -> None:
         """Make y logarithmic with at least two labeled ticks, even if all values lie within one decade."""
         self.axes.set_yscale("log")
         low, high = self.axes.get_ylim()
-        if math.log10(high / low) < 1.5:
+        if high < 30 * low:
             self.axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            self.axes.yaxis.set_major_formatter(_written("{:g}".format))
-        else:
-            self.axes.yaxis.set_major_formatter(LogFormatterMathtext())
+        self.axes.yaxis.set_major_formatter("{x:g}")
         self.axes.yaxis.set_minor_formatter(NullFormatter())
 
     @styled
@@ -162,7 +144,7 @@ class Chart:
         """Show the scale of a heat map, whose values are multiples, in the right margin."""
         bar = self.figure.colorbar(image, cax=self.axes.inset_axes((1.02, 0, 0.025, 1)), ticks=MultipleLocator(0.5))
         bar.outline.set_visible(False)
-        bar.ax.yaxis.set_major_formatter(_written("{:g}×".format))
+        bar.ax.yaxis.set_major_formatter("{x:g}×")
         self._right = 0.8
 
     @styled
@@ -173,7 +155,8 @@ class Chart:
         columns = max(min(_LEGEND_CHARACTERS // widest, len(labels)), 1)
         height = _TITLE + math.ceil(len(labels) / columns) * _LEGEND_ROW + self.height + _BOTTOM
         self.figure.set_size_inches(_WIDTH, height)
-        self.axes.set_position((_LEFT / _WIDTH, _BOTTOM / height, self.width / _WIDTH, self.height / height))
+        width = _WIDTH - _LEFT - self._right
+        self.axes.set_position((_LEFT / _WIDTH, _BOTTOM / height, width / _WIDTH, self.height / height))
         left = 0.16 / _WIDTH
         self.figure.suptitle(_plain(self.title), x=left, y=1 - 0.16 / height, ha="left")
         if labels:
@@ -194,12 +177,19 @@ class Chart:
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-        return _for_page(buffer.getvalue(), prefix, self.title)
-
-
-def _written(write: Callable[[float], str]) -> Callable[[float, object], str]:
-    """Return a tick formatter; matplotlib also passes the tick's position."""
-    return lambda value, _: write(value)
+        svg = re.sub(
+            r"\s*<metadata>.*?</metadata>|\s*<style.*?</style>|<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL
+        )
+        opening, rest = svg[svg.index("<svg") :].strip().split(">", 1)
+        view = re.search(r'viewBox="[^"]*"', opening)
+        assert view, "matplotlib writes a viewBox"
+        rest = re.sub(r'\b(id="|url\(#)', rf"\g<1>{prefix}-", rest)
+        rest = rest.replace('xlink:href="#', f'href="#{prefix}-').replace("xlink:href", "href")
+        for name, (light, _) in COLOR_VARIABLES.items():
+            rest = rest.replace(light, f"var({name})")
+        # Path data to a hundredth of a point: far below a pixel, and a third smaller.
+        rest = re.sub(r' d="[^"]*"', lambda path: re.sub(r"-?\d+\.\d{3,}", _shorter, path[0]), rest)
+        return f'<svg role="img" aria-label="{html.escape(self.title)}" {view[0]}>{rest}'
 
 
 def _plain(text: str) -> str:
@@ -207,34 +197,5 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def color_variables() -> dict[str, tuple[str, str]]:
-    """Return the CSS variables of a page with plots: name -> (light, dark)."""
-    runs = {f"--run-{i}": pair for i, pair in enumerate(RUNS)}
-    return {"--ink": INK, "--muted": MUTED, "--grid": GRID, "--paper": PAPER, **runs}
-
-
-def _for_page(svg: str, prefix: str, title: str) -> str:
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    opening, rest = svg.split(">", 1)
-    view = re.search(r'viewBox="[^"]*"', opening)
-    assert view, "matplotlib writes a viewBox"
-    rest = re.sub(r'\b(id="|url\(#)', rf"\g<1>{prefix}-", rest)
-    rest = rest.replace('xlink:href="#', f'href="#{prefix}-').replace("xlink:href", "href")
-    for name, (light, _) in color_variables().items():
-        rest = rest.replace(light, f"var({name})")
-    # Path data to a hundredth of a point: far below a pixel, and a third smaller.
-    rest = re.sub(r' d="[^"]*"', lambda path: re.sub(r"-?\d+\.\d{3,}", _shorter, path[0]), rest)
-    return f'<svg role="img" aria-label="{html.escape(title)}" {view[0]}>{rest}'
-
-
 def _shorter(number: re.Match[str]) -> str:
     return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
-
-
-def _exponent(value: float) -> str:
-    """Write 2.5e-3 rather than 0.0025 or 2.500e-03."""
-    if not value:
-        return "0"
-    power = math.floor(math.log10(abs(value)) + 1e-9)
-    return f"{value:g}" if power >= -1 else f"{value / 10.0**power:.3g}e{power}"

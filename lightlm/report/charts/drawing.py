@@ -33,11 +33,6 @@ class Axis:
 TOKENS = Axis("training tokens", lambda record: record.curves.tokens, True)
 
 
-def runs_with(records: Sequence[Record], key: str) -> list[tuple[int, Record]]:
-    """Return the runs that have this metric, each with its number, which decides its color."""
-    return [(i, record) for i, record in enumerate(records) if np.isfinite(record.curves.column(key)).any()]
-
-
 def highest(columns: Sequence[Floats], percentile: float = 100.0) -> float:
     """Return the largest finite value, or the largest of the columns' percentiles; 0 if there is none."""
     finite = (column[np.isfinite(column)] for column in columns)
@@ -47,7 +42,7 @@ def highest(columns: Sequence[Floats], percentile: float = 100.0) -> float:
 def empty_chart(records: Sequence[Record], title: str, y_label: str, axis: Axis = TOKENS) -> Chart:
     """Return a chart whose x axis spans the longest run, so that all plots can be read side by side."""
     chart = Chart(title, axis.label, y_label, name_all=len(records) > 1)
-    chart.from_zero("x", highest([axis.of(record) for record in records]))
+    chart.axes.set_xlim(0, highest([axis.of(record) for record in records]) * 1.03 or 1.0)
     if axis.quantities:
         chart.quantities("x")
     return chart

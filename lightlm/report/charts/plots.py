@@ -7,7 +7,7 @@ from matplotlib.ticker import PercentFormatter
 
 from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.report.charts.bars import score_bars
-from lightlm.report.charts.drawing import TOKENS, Axis, Plot, curve, empty_chart, highest, label, runs_with
+from lightlm.report.charts.drawing import TOKENS, Axis, Plot, curve, empty_chart, highest, label
 from lightlm.report.charts.experts import expert_plots
 from lightlm.report.curves import Curves, Floats, focus
 from lightlm.report.record import Record
@@ -20,13 +20,13 @@ _GROUP_STYLES = (None, (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # dashes 
 
 def draw_plots(records: Sequence[Record], baselines: Sequence[Baseline] = ()) -> list[Plot]:
     """Draw every plot that these runs have metrics for; `baselines` adds published scores beside theirs."""
-    found = [plot for plot in _all_plots(records, baselines) if plot is not None]
+    found = [plot for plot in _all_plots(records, baselines) if plot.chart.axes.has_data()]
     for plot in found:
         plot.chart.finish()
     return found
 
 
-def _all_plots(records: Sequence[Record], baselines: Sequence[Baseline]) -> Iterator[Plot | None]:
+def _all_plots(records: Sequence[Record], baselines: Sequence[Baseline]) -> Iterator[Plot]:
     time = _time_axis(records)
     zoom = "The first tenth of each run, its steep fall, does not set the limits."
     yield _loss(records, "loss", "Loss", TOKENS, f"Moving average over the raw losses. {zoom}")
@@ -67,42 +67,35 @@ def _compute_axis(records: Sequence[Record]) -> Axis | None:
     return Axis(f"training {unit}", lambda record: flops(record) / size, False)
 
 
-def _loss(
-    records: Sequence[Record], name: str, title: str, axis: Axis, caption: str, *, whole: bool = False
-) -> Plot | None:
+def _loss(records: Sequence[Record], name: str, title: str, axis: Axis, caption: str, *, whole: bool = False) -> Plot:
     chart = empty_chart(records, title, "nats per token", axis)
     shown: list[Floats] = []
-    for i, record in runs_with(records, "loss"):
+    for i, record in enumerate(records):
         x = axis.of(record)
-        if not np.isfinite(x).any():
-            continue
         shown += curve(chart, records, i, x, record.curves.column("loss"), "training, smoothed")
         validation = record.curves.column("val_loss")
         chart.points(label(records, record, "validation"), x, validation, i, joined=len(records) == 1)
         shown.append(validation)
-    if not shown:
-        return None
     if whole:
         chart.axes.set_xlim(auto=True)
-        chart.log_quantities_x()
+        chart.axes.set_xscale("log")
+        chart.quantities("x")
     elif limits := focus(shown):
         chart.axes.set_ylim(*limits)
-    if len(records) > 1 and runs_with(records, "val_loss"):
+    if len(records) > 1 and any(record.curves.last("val_loss") for record in records):
         caption += " Circles: validation."
     return Plot(name, caption, chart)
 
 
-def _marks(records: Sequence[Record], key: str, title: str, unit: str, caption: str) -> Plot | None:
+def _marks(records: Sequence[Record], key: str, title: str, unit: str, caption: str) -> Plot:
     """Plot a metric that only some steps have."""
-    if not (having := runs_with(records, key)):
-        return None
     chart = empty_chart(records, title, unit)
-    for i, record in having:
+    for i, record in enumerate(records):
         chart.points(record.name, record.curves.tokens, record.curves.column(key), i)
     return Plot(key.replace("/", "_"), caption, chart)
 
 
-def _learning_rates(records: Sequence[Record]) -> Plot | None:
+def _learning_rates(records: Sequence[Record]) -> Plot:
     chart = empty_chart(records, "Learning rate", "learning rate")
     rates = []
     for i, record in enumerate(records):
@@ -114,24 +107,19 @@ def _learning_rates(records: Sequence[Record]) -> Plot | None:
             # Groups of a single run have their own colors; with several runs they share the run's color.
             color, style = (number, None) if len(records) == 1 else (i, _GROUP_STYLES[number % len(_GROUP_STYLES)])
             chart.line(name, record.curves.tokens, rates[-1], color, style=style)
-    if not rates:
-        return None
     peaks = [peak for rate in rates if (peak := highest([rate])) > 0] or [1.0]
     if max(peaks) > 10 * min(peaks):  # such as Muon's and AdamW's: on a linear axis the smaller is a flat line
         chart.axes.set_ylim(min(peaks) / 100, max(peaks) * 2)  # a decay to zero has no lower end on this axis
         chart.log_y()
     else:
-        chart.from_zero("y", max(peaks))
-        chart.scientific_y()
+        chart.axes.set_ylim(0, max(peaks) * 1.15)
     return Plot("learning_rate", "At the middle of each batch, by parameter group where they differ.", chart)
 
 
-def _gradient_norm(records: Sequence[Record]) -> Plot | None:
-    if not (having := runs_with(records, "grad_norm")):
-        return None
+def _gradient_norm(records: Sequence[Record]) -> Plot:
     chart = empty_chart(records, "Gradient norm", "global norm before clipping")
     marked = False
-    for i, record in having:
+    for i, record in enumerate(records):
         norms, tokens = record.curves.column("grad_norm"), record.curves.tokens
         norms[norms <= 0] = np.nan  # the axis is logarithmic
         curve(chart, records, i, tokens, norms)
@@ -147,33 +135,30 @@ def _column(key: str) -> Callable[[Curves], Floats]:
 
 
 def _data_wait(curves: Curves) -> Floats:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share: Floats = curves.column("data_seconds") / curves.column("step_seconds")
-    share[np.isinf(share)] = np.nan
-    return share
+    seconds = curves.column("step_seconds")
+    seconds[seconds == 0] = np.nan
+    return curves.column("data_seconds") / seconds
 
 
 def _measured(
     records: Sequence[Record], name: str, title: str, unit: str, values: Callable[[Curves], Floats], caption: str = ""
-) -> Plot | None:
+) -> Plot:
     """Plot a metric of every step from zero up; all but memory, which only grows, is smoothed."""
     chart = empty_chart(records, title, unit)
     columns = [values(record.curves) for record in records]
     for i, (record, column) in enumerate(zip(records, columns, strict=True)):
-        if np.isfinite(column).any() and unit == "GiB":
+        if unit == "GiB":
             chart.line(record.name, record.curves.tokens, column, i)
-        elif np.isfinite(column).any():
+        else:
             curve(chart, records, i, record.curves.tokens, column)
-    if not chart.axes.lines:
-        return None
-    chart.from_zero("y", max(highest(columns, 99.5), 0.02))
+    chart.axes.set_ylim(0, max(highest(columns, 99.5), 0.02) * 1.15)
     chart.quantities("y")
     if unit.startswith("share"):
         chart.axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return Plot(name, caption, chart)
 
 
-def _evaluations(records: Sequence[Record]) -> Iterator[Plot | None]:
+def _evaluations(records: Sequence[Record]) -> Iterator[Plot]:
     """Plot lm-eval's tasks during training: `eval/<task>/<metric>`."""
     keys = dict.fromkeys(key for record in records for key in record.curves.keys("eval/"))
     for key in keys:

@@ -10,6 +10,7 @@ import torch
 
 from lightlm import checkpoint
 from lightlm.checkpoint import LoadedModel
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.in_training import sharing
@@ -54,18 +55,16 @@ def run_and_quarrel(world):
     """Return the metrics of a sharded run with `eval.tasks`, and the outcome of each kind of trouble in process 1."""
     recipe = load_recipe("tiny.yaml", (*RECIPE, "eval.tasks=[heldout]", "train.parallel=fsdp"))
     watch = Recorder()
-    scores = TaskScores(recipe.eval, Path("data/tiny"), world)
+    data = DataFolder.open(Path("data/tiny"))
+    scores = TaskScores(recipe.eval, data, world, watch.note)
 
-    def evaluator(model, path, stop):
-        return scores(model, trainer.data.tokenizer, path, stop)
-
-    trainer = make_trainer(recipe, "shared", watch, world=world, evaluator=evaluator)
+    trainer = make_trainer(recipe, "shared", watch, world=world, evaluator=scores)
     trainer.train()
     model, second = trainer.loss.whole_model(), world.rank == 1
 
     def outcome(scores, stop=None):
         try:
-            return scores(model, trainer.data.tokenizer, Path("here"), stop or threading.Event())
+            return scores(model, Path("here"), stop or threading.Event())
         except Exception as error:
             return str(error)
 
@@ -75,7 +74,7 @@ def run_and_quarrel(world):
         stop.set()
     troubles.append(outcome(scores, stop))
     limit = recipe.eval.model_copy(update={"limit": LIMIT + second})
-    troubles.append(outcome(TaskScores(limit, trainer.data.path, world)))
+    troubles.append(outcome(TaskScores(limit, data, world, watch.note)))
     if second:
         plain, SharedLightLM._loglikelihood_tokens = SharedLightLM._loglikelihood_tokens, fail
     troubles.append(outcome(scores))
@@ -136,8 +135,8 @@ def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
 
     monkeypatch.setattr(during_training, "SharedLightLM", Counting)
     section = EvalSection(tasks=["quiz.yaml"])
-    scores = TaskScores(section, Path("data/tiny"), World())
-    assert scores(loaded.model, loaded.tokenizer, loaded.path, stop) is None
+    scores = TaskScores(section, DataFolder.open(Path("data/tiny")), World(), print)
+    assert scores(loaded.model, loaded.path, stop) is None
     assert len(answered) == 3  # one question of six
 
 
@@ -157,7 +156,7 @@ def test_generated_answers_are_shared_too(tmp_path, monkeypatch):
         rank, size = 0, 2
 
         def gather(self, value):
-            other = type(value)(value.position, ([1, 3], ["b", "d"], 0.1))
+            other = type(value)(value.position, ({1: "b", 3: "d"}, 0.1))
             return [value, other]
 
     loaded = write_world(tmp_path)

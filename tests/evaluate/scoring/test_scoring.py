@@ -10,9 +10,8 @@ from torch import Tensor
 from lightlm.errors import LightLMError
 from lightlm.evaluate.scoring import score as scoring
 from lightlm.evaluate.scoring.batches import BatchSize
-from lightlm.evaluate.scoring.logits import fp32_logits
 from lightlm.evaluate.scoring.packing import Tree
-from lightlm.evaluate.scoring.score import Score, score, target_log_probs
+from lightlm.evaluate.scoring.score import Score, fp32_logits, score, target_log_probs
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES, build
 

@@ -127,7 +127,7 @@ def test_all_that_is_missing_is_named_before_the_model_loads(
     assert isinstance(done.exception, DataError)
     message = str(done.exception)
     assert "2 data sets cannot be read" in message
-    assert ("HF_HUB_OFFLINE is set" if offline_set else "no answer from http://127.0.0.1:9") in message.splitlines()[0]
+    assert ("HF_HUB_OFFLINE is set" if offline_set else "no answer from http://127.0.0.1:9") in message.splitlines()[1]
     assert f"{REPO} (easy)  for quiz_easy, quiz_written" in message
     assert f"{REPO} (hard)  for quiz_hard" in message
     assert "someone/prose" not in message

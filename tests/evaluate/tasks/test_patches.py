@@ -13,9 +13,3 @@ def test_templates_are_compiled_once_and_say_the_same():
         assert [utils.apply_template(template, document) for document in documents] == before
     assert compile_.call_count == 1
     assert "from_string" not in vars(utils.env)
-
-
-def test_another_lm_eval_without_the_environment_is_left_alone(monkeypatch):
-    monkeypatch.delattr(utils, "env")
-    with compiled_once():
-        pass
