@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +20,6 @@ import datasets
 from datasets import load_dataset
 from huggingface_hub import constants
 
-from lightlm.data.sources.hub.client import first_line, hub_errors
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks.needs import Need
@@ -56,15 +55,18 @@ class DataSets:
 
     Args:
         folder: laid out like the Hub, `folder/Rowan/hellaswag/<files>`; other data sets come from the cache or the Hub.
+
+    Attributes:
+        origins: by data set read so far, `from` (a folder, `files` or `hub`) and the Hub's `revision` if known.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._loaded: dict[str, Any] = {}
-        self._origins: dict[str, dict[str, str | None]] = {}
+        self.origins: dict[str, dict[str, str | None]] = {}
 
     def local(self, path: str) -> Path | None:
-        """Return a data set's place in the folder or beside the working directory, None if it is not there."""
+        """Return a data set's place in the folder or in the working directory, None if it is not there."""
         places = [Path(path)] if self.folder is None else [self.folder / path, Path(path)]
         return next((place for place in places if place.is_dir() and path not in _FORMATS), None)
 
@@ -87,28 +89,14 @@ class DataSets:
                 # The cache names the folder of a data set by its commit on the Hub.
                 folders = [Path(file["filename"]).parent.name for file in getattr(split, "cache_files", [])[:1]]
                 revision = next((folder for folder in folders if re.fullmatch(r"[0-9a-f]{40}", folder)), None)
-            self._origins[f"{path} ({name})" if name else path] = {"from": origin, "revision": revision}
+            self.origins[f"{path} ({name})" if name else path] = {"from": origin, "revision": revision}
         return copy.copy(self._loaded[key])  # a task may replace a split
-
-    def origins(self) -> dict[str, dict[str, str | None]]:
-        """Return by data set read so far: `from` (a folder, `files` or `hub`) and the Hub's `revision` if known."""
-        return dict(sorted(self._origins.items()))
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Replace `datasets.load_dataset` for all callers."""
         with mock.patch.object(datasets, "load_dataset", self.load):
             yield
-
-    def missing(self, needs: Iterable[Need]) -> list[tuple[Need, str]]:
-        """Return the needs that cannot be read, with reasons; keep the others for `load`."""
-        found = []
-        for need in needs:
-            try:
-                self.load(need.path, need.name, **need.options)
-            except hub_errors() as error:
-                found.append((need, first_line(error)))
-        return found
 
 
 def _reads_files(need: Need) -> bool:

@@ -145,10 +145,13 @@ class Tasks(TaskManager):
         Raises:
             DataError: some cannot be read; see also `needs`.
         """
-        with quiet():
-            needs = self.needs()
-            with self._without_retries(needs):
-                missing = self.data_sets.missing(needs)
+        missing = []
+        with quiet(), self._without_retries(needs := self.needs()):
+            for need in needs:
+                try:
+                    self.data_sets.load(need.path, need.name, **need.options)
+                except hub_errors() as error:
+                    missing.append((need, first_line(error)))
         if missing:
             raise unreadable(missing, self.settings, self.data_sets.folder)
 
