@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,6 @@ from huggingface_hub import constants
 
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.settings import Settings
-from lightlm.evaluate.tasks.needs import Need
 
 DATA_DIR_VARIABLE = "LIGHTLM_EVAL_DATA"
 RECORD = ".prefetched.json"  # in a data set's folder: the commit of each fetched configuration
@@ -50,6 +50,33 @@ def commits_in(place: Path) -> dict[str, str]:
     return commits
 
 
+@dataclass(frozen=True)
+class Need:
+    """A data set that tasks read.
+
+    Args:
+        path: a Hub id, or a format of `datasets` such as `json`.
+        name: the configuration.
+        options: further arguments of `load_dataset`.
+        tasks: names of the tasks.
+    """
+
+    path: str
+    name: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """`allenai/ai2_arc (ARC-Easy)`."""
+        return f"{self.path} ({self.name})" if self.name else self.path
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether it names files on this machine, as tasks on the user's own data do."""
+        return self.path in _FORMATS and "://" not in str(self.options.get("data_files", "://"))
+
+
 class DataSets:
     """Data sets by the names that tasks use, each read once.
 
@@ -72,7 +99,7 @@ class DataSets:
 
     def is_local(self, need: Need) -> bool:
         """Whether it can be read without the cache and the Hub."""
-        return self.local(need.path) is not None or _reads_files(need)
+        return self.local(need.path) is not None or need.reads_files
 
     def load(self, path: str, name: str | None = None, *more: Any, **options: Any) -> Any:
         """Load a data set like `datasets.load_dataset`."""
@@ -99,11 +126,6 @@ class DataSets:
             yield
 
 
-def _reads_files(need: Need) -> bool:
-    """Whether a need names files on this machine, as tasks on the user's own data do."""
-    return need.path in _FORMATS and "://" not in str(need.options.get("data_files", "://"))
-
-
 def unreadable(missing: list[tuple[Need, str]], settings: Settings, folder: Path | None) -> DataError:
     """Return the error for missing data sets: each with its tasks and reason, then how to fetch them into a cache."""
     head = "a data set cannot be read" if len(missing) == 1 else f"{len(missing)} data sets cannot be read"
@@ -124,4 +146,4 @@ def unreadable(missing: list[tuple[Need, str]], settings: Settings, folder: Path
         f"{command} --data-dir {place}",
         "The task heldout needs no download.",
     ]
-    return DataError("\n".join(lines if all(_reads_files(need) for need, _ in missing) else lines + advice))
+    return DataError("\n".join(lines if all(need.reads_files for need, _ in missing) else lines + advice))
