@@ -31,7 +31,6 @@ from lightlm.evaluate.runner import evaluate_model
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.evaluate.settings import Settings, split_list
-from lightlm.evaluate.tasks.heldout import common_folder
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import DEFAULT, Sampling
@@ -304,7 +303,6 @@ def evaluate(
     chosen = Tasks(Settings(names, limit, num_fewshot, own, further, sets, dtype=dtype))
     chosen.require_data()
     loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=dtype))._loaded
-    heldout_data = common_folder([] if data else [loaded.path], chosen.settings.data) if chosen.read_data else None
     file = result_file(loaded, chosen.settings, None)
-    done = evaluate_model(loaded, chosen, loaded.name, file, batch_size=str(batch_size), data=heldout_data)
+    done = evaluate_model(loaded, chosen, loaded.name, file, batch_size=str(batch_size))
     return done.to_dict()

@@ -83,12 +83,12 @@ def score(
 def _score_all(model: Transformer, requests: list[Request], batch_size: BatchSize) -> Iterator[tuple[Request, Score]]:
     # A block's products take 24 D^2 operations per token. Attention takes 4 D per pair, at a quarter of the speed.
     attention_cost = 1 / (1.5 * model.config.hidden_size)
-    for group in plan(requests, batch_size, attention_cost):
+    for tokens, followers in plan(requests, batch_size, attention_cost):
         prefix = None
-        if group.prefix:
-            prefix = model.new_cache(1, len(group.prefix))
-            model.hidden_states(torch.tensor([group.prefix], device=model.device), prefix)
-        for trees in batches(group.trees, batch_size):
+        if tokens:
+            prefix = model.new_cache(1, len(tokens))
+            model.hidden_states(torch.tensor([tokens], device=model.device), prefix)
+        for trees in batches(followers, batch_size):
             done = [request for tree in trees for request in tree.requests]
             yield from zip(done, _score_batch(model, trees, prefix), strict=True)
 
