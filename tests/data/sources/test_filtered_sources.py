@@ -9,7 +9,7 @@ import pytest
 
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import parquet as parquet_reader
-from lightlm.data.readers import records
+from lightlm.data.readers import texts as packing
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
@@ -35,7 +35,7 @@ def read(spec: Path | str, row_filter: Filter | None = None) -> list[str]:
 
 @pytest.mark.parametrize("chunk", [1 << 20, 60])
 def test_every_kind_of_file_is_filtered_alike(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (records, parquet_reader):
+    for module in (packing, parquet_reader):
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     for path in write(tmp_path):
         assert read(path, ROW_FILTER) == KEPT

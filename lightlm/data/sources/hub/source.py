@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightlm.data.readers.files import reader_of
-from lightlm.data.readers.records import Record, pack_records, record_of
-from lightlm.data.readers.texts import BadRecord, Texts, Unit
+from lightlm.data.readers.records import text_of
+from lightlm.data.readers.texts import BadRecord, Texts, Unit, pack
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.hub.client import (
     HubError,
@@ -146,10 +146,12 @@ def _is_read_here(listing: Listing, path: str) -> bool:
 def _read_streamed(
     listing: Listing, location: str, text_column: str, row_filter: Filter | None, bad: BadRecord
 ) -> Iterator[Texts]:
-    return pack_records(_streamed_records(listing, location, text_column, row_filter), row_filter, bad)
+    return pack(_streamed(listing, location, text_column, row_filter, bad))
 
 
-def _streamed_records(listing: Listing, location: str, text_column: str, row_filter: Filter | None) -> Iterator[Record]:
+def _streamed(
+    listing: Listing, location: str, text_column: str, row_filter: Filter | None, bad: BadRecord
+) -> Iterator[str]:
     """Yield the records of a file that `datasets` streams. After a failure, skip the rows that were already read."""
     rows = failures = 0
     where = f"{listing.repo}/{location.rpartition('/')[2]}"
@@ -157,7 +159,9 @@ def _streamed_records(listing: Listing, location: str, text_column: str, row_fil
         try:
             for row in itertools.islice(_stream(listing, location), rows, None):
                 rows, failures = rows + 1, 0
-                yield record_of(row, lambda: where, text_column, row_filter)
+                text = text_of(row, lambda: where, text_column, row_filter, bad)
+                if text is not None:
+                    yield text
             return
         except hub_errors() as error:
             failures += 1
