@@ -43,6 +43,4 @@ def suffix_of(file: File) -> str | None:
 
 def reader_of(file: File) -> Reader:
     """Return the reader of a file that has one."""
-    suffix = suffix_of(file)
-    assert suffix is not None
-    return READERS[suffix]
+    return READERS[suffix_of(file) or ""]

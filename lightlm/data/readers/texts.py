@@ -67,18 +67,6 @@ class Unit:
     texts: Stream
     size: int | None = None
 
-    def read(self) -> Iterator[str]:
-        """Yield the documents as strings, large ones joined; raises the first mistake."""
-        parts: list[str] = []
-        for array, unfinished in self.texts(raise_bad):
-            if unfinished or parts:
-                parts.append(array[0].as_py())
-                if not unfinished:
-                    yield "".join(parts)
-                    parts = []
-            else:
-                yield from array.to_pylist()
-
 
 def raise_bad(error: DataError) -> None:
     """Raise the mistake: the `BadRecord` of a run without --skip-bad."""
