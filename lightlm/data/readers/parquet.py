@@ -31,8 +31,8 @@ from lightlm.errors import DataError
 FOOTERS = 4  # kept per process, as files are read one after the other
 
 # A buffer: otherwise the whole column of a row group, which may be gigabytes, is read before its first page. Each fill
-# of it is a request to a remote file, so there it is the file's own.
-LOCAL_BUFFER_BYTES = 1 << 20
+# of it is a request to a remote file.
+LOCAL_BUFFER_BYTES, REMOTE_BUFFER_BYTES = 1 << 20, 8 << 20
 
 
 def parquet_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
@@ -88,7 +88,7 @@ def read_row_group(
         # Few rows at a time: about a chunk by the average, since one text may be far above it.
         rows = max(1, min(4_096, int(size.num_rows * CHUNK_BYTES / max(1, size.total_byte_size))))
         source = file if is_local(file) else file.open("rb", buffering=0)
-        buffer = getattr(file, "request_bytes", LOCAL_BUFFER_BYTES)
+        buffer = LOCAL_BUFFER_BYTES if is_local(file) else REMOTE_BUFFER_BYTES
         with parquet.ParquetFile(source, metadata=footer, buffer_size=buffer, pre_buffer=False) as opened:
             tested = row_filter.arrow_columns(opened.schema_arrow) if row_filter is not None else []
             expression = row_filter.arrow(opened.schema_arrow, where) if row_filter is not None else None

@@ -18,6 +18,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.compute
 
-Literal = str | int | float | bool
 Comparison = Callable[[Any, Any], Any]  # of the `operator` module
 Node = tuple[Any, ...]
 """(comparison, column, literal), ("null", column), ("not", node), ("and", nodes) or ("or", nodes)."""
@@ -58,28 +58,24 @@ _LARGEST = 2**63 - 1
 _EXAMPLE = "for example --filter \"score >= 3 and language in ['en', 'de']\""
 
 
+@dataclass(frozen=True)
 class Filter:
-    """A parsed `--filter`. It can be pickled, and two filters of the same text are equal."""
+    """A parsed `--filter`. It can be pickled. Raises UsageError for any other text; the message quotes the place."""
 
-    def __init__(self, text: str) -> None:
-        """Raises UsageError where `text` is not such an expression; the message quotes the place."""
-        self.text = text
-        parser = _Parser(text.strip())
-        self._root, self._kinds = parser.parse(), parser.kinds
+    text: str
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Filter) and other.text == self.text
+    def __post_init__(self) -> None:
+        _ = self._parsed
 
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    def __reduce__(self) -> tuple[type["Filter"], tuple[str]]:
-        return Filter, (self.text,)
+    @functools.cached_property
+    def _parsed(self) -> tuple[Node, dict[str, str | None]]:
+        parser = _Parser(self.text.strip())
+        return parser.parse(), parser.kinds
 
     @property
     def columns(self) -> list[str]:
         """The columns that the expression names, each once, in their order."""
-        return list(self._kinds)
+        return list(self._parsed[1])
 
     def arrow(self, schema: "pyarrow.Schema", where: str) -> "pyarrow.compute.Expression":
         """Return the expression for tables of this schema.
@@ -89,14 +85,15 @@ class Filter:
         import pyarrow
         import pyarrow.compute
 
+        root, kinds = self._parsed
         fields = {}
         try:
-            for column, wanted in self._kinds.items():
+            for column, wanted in kinds.items():
                 path, kind = _arrow_column(column, schema)
                 if wanted not in {None, kind}:
                     raise _mismatch(column, kind, wanted)
                 fields[column] = pyarrow.compute.field(*path)
-            expression = _arrow_expression(self._root, fields)
+            expression = _arrow_expression(root, fields)
             schema.empty_table().filter(expression)
         except (_MismatchError, pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise DataError(f'{where}: --filter "{self.text}": {error}') from None
@@ -111,11 +108,12 @@ class Filter:
 
         Raises DataError where it lacks a column or holds a value of another kind; `where()` names the record.
         """
+        root, kinds = self._parsed
         try:
-            values = {column: _value(record, column, kind) for column, kind in self._kinds.items()}
+            values = {column: _value(record, column, kind) for column, kind in kinds.items()}
         except _MismatchError as error:
             raise DataError(f'{where()}: --filter "{self.text}": {error}') from None
-        return _truth(self._root, values) is True
+        return _truth(root, values) is True
 
 
 def matching_rows(table: "pyarrow.Table", expression: "pyarrow.compute.Expression") -> np.ndarray:
@@ -188,24 +186,17 @@ class _Parser:
         return ("not", found) if isinstance(comparison, ast.IsNot | ast.NotIn) else found
 
     def _compared(self, column: str, compare: Comparison, node: ast.expr) -> Node:
-        literal = self._literal(node)
+        try:
+            literal = ast.literal_eval(node)
+        except (TypeError, ValueError):
+            literal = None
+        if not isinstance(literal, str) and not (isinstance(literal, int | float) and abs(literal) <= _LARGEST):
+            raise self._expected("a number, a quoted text, true or false", node)
         kind = _kind(literal)
         if self.kinds.get(column) not in {None, kind}:
             raise self._expected(f"{self.kinds[column]}, as {column!r} is compared with elsewhere,", node)
         self.kinds[column] = kind
         return compare, column, literal
-
-    def _literal(self, node: ast.expr) -> Literal:
-        match node:
-            case ast.Constant(value=str() | bool() as value):
-                return value
-            case ast.Constant(value=int() | float() as number) if number <= _LARGEST:
-                return number
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)) if (
-                not isinstance(number, bool) and number <= _LARGEST
-            ):
-                return -number
-        raise self._expected("a number, a quoted text, true or false", node)
 
     def _source(self, node: ast.expr) -> str:
         return self._text[self._place(node.col_offset) : self._place(node.end_col_offset or 0)]
@@ -267,9 +258,8 @@ def _truth(node: Node, values: Mapping[str, Any]) -> bool | None:
         case ("and" | "or") as word, operands:
             truths = {_truth(operand, values) for operand in operands}
             return (word == "or") if (word == "or") in truths else None if None in truths else word == "and"
-        case compare, column, literal:
-            return None if values[column] is None else compare(values[column], literal)
-    raise AssertionError(node)
+    compare, column, literal = node
+    return None if values[column] is None else compare(values[column], literal)
 
 
 def _arrow_expression(node: Node, fields: Mapping[str, Any]) -> Any:
@@ -281,9 +271,8 @@ def _arrow_expression(node: Node, fields: Mapping[str, Any]) -> Any:
         case ("and" | "or") as word, operands:
             combine = operator.or_ if word == "or" else operator.and_
             return functools.reduce(combine, [_arrow_expression(operand, fields) for operand in operands])
-        case compare, column, literal:
-            return compare(fields[column], literal)
-    raise AssertionError(node)
+    compare, column, literal = node
+    return compare(fields[column], literal)
 
 
 def _arrow_column(column: str, schema: "pyarrow.Schema") -> tuple[tuple[str, ...], str]:

@@ -16,7 +16,7 @@ from lightlm.data.readers import parquet as footers
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.hub import files as hub_files
-from lightlm.data.sources.hub.client import HubError, back_off
+from lightlm.data.sources.hub.client import HubError, persistently
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError, LightLMError
 from tests.corpus import read_unit
@@ -388,5 +388,13 @@ def test_the_wait_is_as_long_as_the_hub_asks(
 
     waited: list[float] = []
     monkeypatch.setattr("lightlm.data.sources.hub.client.time.sleep", waited.append)
-    back_off("Reading", RateLimitError(), 1)
+    monkeypatch.setattr("lightlm.data.sources.hub.client.RETRY_DELAYS", (1.0,))
+    outcomes = iter([RateLimitError(), None])
+
+    def once_limited() -> None:
+        outcome = next(outcomes)
+        if outcome is not None:
+            raise outcome
+
+    persistently("Reading", once_limited)
     assert waited == [seconds]

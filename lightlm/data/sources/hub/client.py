@@ -51,24 +51,17 @@ def persistently(what: str, action: Callable[[], T]) -> T:
             return action()
         except hub_errors() as error:
             failures += 1
-            back_off(what, error, failures)
-
-
-def back_off(what: str, error: BaseException, failures: int) -> None:
-    """Wait after the `failures`-th failure in a row. Raise `error` if it will not pass, HubError after the last try."""
-    if not may_pass(error):
-        raise error
-    if failures > len(RETRY_DELAYS):
-        raise HubError(
-            f"{what} from the Hugging Face Hub failed {failures} times in a row ({first_line(error)}). "
-            "Rerun the same command when the connection is better."
-        ) from error
-    delay = max(RETRY_DELAYS[failures - 1], min(_requested_delay(error), LONGEST_DELAY))
-    _log.log(
-        logging.WARNING if failures > 1 else logging.INFO,  # a single failure per hour is normal
-        f"{what} failed ({first_line(error)}); retrying in {delay:.0f} s",
-    )
-    time.sleep(delay)
+            if not may_pass(error):
+                raise
+            if failures > len(RETRY_DELAYS):
+                raise HubError(
+                    f"{what} from the Hugging Face Hub failed {failures} times in a row ({first_line(error)}). "
+                    "Rerun the same command when the connection is better."
+                ) from error
+            delay = max(RETRY_DELAYS[failures - 1], min(_requested_delay(error), LONGEST_DELAY))
+            level = logging.WARNING if failures > 1 else logging.INFO  # a single failure per hour is normal
+            _log.log(level, f"{what} failed ({first_line(error)}); retrying in {delay:.0f} s")
+            time.sleep(delay)
 
 
 def may_pass(error: BaseException) -> bool:

@@ -39,11 +39,6 @@ class HubFile:
         """The last part of the path."""
         return PurePosixPath(self.path).name
 
-    @property
-    def request_bytes(self) -> int:
-        """The best size for buffered reads."""
-        return REQUEST_BYTES
-
     def stat(self) -> SimpleNamespace:
         """Return the size in bytes. The content never changes at one commit, so the time is 0."""
         return SimpleNamespace(st_size=self.size, st_mtime_ns=0)

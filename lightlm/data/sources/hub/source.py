@@ -114,11 +114,16 @@ class HubSource:
         """
         from huggingface_hub import constants, hf_hub_download
 
-        listing = self.listing
+        listing, cache = self.listing, constants.HF_HUB_CACHE
         write_record(listing, self._request.revision or "main")
         wanted = {path: size for path, size in listing.files if listing.cached(path) is None}
-        _check_room(Path(constants.HF_HUB_CACHE), sum(wanted.values()))
-        options = {"repo_type": "dataset", "revision": listing.commit, "cache_dir": constants.HF_HUB_CACHE}
+        size, free = sum(wanted.values()), shutil.disk_usage(cache).free
+        if size > free:
+            raise DataError(
+                f"The download needs {size / 1e9:,.1f} GB, and the disk of {cache} has {free / 1e9:,.1f} GB left. "
+                "Set HF_HOME to a folder on a larger disk, or prepare without --download-only, which streams."
+            )
+        options = {"repo_type": "dataset", "revision": listing.commit, "cache_dir": cache}
         # In sequence: Ctrl-C ends a download at once, which it does not with threads.
         with quiet_libraries(bars=True):
             for path in wanted:
@@ -157,14 +162,3 @@ def _read_streamed(
     except hub_errors() as error:
         kind = HubError if may_pass(error) else DataError
         raise kind(f"{where}: cannot be read: {first_line(error)}") from error
-
-
-def _check_room(cache: Path, wanted: int) -> None:
-    """Raise DataError where the disk of the cache has less space than a download needs."""
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if wanted > free:
-        raise DataError(
-            f"The download needs {wanted / 1e9:,.1f} GB, and the disk of {cache} has {free / 1e9:,.1f} GB left. "
-            "Set HF_HOME to a folder on a larger disk, or prepare without --download-only, which streams."
-        )
