@@ -63,7 +63,7 @@ def test_the_table_and_the_next_command(run) -> None:  # type: ignore[no-untyped
 
 
 def test_pydocs_needs_no_options_and_no_network(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(pydocs, "_cached_documents", lambda: DOCUMENTS)
+    monkeypatch.setattr(pydocs, "pydocs_documents", lambda: DOCUMENTS)
     result = run("pydocs", "--json")
     assert json.loads(result.stdout)["next"] == "lightlm train recipes/demo.yaml"
     assert DataFolder.open("data/pydocs").manifest.settings["tokenizer"] == "train:8192"

@@ -83,7 +83,7 @@ def encode_here(job: Job, block: Block, version: str) -> EncodedBlock:
             "version on both."
         )
     # Without this check --skip-bad would leave out a source that is missing on this node.
-    for path in (job.tokenizer, *_files(block.units[0].stream)):
+    for path in (job.tokenizer, *_files(block.units[0].texts)):
         if not path.exists():
             raise DataError(f"The Ray node {platform.node()} has no {path}. {SHARED} nodes.")
     return read_or_encode(job, block)

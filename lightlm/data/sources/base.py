@@ -1,6 +1,6 @@
 """The protocols of a source of text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 from lightlm.data.readers.texts import Unit
@@ -59,10 +59,9 @@ def at_revision(source: Source, revision: str | None) -> Source:
     return source
 
 
-class Opener(Protocol):
-    """Returns the source that `spec` names. Raises DataError for a name or path that cannot be read.
+Opener = Callable[[str, str, Filter | None], Source]
+"""Returns the source that a spec names: (spec, text_column, row_filter).
 
-    Only records that `row_filter` keeps are read. Nothing is read yet, and the network is not used.
-    """
-
-    def __call__(self, spec: str, text_column: str, row_filter: Filter | None) -> Source: ...
+Only records that `row_filter` keeps are read. Nothing is read yet, and the network is not used. Raises DataError for a
+name or path that cannot be read.
+"""

@@ -1,6 +1,7 @@
 """Local files, folders and globs as a source."""
 
 import glob
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,9 +44,9 @@ class LocalSource:
                 place = "in this folder" if given.exists() else "that this pattern matches"
                 raise DataError(f"{given}: no file {place} can be read; supported are {supported}")
             files = sorted(visible, key=self._relative)
-        for path in files:
-            if not str(path).isascii():
-                _check_name(path)
+        unreadable = next((path for path in files if re.search("[\udc80-\udcff]", str(path))), None)
+        if unreadable is not None:  # manifests and messages cannot hold it
+            raise DataError(f"{str(unreadable)!r}: this file's name is not UTF-8. Rename it")
         plain = next((path for path in files if not reader_of(path).has_columns), None)
         if plain is not None and self._row_filter is not None:
             raise DataError(f'--filter "{self._row_filter.text}": {plain} is plain text, without columns to judge')
@@ -73,14 +74,6 @@ def _split_glob(path: Path) -> tuple[Path, str]:
     """Split a pattern into the folder before its first wildcard, and the rest."""
     fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
     return Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
-
-
-def _check_name(path: Path) -> None:
-    """Raises DataError for a name that is not UTF-8: manifests and messages cannot hold it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{str(path)!r}: this file's name is not UTF-8. Rename it") from None
 
 
 def _stem(path: Path) -> str:

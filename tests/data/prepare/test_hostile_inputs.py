@@ -19,7 +19,7 @@ from lightlm.data.readers import jsonl as readers
 from lightlm.data.sources.stdin import standard_input
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError, UsageError
-from tests.corpus import texts
+from tests.corpus import read_unit, texts
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_two_pipes_do_not_share_a_file(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
     def read(source: Any) -> list[str]:
-        return [text for unit in source.units() for text in unit.read()]
+        return [text for unit in source.units() for text in read_unit(unit)]
 
     pipe(b'{"text": "first"}\n')
     with standard_input(tmp_path / "out", "text") as first:

@@ -13,11 +13,12 @@ from lightlm.data.readers import parquet as parquet_reader
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
+from tests.corpus import read_unit
 from tests.data.sources.test_local import write_parquet
 
 
 def read(path: Path, row_filter: Filter | None = None) -> list[str]:
-    return [text for unit in open_source(str(path), "text", row_filter).units() for text in unit.read()]
+    return [text for unit in open_source(str(path), "text", row_filter).units() for text in read_unit(unit)]
 
 
 @pytest.mark.parametrize("row_filter", [None, Filter("score >= 40")], ids=["all", "filtered"])
