@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,9 +160,6 @@ def _finished_folder(source: str | None) -> Path | None:
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """Handle SIGTERM (kill, a job scheduler's time limit) like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
-        yield
-        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

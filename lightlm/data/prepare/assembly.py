@@ -136,7 +136,7 @@ class Assembly:
         count -= before if before <= count // 2 else 0
         for tokens in train.tail(count):
             val.add(tokens)
-        token_bytes = self._tokenizer.token_bytes().astype(np.int64)
+        token_bytes = self._tokenizer.token_bytes().astype(np.int64)  # exact for byte-level tokenizers
         moved = min(int(val.token_counts @ token_bytes), train.state.text_bytes)
         train.state.text_bytes, val.state.text_bytes = train.state.text_bytes - moved, moved
         train.forget_tail(count)

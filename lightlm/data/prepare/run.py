@@ -29,7 +29,7 @@ from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode
 from lightlm.data.select.filters import Filter
 from lightlm.data.shards import Manifest, token_dtype
-from lightlm.data.sources.base import Revisable, Source
+from lightlm.data.sources.base import Source, at_revision
 from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.sources.registry import open_source
 from lightlm.data.sources.sample import training_sample
@@ -203,7 +203,7 @@ class _Preparation:
 
     def run(self, settings: dict[str, Setting], overwrite: bool) -> Manifest:
         workspace = self._workspace
-        self._pin(workspace.open(settings, overwrite=overwrite))
+        self._source = at_revision(self._source, workspace.open(settings, overwrite=overwrite))
         try:
             self._source_bytes = getattr(self._source, "size", None)
             tokenizer = self._tokenizer()
@@ -221,18 +221,6 @@ class _Preparation:
                 message = str(error).removesuffix(".")
                 error.args = (f"{message}. Progress is saved. Rerun the same command to resume{skip}.",)
             raise
-
-    def _pin(self, revision: str | None) -> None:
-        """Read the source at the revision at which the preparation began."""
-        if revision is None:
-            return
-        if isinstance(self._source, Revisable):  # first: asking for the latest revision needs the network
-            self._source = self._source.at_revision(revision)
-        elif revision != self._source.revision:
-            raise DataError(
-                f"{self._source.spec} has changed since {self._workspace.path} began: {revision} then, "
-                f"{self._source.revision} now. Use --overwrite to start over."
-            )
 
     def _tokenizer(self) -> Tokenizer:
         """Return the tokenizer; a resumed preparation uses the one in its folder."""

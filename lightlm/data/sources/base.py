@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
+from lightlm.errors import DataError
 
 
 class Source(Protocol):
@@ -39,6 +40,23 @@ class Revisable(Protocol):
     """A source that can be read in an earlier state, so that an interrupted preparation can resume."""
 
     def at_revision(self, revision: str) -> Source: ...
+
+
+def at_revision(source: Source, revision: str | None) -> Source:
+    """Return the source in the state that an earlier process read, if `revision` names one.
+
+    Raises DataError where the source has changed.
+    """
+    if revision is None:
+        return source
+    if isinstance(source, Revisable):  # first: the latest revision may need the network
+        return source.at_revision(revision)
+    if revision != source.revision:
+        raise DataError(
+            f"{source.spec} has changed since this preparation began: {revision} then, {source.revision} now. "
+            "Use --overwrite to start over."
+        )
+    return source
 
 
 class Opener(Protocol):
