@@ -15,13 +15,7 @@ from pyarrow import compute
 
 from lightlm.data.prepare.blocks import BLANK, HASHES, Block, BlockReader, Job, split_hashes
 from lightlm.data.prepare.encoded_block import EncodedBlock, EncodedBlockWriter
-from lightlm.data.prepare.encoders import (
-    EncoderError,
-    check_sample,
-    encode_large,
-    refuse_end_of_text,
-    worker_encoder,
-)
+from lightlm.data.prepare.encoders import EncoderError, check_sample, encode_large, refuse_end_of_text, worker_encoder
 from lightlm.data.readers import texts as sizes
 from lightlm.data.readers.texts import Texts, byte_lengths, in_chunks
 from lightlm.data.shards import token_dtype
