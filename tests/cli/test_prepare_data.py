@@ -155,8 +155,9 @@ def test_progress_says_speed_and_time_left_of_this_process(
 
 
 def test_engines_that_do_not_exist_or_take_no_address(run) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(UsageError, match="--engine slurm: choose one of threads, ray"):
-        run("corpus.jsonl", "--engine", "slurm")
+    refused = run("corpus.jsonl", "--engine", "slurm")
+    assert refused.exit_code == 2
+    assert "--engine" in refused.output
     with pytest.raises(UsageError, match="--ray-address is for --engine ray"):
         run("corpus.jsonl", "--ray-address", "10.0.0.1:6379")
 

@@ -8,14 +8,12 @@ being encoded.
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel
 
 from lightlm.data.prepare.encoded_block import EncodedBlock, block_path, read_tokens, remove_encoded_block
-from lightlm.data.prepare.order import Span, leads, train_order
 from lightlm.data.prepare.writer import SplitWriter, WriterState
 from lightlm.data.shards import SPLITS, ShardEntry, Split, UnigramEntropy, token_dtype
 from lightlm.data.tokenizer import Tokenizer
@@ -72,38 +70,17 @@ class Assembly:
             )
             for number, split in enumerate(SPLITS)
         }
-        self._leading: list[EncodedBlock] = []  # the first blocks, until the order of their documents is known
         self._unsaved: list[int] = []  # blocks that are appended and not deleted yet
         self._unsaved_tokens = 0
 
     def add(self, encoded: EncodedBlock) -> None:
         """Append the next block."""
-        self._leading.append(encoded)
-        if self.state.blocks or not self._val_fraction or not leads(self._leading):
-            self._append_leading()
-
-    def _append_leading(self) -> None:
-        blocks, self._leading = self._leading, []
-        if self._val_fraction and not self.state.blocks and blocks[-1].tokens["val"]:
-            spans: Iterable[Span] = train_order(blocks)
-        else:
-            spans = [(encoded.number, 0, encoded.tokens["train"]) for encoded in blocks]
-        for number, start, end in spans:
-            self._copy("train", number, start, end)
-        for encoded in blocks:
-            self._copy("val", encoded.number, 0, encoded.tokens["val"])
-            self._count(encoded)
-        if self._unsaved_tokens >= SAVE_TOKENS:
-            self.save()
-
-    def _copy(self, split: Split, number: int, start: int, end: int) -> None:
-        if end > start:
-            for tokens in read_tokens(block_path(self._blocks, number, split), self._dtype, start, end):
-                self._writers[split].add(tokens)
-
-    def _count(self, encoded: EncodedBlock) -> None:
         state = self.state
-        for split in SPLITS:
+        for split, tokens in encoded.tokens.items():
+            if tokens:
+                path = block_path(self._blocks, encoded.number, split)
+                for part in read_tokens(path, self._dtype, 0, tokens):
+                    self._writers[split].add(part)
             self._writers[split].state.text_bytes += encoded.text_bytes[split]
         state.dropped = dict(sorted((Counter(state.dropped) + Counter(encoded.dropped)).items()))
         state.bad += encoded.bad[: LISTED - len(state.bad)]
@@ -119,6 +96,8 @@ class Assembly:
                 by_source[encoded.source] = by_source.get(encoded.source, 0) + count
         self._unsaved.append(encoded.number)
         self._unsaved_tokens += encoded.total_tokens
+        if self._unsaved_tokens >= SAVE_TOKENS:
+            self.save()
 
     @property
     def text_bytes(self) -> dict[Split, int]:
@@ -132,8 +111,6 @@ class Assembly:
 
     def finish(self) -> None:
         """Fill an empty validation split from the train split, and close the shards."""
-        if self._leading:
-            self._append_leading()
         train, val = (self._writers[split] for split in SPLITS)
         if self._val_fraction and train.state.total_tokens > 1 and not val.state.total_tokens:
             self._move_tail(train, val)

@@ -15,13 +15,7 @@ from pyarrow import compute
 
 from lightlm.data.prepare.blocks import BLANK, HASHES, Block, BlockReader, Job, split_hashes
 from lightlm.data.prepare.encoded_block import EncodedBlock, EncodedBlockWriter
-from lightlm.data.prepare.encoders import (
-    EncoderError,
-    check_sample,
-    encode_large,
-    refuse_end_of_text,
-    worker_encoder,
-)
+from lightlm.data.prepare.encoders import EncoderError, check_sample, encode_large, refuse_end_of_text, worker_encoder
 from lightlm.data.readers import texts as sizes
 from lightlm.data.readers.texts import Texts, byte_lengths, in_chunks
 from lightlm.data.shards import token_dtype
@@ -100,7 +94,7 @@ class _BlockEncoder:
         if self._job.signer is not None:
             self._writer.add_documents(self._job.signer.sign(visible[:count].to_pylist()), lengths + 1, text_bytes)
         val = hashes[:count] < self._job.val_fraction * HASHES
-        self._writer.count(hashes[:count], val, lengths + 1, text_bytes)
+        self._writer.count(val, text_bytes)
         for_val = np.repeat(val, lengths + 1)
         self._writer.add("train", tokens[~for_val] if val.any() else tokens)
         self._writer.add("val", tokens[for_val])
@@ -134,12 +128,11 @@ class _BlockEncoder:
             self._fitting(lengths)
             if self._job.signer is not None:
                 self._writer.add_documents(self._job.signer.of_hash(digest.intdigest()), lengths, bytes_of_one)
-            hashes = np.array([digest.intdigest() % HASHES])
-            val = hashes < self._job.val_fraction * HASHES
-            self._writer.count(hashes, val, lengths, bytes_of_one)
+            val = digest.intdigest() % HASHES < self._job.val_fraction * HASHES
+            self._writer.count(np.array([val]), bytes_of_one)
             spool.seek(0)
             while data := spool.read(1 << 24):
-                self._writer.add("val" if val[0] else "train", np.frombuffer(data, dtype))
+                self._writer.add("val" if val else "train", np.frombuffer(data, dtype))
         self._report(1, 0, 1)
 
     def _fitting(self, lengths: np.ndarray) -> int:

@@ -31,7 +31,6 @@ class EncodedBlock(BaseModel):
     """What an encoded block holds.
 
     `first_unit` and `limit` identify the block that was encoded; `source` is the number of its source in a mixture.
-    `leading` lists (hash, tokens) of the train documents before the block's first validation document, see `order`.
     `bad` holds the first messages of `--skip-bad`. `flagged` counts the documents that a filter reports and keeps;
     `listed` holds the first messages of filters. `xxh3` maps the block's files to their checksums.
     """
@@ -43,7 +42,6 @@ class EncodedBlock(BaseModel):
     documents: int = 0
     tokens: dict[Split, int] = Field(default_factory=_zeros)
     text_bytes: dict[Split, int] = Field(default_factory=_zeros)
-    leading: list[tuple[int, int]] = []
     xxh3: dict[str, str] = {}
     dropped: dict[str, int] = {}
     bad: list[str] = []
@@ -120,14 +118,8 @@ class EncodedBlockWriter:
         self._write(split, np.ascontiguousarray(tokens, self.dtype))
         self.encoded.tokens[split] += tokens.size
 
-    def count(self, hashes: np.ndarray, val: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray) -> None:
-        """Count documents before their tokens are added, all arrays of shape (documents,).
-
-        The hash that decides the split, whether it is for validation, its tokens and its bytes of text.
-        """
-        if not self.encoded.tokens["val"]:
-            first = int(val.argmax()) if val.any() else len(val)
-            self.encoded.leading += zip(hashes[:first].tolist(), tokens[:first].tolist(), strict=True)
+    def count(self, val: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Count documents: whether each is for validation and its bytes of text, both of shape (documents,)."""
         self.encoded.documents += len(val)
         self.encoded.text_bytes["val"] += int(text_bytes[val].sum())
         self.encoded.text_bytes["train"] += int(text_bytes[~val].sum())

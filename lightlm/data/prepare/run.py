@@ -144,13 +144,6 @@ def prepare(
             )
 
 
-def verify(path: str | os.PathLike[str]) -> Manifest:
-    """Check a data folder completely, checksums included. Raises DataError naming the first mismatch."""
-    folder = DataFolder.open(path)
-    folder.verify()
-    return folder.manifest
-
-
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

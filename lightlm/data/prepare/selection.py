@@ -142,10 +142,9 @@ class Selector:
             listed=old.listed,
         )
         with EncodedBlockWriter(job.folder, encoded, dtype) as writer:
-            hashes = (documents[:, 0] % np.uint64(HASHES)).astype(np.int64)
-            val = hashes < job.val_fraction * HASHES
+            val = (documents[:, 0] % np.uint64(HASHES)).astype(np.int64) < job.val_fraction * HASHES
             lengths, text_bytes = documents[:, -2].astype(np.int64), documents[:, -1].astype(np.int64)
-            writer.count(hashes[keep], val[keep], lengths[keep], text_bytes[keep])
+            writer.count(val[keep], text_bytes[keep])
             for split in SPLITS:
                 mine = val if split == "val" else ~val
                 for start, end in _spans(lengths[mine], keep[mine]):

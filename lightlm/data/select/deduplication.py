@@ -18,23 +18,15 @@ import xxhash
 from lightlm.data.hashing import mix
 from lightlm.data.select.hash_index import HashIndex
 from lightlm.data.select.ngrams import ngram_hashes, word_hashes
-from lightlm.errors import DataError, UsageError
+from lightlm.errors import DataError
 
 Mode = Literal["exact", "near"]
-MODES: tuple[Mode, ...] = ("exact", "near")
 
 KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE = 0, 1, 2
 
 SHINGLE_WORDS = 5
 BANDS, ROWS = 14, 8
 SEED = 1
-
-
-def checked_mode(text: str | None) -> Mode | None:
-    """Return the value of `--dedup`. Raises UsageError for anything but the modes."""
-    if text is not None and text not in MODES:
-        raise UsageError(f"--dedup {text}: choose {' or '.join(MODES)}")
-    return text
 
 
 class Signer:
