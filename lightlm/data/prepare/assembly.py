@@ -7,13 +7,12 @@ being encoded.
 
 import io
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import Field
 
-from lightlm.data.prepare.encoded_block import EncodedBlock, block_path, read_tokens, remove_encoded_block
+from lightlm.data.prepare.encoded_block import EncodedBlock, LeftOut, block_path, read_tokens, remove_encoded_block
 from lightlm.data.prepare.writer import SplitWriter, WriterState
 from lightlm.data.shards import SPLITS, ShardEntry, Split, UnigramEntropy, token_dtype
 from lightlm.data.tokenizer import Tokenizer
@@ -29,7 +28,7 @@ SAVE_TOKENS = 50_000_000  # between two states: a fifth of a second of copying, 
 LISTED = 1_000  # messages about skipped records that the manifest keeps
 
 
-class AssemblyState(BaseModel):
+class AssemblyState(LeftOut):
     """How far the assembly is: the shards hold the first `blocks` blocks, up to what the writers' states say.
 
     `source_documents` and `source_tokens` are keyed by the number of a mixture's source.
@@ -38,13 +37,9 @@ class AssemblyState(BaseModel):
     blocks: int = 0
     documents: int = 0
     tokens: int = 0
-    source_documents: dict[int, int] = {}
-    source_tokens: dict[int, int] = {}
+    source_documents: dict[int, int] = Field(default_factory=dict)
+    source_tokens: dict[int, int] = Field(default_factory=dict)
     writers: dict[Split, WriterState]
-    dropped: dict[str, int] = {}
-    bad: list[str] = []
-    flagged: dict[str, int] = {}
-    listed: list[str] = []
 
 
 class Assembly:
@@ -82,18 +77,12 @@ class Assembly:
                 for part in read_tokens(path, self._dtype, 0, tokens):
                     self._writers[split].add(part)
             self._writers[split].state.text_bytes += encoded.text_bytes[split]
-        state.dropped = dict(sorted((Counter(state.dropped) + Counter(encoded.dropped)).items()))
-        state.bad += encoded.bad[: LISTED - len(state.bad)]
-        state.flagged = dict(sorted((Counter(state.flagged) + Counter(encoded.flagged)).items()))
-        state.listed += encoded.listed[: LISTED - len(state.listed)]
+        state.add(encoded, LISTED)
         state.blocks, state.documents = encoded.number + 1, state.documents + encoded.documents
         state.tokens += encoded.total_tokens
-        if encoded.source is not None:
-            for by_source, count in (
-                (state.source_documents, encoded.documents),
-                (state.source_tokens, encoded.total_tokens),
-            ):
-                by_source[encoded.source] = by_source.get(encoded.source, 0) + count
+        if (source := encoded.source) is not None:
+            state.source_documents[source] = state.source_documents.get(source, 0) + encoded.documents
+            state.source_tokens[source] = state.source_tokens.get(source, 0) + encoded.total_tokens
         self._unsaved.append(encoded.number)
         self._unsaved_tokens += encoded.total_tokens
         if self._unsaved_tokens >= SAVE_TOKENS:
@@ -155,8 +144,8 @@ class Assembly:
             remove_encoded_block(self._blocks, block)
         self._unsaved, self._unsaved_tokens = [], 0
 
-    def abandon(self) -> None:
-        """Close the open files."""
+    def close(self) -> None:
+        """Close the open files; what is not saved is done again when the preparation resumes."""
         for writer in self._writers.values():
             writer.abandon()
 

@@ -14,10 +14,11 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from lightlm.data.prepare.encoders import Encoder
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import jsonl as readers
 from lightlm.data.sources.stdin import standard_input
-from lightlm.data.tokenizer import train_tokenizer
+from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.errors import DataError, UsageError
 from tests.corpus import read_unit, texts
 
@@ -132,7 +133,9 @@ def test_a_tokenizer_that_reads_its_end_of_text_token_in_a_text_is_refused(
     with pytest.raises(DataError, match=r"end-of-text token '</s>'.*--tokenizer"):
         prepare(str(source), spec, tmp_path / "out")
     # What the first look cannot know, the ids show.
-    monkeypatch.setattr("lightlm.data.prepare.run.choose_encoder", lambda *_: ("tokenizers", None))
+    monkeypatch.setattr(
+        "lightlm.data.prepare.run.choose_encoder", lambda _, path: (Encoder(Tokenizer.from_file(path)), None)
+    )
     monkeypatch.setattr(texts, "LARGE_BYTES", 1_000)
     with pytest.raises(DataError, match=r"end-of-text token '</s>'.*a\.jsonl"):
         prepare(str(source), spec, tmp_path / "out", skip_bad=True)
