@@ -15,8 +15,6 @@ def parse_quantity(text: str | int | float, base: int = 1000) -> int:
     Raises:
         ValueError: the text is not a quantity, or not a whole number (`0.5`).
     """
-    if isinstance(text, bool):
-        raise ValueError("write a whole number such as 3000, 512K, 10M or 1.5B")
     match = _QUANTITY.fullmatch(str(text))
     if match is None:
         raise ValueError("write a whole number such as 3000, 512K, 10M or 1.5B")

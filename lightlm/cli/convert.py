@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lightlm.cli.console import console, out, print_json
+from lightlm.cli.console import console, out, print_json, print_table
 from lightlm.convert.formats import FORMATS, Format, convert_model, format_named, format_of, reader_of
 from lightlm.errors import UsageError
 
@@ -83,8 +83,12 @@ def convert(
     facts = convert_model(source, reader, target, writer, DTYPES[dtype], verify=verify)
     written = sorted(target.iterdir()) if target.is_dir() else [target]
     sizes = {path.name: path.stat().st_size for path in written}
-    summary = {"source": str(source), "folder": str(target), "format": writer.name, "dtype": dtype}
-    _report({**summary, **facts, "files": sizes, "bytes": sum(sizes.values())}, as_json=as_json)
+    summary = {"source": str(source), "folder": str(target), "format": writer.name, "dtype": dtype, **facts}
+    summary |= {"files": sizes, "bytes": sum(sizes.values())}
+    if as_json:
+        print_json(summary)
+    else:
+        _print(summary)
 
 
 def _list_formats(*, as_json: bool) -> None:
@@ -94,12 +98,8 @@ def _list_formats(*, as_json: bool) -> None:
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
-    from rich.table import Table
-
-    table = Table(*columns)
-    for name, reads, writes, makes in rows:
-        table.add_row(name, "yes" if reads else "no", "yes" if writes else "no", makes)
-    out.print(table)
+    words = {True: "yes", False: "no"}
+    print_table([(name, words[reads], words[writes], makes) for name, reads, writes, makes in rows], *columns)
 
 
 def _default_target(model: str | None, source: Path, writer: Format) -> Path:
@@ -136,21 +136,11 @@ def _check_target(target: Path, source: Path, *, replace: bool) -> None:
         raise UsageError(f"{target} exists already; choose another path with --out, or replace it with --overwrite")
 
 
-def _report(summary: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print_json(summary)
-        return
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    table.add_row("class", summary["class"])
-    table.add_row("parameters", f"{summary['parameters']:,}")
-    table.add_row("dtype", summary["dtype"])
+def _print(summary: dict[str, Any]) -> None:
+    rows = {"class": summary["class"], "parameters": f"{summary['parameters']:,}", "dtype": summary["dtype"]}
     if "max_logit_difference" in summary:
-        table.add_row("verified", f"logits differ by {summary['max_logit_difference']:.1e} at most")
-    for name, size in summary["files"].items():
-        table.add_row(name, f"{size:,} bytes")
-    table.add_row("total", f"{summary['bytes']:,} bytes")
-    out.print(table)
-    out.print(f"Written to {Path(summary['folder']).as_posix()}", markup=False, soft_wrap=True)
-    out.print(summary["python"], markup=False, soft_wrap=True)
+        rows["verified"] = f"logits differ by {summary['max_logit_difference']:.1e} at most"
+    rows |= {name: f"{size:,} bytes" for name, size in summary["files"].items()}
+    print_table([*rows.items(), ("total", f"{summary['bytes']:,} bytes")])
+    for line in (f"Written to {Path(summary['folder']).as_posix()}", summary["python"]):
+        out.print(line, markup=False, soft_wrap=True)

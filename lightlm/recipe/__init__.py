@@ -1,13 +1,6 @@
 """Recipes: YAML files that describe runs, their schema, and overrides such as `optimizer.lr=1e-3`."""
 
-from lightlm.recipe.loading import (
-    apply_override,
-    find_recipe,
-    load_recipe,
-    load_run_recipe,
-    recipes_folder,
-    shipped_recipes,
-)
+from lightlm.recipe.loading import find_recipe, load_recipe, load_run_recipe, recipes_folder, shipped_recipes
 from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.schema import (
     NAME_PATTERN,
@@ -28,7 +21,6 @@ __all__ = [
     "ScheduleSection",
     "TrackingSection",
     "TrainSection",
-    "apply_override",
     "find_recipe",
     "load_recipe",
     "load_run_recipe",

@@ -47,12 +47,12 @@ def _load(path: Path, overrides: Sequence[str], prepare: Callable[[dict[str, Any
     values = prepare(values)
     origins = dict(_key_lines(yaml.compose(text)))
     for override in overrides:
-        key = apply_override(values, override)
+        key = _apply_override(values, override)
         origins[key] = f"override {override}"
     return parse_recipe(values, str(path), origins)
 
 
-def apply_override(values: dict[str, Any], override: str) -> str:
+def _apply_override(values: dict[str, Any], override: str) -> str:
     """Set the dotted key of `key=value` in nested `values`, reading the value as YAML, and return the key."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")

@@ -110,7 +110,9 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    tokens: Tokens = Field(description="Tokens to train on in total, rounded up to whole batches.")
+    tokens: Annotated[Tokens, Field(ge=1)] = Field(
+        description="Tokens to train on in total, rounded up to whole batches."
+    )
     batch_tokens: BatchTokens = Field(
         description="Tokens per global batch. K and M are powers of 1,024 here, so 512K is 2**19. The batch does not "
         "depend on the number of devices: gradients accumulate."
@@ -148,9 +150,6 @@ class TrainSection(Section):
         description="Robust standard deviations above the median of the last steps at which a step is a spike.",
     )
     spike_window: int = Field(default=128, ge=8, description="Steps that a step is compared with to find spikes.")
-
-    def problems(self) -> list[Problem]:
-        return [("tokens", "must be above 0")] if self.tokens == 0 else []
 
 
 class MoESection(Section):
@@ -274,10 +273,6 @@ class TrackingSection(Section):
         default=[], description="Trackers that receive the metrics besides metrics.jsonl (extra `lightlm[tracking]`)."
     )
     project: str = Field(default="lightlm", pattern=NAME_PATTERN, description="Project name for wandb and trackio.")
-
-    def problems(self) -> list[Problem]:
-        twice = sorted({name for name in self.backends if self.backends.count(name) > 1})
-        return [("backends", f"names {name} twice") for name in twice]
 
 
 class Recipe(BaseModel):

@@ -18,18 +18,15 @@ _SHORT = 20  # steps; shorter runs are shown whole
 class Curves:
     """The columns of `metrics.jsonl`.
 
-    A step can occur twice, if a run crashed and resumed from an older checkpoint; then its last line counts. Time
-    continues where the clock of a resumed run restarted at zero.
-
     Args:
         rows: the file's objects. Those without `step` and `tokens` are skipped.
     """
 
     def __init__(self, rows: Iterable[Any]) -> None:
-        self._rows = _without_repeats(row for row in rows if _is_number(row, "step") and _is_number(row, "tokens"))
+        self._rows = [row for row in rows if _is_number(row, "step") and _is_number(row, "tokens")]
         self.steps = self.column("step")
         self.tokens = self.column("tokens")
-        self.seconds = _continuous(self.column("seconds"))
+        self.seconds = self.column("seconds")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -76,24 +73,6 @@ def newest(column: Floats) -> float | None:
 
 def _is_number(row: Any, key: str) -> bool:
     return isinstance(row, dict) and isinstance(row.get(key), int | float) and not isinstance(row[key], bool)
-
-
-def _without_repeats(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept: list[dict[str, Any]] = []
-    for row in rows:
-        while kept and kept[-1]["step"] >= row["step"]:
-            kept.pop()
-        kept.append(row)
-    return kept
-
-
-def _continuous(seconds: Floats) -> Floats:
-    """Return a clock that never runs backward: add the time before each restart."""
-    known = np.isfinite(seconds)
-    result, values = seconds.copy(), seconds[known]
-    before = np.concatenate([[0.0], values[:-1]])[: len(values)]
-    result[known] = values + np.cumsum(np.where(values < before, before, 0.0))
-    return result
 
 
 def smooth(values: Floats, window: float | None = None) -> Floats:

@@ -1,5 +1,6 @@
 """Everything that a report reads from a run folder: metrics, recipe, samples, scores."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -132,10 +133,13 @@ def _read_scores(run: Path, name: str, notes: list[str]) -> Iterator[Score]:
             continue
         step = re.match(r"step_(\d+)_", path.name)
         meta = path.with_suffix(".meta.json")  # missing if another tool wrote the results
+        scored: list[documents.Document] = []
+        with contextlib.suppress(ValueError):  # without them, scores are shown but not compared
+            scored = documents.read(documents.documents_file(path))
         try:
             facts = json.loads(meta.read_text(encoding="utf-8")) if meta.exists() else {}
             results = json.loads(path.read_text(encoding="utf-8"))
-            answers = answers_of(name, results, documents.read(documents.documents_file(path)), facts)
+            answers = answers_of(name, results, scored, facts)
             limit = results.get("config", {}).get("limit")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{path} does not hold lm-eval's results and is left out.")

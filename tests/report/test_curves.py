@@ -23,22 +23,6 @@ def test_values_that_are_not_finite_numbers_are_gaps_and_counted_as_lost():
     assert (len(curves), curves.lost("loss"), curves.lost("val_loss")) == (7, 6, 0)
 
 
-def test_a_repeated_step_counts_once_with_its_later_values():
-    """A crash after step 4, resumed from the checkpoint of step 2."""
-    metrics = [
-        {"step": s, "tokens": 10 * s, "loss": loss} for s, loss in [(1, 9), (2, 8), (3, 7), (4, 6), (3, 5), (4, 4)]
-    ]
-    curves = Curves(metrics)
-    assert curves.steps.tolist() == [1, 2, 3, 4]
-    assert curves.column("loss").tolist() == [9, 8, 5, 4]
-
-
-def test_time_continues_where_a_resumed_clock_restarts():
-    seconds = [10.0, 20.0, 3.0, 5.0, 2.0]
-    curves = Curves([{"step": i, "tokens": i, "seconds": value} for i, value in enumerate(seconds)])
-    assert curves.seconds.tolist() == [10, 20, 23, 25, 27]
-
-
 def test_smoothing_is_the_unbiased_moving_average():
     """By hand: with a decay of 1/2, which holds from the twentieth value on, half of each new value counts."""
     constant = smooth(np.full(50, 3.25), 10)

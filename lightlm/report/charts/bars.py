@@ -27,20 +27,14 @@ _NORMAL_95 = 1.96
 
 def score_bars(records: Sequence[Record], baselines: Sequence[Baseline]) -> Iterator[Plot]:
     """Draw one plot for every few tasks that have accuracies."""
-    lines = _drawn(widest(score_lines(records), range(len(records))))
+    found = {(line.task, line.metric): line for line in widest(score_lines(records), range(len(records)))}
+    metrics = {task: [metric for metric in _METRICS if (task, metric) in found] for task, _ in found}
+    lines = [found[task, having[0]] for task, having in metrics.items() if having]
     charts = math.ceil(len(lines) / _IN_A_CHART)
     for number in range(charts):
         chunk = lines[number * len(lines) // charts : (number + 1) * len(lines) // charts]
         title, name = ("Scores", "scores") if not number else (f"Scores ({number + 1})", f"scores_{number + 1}")
         yield Plot(name, _caption(chunk, baselines), _chart(title, records, chunk, baselines))
-
-
-def _drawn(lines: Sequence[Line]) -> list[Line]:
-    drawn = []
-    for task in dict.fromkeys(line.task for line in lines):
-        by_metric = {line.metric: line for line in lines if line.task == task}
-        drawn += [by_metric[metric] for metric in _METRICS if metric in by_metric][:1]
-    return drawn
 
 
 def _chart(title: str, records: Sequence[Record], lines: Sequence[Line], baselines: Sequence[Baseline]) -> Chart:

@@ -125,8 +125,10 @@ def _load_maps(record: Record, number: int | None) -> Iterator[Plot]:
     for layer in range(first + 1, first + num_layers):
         chart.axes.axhline(layer - 0.5, color=MUTED[0], linewidth=0.5)
     chart.quantities("x")
-    of_zero = "".join(f" {_zero_in_words(record, key)}" for key in _EXPECTED_ZERO if record.curves.keys(key))
-    caption = "Each layer's experts, the busiest on top, in multiples of an equal share: 1 is balanced." + of_zero
+    caption = "Each layer's experts, the busiest on top, in multiples of an equal share: 1 is balanced."
+    for key in _EXPECTED_ZERO:
+        if record.curves.keys(key) and _always_zero([record], key):
+            caption += f" {key.removeprefix('moe/').replace('_', ' ').capitalize()}: none in any step."
     yield Plot(f"moe_load_over_time{ending}", caption, chart)
 
     extent = (-0.5, num_experts - 0.5, *layers)
@@ -135,11 +137,6 @@ def _load_maps(record: Record, number: int | None) -> Iterator[Plot]:
     step = int(record.curves.steps[indices[-1]])
     caption = f"Tokens of step {step:,}, in multiples of an equal share: 1 is balanced, 0 is a dead expert."
     yield Plot(f"moe_load{ending}", caption, chart)
-
-
-def _zero_in_words(record: Record, key: str) -> str:
-    what = key.removeprefix("moe/").replace("_", " ")
-    return f"{what.capitalize()}: {'none in any step.' if _always_zero([record], key) else 'see the plot.'}"
 
 
 def _by_moment(tokens_S: Floats, values_S: Floats) -> tuple[Floats, Floats]:
