@@ -175,7 +175,7 @@ def fit_recipe(recipe: Recipe, data: DataFolder | None, note: Note) -> Recipe:
             f"{given} entries; prepare the data with a tokenizer that fits (for example --tokenizer train:{wanted}) "
             f"or set model.vocab_size={given}"
         )
-    elif wanted > given:
+    if wanted > given:
         note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")
     if not len(data.split("val")):
         note(f"{data.path} has no validation split: there will be no validation loss")

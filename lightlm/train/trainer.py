@@ -46,6 +46,12 @@ class TrainingDivergedError(LightLMError):
     """The loss or the gradient became NaN or infinite."""
 
 
+@dataclass
+class _DivergenceError(Exception):
+    step: int
+    outcome: BatchOutcome
+
+
 @dataclass(frozen=True)
 class Result:
     """How a run ended."""
@@ -125,6 +131,8 @@ class Trainer:
                     self._save(saver, wait=True)
             # No process leaves before the writer's last files are complete: a launcher would end the writer.
             self.world.barrier()
+        except _DivergenceError as found:  # the saver has completed its last checkpoint, which the message names
+            raise self._divergence(found.step, found.outcome) from None
         finally:
             if metrics_file:
                 metrics_file.close()
@@ -166,7 +174,7 @@ class Trainer:
             return None
         verdict = judge(before.spikes, outcome.loss, outcome.norm, recipe.train)
         if verdict.diverged:
-            self._diverged(before.step + 1, outcome)
+            raise _DivergenceError(before.step + 1, outcome)
         middle = before.tokens + batch_tokens // 2
         set_learning_rate(self.optimizer, learning_rate_factor(recipe.schedule, middle, self.total_tokens))
         if not verdict.skip:
@@ -207,10 +215,10 @@ class Trainer:
         spike = {"spike": bool(verdict.reason), "skipped": verdict.skip}
         return metrics | {key: True for key, value in spike.items() if value}
 
-    def _diverged(self, step: int, outcome: BatchOutcome) -> None:
+    def _divergence(self, step: int, outcome: BatchOutcome) -> TrainingDivergedError:
         saved = checkpoint.checkpoints(self.run_folder)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
-        raise TrainingDivergedError(
+        return TrainingDivergedError(
             f"training diverged at step {step}: loss {outcome.loss}, gradient norm {outcome.norm}; {kept}. "
             f"Try a lower optimizer.lr (now {self.recipe.optimizer.lr:g}), a longer schedule.warmup, "
             "or train.dtype=float32"

@@ -71,7 +71,7 @@ def _layer(config: ModelConfig, element: int, kind: Kind, fused: bool) -> int:
     )
     inner = element * ((3 if fused else 4) if gated else 2) * size
     if kind == "experts":
-        inner += _router(config, element) + (_grouped_experts(config) if copied else _padded_experts(config, element))
+        inner += _routed(config, element, grouped=copied)
     return 2 * _norm(config, fused) + element * inputs * config.hidden_size + attention + inner
 
 
@@ -79,24 +79,20 @@ def _shared_size(config: ModelConfig) -> int:
     return config.num_shared_experts * config.moe_intermediate_size
 
 
-def _router(config: ModelConfig, element: int) -> int:
-    """Count its fp32 input where that is a copy, logits and scores of all experts, sums over them; int64 choices."""
-    chosen = config.num_experts_per_tok
-    sums = 4 + (4 if config.router == "sigmoid" else 0)  # of the z-loss and of the balance loss
-    weights = 8 * chosen + (4 * chosen + 4 if config.norm_topk_prob else 0)
-    return (4 * config.hidden_size if element == 2 else 0) + 8 * config.num_experts + sums + weights
-
-
-def _padded_experts(config: ModelConfig, element: int) -> int:
-    """Count gate and up of each row with its choice and token, and the row and weight of each choice."""
-    rows = config.num_experts_per_tok * _PADDING
-    return round(rows * (element * 2 * config.moe_intermediate_size + 16)) + 12 * config.num_experts_per_tok
-
-
-def _grouped_experts(config: ModelConfig) -> int:
-    """Count per choice, in 16 bits, the token, five inner values and the weight; and its place in the order."""
-    per_choice = 2 * (config.hidden_size + 5 * config.moe_intermediate_size + 1) + 8
-    return config.num_experts_per_tok * per_choice
+def _routed(config: ModelConfig, element: int, *, grouped: bool) -> int:
+    """Count what a router and its experts keep."""
+    chosen, size = config.num_experts_per_tok, config.moe_intermediate_size
+    router = (
+        (4 * config.hidden_size if element == 2 else 0)  # its fp32 input, where that is a copy
+        + 8 * config.num_experts  # logits and scores
+        + 8 * chosen  # int64 choices
+        + (4 * chosen + 4 if config.norm_topk_prob else 0)
+        + (8 if config.router == "sigmoid" else 4)  # sums of the z-loss and of the balance loss
+    )
+    if grouped:  # per choice, in 16 bits, the token, five inner values and the weight; and its place in the order
+        return router + chosen * (2 * (config.hidden_size + 5 * size + 1) + 8)
+    # Gate and up of each row with its choice and token, and the row and weight of each choice.
+    return router + round(chosen * _PADDING * (element * 2 * size + 16)) + 12 * chosen
 
 
 def backward_bytes(config: ModelConfig, *, mixed: bool) -> int:
