@@ -114,7 +114,6 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         # Metrics first: after a power failure they reach as far as the checkpoint.
         if (metrics := self._run / "metrics.jsonl").exists():
             files.sync_file(metrics)
-        weights, training = state
         checkpoint.write_checkpoint(
             self._run, step, weights, self._config, self._tokenizer, training, milestone=milestone
         )
