@@ -41,12 +41,8 @@ _OPERATORS: dict[type[ast.cmpop], Comparison] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_KEYWORDS = {word: word for word in ("and", "or", "not", "in", "is")} | {
-    "null": "None",
-    "none": "None",
-    "true": "True",
-    "false": "False",
-}
+_KEYWORDS = {"null": "None", "none": "None", "true": "True", "false": "False"}
+_KEYWORDS |= {word: word for word in ("and", "or", "not", "in", "is")}
 _TOKEN = re.compile(
     r"""(?P<literal>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\.?\d[\w.]*)
       | (?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*|`[^`]+`)

@@ -21,12 +21,16 @@ class LocalSource:
 
     def __init__(self, path: Path, text_column: str, row_filter: Filter | None = None) -> None:
         """Raises DataError where no file at `path` can be read, or one has no columns for `row_filter` to judge."""
-        root, self._pattern = (path, "**/*") if path.exists() else _split_glob(path)
-        self._root = root.resolve()
+        exists = path.exists()
+        # A pattern is split into the folder before its first wildcard, and the rest.
+        fixed = next((number for number, part in enumerate(path.parts) if glob.has_magic(part)), 0)
+        self._root = (path if exists else Path(*path.parts[:fixed])).resolve()
+        self._pattern = "**/*" if exists else "/".join(path.parts[fixed:])
         self._column, self._row_filter = text_column, row_filter
         self._files = self._find_files(path)
-        self.name = _stem(self._root) or "data"
-        self.spec = str(self._root if path.exists() else self._root / self._pattern)
+        suffix = suffix_of(self._root) if self._root.is_file() else None
+        self.name = (self._root.name[: -len(suffix)] if suffix else self._root.name) or "data"
+        self.spec = str(self._root if exists else self._root / self._pattern)
         self.description = f"{len(self._files)} file{'s' * (len(self._files) != 1)} under {path}"
         self.revision = self.fingerprint = self._listing_hash()
         self.size = sum(path.stat().st_size for path in self._files)
@@ -68,15 +72,3 @@ class LocalSource:
     def units(self) -> Iterator[Unit]:
         for path in self._files:
             yield from reader_of(path).units(path, self._relative(path), self._column, self._row_filter)
-
-
-def _split_glob(path: Path) -> tuple[Path, str]:
-    """Split a pattern into the folder before its first wildcard, and the rest."""
-    fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
-    return Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
-
-
-def _stem(path: Path) -> str:
-    """Return a name without its supported suffix: `notes` for `notes.jsonl.gz`; the whole name for a folder."""
-    suffix = suffix_of(path) if path.is_file() else None
-    return path.name[: -len(suffix)] if suffix else path.name

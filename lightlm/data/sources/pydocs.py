@@ -127,7 +127,7 @@ def _modules() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
             skipped = SKIPPED_FOLDERS.intersection(parts[:-1]) or parts[-1].startswith("test_")
             if not skipped and (tree := _parse(path)) is not None:
                 name = ".".join((*package, *(part for part in parts if part != "__init__")))
-                yield f"Module {name}", _sections(tree)
+                yield f"Module {name}", itertools.chain([("", ast.get_docstring(tree) or "")], _members(tree.body, ""))
 
 
 def _roots() -> list[tuple[tuple[str, ...], Path]]:
@@ -148,13 +148,8 @@ def _parse(path: Path) -> ast.Module | None:
         return None
 
 
-def _sections(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield (heading, text) of the module, then of each documented class, function and doc-adding call, in order."""
-    yield "", ast.get_docstring(tree) or ""
-    yield from _members(tree.body, "")
-
-
 def _members(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield (heading, text) of each documented class, function and doc-adding call, in order."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             name = f"{prefix}{node.name}"

@@ -23,8 +23,7 @@ def open_source(spec: str, text_column: str = "text", row_filter: Filter | None 
     A name may be followed by `:configuration` and `@revision`. The rest is as `Opener` says.
     """
     name = re.split("[:@]", spec, maxsplit=1)[0]
-    prefix = next((prefix for prefix in PREFIXES if spec.startswith(prefix)), None)
-    opener = PREFIXES[prefix] if prefix is not None else NAMES.get(name)
+    opener = next((PREFIXES[prefix] for prefix in PREFIXES if spec.startswith(prefix)), NAMES.get(name))
     if opener is not None:
         return opener(spec, text_column, row_filter)
     path = Path(spec).expanduser()

@@ -51,22 +51,16 @@ def standard_input(folder: Path, text_column: str, row_filter: Filter | None = N
                 f"Another `lightlm prepare-data -` is writing {folder}; wait for it, or name another folder with --out"
             ) from error
     try:
+        digest, start = xxhash.xxh3_64(), b""
         with clear_errors(folder):
-            path, digest = _copied(spool)
-        yield StandardInput(path, digest, text_column, row_filter)
+            with (spool / "copy").open("wb") as file:
+                while block := sys.stdin.buffer.read(BLOCK_BYTES):
+                    start = start or block.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+                    digest.update(block)
+                    file.write(block)
+            path = spool / ("stdin.jsonl" if start == b"{" else "stdin.txt")
+            os.replace(spool / "copy", path)
+        yield StandardInput(path, digest.hexdigest(), text_column, row_filter)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
         lock.release()
-
-
-def _copied(spool: Path) -> tuple[Path, str]:
-    """Copy standard input to a file; return its path and its hash."""
-    digest, start = xxhash.xxh3_64(), b""
-    with (spool / "copy").open("wb") as file:
-        while block := sys.stdin.buffer.read(BLOCK_BYTES):
-            start = start or block.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            digest.update(block)
-            file.write(block)
-    path = spool / ("stdin.jsonl" if start == b"{" else "stdin.txt")
-    os.replace(spool / "copy", path)
-    return path, digest.hexdigest()

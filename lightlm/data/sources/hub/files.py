@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from types import SimpleNamespace
 from typing import Any, BinaryIO, Literal
 
@@ -37,7 +36,7 @@ class HubFile:
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return PurePosixPath(self.path).name
+        return self.path.rpartition("/")[2]
 
     def stat(self) -> SimpleNamespace:
         """Return the size in bytes. The content never changes at one commit, so the time is 0."""
@@ -61,9 +60,6 @@ class RemoteFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]

@@ -76,26 +76,22 @@ class HubSource:
                 f"{self.spec}: the folder {Path(request.repo).absolute()} has the name of this data set. Prepare the "
                 f"folder as ./{request.repo}, or run the command in another folder"
             )
-        if constants.HF_HUB_OFFLINE:
-            return self._offline(read_record(request.repo, request.config, asked))
-        require_hub(f"The data set {request.repo!r}", f"HF_HUB_OFFLINE=1 reads what was downloaded. {OFFLINE_HINT}")
-        return list_files(request.repo, request.config, self._commit or asked)
-
-    def _offline(self, record: Listing | None) -> Listing:
-        from huggingface_hub import constants
-
-        fetch = f"With a network, fetch it first: lightlm prepare-data {self.spec} --download-only"
-        place = f"the cache at {constants.HF_HUB_CACHE}"
-        if record is None or self._commit not in {None, record.commit}:
-            at = f" at commit {self._commit}" if self._commit else ""
-            raise DataError(f"HF_HUB_OFFLINE is set, and {self.spec}{at} is not in {place}. {fetch}. {OFFLINE_HINT}")
-        missing = [path for path, _ in record.files if record.cached(path) is None]
-        if missing:
-            raise DataError(
-                f"HF_HUB_OFFLINE is set, and {len(missing)} of the {len(record.files)} files of {self.spec} are not in "
-                f"{place}: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. {fetch}."
-            )
-        return record
+        if not constants.HF_HUB_OFFLINE:
+            require_hub(f"The data set {request.repo!r}", f"HF_HUB_OFFLINE=1 reads what was downloaded. {OFFLINE_HINT}")
+            return list_files(request.repo, request.config, self._commit or asked)
+        record = read_record(request.repo, request.config, asked)
+        at = f" at commit {self._commit}" if self._commit else ""
+        subject, missing = f"{self.spec}{at} is", ""
+        if record is not None and self._commit in {None, record.commit}:
+            paths = [path for path, _ in record.files if record.cached(path) is None]
+            if not paths:
+                return record
+            subject = f"{len(paths)} of the {len(record.files)} files of {self.spec} are"
+            missing = f": {', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}"
+        raise DataError(
+            f"HF_HUB_OFFLINE is set, and {subject} not in the cache at {constants.HF_HUB_CACHE}{missing}. With a "
+            f"network, fetch it first: lightlm prepare-data {self.spec} --download-only. {OFFLINE_HINT}"
+        )
 
     def units(self) -> Iterator[Unit]:
         """Yield the units in the order of the files. Their ids are paths in the repository, and places in the files."""
