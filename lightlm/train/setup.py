@@ -131,7 +131,12 @@ def set_up(
         assert data is not None, "a run resumes with its data"
         progress, optimizer_state = unpack(resume_from, data)
         load_named_state(model, optimizer, optimizer_state)
-    loader = BatchLoader(data.split("train") if data else _random_tokens(recipe), recipe.seq_len, recipe.train.seed)
+    if data:
+        stream = data.split("train")
+    else:  # random tokens of one global batch: the cost of a step does not depend on what they say
+        generator = np.random.default_rng(recipe.train.seed)
+        stream = TokenStream([generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)], 0)
+    loader = BatchLoader(stream, recipe.seq_len, recipe.train.seed)
     given = recipe.train.micro_batch_size
     # Free memory may differ between devices: the smallest size serves all.
     size = min(world.gather(micro_batch_size(recipe, device, world.size)))
@@ -187,9 +192,3 @@ def fit_recipe(recipe: Recipe, data: DataFolder | None, note: Note) -> Recipe:
                 f"shorten it: {prompt[:60]!r}"
             )
     return recipe
-
-
-def _random_tokens(recipe: Recipe) -> TokenStream:
-    """Return the tokens of one global batch: the cost of a step does not depend on what its tokens say."""
-    generator = np.random.default_rng(recipe.train.seed)
-    return TokenStream([generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)], 0)

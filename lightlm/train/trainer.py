@@ -36,7 +36,7 @@ from lightlm.train.setup import Setup
 from lightlm.train.signals import stop_on_signals
 from lightlm.train.step.gradients import BatchOutcome
 from lightlm.train.step.routers import move_selection_biases
-from lightlm.train.validation import Validation, validate
+from lightlm.train.validation import validate
 
 Sampler = Callable[[Transformer, str], str]
 Evaluator = Callable[[Transformer, Path, threading.Event], dict[str, float] | None]
@@ -95,7 +95,7 @@ class Trainer:
         self.flops_per_token = self.model.flops_per_token(self.recipe.seq_len)
         self.token_bytes = torch.from_numpy(self.data.tokenizer.token_bytes())
         self.step_began = self.progress.tokens  # tokens before the last step
-        self.last_validation: Validation | None = None
+        self.last_validation: dict[str, float] = {}
         self.last_loss: float | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -111,9 +111,12 @@ class Trainer:
         """
         settings = self.recipe.checkpoint
         metrics_file = self._open_run() if self.world.is_writer else None
+        saving: contextlib.AbstractContextManager[Saver | None] = contextlib.nullcontext()
+        if self.world.is_writer:
+            saving = Saver(self.run_folder, settings, self.data.tokenizer, self.model.config, self.observer)
         self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
         try:
-            with self._saver() as saver, stop_on_signals(launched=self.world.launched) as stop:
+            with saving as saver, stop_on_signals(launched=self.world.launched) as stop:
                 while not self.done:
                     metrics = self._step(stop)
                     if metrics is None:
@@ -136,7 +139,6 @@ class Trainer:
         finally:
             if metrics_file:
                 metrics_file.close()
-        validation = self.last_validation
         return Result(
             run=self.run_folder,
             step=self.progress.step,
@@ -144,8 +146,8 @@ class Trainer:
             seconds=self.progress.seconds,
             interrupted=interrupted,
             loss=self.last_loss,
-            val_loss=validation.loss if validation else None,
-            val_bpb=validation.bits_per_byte if validation else None,
+            val_loss=self.last_validation.get("val_loss"),
+            val_bpb=self.last_validation.get("val_bpb"),
         )
 
     def _open_run(self) -> MetricsFile:
@@ -238,10 +240,10 @@ class Trainer:
         if not len(stream := self.data.split("val")):
             return {}
         size, most = self.gradients.micro_batch, self.recipe.eval.tokens
-        self.last_validation = result = validate(
+        self.last_validation = validate(
             self.loss, stream, self.token_bytes, seq_len=self.recipe.seq_len, max_tokens=most, batch_size=size
         )
-        return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+        return self.last_validation
 
     def _score_tasks(self, stop: threading.Event) -> dict[str, float]:
         """Return the scores of `eval.tasks`. Any error of a task becomes a note, so that training continues."""
@@ -279,11 +281,6 @@ class Trainer:
             texts.append(prompt + text)
             self.observer.sample(self.progress.step, prompt, text)
         files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
-
-    def _saver(self) -> contextlib.AbstractContextManager[Saver | None]:
-        if not self.world.is_writer:
-            return contextlib.nullcontext()
-        return Saver(self.run_folder, self.recipe.checkpoint, self.data.tokenizer, self.model.config, self.observer)
 
     def _save(self, saver: Saver | None, *, wait: bool) -> None:
         """Save the last completed step. All processes gather a sharded run; one of them writes."""

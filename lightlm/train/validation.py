@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,21 +12,14 @@ from lightlm.device import autocast
 from lightlm.train.step.parallel import ParallelLoss
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Results of one validation."""
-
-    loss: float  # mean nats per token
-    bits_per_byte: float  # comparable between tokenizers
-
-
 @torch.no_grad()
 def validate(
     loss: ParallelLoss, stream: TokenStream, token_bytes: Tensor, *, seq_len: int, max_tokens: int, batch_size: int
-) -> Validation:
-    """Measure the loss over the first `max_tokens` of a validation stream in windows of `seq_len`.
+) -> dict[str, float]:
+    """Return `val_loss`, in nats per token, and `val_bpb`, in bits per byte, which is comparable between tokenizers.
 
-    The processes share the windows, which are the same at every validation.
+    They cover the first `max_tokens` of a validation stream in windows of `seq_len`. The processes share the windows,
+    which are the same at every validation.
 
     Args:
         token_bytes: UTF-8 bytes per token id, int tensor (V,); special tokens count 0.
@@ -48,4 +40,4 @@ def validate(
             num_bytes += int(token_bytes[targets].sum())
     model.train()
     nats, tokens, num_bytes = world.sum(torch.tensor([nats, tokens, num_bytes], dtype=torch.float64)).tolist()
-    return Validation(nats / tokens, nats / math.log(2) / max(num_bytes, 1))
+    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(num_bytes, 1)}

@@ -23,6 +23,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may generate 
 # Cells that the live line leaves out, in this order, until it fits.
 _LEAST_IMPORTANT = ("data wait", "MFU", "grad norm", "memory", "lr", "validation", "elapsed", "tokens/s")
 _LEAST_IMPORTANT_OF_EXPERTS = ("dropped", "bias range", "entropy", "by layer", "dead experts")
+# Name, metric and format of each cell on the balance of experts.
+_EXPERT_CELLS = (
+    ("violation", "moe/violation", ".2f"),
+    ("worst layer", "moe/violation_worst", ".2f"),
+    ("entropy", "moe/entropy", ".3f"),
+    ("dead experts", "moe/dead_experts", ","),
+    ("bias range", "moe/bias_range", ".3f"),
+    ("dropped", "moe/dropped", ","),
+)
 _LEVELS = "▁▂▃▄▅▆▇█"  # violation of a layer from 0 to 1 or more; 1 is an expert with twice its share
 
 
@@ -145,17 +154,8 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
 
     def _expert_cells(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         """Return the cells on the balance of experts, none for a dense model."""
-        if "moe/violation" not in metrics:
-            return []
-        cells = [
-            ("violation", f"{metrics['moe/violation']:.2f}"),
-            ("worst layer", f"{metrics['moe/violation_worst']:.2f}"),
-            ("entropy", f"{metrics['moe/entropy']:.3f}"),
-            ("dead experts", f"{metrics['moe/dead_experts']:,}"),
-        ]
-        if "moe/bias_range" in self._layers:
-            cells.append(("bias range", f"{self._layers['moe/bias_range']:.3f}"))
-        return [*cells, ("dropped", f"{metrics['moe/dropped']:,}")]
+        newest = self._layers | metrics
+        return [(name, f"{newest[key]:{spec}}") for name, key, spec in _EXPERT_CELLS if key in newest]
 
     def _tables(self, metrics: dict[str, Any]) -> Table | Group:
         """Return the live line, and a second one for a mixture of experts."""

@@ -1,9 +1,9 @@
 """metrics.jsonl: one object per step, and the file. docs/metrics.md defines each metric."""
 
-import contextlib
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,10 @@ def peak_memory(device: torch.device) -> int | None:
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":
-        # Not ru_maxrss: it includes the peak of the process that forked this one.
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+    # On Linux, ru_maxrss includes the peak of the process that forked this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    if kilobytes := re.search(r"^VmHWM:\s*(\d+)", status, re.MULTILINE):
+        return int(kilobytes[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
