@@ -14,7 +14,7 @@ from lightlm.data.prepare import assembly, blocks, encoded_block
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import jsonl as readers
 from lightlm.data.readers import parquet as parquet_reader
-from lightlm.data.readers import records, texts
+from lightlm.data.readers import texts
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError
 from tests.corpus import texts as make_texts
@@ -34,7 +34,7 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every border falls somewhere: between units, blocks, chunks, parts of a text, shards and saved states."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3_000)
     monkeypatch.setattr(readers, "BLOCK_BYTES", 2_000)
-    for module in (texts, readers, records, parquet_reader):
+    for module in (texts, readers, parquet_reader):
         monkeypatch.setattr(module, "CHUNK_BYTES", 700)
     monkeypatch.setattr(texts, "LARGE_BYTES", 1_500)
     monkeypatch.setattr(assembly, "SAVE_TOKENS", 500)
