@@ -4,8 +4,11 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
+
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers.texts import Unit, raise_bad
+from lightlm.data.shards import shard_header
 
 _SUBJECTS = ["the old clock", "a small dog", "my sister", "the river", "every student", "the green door", "a tall ship"]
 _VERBS = ["watches", "follows", "remembers", "carries", "opens", "forgets", "draws"]
@@ -66,3 +69,9 @@ def make_workspace(folder: Path, count: int = 300) -> Path:
     make_data(folder, count)
     (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
     return folder
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write token ids as a shard, of uint32 for an array of that type."""
+    dtype = np.dtype("<u4") if tokens.dtype == np.uint32 else np.dtype("<u2")
+    path.write_bytes(shard_header(dtype, tokens.size) + tokens.astype(dtype).tobytes())

@@ -37,7 +37,16 @@ class DataFolder:
         if is_foreign(folder):
             return cls(folder, *read_foreign(folder))
         manifest = read_manifest(folder)
-        _check_tokenizer(folder, manifest)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(f"{path} is missing; without it the tokens cannot be decoded. Restore the file.")
+        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        if actual != manifest.tokenizer_sha256:
+            raise DataError(
+                f"{path} is not the tokenizer of these shards: its sha256 is {actual}, but "
+                f"{manifest.tokenizer_sha256} in the manifest. Restore the file, or prepare the data again with "
+                "--overwrite."
+            )
         shards = {entry.file: _checked_shard(folder, manifest, entry) for entry in manifest.shards}
         return cls(folder, manifest, streams_of(manifest, shards))
 
@@ -118,18 +127,6 @@ def prepare_command(folder: Path) -> str:
     if folder.parent.name == "data":
         return f"lightlm prepare-data {shlex.quote(folder.name)}"
     return f"lightlm prepare-data SOURCE --out {shlex.quote(str(folder))}"
-
-
-def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"{path} is missing; without it the tokens cannot be decoded. Restore the file.")
-    actual = hashlib.sha256(path.read_bytes()).hexdigest()
-    if actual != manifest.tokenizer_sha256:
-        raise DataError(
-            f"{path} is not the tokenizer of these shards: its sha256 is {actual}, but {manifest.tokenizer_sha256} in "
-            f"the manifest. Restore the file, or prepare the data again with --overwrite."
-        )
 
 
 def _checked_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> np.ndarray:

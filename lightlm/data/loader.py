@@ -59,20 +59,13 @@ class BatchLoader:
 
         Counts samples over all epochs. With several processes, each requests its own part of the global batch.
         """
-        numbers = np.arange(start, start + count, dtype=np.int64)
-        windows = np.empty((count, self.seq_len + 1), dtype=np.int64)
-        for row, window in enumerate(self._windows(numbers)):
-            windows[row] = self._stream.slice(int(window) * self.seq_len, self.seq_len + 1)
-        return _inputs_and_targets(windows)
-
-    def _windows(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the window of the stream for each sample number; a batch may span epochs."""
-        epochs, positions = np.divmod(numbers, self.num_samples)
-        windows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
+        epochs, positions = np.divmod(np.arange(start, start + count, dtype=np.int64), self.num_samples)
+        for epoch in np.unique(epochs):  # a batch may span epochs
             chosen = epochs == epoch
-            windows[chosen] = permute(positions[chosen], self.num_samples, self.seed, int(epoch))
-        return windows
+            positions[chosen] = permute(positions[chosen], self.num_samples, self.seed, int(epoch))
+        starts = (positions * self.seq_len).tolist()
+        windows = [self._stream.slice(window, self.seq_len + 1) for window in starts]
+        return _inputs_and_targets(np.stack(windows))
 
 
 def validation_batches(
@@ -90,15 +83,11 @@ def validation_batches(
         )
     length = min(seq_len, len(stream) - 1)
     count = max(1, min(max_tokens // length, (len(stream) - 1) // length))
-    return _window_batches(stream, length, count, batch_size)
-
-
-def _window_batches(
-    stream: TokenStream, length: int, count: int, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for first in range(0, count, batch_size):
-        starts = range(first * length, min(first + batch_size, count) * length, length)
-        yield _inputs_and_targets(np.stack([stream.slice(start, length + 1) for start in starts]))
+    starts = range(0, count * length, length)
+    return (
+        _inputs_and_targets(np.stack([stream.slice(start, length + 1) for start in starts[first : first + batch_size]]))
+        for first in range(0, count, batch_size)
+    )
 
 
 def _inputs_and_targets(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from lightlm.errors import DataError
-from lightlm.files import write_bytes
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -33,17 +32,6 @@ def shard_header(dtype: np.dtype[Any], count: int) -> bytes:
     """Return the 1,024 bytes before the tokens of a shard of `count` tokens."""
     magic, version = next(key for key, value in FORMATS.items() if value == dtype)
     return struct.pack("<3i", magic, version, count).ljust(HEADER_BYTES, b"\0")
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write a 1-D array of token ids as a shard; the file is complete or absent.
-
-    uint32 input gives the uint32 variant, any other integer type uint16. Raises ValueError for ids that do not fit.
-    """
-    dtype = np.dtype("<u4") if tokens.dtype == np.uint32 else np.dtype("<u2")
-    if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(dtype).max):
-        raise ValueError(f"token ids from {tokens.min()} to {tokens.max()} do not fit {dtype.name}")
-    write_bytes(path, shard_header(dtype, tokens.size) + tokens.astype(dtype).tobytes())
 
 
 def open_shard(path: Path) -> np.ndarray:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from lightlm.checkpoint import LoadedModel, write_checkpoint
-from lightlm.data.shards import Manifest, ShardEntry, write_shard
+from lightlm.data.shards import Manifest, ShardEntry
 from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.files import checksum
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
+from tests.corpus import write_shard
 
 DOCUMENTS = ["The cat sat on the mat, naïve and déjà vu.", "A dog ran after the cat; the cat ran faster. " * 6, "Ω"]
 

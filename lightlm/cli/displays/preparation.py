@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,48 +13,37 @@ if TYPE_CHECKING:
     from lightlm.data.prepare.run import Progress
     from lightlm.data.shards import Manifest, MixedSource
 
+LOG_SECONDS = 10.0
 LISTED = 5  # messages about records left out; the manifest has more
 
 
-class ProgressLine:
-    """One live line on a terminal; elsewhere (a log file) a line every ten seconds."""
+@contextlib.contextmanager
+def progress_line() -> Iterator[Callable[[Progress], None]]:
+    """Give a function that shows progress, for any thread: on a terminal in one live line, else every ten seconds."""
+    from lightlm.cli.console import console
 
-    LOG_SECONDS = 10.0
+    status = console.status("reading …") if console.is_terminal else None
+    lock = threading.Lock()
+    first: Progress | None = None  # of this phase
+    since = logged = time.perf_counter()
 
-    def __init__(self) -> None:
-        from rich.status import Status
-
-        from lightlm.cli.console import console
-
-        self._console = console
-        self._status = Status("reading …", console=console) if console.is_terminal else None
-        self._lock = threading.Lock()
-        self._first: Progress | None = None  # of this phase
-        self._since = self._logged = time.perf_counter()
-
-    def __enter__(self) -> ProgressLine:
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._status:
-            self._status.stop()
-
-    def update(self, progress: Progress) -> None:
-        """Show the progress of the preparation; any thread may call this."""
-        with self._lock:
+    def update(progress: Progress) -> None:
+        nonlocal first, since, logged
+        with lock:
             now = time.perf_counter()
             if progress.message is not None:
-                self._console.print(progress.message, markup=False, soft_wrap=True)
-            if self._first is None or progress.phase != self._first.phase:
-                self._first, self._since = progress, now
-            text = progress_text(self._first, progress, now - self._since)
-            if self._status:
-                self._status.update(text)
-            elif now - self._logged >= self.LOG_SECONDS:
-                self._logged = now
-                self._console.print(text)
+                console.print(progress.message, markup=False, soft_wrap=True)
+            if first is None or progress.phase != first.phase:
+                first, since = progress, now
+            text = progress_text(first, progress, now - since)
+            if status:
+                status.update(text)
+            elif now - logged >= LOG_SECONDS:
+                logged = now
+                console.print(text)
+
+    with status or contextlib.nullcontext():
+        yield update
 
 
 def progress_text(first: Progress, progress: Progress, seconds: float) -> str:

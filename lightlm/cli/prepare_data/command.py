@@ -90,10 +90,12 @@ def prepare_data(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
-    from lightlm.cli.displays.preparation import ProgressLine, print_summary
+    from lightlm.cli.console import console
+    from lightlm.cli.displays.preparation import print_summary, progress_line
     from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
+    from lightlm.data.prepare.workspace import Workspace
     from lightlm.data.preview import beginnings
     from lightlm.data.select.filters import Filter
 
@@ -114,26 +116,19 @@ def prepare_data(
         with (
             _sigterm_as_interrupt(),
             opened(source, mix, text_column, row_filter, out) as (text_source, folder),
-            _interruption_message(folder),
-            ProgressLine() as line,
+            progress_line() as update,
         ):
-            manifest = prepare(
-                text_source,
-                tokenizer,
-                folder,
-                text_column=text_column,
-                max_tokens=limit,
-                val_fraction=val_fraction,
-                workers=workers,
-                overwrite=overwrite,
-                skip_bad=skip_bad,
-                encoder=encoder,
-                dedup=dedup,
-                decontaminate=sets,
-                filter=row_filter,
-                engine=chosen_engine,
-                progress=line.update,
-            )
+            try:
+                manifest = prepare(
+                    text_source, tokenizer, folder, text_column=text_column, max_tokens=limit,
+                    val_fraction=val_fraction, workers=workers, overwrite=overwrite, skip_bad=skip_bad,
+                    encoder=encoder, dedup=dedup, decontaminate=sets, filter=row_filter, engine=chosen_engine,
+                    progress=update,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                if Workspace(folder.absolute()).path.exists():
+                    console.print("Stopped. Progress is saved. Rerun the same command to resume.")
+                raise
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
     if sample:
         summary["samples"] = beginnings(DataFolder.open(folder), sample)
@@ -159,19 +154,6 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _interruption_message(folder: Path) -> Iterator[None]:
-    """After an interruption, print that progress is saved, if it is."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from lightlm.cli.console import console
-
-        if folder.absolute().with_name(f".{folder.absolute().name}.partial").exists():
-            console.print("Stopped. Progress is saved. Rerun the same command to resume.")
-        raise
 
 
 def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine | None:

@@ -35,7 +35,7 @@ def download_data(source: Source, tokenizer: str | None, as_json: bool) -> None:
     from huggingface_hub import constants
 
     from lightlm.cli.console import console, out, print_json
-    from lightlm.data.prepare.options import default_tokenizer
+    from lightlm.data.prepare.options import defaults
     from lightlm.data.sources.hub.client import download_tokenizer
     from lightlm.data.sources.hub.source import HubSource
     from lightlm.data.tokenizer import load_tokenizer, requested_vocab_size
@@ -47,7 +47,7 @@ def download_data(source: Source, tokenizer: str | None, as_json: bool) -> None:
     size = f"{listing.total_bytes / 1e9:,.2f} GB in {len(listing.files)} file{'s' * (len(listing.files) != 1)}"
     console.print(f"{source.spec}, {size}, to {constants.HF_HUB_CACHE}", markup=False, soft_wrap=True)
     source.download()
-    tokenizer = tokenizer or default_tokenizer(source)
+    tokenizer = tokenizer or defaults(source)[0]
     if requested_vocab_size(tokenizer) is None:
         load_tokenizer(tokenizer, download_tokenizer)
     if as_json:

@@ -50,19 +50,15 @@ class Assembly:
     ) -> None:
         """Resume from the file `state`, if it exists. Raises OSError."""
         self._path, self._blocks = state, blocks
-        self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.vocab_size)
-        self._val_fraction = val_fraction
-        self.state, counts = self._load()
+        self._tokenizer, self._val_fraction = tokenizer, val_fraction
+        if state.is_file():
+            with np.load(state) as saved:
+                self.state, counts = AssemblyState.model_validate_json(saved["state"].tobytes()), saved["counts"]
+        else:
+            self.state = AssemblyState(writers={split: WriterState() for split in SPLITS})
+            counts = np.zeros((len(SPLITS), tokenizer.vocab_size), np.int64)
         self._writers = {
-            split: SplitWriter(
-                folder,
-                split,
-                self._dtype,
-                tokenizer.end_of_text_id,
-                shard_tokens,
-                self.state.writers[split],
-                counts[number],
-            )
+            split: SplitWriter(folder, split, tokenizer, shard_tokens, self.state.writers[split], counts[number])
             for number, split in enumerate(SPLITS)
         }
         self._unsaved: list[int] = []  # blocks that are appended and not deleted yet
@@ -74,7 +70,7 @@ class Assembly:
         for split, tokens in encoded.tokens.items():
             if tokens:
                 path = block_path(self._blocks, encoded.number, split)
-                for part in read_tokens(path, self._dtype, 0, tokens):
+                for part in read_tokens(path, token_dtype(self._tokenizer.vocab_size), 0, tokens):
                     self._writers[split].add(part)
             self._writers[split].state.text_bytes += encoded.text_bytes[split]
         state.add(encoded, LISTED)
@@ -114,15 +110,12 @@ class Assembly:
         The state is saved before the train shards are cut: a kill at any time leaves the tokens in one of the splits.
         """
         total = train.state.total_tokens
-        count = math.ceil(self._val_fraction * total)
-        count = min(max(count, min(MIN_VAL_TOKENS, math.ceil(total / 10))), total - 1)
-        before = 0  # tokens of the tail before its first complete document
-        for tokens in train.tail(count + 1):
-            ends = np.flatnonzero(tokens == self._tokenizer.end_of_text_id)
-            before += int(ends[0]) if ends.size else tokens.size
-            if ends.size or before > count // 2:
-                break
-        count -= before if before <= count // 2 else 0
+        least = min(MIN_VAL_TOKENS, math.ceil(total / 10))
+        count = min(max(math.ceil(self._val_fraction * total), least), total - 1)
+        # Validation begins with a document, if one begins in the first half of the tail.
+        half = np.concatenate([*train.tail(count + 1)])[: count // 2 + 1]
+        ends = np.flatnonzero(half == self._tokenizer.end_of_text_id)
+        count -= int(ends[0]) if ends.size else 0
         for tokens in train.tail(count):
             val.add(tokens)
         token_bytes = self._tokenizer.token_bytes().astype(np.int64)  # exact for byte-level tokenizers
@@ -161,10 +154,3 @@ class Assembly:
         total = int(train.token_counts.sum()) + len(train.token_counts)
         nats = -float(val.token_counts @ (np.log(train.token_counts + 1.0) - math.log(total)))
         return UnigramEntropy(nats_per_token=nats / tokens, bits_per_byte=nats / math.log(2) / text_bytes)
-
-    def _load(self) -> tuple[AssemblyState, np.ndarray]:
-        if self._path.is_file():
-            with np.load(self._path) as saved:
-                return AssemblyState.model_validate_json(saved["state"].tobytes()), saved["counts"]
-        writers = {split: WriterState() for split in SPLITS}
-        return AssemblyState(writers=writers), np.zeros((len(SPLITS), self._tokenizer.vocab_size), np.int64)

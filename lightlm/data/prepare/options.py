@@ -18,20 +18,13 @@ from lightlm.errors import UsageError
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
 
 
-TOKENIZER, VAL_FRACTION = "gpt2", 0.005
-# pydocs must work without a network, and its 9 MB are too little for a vocabulary of 50,257. Of its 1,600 documents
-# 0.5% would be 8, too few for a stable validation loss.
-PYDOCS_TOKENIZER, PYDOCS_VAL_FRACTION = "train:8192", 0.05
+def defaults(source: Source) -> tuple[str, float]:
+    """Return the tokenizer and the share of validation documents of a preparation that names none.
 
-
-def default_tokenizer(source: Source) -> str:
-    """Return the tokenizer of a preparation that names none."""
-    return PYDOCS_TOKENIZER if source.spec == PYDOCS else TOKENIZER
-
-
-def default_val_fraction(source: Source) -> float:
-    """Return the share of validation documents of a preparation that names none."""
-    return PYDOCS_VAL_FRACTION if source.spec == PYDOCS else VAL_FRACTION
+    pydocs must work without a network, and its 9 MB are too little for a vocabulary of 50,257. Of its 1,600 documents
+    0.5% would be 8, too few for a stable validation loss.
+    """
+    return ("train:8192", 0.05) if source.spec == PYDOCS else ("gpt2", 0.005)
 
 
 @dataclass(frozen=True)
@@ -49,11 +42,6 @@ class Options:
     dedup: Mode | None = None
     decontaminate: Decontaminator | None = None
     filter: Filter | None = None
-
-    @property
-    def all_filters(self) -> tuple[DocumentFilter, ...]:
-        """The filters that judge each document by itself."""
-        return (*self.filters, *([self.decontaminate] if self.decontaminate is not None else []))
 
     def check(self) -> None:
         """Raise UsageError where a value is out of its range."""

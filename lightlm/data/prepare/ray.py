@@ -107,11 +107,12 @@ def _result(ray: Any, reference: Any) -> EncodedBlock:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, (LightLMError, OSError)) and not isinstance(error.cause, ConnectionError):
             raise error.cause from None
-        missing = _missing_module(error)
-        if missing is None:
+        _, missing, module = str(error).rpartition("No module named ")
+        if not missing:
             raise
+        module = module.split()[0].strip("'\".;")
         raise DataError(
-            f"A Ray worker has no Python module {missing}. Every node needs the same packages as this machine: run "
+            f"A Ray worker has no Python module {module}. Every node needs the same packages as this machine: run "
             "pip install 'lightlm[ray]' there, in the Python of Ray."
         ) from error
     except ray.exceptions.RayError as error:
@@ -119,12 +120,6 @@ def _result(ray: Any, reference: Any) -> EncodedBlock:
         raise DataError(
             f"Ray lost a task {RETRIES + 1} times, or the cluster ({type(error).__name__}: {' '.join(lines[:2])})."
         ) from error
-
-
-def _missing_module(error: Exception) -> str | None:
-    """Return the module that a task failed to import, from Ray's message; None for another error."""
-    _, found, rest = str(error).rpartition("No module named ")
-    return rest.split()[0].strip("'\".;") if found else None
 
 
 def _expect_files(folder: Path, encoded: EncodedBlock) -> None:

@@ -22,7 +22,7 @@ from lightlm.data.prepare.encoded_block import EncodedBlock, LeftOut
 from lightlm.data.prepare.encoders import AUTO, Encoder, EncoderError, choose_encoder
 from lightlm.data.prepare.executors import Engine, ThreadEngine, read_or_encode
 from lightlm.data.prepare.mixing.source import MixtureSource
-from lightlm.data.prepare.options import SHARD_TOKENS, Options, default_tokenizer, default_val_fraction
+from lightlm.data.prepare.options import SHARD_TOKENS, Options, defaults
 from lightlm.data.prepare.selection import Selector
 from lightlm.data.prepare.workspace import Setting, Workspace, different_settings
 from lightlm.data.select.decontamination import Decontaminator
@@ -113,16 +113,17 @@ def prepare(
         raise UsageError(f"--workers {workers}: at least 1 is needed")
     if isinstance(source, str):
         source = open_source(source, text_column, filter)
-    tokenizer_spec = tokenizer_spec or default_tokenizer(source)
-    val_fraction = default_val_fraction(source) if val_fraction is None else val_fraction
+    default_tokenizer, default_fraction = defaults(source)
     options = Options(
-        tokenizer_spec, text_column, max_tokens, val_fraction, shard_tokens, skip_bad, encoder, filters, dedup,
+        tokenizer_spec or default_tokenizer, text_column, max_tokens,
+        default_fraction if val_fraction is None else val_fraction, shard_tokens, skip_bad, encoder, filters, dedup,
         decontaminate, filter,
     )  # fmt: skip
     options.check()
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # the threads of `tokenizers`
-    workers = workers or min(available_cores(), MAX_DEFAULT_WORKERS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or min(cores, MAX_DEFAULT_WORKERS)
     target = Path(os.path.abspath(out)).resolve()
     if not target.name:
         raise UsageError(f"--out {target}: name a folder inside it")
@@ -138,15 +139,8 @@ def prepare(
             existing = _existing(target, settings, overwrite)  # another process may have finished it before the lock
             if existing is not None:
                 return existing
-            engine = engine or ThreadEngine(workers)
-            return _Preparation(source, options, workspace, engine, progress or (lambda _: None)).run(
-                settings, overwrite
-            )
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            preparation = _Preparation(source, options, workspace, engine or ThreadEngine(workers), progress)
+            return preparation.run(settings, overwrite)
 
 
 def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Manifest | None:
@@ -156,18 +150,16 @@ def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Ma
     """
     if not target.exists():
         return None
-    if not target.is_dir():
-        raise DataError(f"{target} is a file; choose another folder with --out")
-    if target.is_mount():
-        raise DataError(f"{target} is a mount point, which cannot be replaced; name a folder inside it with --out")
+    if not target.is_dir() or target.is_mount():
+        raise DataError(f"{target} is a file or a mount point, which cannot be replaced; name a folder with --out")
     names = sorted(path.name for path in target.iterdir())
-    foreign = [name for name in names if not (name in {"manifest.json", "tokenizer.json"} or name.endswith(".bin"))]
+    foreign = [name for name in names if not (name in ("manifest.json", "tokenizer.json") or name.endswith(".bin"))]
     if not names:
         return None
     if "manifest.json" not in names or (overwrite and foreign):
-        culprit = foreign[0] if foreign else names[0]
         raise DataError(
-            f"{target} holds other files ({culprit}), which would be lost; choose another folder with --out"
+            f"{target} holds other files ({(foreign or names)[0]}), which would be lost; choose another folder with "
+            "--out"
         )
     if overwrite:
         return None
@@ -185,10 +177,10 @@ class _Preparation:
     """One preparation, new or resumed."""
 
     def __init__(
-        self, source: Source, options: Options, workspace: Workspace, engine: Engine, progress: ProgressCallback
+        self, source: Source, options: Options, workspace: Workspace, engine: Engine, progress: ProgressCallback | None
     ) -> None:
         self._source, self._options, self._workspace, self._engine = source, options, workspace, engine
-        self._progress = progress
+        self._progress = progress or (lambda _: None)
         self._lock = threading.Lock()
         self._counts = [0, 0, 0]  # documents, bytes of text, tokens
         self._done_bytes = 0
@@ -243,7 +235,7 @@ class _Preparation:
             encoder=encoder.name,
             val_fraction=options.val_fraction,
             skip_bad=options.skip_bad,
-            filters=options.all_filters,
+            filters=(*options.filters, *([options.decontaminate] if options.decontaminate else [])),
         )
         assembly = Assembly(
             workspace.folder, workspace.state, job.folder, tokenizer, options.val_fraction, options.shard_tokens
@@ -307,39 +299,35 @@ class _Preparation:
 
     def _selected(self, done: int, job: Job, tokenizer: Tokenizer) -> Generator[EncodedBlock, None, None]:
         """Yield encoded blocks of the documents that stay, where that depends on other documents."""
-        source = self._source
+        source, options = self._source, self._options
         parts = source.parts if isinstance(source, MixtureSource) else [(source, Fraction(1))]
+        units = [blocks_of(part.units()) for part, _ in parts]
+        shares = [share for _, share in parts]
         selector = Selector(
-            self._workspace.work,
-            [blocks_of(part.units()) for part, _ in parts],
-            [share for _, share in parts],
-            dedup=self._options.dedup,
-            max_tokens=self._options.max_tokens,
-            done=done,
+            self._workspace.work, units, shares, dedup=options.dedup, max_tokens=options.max_tokens, done=done
         )
         return selector.select(self._engine, job, self._report, token_dtype(tokenizer.vocab_size))
 
     def _report(self, documents: int, text_bytes: int, tokens: int) -> None:
         with self._lock:
-            counts = self._counts
-            counts[0], counts[1], counts[2] = counts[0] + documents, counts[1] + text_bytes, counts[2] + tokens
+            documents, text_bytes, tokens = self._counts = [
+                total + more for total, more in zip(self._counts, (documents, text_bytes, tokens), strict=True)
+            ]
             done = min(1.0, self._done_bytes / self._source_bytes) if self._source_bytes else None
-            self._progress(Progress(TOKENIZING, counts[0], counts[1], counts[2], self._options.max_tokens, done))
+            self._progress(Progress(TOKENIZING, documents, text_bytes, tokens, self._options.max_tokens, done))
 
     def _check(self, assembly: Assembly) -> None:
         """Raise DataError where there is nothing to train on."""
         splits = {entry.split for entry in assembly.shards}
-        if "train" in splits:
-            return
-        if "val" in splits:
+        if "val" in splits and "train" not in splits:
             raise _NothingError(
                 f"Every document of {self._source.spec} falls into validation at --val-fraction "
                 f"{self._options.val_fraction}, and none is left to train on; choose a smaller fraction."
             )
-        dropped = assembly.state.dropped
-        causes = ", ".join(f"{count} {cause}" for cause, count in dropped.items())
-        left_out = f" ({causes} documents were left out)" if causes else ""
-        raise _NothingError(f"{self._source.spec} holds no text{left_out}; nothing was written.")
+        if "train" not in splits:
+            causes = ", ".join(f"{count} {cause}" for cause, count in assembly.state.dropped.items())
+            left_out = f" ({causes} documents were left out)" if causes else ""
+            raise _NothingError(f"{self._source.spec} holds no text{left_out}; nothing was written.")
 
 
 class _NothingError(DataError):

@@ -95,7 +95,9 @@ class Selector:
                 lengths = np.where(keep, block.item.documents[:, -2], 0)
                 keep &= np.cumsum(lengths) - lengths < limit
             encoded = self._copy(block, keep, job, number, dtype)
-            self._write_log(number, block, block.item.documents[keep, :-2])
+            header = json.dumps({"source": block.source, "tokens": block.tokens}).encode()
+            kept = block.item.documents[keep, :-2] if self._deduplicators is not None else np.zeros(0)
+            write_bytes(self._log / f"{number:08d}", header + b"\n" + kept.astype("<u8").tobytes())
             remove_encoded_block(self._before, block.item.encoded.number)
             yield encoded
 
@@ -117,7 +119,9 @@ class Selector:
 
         for encoded in engine(job, blocks(), report):
             source = source_of.pop(encoded.number)
-            documents = read_documents(self._before, encoded.number, self._signer.columns)
+            path = block_path(self._before, encoded.number, DOCUMENTS)
+            rows = np.fromfile(path, "<u8") if path.is_file() else np.zeros(0, np.uint64)
+            documents = rows.reshape(-1, self._signer.columns + 2)
             verdicts = np.full(len(documents), KEPT, np.uint8)
             if self._deduplicators is not None:
                 verdicts = self._deduplicators[source].decide(documents[:, :-2])
@@ -145,12 +149,6 @@ class Selector:
                         writer.add(split, tokens)
         return encoded
 
-    def _write_log(self, number: int, block: SourceBlock[JudgedBlock], kept: np.ndarray) -> None:
-        """Log, durably, the source of a block, the tokens that stay, and their signatures."""
-        header = json.dumps({"source": block.source, "tokens": block.tokens}).encode()
-        signatures = kept.astype("<u8").tobytes() if self._deduplicators is not None else b""
-        write_bytes(self._log / f"{number:08d}", header + b"\n" + signatures)
-
     def _read_log(self, number: int) -> tuple[int, int]:
         """Return the source of a block and the tokens that stayed in it; remember its signatures."""
         header, _, content = (self._log / f"{number:08d}").read_bytes().partition(b"\n")
@@ -159,13 +157,6 @@ class Selector:
             signatures = np.frombuffer(content, "<u8").reshape(-1, self._signer.columns)
             self._deduplicators[logged["source"]].remember(signatures)
         return logged["source"], logged["tokens"]
-
-
-def read_documents(folder: Path, number: int, columns: int) -> np.ndarray:
-    """Return the rows of a block's documents: uint64 of shape (documents, columns + 2)."""
-    path = block_path(folder, number, DOCUMENTS)
-    content = np.fromfile(path, "<u8") if path.is_file() else np.zeros(0, np.uint64)
-    return content.reshape(-1, columns + 2)
 
 
 def _spans(lengths: np.ndarray, keep: np.ndarray) -> Iterator[tuple[int, int]]:

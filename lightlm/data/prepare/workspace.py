@@ -55,13 +55,16 @@ class Workspace:
         With `overwrite`, resumes only what began with `overwrite` and the same settings. Starts over where no block is
         finished. Raises DataError where a preparation with other settings is unfinished.
         """
-        saved = self._read()
-        if saved is None or not self.folder.is_dir():  # without the folder, a kill came right after the final rename
-            self._begin(settings, overwrite)
-            return None
-        changed = different_settings(saved["settings"], settings)
-        if (overwrite and (changed or not saved["overwrite"])) or (changed and not self.worth_keeping):
-            self._begin(settings, overwrite)
+        saved = self._read() if self.folder.is_dir() else None  # without the folder, a kill followed the final rename
+        changed = different_settings(saved["settings"], settings) if saved else ""
+        if saved is None or (overwrite and (changed or not saved["overwrite"])) or (changed and not self.worth_keeping):
+            self._settings.unlink(missing_ok=True)
+            remove_folder(self.folder)
+            remove_folder(self.work)
+            self.folder.mkdir()
+            self.blocks.mkdir(parents=True)
+            content = {"format": WORK_FORMAT, "settings": dict(settings), "overwrite": overwrite, "revision": None}
+            write_text(self._settings, json.dumps(content))
             return None
         if changed:
             raise DataError(
@@ -102,15 +105,6 @@ class Workspace:
         except (OSError, ValueError):
             return None
         return saved if saved.get("format") == WORK_FORMAT else None
-
-    def _begin(self, settings: Mapping[str, Setting], overwrite: bool) -> None:
-        self._settings.unlink(missing_ok=True)
-        remove_folder(self.folder)
-        remove_folder(self.work)
-        self.folder.mkdir()
-        self.blocks.mkdir(parents=True)
-        content = {"format": WORK_FORMAT, "settings": dict(settings), "overwrite": overwrite, "revision": None}
-        write_text(self._settings, json.dumps(content))
 
 
 def different_settings(there: Mapping[str, Setting], now: Mapping[str, Setting]) -> str:

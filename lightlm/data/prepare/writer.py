@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from pydantic import BaseModel
 
 from lightlm.data.prepare.encoded_block import read_tokens
-from lightlm.data.shards import HEADER_BYTES, ShardEntry, Split, shard_header
+from lightlm.data.shards import HEADER_BYTES, ShardEntry, Split, shard_header, token_dtype
+from lightlm.data.tokenizer import Tokenizer
 from lightlm.files import checksum
 
 
@@ -35,33 +36,33 @@ class SplitWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        split: Split,
-        dtype: np.dtype[Any],
-        end_of_text_id: int,
-        shard_tokens: int,
-        state: WriterState,
+        self, folder: Path, split: Split, tokenizer: Tokenizer, shard_tokens: int, state: WriterState,
         token_counts: np.ndarray,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Resume from `state` and `token_counts` (int64 of shape (vocab_size,)), and keep both up to date.
 
         Cuts off what the shards hold beyond `state`. Raises OSError.
         """
         self.state, self.token_counts = state, token_counts
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._end_of_text_id, self._shard_tokens = end_of_text_id, shard_tokens
+        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._end_of_text_id, self._dtype = tokenizer.end_of_text_id, token_dtype(tokenizer.vocab_size)
         self._file: BinaryIO | None = None
         self.cut_files()
 
     def add(self, tokens: np.ndarray) -> None:
         """Append token ids of any documents, an end-of-text id after each document."""
+        state = self.state
         self.token_counts += np.bincount(tokens, minlength=len(self.token_counts))
         while tokens.size:
-            room = self._shard_tokens - self.state.tokens
-            self._append(tokens[:room])
-            tokens = tokens[room:]
-            if self.state.tokens == self._shard_tokens:
+            if self._file is None:
+                self._file = self._path().open("wb")
+                self._file.write(shard_header(self._dtype, 0))
+            fitting = tokens[: self._shard_tokens - state.tokens]
+            self._file.write(np.ascontiguousarray(fitting, self._dtype).data)
+            state.tokens += fitting.size
+            state.documents += int(np.count_nonzero(fitting == self._end_of_text_id))
+            tokens = tokens[fitting.size :]
+            if state.tokens == self._shard_tokens:
                 self.close()
 
     def tail(self, count: int) -> Iterator[np.ndarray]:
@@ -129,11 +130,3 @@ class SplitWriter:
     def _path(self, number: int | None = None) -> Path:
         """Return the path of a shard, of the open one by default."""
         return self._folder / f"{self._split}_{len(self.state.entries) if number is None else number:06d}.bin"
-
-    def _append(self, tokens: np.ndarray) -> None:
-        if self._file is None:
-            self._file = self._path().open("wb")
-            self._file.write(shard_header(self._dtype, 0))
-        self._file.write(np.ascontiguousarray(tokens, self._dtype).data)
-        self.state.tokens += tokens.size
-        self.state.documents += int(np.count_nonzero(tokens == self._end_of_text_id))

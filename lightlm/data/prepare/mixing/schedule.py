@@ -33,21 +33,16 @@ def parse_mix(text: str) -> list[tuple[str, Fraction]]:
             raise UsageError(f"--mix {text}: write SOURCE=SHARE instead of {item.strip()!r}; {_EXAMPLE}")
         if spec in parts:
             raise UsageError(f"--mix {text}: the source {spec} is listed twice")
-        parts[spec] = _weight(weight, text)
+        try:
+            parts[spec] = Fraction(weight)
+        except (ValueError, ZeroDivisionError):
+            parts[spec] = Fraction(0)
+        if parts[spec] <= 0:
+            raise UsageError(f"--mix {text}: the share {weight!r} is not a number above 0; {_EXAMPLE}")
     if len(parts) < 2:
         raise UsageError(f"--mix {text}: a mixture needs at least two sources; {_EXAMPLE}")
     total = sum(parts.values())
     return [(spec, weight / total) for spec, weight in parts.items()]
-
-
-def _weight(text: str, mix: str) -> Fraction:
-    try:
-        weight = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        weight = Fraction(0)
-    if weight <= 0:
-        raise UsageError(f"--mix {mix}: the share {text!r} is not a number above 0; {_EXAMPLE}")
-    return weight
 
 
 @dataclass(frozen=True)
