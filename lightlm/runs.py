@@ -38,7 +38,8 @@ def free_folder(name: str, *, exact: bool) -> Path:
         CheckpointError: the name is taken.
     """
     path, number = run_folder(name), 1
-    while path.exists() and not _is_abandoned(path):
+    # A folder that a kill left before its recipe was written is free: it holds at most temporary files.
+    while path.exists() and not (path.is_dir() and all(entry.name.startswith(".") for entry in path.iterdir())):
         if exact:
             raise CheckpointError(
                 f"{path} exists already; resume it with --auto-resume or `lightlm train --resume {path}`, "
@@ -47,11 +48,6 @@ def free_folder(name: str, *, exact: bool) -> Path:
         number += 1
         path = RUNS / f"{name}-{number}"
     return path
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Whether a kill left a run folder before its recipe was written: it holds at most temporary files."""
-    return path.is_dir() and all(entry.name.startswith(".") for entry in path.iterdir())
 
 
 def new_run(name: str, *, exact: bool) -> Path:
@@ -68,7 +64,7 @@ def find_run(reference: str | Path | None = None) -> Path:
         CheckpointError: the run does not exist.
     """
     newest = RUNS / "latest"
-    reference = newest if reference is None else Path(reference)
+    reference = Path(reference or newest)
     for path in (reference, RUNS / reference):
         # Follow a pointer even if it is a link, so that `mark_latest` never points `latest` to itself.
         if path.name == newest.name and (target := files.follow(path)) is not None and target.is_dir():

@@ -76,10 +76,8 @@ def _environment(processes: int, attempt: int, folder: Path) -> dict[str, str]:
 
 
 def _describe(code: int) -> str:
-    if code == _PEER_LOST:
-        return "lost its connection to the others"
-    if code == _CRASHED:
-        return "crashed"
+    if known := {_PEER_LOST: "lost its connection to the others", _CRASHED: "crashed"}.get(code):
+        return known
     with contextlib.suppress(ValueError):
         hint = " (the system does this when memory runs out)" if code == -getattr(signal, "SIGKILL", 0) else ""
         return f"was ended by {signal.Signals(-code).name}{hint}"

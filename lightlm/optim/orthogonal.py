@@ -68,11 +68,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: groups of weights (out, in) or stacked weights (E, out, in), each with `lr` and `weight_decay`.
         others: the optimizer of all other parameters.
-        momentum: share of the mean gradient that a step keeps.
-        nesterov: look one step ahead by mixing the gradient into the mean once more.
-        ns_steps: Newton-Schulz iterations.
-        scale_rule: see `update_scale`.
-        cautious: decay a weight only where the update also shrinks it (arXiv 2510.12402).
+        momentum, nesterov, ns_steps, scale_rule, cautious: as in `MuonSection`.
         dtype: precision of Newton-Schulz; bf16 is enough where it is fast.
     """
 

@@ -96,10 +96,7 @@ def set_up(
         resume_from: the newest undamaged checkpoint of the run to resume.
 
     Raises:
-        DataError: the data does not fit the recipe or the checkpoint.
-        RecipeError: the recipe does not fit the data, the processes or this machine.
-        UsageError: the recipe's device is missing.
-        CheckpointError: the checkpoint does not fit.
+        DataError, RecipeError, UsageError, CheckpointError: data, recipe, device and checkpoint do not fit together.
     """
     world = world or World()
     note = note if world.is_writer else lambda message: None

@@ -110,13 +110,19 @@ class Trainer:
                 of the steps before it. The last checkpoint stays as it was.
         """
         settings = self.recipe.checkpoint
-        metrics_file = self._open_run() if self.world.is_writer else None
-        saving: contextlib.AbstractContextManager[Saver | None] = contextlib.nullcontext()
-        if self.world.is_writer:
-            saving = Saver(self.run_folder, settings, self.data.tokenizer, self.model.config, self.observer)
-        self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
+        run, metrics_file, saver = self.run_folder, None, None
         try:
-            with saving as saver, stop_on_signals(launched=self.world.launched) as stop:
+            with contextlib.ExitStack() as stack:
+                if self.world.is_writer:
+                    files.write_text(run / "recipe.yaml", self.recipe.to_yaml())
+                    mark_latest(run)
+                    tidy(run, self.setup.resumed_from, self.observer)
+                    metrics_file = stack.enter_context(MetricsFile(run, self.progress.step))
+                    saver = stack.enter_context(
+                        Saver(run, settings, self.data.tokenizer, self.model.config, self.observer)
+                    )
+                self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
+                stop = stack.enter_context(stop_on_signals(launched=self.world.launched))
                 while not self.done:
                     metrics = self._step(stop)
                     if metrics is None:
@@ -132,15 +138,12 @@ class Trainer:
                 interrupted = not self.done
                 if interrupted:
                     self._save(saver, wait=True)
-            # No process leaves before the writer's last files are complete: a launcher would end the writer.
-            self.world.barrier()
         except _DivergenceError as found:  # the saver has completed its last checkpoint, which the message names
             raise self._divergence(found.step, found.outcome) from None
-        finally:
-            if metrics_file:
-                metrics_file.close()
+        # No process leaves before the writer's last files are complete: a launcher would end the writer.
+        self.world.barrier()
         return Result(
-            run=self.run_folder,
+            run=run,
             step=self.progress.step,
             tokens=self.progress.tokens,
             seconds=self.progress.seconds,
@@ -149,13 +152,6 @@ class Trainer:
             val_loss=self.last_validation.get("val_loss"),
             val_bpb=self.last_validation.get("val_bpb"),
         )
-
-    def _open_run(self) -> MetricsFile:
-        """Prepare the run folder and `runs/latest`; only the writer calls this."""
-        files.write_text(self.run_folder / "recipe.yaml", self.recipe.to_yaml())
-        mark_latest(self.run_folder)
-        tidy(self.run_folder, self.setup.resumed_from, self.observer)
-        return MetricsFile(self.run_folder, self.progress.step)
 
     @property
     def done(self) -> bool:

@@ -122,8 +122,7 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
     def _line_is_due(self, metrics: dict[str, Any]) -> bool:
-        shortest, longest = _PLAIN_SECONDS
-        pause = min(shortest + metrics["seconds"] / 60, longest)
+        pause = min(_PLAIN_SECONDS[0] + metrics["seconds"] / 60, _PLAIN_SECONDS[1])
         first_or_last = metrics["step"] in (self._facts["first_step"] + 1, self._facts["steps"])
         return first_or_last or time.monotonic() - self._printed >= pause
 

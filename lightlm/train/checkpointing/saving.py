@@ -24,10 +24,7 @@ _LONG_WAIT = 2.0  # seconds that training waits for the previous save before the
 
 
 class Saver(contextlib.AbstractContextManager["Saver"]):
-    """Writes a run's checkpoints one at a time and prunes old ones, in one process of the run.
-
-    A context manager: leaving it waits for the last write.
-    """
+    """Writes a run's checkpoints one at a time and prunes old ones; leaving its context waits for the last write."""
 
     def __init__(
         self, run: Path, settings: CheckpointSection, tokenizer: Tokenizer, config: ModelConfig, observer: Observer
@@ -150,9 +147,9 @@ def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:
     """
     for folder in (run / "checkpoints", run / "samples"):
         files.clear_leftovers(folder)
-    complete = checkpoint.checkpoints(run)
-    names = [path.name for path in complete]
-    damaged = complete[names.index(resumed.name) + 1 :] if resumed is not None else complete
+    damaged = checkpoint.checkpoints(run)
+    if resumed is not None:
+        damaged = damaged[[path.name for path in damaged].index(resumed.name) + 1 :]
     for path in damaged:
         renamed = path.with_name(f"{path.name}.damaged")
         files.replace_folder(path, renamed)

@@ -1,5 +1,6 @@
 """metrics.jsonl: one object per step, and the file. docs/metrics.md defines each metric."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_sec
 _FILE = "metrics.jsonl"
 
 
-class MetricsFile:
+class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
     """`metrics.jsonl` of a run, open for appending.
 
     `logged_step` is the last step that the file held before it was cut; 0 for none.
@@ -37,7 +38,7 @@ class MetricsFile:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
 

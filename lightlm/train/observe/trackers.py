@@ -52,11 +52,8 @@ class Tracker:
     sent: int  # the backend already has the steps up to this one
 
     def __init__(self, session: Session) -> None: ...
-
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
     def sample(self, step: int, prompt: str, text: str) -> None: ...
-
     def flush(self) -> None:
         """Store what was logged: a checkpoint is complete, so these steps are not logged again."""
 

@@ -1,7 +1,6 @@
 """The plan of a run: sizes, operations, memory by part, and hours."""
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,26 +21,6 @@ _USABLE = 0.9  # share of a GPU's memory; the rest is left to CUDA's context and
 # with torch 2.13 held 6 to 23% more than the sum of their parts.
 _GAPS = 0.1
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of a run, on any machine."""
-
-    steps: int
-    tokens: int
-    validations: int
-    validation_tokens: int  # in all validations
-
-    def hours(self, probe: Probe, seq_len: int) -> float:
-        """Return the hours at a probe's speed, with passes that take time in proportion to their tokens."""
-        pass_tokens = probe.micro_batch * seq_len
-        training = self.tokens / pass_tokens * probe.pass_seconds + self.steps * probe.update_seconds
-        return (training + self.validation_tokens / pass_tokens * probe.forward_seconds) / 3600
-
-    def hours_at(self, tokens_per_second: float) -> float:
-        """Return the hours at a training speed; a forward pass has a third of the operations."""
-        return (self.tokens + self.validation_tokens / 3) / tokens_per_second / 3600
 
 
 def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
@@ -65,10 +44,17 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     # Validations come at each step that reaches a multiple of eval.every, and at the last step.
     before = tokens - recipe.batch_sequences * recipe.seq_len
     validations = before // recipe.eval.every + 1 if recipe.eval.every else 1
-    work = Work(steps, tokens, validations if validation_tokens else 0, validations * validation_tokens)
     counts, flops = model.num_parameters(), model.flops_per_token(recipe.seq_len)
     if recipe.eval.tasks:
         note(f"the hours leave out eval.tasks ({', '.join(recipe.eval.tasks)})")
+    run = {
+        "tokens": tokens,
+        "steps": steps,
+        "batch_tokens": recipe.batch_sequences * recipe.seq_len,
+        "flops": flops * tokens,
+        "validations": validations if validation_tokens else 0,
+        "validation_tokens": validations * validation_tokens,
+    }
     return {
         "recipe": recipe.name,
         "model": {
@@ -78,17 +64,10 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
             "vocab_size": recipe.model.vocab_size,
             "flops_per_token": flops,
         },
-        "run": {
-            "tokens": work.tokens,
-            "steps": work.steps,
-            "batch_tokens": recipe.batch_sequences * recipe.seq_len,
-            "flops": flops * work.tokens,
-            "validations": work.validations,
-            "validation_tokens": work.validation_tokens,
-        },
-        "machine": _machine(recipe, model, work, probe, note),
+        "run": run,
+        "machine": _machine(recipe, model, run, probe, note),
         "inference": inference_parts(model),
-        "gpus": [_gpu(name, gpu, recipe, model, work) for name, gpu in ACCELERATORS.items()],
+        "gpus": [_gpu(name, gpu, recipe, model, run) for name, gpu in ACCELERATORS.items()],
         "assumed_utilization": ASSUMED_UTILIZATION,
         "notes": notes,
     }
@@ -109,8 +88,8 @@ def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool
     return device, pick_dtype(recipe.train.dtype, device), True
 
 
-def _machine(recipe: Recipe, model: Transformer, work: Work, probe: bool, note: Note) -> dict[str, Any]:
-    """Return memory by part on the recipe's device, and the probe's measurements."""
+def _machine(recipe: Recipe, model: Transformer, run: dict[str, int], probe: bool, note: Note) -> dict[str, Any]:
+    """Return memory by part on the recipe's device, and the probe's measurements of a full batch."""
     device, dtype, present = _target(recipe, note)
     measured = None
     if not probe:
@@ -125,7 +104,7 @@ def _machine(recipe: Recipe, model: Transformer, work: Work, probe: bool, note: 
     sequences = measured.micro_batch if measured else micro_batch_size(recipe, device, free=free)
     parts = training_parts(recipe, model, device, dtype, sequences)
     # The host's copy that a run saves from. The last save of a run makes none.
-    saves = any(0 < every < work.tokens for every in (recipe.checkpoint.every, recipe.checkpoint.keep_every))
+    saves = any(0 < every < run["tokens"] for every in (recipe.checkpoint.every, recipe.checkpoint.keep_every))
     copy = parts["weights"] + parts["optimizer"] if saves and recipe.checkpoint.asynchronous else 0
     if device.type == "cpu":
         # With a GPU, the copy and the process take memory of the host instead.
@@ -138,13 +117,17 @@ def _machine(recipe: Recipe, model: Transformer, work: Work, probe: bool, note: 
         "accumulation": -(-recipe.batch_sequences // sequences),
         "memory": parts | {"total": sum(parts.values())},
         "host_checkpoint_copy": copy,
-        "measured": measured and _measurements(measured, recipe, work, parts.get("checkpoint_copy", 0)),
+        "measured": measured and _measurements(measured, recipe, run, parts.get("checkpoint_copy", 0)),
     }
 
 
-def _measurements(probe: Probe, recipe: Recipe, work: Work, copy: int) -> dict[str, Any]:
+def _measurements(probe: Probe, recipe: Recipe, run: dict[str, int], copy: int) -> dict[str, Any]:
     """Return the measurements of a full batch. A probe saves nothing, so `copy` is added to its memory."""
     step_seconds = recipe.batch_sequences / probe.micro_batch * probe.pass_seconds + probe.update_seconds
+    # Passes take time in proportion to their tokens.
+    pass_tokens = probe.micro_batch * recipe.seq_len
+    seconds = run["tokens"] / pass_tokens * probe.pass_seconds + run["steps"] * probe.update_seconds
+    seconds += run["validation_tokens"] / pass_tokens * probe.forward_seconds
     return {
         "pass_seconds": probe.pass_seconds,
         "update_seconds": probe.update_seconds,
@@ -152,11 +135,11 @@ def _measurements(probe: Probe, recipe: Recipe, work: Work, copy: int) -> dict[s
         "step_seconds": step_seconds,
         "tokens_per_second": recipe.batch_sequences * recipe.seq_len / step_seconds,
         "memory": None if probe.memory is None else probe.memory + copy,
-        "hours": work.hours(probe, recipe.seq_len),
+        "hours": seconds / 3600,
     }
 
 
-def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, work: Work) -> dict[str, Any]:
+def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: dict[str, int]) -> dict[str, Any]:
     """Estimate one GPU of this kind, with the given micro-batch or the largest automatic one that fits."""
     device, weights = torch.device("cuda"), 4 * model.num_parameters()["total"]
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
@@ -165,13 +148,14 @@ def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, work: 
     while memory > _USABLE * gpu.memory and recipe.train.micro_batch_size == "auto" and sequences > 1:
         sequences = max(size for size in range(1, sequences // 2 + 1) if sequences % size == 0)
         memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
-    # The peak is that of bf16, so there is no estimate of hours for fp32.
+    # The peak is that of bf16, so there is no estimate of hours for fp32. A forward pass has a third of the operations.
     speed = gpu.peak * ASSUMED_UTILIZATION / model.flops_per_token(recipe.seq_len)
+    hours = (run["tokens"] + run["validation_tokens"] / 3) / speed / 3600
     return {
         "gpu": name,
         "device_memory": int(gpu.memory),
         "micro_batch": sequences,
         "memory": memory,
         "fits": memory <= _USABLE * gpu.memory,
-        "hours": work.hours_at(speed) if dtype == torch.bfloat16 else None,
+        "hours": hours if dtype == torch.bfloat16 else None,
     }

@@ -123,7 +123,7 @@ class Gradients:
                 sums, stopped = self._accumulate(first, count, stop)
             if sums is not None:
                 break
-            self._drop()
+            self._loss.model.zero_grad()
             if stopped:
                 return None
             self._shrink()
@@ -214,17 +214,13 @@ class Gradients:
         while True:
             start, size = self._parts(first, count)[0]
             failed = self._pass(start, size, count, last=False) is None
-            self._drop()
+            self._loss.model.zero_grad()
             if not self._world.any(failed)[0]:
                 break
             self._shrink()
         self._pass(start, size, count, last=True)
-        self._drop()
+        self._loss.model.zero_grad()
         self._warm = True
-
-    def _drop(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def _shrink(self) -> None:
         """Reduce the micro-batch to at most half, in all processes."""
