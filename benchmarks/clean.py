@@ -142,8 +142,9 @@ def speeds(texts: list[str], evals: Path | None) -> None:
     print(f"  reading {len(TASKS)} evaluation sets: {time.process_time() - started:.1f} s")
     started = time.process_time()
     sets = Decontaminator(examples)
-    print(f"  indexing their {sum(sets.examples.values()):,} examples: {time.process_time() - started:.1f} s")
-    print(f"  too short to search for: {sets.too_short}")
+    counts = sets.coverage.values()
+    print(f"  indexing {sum(count['examples'] for count in counts):,} examples: {time.process_time() - started:.1f} s")
+    print(f"  too short to search for: { {name: count['too_short'] for name, count in sets.coverage.items()} }")
     speed("decontaminating", texts, lambda part: [sets.found_in(text) for text in part])
 
 

@@ -27,7 +27,7 @@ from measure import dense_config
 from safetensors.torch import save_file
 
 from lightlm.convert.huggingface.config import write_config
-from lightlm.convert.huggingface.export_target import export_target
+from lightlm.convert.huggingface.layouts import export_target
 from lightlm.convert.huggingface.weights import their_state
 from lightlm.convert.load import load_pretrained
 from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype

@@ -22,7 +22,7 @@ from common import report
 from contest import Builder, Contestant, compete, contest_parser, lightlm, shape, summary
 
 from lightlm.convert.huggingface.config import write_config
-from lightlm.convert.huggingface.export_target import export_target
+from lightlm.convert.huggingface.layouts import export_target
 from lightlm.device import pick_dtype
 from lightlm.optim.groups import build_optimizer
 

@@ -23,7 +23,6 @@ from lightlm.convert.load import load_pretrained
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare as prepare_folder
 from lightlm.data.sources.registry import open_source
-from lightlm.data.tokenizer import Tokenizer
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import UsageError
 from lightlm.evaluate.in_training.task_scores import TaskScores
@@ -32,13 +31,11 @@ from lightlm.evaluate.runner import evaluate_model
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.evaluate.settings import Settings, split_list
-from lightlm.evaluate.tasks.heldout import common_folder
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.machine import record_machine
 from lightlm.model.config import ModelConfig
-from lightlm.model.transformer import Transformer
 from lightlm.quantities import parse_quantity
 from lightlm.recipe import load_recipe
 from lightlm.report.build import write_report
@@ -74,18 +71,10 @@ class TextScore:
 
 
 class Model:
-    """A model with its tokenizer, ready to generate and to score.
-
-    Attributes:
-        transformer: the PyTorch module, in evaluation mode.
-        tokenizer: turns text into token ids and back.
-        path: the checkpoint or Hugging Face folder that it was loaded from, or its Hub id.
-    """
+    """A PyTorch model (`transformer`) with its `tokenizer`, and the `path` or Hub id that it was loaded from."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.transformer: Transformer = loaded.model
-        self.tokenizer: Tokenizer = loaded.tokenizer
-        self.path: Path = loaded.path
+        self.transformer, self.tokenizer, self.path = loaded.model, loaded.tokenizer, loaded.path
         self._loaded = loaded
 
     def __repr__(self) -> str:
@@ -165,10 +154,9 @@ class Model:
         start = self.tokenizer.end_of_text_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         before = self.tokenizer.prefix_ids if self.tokenizer.adds_bos else []
         length = self.config.max_seq_len
-        windows, owners, counts = [], [], []
-        for owner, text in enumerate(texts):
-            ids = [start, *before, *self.tokenizer.encode(text)]
-            counts.append(len(ids) - 1)
+        windows, owners = [], []
+        encoded = [[start, *before, *self.tokenizer.encode(text)] for text in texts]
+        for owner, ids in enumerate(encoded):
             for first in range(1, len(ids), length):
                 end = min(first + length, len(ids))
                 windows.append((ids[max(end - 1 - length, 0) : first], ids[first:end]))
@@ -177,8 +165,8 @@ class Model:
         totals = [0.0] * len(texts)
         for owner, result in zip(owners, score(self.transformer, windows, limits, lambda _: None), strict=True):
             totals[owner] += result.log_likelihood
-        sizes = [len(text.encode()) for text in texts]
-        return [TextScore(*values) for values in zip(totals, counts, sizes, strict=True)]
+        facts = zip(totals, encoded, texts, strict=True)
+        return [TextScore(total, len(ids) - 1, len(text.encode())) for total, ids, text in facts]
 
 
 def load(model: PathLike | None = None, *, device: str = "auto", dtype: str = "float32") -> Model:
@@ -259,11 +247,10 @@ def train(
     if (recipe is None) == (resume is None):
         raise UsageError("train takes a recipe, or resume=RUN")
     observer = observer or Observer()
-    run, checkpoint = None, None
     if resume is not None:
         parsed, run, checkpoint = reopen_run(str(resume), overrides, observer.note)
     else:
-        parsed = load_recipe(str(recipe), overrides)
+        parsed, run, checkpoint = load_recipe(str(recipe), overrides), None, None
     data = open_data(parsed)
     assert data is not None
     setup = set_up(parsed, data, observer.note, resume_from=checkpoint)
@@ -316,7 +303,6 @@ def evaluate(
     chosen = Tasks(Settings(names, limit, num_fewshot, own, further, sets, dtype=dtype))
     chosen.require_data()
     loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=dtype))._loaded
-    heldout_data = common_folder([] if data else [loaded.path], chosen.settings.data) if chosen.read_data else None
     file = result_file(loaded, chosen.settings, None)
-    done = evaluate_model(loaded, chosen, loaded.name, file, batch_size=str(batch_size), data=heldout_data)
+    done = evaluate_model(loaded, chosen, loaded.name, file, batch_size=str(batch_size))
     return done.to_dict()

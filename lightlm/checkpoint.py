@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,10 +27,10 @@ from lightlm.runs import run_of
 
 MARKER = "complete.json"
 TRAINING_STATE = "training_state.pt"
-_MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+_MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
 _STEP_NAME = re.compile(r"step_(\d+)")
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's prefixes
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # DistributedDataParallel's and torch.compile's prefixes
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -75,24 +74,20 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(
-    run: Path,
-    examine: Callable[[Path], None] | None = None,
-    warn: Callable[[str], None] = warn,
+    run: Path, examine: Callable[[Path], None] | None = None, warn: Callable[[str], None] = warn
 ) -> Path:
-    """Return the run's newest complete checkpoint that is not damaged.
+    """Return the run's newest complete checkpoint that is not damaged; `warn` receives a message for each that is.
 
     Args:
-        examine: raises DamagedCheckpointError for a damaged one; `check_model` unless given.
-        warn: receives a message for each damaged one.
+        examine: raises DamagedCheckpointError for a damaged one; checks the model's files unless given.
 
     Raises:
         CheckpointError: the run has no checkpoint, or all are damaged.
     """
-    examine = examine or check_model
-    problems: list[str] = []
+    problems = []
     for path in reversed(checkpoints(run)):
         try:
-            examine(path)
+            examine(path) if examine is not None else check(path, _MODEL_FILES)
         except DamagedCheckpointError as error:
             problems.append(error.problem)
             continue
@@ -116,13 +111,6 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def write_checkpoint(
-    run: Path, step: int, model: Transformer, tokenizer: Tokenizer, training_state: dict[str, Any] | None = None
-) -> Path:
-    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path."""
-    return write_states(run, step, model.state_dict(), model.config, tokenizer, training_state)
-
-
-def write_states(
     run: Path,
     step: int,
     weights: dict[str, Tensor],
@@ -132,14 +120,10 @@ def write_states(
     *,
     milestone: bool = False,
 ) -> Path:
-    """Do as `write_checkpoint` with weights outside a model: a copy taken earlier, or gathered from several devices.
-
-    Args:
-        milestone: recorded in the marker; see `is_milestone`.
-    """
+    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path. A milestone is never pruned."""
     path = run / "checkpoints" / step_name(step)
     with files.new_folder(path, overwrite=True) as folder:
-        _fill(folder, weights, config, tokenizer, training_state, {"milestone": True} if milestone else {})
+        _fill(folder, weights, config, tokenizer, training_state, milestone)
     files.point_to(path.parent / "latest", path.name)
     return path
 
@@ -153,70 +137,52 @@ def is_milestone(checkpoint: Path) -> bool:
 
 
 def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, *, overwrite: bool = False) -> None:
-    """Write a checkpoint folder without training state, atomically.
-
-    Raises:
-        FileExistsError: `path` exists and `overwrite` is not set.
-    """
+    """Write a checkpoint folder without training state; raise FileExistsError if it exists, without `overwrite`."""
     with files.new_folder(path, overwrite=overwrite) as folder:
-        _fill(folder, model.state_dict(), model.config, tokenizer, None, {})
+        _fill(folder, model.state_dict(), model.config, tokenizer, None, False)
 
 
 def _fill(
-    folder: Path,
-    weights: dict[str, Tensor],
-    model_config: ModelConfig,
-    tokenizer: Tokenizer,
-    training_state: dict[str, Any] | None,
-    facts: dict[str, Any],
+    folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, state: Any, milestone: bool
 ) -> None:
-    """Write a checkpoint's files, then its marker, which also holds `facts`."""
+    """Write a checkpoint's files, then its marker."""
     save_file(clean_state(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": "lightlm",
-        "lightlm_version": __version__,
-        "end_of_text_id": tokenizer.end_of_text_id,
-        "model": model_config.to_dict(),
-    }
+    values = {"model_type": "lightlm", "lightlm_version": __version__, "end_of_text_id": tokenizer.end_of_text_id}
+    values["model"] = config.to_dict()
     if tokenizer.bos_id is not None or tokenizer.adds_bos:  # an imported model's
-        config |= {"bos_token_id": tokenizer.bos_id, "adds_bos": tokenizer.adds_bos}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        values |= {"bos_token_id": tokenizer.bos_id, "adds_bos": tokenizer.adds_bos}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
-    if training_state is not None:
-        torch.save(training_state, folder / TRAINING_STATE)
-    listing = {
-        file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in sorted(folder.iterdir())
-    }
-    (folder / MARKER).write_text(json.dumps(facts | {"files": listing}, indent=2) + "\n", encoding="utf-8")
+    if state is not None:
+        torch.save(state, folder / TRAINING_STATE)
+    listed = sorted(folder.iterdir())
+    marker: dict[str, Any] = {"milestone": True} if milestone else {}
+    marker["files"] = {file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in listed}
+    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors on the CPU under the names of a plain `Transformer`, without prefixes of wrappers."""
-    cleaned = {}
-    for name, tensor in state.items():
-        parts = [part for part in re.split(r"(?<=\.)", name) if part not in _WRAPPERS]
-        cleaned["".join(parts)] = tensor.detach().cpu().contiguous()
-    return cleaned
+    return {_WRAPPERS.sub("", name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def check(folder: Path, names: Collection[str] | None = None) -> None:
-    """Verify the presence, size and checksum of a checkpoint's files against its marker.
-
-    Args:
-        names: the files to verify; all unless given.
+    """Verify presence, size and checksum of a checkpoint's files (only of `names` if given) against its marker.
 
     Raises:
         DamagedCheckpointError: a file does not match; the message names the first.
         CheckpointError: the folder is not a complete checkpoint.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     if not (folder / MARKER).is_file():
         raise CheckpointError(
-            f"{folder} is not a complete checkpoint: its marker {MARKER} is missing, so writing it was interrupted; "
+            f"{folder} is not a complete checkpoint: {MARKER} is missing, so writing it was interrupted; "
             "use another checkpoint of the run, or delete this folder"
         )
-    listing = _listing(folder)
+    try:
+        entries = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        listing = {name: (entry["bytes"], entry["xxh3"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is not a list of files") from None
     if unlisted := [name for name in names or _MODEL_FILES if name not in listing]:
         raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it does not list {unlisted[0]}")
     for name in names or listing:
@@ -231,31 +197,16 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
             raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {MARKER}")
 
 
-def check_model(folder: Path) -> None:
-    """Verify the files that a model needs, without the training state (two thirds of the bytes)."""
-    check(folder, _MODEL_FILES)
-
-
-def _listing(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and checksum of each file that a marker lists."""
-    try:
-        listing = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        return {name: (entry["bytes"], entry["xxh3"]) for name, entry in listing.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is not a list of files") from None
-
-
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Verify and load a checkpoint folder of LightLM's own format; the model is in evaluation mode.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, or its weights do not fit its configuration.
     """
-    check_model(folder)
+    check(folder, _MODEL_FILES)
     config = _read_config(folder)
     values = {RENAMED_FIELDS.get(key, key): value for key, value in config["model"].items()}
-    known = {field.name for field in fields(ModelConfig)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - {field.name for field in fields(ModelConfig)}):
         raise CheckpointError(
             f"{folder / 'config.json'} has the unknown keys {', '.join(unknown)}; "
             f"it was written by another version of LightLM (this is {__version__})"
@@ -263,20 +214,13 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     # A tokenizer.json does not name the token that ends a text: that of SmolLM2-Instruct is not <|endoftext|>.
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
     tokenizer.bos_id, tokenizer.adds_bos = config.get("bos_token_id"), config.get("adds_bos", False)
-    try:
-        state = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise DamagedCheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
-    model = build_model(ModelConfig(**values), state, str(folder))
-    model = model.to(device=device, dtype=dtype).eval()
+    state = load_file(folder / "model.safetensors")
+    model = build_model(ModelConfig(**values), state, str(folder)).to(device=device, dtype=dtype).eval()
     return LoadedModel(model, tokenizer, folder, (folder / "model.safetensors",))
 
 
 def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Transformer:
-    """Return a model with exactly these weights, in their precision.
-
-    Args:
-        where: the folder of the weights, for messages.
+    """Return a model with exactly these weights, in their precision; `where` is their folder, for messages.
 
     Raises:
         CheckpointError: a weight is missing, unknown, or has the wrong shape; the message lists up to five.

@@ -12,8 +12,6 @@ import xxhash
 
 from lightlm.errors import DataError
 
-_TEMPORARY = (".partial", ".old", ".deleted")  # endings of temporary names, which begin with a dot
-
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable. Windows cannot open a folder and does not need to."""
@@ -49,11 +47,10 @@ def write_text(path: Path, content: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Context manager that gives a temporary folder to fill, and renames it to `path` when the block succeeds.
+    """Context manager that gives a temporary folder to fill, flushes it, and renames it to `path` after the block.
 
-    Its files are flushed to the disk before the rename. With `overwrite`, an existing folder stays in place until the
-    new one is complete. On an error the temporary folder is removed and `path` is unchanged. If `path` is a symbolic
-    link, its target is replaced.
+    With `overwrite`, an existing folder stays in place until the new one is complete. On an error the temporary folder
+    is removed and `path` is unchanged. If `path` is a symbolic link, its target is replaced.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
@@ -99,10 +96,8 @@ def replace_folder(new: Path, path: Path) -> None:
     if path.exists():
         remove_folder(old)
         os.replace(path, old)
-        os.replace(new, path)
-        remove_folder(old)
-    else:
-        os.replace(new, path)
+    os.replace(new, path)
+    remove_folder(old)
     sync_folder(path.parent)
 
 
@@ -110,25 +105,20 @@ def remove_folder(path: Path) -> None:
     """Delete a folder if it exists. It is renamed first, so a kill never leaves half of it under its name."""
     if not path.exists():
         return
-    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.deleted")
-    if doomed != path:
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    if not path.name.startswith("."):
+        shutil.rmtree(doomed := path.with_name(f".{path.name}.deleted"), ignore_errors=True)
+        path = path.replace(doomed)
+    shutil.rmtree(path)
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove temporary files that a kill left in a folder. No other process may write to the folder."""
     for path in folder.glob(".*"):
-        name = path.stem.removeprefix(".")
-        if path.suffix == ".old" and not (folder / name).exists():
-            os.replace(path, folder / name)  # as `restore_folder`
-        elif path.suffix in _TEMPORARY:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        if path.suffix == ".old":
+            restore_folder(path.with_name(path.stem.removeprefix(".")))
+        if path.suffix in (".partial", ".old", ".deleted"):
+            with contextlib.suppress(FileNotFoundError):  # restored
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def checksum(path: Path) -> str:
@@ -157,19 +147,12 @@ def follow(link: Path) -> Path | None:
     """Return the target of a pointer made by `point_to`, or None if `link` is not a pointer."""
     if link.is_symlink():
         return link.parent / os.readlink(link)
-    if link.is_file():
-        return link.parent / link.read_text(encoding="utf-8").strip()
-    return None
+    return link.parent / link.read_text(encoding="utf-8").strip() if link.is_file() else None
 
 
 @contextlib.contextmanager
-def clear_errors(target: Path, rerun: str = "Progress is saved. Rerun the same command to resume.") -> Iterator[None]:
-    """Context manager that raises an OSError of its block as a DataError that says what to do.
-
-    Args:
-        target: the folder that the block writes; its disk is named if it is full.
-        rerun: what is kept, and how to resume.
-    """
+def clear_errors(target: Path) -> Iterator[None]:
+    """Context manager that raises an OSError of its block, which writes `target`, as a DataError with advice."""
     try:
         yield
     except OSError as error:
@@ -180,4 +163,4 @@ def clear_errors(target: Path, rerun: str = "Progress is saved. Rerun the same c
             problem = f"{error.filename or target}: {error.strerror or error}"
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 problem += ". Change its permissions, or choose another folder with --out"
-        raise DataError(f"{problem}. {rerun}") from error
+        raise DataError(f"{problem}. Progress is saved. Rerun the same command to resume.") from error

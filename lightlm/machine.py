@@ -46,21 +46,19 @@ def record_machine(run: Path, device: torch.device, facts: dict[str, Any]) -> No
 def read_machine(run: Path) -> dict[str, Any]:
     """Return a run's `machine.json`, which any version may have written, or nothing."""
     try:
-        document = json.loads((run / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((run / _RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return document if isinstance(document, dict) else {}
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the `machine` part of `environment`."""
-    memory = _memory_bytes()
     facts: dict[str, Any] = {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": None if memory is None else round(memory / _GIB, 1),
+        "memory_gib": _memory_gib(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -70,11 +68,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str | None]:
     """Return the `versions` part of `environment`."""
-    found: dict[str, str | None] = {
-        "lightlm": lightlm.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    own = {"lightlm": lightlm.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found: dict[str, str | None] = {**own}
     for package in packages:
         try:
             found[package] = version(package)
@@ -96,7 +91,7 @@ def git_commit(folder: Path) -> str | None:
     return answer.stdout.strip() or None
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the CPU's model name where the system knows it, else its architecture."""
     try:
         if sys.platform == "linux":
@@ -110,13 +105,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int | None:
-    """Return the machine's memory in bytes, or None where the system does not tell it."""
-    try:
-        if sys.platform == "win32":
-            import psutil
+def _memory_gib() -> float:
+    if sys.platform == "win32":
+        import psutil
 
-            return int(psutil.virtual_memory().total)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, ImportError):
-        return None
+        return round(psutil.virtual_memory().total / _GIB, 1)
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1)

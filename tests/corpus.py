@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 from lightlm.data.prepare.run import prepare
+from lightlm.data.readers.texts import Unit, raise_bad
 
 _SUBJECTS = ["the old clock", "a small dog", "my sister", "the river", "every student", "the green door", "a tall ship"]
 _VERBS = ["watches", "follows", "remembers", "carries", "opens", "forgets", "draws"]
@@ -21,6 +22,19 @@ def texts(count: int, seed: int = 0) -> list[str]:
         return " ".join(words).capitalize() + "."
 
     return [" ".join(sentence() for _ in range(rng.randint(3, 12))) for _ in range(count)]
+
+
+def read_unit(unit: Unit) -> list[str]:
+    """The documents of a unit, large ones joined; a mistake in one is raised."""
+    documents: list[str] = []
+    continued = False
+    for array, unfinished in unit.texts(raise_bad):
+        found = array.to_pylist()
+        if continued:
+            documents[-1] += found.pop(0)
+        documents += found
+        continued = unfinished
+    return documents
 
 
 def write_jsonl(path: Path, count: int = 300) -> Path:

@@ -10,6 +10,7 @@ import pytest
 from lightlm.data.readers import parquet as footers
 from lightlm.data.sources.hub.source import HubSource
 from lightlm.data.sources.registry import open_source
+from tests.corpus import read_unit
 from tests.corpus import texts as corpus
 from tests.hub import Hub
 
@@ -96,4 +97,4 @@ def source(spec: str = "fineweb-edu", text_column: str = "text") -> HubSource:
 
 
 def read(source: HubSource) -> list[str]:
-    return [text for unit in source.units() for text in unit.read()]
+    return [text for unit in source.units() for text in read_unit(unit)]

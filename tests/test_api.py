@@ -1,8 +1,11 @@
 """`import lightlm`: the Python API beside the commands and an independent formula."""
 
+import json
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,10 @@ import torch
 import lightlm
 from lightlm import checkpoint
 from lightlm.errors import CheckpointError, UsageError
+from tests.corpus import TINY_RECIPE, write_jsonl
 from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer
+
+DOCS = Path(__file__).parents[1] / "docs" / "reference"
 
 TEXTS = ["The cat sat on the mat.", "", "A dog ran after the cat; the cat ran faster. " * 6, "naïve Ω"]
 
@@ -113,3 +119,94 @@ def test_generate_refuses_settings_out_of_range(model, settings):
 def test_load_says_what_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match="no model at"):
         lightlm.load(tmp_path / "nothing")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with data, a recipe, and a run, all made through the API."""
+    folder = tmp_path_factory.mktemp("workspace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        source = write_jsonl(folder / "tiny.jsonl")
+        data = lightlm.prepare(source, tokenizer="train:320", val_fraction=0.1)
+        (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
+        result = lightlm.train("tiny.yaml", "train.tokens=2560", name="first")
+    return folder, source, data, result
+
+
+def test_prepare_makes_the_folder_that_the_command_makes(workspace, monkeypatch, tmp_path):
+    folder, source, data, _ = workspace
+    assert data.path == Path("data/tiny")
+    command = [
+        "prepare-data",
+        str(source),
+        "--tokenizer",
+        "train:320",
+        "--val-fraction",
+        "0.1",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    subprocess.run([sys.executable, "-m", "lightlm", *command], check=True, capture_output=True)
+    for made in sorted((tmp_path / "a").glob("*.bin")):
+        assert made.read_bytes() == (folder / "data" / "tiny" / made.name).read_bytes()
+    monkeypatch.chdir(folder)
+    assert lightlm.prepare(source, tokenizer="train:320", val_fraction=0.1).manifest.already_prepared is False
+    assert (
+        len(lightlm.prepare(source, out=tmp_path / "b", tokenizer="train:320", max_tokens="1K").split("train")) < 2000
+    )
+
+
+def test_train_leaves_a_run_and_resumes_it(workspace, monkeypatch):
+    folder, _, _, result = workspace
+    monkeypatch.chdir(folder)
+    assert (result.run, result.tokens, result.interrupted) == (Path("runs/first"), 2560, False)
+    for name in ("recipe.yaml", "metrics.jsonl", "machine.json", "report.html"):
+        assert (result.run / name).is_file()
+    steps = []
+
+    class Watch(lightlm.Observer):
+        def step(self, metrics):
+            steps.append(metrics["step"])
+
+    more = lightlm.train(None, "train.tokens=3840", resume="first", observer=Watch())
+    assert (more.run, more.tokens, steps) == (Path("runs/first"), 3840, list(range(11, 16)))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"recipe": "tiny.yaml", "resume": "first"}])
+def test_train_takes_a_recipe_or_a_run(arguments):
+    with pytest.raises(UsageError, match="takes a recipe, or resume=RUN"):
+        lightlm.train(**arguments)
+
+
+def test_evaluate_gives_what_the_command_prints(workspace, monkeypatch):
+    folder, *_ = workspace
+    monkeypatch.chdir(folder)
+    got = lightlm.evaluate("first", "heldout", device="cpu")
+    command = [sys.executable, "-m", "lightlm", "eval", "first", "--tasks", "heldout", "--device", "cpu", "--json"]
+    printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    [expected] = printed["models"]
+    assert got["results"] == expected["results"]
+    assert Path(got["file"]).is_file()
+    again = lightlm.evaluate(lightlm.load("first", device="cpu"), ["heldout"], limit=2)
+    assert again["results"][0]["documents"] == 2
+
+
+def test_the_notebook_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((DOCS / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)  # a statement per cell; a last expression shows nothing here
+    printed = capsys.readouterr().out
+    assert re.search(r"^4 \d", printed, flags=re.MULTILINE)
+    assert "heldout bits_per_byte" in printed
+
+
+def test_the_page_documents_every_public_name():
+    page = (DOCS / "python.md").read_text(encoding="utf-8")
+    for name in lightlm.__all__:
+        assert name in page, name
+    for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        compile(code, "python.md", "exec")

@@ -21,7 +21,8 @@ def saved(tmp_path, tokenizer):
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: one\n")
-    return checkpoint.write_checkpoint(run, 5, build("qwen3"), tokenizer)
+    model = build("qwen3")
+    return checkpoint.write_checkpoint(run, 5, model.state_dict(), model.config, tokenizer)
 
 
 def rewrite_marker(folder):
@@ -121,7 +122,8 @@ def test_runs_and_checkpoints_are_found(saved, monkeypatch, tmp_path, tokenizer)
         find_run()
     run = find_run("one")
     assert find_run("runs/one") == run
-    newer = checkpoint.write_checkpoint(run, 1_000_000, build("qwen3"), tokenizer)
+    model = build("qwen3")
+    newer = checkpoint.write_checkpoint(run, 1_000_000, model.state_dict(), model.config, tokenizer)
     (run / "checkpoints" / "step_2000000").mkdir()  # no marker
     assert checkpoint.newest_checkpoint(run) == newer
     assert (run / "checkpoints/latest").resolve() == newer.resolve()

@@ -63,7 +63,7 @@ def convert(
         return
     writer = format_named("--to", to) if to is not None else None
     reader = format_named("--from", from_) if from_ is not None else None
-    from lightlm.convert.export_record import is_untouched_export
+    from lightlm.convert.huggingface.folder import is_untouched_export
     from lightlm.convert.load import locate
     from lightlm.device import DTYPES
 

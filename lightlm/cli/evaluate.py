@@ -37,8 +37,7 @@ def evaluate(
         typer.Option(metavar="DIR", help="Data folder of heldout; default is the one the run was trained on."),
     ] = None,
     include_path: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="A folder with your own lm-eval tasks, beside the stock ones."),
+        str | None, typer.Option(metavar="DIR", help="A folder with your own lm-eval tasks, beside the stock ones.")
     ] = None,
     data_dir: Annotated[
         str | None,
@@ -65,8 +64,7 @@ def evaluate(
         ),
     ] = None,
     log_samples: Annotated[
-        bool,
-        typer.Option("--log-samples", help="Also write lm-eval's samples: each document's prompts and answers."),
+        bool, typer.Option("--log-samples", help="Also write lm-eval's samples: each document's prompts and answers.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
 ) -> None:
@@ -104,7 +102,8 @@ def evaluate(
         status.update("Reading the tasks' data ...")
         chosen.require_data()
     located = [name if name is not None and is_hub_id(name) else locate(name) for name in references]
-    heldout_data = common_folder([] if data else located, data) if chosen.read_data else None
+    if chosen.read_data:
+        common_folder([] if data else located, data)  # reports different folders
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
     evaluations = []
@@ -114,9 +113,7 @@ def evaluate(
         file = result_file(loaded, chosen.settings, out_path, name)
         if file is None:
             _note(f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them")
-        done = evaluate_model(
-            loaded, chosen, name, file, batch_size=batch_size, data=heldout_data, log_samples=log_samples
-        )
+        done = evaluate_model(loaded, chosen, name, file, batch_size=batch_size, log_samples=log_samples)
         stored = f", {file}" if file else ""
         console.print(f"{name}: {done.facts['seconds']:.0f} s{stored}", markup=False, soft_wrap=True)
         evaluations.append(done)

@@ -52,16 +52,11 @@ def launch(command: Sequence[str], restart: Sequence[str], processes: int, max_r
             return code
         cause = f"process {rank} of {processes} {_describe(code)}"
         if attempt < max_restarts:
-            console.print(
-                f"[yellow]Note:[/] {escape(cause)}; restarting all from the last checkpoint "
-                f"({attempt + 1} of {max_restarts})",
-                soft_wrap=True,
-            )
+            then = f"restarting all from the last checkpoint ({attempt + 1} of {max_restarts})"
+            console.print(f"[yellow]Note:[/] {escape(cause)}; {then}", soft_wrap=True)
         elif code != _CRASHED:
-            console.print(
-                f"[bold red]Error:[/] {escape(cause)}; `lightlm train --resume` resumes from the last checkpoint",
-                soft_wrap=True,
-            )
+            then = "`lightlm train --resume` resumes from the last checkpoint"
+            console.print(f"[bold red]Error:[/] {escape(cause)}; {then}", soft_wrap=True)
     return 1
 
 
@@ -102,14 +97,9 @@ class _Group:
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 if rank:  # only the first process shows the warnings of libraries
                     own |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-                self._workers.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "lightlm", *arguments],
-                        env=environment | own,
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL if rank else None,
-                    )
-                )
+                command, output = [sys.executable, "-m", "lightlm", *arguments], subprocess.DEVNULL if rank else None
+                worker = subprocess.Popen(command, env=environment | own, stdin=subprocess.DEVNULL, stdout=output)
+                self._workers.append(worker)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -135,9 +125,8 @@ class _Group:
         with self._signals():
             while len(ended) < len(self._workers):
                 time.sleep(_POLL_SECONDS)
-                for rank, worker in enumerate(self._workers):
-                    if rank not in ended and (code := worker.poll()) is not None:
-                        ended[rank] = code
+                codes = {rank: worker.poll() for rank, worker in enumerate(self._workers)}
+                ended |= {rank: code for rank, code in codes.items() if code is not None and rank not in ended}
                 failed = any(code not in (_DONE, _INTERRUPTED) for code in ended.values())
                 # After an interruption, the processes have all the time they need to save.
                 if not failed or time.monotonic() < deadline:
@@ -156,10 +145,8 @@ def report_once(world: "World") -> Iterator[None]:
     launched = _RENDEZVOUS in os.environ
     try:
         yield
-    except typer.Exit:
-        raise
     except Exception as error:
-        if world.size == 1 and not launched:
+        if isinstance(error, typer.Exit) or (world.size == 1 and not launched):
             raise
         # torch's OutOfMemoryError is known by name, without an import of torch. `main` prints each of these.
         known = isinstance(error, LightLMError | OSError) or type(error).__name__ == "OutOfMemoryError"
@@ -167,8 +154,8 @@ def report_once(world: "World") -> Iterator[None]:
         # The launcher itself reports a lost process: it knows which one ended, and why.
         if not world.first("failure") or (launched and code == _PEER_LOST):
             raise SystemExit(code) from None
-        if not known:
-            traceback.print_exc()
-            raise SystemExit(code) from None
-        console.quiet = False
-        raise
+        if known:
+            console.quiet = False
+            raise
+        traceback.print_exc()
+        raise SystemExit(code) from None

@@ -25,7 +25,7 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one
     """List the shipped recipes with their parameters, tokens and Hugging Face classes."""
     import torch
 
-    from lightlm.convert.huggingface.export_target import export_target
+    from lightlm.convert.huggingface.layouts import export_target
     from lightlm.model.transformer import Transformer
     from lightlm.quantities import format_quantity
     from lightlm.recipe import load_recipe, shipped_recipes
@@ -61,7 +61,7 @@ def show_recipe(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -
     """Print a recipe."""
     from lightlm.recipe import find_recipe
 
-    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+    print("".join(_own_lines(find_recipe(name))), end="")
 
 
 @recipes.command("cp")

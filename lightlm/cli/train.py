@@ -1,6 +1,7 @@
 """`lightlm train`."""
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,55 +63,63 @@ def train(
     if resume is None and recipe is None:
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
+    request = _Request(recipe, changes, name, resume, auto_resume, dry_run, as_json)
     if nproc > 1 or max_restarts:
         if "WORLD_SIZE" in os.environ:
             raise UsageError("--nproc and --max-restarts start processes, which torchrun did already; leave them out")
-        if max_restarts:
-            name, resume = _fix_run(recipe, changes, name, resume, auto_resume)
-        command = ["train", *([recipe] if recipe else []), *changes]
-        command += [f"{key}={value}" for key, value in (("--name", name), ("--resume", resume)) if value is not None]
-        flags = {"--auto-resume": auto_resume, "--dry-run": dry_run, "--json": as_json}
-        command += [flag for flag, given in flags.items() if given]
-        restart = command if resume is not None or auto_resume else [*command, "--auto-resume"]
-        raise typer.Exit(launch(command, restart, nproc, max_restarts))
+        first = request.with_fixed_run() if max_restarts else request
+        again = first if resume is not None else replace(first, auto_resume=True)
+        raise typer.Exit(launch(first.arguments(), again.arguments(), nproc, max_restarts))
 
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
 
     from lightlm.train.distributed import join_world
 
     with join_world() as world, report_once(world), world.watched():
-        interrupted = _train(world, recipe, changes, name, resume, auto_resume, dry_run, as_json)
+        interrupted = _train(world, request)
     if interrupted:
         raise typer.Exit(130)
 
 
-def _fix_run(
-    recipe: str | None, changes: list[str], name: str | None, resume: str | None, auto_resume: bool
-) -> tuple[str | None, str | None]:
-    """Return the values of --name and --resume with which a restart finds the run of the first attempt."""
-    from lightlm.recipe import load_recipe
-    from lightlm.runs import find_run, free_folder
+@dataclass(frozen=True)
+class _Request:
+    """What the command line asks of each process."""
 
-    if resume == NEWEST:
-        resume = str(find_run())
-    if recipe is not None and not auto_resume:
-        name = free_folder(name or load_recipe(recipe, changes).name, exact=name is not None).name
-    return name, resume
+    recipe: str | None
+    changes: list[str]
+    name: str | None
+    resume: str | None
+    auto_resume: bool
+    dry_run: bool
+    as_json: bool
+
+    def arguments(self) -> list[str]:
+        """Return the command line of this request."""
+        options = {"--name": self.name, "--resume": self.resume}
+        flags = {"--auto-resume": self.auto_resume, "--dry-run": self.dry_run, "--json": self.as_json}
+        return [
+            *("train", *([self.recipe] if self.recipe else []), *self.changes),
+            *(f"{option}={value}" for option, value in options.items() if value is not None),
+            *(flag for flag, given in flags.items() if given),
+        ]
+
+    def with_fixed_run(self) -> "_Request":
+        """Return a request that names its run, so that a restart finds the run of the first attempt."""
+        from lightlm.recipe import load_recipe
+        from lightlm.runs import find_run, free_folder
+
+        if self.resume == NEWEST:
+            return replace(self, resume=str(find_run()))
+        if self.recipe is None or self.auto_resume:
+            return self
+        name = self.name or load_recipe(self.recipe, self.changes).name
+        return replace(self, name=free_folder(name, exact=self.name is not None).name)
 
 
-def _train(
-    world: "World",
-    reference: str | None,
-    changes: list[str],
-    name: str | None,
-    resume: str | None,
-    auto_resume: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> bool:
-    """Do the work of one process; return whether it was interrupted."""
+def _train(world: "World", request: _Request) -> bool:
+    """Train in one process; return whether it was interrupted."""
     from lightlm.cli.displays.training import TrainingDisplay
-    from lightlm.convert.huggingface.export_target import export_target
+    from lightlm.convert.huggingface.layouts import export_target
     from lightlm.runs import new_run
     from lightlm.train.observe.observers import Observers
     from lightlm.train.observe.trackers import Trackers
@@ -118,11 +127,11 @@ def _train(
     from lightlm.train.trainer import Trainer
 
     display = TrainingDisplay()
-    parsed, run, checkpoint = world.from_writer(lambda: _choose(reference, changes, name, resume, auto_resume, display))
+    parsed, run, checkpoint = world.from_writer(lambda: _choose(request, display))
     if refusal := export_target(parsed.model).refusal:
         display.note(f"this recipe's model cannot be exported to Hugging Face: {refusal}")
     trackers = Trackers(parsed.tracking, display.note)
-    data = open_data(parsed, required=not dry_run or checkpoint is not None)
+    data = open_data(parsed, required=not request.dry_run or checkpoint is not None)
     setup = set_up(parsed, data, display.note, world, checkpoint)
     evaluator = None
     if data is not None and parsed.eval.tasks:
@@ -130,49 +139,40 @@ def _train(
             from lightlm.evaluate.in_training.task_scores import TaskScores
 
             evaluator = TaskScores(setup.recipe.eval, data, world, display.note)
-    if dry_run:
-        planned = run or Path("runs") / (name or parsed.name)
-        _print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, as_json)
+    if request.dry_run:
+        planned = run or Path("runs") / (request.name or parsed.name)
+        _print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)
         return False
     # The run folder appears once recipe and data are known to fit.
-    exact = name is not None or auto_resume
-    run = world.from_writer(lambda: run or new_run(name or parsed.name, exact=exact))
+    exact = request.name is not None or request.auto_resume
+    run = world.from_writer(lambda: run or new_run(request.name or parsed.name, exact=exact))
     trainer = Trainer(setup, run, Observers(display, trackers), evaluator=evaluator)
     if trainer.done:
         display.note(f"{run} is complete; raise train.tokens to train it further")
     with display, trackers:
         result = trainer.train()
     if world.is_writer:
-        unigram = trainer.data.manifest.unigram
-        page = _draw_report(trainer, display)
-        _report(result, parsed, unigram.nats_per_token if unigram else None, page, as_json)
+        _report(result, trainer, _draw_report(trainer, display), request.as_json)
     return result.interrupted
 
 
-def _choose(
-    reference: str | None,
-    changes: list[str],
-    name: str | None,
-    resume: str | None,
-    auto_resume: bool,
-    display: "TrainingDisplay",
-) -> "tuple[Recipe, Path | None, Path | None]":
+def _choose(request: _Request, display: "TrainingDisplay") -> "tuple[Recipe, Path | None, Path | None]":
     """Return the recipe, the run to resume and the checkpoint to start from; None for a new run."""
     from lightlm.recipe import load_recipe
     from lightlm.runs import RECIPE, run_folder
     from lightlm.train.checkpointing.resume import reopen_run
 
-    if resume is not None:
-        return reopen_run(None if resume == NEWEST else resume, changes, display.note)
-    assert reference is not None
-    if auto_resume:
-        run = run_folder(name or load_recipe(reference, changes).name)
+    if request.resume is not None:
+        return reopen_run(None if request.resume == NEWEST else request.resume, request.changes, display.note)
+    assert request.recipe is not None
+    if request.auto_resume:
+        run = run_folder(request.name or load_recipe(request.recipe, request.changes).name)
         if (run / RECIPE).is_file():
-            display.note(f"{run} exists and is resumed with its own recipe, not {reference}")
-            return reopen_run(run, changes, display.note)
+            display.note(f"{run} exists and is resumed with its own recipe, not {request.recipe}")
+            return reopen_run(run, request.changes, display.note)
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")
-    return load_recipe(reference, changes), None, None
+    return load_recipe(request.recipe, request.changes), None, None
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
@@ -200,7 +200,7 @@ def _in_words(value: Any) -> str:
     return str(value)
 
 
-def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> "Path | None":
+def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> Path | None:
     """Write the run's page and plots and return the page. The run is saved already, so a failure is only a note."""
     try:
         from lightlm.machine import record_machine
@@ -213,30 +213,23 @@ def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> "Path | None
         return None
 
 
-def _report(
-    result: "Result", recipe: "Recipe", unigram_entropy: float | None, page: "Path | None", as_json: bool
-) -> None:
+def _report(result: "Result", trainer: "Trainer", page: Path | None, as_json: bool) -> None:
+    unigram = trainer.data.manifest.unigram
+    unigram_entropy = unigram.nats_per_token if unigram else None
     if as_json:
         print_json(vars(result) | {"unigram_entropy": unigram_entropy, "report": page})
         return
-    line = f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s"
-    out.print(line, soft_wrap=True, markup=False)
+    lines = [f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s"]
     if result.val_loss is not None:
-        out.print(f"Validation loss {result.val_loss:.4f} nats per token, {result.val_bpb:.4f} bits per byte")
+        lines.append(f"Validation loss {result.val_loss:.4f} nats per token, {result.val_bpb:.4f} bits per byte")
         if unigram_entropy is not None:
-            out.print(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats per token")
+            lines.append(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats per token")
     if page is not None:
-        out.print(f"Plots and page: {page}", soft_wrap=True, markup=False)
+        lines.append(f"Plots and page: {page}")
+    if not result.interrupted:
+        prompt = (trainer.recipe.eval.prompts or ["Hello"])[0]
+        lines.append(f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert')
+    out.print("\n".join(lines), soft_wrap=True, markup=False)
     if result.interrupted:
-        console.print(
-            f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}",
-            soft_wrap=True,
-            markup=False,
-        )
-    else:
-        prompt = recipe.eval.prompts[0] if recipe.eval.prompts else "Hello"
-        out.print(
-            f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert',
-            soft_wrap=True,
-            markup=False,
-        )
+        how = f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}"
+        console.print(how, soft_wrap=True, markup=False)

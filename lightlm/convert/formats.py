@@ -1,14 +1,15 @@
 """The formats that models are converted from and to.
 
-A new format is one module with a class that has the members of `Format`, and one entry in `FORMATS`: the `lightlm
-convert` options, `lightlm convert --list` and MODEL on the command line follow from it. Importing this module is cheap,
-because formats import torch and their own libraries inside their methods.
+A new format is one class with the members of `Format`, in its own module, and one entry in `FORMATS`: the options of
+`lightlm convert` and MODEL on the command line follow from it. Importing this module is cheap, because formats import
+torch and their own libraries inside their methods.
 """
 
+import copy
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightlm.convert.checkpoint_folder import CheckpointFolder
 from lightlm.convert.huggingface.format import HuggingFaceFolder
 from lightlm.errors import ConvertError, UsageError
 
@@ -27,6 +28,7 @@ class Format(Protocol):
     suffix: str  # how the name of the file that it writes ends, such as .gguf; empty for a folder
     reads: bool  # whether `read` is implemented
     writes: bool  # whether `write` is implemented
+    verifier: str  # the package that `verify` runs, installed by "lightlm[NAME]"; empty if LightLM has all it needs
 
     def detect(self, path: Path) -> bool:
         """Return whether a path holds a model in this format; at most one format may say so."""
@@ -35,36 +37,65 @@ class Format(Protocol):
         """Return why the format cannot hold a model of this shape, or an empty string."""
 
     def read(self, path: Path) -> "LoadedModel":
-        """Load a model in float32 on the CPU, in evaluation mode.
-
-        Raises:
-            LightLMError: a file is missing or damaged, or LightLM does not have such a model.
-        """
+        """Load a model in float32 on the CPU, in evaluation mode; raise LightLMError if that is impossible."""
 
     def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
         """Write a model whole or not at all, in place of what `out` is.
 
-        Returns:
-            What the command reports: `class` (what the model is called there), `parameters` (how many were written),
-            and `python` (code that loads it).
-        """
-
-    def require_verifier(self) -> None:
-        """Check, before any work, that `verify` can run.
-
-        Raises:
-            ConvertError: the format's own software is not installed; the message says how to install it.
+        Return what the command reports: `class` (the model's name there), `parameters` (the number written), and
+        `python` (code that loads it).
         """
 
     def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
-        """Compare a model with what the format's own software computes from `path`.
+        """Return the largest difference of logits from those that the format's own software computes from `path`.
 
-        Returns:
-            The largest absolute difference of logits between the two, both with weights rounded to `dtype`.
-
-        Raises:
-            ConvertError: they differ by more than rounding.
+        Both have weights rounded to `dtype`. Raise ConvertError if they differ by more than rounding.
         """
+
+
+class CheckpointFolder:
+    """LightLM's own format, a checkpoint without training state; see `lightlm.checkpoint`."""
+
+    name = "lightlm"
+    makes = "a checkpoint folder: model.safetensors, config.json, tokenizer.json, complete.json"
+    suffix = verifier = ""
+    reads = writes = True
+
+    def detect(self, path: Path) -> bool:
+        from lightlm.checkpoint import is_checkpoint
+
+        if (path / "config.json").is_file():
+            return is_checkpoint(path)
+        return path.is_dir() and path.name.startswith("step_")  # an interrupted one: `read` says what is missing
+
+    def refusal(self, config: "ModelConfig") -> str:
+        return ""
+
+    def read(self, path: Path) -> "LoadedModel":
+        from lightlm.checkpoint import load_model
+
+        return load_model(path)
+
+    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
+        from lightlm.checkpoint import save_model
+
+        save_model(out, copy.deepcopy(loaded.model).to(dtype), loaded.tokenizer, overwrite=True)
+        return {
+            "class": "LightLM checkpoint",
+            "parameters": loaded.model.num_parameters()["total"],
+            "python": f'from lightlm.convert.load import load_pretrained; model = load_pretrained("{out.as_posix()}")',
+        }
+
+    def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
+        import torch
+
+        models = [copy.deepcopy(each.model).to(dtype).float() for each in (loaded, self.read(path))]
+        tokens_BT = torch.arange(min(128, loaded.model.config.max_seq_len))[None] % loaded.tokenizer.vocab_size
+        with torch.no_grad():
+            ours_BTV, theirs_BTV = (model(tokens_BT) for model in models)
+        if not torch.equal(ours_BTV, theirs_BTV):
+            raise ConvertError(f"{path} does not hold the weights of {loaded.path}; do not use it, and report this")
+        return 0.0
 
 
 FORMATS: dict[str, Format] = {"hf": HuggingFaceFolder(), "lightlm": CheckpointFolder()}
@@ -76,11 +107,7 @@ def format_of(path: Path) -> Format | None:
 
 
 def reader_of(path: Path) -> Format:
-    """Return the format that reads the model at a path.
-
-    Raises:
-        ConvertError: no format recognizes it, or LightLM only writes that format.
-    """
+    """Return the format that reads the model at a path; raise ConvertError if there is none."""
     found = format_of(path)
     if found is None or not found.reads:
         kind = f"a model in the format {found.name}, which LightLM only writes" if found else "not a model"
@@ -90,11 +117,7 @@ def reader_of(path: Path) -> Format:
 
 
 def format_named(option: str, name: str) -> Format:
-    """Return the format that an option names.
-
-    Raises:
-        UsageError: there is none, or it does not go in this direction (--from reads, --to writes).
-    """
+    """Return the format that --from (which reads) or --to (which writes) names; raise UsageError if there is none."""
     usable = [known for known in FORMATS.values() if (known.reads if option == "--from" else known.writes)]
     if found := next((known for known in usable if known.name == name), None):
         return found
@@ -107,23 +130,21 @@ def format_named(option: str, name: str) -> Format:
 def convert_model(
     source: Path, reader: Format, out: Path, writer: Format, dtype: "torch.dtype", *, verify: bool = False
 ) -> dict[str, Any]:
-    """Convert a model, in place of what `out` is.
-
-    Returns:
-        What `Format.write` returns, and with `verify` also `max_logit_difference`.
+    """Convert a model, in place of what `out` is; return what `write` does, and with `verify` `max_logit_difference`.
 
     Raises:
         ConvertError: the format written cannot hold this model, or `verify` found a difference.
         LightLMError: the model cannot be read.
     """
-    if verify:
-        for known in (reader, writer):
-            known.require_verifier()
+    ends = ((reader, source), (writer, out))
+    for known, _ in ends if verify else ():
+        if known.verifier and importlib.util.find_spec(known.verifier) is None:
+            missing = f"--verify compares with {known.verifier}, which is not installed"
+            raise ConvertError(f'{missing}: pip install "lightlm[{known.name}]"')
     loaded = reader.read(source)
     if refusal := writer.refusal(loaded.model.config):
         raise ConvertError(f"{source} cannot be converted to {writer.name}: {refusal}")
     facts = writer.write(loaded, out, dtype)
     if verify:
-        ends = ((reader, source), (writer, out))
         facts["max_logit_difference"] = max(known.verify(loaded, path, dtype) for known, path in ends)
     return facts

@@ -17,21 +17,17 @@ from lightlm.runs import RUNS, find_run, run_names
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 _SMALL_FILES += ["special_tokens_map.json", checkpoint.MARKER]
-_CONNECT_SECONDS = 5.0
 
 
 def load_pretrained(
     reference: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Load a model in evaluation mode.
+    """Load a model in evaluation mode. The `path` of a model from the Hub is its id.
 
     Args:
         reference: a run folder or a run's name (its newest checkpoint), a checkpoint folder, a model in any other
             format of `lightlm convert --list`, or a Hub id such as `HuggingFaceTB/SmolLM2-135M`; None means the newest
             checkpoint of `runs/latest`. What exists on disk takes precedence over the Hub.
-
-    Returns:
-        The model. The `path` of a model from the Hub is its id.
 
     Raises:
         CheckpointError: nothing is found there (the message lists what was tried), it is damaged, or the Hub
@@ -45,12 +41,9 @@ def load_pretrained(
 
 
 def locate(reference: str | Path | None = None) -> Path:
-    """Return the path of the model that a reference names; download it first if it is a Hub id.
+    """Return the path of the model that `load_pretrained` would load; download it first if it is a Hub id.
 
     For a run it is the newest undamaged checkpoint, with a warning if a newer one is damaged.
-
-    Raises:
-        CheckpointError: see `load_pretrained`.
     """
     if reference is None or Path(reference) == RUNS / "latest":
         return checkpoint.newest_checkpoint(find_run())
@@ -58,7 +51,14 @@ def locate(reference: str | Path | None = None) -> Path:
         return checkpoint.newest_checkpoint(folder) if (folder / "recipe.yaml").is_file() else folder
     if is_hub_id(reference):
         return _download(str(reference))
-    raise CheckpointError(_nothing_found(Path(reference)))
+    given = Path(reference)
+    there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
+    if given.is_file():
+        there = "no format of `lightlm convert --list` recognizes this file"
+    raise CheckpointError(
+        f"no model at {given}: {there}, no run has that name (runs here: {run_names()}), and it is not "
+        "a Hub id (ORG/NAME, such as HuggingFaceTB/SmolLM2-135M)"
+    )
 
 
 def is_hub_id(reference: str | Path) -> bool:
@@ -76,30 +76,18 @@ def _on_disk(reference: str | Path) -> Path | None:
     return None
 
 
-def _nothing_found(given: Path) -> str:
-    there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
-    if given.is_file():
-        there = "no format of `lightlm convert --list` recognizes this file"
-    return (
-        f"no model at {given}: {there}, no run has that name (runs here: {run_names()}), and it is not "
-        "a Hub id (ORG/NAME, such as HuggingFaceTB/SmolLM2-135M)"
-    )
-
-
 def _download(hub_id: str) -> Path:
-    folder = _snapshot(hub_id, [*_SMALL_FILES, *WEIGHT_FILES[:2], "model-*.safetensors"])
-    if any((folder / name).is_file() for name in WEIGHT_FILES):
-        return folder
-    return _snapshot(hub_id, [*_SMALL_FILES, *WEIGHT_FILES[2:], "pytorch_model-*.bin"])
-
-
-def _snapshot(hub_id: str, patterns: list[str]) -> Path:
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=_CONNECT_SECONDS))
-    except Exception as error:  # the types depend on the version of its network library
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise CheckpointError(
-            f"no model {hub_id}: there is no such folder here, and the Hugging Face Hub did not provide it "
-            f"({type(error).__name__}: {reason}); without a connection, "
-            "name a run, a checkpoint folder, a downloaded Hugging Face folder, or a Hub model used here before"
-        ) from None
+    """Download a model from the Hub; PyTorch files only if it has no safetensors."""
+    for weights in ([*WEIGHT_FILES[:2], "model-*.safetensors"], [*WEIGHT_FILES[2:], "pytorch_model-*.bin"]):
+        try:
+            path = huggingface_hub.snapshot_download(hub_id, allow_patterns=_SMALL_FILES + weights, etag_timeout=5.0)
+        except Exception as error:  # the types depend on the version of its network library
+            reason = next(iter(str(error).splitlines()), "no reason given")
+            raise CheckpointError(
+                f"no model {hub_id}: there is no such folder here, and the Hugging Face Hub did not provide it "
+                f"({type(error).__name__}: {reason}); without a connection, "
+                "name a run, a checkpoint folder, a downloaded Hugging Face folder, or a Hub model used here before"
+            ) from None
+        if any((Path(path) / name).is_file() for name in WEIGHT_FILES):
+            break
+    return Path(path)

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import os
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from lightlm.data.foreign import is_foreign, read_foreign
-from lightlm.data.shards import SPLITS, Manifest, ShardEntry, Split, TokenStream, open_shard, token_dtype
+from lightlm.data.shards import Manifest, ShardEntry, Split, TokenStream, open_shard, streams_of, token_dtype
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
 from lightlm.files import checksum
@@ -21,17 +20,11 @@ class DataFolder:
     """A prepared data folder whose manifest, tokenizer and shards match."""
 
     def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        streams: dict[Split, TokenStream],
-        tokenizer: Tokenizer | None = None,
+        self, path: Path, manifest: Manifest, streams: dict[Split, TokenStream], tokenizer: Tokenizer | None = None
     ) -> None:
         """Take the checked parts of a folder; `tokenizer` is its tokenizer.json by default. See `open`."""
-        self.path = path
-        self.manifest = manifest
-        self._streams = streams
-        self._tokenizer = tokenizer
+        self.path, self.manifest = path, manifest
+        self._streams, self._tokenizer = streams, tokenizer
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "DataFolder":
@@ -45,14 +38,8 @@ class DataFolder:
             return cls(folder, *read_foreign(folder))
         manifest = read_manifest(folder)
         _check_tokenizer(folder, manifest)
-        streams = {
-            split: TokenStream(
-                [_checked_shard(folder, manifest, entry) for entry in manifest.shards if entry.split == split],
-                manifest.end_of_text_id,
-            )
-            for split in SPLITS
-        }
-        return cls(folder, manifest, streams)
+        shards = {entry.file: _checked_shard(folder, manifest, entry) for entry in manifest.shards}
+        return cls(folder, manifest, streams_of(manifest, shards))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -65,48 +52,23 @@ class DataFolder:
         """Return the token stream of `train` or `val`; it may be empty."""
         return self._streams[name]
 
-    def verify(self) -> None:
-        """Compare every shard with the manifest: checksum, documents, range of ids; find stray and missing shards.
+    def verify(self) -> Manifest:
+        """Compare the shards with the manifest, checksums included, and return the manifest.
 
-        Raises DataError naming the first that differs.
+        Raises DataError naming the first shard that has changed or that the manifest does not list.
         """
         manifest = read_manifest(self.path)  # raises for a foreign folder, which has none
-        known = {entry.file for entry in manifest.shards}
-        stray = sorted(path.name for path in self.path.glob("*.bin") if path.name not in known)
+        stray = sorted({path.name for path in self.path.glob("*.bin")} - {entry.file for entry in manifest.shards})
         if stray:
             raise DataError(f"{self.path / stray[0]}: the manifest does not list this shard. Move it elsewhere.")
-        for split in SPLITS:
-            for number, name in enumerate(entry.file for entry in manifest.shards if entry.split == split):
-                if name != f"{split}_{number:06d}.bin":
-                    raise DataError(
-                        f"{self.path / 'manifest.json'} lists {name} where {split}_{number:06d}.bin should be. "
-                        "Prepare the data again with --overwrite."
-                    )
         for entry in manifest.shards:
-            path = self.path / entry.file
-            actual = checksum(path)
+            actual = checksum(self.path / entry.file)
             if actual != entry.xxh3:
                 raise DataError(
-                    f"{path}: checksum {actual}, but {entry.xxh3} in the manifest; the file has "
+                    f"{self.path / entry.file}: checksum {actual}, but {entry.xxh3} in the manifest; the file has "
                     "changed since it was written. Copy it again, or prepare the data again with --overwrite."
                 )
-            documents, highest = _documents_and_highest(open_shard(path), manifest.end_of_text_id)
-            if documents != entry.documents or highest >= manifest.vocab_size:
-                raise DataError(
-                    f"{path}: {documents} documents end in it and its highest token id is {highest}; the manifest has "
-                    f"{entry.documents} documents and a vocabulary of {manifest.vocab_size}. "
-                    "Prepare the data again with --overwrite."
-                )
-
-
-def _documents_and_highest(tokens: np.ndarray, end_of_text_id: int) -> tuple[int, int]:
-    """Return how many documents end in a shard, and its highest id (-1 for an empty shard)."""
-    documents, highest = 0, -1
-    for start in range(0, len(tokens), 1 << 24):
-        block = tokens[start : start + (1 << 24)]
-        documents += int(np.count_nonzero(block == end_of_text_id))
-        highest = max(highest, int(block.max()))
-    return documents, highest
+        return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -118,16 +80,12 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{folder} has no manifest.json, so it is not a finished data folder. Make one with: {command}")
     try:
-        return Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = "".join(f"{part}." for part in first["loc"]).removesuffix(".") or "the file"
         raise DataError(
             f"{path}: {where}: {first['msg']}. Make the folder again with: {command} --overwrite"
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            f"{path}: not valid JSON ({error}). Make the folder again with: {command} --overwrite"
         ) from error
 
 
@@ -156,6 +114,7 @@ def dataset_reference(folder: Path) -> str:
 
 
 def prepare_command(folder: Path) -> str:
+    """Return the command that makes a data folder."""
     if folder.parent.name == "data":
         return f"lightlm prepare-data {shlex.quote(folder.name)}"
     return f"lightlm prepare-data SOURCE --out {shlex.quote(str(folder))}"
@@ -174,15 +133,11 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
 
 
 def _checked_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> np.ndarray:
-    path = folder / entry.file
-    tokens = open_shard(path)
-    if len(tokens) != entry.tokens:
+    tokens, expected = open_shard(folder / entry.file), token_dtype(manifest.vocab_size)
+    if (len(tokens), tokens.dtype) != (entry.tokens, expected):
         raise DataError(
-            f"{path}: its header counts {len(tokens)} tokens, the manifest {entry.tokens}; "
-            "the file is from another preparation. Copy it again, or prepare the data again with --overwrite."
-        )
-    if tokens.dtype != token_dtype(manifest.vocab_size):
-        raise DataError(
-            f"{path}: holds {tokens.dtype.name} tokens, which does not match a vocabulary of {manifest.vocab_size}."
+            f"{folder / entry.file}: its header counts {len(tokens)} {tokens.dtype.name} tokens, the manifest "
+            f"{entry.tokens} of {expected.name}; the file is from another preparation. Copy it again, or prepare the "
+            "data again with --overwrite."
         )
     return tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from lightlm.data.shards import SPLITS, Manifest, ShardEntry, Split, TokenStream, open_shard
+from lightlm.data.shards import SPLITS, Manifest, ShardEntry, Split, TokenStream, open_shard, streams_of
 from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer
 from lightlm.errors import DataError
@@ -25,25 +25,41 @@ def is_foreign(folder: Path) -> bool:
 
 
 def read_foreign(folder: Path) -> tuple[Manifest, dict[Split, TokenStream], Tokenizer]:
-    """Read such a folder. Raises DataError where a shard and the tokenizer do not match."""
-    found = sorted((path for path in folder.glob("*.bin") if _NAME.fullmatch(path.name)), key=lambda path: path.name)
-    shards = {path: open_shard(path) for path in found}
+    """Read such a folder. Raises DataError where a shard and the tokenizer do not match.
+
+    The manifest says what is known without reading all shards: documents and bytes of text are not counted.
+    """
+    splits: dict[str, Split] = {
+        match[0]: "val" if match[1] == "val" else "train"
+        for match in map(_NAME.fullmatch, sorted(path.name for path in folder.glob("*.bin")))
+        if match
+    }
+    shards = {name: open_shard(folder / name) for name in splits}
     tokenizer = _tokenizer(folder, shards)
-    for path, tokens in shards.items():
+    for name, tokens in shards.items():
         highest = int(tokens[:CHECKED_TOKENS].max(initial=0))
         if highest >= tokenizer.vocab_size:
             raise DataError(
-                f"{path}: holds the token id {highest}, but the tokenizer has {tokenizer.vocab_size} entries; copy the "
-                f"tokenizer.json of the shards into {folder}"
+                f"{folder / name}: holds the token id {highest}, but the tokenizer has {tokenizer.vocab_size} entries; "
+                f"copy the tokenizer.json of the shards into {folder}"
             )
-    streams = {
-        split: TokenStream([shards[path] for path in found if _split(path) == split], tokenizer.end_of_text_id)
-        for split in SPLITS
-    }
-    return _manifest(folder, shards, tokenizer), streams, tokenizer
+    manifest = Manifest(
+        source=str(folder),
+        description="shards without a manifest, as llm.c and modded-nanogpt write them",
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text_id=tokenizer.end_of_text_id,
+        shards=[
+            ShardEntry(file=name, split=split, tokens=len(shards[name]), documents=0, xxh3=_identity(folder / name))
+            for name, split in splits.items()
+        ],
+        split_rule="by the names of the files",
+        text_bytes=dict.fromkeys(SPLITS, 0),
+    )
+    return manifest, streams_of(manifest, shards), tokenizer
 
 
-def _tokenizer(folder: Path, shards: dict[Path, np.ndarray]) -> Tokenizer:
+def _tokenizer(folder: Path, shards: dict[str, np.ndarray]) -> Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
         return Tokenizer.from_file(path)
@@ -53,34 +69,6 @@ def _tokenizer(folder: Path, shards: dict[Path, np.ndarray]) -> Tokenizer:
         return load_tokenizer("gpt2", download_tokenizer)
     except DataError as error:
         raise DataError(f"{folder} holds no tokenizer.json, so its shards need GPT-2's. {error}") from error
-
-
-def _split(path: Path) -> Split:
-    match = _NAME.fullmatch(path.name)
-    return "val" if match is not None and match[1] == "val" else "train"
-
-
-def _manifest(folder: Path, shards: dict[Path, np.ndarray], tokenizer: Tokenizer) -> Manifest:
-    """Return a manifest of what is known without reading all shards: documents and bytes of text are not counted."""
-    entries = [
-        ShardEntry(file=path.name, split=_split(path), tokens=len(tokens), documents=0, xxh3=_identity(path))
-        for path, tokens in shards.items()
-    ]
-    return Manifest(
-        source=str(folder),
-        description="shards without a manifest, as llm.c and modded-nanogpt write them",
-        revision=None,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text_id=tokenizer.end_of_text_id,
-        shards=entries,
-        split_rule="by the names of the files",
-        text_bytes=dict.fromkeys(SPLITS, 0),
-        skipped_documents=0,
-        unigram=None,
-        lightlm_version="",
-        settings={},
-    )
 
 
 def _identity(path: Path) -> str:

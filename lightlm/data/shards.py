@@ -4,7 +4,8 @@ A shard is a header of 256 little-endian int32 (magic, version, token count, zer
 of llm.c and modded-nanogpt.
 """
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,7 @@ from lightlm.files import write_bytes
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
-HEADER_INTS = 256
-HEADER_BYTES = HEADER_INTS * 4
+HEADER_BYTES = 1024
 # (magic, version) -> token type. The first is llm.c's GPT-2 format, the second its Llama 3 format.
 FORMATS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 LARGEST_UINT16_VOCABULARY = 65_536
@@ -32,9 +32,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def shard_header(dtype: np.dtype[Any], count: int) -> bytes:
     """Return the 1,024 bytes before the tokens of a shard of `count` tokens."""
     magic, version = next(key for key, value in FORMATS.items() if value == dtype)
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = magic, version, count
-    return header.tobytes()
+    return struct.pack("<3i", magic, version, count).ljust(HEADER_BYTES, b"\0")
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -56,20 +54,19 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4", count=-1 if size >= HEADER_BYTES else 0)
+            header = file.read(HEADER_BYTES)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). Prepare the data again with --overwrite."
         ) from error
-    if header.size < HEADER_INTS:
-        raise DataError(
-            f"{path}: not a token shard: it has {size} bytes, and the header of a shard has {HEADER_BYTES}."
-        )
-    magic, version, count = (int(value) for value in header[:3])
+    magic, version, count = struct.unpack("<3i", header[:12].ljust(12, b"\0"))
     dtype = FORMATS.get((magic, version))
-    if dtype is None:
+    if len(header) < HEADER_BYTES or dtype is None:
         known = " or ".join(f"{m} version {v} ({d.name})" for (m, v), d in FORMATS.items())
-        raise DataError(f"{path}: not a token shard: magic {magic} version {version}; expected {known}.")
+        raise DataError(
+            f"{path}: not a token shard: {size} bytes, magic {magic} version {version}; expected {known} in a header "
+            f"of {HEADER_BYTES} bytes."
+        )
     expected = HEADER_BYTES + count * dtype.itemsize
     if count < 0 or size != expected:
         raise DataError(
@@ -114,23 +111,23 @@ class Manifest(BaseModel):
     format: Literal[1] = 1
     source: str
     description: str
-    revision: str | None
+    revision: str | None = None
     tokenizer_sha256: str
     vocab_size: int
     end_of_text_id: int
     shards: list[ShardEntry]
     split_rule: str
     text_bytes: dict[Split, int]
-    skipped_documents: int
+    skipped_documents: int = 0
     dropped: dict[str, int] = {}
     bad: list[str] = []
     flagged: dict[str, int] = {}
     listed: list[str] = []
     evaluation_sets: dict[str, dict[str, int]] = {}
     mixture: list[MixedSource] = []
-    unigram: UnigramEntropy | None
-    lightlm_version: str
-    settings: dict[str, str | int | float | None]
+    unigram: UnigramEntropy | None = None
+    lightlm_version: str = ""
+    settings: dict[str, str | int | float | None] = {}
     # Not in the file: set by `prepare` if the folder was already finished.
     already_prepared: bool = Field(default=False, exclude=True)
 
@@ -166,15 +163,13 @@ class TokenStream:
         """
         if start < 0 or count < 0 or start + count > len(self):
             raise IndexError(f"tokens {start} to {start + count} of a stream of {len(self)}")
-        out = np.empty(count, dtype=np.int64)
-        done = 0
-        index = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while done < count:
-            offset = start + done - int(self._starts[index])
-            part = self._shards[index][offset : offset + count - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-            index += 1
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._starts, start + count, side="left"))
+        out = np.empty(count, np.int64)
+        for shard, begin in zip(self._shards[first:last], self._starts[first:last].tolist(), strict=True):
+            part = shard[max(0, start - begin) : start + count - begin]
+            place = max(0, begin - start)
+            out[place : place + len(part)] = part
         return out
 
     def documents(self) -> Iterator[np.ndarray]:
@@ -195,3 +190,13 @@ class TokenStream:
         tail = np.concatenate(parts) if parts else np.zeros(0, np.int64)
         if tail.size:
             yield tail
+
+
+def streams_of(manifest: Manifest, shards: Mapping[str, np.ndarray]) -> dict[Split, TokenStream]:
+    """Return the stream of each split from the tokens of the manifest's shards, keyed by file name."""
+    return {
+        split: TokenStream(
+            [shards[entry.file] for entry in manifest.shards if entry.split == split], manifest.end_of_text_id
+        )
+        for split in SPLITS
+    }

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,15 +16,8 @@ from lightlm.errors import DataError, UsageError
 from lightlm.files import write_bytes
 
 END_OF_TEXT_NAMES = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|end▁of▁sentence|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "[EOS]",
-    "[SEP]",
-)
+    "<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]"
+)  # fmt: skip
 NAMED_TOKENIZERS = {"gpt2": "openai-community/gpt2"}
 OFFLINE_HINT = (
     "Offline, use --tokenizer train:8192, which trains one on the data, or --tokenizer PATH with a tokenizer.json."
@@ -35,8 +29,8 @@ MIN_VOCAB_SIZE = 300
 PART_CHARACTERS = 200_000
 GROUP_CHARACTERS = 1_000_000  # encoded together: 150 MB of memory
 # Where a text may be cut without changing its ids (see `Tokenizer.border`).
-_SPACE_BORDER = r"(?<=\S)(?= \S)"
-_BORDER = re.compile(rf"(?<=\S\n)(?=\S)|{_SPACE_BORDER}|(?<=[^\W\d_])(?=[。，、！？])")
+_SPACE_BORDER = re.compile(r"(?<=\S)(?= \S)")
+_BORDER = re.compile(rf"(?<=\S\n)(?=\S)|{_SPACE_BORDER.pattern}|(?<=[^\W\d_])(?=[。，、！？])")
 
 
 class Tokenizer:
@@ -94,11 +88,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text. All cores work on texts and on the parts of long ones."""
         parts = [(number, part) for number, text in enumerate(texts) for part in self._parts(text)]
+        ends = itertools.accumulate(len(part) for _, part in parts)
         ids: list[list[int]] = [[] for _ in texts]
-        for group in _groups(parts):
+        for _, group in itertools.groupby(zip(ends, parts, strict=True), lambda pair: pair[0] // GROUP_CHARACTERS):
+            numbers, group_texts = zip(*(part for _, part in group), strict=True)
             # The "fast" variant omits character offsets and gives the same ids.
-            encoded = self._tokenizer.encode_batch_fast([part for _, part in group], add_special_tokens=False)
-            for (number, _), item in zip(group, encoded, strict=True):
+            encoded = self._tokenizer.encode_batch_fast(list(group_texts), add_special_tokens=False)
+            for number, item in zip(numbers, encoded, strict=True):
                 ids[number] += item.ids
         return ids
 
@@ -167,12 +163,14 @@ class Tokenizer:
         """
         if not self.byte_level:
             return None
-        return re.compile(_SPACE_BORDER) if _adds_space(self.content.get("pre_tokenizer")) else _BORDER
+        parts = _components(self.content.get("pre_tokenizer"))
+        return _SPACE_BORDER if any(part.get("add_prefix_space") is True for part in parts) else _BORDER
 
     @functools.cached_property
     def byte_level(self) -> bool:
         """Whether tokens consist of bytes, each one a character of an alphabet, as in GPT-2."""
-        return "ByteLevel" in {*_types(self.content.get("pre_tokenizer")), *_types(self.content.get("decoder"))}
+        parts = _components([self.content.get("pre_tokenizer"), self.content.get("decoder")])
+        return any(part.get("type") == "ByteLevel" for part in parts)
 
     def _text_bytes(self, token: str) -> int:
         if self.byte_level:
@@ -183,44 +181,21 @@ class Tokenizer:
 
     def _end_of_text(self, origin: str) -> int:
         ids = {added.content: index for index, added in self._added.items()}
-        for name in END_OF_TEXT_NAMES:
-            if name in ids:
-                return ids[name]
+        found = [ids[name] for name in END_OF_TEXT_NAMES if name in ids]
+        if found:
+            return found[0]
         raise DataError(
             f"{origin}: no end-of-text token to separate documents. Its {len(ids)} added tokens have none of "
             f"{', '.join(END_OF_TEXT_NAMES)}. Use a tokenizer made for text generation, or --tokenizer train:8192."
         )
 
 
-def _groups(parts: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Yield consecutive parts in groups of `GROUP_CHARACTERS`, whose encodings fit in memory."""
-    group: list[tuple[int, str]] = []
-    characters = 0
-    for part in parts:
-        group.append(part)
-        characters += len(part[1])
-        if characters >= GROUP_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def _types(part: Any) -> set[str]:
-    """Return the `type` of a component of a tokenizer.json and of every component inside it."""
+def _components(part: Any) -> Iterator[dict[str, Any]]:
+    """Yield a component of a tokenizer.json and every component inside it."""
     if isinstance(part, dict):
-        own = {part["type"]} if isinstance(part.get("type"), str) else set()
-        return own.union(*(_types(value) for value in part.values()))
-    if isinstance(part, list):
-        return set().union(*(_types(value) for value in part))
-    return set()
-
-
-def _adds_space(part: Any) -> bool:
-    """Return whether a pre-tokenizer, or one inside it, puts a space in front of every text."""
-    if isinstance(part, dict):
-        return part.get("add_prefix_space") is True or any(map(_adds_space, part.values()))
-    return isinstance(part, list) and any(map(_adds_space, part))
+        yield part
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        yield from _components(inner)
 
 
 def requested_vocab_size(spec: str) -> int | None:
@@ -228,15 +203,13 @@ def requested_vocab_size(spec: str) -> int | None:
 
     Raises UsageError where N is not a whole number, or leaves no room for merges.
     """
-    kind, colon, number = spec.partition(":")
+    kind, _, number = spec.partition(":")
     if kind != "train":
         return None
-    if not colon or not (number.isascii() and number.isdigit()):
-        raise UsageError(f"--tokenizer {spec}: write the number of entries to train, for example train:8192")
-    if int(number) < MIN_VOCAB_SIZE:
+    if not (number.isascii() and number.isdigit()) or int(number) < MIN_VOCAB_SIZE:
         raise UsageError(
-            f"--tokenizer {spec}: at least {MIN_VOCAB_SIZE} entries are needed (256 bytes, the end-of-text token, and "
-            "some merges); for a small model use train:8192"
+            f"--tokenizer {spec}: write the number of entries to train, at least {MIN_VOCAB_SIZE} (256 bytes, the "
+            "end-of-text token, and some merges), for example train:8192"
         )
     return int(number)
 
@@ -249,12 +222,8 @@ def load_tokenizer(spec: str, download: Callable[[str, str], Path]) -> Tokenizer
     where there is no such tokenizer.
     """
     path = Path(spec)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-        if not path.is_file():
-            raise DataError(f"The folder {spec} holds no tokenizer.json. {OFFLINE_HINT}")
-    if path.is_file():
-        return Tokenizer.from_file(path)
+    if path.exists():
+        return Tokenizer.from_file(path / "tokenizer.json" if path.is_dir() else path)
     if path.suffix == ".json" or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
         raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, or a Hub id.")
     repo = NAMED_TOKENIZERS.get(spec, spec)

@@ -13,6 +13,7 @@ from lightlm.evaluate.compare.comparison import Answers, answers_of
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.results import documents, store
 from lightlm.evaluate.settings import BOS
+from lightlm.evaluate.tasks.heldout import common_folder
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.patches import compiled_once, quiet
 
@@ -82,7 +83,6 @@ def evaluate_model(
     file: Path | None,
     *,
     batch_size: str = "auto",
-    data: Path | None = None,
     log_samples: bool = False,
 ) -> Evaluation:
     """Run the tasks on a model and write its files (see `lightlm.evaluate.results.store`).
@@ -90,7 +90,6 @@ def evaluate_model(
     Args:
         name: the model's name in tables.
         file: the results; None stores nothing.
-        data: the data folder of heldout, for the facts.
         log_samples: also write prompts and answers.
     """
     started = time.perf_counter()
@@ -99,6 +98,7 @@ def evaluate_model(
     samples = results.pop("samples")
     scored = documents.of_samples(samples)
     counts = loaded.model.num_parameters()
+    data = common_folder([loaded.path], tasks.settings.data) if tasks.read_data else None
     facts: dict[str, Any] = {
         "model": name,
         "path": str(loaded.path),
@@ -114,7 +114,7 @@ def evaluate_model(
         "seconds": round(time.perf_counter() - started, 2),
     }
     if file is not None:
-        store.write(file, results, facts | store.provenance(loaded, tasks.data_sets.origins(), lm.device))
+        store.write(file, results, facts | store.provenance(loaded, tasks.data_sets.origins, lm.device))
         documents.write(documents.documents_file(file), scored)
         if log_samples:
             store.write_samples(file, samples)

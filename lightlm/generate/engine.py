@@ -17,18 +17,13 @@ from lightlm.generate.sampling import DEFAULT, Sampling, sample
 from lightlm.model.cache import KVCache
 from lightlm.model.transformer import Transformer
 
-OnToken = Callable[[int, int], bool | None]
-
 
 @dataclass
 class Completion:
-    """The new tokens of one row, without the stop token, and why it ended.
-
-    `finish_reason` is `stop` (a stop token or `on_token` ended it), `length` (it has max_new_tokens) or `context` (the
-    model's context is full).
-    """
+    """The new tokens of one row, without the stop token, and why it ended."""
 
     ids: list[int] = field(default_factory=list)
+    # A stop token or `on_token` ended it, it has max_new_tokens, or the model's context is full.
     finish_reason: Literal["stop", "length", "context"] = "length"
 
 
@@ -40,15 +35,14 @@ def generate(
     sampling: Sampling,
     seed: int = 1337,
     stop_ids: Collection[int] = (),
-    on_token: OnToken | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
     num_samples: int = 1,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
     Args:
         prompts: token ids, at least one per prompt.
-        seed: row b draws from its own generator, seeded with (seed, b). So more samples leave the first ones unchanged
-            where there is one prompt.
+        seed: row b draws from its own generator, seeded with (seed, b); more samples of one prompt keep the first ones.
         stop_ids: tokens that end a row, usually end-of-text.
         on_token: called as on_token(row, token) for each new token; a true answer ends the row.
         num_samples: continuations of each prompt, which is read once.
@@ -81,7 +75,7 @@ def generate(
             if on_token is not None and on_token(row, token):
                 completion.finish_reason = "stop"
             elif len(completion.ids) == max_new_tokens:
-                completion.finish_reason = "length"
+                continue
             elif cache.lengths[line] == model.config.max_seq_len:
                 completion.finish_reason = "context"
             else:
@@ -91,16 +85,12 @@ def generate(
         if len(remaining) < len(active):
             cache.select(remaining)
             active = [active[line] for line in remaining]
-        logits_BV = decode_step(model, [tokens[line] for line in remaining], cache)
+        tokens_B1 = torch.tensor([[tokens[line]] for line in remaining], device=model.device)
+        logits_BV = model(tokens_B1, cache)[:, -1]
 
 
 def sample_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling = DEFAULT,
-    seed: int = 1337,
+    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int, sampling: Sampling = DEFAULT
 ) -> str:
     """Return the prompt's continuation as text, to look at a model in training.
 
@@ -118,12 +108,7 @@ def sample_text(
 
 
 def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Check a request before any work.
-
-    Raises:
-        LightLMError: a prompt is empty or longer than the model's context.
-        UsageError: max_new_tokens is below 1.
-    """
+    """Raise what `generate` raises for such a request, before any work."""
     if max_new_tokens < 1:
         raise UsageError(f"max-new-tokens must be at least 1, is {max_new_tokens}")
     if not prompts or not all(prompts):
@@ -144,11 +129,6 @@ def prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Ten
     x_BTD = model.hidden_states(tokens_BT.to(model.device), cache, counts)
     last_B = torch.tensor(counts, device=x_BTD.device) - 1
     return model.head(x_BTD[torch.arange(len(prompts), device=x_BTD.device), last_B])
-
-
-def decode_step(model: Transformer, tokens: list[int], cache: KVCache) -> Tensor:
-    """Append one token to each row of the cache and return the logits (B, V) of the next."""
-    return model(torch.tensor(tokens, device=model.device)[:, None], cache)[:, -1]
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
@@ -173,18 +153,16 @@ class TextStream:
     def push(self, token: int) -> str:
         """Return the text that this token completes; it may be empty."""
         self._pending.append(token)
-        text = self._pending_text()
-        return "" if text.endswith("�") else self._emit(text)
+        return self._take(whole=True)
 
     def flush(self) -> str:
         """Return the text still waiting, after the last token."""
-        return self._emit(self._pending_text())
+        return self._take(whole=False)
 
-    def _pending_text(self) -> str:
+    def _take(self, *, whole: bool) -> str:
         known = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(known) :]
-
-    def _emit(self, text: str) -> str:
-        if text:
-            self._context, self._pending = self._pending, []
+        text = self._tokenizer.decode(self._context + self._pending)[len(known) :]
+        if not text or (whole and text.endswith("\ufffd")):
+            return ""
+        self._context, self._pending = self._pending, []
         return text

@@ -20,7 +20,7 @@ from lightlm.model.norms import RMSNorm
 from lightlm.model.rotary import rotate
 
 # Takes one layer's new keys and values (B, G, T, K) and returns all that its queries attend to, (B, G, S, K):
-# `KVCache.update` or `SharedPrefix.prepend`, bound to the layer.
+# `KVCache.update` or `Trees.prepend`, bound to the layer.
 KeysAndValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -72,11 +72,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        mask: Mask,
-        extend: KeysAndValues | None = None,
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Mask, extend: KeysAndValues | None = None
     ) -> Tensor:
         """Return the attention output (B, T, D).
 

@@ -19,10 +19,8 @@ class Step:
     counts: list[int]  # per row, how many of the chunk's T columns are tokens; the rest is padding on the right
     positions_BT: Tensor  # the position of each column; padding is clamped to the last slot
     end: int  # the number of slots that the longest row uses after this chunk
-    # The (row, slot, column) triples to write; None when all rows are full and start at the same slot.
-    rows: Tensor | None
-    slots: Tensor | None
-    columns: Tensor | None
+    # The rows, slots and columns to write, one of each per token; None if all rows are full and start at the same slot.
+    places: tuple[Tensor, Tensor, Tensor] | None
 
 
 class KVCache:
@@ -35,63 +33,51 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        config = config.resolved()
         shape = (config.depth, batch_size, config.num_kv_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
         self.max_len = max_len
 
-    @property
-    def batch_size(self) -> int:
-        """The number of rows."""
-        return len(self.lengths)
-
     def begin(self, batch_size: int, num_columns: int, counts: list[int] | None) -> Step:
         """Reserve slots for a chunk of `num_columns` columns. The first counts[b] columns of row b are tokens.
 
         Raises:
-            ValueError: the batch size differs from the cache's, a count is out of range, or a row would overflow.
+            ValueError: the batch size differs from the cache's, or a row would overflow.
         """
         counts = [num_columns] * batch_size if counts is None else list(counts)
-        if batch_size != self.batch_size or len(counts) != batch_size:
-            raise ValueError(f"the cache holds {self.batch_size} rows, the batch {batch_size}, counts {len(counts)}")
-        if any(not 0 <= count <= num_columns for count in counts):
-            raise ValueError(f"counts {counts} must lie between 0 and the {num_columns} columns of the chunk")
+        if not len(self.lengths) == batch_size == len(counts):
+            raise ValueError(f"the cache holds {len(self.lengths)} rows, the batch {batch_size}, counts {len(counts)}")
         starts = list(self.lengths)
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         if max(ends) > self.max_len:
             raise ValueError(f"the cache has {self.max_len} slots, {max(ends)} are needed")
-        device = self.keys.device
         positions = torch.tensor(starts)[:, None] + torch.arange(num_columns)
-        rows = slots = columns = None
+        places = None
         if any(count < num_columns for count in counts) or len(set(starts)) > 1:
             rows, columns = (torch.arange(num_columns) < torch.tensor(counts)[:, None]).nonzero(as_tuple=True)
-            slots = positions[rows, columns]
-            rows, slots, columns = (index.to(device) for index in (rows, slots, columns))
-        positions = positions.clamp(max=self.max_len - 1).to(device)
-        return Step(starts, counts, positions, max(ends), rows, slots, columns)
+            index_3N = torch.stack((rows, positions[rows, columns], columns)).to(self.keys.device)
+            places = (index_3N[0], index_3N[1], index_3N[2])
+        positions = positions.clamp(max=self.max_len - 1).to(self.keys.device)
+        return Step(starts, counts, positions, max(ends), places)
 
     def update(self, step: Step, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values and return those of all slots in use, each (B, H, step.end, K)."""
         keys, values = self.keys[layer], self.values[layer]
-        if step.rows is None:
+        if step.places is None:
             start = step.starts[0]
             keys[:, :, start : step.end] = k_BHTK
             values[:, :, start : step.end] = v_BHTK
         else:
+            rows, slots, columns = step.places
             # Two index tensors around a slice put the indexed pairs first: (pairs, H, K).
-            keys[step.rows, :, step.slots] = k_BHTK[step.rows, :, step.columns].to(keys.dtype)
-            values[step.rows, :, step.slots] = v_BHTK[step.rows, :, step.columns].to(values.dtype)
+            keys[rows, :, slots] = k_BHTK[rows, :, columns].to(keys.dtype)
+            values[rows, :, slots] = v_BHTK[rows, :, columns].to(values.dtype)
         return keys[:, :, : step.end], values[:, :, : step.end]
 
     def commit(self, step: Step) -> None:
         """Advance every row past the chunk, once all layers have stored it."""
         self.lengths = [start + count for start, count in zip(step.starts, step.counts, strict=True)]
-
-    def truncate(self, length: int) -> None:
-        """Forget all positions from `length` onward."""
-        self.lengths = [min(row, length) for row in self.lengths]
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows, in this order. A repeated row is copied, to sample a prompt many times."""

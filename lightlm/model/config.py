@@ -1,7 +1,8 @@
 """The shape of a model: every number that decides it, with the rules that hold between them."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 _AT_LEAST = dict.fromkeys(
     ("num_layers", "hidden_size", "num_heads", "max_seq_len", "layer_sharing", "full_attention_interval"), 1
@@ -23,10 +24,7 @@ EXPERT_FIELDS = (
 RENAMED_FIELDS = {"block_repeats": "layer_sharing", "full_attention_every": "full_attention_interval"}
 
 
-_T = TypeVar("_T")
-
-
-def _key(default: _T, description: str) -> _T:
+def _key(default: Any, description: str) -> Any:
     """Return a field with a default; pydantic copies its description into the JSON Schema of recipes."""
     return field(default=default, metadata={"description": description})
 
@@ -131,51 +129,31 @@ class ModelConfig:
         """Return a (key, message) pair for everything that keeps this from being a model."""
         low = [(key, f"must be at least {least}") for key, least in _AT_LEAST.items() if getattr(self, key) < least]
         low += [(key, "must be above 0") for key in _ABOVE_ZERO if not getattr(self, key) > 0]
-        if low:
-            return [(key, f"{message}, is {getattr(self, key)}") for key, message in low]
-        head_dim = self.head_dim or self.hidden_size // self.num_heads
-        rules = [
-            (
-                "num_heads",
-                self.head_dim == 0 and self.hidden_size % self.num_heads != 0,
-                f"{self.num_heads} does not divide hidden_size {self.hidden_size}; set head_dim",
-            ),
-            (
-                "num_kv_heads",
-                self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads != 0,
-                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}",
-            ),
-            (
-                "head_dim",
-                self.position == "rope" and head_dim % 2 != 0,
-                "must be even for rotary positions (position: rope)",
-            ),
-        ]
-        if self.num_experts:
-            rules += [
-                (
-                    "num_experts_per_tok",
-                    not 1 <= self.num_experts_per_tok <= self.num_experts,
-                    f"must be from 1 to num_experts, {self.num_experts}, is {self.num_experts_per_tok}",
-                ),
-                (
-                    "first_k_dense",
-                    self.first_k_dense >= self.num_layers,
-                    f"leaves no layer of experts: num_layers is {self.num_layers}",
-                ),
-                ("mlp", self.mlp != "swiglu", f"experts are swiglu networks, is {self.mlp}"),
-                ("bias", self.bias, "experts and their router have no biases; must be false with num_experts"),
-                (
-                    "norm_topk_prob",
-                    self.num_experts_per_tok == 1 and self.norm_topk_prob,
-                    "must be false with one expert per token: its weight would always be 1",
-                ),
-            ]
-        else:
-            defaults = {entry.name: entry.default for entry in fields(self)}
-            unused = (key for key in EXPERT_FIELDS if getattr(self, key) != defaults[key])
-            rules += [(key, True, "has no effect without num_experts") for key in unused]
-        return [(key, message) for key, broken, message in rules if broken]
+        return [(key, f"{message}, is {getattr(self, key)}") for key, message in low] or list(self._broken_rules())
+
+    def _broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Yield a (key, message) pair for each rule that the fields break together; each of them is in its range."""
+        if self.head_dim == 0 and self.hidden_size % self.num_heads != 0:
+            yield "num_heads", f"{self.num_heads} does not divide hidden_size {self.hidden_size}; set head_dim"
+        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads != 0:
+            yield "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
+        if self.position == "rope" and (self.head_dim or self.hidden_size // self.num_heads) % 2 != 0:
+            yield "head_dim", "must be even for rotary positions (position: rope)"
+        if not self.num_experts:
+            unused = (key for key in EXPERT_FIELDS if getattr(self, key) != getattr(ModelConfig, key))
+            yield from ((key, "has no effect without num_experts") for key in unused)
+            return
+        chosen = self.num_experts_per_tok
+        if not 1 <= chosen <= self.num_experts:
+            yield "num_experts_per_tok", f"must be from 1 to num_experts, {self.num_experts}, is {chosen}"
+        if self.first_k_dense >= self.num_layers:
+            yield "first_k_dense", f"leaves no layer of experts: num_layers is {self.num_layers}"
+        if self.mlp != "swiglu":
+            yield "mlp", f"experts are swiglu networks, is {self.mlp}"
+        if self.bias:
+            yield "bias", "experts and their router have no biases; must be false with num_experts"
+        if chosen == 1 and self.norm_topk_prob:
+            yield "norm_topk_prob", "must be false with one expert per token: its weight would always be 1"
 
     def has_experts(self, block: int) -> bool:
         """Return whether block `block` (0 <= block < num_layers) is a mixture of experts."""

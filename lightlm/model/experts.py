@@ -58,15 +58,15 @@ class Experts(nn.Module):
         return self._padded(x_ND, ids_NK, weights_NK)
 
     def _grouped(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        dtype = _compute_dtype(x_ND)
+        dtype, choices = compute_dtype(x_ND), ids_NK.shape[1]
         order_R = ids_NK.flatten().argsort(stable=True)
         experts_E = torch.arange(len(self.gate_proj), device=ids_NK.device)
         ends_E = torch.searchsorted(ids_NK.flatten()[order_R], experts_E, right=True).to(torch.int32)
-        x_RD = _Spread.apply(x_ND.to(dtype), order_R, ids_NK.shape[1])
+        x_RD = _Move.apply(x_ND.to(dtype), order_R, choices, True)
         gate_RF = F.grouped_mm(x_RD, self.gate_proj.to(dtype).mT, offs=ends_E)
         up_RF = F.grouped_mm(x_RD, self.up_proj.to(dtype).mT, offs=ends_E)
         h_RF = F.silu(gate_RF) * up_RF * weights_NK.flatten()[order_R].to(dtype)[:, None]
-        return _Gather.apply(F.grouped_mm(h_RF, self.down_proj.to(dtype).mT, offs=ends_E), order_R, ids_NK.shape[1])
+        return _Move.apply(F.grouped_mm(h_RF, self.down_proj.to(dtype).mT, offs=ends_E), order_R, choices, False)
 
     def _padded(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         parameters = self.gate_proj, self.up_proj, self.down_proj
@@ -75,13 +75,13 @@ class Experts(nn.Module):
             down_EDF = fused.joined_copy(parameters[2:])
         else:
             with torch.no_grad():
-                both_E2FD = torch.cat(parameters[:2], dim=1).to(_compute_dtype(x_ND))
+                both_E2FD = torch.cat(parameters[:2], dim=1).to(compute_dtype(x_ND))
                 down_EDF = parameters[2].to(both_E2FD.dtype)
         rows = _Rows.of(ids_NK, len(self.gate_proj))
         return _PaddedExperts.apply(x_ND.to(both_E2FD.dtype), weights_NK, both_E2FD, down_EDF, rows, *parameters)
 
     def _single(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        dtype, choices = _compute_dtype(x_ND), ids_NK.shape[1]
+        dtype, choices = compute_dtype(x_ND), ids_NK.shape[1]
         order_R = ids_NK.flatten().argsort(stable=True)
         x_RD = x_ND.to(dtype).index_select(0, order_R // choices)
         y_RD = torch.empty_like(x_RD)
@@ -99,7 +99,8 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the precision of products with a tensor: autocast's, or its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -108,7 +109,7 @@ def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
     """Return whether CUDA has the kernel: it needs bf16, compute capability 8.0 and rows of whole 16 bytes."""
     return (
         x_ND.device.type == "cuda"
-        and _compute_dtype(x_ND) == torch.bfloat16
+        and compute_dtype(x_ND) == torch.bfloat16
         and all(size % 8 == 0 for size in weight_EFD.shape[1:])
         and (torch.compiler.is_compiling() or torch.cuda.get_device_capability(x_ND.device) >= (8, 0))
     )
@@ -120,36 +121,24 @@ def keep_padding_uncompiled() -> None:
     Experts._padded = torch.compiler.disable(Experts._padded)  # type: ignore[method-assign]
 
 
-class _Spread(torch.autograd.Function):
-    """Repeat rows (N, D) for each of their K choices, in the given order. The gradient sums in a fixed order."""
+class _Move(torch.autograd.Function):
+    """Repeat rows (N, D) for each of their K choices, in the given order; or sum rows (R, D) over each token's choices.
+
+    Each is the gradient of the other. Sums have a fixed order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, order_R: Tensor, choices: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order_R: Tensor, choices: int, repeats: bool) -> Tensor:
         ctx.save_for_backward(order_R)
-        ctx.choices = choices
-        return x_ND.index_select(0, order_R // choices)
+        ctx.choices, ctx.repeats = choices, repeats
+        return rows.index_select(0, order_R // choices) if repeats else _sum_choices(rows, order_R, choices)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (order_R,) = ctx.saved_tensors
-        return _sum_choices(grad_RD, order_R, ctx.choices), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Sum rows (R, D) over the K choices of each token: the reverse of `_Spread`."""
-
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
-        ctx.save_for_backward(order_R)
-        ctx.choices = choices
-        return _sum_choices(y_RD, order_R, choices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (order_R,) = ctx.saved_tensors
-        return grad_ND.index_select(0, order_R // ctx.choices), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_R,), choices = ctx.saved_tensors, ctx.choices
+        rows = _sum_choices(grad, order_R, choices) if ctx.repeats else grad.index_select(0, order_R // choices)
+        return rows, None, None, None
 
 
 def _sum_choices(rows_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:

@@ -55,8 +55,7 @@ def joined_copy(parameters: Sequence[Tensor], dim: int = 0) -> Tensor:
     if _copies is not None and key in _copies:
         return _copies[key]
     sizes = [parameter.shape[dim] for parameter in parameters]
-    shape = list(parameters[0].shape)
-    shape[dim] = sum(sizes)
+    shape = [*parameters[0].shape[:dim], sum(sizes), *parameters[0].shape[dim + 1 :]]
     copy = torch.empty(shape, dtype=torch.bfloat16)
     for part, parameter in zip(copy.split(sizes, dim), parameters, strict=True):
         part.copy_(parameter)
@@ -127,24 +126,14 @@ class RMSNormFunction(torch.autograd.Function):
         normed_ND = (x * scale).flatten(0, -2)
         grad_ND = grad.to(torch.float32, copy=True).flatten(0, -2)
         product_ND = grad_ND * normed_ND
-        mean_N = product_ND @ (weight_D / len(weight_D))
-        grad_x = _norm_gradient_(grad_ND, weight_D, normed_ND, mean_N[:, None], scale.flatten(0, -2))
+        mean_N1 = (product_ND @ (weight_D / len(weight_D)))[:, None]
+        grad_x = grad_ND.mul_(weight_D).addcmul_(normed_ND, mean_N1, value=-1).mul_(scale.flatten(0, -2))
         return grad_x.view_as(x).to(x.dtype), product_ND.sum(0), None
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """Return 1 / sqrt(mean(x^2) + eps) of fp32 x (..., K) over its last dimension: (..., 1)."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _norm_gradient_(grad: Tensor, weight: Tensor, normed: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Turn the gradient of normed * weight into that of x, in place.
-
-    Args:
-        mean: the mean of grad * weight * normed over features.
-        scale: 1 / rms of x.
-    """
-    return grad.mul_(weight).addcmul_(normed, mean, value=-1).mul_(scale)
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -176,16 +165,9 @@ class HeadsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        joined: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        norm_eps: float,
-        q_weight_K: Tensor | None,
-        k_weight_K: Tensor | None,
-        cos: Tensor | None,
-        sin: Tensor | None,
+        ctx: Any, joined: Tensor, num_heads: int, num_kv_heads: int, norm_eps: float, *optional: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q_weight_K, k_weight_K, cos, sin = optional
         heads = joined.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
         qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
         scale = weight_HK = None
@@ -217,7 +199,7 @@ class HeadsFunction(torch.autograd.Function):
             grad_weight_HK = product.flatten(0, 1).sum(0)
             grad_weights = grad_weight_HK[: ctx.num_heads].sum(0), grad_weight_HK[ctx.num_heads :].sum(0)
             mean = product.mul_(weight_HK).mean(-1, keepdim=True)
-            turned = _norm_gradient_(turned, weight_HK, normed, mean, scale)
+            turned = turned.mul_(weight_HK).addcmul_(normed, mean, value=-1).mul_(scale)
         if turned is not grad_qk:
             grad_qk.copy_(turned)
         return grad_heads.flatten(2), None, None, None, *grad_weights, None, None

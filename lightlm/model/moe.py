@@ -84,10 +84,7 @@ class MoE(nn.Module):
             y_BTD = y_BTD + self.shared(x_BTD)
         if not torch.is_grad_enabled():
             return y_BTD, None
-        return y_BTD, self._routing(ids_NK, scores_NE, logits_NE, len(x_BTD))
-
-    def _routing(self, ids_NK: Tensor, scores_NE: Tensor, logits_NE: Tensor, batch: int) -> Routing:
-        num_experts = scores_NE.shape[1]
+        batch, num_experts = len(x_BTD), scores_NE.shape[1]
         load_BE = ids_NK.new_zeros(batch, num_experts)
         load_BE.scatter_add_(1, ids_NK.view(batch, -1), torch.ones_like(ids_NK).view(batch, -1))
         load_E = load_BE.sum(0)
@@ -95,7 +92,7 @@ class MoE(nn.Module):
             balance = sequence_balance_loss(load_BE, scores_NE.view(batch, -1, num_experts))
         else:
             balance = batch_balance_loss(load_E, scores_NE)
-        return Routing(load_E, balance, logits_NE.logsumexp(-1).square().mean())
+        return y_BTD, Routing(load_E, balance, logits_NE.logsumexp(-1).square().mean())
 
 
 def sequence_balance_loss(load_BE: Tensor, scores_BTE: Tensor) -> Tensor:

@@ -14,9 +14,6 @@ class RMSNorm(nn.RMSNorm):
     does not take mixed precisions. The kernel computes the mean in fp32 either way.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__(size, eps=eps)
-
     def forward(self, x: Tensor) -> Tensor:
         if fused.applies(x):
             return fused.RMSNormFunction.apply(x, self.weight, self.eps)

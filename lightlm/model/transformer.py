@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightlm.model import fused
 from lightlm.model.attention import Attention, KeysAndValues, Mask, build_mask
-from lightlm.model.cache import KVCache
+from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
-from lightlm.model.experts import Experts, keep_padding_uncompiled
+from lightlm.model.experts import Experts, compute_dtype, keep_padding_uncompiled
 from lightlm.model.mlp import build_mlp
 from lightlm.model.moe import MoE, Routing
 from lightlm.model.norms import build_norm
@@ -63,10 +63,7 @@ def _compiled_run() -> Callable[..., tuple[Tensor, Routing | None]]:
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model.
-
-    Args:
-        config: the shape; `vocab_size` must be set.
+    """A decoder-only language model of the shape `config`, with its `vocab_size` set.
 
     Raises:
         ValueError: the configuration is not a model; the message lists every reason.
@@ -118,20 +115,14 @@ class Transformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """Run each block through torch.compile in training. All blocks share one graph, so it is compiled once."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.compiled = True
+        for block in self.blocks.children():
+            block.compiled = True  # type: ignore[assignment]
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
         """Return an empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
         max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)
-        return KVCache(self.config, batch_size, max_len, device=self.device, dtype=self._compute_dtype())
-
-    def _compute_dtype(self) -> torch.dtype:
-        """Return the precision of queries, keys and values."""
-        if torch.is_autocast_enabled(self.device.type):
-            return torch.get_autocast_dtype(self.device.type)
-        return self.embed_tokens.weight.dtype
+        dtype = compute_dtype(self.embed_tokens.weight)
+        return KVCache(self.config, batch_size, max_len, device=self.device, dtype=dtype)
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, counts: list[int] | None = None) -> Tensor:
         """Return the logits (B, T, V) of each column's next token; see `hidden_states` for arguments and errors."""
@@ -164,47 +155,30 @@ class Transformer(nn.Module):
             ValueError: there are more positions than max_seq_len or than the cache holds, counts without a cache, or
                 trees with one.
         """
+        config = self.config
         batch, length = tokens_BT.shape
-        windows = {self.config.window(layer) for layer in range(self.config.depth)}
+        windows = {config.window(layer) for layer in range(config.depth)}
+        step: Step | None = None
+        extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # the first argument is the layer
         if trees is not None:
             if cache is not None:
                 raise ValueError("trees take no cache; pass what comes before them as their shared prefix")
-            masks = {window: Mask(trees.bias(window, self._compute_dtype()), is_causal=False) for window in windows}
-            extend = trees.shared_prefix.prepend if trees.shared_prefix is not None else None
-            return self._run_blocks(tokens_BT, trees.positions_BT, masks, extend, None)
-        if cache is None:
+            positions_BT, dtype = trees.positions_BT, compute_dtype(self.embed_tokens.weight)
+            masks = {window: Mask(trees.bias(window, dtype), is_causal=False) for window in windows}
+            extend = trees.prepend
+        elif cache is not None:
+            step = cache.begin(batch, length, counts)
+            positions_BT, aligned = step.positions_BT, step.places is None
+            fresh = aligned and step.starts[0] == 0
+            masks = {w: build_mask(positions_BT, step.end, w, fresh=fresh, aligned=aligned) for w in windows}
+            extend = functools.partial(cache.update, step)
+        else:
             if counts is not None:
                 raise ValueError("counts need a cache: without one, padding on the right needs no mask")
-            if length > self.config.max_seq_len:
-                raise ValueError(f"{length} positions given, max_seq_len is {self.config.max_seq_len}")
+            if length > config.max_seq_len:
+                raise ValueError(f"{length} positions given, max_seq_len is {config.max_seq_len}")
             positions_BT = torch.arange(length, device=tokens_BT.device)[None]
             masks = {window: build_mask(positions_BT, length, window, fresh=True, aligned=True) for window in windows}
-            return self._run_blocks(tokens_BT, positions_BT, masks, None, routings)
-        step = cache.begin(batch, length, counts)
-        aligned = step.rows is None
-        fresh = aligned and step.starts[0] == 0
-        masks = {
-            window: build_mask(step.positions_BT, step.end, window, fresh=fresh, aligned=aligned) for window in windows
-        }
-        x_BTD = self._run_blocks(tokens_BT, step.positions_BT, masks, functools.partial(cache.update, step), routings)
-        cache.commit(step)
-        return x_BTD
-
-    def _run_blocks(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor,
-        masks: dict[int, Mask],
-        extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        routings: list[Routing] | None,
-    ) -> Tensor:
-        """Return the final norm's output for tokens.
-
-        Args:
-            masks: one for each window that a layer has.
-            extend: adds earlier keys and values to those of a layer, whose number is its first argument.
-        """
-        config = self.config
         # With a tied head the table's gradient is dense anyway. A sparse part is added to it in place; a dense part
         # would be another (V, D) tensor of zeros and a sum of the two.
         sparse = config.tie_embeddings and fused.applies(self.embed_tokens.weight)
@@ -217,14 +191,16 @@ class Transformer(nn.Module):
             rotation = cos[:, None], sin[:, None]
         for layer in range(config.depth):
             block = self.blocks[layer // config.layer_sharing]
-            of_layer = functools.partial(extend, layer) if extend is not None else None
-            arguments = x_BTD, rotation, masks[config.window(layer)], of_layer
+            extend_layer = functools.partial(extend, layer) if extend is not None else None
+            arguments = x_BTD, rotation, masks[config.window(layer)], extend_layer
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_BTD, routing = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x_BTD, routing = block(*arguments)
             if routings is not None and routing is not None:
                 routings.append(routing)
+        if cache is not None and step is not None:
+            cache.commit(step)
         return self.norm(x_BTD)
 
     def num_parameters(self) -> dict[str, int]:
@@ -234,13 +210,9 @@ class Transformer(nn.Module):
         is the part of the total in embedding tables and head.
         """
         tables = ("embed_tokens.", "embed_positions.", "lm_head.")
-        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
-        total = sum(sizes.values())
-        return {
-            "total": total,
-            "active": total - self._idle_parameters(),
-            "embedding": sum(size for name, size in sizes.items() if name.startswith(tables)),
-        }
+        total = sum(parameter.numel() for parameter in self.parameters())
+        embedding = sum(p.numel() for name, p in self.named_parameters() if name.startswith(tables))
+        return {"total": total, "active": total - self._idle_parameters(), "embedding": embedding}
 
     def _idle_parameters(self) -> int:
         """Return the parameters of the experts that a token is not sent to."""

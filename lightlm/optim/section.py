@@ -1,4 +1,4 @@
-"""The part of a recipe's section `optimizer` that all optimizers share, and what each optimizer adds to it."""
+"""The part of a recipe's section `optimizer` shared by all optimizers, and what each optimizer adds."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -18,7 +18,7 @@ from lightlm.evaluate.results import documents
 from lightlm.machine import read_machine
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
-from lightlm.report.charts.curves import Curves, newest, smooth
+from lightlm.report.curves import Curves, newest, smooth
 from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.schedules import batch_plan
 

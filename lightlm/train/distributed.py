@@ -107,14 +107,6 @@ class World:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes]
 
-    def smallest(self, number: int) -> int:
-        """Return the minimum of all processes' numbers."""
-        if self.size > 1:
-            numbers = torch.tensor([number])
-            dist.all_reduce(numbers, dist.ReduceOp.MIN)
-            number = int(numbers)
-        return number
-
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum the tensor over all processes in place and return it."""
         if self.size > 1:
@@ -144,7 +136,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not _is_communication_error(error):
+            # Gloo raises plain RuntimeErrors that name its source files.
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+            if self.size == 1 or not lost:
                 raise
             atexit.register(_leave)
             raise PeerLostError(
@@ -172,8 +166,6 @@ def join_world() -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    if not dist.is_available():
-        raise UsageError(f"this build of torch has no torch.distributed, which {size} processes need; start one")
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     store, rank, size = next(dist.rendezvous(os.environ.get(RENDEZVOUS, "env://"), rank, size, timeout=_TIMEOUT))
     # torchrun's own store, with the addresses of dead processes in it, outlives a restart (torch 2.13).
@@ -189,11 +181,6 @@ def join_world() -> Iterator[World]:
 
 def _leave() -> None:
     """End the process before its C++ destructors run: gloo's wait for the lost process (torch 2.13: until killed)."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(PeerLostError.exit_code)
-
-
-def _is_communication_error(error: RuntimeError) -> bool:
-    # Gloo raises plain RuntimeErrors that name its source files.
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)

@@ -18,7 +18,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.optim.state import load_named_state
 from lightlm.recipe import Recipe
-from lightlm.train.checkpointing.state import Progress, unpack
+from lightlm.train.checkpointing.resume import Progress, unpack
 from lightlm.train.distributed import World
 from lightlm.train.schedules import BatchPlan, batch_plan
 from lightlm.train.step.compilation import compiles
@@ -121,14 +121,9 @@ def set_up(
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": compiled})})
     if recipe.train.parallel == "fsdp" and world.size == 1:
         note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
+    losses, strategy = router_losses(recipe), recipe.train.parallel
     loss = ParallelLoss(
-        model,
-        world,
-        strategy=recipe.train.parallel,
-        compiled=compiled,
-        device=device,
-        dtype=dtype,
-        router_losses=router_losses(recipe),
+        model, world, strategy=strategy, compiled=compiled, device=device, dtype=dtype, router_losses=losses
     )
     optimizer = build_optimizer(model, recipe.optimizer, dtype)
     progress = Progress()
@@ -136,10 +131,15 @@ def set_up(
         assert data is not None, "a run resumes with its data"
         progress, optimizer_state = unpack(resume_from, data)
         load_named_state(model, optimizer, optimizer_state)
-    loader = BatchLoader(data.split("train") if data else _random_tokens(recipe), recipe.seq_len, recipe.train.seed)
+    if data:
+        stream = data.split("train")
+    else:  # random tokens of one global batch: the cost of a step does not depend on what they say
+        generator = np.random.default_rng(recipe.train.seed)
+        stream = TokenStream([generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)], 0)
+    loader = BatchLoader(stream, recipe.seq_len, recipe.train.seed)
     given = recipe.train.micro_batch_size
     # Free memory may differ between devices: the smallest size serves all.
-    size = world.smallest(micro_batch_size(recipe, device, world.size))
+    size = min(world.gather(micro_batch_size(recipe, device, world.size)))
     if given not in ("auto", size):
         note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
     gradients = Gradients(loss, loader, note, micro_batch=size, adjustable=given == "auto", clip=recipe.train.grad_clip)
@@ -166,21 +166,21 @@ def fit_recipe(recipe: Recipe, data: DataFolder | None, note: Note) -> Recipe:
         RecipeError: a prompt of `eval.prompts` does not fit the model's context.
     """
     wanted = recipe.model.vocab_size
+    given = data.tokenizer.vocab_size if data else ASSUMED_VOCABULARY
+    if not wanted:
+        recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
     if data is None:
         folder = resolve_dataset(recipe.data.dataset)
         assumed = "" if wanted else f" Until then, a vocabulary of {ASSUMED_VOCABULARY:,} (GPT-2's) is assumed."
         note(f"{folder} is not prepared yet. Make it with: {prepare_command(folder)}.{assumed}")
-        return recipe if wanted else _with_vocabulary(recipe, ASSUMED_VOCABULARY)
-    given = data.tokenizer.vocab_size
-    if not wanted:
-        recipe = _with_vocabulary(recipe, given)
-    elif wanted < given:
+        return recipe
+    if 0 < wanted < given:
         raise DataError(
             f"recipe {recipe.name} has model.vocab_size {wanted}, but the tokenizer of {data.path} has "
             f"{given} entries; prepare the data with a tokenizer that fits (for example --tokenizer train:{wanted}) "
             f"or set model.vocab_size={given}"
         )
-    elif wanted > given:
+    if wanted > given:
         note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")
     if not len(data.split("val")):
         note(f"{data.path} has no validation split: there will be no validation loss")
@@ -192,13 +192,3 @@ def fit_recipe(recipe: Recipe, data: DataFolder | None, note: Note) -> Recipe:
                 f"shorten it: {prompt[:60]!r}"
             )
     return recipe
-
-
-def _with_vocabulary(recipe: Recipe, size: int) -> Recipe:
-    return recipe.model_copy(update={"model": replace(recipe.model, vocab_size=size)})
-
-
-def _random_tokens(recipe: Recipe) -> TokenStream:
-    """Return the tokens of one global batch: the cost of a step does not depend on what its tokens say."""
-    generator = np.random.default_rng(recipe.train.seed)
-    return TokenStream([generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)], 0)

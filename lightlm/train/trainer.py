@@ -23,20 +23,20 @@ from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import learning_rates, set_learning_rate
 from lightlm.optim.state import named_state
 from lightlm.runs import mark_latest
+from lightlm.train.checkpointing.resume import Progress, pack
 from lightlm.train.checkpointing.saving import Saver, tidy
-from lightlm.train.checkpointing.state import Progress, pack
 from lightlm.train.distributed import PeerLostError
 from lightlm.train.observe.expert_loads import load_metrics
-from lightlm.train.observe.metrics import MetricsFile, peak_memory, step_metrics
+from lightlm.train.observe.metrics import MetricsFile, peak_memory
 from lightlm.train.observe.observers import Observer
-from lightlm.train.observe.spikes import Verdict, judge
+from lightlm.train.observe.spikes import judge
 from lightlm.train.rng import preserved
 from lightlm.train.schedules import learning_rate_factor
 from lightlm.train.setup import Setup
 from lightlm.train.signals import stop_on_signals
 from lightlm.train.step.gradients import BatchOutcome
 from lightlm.train.step.routers import move_selection_biases
-from lightlm.train.validation import Validation, validate
+from lightlm.train.validation import validate
 
 Sampler = Callable[[Transformer, str], str]
 Evaluator = Callable[[Transformer, Path, threading.Event], dict[str, float] | None]
@@ -44,6 +44,12 @@ Evaluator = Callable[[Transformer, Path, threading.Event], dict[str, float] | No
 
 class TrainingDivergedError(LightLMError):
     """The loss or the gradient became NaN or infinite."""
+
+
+@dataclass
+class _DivergenceError(Exception):
+    step: int
+    outcome: BatchOutcome
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Trainer:
         self.flops_per_token = self.model.flops_per_token(self.recipe.seq_len)
         self.token_bytes = torch.from_numpy(self.data.tokenizer.token_bytes())
         self.step_began = self.progress.tokens  # tokens before the last step
-        self.last_validation: Validation | None = None
+        self.last_validation: dict[str, float] = {}
         self.last_loss: float | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -105,9 +111,12 @@ class Trainer:
         """
         settings = self.recipe.checkpoint
         metrics_file = self._open_run() if self.world.is_writer else None
+        saving: contextlib.AbstractContextManager[Saver | None] = contextlib.nullcontext()
+        if self.world.is_writer:
+            saving = Saver(self.run_folder, settings, self.data.tokenizer, self.model.config, self.observer)
         self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
         try:
-            with self._saver() as saver, stop_on_signals(launched=self.world.launched) as stop:
+            with saving as saver, stop_on_signals(launched=self.world.launched) as stop:
                 while not self.done:
                     metrics = self._step(stop)
                     if metrics is None:
@@ -125,10 +134,21 @@ class Trainer:
                     self._save(saver, wait=True)
             # No process leaves before the writer's last files are complete: a launcher would end the writer.
             self.world.barrier()
+        except _DivergenceError as found:  # the saver has completed its last checkpoint, which the message names
+            raise self._divergence(found.step, found.outcome) from None
         finally:
             if metrics_file:
                 metrics_file.close()
-        return self._result(interrupted)
+        return Result(
+            run=self.run_folder,
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
+            interrupted=interrupted,
+            loss=self.last_loss,
+            val_loss=self.last_validation.get("val_loss"),
+            val_bpb=self.last_validation.get("val_bpb"),
+        )
 
     def _open_run(self) -> MetricsFile:
         """Prepare the run folder and `runs/latest`; only the writer calls this."""
@@ -156,7 +176,7 @@ class Trainer:
             return None
         verdict = judge(before.spikes, outcome.loss, outcome.norm, recipe.train)
         if verdict.diverged:
-            self._diverged(before.step + 1, outcome)
+            raise _DivergenceError(before.step + 1, outcome)
         middle = before.tokens + batch_tokens // 2
         set_learning_rate(self.optimizer, learning_rate_factor(recipe.schedule, middle, self.total_tokens))
         if not verdict.skip:
@@ -174,36 +194,33 @@ class Trainer:
             verdict.history,
         )
         self.last_loss = outcome.loss if math.isfinite(outcome.loss) else self.last_loss
-        peak = peak_flops(self.setup.device) if self.setup.dtype != torch.float32 else None
-        metrics = step_metrics(
-            step=self.progress.step,
-            tokens=self.progress.tokens,
-            seconds=self.progress.seconds,
-            batch_tokens=batch_tokens,
-            loss=outcome.loss,
-            rates=learning_rates(self.optimizer),
-            grad_norm=outcome.norm,
-            step_seconds=seconds,
-            data_seconds=self.gradients.seconds_waited - waited,
-            memory=peak_memory(self.setup.device),
-            utilisation_per_token=self.flops_per_token / (peak * self.world.size) if peak else None,
-        )
-        metrics |= load_metrics(self.model, self.progress.step, batch_tokens, outcome.loads)
-        return metrics | self._spike_metrics(verdict)
-
-    def _spike_metrics(self, verdict: Verdict) -> dict[str, bool]:
-        """Return the metrics of a spike, and note the first of several in a row."""
-        if not verdict.spike:
-            return {}
         if verdict.history.in_a_row == 1:
             done = "; the step is skipped" if verdict.skip else ""
             self.observer.note(f"spike at step {self.progress.step}: {verdict.reason}{done}")
-        return {"spike": True} | ({"skipped": True} if verdict.skip else {})
+        metrics: dict[str, Any] = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "loss": outcome.loss,
+            **learning_rates(self.optimizer),
+            "batch_tokens": batch_tokens,
+            "grad_norm": outcome.norm,
+            "tokens_per_second": batch_tokens / seconds,
+            "seconds": self.progress.seconds,
+            "step_seconds": seconds,
+            "data_seconds": self.gradients.seconds_waited - waited,
+        }
+        if (memory := peak_memory(self.setup.device)) is not None:
+            metrics["memory"] = memory
+        if self.setup.dtype != torch.float32 and (peak := peak_flops(self.setup.device)):
+            metrics["mfu"] = self.flops_per_token / (peak * self.world.size) * metrics["tokens_per_second"]
+        metrics |= load_metrics(self.model, self.progress.step, batch_tokens, outcome.loads)
+        spike = {"spike": bool(verdict.reason), "skipped": verdict.skip}
+        return metrics | {key: True for key, value in spike.items() if value}
 
-    def _diverged(self, step: int, outcome: BatchOutcome) -> None:
+    def _divergence(self, step: int, outcome: BatchOutcome) -> TrainingDivergedError:
         saved = checkpoint.checkpoints(self.run_folder)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
-        raise TrainingDivergedError(
+        return TrainingDivergedError(
             f"training diverged at step {step}: loss {outcome.loss}, gradient norm {outcome.norm}; {kept}. "
             f"Try a lower optimizer.lr (now {self.recipe.optimizer.lr:g}), a longer schedule.warmup, "
             "or train.dtype=float32"
@@ -220,39 +237,30 @@ class Trainer:
         return metrics
 
     def _validate(self) -> dict[str, float]:
-        recipe = self.recipe
-        if not len(self.data.split("val")):
+        if not len(stream := self.data.split("val")):
             return {}
-        self.last_validation = result = validate(
-            self.loss,
-            self.data.split("val"),
-            self.token_bytes,
-            seq_len=recipe.seq_len,
-            max_tokens=recipe.eval.tokens,
-            batch_size=self.gradients.micro_batch,
+        size, most = self.gradients.micro_batch, self.recipe.eval.tokens
+        self.last_validation = validate(
+            self.loss, stream, self.token_bytes, seq_len=self.recipe.seq_len, max_tokens=most, batch_size=size
         )
-        return {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+        return self.last_validation
 
     def _score_tasks(self, stop: threading.Event) -> dict[str, float]:
         """Return the scores of `eval.tasks`. Any error of a task becomes a note, so that training continues."""
         if self.evaluator is None:
             return {}
-        model = self.loss.whole_model()
-        name = checkpoint.step_name(self.progress.step)
+        model, step = self.loss.whole_model(), self.progress.step
         try:
             with preserved(model):
-                scores = self.evaluator(model, self.run_folder / "checkpoints" / name, stop)
+                scores = self.evaluator(model, self.run_folder / "checkpoints" / checkpoint.step_name(step), stop)
         except PeerLostError:
             raise
         except Exception as error:
-            self.observer.note(f"eval.tasks could not be scored at step {self.progress.step}: {error}")
+            self.observer.note(f"eval.tasks could not be scored at step {step}: {error}")
             return {}
         if scores is None:
-            self.observer.note(
-                f"a signal interrupted eval.tasks at step {self.progress.step}; score it with `lightlm eval`"
-            )
-            return {}
-        return {f"eval/{task}": value for task, value in scores.items()}
+            self.observer.note(f"a signal interrupted eval.tasks at step {step}; score it with `lightlm eval`")
+        return {f"eval/{task}": value for task, value in (scores or {}).items()}
 
     def _continue(self, model: Transformer, prompt: str) -> str:
         recipe = self.recipe
@@ -274,11 +282,6 @@ class Trainer:
             self.observer.sample(self.progress.step, prompt, text)
         files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
 
-    def _saver(self) -> contextlib.AbstractContextManager[Saver | None]:
-        if not self.world.is_writer:
-            return contextlib.nullcontext()
-        return Saver(self.run_folder, self.recipe.checkpoint, self.data.tokenizer, self.model.config, self.observer)
-
     def _save(self, saver: Saver | None, *, wait: bool) -> None:
         """Save the last completed step. All processes gather a sharded run; one of them writes."""
         if saver is None and not self.loss.sharded:
@@ -286,19 +289,5 @@ class Trainer:
         weights = self.loss.whole_model().state_dict()
         state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
         if saver is not None:
-            saver.save(
-                self.progress.step, weights, state, milestone=self._due(self.recipe.checkpoint.keep_every), wait=wait
-            )
-
-    def _result(self, interrupted: bool) -> Result:
-        progress, validation = self.progress, self.last_validation
-        return Result(
-            self.run_folder,
-            progress.step,
-            progress.tokens,
-            progress.seconds,
-            interrupted,
-            self.last_loss,
-            validation.loss if validation else None,
-            validation.bits_per_byte if validation else None,
-        )
+            milestone = self._due(self.recipe.checkpoint.keep_every)
+            saver.save(self.progress.step, weights, state, milestone=milestone, wait=wait)

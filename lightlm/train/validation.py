@@ -2,8 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,40 +9,29 @@ from torch import Tensor
 from lightlm.data.loader import validation_batches
 from lightlm.data.shards import TokenStream
 from lightlm.device import autocast
-from lightlm.train.distributed import World
 from lightlm.train.step.parallel import ParallelLoss
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Results of one validation."""
-
-    loss: float  # mean nats per token
-    bits_per_byte: float  # comparable between tokenizers
-    tokens: int
 
 
 @torch.no_grad()
 def validate(
-    loss: ParallelLoss,
-    stream: TokenStream,
-    token_bytes: Tensor,
-    *,
-    seq_len: int,
-    max_tokens: int,
-    batch_size: int,
-) -> Validation:
-    """Measure the loss over the first `max_tokens` of a validation stream in windows of `seq_len`.
+    loss: ParallelLoss, stream: TokenStream, token_bytes: Tensor, *, seq_len: int, max_tokens: int, batch_size: int
+) -> dict[str, float]:
+    """Return `val_loss`, in nats per token, and `val_bpb`, in bits per byte, which is comparable between tokenizers.
 
-    The processes share the windows, which are the same at every validation.
+    They cover the first `max_tokens` of a validation stream in windows of `seq_len`. The processes share the windows,
+    which are the same at every validation.
 
     Args:
         token_bytes: UTF-8 bytes per token id, int tensor (V,); special tokens count 0.
     """
     model, device, world = loss.model, loss.device, loss.world
-    nats, tokens, num_bytes = 0.0, 0, 0
+    nats, tokens, num_bytes = 0.0, 0.0, 0.0
     model.eval()
-    for (inputs, targets), counts in _shared(validation_batches(stream, seq_len, max_tokens, batch_size), world):
+    batches = validation_batches(stream, seq_len, max_tokens, batch_size)
+    while one_each := list(itertools.islice(batches, world.size)):
+        # FSDP needs equally many batches in all processes, so in the last round some repeat another's.
+        counts = world.rank < len(one_each)
+        inputs, targets = one_each[world.rank if counts else 0]
         with autocast(device, loss.dtype):
             batch_nats = loss.evaluate(inputs.to(device), targets.to(device)).item()
         if counts:
@@ -52,17 +39,5 @@ def validate(
             tokens += targets.numel()
             num_bytes += int(token_bytes[targets].sum())
     model.train()
-    if world.size > 1:
-        sums = world.sum(torch.tensor([nats, tokens, num_bytes], dtype=torch.float64)).tolist()
-        nats, tokens, num_bytes = sums[0], int(sums[1]), int(sums[2])
-    return Validation(nats / tokens, nats / math.log(2) / max(num_bytes, 1), tokens)
-
-
-def _shared(batches: Iterator[tuple[Tensor, Tensor]], world: World) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:
-    """Yield this process's batches, and whether each counts.
-
-    FSDP needs equally many batches in all processes, so in the last round some processes repeat another's.
-    """
-    while one_each := list(itertools.islice(batches, world.size)):
-        mine = world.rank < len(one_each)
-        yield one_each[world.rank if mine else 0], mine
+    nats, tokens, num_bytes = world.sum(torch.tensor([nats, tokens, num_bytes], dtype=torch.float64)).tolist()
+    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(num_bytes, 1)}

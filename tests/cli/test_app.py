@@ -51,8 +51,9 @@ def test_recipes_are_listed_shown_and_copied(lightlm, tmp_path, monkeypatch):
     text = lightlm("recipes", "show", "demo").stdout
     assert text.startswith("# ")
     assert lightlm("recipes", "cp", "demo", "mine.yaml").code == 0
-    copied = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
-    assert copied.splitlines()[1:] == text.splitlines()[1:]  # the first line tells editors where the schema is
+    first, _, copied = (tmp_path / "mine.yaml").read_text(encoding="utf-8").partition("\n")
+    assert first.startswith("# yaml-language-server: $schema=file:")  # tells editors where the schema is
+    assert copied == text
     lightlm("recipes", "cp", "demo", "mine.yaml").assert_one_message("mine.yaml exists; name another file")
     lightlm("recipes", "cp", "demo", "no/where.yaml").assert_one_message("no folder no to copy to")
     lightlm("recipes", "show", "dem").assert_one_message("did you mean demo")

@@ -36,7 +36,7 @@ def run(tokenizer, tmp_path, monkeypatch):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     for step in (10, 20):
-        write_checkpoint(Path("runs/demo"), step, model, tokenizer)
+        write_checkpoint(Path("runs/demo"), step, model.state_dict(), model.config, tokenizer)
     Path("runs/demo/recipe.yaml").touch()
     files.point_to(Path("runs/latest"), "demo")
     return model.eval()
@@ -193,7 +193,7 @@ def test_verify_finds_a_wrong_export(run, monkeypatch):
 class Archive:
     """A format as a newcomer would add it: a checkpoint folder packed into one file."""
 
-    name, suffix, makes = "archive", ".zip", "a .zip file"
+    name, suffix, makes, verifier = "archive", ".zip", "a .zip file", ""
     reads = writes = True
 
     def detect(self, path):
@@ -210,9 +210,6 @@ class Archive:
         save_model(Path("packing"), loaded.model.to(dtype), loaded.tokenizer)
         shutil.move(shutil.make_archive("packed", "zip", "packing"), out)
         return {"class": "Archive", "parameters": 1, "python": f"unzip {out}"}
-
-    def require_verifier(self):
-        pass
 
     def verify(self, loaded, path, dtype):
         return 0.0

@@ -30,7 +30,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     other = tmp_path / "runs/other"
     other.mkdir()
     shutil.copy("runs/demo/recipe.yaml", other)
-    write_checkpoint(other, 7, tiny_model(loaded.tokenizer, seed=1), loaded.tokenizer)
+    model = tiny_model(loaded.tokenizer, seed=1)
+    write_checkpoint(other, 7, model.state_dict(), model.config, loaded.tokenizer)
     quiz = tmp_path / "quiz.yaml"
     quiz.write_text(quiz.read_text().replace("task: quiz", "task: hellaswag"))
     return tmp_path

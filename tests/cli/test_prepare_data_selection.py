@@ -115,9 +115,7 @@ def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> N
         (["a.jsonl", "--mix", "a.jsonl=1,b.jsonl=1"], "exclude each other"),
         (["--mix", "a.jsonl=1"], "at least two sources"),
         (["a.jsonl", "--filter", "score >"], "invalid syntax at its end"),
-        (["a.jsonl", "--dedup", "fuzzy"], "--dedup fuzzy: choose exact or near"),
         (["a.jsonl", "--contaminated", "flag"], "--decontaminate"),
-        (["a.jsonl", "--contaminated", "keep"], "choose drop or flag"),
         (["a.jsonl", "--decontaminate", "heldout"], "--decontaminate heldout"),
     ],
 )
@@ -127,9 +125,20 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     assert not Path("data").exists()
 
 
+@pytest.mark.parametrize("option", ["--dedup", "--contaminated", "--encoder"])
+def test_only_listed_values_are_taken(option: str) -> None:
+    app = typer.Typer()
+    app.command()(prepare_data)
+    refused = CliRunner().invoke(app, ["a.jsonl", option, "other"])
+    assert refused.exit_code == 2
+    assert option in refused.output
+    assert not Path("data").exists()
+
+
 def test_a_download_refuses_what_says_how_to_prepare() -> None:
     """Every option but those of the download itself, so that a new one is refused until it is honoured."""
     values = {"--max-tokens": "1B", "--val-fraction": "0.1", "--workers": "2", "--sample": "3", "--engine": "ray"}
+    values |= {"--encoder": "auto", "--dedup": "near", "--contaminated": "flag"}
     app = typer.Typer()
     app.command()(prepare_data)
     options = {option.opts[0]: option for option in typer.main.get_command(app).params if option.opts[0][:2] == "--"}

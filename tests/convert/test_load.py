@@ -21,7 +21,8 @@ def workplace(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, run in enumerate((Path("runs/first"), Path("runs/second"))):
         for step in (10, 20):
-            write_checkpoint(run, step, _model(tokenizer, 10 * number + step), tokenizer)
+            model = _model(tokenizer, 10 * number + step)
+            write_checkpoint(run, step, model.state_dict(), model.config, tokenizer)
         (run / "recipe.yaml").touch()
     files.point_to(Path("runs/latest"), "second")
     return tmp_path
@@ -178,7 +179,8 @@ def test_a_run_falls_back_on_the_checkpoint_before_a_damaged_one(name, workplace
 def test_training_state_may_be_missing_where_nobody_trains(workplace, tokenizer):
     """Two thirds of a checkpoint serve only to resume."""
     run = Path("runs/first")
-    path = write_checkpoint(run, 30, _model(tokenizer, 5), tokenizer, {"progress": {}})
+    model = _model(tokenizer, 5)
+    path = write_checkpoint(run, 30, model.state_dict(), model.config, tokenizer, {"progress": {}})
     (path / checkpoint.TRAINING_STATE).unlink()
     assert same(load_pretrained("first"), tokenizer, 5)
 

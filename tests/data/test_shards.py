@@ -127,7 +127,7 @@ def test_a_foreign_tokenizer_is_refused(folder: Path) -> None:
 def test_shards_that_do_not_fit_the_manifest_are_named(folder: Path) -> None:
     good = (folder / "train_000001.bin").read_bytes()
     write_shard(folder / "train_000001.bin", np.arange(10))
-    with pytest.raises(DataError, match=r"train_000001\.bin: its header counts 10 tokens"):
+    with pytest.raises(DataError, match=r"train_000001\.bin: its header counts 10 uint16 tokens"):
         DataFolder.open(folder)
     (folder / "train_000001.bin").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(DataError, match=r"train_000001\.bin: checksum"):
@@ -137,15 +137,7 @@ def test_shards_that_do_not_fit_the_manifest_are_named(folder: Path) -> None:
         DataFolder.open(folder)
 
 
-def test_verifying_counts_again(folder: Path) -> None:
-    path = folder / "manifest.json"
-    good = path.read_text(encoding="utf-8")
-    content = json.loads(good)
-    content["shards"][0]["documents"] += 1
-    path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(DataError, match=r"train_000000\.bin: \d+ documents end in it"):
-        DataFolder.open(folder).verify()
-    path.write_text(good, encoding="utf-8")
+def test_verifying_names_a_stray_shard(folder: Path) -> None:
     write_shard(folder / "train_000099.bin", np.arange(10))
     with pytest.raises(DataError, match=r"train_000099\.bin: the manifest does not list"):
         DataFolder.open(folder).verify()
@@ -159,7 +151,7 @@ def test_an_incomplete_manifest_names_the_field(folder: Path) -> None:
     with pytest.raises(DataError, match=r"shards\.0\.tokens"):
         DataFolder.open(folder)
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match="not valid JSON"):
+    with pytest.raises(DataError, match="Invalid JSON"):
         DataFolder.open(folder)
     path.unlink()
     with pytest.raises(DataError, match=r"no manifest\.json"):

@@ -100,7 +100,7 @@ def write_world(folder: Path, **shape: Any) -> LoadedModel:
     run = folder / "runs" / "demo"
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: demo\ndata: {dataset: tiny}\n", encoding="utf-8")
-    path = write_checkpoint(run, 7, model, tokenizer)
+    path = write_checkpoint(run, 7, model.state_dict(), model.config, tokenizer)
     (folder / "runs" / "latest").symlink_to("demo", target_is_directory=True)
     write_quiz(folder)
     return LoadedModel(model, tokenizer, path)

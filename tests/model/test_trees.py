@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightlm.model.trees import SharedPrefix, Trees
+from lightlm.model.trees import Trees
 from tests.shapes import SHAPES, build
 
 # 1 2 (3 4 | 3 5 | 6), then a tree of one token; children follow their parents.
@@ -20,9 +20,8 @@ def test_a_token_sees_its_ancestors_and_nothing_else(shape: str, shared: list[in
     model = build(shape)
     prefix = None
     if shared:
-        cache = model.new_cache(1, len(shared))
-        model.hidden_states(torch.tensor([shared]), cache)
-        prefix = SharedPrefix(cache)
+        prefix = model.new_cache(1, len(shared))
+        model.hidden_states(torch.tensor([shared]), prefix)
     positions = torch.tensor([POSITIONS]) + len(shared)
     trees = Trees(positions.expand(2, -1), torch.tensor([ENDS, ENDS]), prefix)
     rows = model.hidden_states(torch.tensor([TOKENS, TOKENS]), trees=trees)

@@ -15,7 +15,7 @@ SHAPES = [(16, 16), (8, 24), (24, 8), (3, 12, 20), (2, 20, 12), (16, 16), (1, 9)
 
 
 def newton_schulz_float64(matrix, steps=5):
-    """The quintic's odd polynomial acts on the singular values alone: U p(...p(S)) V^T."""
+    """The quintic's odd polynomial acts only on the singular values: U p(...p(S)) V^T."""
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     s = s / np.sqrt((s**2).sum())
     for _ in range(steps):
@@ -63,7 +63,7 @@ def random_run(shapes=SHAPES, steps=4, seed=0):
 @pytest.mark.parametrize("cautious", [True, False])
 @pytest.mark.parametrize("call_elements", [1, 300, 2**20])
 def test_muon_follows_its_float64_reference(nesterov, original, cautious, call_elements, monkeypatch):
-    """Four steps in fp32: every matrix as if alone, whatever shares its call; experts each by itself."""
+    """Four steps in fp32: every matrix as in a call of its own; experts each by itself."""
     monkeypatch.setitem(orthogonal._CALL_ELEMENTS, "cpu", call_elements)
     weights, gradients = random_run()
     parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]

@@ -81,7 +81,7 @@ def cautious_adamw(weight, gradients, lr, decay, betas, eps):
 
 
 def test_cautious_adamw_follows_the_papers_rule():
-    """On a table and a head as on the matrices (of AdamW); norms do not decay at all."""
+    """On a table and a head as on the matrices (of AdamW); norms do not decay."""
     model = build("qwen3")
     settings = {"lr": 0.05, "weight_decay": 0.5, "betas": (0.9, 0.95), "eps": 1e-8}
     optimizer = optimizer_for(model, cautious=True, **settings)

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 
-from lightlm.report.charts.curves import Curves, focus, smooth
+from lightlm.report.curves import Curves, focus, smooth
 from tests.report.run_folder import rows
 
 NAN = math.nan

@@ -189,7 +189,7 @@ def test_an_automatic_micro_batch_shrinks_to_what_fits(runs, monkeypatch):
 
 def test_the_smallest_memory_of_two_processes_decides(runs):
     outcomes = together(2, train_in_small_memory, "unequal", (*SHORT, "train.micro_batch_size=auto"), 2, 1)
-    assert "going on with 2" in outcomes[0][1][0]
+    assert "continuing with 2" in outcomes[0][1][0]
     assert_close(outcomes[0][0], runs[1])
 
 
@@ -237,16 +237,17 @@ def test_a_killed_process_is_restarted_and_the_run_resumes_bit_for_bit(undisturb
     assert_same_weights(name, undisturbed)
 
 
-def test_a_restart_finds_its_run_among_others_of_its_name(undisturbed, workspace):
+def test_a_restart_finds_its_run_among_others_of_its_name(workspace):
     """The recipe's name is occupied, so the first attempt starts `occupied-2`; the restart resumes that one."""
-    (workspace / "runs/occupied").mkdir()
+    (workspace / "runs/occupied").mkdir(parents=True)
     (workspace / "runs/occupied/recipe.yaml").write_text("name: occupied\n")
-    command = Command("tiny.yaml", *LONG, "name=occupied", "--max-restarts", "1")
+    longer = ("train.tokens=25600", "checkpoint.asynchronous=false")  # 100 steps; step 5 is saved before 8
+    command = Command("tiny.yaml", *LONG, *longer, "name=occupied", "--max-restarts", "1")
     command.await_steps(workspace / "runs/occupied-2/metrics.jsonl", 8)
     command.signal_rank(0, signal.SIGKILL)
     code, out, err = command.finish()
     assert code == 0, err
-    assert "Run runs/occupied-2: step 50" in out
+    assert "Run runs/occupied-2: step 100" in out
     assert "resumed after step" in err
     assert not (workspace / "runs/occupied-3").exists()
     assert [path.name for path in (workspace / "runs/occupied").iterdir()] == ["recipe.yaml"]

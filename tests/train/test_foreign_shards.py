@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from lightlm.data.folder import DataFolder
-from lightlm.data.prepare.run import verify
 from lightlm.errors import DataError
 from tests.train.watch import start
 
@@ -64,7 +63,7 @@ def test_the_documents_are_those_of_the_folder_they_came_from(by_hand: Path, wor
 
 def test_what_does_not_fit_is_named(by_hand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"no manifest\.json"):
-        verify(by_hand)
+        DataFolder.open(by_hand).verify()
     write_by_hand(by_hand / "stories_train_000002.bin", [7, 400])
     with pytest.raises(DataError, match=r"train_000002\.bin: holds the token id 400, but the tokenizer has 320"):
         DataFolder.open(by_hand)

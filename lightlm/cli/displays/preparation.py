@@ -42,18 +42,17 @@ class ProgressLine:
     def update(self, progress: Progress) -> None:
         """Show the progress of the preparation; any thread may call this."""
         with self._lock:
-            self._update(progress, time.perf_counter())
-
-    def _update(self, progress: Progress, now: float) -> None:
-        if progress.message is not None:
-            self._console.print(progress.message, markup=False, soft_wrap=True)
-        if self._first is None or progress.phase != self._first.phase:
-            self._first, self._since = progress, now
-        if self._status:
-            self._status.update(progress_text(self._first, progress, now - self._since))
-        elif now - self._logged >= self.LOG_SECONDS:
-            self._logged = now
-            self._console.print(progress_text(self._first, progress, now - self._since))
+            now = time.perf_counter()
+            if progress.message is not None:
+                self._console.print(progress.message, markup=False, soft_wrap=True)
+            if self._first is None or progress.phase != self._first.phase:
+                self._first, self._since = progress, now
+            text = progress_text(self._first, progress, now - self._since)
+            if self._status:
+                self._status.update(text)
+            elif now - self._logged >= self.LOG_SECONDS:
+                self._logged = now
+                self._console.print(text)
 
 
 def progress_text(first: Progress, progress: Progress, seconds: float) -> str:
@@ -86,21 +85,15 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(show_header=False, box=None, pad_edge=False)
     dropped = manifest.dropped or {"blank": manifest.skipped_documents}  # an older version counts only blank ones
-    causes = ", ".join(f"{count:,} {cause}" for cause, count in dropped.items() if count)
     rows = [
         ("folder", f"{summary['folder']} ({summary['status']})"),
         ("documents", f"{summary['documents']:,}"),
-        ("left out", causes or "nothing"),
+        ("left out", _causes(dropped) or "nothing"),
+        ("flagged", _causes(manifest.flagged)),
         *(
-            [("flagged", ", ".join(f"{n:,} {cause}" for cause, n in manifest.flagged.items()))]
-            if manifest.flagged
-            else []
-        ),
-        *(
-            ("searched for", f"{coverage['examples']:,} examples of {name}")
-            for name, coverage in manifest.evaluation_sets.items()
+            ("searched for", f"{found['examples']:,} examples of {name}")
+            for name, found in manifest.evaluation_sets.items()
         ),
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
         *(("mixture" * (part is manifest.mixture[0]), _mixture_row(part)) for part in manifest.mixture),
@@ -113,13 +106,19 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         rows.append(("unigram entropy", f"{nats:.3f} nats per token, {bits:.3f} bits per byte (models do better)"))
     speed = f" ({summary['megabytes_per_second']:,.1f} MB/s)" if summary["megabytes_per_second"] else ""
     rows.append(("time", f"{summary['seconds']:,.1f} s{speed}"))
+    table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
-        table.add_row(name, escape(value))
+        if value:
+            table.add_row(name, escape(value))
     out.print(table)
     for number, text in enumerate(summary.get("samples", ()), start=1):
         out.print(f"\n--- document {number} of the train split", markup=False)
         out.print(text, markup=False, soft_wrap=True)
     console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
+
+
+def _causes(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {cause}" for cause, count in counts.items() if count)
 
 
 def _mixture_row(part: MixedSource) -> str:

@@ -1,10 +1,10 @@
 """What `lightlm train` shows: a live line and a log in a terminal, plain lines elsewhere."""
 
+import contextlib
 import re
 import time
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -23,6 +23,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may generate 
 # Cells that the live line leaves out, in this order, until it fits.
 _LEAST_IMPORTANT = ("data wait", "MFU", "grad norm", "memory", "lr", "validation", "elapsed", "tokens/s")
 _LEAST_IMPORTANT_OF_EXPERTS = ("dropped", "bias range", "entropy", "by layer", "dead experts")
+# Name, metric and format of each cell on the balance of experts.
+_EXPERT_CELLS = (
+    ("violation", "moe/violation", ".2f"),
+    ("worst layer", "moe/violation_worst", ".2f"),
+    ("entropy", "moe/entropy", ".3f"),
+    ("dead experts", "moe/dead_experts", ","),
+    ("bias range", "moe/bias_range", ".3f"),
+    ("dropped", "moe/dropped", ","),
+)
 _LEVELS = "▁▂▃▄▅▆▇█"  # violation of a layer from 0 to 1 or more; 1 is an expert with twice its share
 
 
@@ -31,16 +40,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def _width(cells: list[tuple[str, str]]) -> int:
-    return sum(max(len(key), len(value)) + 2 for key, value in cells) - 2
-
-
-def _bars(violations: list[float]) -> str:
-    """Return one bar per layer, the first on the left."""
-    return "".join(_LEVELS[min(int(violation * len(_LEVELS)), len(_LEVELS) - 1)] for violation in violations)
-
-
-class TrainingDisplay(Observer):
+class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDisplay"]):
     """An `Observer` that prints to standard error.
 
     A terminal that can move its cursor shows a live line. A pipe, a file or TERM=dumb gets whole lines only, also if
@@ -56,12 +56,7 @@ class TrainingDisplay(Observer):
         self._layers: dict[str, Any] = {}  # the newest metrics of experts by layer
         self._printed = 0.0
 
-    def __enter__(self) -> "TrainingDisplay":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -70,19 +65,17 @@ class TrainingDisplay(Observer):
         self._facts = facts
         resumed = f", resumed after step {facts['first_step']:,}" if facts["first_step"] else ""
         processes = f"{facts['processes']} processes, each on " if facts["processes"] > 1 else ""
-        active = ""
-        if facts["active_parameters"] != facts["parameters"]:
-            active = (
-                f" ({format_quantity(facts['active_parameters'])} active per token, "
-                f"{format_quantity(facts['flops_per_token'])} FLOPs)"
-            )
+        total, used, flops, tokens = (
+            format_quantity(facts[key]) for key in ("parameters", "active_parameters", "flops_per_token", "tokens")
+        )
+        active = f" ({used} active per token, {flops} FLOPs)" if used != total else ""
         self._log(
-            f"[bold]{escape(facts['run'])}[/]: {format_quantity(facts['parameters'])} parameters{active} on "
+            f"[bold]{escape(facts['run'])}[/]: {total} parameters{active} on "
             f"{processes}{facts['device']}, {facts['dtype']}{resumed}"
         )
         growing = f"{facts['first_batch_tokens']:,} to " if facts["first_batch_tokens"] < facts["batch_tokens"] else ""
         self._log(
-            f"{format_quantity(facts['tokens'])} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
+            f"{tokens} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
             f"{facts['steps']:,} steps of {growing}{facts['batch_tokens']:,}: "
             f"{facts['accumulation']} x {facts['micro_batch']} sequences{' per process' if processes else ''}"
         )
@@ -99,9 +92,8 @@ class TrainingDisplay(Observer):
                 f"[bold]validation {metrics['val_loss']:.4f} ({metrics['val_bpb']:.4f} bits per byte)[/]"
             )
         if scores := {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}:
-            self._log(
-                f"{at}  [bold]" + "  ".join(f"{escape(key)} {value:.4f}" for key, value in scores.items()) + "[/]"
-            )
+            parts = "  ".join(f"{escape(key)} {value:.4f}" for key, value in scores.items())
+            self._log(f"{at}  [bold]{parts}[/]")
         if self._is_live():
             if self._live is None:  # not in `start`: a tracker may ask for a password there
                 self._live = Live(console=self._console, refresh_per_second=4, transient=True)
@@ -162,17 +154,8 @@ class TrainingDisplay(Observer):
 
     def _expert_cells(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         """Return the cells on the balance of experts, none for a dense model."""
-        if "moe/violation" not in metrics:
-            return []
-        cells = [
-            ("violation", f"{metrics['moe/violation']:.2f}"),
-            ("worst layer", f"{metrics['moe/violation_worst']:.2f}"),
-            ("entropy", f"{metrics['moe/entropy']:.3f}"),
-            ("dead experts", f"{metrics['moe/dead_experts']:,}"),
-        ]
-        if "moe/bias_range" in self._layers:
-            cells.append(("bias range", f"{self._layers['moe/bias_range']:.3f}"))
-        return [*cells, ("dropped", f"{metrics['moe/dropped']:,}")]
+        newest = self._layers | metrics
+        return [(name, f"{newest[key]:{spec}}") for name, key, spec in _EXPERT_CELLS if key in newest]
 
     def _tables(self, metrics: dict[str, Any]) -> Table | Group:
         """Return the live line, and a second one for a mixture of experts."""
@@ -180,12 +163,14 @@ class TrainingDisplay(Observer):
         if not (cells := self._expert_cells(metrics)):
             return table
         if "moe/layer_violation" in self._layers and "utf" in self._console.encoding.lower():
-            cells.append(("by layer", _bars(self._layers["moe/layer_violation"])))
+            top = len(_LEVELS) - 1
+            bars = (_LEVELS[min(int(value * len(_LEVELS)), top)] for value in self._layers["moe/layer_violation"])
+            cells.append(("by layer", "".join(bars)))
         return Group(table, self._table(cells, _LEAST_IMPORTANT_OF_EXPERTS))
 
     def _table(self, cells: list[tuple[str, str]], least_important: tuple[str, ...]) -> Table:
         for key in least_important:
-            if _width(cells) > self._console.width:
+            if sum(max(len(name), len(value)) + 2 for name, value in cells) - 2 > self._console.width:
                 cells = [cell for cell in cells if cell[0] != key]
         table = Table(box=None, pad_edge=False, header_style="dim")
         for key, _ in cells:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from lightlm.data.prepare.executors import Engine
     from lightlm.data.shards import Manifest
+
+FROM_MANIFEST = (
+    "source", "skipped_documents", "dropped", "flagged", "mixture", "evaluation_sets", "vocab_size", "unigram"
+)  # fmt: skip
 
 
 def prepare_data(
@@ -29,8 +32,7 @@ def prepare_data(
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help="Default: gpt2; for pydocs train:8192."),
+        str | None, typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help="Default: gpt2; for pydocs train:8192.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write. Default: data/NAME.")] = None,
     text_column: Annotated[str, typer.Option(metavar="NAME", help="The column or JSON key with the text.")] = "text",
@@ -39,31 +41,24 @@ def prepare_data(
     ] = None,
     val_fraction: Annotated[
         float | None,
-        typer.Option(
-            metavar="X",
-            help="Share of documents for validation, 0 for no validation split. Default: 0.005; for pydocs 0.05.",
-        ),
+        typer.Option(metavar="X", help="Share of documents for validation, 0 for none. Default: 0.005; pydocs: 0.05."),
     ] = None,
     workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Threads or Ray tasks. Default: one per core, at most 8 threads."),
+        int | None, typer.Option(metavar="N", help="Threads or Ray tasks. Default: one per core, at most 8 threads.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over and replace the folder.")] = False,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Check a finished folder, checksums included. SOURCE may be the folder."),
+        bool, typer.Option("--verify", help="Check a finished folder, checksums included. SOURCE may be the folder.")
     ] = False,
     download_only: Annotated[
-        bool,
-        typer.Option(
-            "--download-only", help="Fetch a Hub data set and the tokenizer into the Hub's cache, for HF_HUB_OFFLINE=1."
-        ),
+        bool, typer.Option("--download-only", help="Fetch a Hub data set and the tokenizer into the Hub's cache.")
     ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Skip records that cannot be read; count and list them.")
     ] = False,
     encoder: Annotated[
-        str, typer.Option(metavar="auto|gigatoken|tokenizers", help="The tokenizer library; the tokens are the same.")
+        Literal["auto", "gigatoken", "tokenizers"],
+        typer.Option(metavar="auto|gigatoken|tokenizers", help="The tokenizer library; the tokens are the same."),
     ] = "auto",
     mix: Annotated[
         str | None, typer.Option(metavar="A=0.7,B=0.3", help="Several sources instead of SOURCE, by shares of tokens.")
@@ -72,24 +67,24 @@ def prepare_data(
         str | None, typer.Option("--filter", metavar="EXPR", help="Read only rows such as 'score >= 3'.")
     ] = None,
     dedup: Annotated[
-        str | None, typer.Option(metavar="exact|near", help="Leave out documents that repeat an earlier one.")
+        Literal["exact", "near"] | None,
+        typer.Option(metavar="exact|near", help="Leave out documents that repeat an earlier one."),
     ] = None,
     decontaminate: Annotated[
         str | None,
         typer.Option(metavar="T1,T2", help="Find documents that share 13 words in a row with lm-eval's tasks."),
     ] = None,
     contaminated: Annotated[
-        str, typer.Option(metavar="drop|flag", help="Leave those documents out, or only count and list them.")
+        Literal["drop", "flag"],
+        typer.Option(metavar="drop|flag", help="Leave those documents out, or only count and list them."),
     ] = "drop",
     engine: Annotated[
-        str,
+        Literal["threads", "ray"],
         typer.Option(metavar="threads|ray", help="Run on this machine or on a Ray cluster; the folder is the same."),
     ] = "threads",
     ray_address: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST:PORT", help="The cluster of --engine ray. Default: RAY_ADDRESS, or Ray on this machine."
-        ),
+        typer.Option(metavar="HOST:PORT", help="The cluster of --engine ray. Default: RAY_ADDRESS, or this machine's."),
     ] = None,
     sample: Annotated[int, typer.Option(metavar="N", help="Show the beginnings of N documents at the end.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
@@ -99,9 +94,7 @@ def prepare_data(
     from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
-    from lightlm.data.prepare.run import verify as verify_folder
     from lightlm.data.preview import beginnings
-    from lightlm.data.select.deduplication import checked_mode
     from lightlm.data.select.filters import Filter
 
     if download_only:
@@ -111,11 +104,11 @@ def prepare_data(
         return download_data(open_named(source, mix, text_column, None), tokenizer, as_json)
     chosen_engine = _engine(engine, workers, ray_address)
     started = time.perf_counter()
-    limit, mode = _tokens(max_tokens), checked_mode(dedup)
+    limit = _tokens(max_tokens)
     row_filter = None if filter_text is None else Filter(filter_text)
     if verify:
         folder = out or _finished_folder(source) or Path("data") / open_named(source, mix, text_column, row_filter).name
-        manifest = verify_folder(folder)
+        manifest = DataFolder.open(folder).verify()
     else:
         sets = evaluation_sets(decontaminate, contaminated)
         with (
@@ -135,7 +128,7 @@ def prepare_data(
                 overwrite=overwrite,
                 skip_bad=skip_bad,
                 encoder=encoder,
-                dedup=mode,
+                dedup=dedup,
                 decontaminate=sets,
                 filter=row_filter,
                 engine=chosen_engine,
@@ -161,9 +154,6 @@ def _finished_folder(source: str | None) -> Path | None:
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """Handle SIGTERM (kill, a job scheduler's time limit) like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
-        yield
-        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -185,18 +175,16 @@ def _interruption_message(folder: Path) -> Iterator[None]:
 
 
 def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine | None:
-    """Return the engine; None for threads of this process. Raises UsageError for another name or a missing Ray."""
+    """Return the engine; None for threads of this process. Raises UsageError where Ray is missing."""
     from lightlm.errors import UsageError
 
-    if name not in ("threads", "ray"):
-        raise UsageError(f"--engine {name}: choose one of threads, ray")
-    if name == "threads":
-        if ray_address is not None:
-            raise UsageError("--ray-address is for --engine ray")
-        return None
-    from lightlm.data.prepare.ray import RayEngine
+    if name == "ray":
+        from lightlm.data.prepare.ray import RayEngine
 
-    return RayEngine(workers, ray_address)
+        return RayEngine(workers, ray_address)
+    if ray_address is not None:
+        raise UsageError("--ray-address is for --engine ray")
+    return None
 
 
 def _tokens(text: str | None) -> int | None:
@@ -213,34 +201,23 @@ def _tokens(text: str | None) -> int | None:
 
 def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool) -> dict[str, Any]:
     """Return what `--json` prints and the table shows."""
-    megabytes = sum(manifest.text_bytes.values()) / 1e6
-    return {
-        "folder": folder.as_posix(),
-        "source": manifest.source,
-        "status": "verified" if verified else "already prepared" if manifest.already_prepared else "prepared",
-        "documents": manifest.documents("train") + manifest.documents("val"),
-        "skipped_documents": manifest.skipped_documents,
-        "dropped": manifest.dropped,
-        "flagged": manifest.flagged,
-        "mixture": [part.model_dump() for part in manifest.mixture],
-        "evaluation_sets": manifest.evaluation_sets,
-        "train_tokens": manifest.tokens("train"),
-        "val_tokens": manifest.tokens("val"),
-        "text_bytes": sum(manifest.text_bytes.values()),
-        "bytes_per_token": manifest.bytes_per_token,
-        "vocab_size": manifest.vocab_size,
-        "shards": len(manifest.shards),
-        "unigram": manifest.unigram.model_dump() if manifest.unigram else None,
-        "seconds": round(seconds, 3),
-        "megabytes_per_second": None if verified or manifest.already_prepared else round(megabytes / seconds, 1),
-        "next": _next_command(folder),
-    }
-
-
-def _next_command(folder: Path) -> str:
-    """Return the command to run next; the demo recipe reads data/pydocs by default."""
     from lightlm.data.folder import dataset_reference
 
-    if folder == Path("data/pydocs"):
-        return "lightlm train recipes/demo.yaml"
-    return f"lightlm train recipes/demo.yaml {shlex.quote(f'data.dataset={dataset_reference(folder)}')}"
+    text_bytes = sum(manifest.text_bytes.values())
+    unread = verified or manifest.already_prepared
+    # The demo recipe reads data/pydocs by default.
+    dataset = "" if folder == Path("data/pydocs") else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
+    return {
+        "folder": folder.as_posix(),
+        "status": "verified" if verified else "already prepared" if manifest.already_prepared else "prepared",
+        "documents": manifest.documents("train") + manifest.documents("val"),
+        "train_tokens": manifest.tokens("train"),
+        "val_tokens": manifest.tokens("val"),
+        "text_bytes": text_bytes,
+        "bytes_per_token": manifest.bytes_per_token,
+        "shards": len(manifest.shards),
+        **manifest.model_dump(include=set(FROM_MANIFEST)),
+        "seconds": round(seconds, 3),
+        "megabytes_per_second": None if unread else round(text_bytes / 1e6 / seconds, 1),
+        "next": f"lightlm train recipes/demo.yaml{dataset}",
+    }

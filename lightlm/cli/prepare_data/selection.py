@@ -49,8 +49,6 @@ def evaluation_sets(names: str | None, contaminated: str) -> Decontaminator | No
     """Return the index of the evaluation sets of `--decontaminate`. Raises UsageError and DataError."""
     from lightlm.errors import UsageError
 
-    if contaminated not in ("drop", "flag"):
-        raise UsageError(f"--contaminated {contaminated}: choose drop or flag")
     if names is None:
         if contaminated != "drop":
             raise UsageError(f"--contaminated {contaminated} needs --decontaminate TASKS")

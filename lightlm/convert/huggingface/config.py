@@ -26,12 +26,12 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
         values["first_k_dense_replace"] = dense_layers
     if "mlp_only_layers" in values:
         values["mlp_only_layers"] = list(range(dense_layers))
-    if layout.has_rope:
+    if config.position == "rope":
         rope = {"rope_theta": float(config.rope_theta)}
         if "partial_rotary_factor" in layout.rope:
             rope["partial_rotary_factor"] = 1.0
-        values |= rope  # read by transformers 4 and most other tools
-        values["rope_parameters"] = {"rope_type": "default", **rope}  # read by transformers 5
+        # At the top for transformers 4 and most other tools, nested for transformers 5.
+        values |= {**rope, "rope_parameters": {"rope_type": "default", **rope}}
     values |= {other: values[key] for key, other in layout.aliases.items()}
     if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
         # The grouped products that transformers 5 defaults to refuse rows that are not whole 16 bytes.
@@ -40,11 +40,7 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
-    """Return the model type and the shape that a config.json describes.
-
-    Args:
-        values: the content of the config.json.
-        where: its path, for messages.
+    """Return the model type and the shape that a config.json describes; `where` is its path, for messages.
 
     Raises:
         ConvertError: LightLM does not have such a model; the message lists every key in the way.
@@ -57,22 +53,20 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
         )
     layout = LAYOUTS[model_type]
     values = {key: values[other] for key, other in layout.aliases.items() if other in values} | values
-    rope = _rope_settings(layout, values) if layout.has_rope else {}
-    problems = [
-        f"{theirs} is missing" for theirs in layout.keys.values() if theirs not in values | layout.defaults
-    ] + _problems(layout, model_type, values, rope)
-    if problems:
-        raise ConvertError(f"{where} describes a model LightLM does not have: {'; '.join(problems)}")
-    settings: dict[str, Any] = {
-        ours: values.get(theirs, layout.defaults.get(theirs)) for ours, theirs in layout.keys.items()
-    }
+    nested = values.get("rope_parameters") or values.get("rope_scaling") or {}  # by version of transformers
+    rope = {"rope_type": nested.get("type", "default"), "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    rope |= {key: value for key, value in (layout.rope | values | nested).items() if key in rope}
     # null means the class's default, which is also ours: num_heads, hidden_size / num_heads, 4 x hidden_size.
-    settings = {ours: 0 if value is None else value for ours, value in settings.items()}
+    given: dict[str, Any] = {key: 0 if value is None else value for key, value in (layout.defaults | values).items()}
+    problems = [f"{theirs} is missing" for theirs in layout.keys.values() if theirs not in given]
+    if problems := problems + _problems(layout, values, rope):
+        raise ConvertError(f"{where} describes a model LightLM does not have: {'; '.join(problems)}")
+    settings = {ours: given[theirs] for ours, theirs in layout.keys.items()}
     if isinstance(settings.get("first_k_dense"), list):
         settings["first_k_dense"] = len(settings["first_k_dense"])
     if layout.bias_keys:
         settings["bias"] = values.get(layout.bias_keys[0], False)
-    if layout.has_rope:
+    if layout.fixed["position"] == "rope":
         settings["rope_theta"] = rope["rope_theta"]
     try:
         return model_type, ModelConfig(**settings, **layout.fixed).resolved()
@@ -80,32 +74,24 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
         raise ConvertError(f"{where} does not describe a model: {error}") from None
 
 
-def _rope_settings(layout: Layout, values: dict[str, Any]) -> dict[str, Any]:
-    """Return type, base and rotated share of the rotary embedding, under the keys of any version of transformers."""
-    nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    given = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0} | layout.rope | values | nested
-    return {
-        "rope_type": nested.get("rope_type", nested.get("type", "default")),
-        "rope_theta": given["rope_theta"],
-        "partial_rotary_factor": given["partial_rotary_factor"],
-    }
-
-
-def _problems(layout: Layout, model_type: str, values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+def _problems(layout: Layout, values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     """Return what a config.json says that LightLM does not compute."""
-    problems = []
-    for key, allowed in layout.constants.items():
-        if (value := values.get(key, allowed[0])) not in allowed:
-            problems.append(f"{key} is {value!r}, must be {' or '.join(repr(one) for one in allowed)}")
+    problems = [
+        f"{key} is {values[key]!r}, must be {' or '.join(map(repr, allowed))}"
+        for key, allowed in layout.constants.items()
+        if values.get(key, allowed[0]) not in allowed
+    ]
     biases = {key: values.get(key, False) for key in layout.bias_keys}
     if len(set(biases.values())) > 1:
         problems.append(" and ".join(f"{key} is {value!r}" for key, value in biases.items()) + ", must be equal")
-    if rope.get("rope_type", "default") != "default":
-        key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-        problems.append(f"{key} has rope_type {rope['rope_type']!r}, must be 'default' (positions unscaled)")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, must be 1.0")
+    if layout.fixed["position"] == "rope":
+        if rope["rope_type"] != "default":
+            key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+            problems.append(f"{key} has rope_type {rope['rope_type']!r}, must be 'default' (positions unscaled)")
+        if rope["partial_rotary_factor"] != 1.0:
+            problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, must be 1.0")
     windows = {"mistral": 4096, "mixtral": None}  # what a missing key means; other classes ignore the key
+    model_type = values["model_type"]
     window = values.get("sliding_window", windows[model_type]) if model_type in windows else None
     if window is not None and window < values.get("max_position_embeddings", 0):
         problems.append(f"sliding_window is {window!r}, must be null or at least max_position_embeddings")
@@ -121,11 +107,7 @@ def _problems(layout: Layout, model_type: str, values: dict[str, Any], rope: dic
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one if there is no such file.
-
-    Raises:
-        ConvertError: the file is not a JSON object.
-    """
+    """Return the object in a JSON file, or an empty one if there is no file; raise ConvertError if it is damaged."""
     if not path.is_file():
         return {}
     try:

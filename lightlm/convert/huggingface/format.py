@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightlm.convert.huggingface.export_target import export_target
+from lightlm.convert.huggingface.layouts import export_target
 from lightlm.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class HuggingFaceFolder:
 
     name = "hf"
     makes = "a Hugging Face folder: model.safetensors, config.json, tokenizer files, README.md"
-    suffix = ""
+    suffix, verifier = "", "transformers"
     reads = writes = True
 
     def detect(self, path: Path) -> bool:
@@ -43,11 +43,6 @@ class HuggingFaceFolder:
             "parameters": export_huggingface(loaded, out, dtype=dtype, overwrite=True),
             "python": f'from transformers import {loader}; model = {loader}.from_pretrained("{out.as_posix()}")',
         }
-
-    def require_verifier(self) -> None:
-        from lightlm.convert.huggingface.verify import require_transformers
-
-        require_transformers()
 
     def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
         from lightlm.convert.huggingface.verify import TOLERANCE, check_tokenizer, largest_difference

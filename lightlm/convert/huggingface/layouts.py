@@ -3,7 +3,7 @@
 The tables are also an allow-list. `Layout.obstacles` refuses each ModelConfig field that a class does not place, unless
 the field has its default. Place a new field in `keys` of the classes that have it, and in `_RULES` if none does.
 
-Imports nothing heavy, like `export_target`.
+Imports nothing heavy: `train` and `recipes` ask for the `export_target` when they read a recipe.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,19 +17,11 @@ SELECTION_BIAS = "e_score_correction_bias"  # a buffer of sigmoid routers, fp32 
 
 @dataclass(frozen=True)
 class Link:
-    """One of their modules and ours that hold the same weights, or one tensor by its full name.
+    """One of their modules and ours that hold the same weights, or one tensor by its full name; `{}` is the layer."""
 
-    `{}` stands for the layer. `*` stands for the expert: ours are stacked in one tensor, theirs have a name each.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]  # more than one: theirs is these, concatenated along the output
+    theirs: str  # `*` is the expert: they have one tensor per expert, ours is their stack
+    ours: str  # several names: theirs is these, concatenated along the output
     transposed: bool = False  # GPT-2's Conv1D stores its weight (input, output)
-
-    @property
-    def by_expert(self) -> bool:
-        """Whether their side has one tensor per expert."""
-        return "*" in self.theirs
 
 
 @dataclass(frozen=True)
@@ -42,29 +34,21 @@ class Rule:
 
 @dataclass(frozen=True)
 class Layout:
-    """A Hugging Face class as a set of names.
-
-    `keys`, `fixed` and `rules` together place every ModelConfig field.
-    """
+    """A Hugging Face class as a set of names; `keys`, `fixed` and `rules` together place every ModelConfig field."""
 
     architecture: str
-    base: str  # prefix of all weights but the head's; files saved from the bare model lack it
     keys: dict[str, str]  # ModelConfig field -> their key, which expresses every value
     fixed: dict[str, Any]  # ModelConfig field -> the value that it has in every model of this class
     rules: dict[str, Rule]  # ModelConfig field -> which values the class expresses without a key, or in spite of one
     defaults: dict[str, Any]  # their keys that may be missing (in files of older versions), and what that means
     constants: dict[str, tuple[Any, ...]]  # their keys that must hold one of these; missing means the first
     links: tuple[Link, ...]
+    base: str = "model."  # prefix of all weights but the head's; files saved from the bare model lack it
     bias_keys: tuple[str, ...] = ()  # their keys for ModelConfig.bias, where the class leaves the choice
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
     rope: dict[str, float] = field(default_factory=dict)  # rotary settings where config.json has none
     aliases: dict[str, str] = field(default_factory=dict)  # key -> its name in another version of transformers
     stacked_links: tuple[Link, ...] = ()  # names where experts are stacked on disk (save_original_format=False)
-
-    @property
-    def has_rope(self) -> bool:
-        """Whether the class has rotary positions."""
-        return self.fixed["position"] == "rope"
 
     def obstacles(self, config: ModelConfig) -> dict[str, str]:
         """Return the fields that keep a resolved configuration from this class, each with what the class requires."""
@@ -75,17 +59,16 @@ class Layout:
                 if not self.rules[name].accepts(config):
                     found[name] = self.rules[name].requirement.format(**vars(config))
             elif name not in self.keys and value != (needed := self.fixed.get(name, setting.default)):
-                found[name] = f"must be {as_yaml(needed)}" if name in self.fixed else "no equivalent in this class"
+                found[name] = f"must be {_as_yaml(needed)}" if name in self.fixed else "no equivalent in this class"
         return found
 
 
-def as_yaml(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     """Return a setting's value as a recipe writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _sees_everything(config: ModelConfig) -> bool:
-    """Return whether every layer of a configuration sees all positions."""
     return not any(0 < config.window(layer) < config.max_seq_len for layer in range(config.depth))
 
 
@@ -124,27 +107,33 @@ _LLAMA_DEFAULTS = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+_MLP = ("gate_proj", "up_proj", "down_proj")
 _LLAMA_LINKS = (
-    Link("model.embed_tokens", ("embed_tokens",)),
-    Link("model.layers.{}.input_layernorm", ("blocks.{}.attention_norm",)),
-    Link("model.layers.{}.self_attn.q_proj", ("blocks.{}.attention.q_proj",)),
-    Link("model.layers.{}.self_attn.k_proj", ("blocks.{}.attention.k_proj",)),
-    Link("model.layers.{}.self_attn.v_proj", ("blocks.{}.attention.v_proj",)),
-    Link("model.layers.{}.self_attn.o_proj", ("blocks.{}.attention.o_proj",)),
-    Link("model.layers.{}.self_attn.q_norm", ("blocks.{}.attention.q_norm",)),
-    Link("model.layers.{}.self_attn.k_norm", ("blocks.{}.attention.k_norm",)),
-    Link("model.layers.{}.post_attention_layernorm", ("blocks.{}.mlp_norm",)),
-    Link("model.layers.{}.mlp.gate_proj", ("blocks.{}.mlp.gate_proj",)),
-    Link("model.layers.{}.mlp.up_proj", ("blocks.{}.mlp.up_proj",)),
-    Link("model.layers.{}.mlp.down_proj", ("blocks.{}.mlp.down_proj",)),
-    Link("model.norm", ("norm",)),
-    Link("lm_head", ("lm_head",)),
+    Link("model.embed_tokens", "embed_tokens"),
+    Link("model.layers.{}.input_layernorm", "blocks.{}.attention_norm"),
+    *(Link(f"model.layers.{{}}.self_attn.{name}", f"blocks.{{}}.attention.{name}") for name in _ATTENTION),
+    Link("model.layers.{}.post_attention_layernorm", "blocks.{}.mlp_norm"),
+    *(Link(f"model.layers.{{}}.mlp.{name}", f"blocks.{{}}.mlp.{name}") for name in _MLP),
+    Link("model.norm", "norm"),
+    Link("lm_head", "lm_head"),
 )
-_MOE_KEYS = {
-    "num_experts_per_tok": "num_experts_per_tok",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "norm_topk_prob": "norm_topk_prob",
-}
+_GLM_LINKS = (
+    *_LLAMA_LINKS,
+    Link(f"model.layers.{{}}.mlp.gate.{SELECTION_BIAS}", "blocks.{}.mlp.router.selection_bias"),
+    *(Link(f"model.layers.{{}}.mlp.shared_experts.{name}", f"blocks.{{}}.mlp.shared.{name}") for name in _MLP),
+)
+_ROUTER_LINK = Link("model.layers.{}.mlp.gate", "blocks.{}.mlp.router")
+_EXPERT_LINKS = (
+    _ROUTER_LINK,
+    *(Link(f"model.layers.{{}}.mlp.experts.*.{name}.weight", f"blocks.{{}}.mlp.experts.{name}") for name in _MLP),
+)
+_STACKED_LINKS = (
+    _ROUTER_LINK,
+    Link("model.layers.{}.mlp.experts.gate_up_proj", "blocks.{}.mlp.experts.gate_proj blocks.{}.mlp.experts.up_proj"),
+    Link("model.layers.{}.mlp.experts.down_proj", "blocks.{}.mlp.experts.down_proj"),
+)
+_MOE_KEYS = {name: name for name in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")}
 _MOE_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
 _SIGMOID_HINT = "with router: sigmoid Glm4MoeForCausalLM has it"
 _SOFTMAX_RULES = {
@@ -153,31 +142,21 @@ _SOFTMAX_RULES = {
     "num_shared_experts": Rule(lambda c: c.num_shared_experts == 0, _SIGMOID_HINT),
     "routed_scaling_factor": Rule(lambda c: c.routed_scaling_factor == 1.0, _SIGMOID_HINT),
 }
-_EXPERT_LINKS = (
-    Link("model.layers.{}.mlp.gate", ("blocks.{}.mlp.router",)),
-    Link("model.layers.{}.mlp.experts.*.gate_proj.weight", ("blocks.{}.mlp.experts.gate_proj",)),
-    Link("model.layers.{}.mlp.experts.*.up_proj.weight", ("blocks.{}.mlp.experts.up_proj",)),
-    Link("model.layers.{}.mlp.experts.*.down_proj.weight", ("blocks.{}.mlp.experts.down_proj",)),
+_LLAMA = Layout(
+    architecture="LlamaForCausalLM",
+    keys=_LLAMA_KEYS,
+    fixed=_LLAMA_FIXED,
+    rules={**_LLAMA_RULES, "bias": _ANY},
+    defaults=_LLAMA_DEFAULTS,
+    constants={"hidden_act": ("silu",)},
+    links=_LLAMA_LINKS,
+    bias_keys=("attention_bias", "mlp_bias"),
 )
-_STACKED_LINKS = (
-    Link("model.layers.{}.mlp.gate", ("blocks.{}.mlp.router",)),
-    Link(
-        "model.layers.{}.mlp.experts.gate_up_proj",
-        ("blocks.{}.mlp.experts.gate_proj", "blocks.{}.mlp.experts.up_proj"),
-    ),
-    Link("model.layers.{}.mlp.experts.down_proj", ("blocks.{}.mlp.experts.down_proj",)),
-)
-_GLM_LINKS = (
-    *_LLAMA_LINKS,
-    Link(f"model.layers.{{}}.mlp.gate.{SELECTION_BIAS}", ("blocks.{}.mlp.router.selection_bias",)),
-    Link("model.layers.{}.mlp.shared_experts.gate_proj", ("blocks.{}.mlp.shared.gate_proj",)),
-    Link("model.layers.{}.mlp.shared_experts.up_proj", ("blocks.{}.mlp.shared.up_proj",)),
-    Link("model.layers.{}.mlp.shared_experts.down_proj", ("blocks.{}.mlp.shared.down_proj",)),
-)
+_QWEN_CONSTANTS = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)}
 _GPT2_FIXED = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True, **_NO_EXPERTS}
-_GPT2_QKV = ("blocks.{}.attention.q_proj", "blocks.{}.attention.k_proj", "blocks.{}.attention.v_proj")
+_GPT2_QKV = "blocks.{}.attention.q_proj blocks.{}.attention.k_proj blocks.{}.attention.v_proj"
 
-# `export_target` tries them in this order.
+# `export_target` takes the first that expresses a configuration.
 LAYOUTS = {
     "gpt2": Layout(
         architecture="GPT2LMHeadModel",
@@ -197,17 +176,9 @@ LAYOUTS = {
         rules={
             **_RULES,
             "num_kv_heads": Rule(lambda c: c.num_kv_heads == c.num_heads, "must be num_heads, {num_heads}"),
-            "head_dim": Rule(
-                lambda c: c.head_dim * c.num_heads == c.hidden_size,
-                "must be hidden_size / num_heads, {hidden_size} / {num_heads}",
-            ),
+            "head_dim": Rule(lambda c: c.head_dim * c.num_heads == c.hidden_size, "must be hidden_size / num_heads"),
         },
-        defaults={
-            "n_inner": None,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.02,
-        },
+        defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02},
         constants={
             "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
             "scale_attn_weights": (True,),
@@ -215,53 +186,39 @@ LAYOUTS = {
             "add_cross_attention": (False,),
         },
         links=(
-            Link("transformer.wte", ("embed_tokens",)),
-            Link("transformer.wpe", ("embed_positions",)),
-            Link("transformer.h.{}.ln_1", ("blocks.{}.attention_norm",)),
+            Link("transformer.wte", "embed_tokens"),
+            Link("transformer.wpe", "embed_positions"),
+            Link("transformer.h.{}.ln_1", "blocks.{}.attention_norm"),
             Link("transformer.h.{}.attn.c_attn", _GPT2_QKV, transposed=True),
-            Link("transformer.h.{}.attn.c_proj", ("blocks.{}.attention.o_proj",), transposed=True),
-            Link("transformer.h.{}.ln_2", ("blocks.{}.mlp_norm",)),
-            Link("transformer.h.{}.mlp.c_fc", ("blocks.{}.mlp.up_proj",), transposed=True),
-            Link("transformer.h.{}.mlp.c_proj", ("blocks.{}.mlp.down_proj",), transposed=True),
-            Link("transformer.ln_f", ("norm",)),
-            Link("lm_head", ("lm_head",)),
+            Link("transformer.h.{}.attn.c_proj", "blocks.{}.attention.o_proj", transposed=True),
+            Link("transformer.h.{}.ln_2", "blocks.{}.mlp_norm"),
+            Link("transformer.h.{}.mlp.c_fc", "blocks.{}.mlp.up_proj", transposed=True),
+            Link("transformer.h.{}.mlp.c_proj", "blocks.{}.mlp.down_proj", transposed=True),
+            Link("transformer.ln_f", "norm"),
+            Link("lm_head", "lm_head"),
         ),
         written={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},  # for training it further without dropout
     ),
-    "llama": Layout(
-        architecture="LlamaForCausalLM",
-        base="model.",
-        keys=_LLAMA_KEYS,
-        fixed=_LLAMA_FIXED,
-        rules={**_LLAMA_RULES, "bias": _ANY},
-        defaults=_LLAMA_DEFAULTS,
-        constants={"hidden_act": ("silu",)},
-        links=_LLAMA_LINKS,
-        bias_keys=("attention_bias", "mlp_bias"),
-    ),
-    "mistral": Layout(  # only read: without its window it is a Llama, which comes first
+    "llama": _LLAMA,
+    "mistral": replace(  # only read: without its window it is a Llama, which comes first
+        _LLAMA,
         architecture="MistralForCausalLM",
-        base="model.",
-        keys=_LLAMA_KEYS,
         fixed={**_LLAMA_FIXED, "bias": False},
         rules=_LLAMA_RULES,
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 8},
-        constants={"hidden_act": ("silu",)},
-        links=_LLAMA_LINKS,
+        bias_keys=(),
     ),
-    "qwen3": Layout(
+    "qwen3": replace(
+        _LLAMA,
         architecture="Qwen3ForCausalLM",
-        base="model.",
-        keys=_LLAMA_KEYS,
         fixed={**_LLAMA_FIXED, "qk_norm": True, "bias": False},
         rules=_RULES,
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
-        constants={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
-        links=_LLAMA_LINKS,
+        constants=_QWEN_CONSTANTS,
+        bias_keys=(),
     ),
     "glm4_moe": Layout(
         architecture="Glm4MoeForCausalLM",
-        base="model.",
         keys={
             **_LLAMA_KEYS,
             **_MOE_KEYS,
@@ -293,24 +250,17 @@ LAYOUTS = {
     ),
     "qwen3_moe": Layout(
         architecture="Qwen3MoeForCausalLM",
-        base="model.",
         keys={**_LLAMA_KEYS, **_MOE_KEYS, "num_experts": "num_experts", "first_k_dense": "mlp_only_layers"},
         fixed={**_MOE_FIXED, "router": "softmax", "qk_norm": True},
         rules=_SOFTMAX_RULES,
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 4, "norm_topk_prob": False, "mlp_only_layers": None},
-        constants={
-            "hidden_act": ("silu",),
-            "attention_bias": (False,),
-            "use_sliding_window": (False,),
-            "decoder_sparse_step": (1,),
-        },
+        constants={**_QWEN_CONSTANTS, "decoder_sparse_step": (1,)},
         links=_LLAMA_LINKS + _EXPERT_LINKS,
         stacked_links=_LLAMA_LINKS + _STACKED_LINKS,
         aliases={"num_experts": "num_local_experts"},  # transformers 4 and 5
     ),
     "mixtral": Layout(
         architecture="MixtralForCausalLM",
-        base="model.",
         keys={
             **{ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "intermediate_size"},
             "num_experts": "num_local_experts",
@@ -323,10 +273,10 @@ LAYOUTS = {
         constants={"hidden_act": ("silu",)},
         links=(
             *_LLAMA_LINKS,
-            Link("model.layers.{}.block_sparse_moe.gate", ("blocks.{}.mlp.router",)),
-            Link("model.layers.{}.block_sparse_moe.experts.*.w1.weight", ("blocks.{}.mlp.experts.gate_proj",)),
-            Link("model.layers.{}.block_sparse_moe.experts.*.w3.weight", ("blocks.{}.mlp.experts.up_proj",)),
-            Link("model.layers.{}.block_sparse_moe.experts.*.w2.weight", ("blocks.{}.mlp.experts.down_proj",)),
+            Link("model.layers.{}.block_sparse_moe.gate", "blocks.{}.mlp.router"),
+            Link("model.layers.{}.block_sparse_moe.experts.*.w1.weight", "blocks.{}.mlp.experts.gate_proj"),
+            Link("model.layers.{}.block_sparse_moe.experts.*.w3.weight", "blocks.{}.mlp.experts.up_proj"),
+            Link("model.layers.{}.block_sparse_moe.experts.*.w2.weight", "blocks.{}.mlp.experts.down_proj"),
         ),
         stacked_links=_LLAMA_LINKS + _STACKED_LINKS,
         rope={"rope_theta": 1_000_000.0},
@@ -334,15 +284,44 @@ LAYOUTS = {
 }
 
 
-def layer_links(links: Iterable[Link], depth: int, repeats: int = 1) -> Iterator[Link]:
-    """Yield the links of a model of `depth` layers, with the layers' numbers filled in.
+# The nearest class to a configuration that none expresses: the one with the fewest obstacles among the first fields,
+# then among the next, then among all.
+_DECISIVE = (("norm", "position", "mlp"), ("router",), ("num_experts",), ("qk_norm",))
 
-    Our block i is their layers i x repeats to (i + 1) x repeats - 1.
+
+@dataclass(frozen=True)
+class ExportTarget:
+    """The Hugging Face class that computes what a model computes, or the reason why there is none."""
+
+    architecture: str = ""  # the class, such as LlamaForCausalLM; empty when refused
+    model_type: str = ""  # its `model_type` in config.json, such as llama
+    refusal: str = ""  # one sentence naming the fields in the way; empty when it can be exported
+
+
+def export_target(config: ModelConfig) -> ExportTarget:
+    """Return the class that a configuration exports to with equal logits, or a refusal; `vocab_size` may still be 0.
+
+    Raises:
+        ValueError: the configuration is not a model.
     """
+    config = config.resolved()
+    obstacles = {model_type: layout.obstacles(config) for model_type, layout in LAYOUTS.items()}
+
+    def distance(model_type: str) -> list[int]:
+        found = obstacles[model_type].keys()
+        return [len(found & set(names)) for names in _DECISIVE] + [len(found)]
+
+    nearest = min(LAYOUTS, key=distance)
+    architecture = LAYOUTS[nearest].architecture
+    if not obstacles[nearest]:
+        return ExportTarget(architecture, nearest)
+    listed = [f"{name}: {_as_yaml(getattr(config, name))} ({reason})" for name, reason in obstacles[nearest].items()]
+    return ExportTarget(refusal=f"{architecture}, the nearest Hugging Face class, cannot have {', '.join(listed)}")
+
+
+def layer_links(links: Iterable[Link], depth: int, repeats: int = 1) -> Iterator[Link]:
+    """Yield the links of `depth` layers, with their numbers; our block i is their layers i x repeats and following."""
     for link in links:
-        if "{}" not in link.theirs:
-            yield link
-            continue
-        for layer in range(depth):
-            ours = tuple(name.format(layer // repeats) for name in link.ours)
+        for layer in range(depth if "{}" in link.theirs else 1):
+            ours = link.ours.replace("{}", str(layer // repeats))
             yield replace(link, theirs=link.theirs.format(layer), ours=ours)

@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +20,6 @@ TIE = 1e-5
 SAMPLE = "Hello, I am a language model: naïve café, 3.14,\n\tdon't stop.  The end"
 
 
-def require_transformers() -> Any:
-    """Return the transformers module.
-
-    Raises:
-        ConvertError: it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise ConvertError(
-            '--verify compares with transformers, which is not installed: pip install "lightlm[hf]"'
-        ) from None
-    return transformers
-
-
 @torch.no_grad()
 def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> float:
     """Return the largest absolute difference of logits between our model and a Hugging Face folder's.
@@ -43,11 +27,9 @@ def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) ->
     Both models' weights are rounded to `dtype` and then run in float32 on the same tokens, so the same tolerance holds
     for bfloat16. Where two experts tie, either may be chosen, and logits differ from that token onward. So a sequence
     is compared up to the first token that differs and had a tie; its first token always counts.
-
-    Raises:
-        ConvertError: transformers is missing or cannot load the folder.
     """
-    transformers = require_transformers()
+    import transformers
+
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
@@ -87,12 +69,10 @@ def _comparable(difference_T: Tensor, tied_T: Tensor) -> Tensor:
 
 
 def check_tokenizer(loaded: LoadedModel, folder: Path) -> None:
-    """Compare the ids of a sample text.
+    """Raise ConvertError if `AutoTokenizer` gives other ids of a sample text than our tokenizer."""
+    import transformers
 
-    Raises:
-        ConvertError: `AutoTokenizer` gives other ids than our tokenizer.
-    """
-    theirs = require_transformers().AutoTokenizer.from_pretrained(folder)(SAMPLE, verbose=False)["input_ids"]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)(SAMPLE, verbose=False)["input_ids"]
     ours = [*(loaded.tokenizer.prefix_ids if loaded.tokenizer.adds_bos else ()), *loaded.tokenizer.encode(SAMPLE)]
     if theirs != ours:
         raise ConvertError(f"{folder}: AutoTokenizer encodes a sample text as {theirs}, LightLM as {ours}")

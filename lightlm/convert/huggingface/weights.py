@@ -30,16 +30,22 @@ def their_state(
     model_type: str, config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the tensors of a file that the class loads, from those of our checkpoint."""
-    state = state | _empty_shared_experts(config)
+    state = dict(state)
+    if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
+        for block in filter(config.has_experts, range(config.num_layers)):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                size = (config.hidden_size, 0) if name == "down_proj" else (0, config.hidden_size)
+                state[f"blocks.{block}.mlp.shared.{name}.weight"] = torch.empty(size)
     theirs = {}
     for link in layer_links(LAYOUTS[model_type].links, config.depth, config.layer_sharing):
+        ours = link.ours.split()
         for kind in _KINDS:
-            if link.ours[0] + kind not in state:
+            if ours[0] + kind not in state:
                 continue
-            tensor = torch.cat([state[name + kind] for name in link.ours])
+            tensor = torch.cat([state[name + kind] for name in ours])
             if not link.theirs.endswith(SELECTION_BIAS):
                 tensor = tensor.to(dtype)
-            parts = tensor.unbind() if link.by_expert else (_turned(link, tensor),)
+            parts = tensor.unbind() if "*" in link.theirs else (_turned(link, tensor),)
             # A copy for each repeated block: a safetensors file cannot hold one tensor under two names.
             for name, part in zip(_names(link, kind, config), parts, strict=True):
                 theirs[name] = part.clone(memory_format=torch.contiguous_format)
@@ -47,11 +53,7 @@ def their_state(
 
 
 def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of our checkpoint in float32, from those of a folder.
-
-    Raises:
-        ConvertError: tensors are missing or left over, or contradict the configuration; the message names them.
-    """
+    """Return the tensors of our checkpoint in float32; raise ConvertError if some are missing, left over or differ."""
     layout = LAYOUTS[model_type]
     given = _only_weights(layout, config, given, folder)
     stacked = any(name.endswith(".experts.gate_up_proj") for name in given)
@@ -60,8 +62,9 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
     state: dict[str, Tensor] = {}
     problems = []
     for link in layer_links(layout.stacked_links if stacked else layout.links, config.num_layers):
+        ours = link.ours.split()
         for kind in _KINDS:
-            if link.ours[0] + kind not in wanted:
+            if ours[0] + kind not in wanted:
                 continue
             names = _names(link, kind, config)
             if missing := [name for name in names if name not in given]:
@@ -71,10 +74,10 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
             if len({tensor.shape for tensor in tensors}) > 1:
                 problems.append(f"{names[0]} and those of the other experts differ in shape")
                 continue
-            tensor = torch.stack(tensors) if link.by_expert else _turned(link, tensors[0])
+            tensor = torch.stack(tensors) if "*" in link.theirs else _turned(link, tensors[0])
             # The parts are equal: gate and up are, and GPT-2 has as many key heads as query heads.
-            parts = tensor.tensor_split(len(link.ours), dim=1 if tensor.ndim == 3 else 0)
-            for name, part in zip(link.ours, parts, strict=True):
+            parts = tensor.tensor_split(len(ours), dim=1 if tensor.ndim == 3 else 0)
+            for name, part in zip(ours, parts, strict=True):
                 state[name + kind] = part.clone(memory_format=torch.contiguous_format)
     problems += [f"{name} belongs to no part of {layout.architecture}" for name in sorted(given)]
     if problems:
@@ -86,27 +89,11 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
 def _names(link: Link, kind: str, config: ModelConfig) -> list[str]:
     """Return their names of one of our tensors: one, or one for each expert."""
     name = link.theirs + kind
-    return [name.replace("*", str(expert)) for expert in range(config.num_experts)] if link.by_expert else [name]
+    return [name.replace("*", str(expert)) for expert in range(config.num_experts)] if "*" in name else [name]
 
 
 def _turned(link: Link, tensor: Tensor) -> Tensor:
     return tensor.t() if link.transposed and tensor.ndim == 2 else tensor
-
-
-def _empty_shared_experts(config: ModelConfig) -> dict[str, Tensor]:
-    """Return tensors without elements, which a class that always has shared experts loads where there are none."""
-    if config.num_shared_experts:
-        return {}
-    return {
-        f"blocks.{block}.mlp.shared.{name}.weight": torch.empty(shape)
-        for block in range(config.num_layers)
-        if config.has_experts(block)
-        for name, shape in (
-            ("gate_proj", (0, config.hidden_size)),
-            ("up_proj", (0, config.hidden_size)),
-            ("down_proj", (config.hidden_size, 0)),
-        )
-    }
 
 
 def _only_weights(layout: Layout, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -125,23 +112,21 @@ def _only_weights(layout: Layout, config: ModelConfig, given: dict[str, Tensor],
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a Hugging Face folder by name.
-
-    Raises:
-        ConvertError: there are none, or a file is missing or damaged.
-    """
+    """Return all tensors of a Hugging Face folder by name; raise ConvertError if a file is missing or damaged."""
     state: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        state |= _load_tensors(path)
+        try:
+            safe = path.suffix == ".safetensors"
+            state |= load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ConvertError(
+                f"{path} cannot be read: it is damaged or cut off ({error}); download it again"
+            ) from None
     return state
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of a Hugging Face folder that hold its tensors; safetensors before PyTorch files.
-
-    Raises:
-        ConvertError: there are none, one is missing, or the index that lists them is damaged.
-    """
+    """Return the files of a folder's tensors, safetensors before PyTorch; raise ConvertError if any is missing."""
     for name in WEIGHT_FILES:
         if not (folder / name).is_file():
             continue
@@ -150,17 +135,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         parts = read_json(folder / name).get("weight_map")
         if not isinstance(parts, dict):
             raise ConvertError(f"{folder / name} is damaged: it has no weight_map")
-        for part in sorted(set(parts.values())):
-            if not (folder / part).is_file():
-                raise ConvertError(f"{folder / part} is missing, though {name} lists it; download it again")
-        return tuple(folder / part for part in sorted(set(parts.values())))
+        paths = tuple(folder / part for part in sorted(set(parts.values())))
+        if missing := [path for path in paths if not path.is_file()]:
+            raise ConvertError(f"{missing[0]} is missing, though {name} lists it; download it again")
+        return paths
     raise ConvertError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)} is there")
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ConvertError(f"{path} cannot be read: it is damaged or cut off ({error}); download it again") from None

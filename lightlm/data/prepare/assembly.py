@@ -7,15 +7,12 @@ being encoded.
 
 import io
 import math
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import Field
 
-from lightlm.data.prepare.encoded_block import EncodedBlock, block_path, read_tokens, remove_encoded_block
-from lightlm.data.prepare.order import Span, leads, train_order
+from lightlm.data.prepare.encoded_block import EncodedBlock, LeftOut, block_path, read_tokens, remove_encoded_block
 from lightlm.data.prepare.writer import SplitWriter, WriterState
 from lightlm.data.shards import SPLITS, ShardEntry, Split, UnigramEntropy, token_dtype
 from lightlm.data.tokenizer import Tokenizer
@@ -31,7 +28,7 @@ SAVE_TOKENS = 50_000_000  # between two states: a fifth of a second of copying, 
 LISTED = 1_000  # messages about skipped records that the manifest keeps
 
 
-class AssemblyState(BaseModel):
+class AssemblyState(LeftOut):
     """How far the assembly is: the shards hold the first `blocks` blocks, up to what the writers' states say.
 
     `source_documents` and `source_tokens` are keyed by the number of a mixture's source.
@@ -40,13 +37,9 @@ class AssemblyState(BaseModel):
     blocks: int = 0
     documents: int = 0
     tokens: int = 0
-    source_documents: dict[int, int] = {}
-    source_tokens: dict[int, int] = {}
+    source_documents: dict[int, int] = Field(default_factory=dict)
+    source_tokens: dict[int, int] = Field(default_factory=dict)
     writers: dict[Split, WriterState]
-    dropped: dict[str, int] = {}
-    bad: list[str] = []
-    flagged: dict[str, int] = {}
-    listed: list[str] = []
 
 
 class Assembly:
@@ -72,53 +65,28 @@ class Assembly:
             )
             for number, split in enumerate(SPLITS)
         }
-        self._leading: list[EncodedBlock] = []  # the first blocks, until the order of their documents is known
         self._unsaved: list[int] = []  # blocks that are appended and not deleted yet
         self._unsaved_tokens = 0
 
     def add(self, encoded: EncodedBlock) -> None:
         """Append the next block."""
-        self._leading.append(encoded)
-        if self.state.blocks or not self._val_fraction or not leads(self._leading):
-            self._append_leading()
-
-    def _append_leading(self) -> None:
-        blocks, self._leading = self._leading, []
-        if self._val_fraction and not self.state.blocks and blocks[-1].tokens["val"]:
-            spans: Iterable[Span] = train_order(blocks)
-        else:
-            spans = [(encoded.number, 0, encoded.tokens["train"]) for encoded in blocks]
-        for number, start, end in spans:
-            self._copy("train", number, start, end)
-        for encoded in blocks:
-            self._copy("val", encoded.number, 0, encoded.tokens["val"])
-            self._count(encoded)
-        if self._unsaved_tokens >= SAVE_TOKENS:
-            self.save()
-
-    def _copy(self, split: Split, number: int, start: int, end: int) -> None:
-        if end > start:
-            for tokens in read_tokens(block_path(self._blocks, number, split), self._dtype, start, end):
-                self._writers[split].add(tokens)
-
-    def _count(self, encoded: EncodedBlock) -> None:
         state = self.state
-        for split in SPLITS:
+        for split, tokens in encoded.tokens.items():
+            if tokens:
+                path = block_path(self._blocks, encoded.number, split)
+                for part in read_tokens(path, self._dtype, 0, tokens):
+                    self._writers[split].add(part)
             self._writers[split].state.text_bytes += encoded.text_bytes[split]
-        state.dropped = dict(sorted((Counter(state.dropped) + Counter(encoded.dropped)).items()))
-        state.bad += encoded.bad[: LISTED - len(state.bad)]
-        state.flagged = dict(sorted((Counter(state.flagged) + Counter(encoded.flagged)).items()))
-        state.listed += encoded.listed[: LISTED - len(state.listed)]
+        state.add(encoded, LISTED)
         state.blocks, state.documents = encoded.number + 1, state.documents + encoded.documents
         state.tokens += encoded.total_tokens
-        if encoded.source is not None:
-            for by_source, count in (
-                (state.source_documents, encoded.documents),
-                (state.source_tokens, encoded.total_tokens),
-            ):
-                by_source[encoded.source] = by_source.get(encoded.source, 0) + count
+        if (source := encoded.source) is not None:
+            state.source_documents[source] = state.source_documents.get(source, 0) + encoded.documents
+            state.source_tokens[source] = state.source_tokens.get(source, 0) + encoded.total_tokens
         self._unsaved.append(encoded.number)
         self._unsaved_tokens += encoded.total_tokens
+        if self._unsaved_tokens >= SAVE_TOKENS:
+            self.save()
 
     @property
     def text_bytes(self) -> dict[Split, int]:
@@ -132,8 +100,6 @@ class Assembly:
 
     def finish(self) -> None:
         """Fill an empty validation split from the train split, and close the shards."""
-        if self._leading:
-            self._append_leading()
         train, val = (self._writers[split] for split in SPLITS)
         if self._val_fraction and train.state.total_tokens > 1 and not val.state.total_tokens:
             self._move_tail(train, val)
@@ -159,7 +125,7 @@ class Assembly:
         count -= before if before <= count // 2 else 0
         for tokens in train.tail(count):
             val.add(tokens)
-        token_bytes = self._tokenizer.token_bytes().astype(np.int64)
+        token_bytes = self._tokenizer.token_bytes().astype(np.int64)  # exact for byte-level tokenizers
         moved = min(int(val.token_counts @ token_bytes), train.state.text_bytes)
         train.state.text_bytes, val.state.text_bytes = train.state.text_bytes - moved, moved
         train.forget_tail(count)
@@ -178,8 +144,8 @@ class Assembly:
             remove_encoded_block(self._blocks, block)
         self._unsaved, self._unsaved_tokens = [], 0
 
-    def abandon(self) -> None:
-        """Close the open files."""
+    def close(self) -> None:
+        """Close the open files; what is not saved is done again when the preparation resumes."""
         for writer in self._writers.values():
             writer.abandon()
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow
 import xxhash
 
+from lightlm.data.prepare.encoded_block import LeftOut
 from lightlm.data.readers.texts import FilteredOut, Texts, Unit, buffers_of, in_chunks
 from lightlm.data.select.deduplication import Signer
 from lightlm.errors import DataError
@@ -54,7 +55,6 @@ class Job:
 
     folder: Path
     tokenizer: Path
-    end_of_text_id: int
     encoder: str
     val_fraction: float
     skip_bad: bool = False
@@ -92,14 +92,10 @@ def blocks_of(units: Iterable[Unit]) -> Iterator[Block]:
 
 
 class BlockReader:
-    """Reads the documents of a block, and counts by cause those that it leaves out."""
+    """Reads the documents of a block, and adds those that it leaves out to `left_out`."""
 
-    def __init__(self, job: Job, block: Block) -> None:
-        self.dropped: Counter[str] = Counter()
-        self.bad: list[str] = []
-        self.flagged: Counter[str] = Counter()
-        self.listed: list[str] = []
-        self._job, self._block = job, block
+    def __init__(self, job: Job, block: Block, left_out: LeftOut) -> None:
+        self._job, self._block, self._left_out = job, block, left_out
 
     def texts(self) -> Iterator[Texts | Iterator[str]]:
         """Yield complete texts, and each large one as an iterator of its parts, to be used up before the next."""
@@ -120,27 +116,24 @@ class BlockReader:
     def reject(self, error: DataError) -> None:
         """Raise an error in the source, or count it if bad records are skipped; count what a row filter leaves out."""
         if isinstance(error, FilteredOut):
-            self.dropped[FILTERED] += error.records
-            return
-        if not self._job.skip_bad:
+            self._left_out.drop(FILTERED, error.records)
+        elif self._job.skip_bad:
+            self._left_out.add(LeftOut(dropped={UNREADABLE: 1}, bad=[str(error)]), LISTED)
+        else:
             raise error
-        self.dropped[UNREADABLE] += 1
-        if len(self.bad) < LISTED:
-            self.bad.append(str(error))
 
     def _filtered(self, unit: str, first: int, texts: Texts) -> Texts:
         causes: dict[int, str] = {}
         for document_filter in self._job.filters:
             found = document_filter(unit, first, texts.array)
             listed = [f"{unit}, document {first + index}: {cause}" for index, cause in sorted(found.items())]
-            self.listed += listed[: LISTED - len(self.listed)]
-            if getattr(document_filter, "drops", True):
-                causes = found | causes
-            else:
-                self.flagged.update(found.values())
+            drops = getattr(document_filter, "drops", True)
+            flagged = {} if drops else dict(Counter(found.values()))
+            self._left_out.add(LeftOut(flagged=flagged, listed=listed), LISTED)
+            causes = found | causes if drops else causes
         if not causes:
             return texts
-        self.dropped.update(causes.values())
+        self._left_out.add(LeftOut(dropped=dict(Counter(causes.values()))), 0)
         kept = np.setdiff1d(np.arange(len(texts.array)), np.fromiter(causes, np.int64))
         return Texts(texts.array.take(pyarrow.array(kept)))
 

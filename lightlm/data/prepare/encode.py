@@ -16,12 +16,13 @@ from pyarrow import compute
 from lightlm.data.prepare.blocks import BLANK, HASHES, Block, BlockReader, Job, split_hashes
 from lightlm.data.prepare.encoded_block import EncodedBlock, EncodedBlockWriter
 from lightlm.data.prepare.encoders import (
+    Encoder,
     EncoderError,
     check_sample,
     encode_large,
     refuse_end_of_text,
     worker_encoder,
-)
+)  # fmt: skip
 from lightlm.data.readers import texts as sizes
 from lightlm.data.readers.texts import Texts, byte_lengths, in_chunks
 from lightlm.data.shards import token_dtype
@@ -38,20 +39,19 @@ def encode_block(job: Job, block: Block, report: Report | None = None) -> Encode
     the files cannot be written.
     """
     encoded = EncodedBlock(number=block.number, first_unit=block.units[0].id, limit=block.limit)
-    tokenizer, _ = worker_encoder(job.tokenizer, job.end_of_text_id, job.encoder)
-    with EncodedBlockWriter(job.folder, encoded, token_dtype(tokenizer.vocab_size)) as writer:
-        _BlockEncoder(job, block, writer, report).run()
+    encoder = worker_encoder(job.tokenizer, job.encoder)
+    with EncodedBlockWriter(job.folder, encoded, token_dtype(encoder.tokenizer.vocab_size)) as writer:
+        _BlockEncoder(job, block, encoder, writer, report or (lambda *_: None)).run()
     return encoded
 
 
 class _BlockEncoder:
     """Moves the documents of a block from its reader to its writer."""
 
-    def __init__(self, job: Job, block: Block, writer: EncodedBlockWriter, report: Report | None) -> None:
-        self._job, self._block, self._writer, self._encoded = job, block, writer, writer.encoded
-        self._report = report or (lambda *_: None)
-        self._reader = BlockReader(job, block)
-        self._tokenizer, self._encoder = worker_encoder(job.tokenizer, job.end_of_text_id, job.encoder)
+    def __init__(self, job: Job, block: Block, encoder: Encoder, writer: EncodedBlockWriter, report: Report) -> None:
+        self._job, self._block, self._encoder, self._writer, self._report = job, block, encoder, writer, report
+        self._encoded, self._end_of_text_id = writer.encoded, encoder.tokenizer.end_of_text_id
+        self._reader = BlockReader(job, block, writer.encoded)
         self._full = False  # the limit is reached
 
     def run(self) -> None:
@@ -69,19 +69,13 @@ class _BlockEncoder:
             if not isinstance(texts, Texts) and not self._full:
                 self._large(texts)
             if self._full:
-                break
+                return
         self._flush(pending)
-        self._encoded.dropped = dict(sorted((cause, n) for cause, n in self._reader.dropped.items() if n))
-        self._encoded.bad, self._encoded.listed = self._reader.bad, self._reader.listed
-        self._encoded.flagged = dict(sorted(self._reader.flagged.items()))
 
     def _flush(self, pending: list[pyarrow.Array]) -> None:
-        if self._full or not pending:
-            return
-        for chunk, _ in in_chunks(pyarrow.concat_arrays(pending)):
-            self._chunk(chunk)
-            if self._full:
-                return
+        for chunk, _ in in_chunks(pyarrow.concat_arrays(pending)) if pending else ():
+            if not self._full:
+                self._chunk(chunk)
 
     def _chunk(self, texts: pyarrow.Array) -> None:
         """Encode a chunk of complete texts."""
@@ -89,18 +83,18 @@ class _BlockEncoder:
         visible = texts.filter(pyarrow.array(~blank)) if blank.any() else texts
         ids, lengths = self._encoder.encode(visible)
         hashes = split_hashes(visible)
-        refuse_end_of_text(self._tokenizer, ids, self._block.units[0].id)
-        check_sample(self._encoder, self._tokenizer, visible, ids, lengths, hashes, self._block.units[0].id)
+        refuse_end_of_text(self._encoder.tokenizer, ids, self._block.units[0].id)
+        check_sample(self._encoder, visible, ids, lengths, hashes, self._block.units[0].id)
         count = self._fitting(lengths + 1)
         if self._full:
             blank = blank[: np.flatnonzero(~blank)[count - 1]]
-        self._reader.dropped[BLANK] += int(blank.sum())
+        self._encoded.drop(BLANK, int(blank.sum()))
         lengths, text_bytes = lengths[:count], byte_lengths(visible)[:count]
-        tokens = _with_ends(ids[: lengths.sum()], lengths, self._job.end_of_text_id)
+        tokens = np.insert(ids[: lengths.sum()], np.cumsum(lengths), self._end_of_text_id)
         if self._job.signer is not None:
             self._writer.add_documents(self._job.signer.sign(visible[:count].to_pylist()), lengths + 1, text_bytes)
         val = hashes[:count] < self._job.val_fraction * HASHES
-        self._writer.count(hashes[:count], val, lengths + 1, text_bytes)
+        self._writer.count(val, text_bytes)
         for_val = np.repeat(val, lengths + 1)
         self._writer.add("train", tokens[~for_val] if val.any() else tokens)
         self._writer.add("val", tokens[for_val])
@@ -112,7 +106,7 @@ class _BlockEncoder:
         dtype = self._writer.dtype
         with tempfile.TemporaryFile(dir=self._job.folder) as spool:
             try:
-                for text, ids in encode_large(parts, self._tokenizer, self._encoder, self._block.units[0].id):
+                for text, ids in encode_large(parts, self._encoder, self._block.units[0].id):
                     data = text.encode()
                     digest.update(data)
                     visible, text_bytes = visible or not text.isspace(), text_bytes + len(data)
@@ -127,19 +121,18 @@ class _BlockEncoder:
                         pass
                 return
             if not visible:
-                self._reader.dropped[BLANK] += 1
+                self._encoded.drop(BLANK)
                 return
-            spool.write(np.array([self._job.end_of_text_id], dtype).data)
+            spool.write(np.array([self._end_of_text_id], dtype).data)
             lengths, bytes_of_one = np.array([spool.tell() // dtype.itemsize]), np.array([text_bytes])
             self._fitting(lengths)
             if self._job.signer is not None:
                 self._writer.add_documents(self._job.signer.of_hash(digest.intdigest()), lengths, bytes_of_one)
-            hashes = np.array([digest.intdigest() % HASHES])
-            val = hashes < self._job.val_fraction * HASHES
-            self._writer.count(hashes, val, lengths, bytes_of_one)
+            val = digest.intdigest() % HASHES < self._job.val_fraction * HASHES
+            self._writer.count(np.array([val]), bytes_of_one)
             spool.seek(0)
             while data := spool.read(1 << 24):
-                self._writer.add("val" if val[0] else "train", np.frombuffer(data, dtype))
+                self._writer.add("val" if val else "train", np.frombuffer(data, dtype))
         self._report(1, 0, 1)
 
     def _fitting(self, lengths: np.ndarray) -> int:
@@ -149,14 +142,3 @@ class _BlockEncoder:
         reached = np.flatnonzero(self._encoded.total_tokens + np.cumsum(lengths) >= self._block.limit)
         self._full = bool(reached.size)
         return int(reached[0]) + 1 if reached.size else len(lengths)
-
-
-def _with_ends(ids: np.ndarray, lengths: np.ndarray, end_of_text_id: int) -> np.ndarray:
-    """Return the ids of documents with the end-of-text id after each."""
-    tokens = np.empty(ids.size + lengths.size, ids.dtype)
-    ends = np.cumsum(lengths + 1) - 1
-    inside = np.ones(tokens.size, bool)
-    inside[ends] = False
-    tokens[inside] = ids
-    tokens[ends] = end_of_text_id
-    return tokens

@@ -7,6 +7,7 @@ encoded again.
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,17 +24,36 @@ DATA = (*SPLITS, DOCUMENTS)
 COPY_TOKENS = 4_000_000
 
 
-def _zeros() -> dict[Split, int]:
-    return dict.fromkeys(SPLITS, 0)
+class LeftOut(BaseModel):
+    """What was left out: documents by cause, and the first messages of `--skip-bad`; what filters found.
+
+    `flagged` counts the documents that a filter reports and keeps; `listed` holds the first messages of filters.
+    """
+
+    dropped: dict[str, int] = {}
+    bad: list[str] = []
+    flagged: dict[str, int] = {}
+    listed: list[str] = []
+
+    def drop(self, cause: str, documents: int = 1) -> None:
+        """Count documents that are left out."""
+        self.add(LeftOut(dropped={cause: documents}), 0)
+
+    def add(self, other: "LeftOut", messages: int) -> None:
+        """Add the counts of `other`, and its messages up to a total of `messages` of each kind."""
+        for counts, more in ((self.dropped, other.dropped), (self.flagged, other.flagged)):
+            total = sorted((Counter(counts) + Counter(more)).items())
+            counts.clear()
+            counts.update(total)
+        self.bad += other.bad[: max(0, messages - len(self.bad))]
+        self.listed += other.listed[: max(0, messages - len(self.listed))]
 
 
-class EncodedBlock(BaseModel):
+class EncodedBlock(LeftOut):
     """What an encoded block holds.
 
     `first_unit` and `limit` identify the block that was encoded; `source` is the number of its source in a mixture.
-    `leading` lists (hash, tokens) of the train documents before the block's first validation document, see `order`.
-    `bad` holds the first messages of `--skip-bad`. `flagged` counts the documents that a filter reports and keeps;
-    `listed` holds the first messages of filters. `xxh3` maps the block's files to their checksums.
+    `xxh3` maps the block's files to their checksums.
     """
 
     number: int
@@ -41,14 +61,9 @@ class EncodedBlock(BaseModel):
     limit: int | None
     source: int | None = None
     documents: int = 0
-    tokens: dict[Split, int] = Field(default_factory=_zeros)
-    text_bytes: dict[Split, int] = Field(default_factory=_zeros)
-    leading: list[tuple[int, int]] = []
+    tokens: dict[Split, int] = Field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    text_bytes: dict[Split, int] = Field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     xxh3: dict[str, str] = {}
-    dropped: dict[str, int] = {}
-    bad: list[str] = []
-    flagged: dict[str, int] = {}
-    listed: list[str] = []
 
     @property
     def total_tokens(self) -> int:
@@ -120,14 +135,8 @@ class EncodedBlockWriter:
         self._write(split, np.ascontiguousarray(tokens, self.dtype))
         self.encoded.tokens[split] += tokens.size
 
-    def count(self, hashes: np.ndarray, val: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray) -> None:
-        """Count documents before their tokens are added, all arrays of shape (documents,).
-
-        The hash that decides the split, whether it is for validation, its tokens and its bytes of text.
-        """
-        if not self.encoded.tokens["val"]:
-            first = int(val.argmax()) if val.any() else len(val)
-            self.encoded.leading += zip(hashes[:first].tolist(), tokens[:first].tolist(), strict=True)
+    def count(self, val: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Count documents: whether each is for validation and its bytes of text, both of shape (documents,)."""
         self.encoded.documents += len(val)
         self.encoded.text_bytes["val"] += int(text_bytes[val].sum())
         self.encoded.text_bytes["train"] += int(text_bytes[~val].sum())

@@ -5,12 +5,14 @@ is young, so every run compares the two on hard texts first, and then on a sampl
 """
 
 import functools
+import itertools
 import json
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -18,10 +20,9 @@ import xxhash
 
 from lightlm.data.readers.texts import buffers_of, byte_lengths
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.errors import DataError, UsageError
+from lightlm.errors import DataError
 
 GIGATOKEN, TOKENIZERS, AUTO = "gigatoken", "tokenizers", "auto"
-ENCODERS = (AUTO, GIGATOKEN, TOKENIZERS)
 
 SAMPLE_BYTES = 2_048  # compared per chunk of 4 MB: a tenth of the time that the chunk takes
 
@@ -29,6 +30,7 @@ SAMPLE_BYTES = 2_048  # compared per chunk of 4 MB: a tenth of the time that the
 # 0.7 s and 200 MB of memory.
 UNCUT_CHARACTERS = 32 << 20
 WINDOW = 100  # characters on each side of a cut that are encoded both ways before it is trusted
+SEARCHED = 1 << 14  # characters at the end of a part in which a cut is tried first
 TRIES = 50
 
 # What encoders get wrong: contractions, runs and kinds of spaces, digits, combining marks, joined emoji, scripts
@@ -54,36 +56,28 @@ class EncoderError(DataError):
     """An encoder's ids differ from those of the reference."""
 
 
-class Encoder(Protocol):
-    """Encodes packed texts. Special tokens spelled out in a text are ordinary characters; none is added."""
+class Encoder:
+    """Encodes packed texts with the `tokenizers` library.
 
-    name: str
-
-    def encode(self, texts: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids, lengths): the ids of all texts end to end, and how many each text has (int64)."""
-
-
-class ReferenceEncoder:
-    """The `tokenizers` library."""
+    Special tokens spelled out in a text are ordinary characters; none is added.
+    """
 
     name = TOKENIZERS
     _one_at_a_time = threading.Lock()  # it uses every core, and 150 bytes of memory per character
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def encode(self, texts: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids, lengths): the ids of all texts end to end, and how many each text has (int64)."""
         with self._one_at_a_time:
-            encoded = self._tokenizer.encode_batch(texts.to_pylist())
+            encoded = self.tokenizer.encode_batch(texts.to_pylist())
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        ids = np.empty(int(lengths.sum()), np.uint32)
-        for end, item in zip(np.cumsum(lengths), encoded, strict=True):
-            ids[end - len(item) : end] = item
-        return ids, lengths
+        return np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(lengths.sum())), lengths
 
 
-class GigatokenEncoder:
-    """The `gigatoken` library.
+class GigatokenEncoder(Encoder):
+    """Encodes packed texts with the `gigatoken` library.
 
     Threads that share one of its tokenizers wait for each other (0.13 s where two tokenizers take 0.09 s), so each
     thread takes its own. Making one takes 0.3 s.
@@ -93,7 +87,13 @@ class GigatokenEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises ImportError or ValueError where gigatoken is not installed or cannot read this tokenizer."""
-        self._definition = plain_definition(tokenizer)
+        super().__init__(tokenizer)
+        # Without its special tokens a text cannot contain one. Added tokens that are not special stay: `tokenizers`
+        # finds them in texts, too.
+        added = tokenizer.content.get("added_tokens") or []
+        plain = [token for token in added if not token.get("special") and token["id"] != tokenizer.end_of_text_id]
+        changes = {"added_tokens": plain, "post_processor": None, "truncation": None, "padding": None}
+        self._definition = json.dumps(tokenizer.content | changes).encode()
         self._idle: deque[Any] = deque([self._new_backend()])
 
     def encode(self, texts: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -106,11 +106,11 @@ class GigatokenEncoder:
         layout = awkward.contents.ListOffsetArray(
             awkward.index.Index64(offsets), characters, parameters={"__array__": "string"}
         )
-        # One thread: the other cores encode other blocks.
         try:
             backend = self._idle.pop()
         except IndexError:
             backend = self._new_backend()
+        # One thread: the other cores encode other blocks.
         result = backend.encode_batch(awkward.Array(layout), parallel=False).layout
         self._idle.append(backend)
         ends = np.asarray(result.offsets.data)
@@ -125,80 +125,61 @@ class GigatokenEncoder:
             raise ValueError(str(error)) from error
 
 
-def plain_definition(tokenizer: Tokenizer) -> bytes:
-    """Return the tokenizer.json without special tokens, template, truncation and padding.
-
-    Without its special tokens a text cannot contain one. Added tokens that are not special stay: `tokenizers` finds
-    them in texts, too.
-    """
-    added = tokenizer.content.get("added_tokens") or []
-    plain = [token for token in added if not token.get("special") and token["id"] != tokenizer.end_of_text_id]
-    changes = {"added_tokens": plain, "post_processor": None, "truncation": None, "padding": None}
-    return json.dumps(tokenizer.content | changes).encode()
-
-
 _making = threading.Lock()
-_known: dict[tuple[bytes, int], Tokenizer] = {}
 
 
-def remember(tokenizer: Tokenizer) -> None:
-    """Let `worker_encoder` use this tokenizer, which takes a third of a second to make."""
-    _known.clear()
-    _known[tokenizer.definition, tokenizer.end_of_text_id] = tokenizer
-
-
-def choose_encoder(wanted: str, definition: Path, end_of_text_id: int) -> tuple[str, str | None]:
-    """Return the name of the encoder to use and, if `auto` fell back on `tokenizers`, the reason.
-
-    Raises:
-        UsageError: the encoder is not one of `ENCODERS`.
-        DataError: gigatoken was requested and cannot be used, or its ids differ from those of `tokenizers`.
-    """
-    if wanted not in ENCODERS:
-        raise UsageError(f"--encoder {wanted}: choose one of {', '.join(ENCODERS)}")
-    reference, _ = worker_encoder(definition, end_of_text_id, TOKENIZERS)
-    for text in (reference.end_of_text, f"a {reference.end_of_text} b"):
-        refuse_end_of_text(reference, np.array(reference.encode(text)), "a test text")
-    if wanted == TOKENIZERS:
-        return TOKENIZERS, None
-    try:
-        tokenizer, encoder = worker_encoder(definition, end_of_text_id, GIGATOKEN)
-    except (ImportError, ValueError) as error:
-        if wanted == GIGATOKEN:
-            raise DataError(f"gigatoken cannot be used here ({error}); use --encoder tokenizers") from error
-        return TOKENIZERS, str(error)
-    specials = tuple(token["content"] for token in tokenizer.content.get("added_tokens") or ())
-    compare(encoder, tokenizer, (*HARD_TEXTS, *specials, "x".join(specials)), "a test text")
-    return GIGATOKEN, None
+def worker_encoder(definition: Path, name: str) -> Encoder:
+    """Return the encoder of a tokenizer.json; each process makes it once and its threads share it."""
+    with _making:
+        return _made(definition.read_bytes(), name)
 
 
 @functools.lru_cache(maxsize=2)
-def _made(definition: bytes, end_of_text_id: int, name: str) -> tuple[Tokenizer, Encoder]:
-    tokenizer = _known.get((definition, end_of_text_id))
-    if tokenizer is None:
-        tokenizer = Tokenizer(definition, origin="the tokenizer", end_of_text_id=end_of_text_id)
-    return tokenizer, GigatokenEncoder(tokenizer) if name == GIGATOKEN else ReferenceEncoder(tokenizer)
+def _made(definition: bytes, name: str) -> Encoder:
+    tokenizer = Tokenizer(definition, origin="the tokenizer")
+    return GigatokenEncoder(tokenizer) if name == GIGATOKEN else Encoder(tokenizer)
 
 
-def worker_encoder(definition: Path, end_of_text_id: int, name: str) -> tuple[Tokenizer, Encoder]:
-    """Return the tokenizer in a file and its encoder; each process makes them once and its threads share them."""
-    with _making:
-        return _made(definition.read_bytes(), end_of_text_id, name)
+def choose_encoder(wanted: str, definition: Path) -> tuple[Encoder, str | None]:
+    """Return the encoder to use and, if `auto` fell back on `tokenizers`, the reason.
+
+    Raises DataError where gigatoken was requested and cannot be used, its ids differ from those of `tokenizers`, or
+    the tokenizer finds its end-of-text token in texts.
+    """
+    reason = None
+    try:
+        encoder = worker_encoder(definition, TOKENIZERS if wanted == TOKENIZERS else GIGATOKEN)
+    except (ImportError, ValueError) as error:
+        if wanted == GIGATOKEN:
+            raise DataError(f"gigatoken cannot be used here ({error}); use --encoder tokenizers") from error
+        encoder, reason = worker_encoder(definition, TOKENIZERS), str(error)
+    tokenizer = encoder.tokenizer
+    for text in (tokenizer.end_of_text, f"a {tokenizer.end_of_text} b"):
+        refuse_end_of_text(tokenizer, np.array(tokenizer.encode(text)), "a test text")
+    specials = tuple(token["content"] for token in tokenizer.content.get("added_tokens") or ())
+    compare(encoder, (*HARD_TEXTS, *specials, "x".join(specials)), "a test text")
+    return encoder, reason
 
 
-def compare(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], where: str) -> None:
+def compare(encoder: Encoder, texts: Sequence[str], where: str) -> None:
     """Raise EncoderError, naming the text, where the encoder's ids differ from those of `tokenizers`."""
-    if encoder.name == TOKENIZERS:
-        return
     ids, lengths = encoder.encode(pyarrow.array(texts, pyarrow.large_string()))
-    ends = np.cumsum(lengths)
-    for text, expected, end, length in zip(texts, tokenizer.encode_batch(texts), ends, lengths, strict=True):
-        if ids[end - length : end].tolist() != expected:
-            raise different(encoder, where, text)
+    for text, found in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+        _require_reference(encoder, text, found, where)
 
 
-def check_sample(encoder: Encoder, tokenizer: Tokenizer, texts: pyarrow.Array, ids: np.ndarray, lengths: np.ndarray,
-                 hashes: np.ndarray, where: str) -> None:  # fmt: skip
+def _require_reference(encoder: Encoder, text: str, ids: np.ndarray, where: str) -> None:
+    if encoder.name != TOKENIZERS and ids.tolist() != encoder.tokenizer.encode(text):
+        raise EncoderError(
+            f"{encoder.name} {version(encoder.name)} and tokenizers {version('tokenizers')} give different token ids "
+            f"for {where}: {text[:80]!r}. No wrong tokens were written. Resume with --encoder tokenizers, which is "
+            "slower."
+        )
+
+
+def check_sample(
+    encoder: Encoder, texts: pyarrow.Array, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray, where: str
+) -> None:
     """Compare about `SAMPLE_BYTES` of the texts, chosen by their hashes, with `tokenizers`.
 
     For a short text, compares the ids that will be written. For a long one, encodes a part with both libraries.
@@ -211,11 +192,10 @@ def check_sample(encoder: Encoder, tokenizer: Tokenizer, texts: pyarrow.Array, i
     while budget > 0 and index < len(texts):
         text = texts[index].as_py()
         if sizes[index] <= SAMPLE_BYTES:
-            if ids[ends[index] - lengths[index] : ends[index]].tolist() != tokenizer.encode(text):
-                raise different(encoder, where, text)
+            _require_reference(encoder, text, ids[ends[index] - lengths[index] : ends[index]], where)
         else:
             start = xxhash.xxh3_64_intdigest(text[:SAMPLE_BYTES].encode()) % len(text)
-            compare(encoder, tokenizer, [text[start : start + SAMPLE_BYTES]], where)
+            compare(encoder, [text[start : start + SAMPLE_BYTES]], where)
         budget -= int(sizes[index]) + 64
         index += 1
 
@@ -233,66 +213,52 @@ def refuse_end_of_text(tokenizer: Tokenizer, ids: np.ndarray, where: str) -> Non
         )
 
 
-def encode_large(
-    parts: Iterable[str], tokenizer: Tokenizer, encoder: Encoder, where: str
-) -> Iterator[tuple[str, np.ndarray]]:
+def encode_large(parts: Iterable[str], encoder: Encoder, where: str) -> Iterator[tuple[str, np.ndarray]]:
     """Encode the text of `parts`: yield (text, ids) whose ids, end to end, are those of the whole text.
 
     Compares a sample of each with `tokenizers`; `where` names the text in errors. Raises DataError where
     `UNCUT_CHARACTERS` have no place to cut.
     """
+    for text in _cut(parts, encoder):
+        packed = pyarrow.array([text], pyarrow.large_string())
+        ids, lengths = encoder.encode(packed)
+        refuse_end_of_text(encoder.tokenizer, ids, where)
+        check_sample(encoder, packed, ids, lengths, np.zeros(1, np.int64), where)
+        yield text, ids
+
+
+def _cut(parts: Iterable[str], encoder: Encoder) -> Iterator[str]:
+    """Yield the text of `parts` cut at other places: where the ids of both sides are those of the whole."""
     rest: list[str] = []
     for part in parts:
-        border = _last_border(part, tokenizer, encoder)
-        if border is None:
-            rest.append(part)
-            if sum(map(len, rest)) > UNCUT_CHARACTERS:
-                raise DataError(
-                    f"{UNCUT_CHARACTERS >> 20} million characters of one document have no place where the tokenizer "
-                    f"lets them be cut (a space or a line end between two words): {rest[0][:60]!r}. Split the "
-                    "document, or leave it out with --skip-bad"
-                )
-            continue
-        text = "".join([*rest, part[:border]])
-        yield text, _checked_ids(text, tokenizer, encoder, where)
-        rest = [part[border:]]
-    text = "".join(rest)
-    if text:
-        yield text, _checked_ids(text, tokenizer, encoder, where)
+        border = _last_border(part, encoder)
+        if border is not None:
+            yield "".join([*rest, part[:border]])
+            rest = []
+        rest.append(part[border:])
+        if sum(map(len, rest)) > UNCUT_CHARACTERS:
+            raise DataError(
+                f"{UNCUT_CHARACTERS >> 20} million characters of one document have no place where the tokenizer lets "
+                f"them be cut (a space or a line end between two words): {rest[0][:60]!r}. Split the document, or "
+                "leave it out with --skip-bad"
+            )
+    if any(rest):
+        yield "".join(rest)
 
 
-def _checked_ids(text: str, tokenizer: Tokenizer, encoder: Encoder, where: str) -> np.ndarray:
-    packed = pyarrow.array([text], pyarrow.large_string())
-    ids, lengths = encoder.encode(packed)
-    refuse_end_of_text(tokenizer, ids, where)
-    check_sample(encoder, tokenizer, packed, ids, lengths, np.zeros(1, np.int64), where)
-    return ids
-
-
-def _last_border(part: str, tokenizer: Tokenizer, encoder: Encoder) -> int | None:
+def _last_border(part: str, encoder: Encoder) -> int | None:
     """Return the last place where a part can be cut, or None. Encodes both sides to see that the ids stay."""
-    if tokenizer.border is None:
+    if encoder.tokenizer.border is None:
         return None
-    for window in (1 << 10, 1 << 16, len(part)):
-        start = max(0, len(part) - window - WINDOW)
-        end = len(part) - WINDOW  # the text beyond the part is not known yet
-        found = [match.start() for match in tokenizer.border.finditer(part, start, max(start, end))]
+
+    def ids(text: str) -> list[int]:
+        return encoder.encode(pyarrow.array([text], pyarrow.large_string()))[0].tolist()
+
+    end = max(0, len(part) - WINDOW)  # the text beyond the part is not known yet
+    for start in (max(0, end - SEARCHED), 0):
+        found = [match.start() for match in encoder.tokenizer.border.finditer(part, start, end)]
         for border in found[: -TRIES - 1 : -1]:
             left, right = part[max(0, border - WINDOW) : border], part[border : border + WINDOW]
-            if left and _ids(encoder, left + right).tolist() == [*_ids(encoder, left), *_ids(encoder, right)]:
+            if left and ids(left + right) == ids(left) + ids(right):
                 return border
     return None
-
-
-def _ids(encoder: Encoder, text: str) -> np.ndarray:
-    return encoder.encode(pyarrow.array([text], pyarrow.large_string()))[0]
-
-
-def different(encoder: Encoder, where: str, text: str) -> EncoderError:
-    """Return the error for a text that the two libraries encode differently."""
-    from importlib.metadata import version
-
-    return EncoderError(
-        f"{encoder.name} {version(encoder.name)} and tokenizers {version('tokenizers')} give different token ids for "
-        f"{where}: {text[:80]!r}. No wrong tokens were written. Resume with --encoder tokenizers, which is slower."
-    )

@@ -12,7 +12,7 @@ import os
 import platform
 import signal
 import socket
-import threading
+import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -83,7 +83,7 @@ def encode_here(job: Job, block: Block, version: str) -> EncodedBlock:
             "version on both."
         )
     # Without this check --skip-bad would leave out a source that is missing on this node.
-    for path in (job.tokenizer, *_files(block.units[0].stream)):
+    for path in (job.tokenizer, *_files(block.units[0].texts)):
         if not path.exists():
             raise DataError(f"The Ray node {platform.node()} has no {path}. {SHARED} nodes.")
     return read_or_encode(job, block)
@@ -154,13 +154,15 @@ def _cancel(ray: Any, running: list[Any]) -> None:
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
     """Give the `ray` module with a connection to a cluster. Raises DataError where it cannot connect."""
-    with _signals_kept():
-        ray, ours = _connect(address)
+    before = signal.getsignal(signal.SIGTERM)
+    ray, ours = _connect(address)
+    if signal.getsignal(signal.SIGTERM) is not before:  # Ray replaces the handler when it connects in the main thread
+        signal.signal(signal.SIGTERM, before)
     if not ours:
         yield ray
         return
     try:
-        with _silenced(ray):
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints about lost workers on standard output, as --json does
             yield ray
     finally:
         ray.shutdown()
@@ -190,31 +192,3 @@ def _check_port(address: str) -> None:
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if separator and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-
-
-@contextlib.contextmanager
-def _silenced(ray: Any) -> Iterator[None]:
-    """Keep Ray's messages about lost workers off standard output, where `--json` writes; Ray has no setting for it."""
-    module = ray._private.worker
-    before = getattr(module, "print_to_stdstream", None)
-    if before is None:
-        yield
-        return
-    module.print_to_stdstream = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        module.print_to_stdstream = before
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Restore the SIGTERM handler that Ray replaces when it connects."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -18,8 +18,8 @@ from lightlm import __version__
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.assembly import SPLIT_RULE, Assembly
 from lightlm.data.prepare.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
-from lightlm.data.prepare.encoded_block import EncodedBlock
-from lightlm.data.prepare.encoders import AUTO, EncoderError, choose_encoder, remember
+from lightlm.data.prepare.encoded_block import EncodedBlock, LeftOut
+from lightlm.data.prepare.encoders import AUTO, Encoder, EncoderError, choose_encoder
 from lightlm.data.prepare.executors import Engine, ThreadEngine, read_or_encode
 from lightlm.data.prepare.mixing.source import MixtureSource
 from lightlm.data.prepare.options import SHARD_TOKENS, Options, default_tokenizer, default_val_fraction
@@ -29,7 +29,7 @@ from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode
 from lightlm.data.select.filters import Filter
 from lightlm.data.shards import Manifest, token_dtype
-from lightlm.data.sources.base import Revisable, Source
+from lightlm.data.sources.base import Source, at_revision
 from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.sources.registry import open_source
 from lightlm.data.sources.sample import training_sample
@@ -144,13 +144,6 @@ def prepare(
             )
 
 
-def verify(path: str | os.PathLike[str]) -> Manifest:
-    """Check a data folder completely, checksums included. Raises DataError naming the first mismatch."""
-    folder = DataFolder.open(path)
-    folder.verify()
-    return folder.manifest
-
-
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -203,13 +196,12 @@ class _Preparation:
 
     def run(self, settings: dict[str, Setting], overwrite: bool) -> Manifest:
         workspace = self._workspace
-        self._pin(workspace.open(settings, overwrite=overwrite))
+        self._source = at_revision(self._source, workspace.open(settings, overwrite=overwrite))
         try:
             self._source_bytes = getattr(self._source, "size", None)
-            tokenizer = self._tokenizer()
-            remember(tokenizer)
+            encoder = self._encoder()
             workspace.save_revision(self._source.revision)
-            manifest = self._assemble(self._job(tokenizer), tokenizer, settings)
+            manifest = self._assemble(encoder, settings)
             write_text(workspace.folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
             workspace.finish()
             return manifest
@@ -222,73 +214,51 @@ class _Preparation:
                 error.args = (f"{message}. Progress is saved. Rerun the same command to resume{skip}.",)
             raise
 
-    def _pin(self, revision: str | None) -> None:
-        """Read the source at the revision at which the preparation began."""
-        if revision is None:
-            return
-        if isinstance(self._source, Revisable):  # first: asking for the latest revision needs the network
-            self._source = self._source.at_revision(revision)
-        elif revision != self._source.revision:
-            raise DataError(
-                f"{self._source.spec} has changed since {self._workspace.path} began: {revision} then, "
-                f"{self._source.revision} now. Use --overwrite to start over."
-            )
-
-    def _tokenizer(self) -> Tokenizer:
-        """Return the tokenizer; a resumed preparation uses the one in its folder."""
-        path = self._workspace.folder / "tokenizer.json"
-        if path.is_file():
-            return Tokenizer.from_file(path)
-        vocab_size = requested_vocab_size(self._options.tokenizer)
-        if vocab_size is None:
-            # The source first: if both need the network, its message has the solution for both.
-            next(self._source.units(), None)
-            tokenizer = load_tokenizer(self._options.tokenizer, download_tokenizer)
-        else:
-            sample = training_sample(self._source.units(), self._report_sample, skip_bad=self._options.skip_bad)
-            tokenizer = train_tokenizer(sample, vocab_size)
-        tokenizer.save(path)
-        return tokenizer
+    def _encoder(self) -> Encoder:
+        """Return the encoder of the tokenizer.json in the folder, which a new preparation makes."""
+        options, definition = self._options, self._workspace.folder / "tokenizer.json"
+        if not definition.is_file():
+            vocab_size = requested_vocab_size(options.tokenizer)
+            if vocab_size is None:
+                # The source first: if both need the network, its message has the solution for both.
+                next(self._source.units(), None)
+                load_tokenizer(options.tokenizer, download_tokenizer).save(definition)
+            else:
+                sample = training_sample(self._source.units(), self._report_sample, skip_bad=options.skip_bad)
+                train_tokenizer(sample, vocab_size).save(definition)
+        encoder, reason = choose_encoder(options.encoder, definition)
+        if reason is not None:
+            message = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
+            self._progress(Progress(TOKENIZING, 0, 0, 0, options.max_tokens, message=message))
+        return encoder
 
     def _report_sample(self, documents: int, characters: int) -> None:
         self._progress(Progress(TRAINING_TOKENIZER, documents, characters, 0, None))
 
-    def _job(self, tokenizer: Tokenizer) -> Job:
-        definition = self._workspace.folder / "tokenizer.json"
-        encoder, reason = choose_encoder(self._options.encoder, definition, tokenizer.end_of_text_id)
-        if reason is not None:
-            message = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
-            self._progress(Progress(TOKENIZING, 0, 0, 0, self._options.max_tokens, message=message))
-        return Job(
-            folder=self._workspace.blocks,
-            tokenizer=definition,
-            end_of_text_id=tokenizer.end_of_text_id,
-            encoder=encoder,
-            val_fraction=self._options.val_fraction,
-            skip_bad=self._options.skip_bad,
-            filters=self._options.all_filters,
+    def _assemble(self, encoder: Encoder, settings: dict[str, Setting]) -> Manifest:
+        workspace, options, source, tokenizer = self._workspace, self._options, self._source, encoder.tokenizer
+        job = Job(
+            folder=workspace.blocks,
+            tokenizer=workspace.folder / "tokenizer.json",
+            encoder=encoder.name,
+            val_fraction=options.val_fraction,
+            skip_bad=options.skip_bad,
+            filters=options.all_filters,
         )
-
-    def _assemble(self, job: Job, tokenizer: Tokenizer, settings: dict[str, Setting]) -> Manifest:
-        workspace, options, source = self._workspace, self._options, self._source
         assembly = Assembly(
             workspace.folder, workspace.state, job.folder, tokenizer, options.val_fraction, options.shard_tokens
         )
         state = assembly.state
         self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
-        try:
+        with contextlib.closing(assembly):
             selects = options.dedup is not None or isinstance(source, MixtureSource)
             blocks = self._selected(state.blocks, job, tokenizer) if selects else self._encoded(assembly, job)
             with contextlib.closing(blocks):
                 for encoded in blocks:
                     assembly.add(encoded)
             assembly.finish()
-        finally:
-            assembly.abandon()
         self._check(assembly)
-        mixture = []
-        if isinstance(source, MixtureSource):
-            mixture = source.reached(state.source_tokens, state.source_documents)
+        counts = (state.source_tokens, state.source_documents)
         return Manifest(
             source=source.spec,
             description=source.description,
@@ -300,12 +270,9 @@ class _Preparation:
             split_rule=SPLIT_RULE,
             text_bytes=assembly.text_bytes,
             skipped_documents=state.dropped.get(BLANK, 0),
-            dropped=state.dropped,
-            bad=state.bad,
-            flagged=state.flagged,
-            listed=state.listed,
+            **state.model_dump(include=set(LeftOut.model_fields)),
             evaluation_sets=options.decontaminate.coverage if options.decontaminate is not None else {},
-            mixture=mixture,
+            mixture=source.reached(*counts) if isinstance(source, MixtureSource) else [],
             unigram=assembly.unigram(),
             lightlm_version=__version__,
             settings=settings,

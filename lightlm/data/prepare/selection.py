@@ -10,7 +10,6 @@ tokens with the end-of-text token, its bytes of text.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -24,6 +23,7 @@ from lightlm.data.prepare.encoded_block import (
     DOCUMENTS,
     EncodedBlock,
     EncodedBlockWriter,
+    LeftOut,
     block_path,
     read_tokens,
     remove_encoded_block,
@@ -130,22 +130,14 @@ class Selector:
     ) -> EncodedBlock:
         """Write block `number` in `job.folder`: the documents to keep of a block before selection."""
         old, documents, verdicts = block.item.encoded, block.item.documents, block.item.verdicts
-        causes = Counter(CAUSES[verdict] for verdict in verdicts.tolist() if verdict != KEPT)
-        encoded = EncodedBlock(
-            number=number,
-            first_unit=old.first_unit,
-            limit=None,
-            source=block.source,
-            dropped=dict(sorted((Counter(old.dropped) + causes).items())),
-            bad=old.bad,
-            flagged=old.flagged,
-            listed=old.listed,
-        )
+        left_out = old.model_dump(include=set(LeftOut.model_fields))
+        encoded = EncodedBlock(number=number, first_unit=old.first_unit, limit=None, source=block.source, **left_out)
+        for verdict, cause in CAUSES.items():
+            encoded.drop(cause, int((verdicts == verdict).sum()))
         with EncodedBlockWriter(job.folder, encoded, dtype) as writer:
-            hashes = (documents[:, 0] % np.uint64(HASHES)).astype(np.int64)
-            val = hashes < job.val_fraction * HASHES
+            val = (documents[:, 0] % np.uint64(HASHES)).astype(np.int64) < job.val_fraction * HASHES
             lengths, text_bytes = documents[:, -2].astype(np.int64), documents[:, -1].astype(np.int64)
-            writer.count(hashes[keep], val[keep], lengths[keep], text_bytes[keep])
+            writer.count(val[keep], text_bytes[keep])
             for split in SPLITS:
                 mine = val if split == "val" else ~val
                 for start, end in _spans(lengths[mine], keep[mine]):

@@ -56,16 +56,11 @@ class Workspace:
         finished. Raises DataError where a preparation with other settings is unfinished.
         """
         saved = self._read()
-        complete = saved is not None and self.folder.is_dir()  # else a kill came right after the final rename
-        if (
-            saved is None
-            or not complete
-            or (overwrite and not (saved["overwrite"] and saved["settings"] == dict(settings)))
-        ):
+        if saved is None or not self.folder.is_dir():  # without the folder, a kill came right after the final rename
             self._begin(settings, overwrite)
             return None
         changed = different_settings(saved["settings"], settings)
-        if changed and not self.worth_keeping:
+        if (overwrite and (changed or not saved["overwrite"])) or (changed and not self.worth_keeping):
             self._begin(settings, overwrite)
             return None
         if changed:

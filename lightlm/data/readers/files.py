@@ -1,7 +1,7 @@
 """The file types that can be read. A type is a module here and a row of `READERS`."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from lightlm.data.readers.file import File
 from lightlm.data.readers.jsonl import compressed_jsonl_units, jsonl_units
@@ -10,14 +10,12 @@ from lightlm.data.readers.plain import plain_units
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
 
+Units = Callable[[File, str, str, Filter | None], Iterator[Unit]]
+"""Yields the units of a file: (file, name, text_column, row_filter).
 
-class Units(Protocol):
-    """Yields the units of one file, whose ids start with `name`.
-
-    Only records that `row_filter` keeps are read. An error names the file and the place in it.
-    """
-
-    def __call__(self, file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]: ...
+The ids of the units start with `name`. Only records that `row_filter` keeps are read. An error names the file and the
+place in it.
+"""
 
 
 class Reader(NamedTuple):
@@ -45,6 +43,4 @@ def suffix_of(file: File) -> str | None:
 
 def reader_of(file: File) -> Reader:
     """Return the reader of a file that has one."""
-    suffix = suffix_of(file)
-    assert suffix is not None
-    return READERS[suffix]
+    return READERS[suffix_of(file) or ""]

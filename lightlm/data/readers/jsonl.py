@@ -7,13 +7,13 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow
 
 from lightlm.data.readers.file import File, is_local, raise_machine_fault
-from lightlm.data.readers.records import Record, pack_records, record_of
-from lightlm.data.readers.texts import CHUNK_BYTES, RECORD_BYTES, BadRecord, Texts, Unit, too_large
+from lightlm.data.readers.records import text_of
+from lightlm.data.readers.texts import CHUNK_BYTES, RECORD_BYTES, BadRecord, Texts, Unit, pack, too_large
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
 
@@ -47,8 +47,8 @@ def read_json_block(
                 # The line that holds the byte before this block began in an earlier one, even if it ends right there.
                 opened.seek(start - 1)
                 _skip_line(opened, end)
-            records = _records(_lines(opened, end), partial(_line_in_block, file, start), text_column, row_filter, bad)
-            yield from pack_records(records, row_filter, bad)
+            where = partial(_line_in_block, file, start)
+            yield from pack(_texts(_lines(opened, end), where, text_column, row_filter, bad))
     except OSError as error:
         raise_machine_fault(error)
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
@@ -58,35 +58,24 @@ def read_compressed_json(
     file: File, text_column: str, bad: BadRecord, row_filter: Filter | None = None
 ) -> Iterator[Texts]:
     """Yield the texts of a .jsonl.gz or .jsonl.zst file. The texts before a damage come before its error."""
-    count = 0
-
-    def counted(lines: Iterator[Line]) -> Iterator[Line]:
-        nonlocal count
-        for line in lines:
-            count += 1
-            yield line
-
     try:
         with file.open("rb") as raw, _decompressed(raw, file.name) as opened:
-            lines, where = counted(_lines(opened)), partial("{}, line {}".format, file)
-            yield from pack_records(_records(lines, where, text_column, row_filter, bad), row_filter, bad)
+            where = partial("{}, line {}".format, file)
+            yield from pack(_texts(_lines(opened), where, text_column, row_filter, bad))
     except (OSError, EOFError, zlib.error) as error:
         raise_machine_fault(error)
-        raise DataError(f"{file}: damaged or truncated after line {count} ({error})") from error
+        raise DataError(f"{file}: damaged or truncated ({error})") from error
 
 
 def _lines(file: BinaryIO, end: int | None = None) -> Iterator[Line]:
     """Yield the lines that begin before byte `end`; of a line above `RECORD_BYTES`, no more than that is held."""
-    while end is None or file.tell() < end:
-        line: Line = file.readline(RECORD_BYTES + 1)
-        if not line:
-            return
-        large = len(line) > RECORD_BYTES and not line.endswith(b"\n")
-        if large:
-            line = None
-        yield line
-        if large:
+    while (end is None or file.tell() < end) and (line := file.readline(RECORD_BYTES + 1)):
+        if len(line) > RECORD_BYTES and not line.endswith(b"\n"):
+            del line  # before the rest of it is read
+            yield None
             _skip_line(file, None)
+        else:
+            yield line
 
 
 def _skip_line(file: BinaryIO, end: int | None) -> None:
@@ -95,36 +84,41 @@ def _skip_line(file: BinaryIO, end: int | None) -> None:
         pass
 
 
-def _records(
+def _texts(
     lines: Iterator[Line], where: Callable[[int], str], text_column: str, row_filter: Filter | None, bad: BadRecord
-) -> Iterator[Record]:
-    """Yield the record of each line that is not blank; `where(n)` names the n-th line in an error."""
+) -> Iterator[str]:
+    """Yield the texts of the lines; `where(n)` names the n-th line in an error."""
     for number, line in enumerate(lines, start=1):
         try:
             if line is None:
                 raise too_large(where(number), "JSON")
-            if line.strip():
-                yield _parse(line, partial(where, number), text_column, row_filter)
+            if not line.strip():
+                continue
+            place = partial(where, number)
+            text = text_of(_parse(line, place), place, text_column, row_filter, bad)
         except DataError as error:
             bad(error)
+            continue
+        if text is not None:
+            yield _valid(text)
 
 
-def _parse(line: bytes, where: Callable[[], str], text_column: str, row_filter: Filter | None) -> Record:
+def _parse(line: bytes, where: Callable[[], str]) -> Any:
     try:
-        columns = json.loads(line)
+        return json.loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where()}: not UTF-8 at byte {error.start} of the line") from error
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise DataError(f"{where()}: not valid JSON ({error})") from error
-    if not isinstance(columns, dict):
-        raise DataError(f"{where()}: a JSON object was expected, with the text under {text_column!r}")
-    record = record_of(columns, where, text_column, row_filter)
+
+
+def _valid(text: str) -> str:
+    """Replace each half of a surrogate pair ("\\ud83d"), which JSON can spell, by U+FFFD."""
     try:
-        (record.text or "").encode("utf-16")  # faster than UTF-8
+        text.encode("utf-16")  # faster than UTF-8
     except UnicodeEncodeError:
-        # JSON can spell half of a surrogate pair ("\ud83d"), which is not a character; it becomes U+FFFD.
-        return record._replace(text=str(record.text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    return record
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _line_in_block(file: File, start: int, number: int) -> str:

@@ -7,7 +7,6 @@ thousands of row groups takes most of the time, and on the Hub a request each; s
 import functools
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -32,8 +31,8 @@ from lightlm.errors import DataError
 FOOTERS = 4  # kept per process, as files are read one after the other
 
 # A buffer: otherwise the whole column of a row group, which may be gigabytes, is read before its first page. Each fill
-# of it is a request to a remote file, so there it is the file's own.
-LOCAL_BUFFER_BYTES = 1 << 20
+# of it is a request to a remote file.
+LOCAL_BUFFER_BYTES, REMOTE_BUFFER_BYTES = 1 << 20, 8 << 20
 
 
 def parquet_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
@@ -79,48 +78,43 @@ def read_row_group(
     file: File, group: int, text_column: str, bad: BadRecord, row_filter: Filter | None = None
 ) -> Iterator[Texts]:
     """Yield the texts of one row group; nulls are left out, and what `row_filter` does not keep."""
+    where = f"{file}, row group {group}"
     try:
         footer = _footer(file, _version(file))
+        size = footer.row_group(group)
         if row_filter is not None and group not in _matching_groups(file, _version(file), row_filter):
-            bad(FilteredOut(footer.row_group(group).num_rows))
+            bad(FilteredOut(size.num_rows))
             return
+        # Few rows at a time: about a chunk by the average, since one text may be far above it.
+        rows = max(1, min(4_096, int(size.num_rows * CHUNK_BYTES / max(1, size.total_byte_size))))
         source = file if is_local(file) else file.open("rb", buffering=0)
-        buffer = getattr(file, "request_bytes", LOCAL_BUFFER_BYTES)
+        buffer = LOCAL_BUFFER_BYTES if is_local(file) else REMOTE_BUFFER_BYTES
         with parquet.ParquetFile(source, metadata=footer, buffer_size=buffer, pre_buffer=False) as opened:
-            yield from _group_texts(opened, f"{file}, row group {group}", group, text_column, row_filter, bad)
+            tested = row_filter.arrow_columns(opened.schema_arrow) if row_filter is not None else []
+            expression = row_filter.arrow(opened.schema_arrow, where) if row_filter is not None else None
+            first = 0
+            for batch in opened.iter_batches(row_groups=[group], columns=[text_column, *tested], batch_size=rows):
+                numbers, column = np.arange(first, first + len(batch)), batch.column(text_column)
+                first += len(batch)
+                if expression is not None:
+                    kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
+                    if len(kept) < len(batch):
+                        bad(FilteredOut(len(batch) - len(kept)))
+                        numbers, column = numbers[kept], column.take(pyarrow.array(kept))
+                if column.null_count:
+                    numbers, column = numbers[np.asarray(column.is_valid())], column.drop_null()
+                column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
+                column = column.cast(pyarrow.large_string())
+                large = byte_lengths(column) > RECORD_BYTES
+                for number in numbers[large]:
+                    bad(too_large(f"{where}, row {number} of it", "text"))
+                yield from in_chunks(column.filter(pyarrow.array(~large)) if large.any() else column)
+                del batch, column  # one large text would be held while the next is read
     except (pyarrow.ArrowException, OSError) as error:
         raise_machine_fault(error)
         if "UTF8" in str(error).replace("-", "").upper():
             raise DataError(f"{file}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{file}: row group {group} cannot be read: {error}") from error
-
-
-def _group_texts(
-    opened: Any, where: str, group: int, text_column: str, row_filter: Filter | None, bad: BadRecord
-) -> Iterator[Texts]:
-    schema, size = opened.schema_arrow, opened.metadata.row_group(group)
-    tested = row_filter.arrow_columns(schema) if row_filter is not None else []
-    expression = row_filter.arrow(schema, where) if row_filter is not None else None
-    first = 0
-    # Few rows at a time: about a chunk by the average, since one text may be far above it.
-    rows = max(1, min(4_096, int(size.num_rows * CHUNK_BYTES / max(1, size.total_byte_size))))
-    for batch in opened.iter_batches(row_groups=[group], columns=[text_column, *tested], batch_size=rows):
-        numbers, column = np.arange(first, first + len(batch)), batch.column(text_column)
-        first += len(batch)
-        if expression is not None:
-            kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
-            if len(kept) < len(batch):
-                bad(FilteredOut(len(batch) - len(kept)))
-                numbers, column = numbers[kept], column.take(pyarrow.array(kept))
-        if column.null_count:
-            numbers, column = numbers[np.asarray(column.is_valid())], column.drop_null()
-        column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
-        column = column.cast(pyarrow.large_string())
-        large = byte_lengths(column) > RECORD_BYTES
-        for number in numbers[large]:
-            bad(too_large(f"{where}, row {number} of it", "text"))
-        yield from in_chunks(column.filter(pyarrow.array(~large)) if large.any() else column)
-        del batch, column  # one large text would be held while the next is read
 
 
 def _version(file: File) -> tuple[int, int]:

@@ -20,16 +20,24 @@ def plain_units(file: File, name: str, text_column: str, row_filter: Filter | No
 
 def read_text(file: File, bad: BadRecord) -> Iterator[Texts]:
     """Yield the document in parts. Line ends become \\n, and a byte-order mark is left out."""
-    decoder = io.IncrementalNewlineDecoder(_Utf8(file), translate=False)
-    pending = ""  # the decoder withholds a CR at the end until it sees what follows
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    lines = io.IncrementalNewlineDecoder(None, translate=False)  # withholds a CR at the end until it sees what follows
+    pending, offset = "", 0
     try:
         with file.open("rb") as opened:
             while block := opened.read(CHUNK_BYTES):
-                text = decoder.decode(block).replace("\r\n", "\n")
+                offset += len(block)
+                text = lines.decode(utf8.decode(block)).replace("\r\n", "\n")
                 if pending and text:
                     yield Texts(_array(pending), unfinished=True)
                 pending = text or pending
-            text = decoder.decode(b"", final=True)
+            text = lines.decode(utf8.decode(b"", final=True), final=True)
+    except UnicodeDecodeError as error:
+        place = offset - len(error.object) + error.start
+        raise DataError(
+            f"{file}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place}. "
+            "Convert the file, for example with: iconv -f LATIN1 -t UTF-8"
+        ) from error
     except OSError as error:
         raise_machine_fault(error)
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
@@ -38,23 +46,3 @@ def read_text(file: File, bad: BadRecord) -> Iterator[Texts]:
 
 def _array(text: str) -> pyarrow.Array:
     return pyarrow.array([text], pyarrow.large_string())
-
-
-class _Utf8(codecs.IncrementalDecoder):
-    """UTF-8 without its byte-order mark; its error names the offset in the file."""
-
-    def __init__(self, file: File) -> None:
-        super().__init__()
-        self._file, self._offset = file, 0
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-
-    def decode(self, block: bytes, final: bool = False) -> str:  # type: ignore[override]
-        self._offset += len(block)
-        try:
-            return self._decoder.decode(block, final)
-        except UnicodeDecodeError as error:
-            offset = self._offset - len(error.object) + error.start
-            raise DataError(
-                f"{self._file}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}. "
-                "Convert the file, for example with: iconv -f LATIN1 -t UTF-8"
-            ) from error

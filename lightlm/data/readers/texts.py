@@ -4,9 +4,10 @@ An Arrow array holds the UTF-8 of its texts end to end, so that work is per mega
 `LARGE_BYTES` travels in parts, so that memory does not grow with it.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -50,10 +51,8 @@ class Texts(NamedTuple):
     unfinished: bool = False
 
 
-class Stream(Protocol):
-    """Yields the texts of a unit in their order; called anew for each pass."""
-
-    def __call__(self, bad: BadRecord) -> Iterator[Texts]: ...
+Stream = Callable[[BadRecord], Iterator[Texts]]
+"""Yields the texts of a unit in their order; called anew for each pass."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +64,8 @@ class Unit:
     """
 
     id: str
-    stream: Stream
+    texts: Stream
     size: int | None = None
-
-    def texts(self, bad: BadRecord) -> Iterator[Texts]:
-        """Yield the texts, packed."""
-        return self.stream(bad)
-
-    def read(self) -> Iterator[str]:
-        """Yield the documents as strings, large ones joined; raises the first mistake."""
-        parts: list[str] = []
-        for array, unfinished in self.stream(raise_bad):
-            if unfinished or parts:
-                parts.append(array[0].as_py())
-                if not unfinished:
-                    yield "".join(parts)
-                    parts = []
-            else:
-                yield from array.to_pylist()
 
 
 def raise_bad(error: DataError) -> None:
@@ -92,17 +75,22 @@ def raise_bad(error: DataError) -> None:
 
 
 def pack(texts: Iterable[str]) -> Iterator[Texts]:
-    """Yield strings packed into arrays of about `CHUNK_BYTES`."""
+    """Yield strings packed into arrays of about `CHUNK_BYTES`. The strings before a failure to read come before it."""
     chunk: list[str] = []
-    characters = 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text)
-        if characters >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
-            yield Texts(pyarrow.array(chunk, pyarrow.large_string()))
-            chunk, characters = [], 0
+    characters, failure = 0, None
+    try:
+        for text in texts:
+            chunk.append(text)
+            characters += len(text)
+            if characters >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
+                full, chunk, characters = chunk, [], 0
+                yield Texts(pyarrow.array(full, pyarrow.large_string()))
+    except (OSError, EOFError, zlib.error) as error:
+        failure = error
     if chunk:
         yield Texts(pyarrow.array(chunk, pyarrow.large_string()))
+    if failure is not None:
+        raise failure
 
 
 def pack_strings(read: Callable[[], Iterable[str]], bad: BadRecord) -> Iterator[Texts]:
@@ -129,13 +117,14 @@ def in_chunks(array: pyarrow.Array) -> Iterator[Texts]:
     offsets, data = buffers_of(array)
     first = 0
     while first < len(array):
-        if offsets[first + 1] - offsets[first] > LARGE_BYTES:
-            yield from _parts(data, int(offsets[first]), int(offsets[first + 1]))
-            first += 1
-            continue
-        fitting = int(np.searchsorted(offsets, offsets[first] + CHUNK_BYTES, side="right")) - 1
-        last = min(max(fitting, first + 1), first + CHUNK_DOCUMENTS, len(array))
-        yield Texts(array.slice(first, last - first))
+        start, end = int(offsets[first]), int(offsets[first + 1])
+        last = first + 1
+        if end - start > LARGE_BYTES:
+            yield from _parts(data, start, end)
+        else:
+            fitting = int(np.searchsorted(offsets, start + CHUNK_BYTES, side="right")) - 1
+            last = min(max(fitting, last), first + CHUNK_DOCUMENTS, len(array))
+            yield Texts(array.slice(first, last - first))
         first = last
 
 

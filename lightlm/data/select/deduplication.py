@@ -18,26 +18,15 @@ import xxhash
 from lightlm.data.hashing import mix
 from lightlm.data.select.hash_index import HashIndex
 from lightlm.data.select.ngrams import ngram_hashes, word_hashes
-from lightlm.errors import DataError, UsageError
+from lightlm.errors import DataError
 
 Mode = Literal["exact", "near"]
-MODES: tuple[Mode, ...] = ("exact", "near")
 
 KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE = 0, 1, 2
 
 SHINGLE_WORDS = 5
 BANDS, ROWS = 14, 8
 SEED = 1
-
-
-def checked_mode(text: str | None) -> Mode | None:
-    """Return the value of `--dedup`. Raises UsageError for anything but the modes."""
-    for mode in MODES:
-        if text == mode:
-            return mode
-    if text is not None:
-        raise UsageError(f"--dedup {text}: choose {' or '.join(MODES)}")
-    return None
 
 
 class Signer:
@@ -79,56 +68,43 @@ class Signer:
 class Deduplicator:
     """Decides in the source's order which documents stay: those that do not repeat an earlier one that stays.
 
-    It holds 8 bytes per document that stays for `exact`, and 8 + 14 * 4 = 64 for `near`; merging hashes needs more for
-    a moment.
+    It holds 8 bytes per document that stays for `exact`, and 15 * 8 = 120 for `near`; merging hashes needs more for a
+    moment.
     """
 
     def __init__(self, mode: Mode) -> None:
-        self._exact = HashIndex()
-        self._bands = [HashIndex(compact=True) for _ in range(BANDS if mode == "near" else 0)]
+        self._indexes = [HashIndex() for _ in range(1 + BANDS * (mode == "near"))]  # the exact hashes, then the bands
 
     @property
     def nbytes(self) -> int:
         """Bytes of the hashes between merges."""
-        return sum(index.nbytes for index in (self._exact, *self._bands))
+        return sum(index.nbytes for index in self._indexes)
 
     def remember(self, signatures: np.ndarray) -> None:
         """Add documents (n, columns) that stay, as an earlier process decided."""
-        for index, column in zip((self._exact, *self._bands), signatures.T, strict=True):
+        for index, column in zip(self._indexes, signatures.T, strict=True):
             index.add(column)
 
     def decide(self, signatures: np.ndarray) -> np.ndarray:
         """Return KEPT, EXACT_DUPLICATE or NEAR_DUPLICATE for the next documents (n, columns): uint8 of shape (n,)."""
-        indexes = [self._exact, *self._bands]
-        columns = signatures.T
-        if len(columns) != len(indexes):
-            raise ValueError(f"signatures have {len(columns)} hashes; expected {len(indexes)}")
-        verdicts = np.full(len(signatures), KEPT, np.uint8)
-        for index, column in zip(indexes[1:], columns[1:], strict=True):
-            verdicts[index.contains(column)] = NEAR_DUPLICATE
-        verdicts[self._exact.contains(columns[0])] = EXACT_DUPLICATE
-        _decide_within(columns, verdicts)
+        if signatures.shape[1] != len(self._indexes):
+            raise ValueError(f"signatures have {signatures.shape[1]} hashes; expected {len(self._indexes)}")
+        repeats = [index.contains(column) for index, column in zip(self._indexes, signatures.T, strict=True)]
+        verdicts = np.where(np.any(repeats, axis=0), NEAR_DUPLICATE, KEPT).astype(np.uint8)
+        verdicts[repeats[0]] = EXACT_DUPLICATE
+        # The documents that repeat one that stays among these.
+        seen: list[set[int]] = [set() for _ in self._indexes]
+        for document, keys in enumerate(signatures.tolist()):
+            hits = [key in known for key, known in zip(keys, seen, strict=True)]
+            if hits[0]:
+                verdicts[document] = EXACT_DUPLICATE
+            elif any(hits) and verdicts[document] == KEPT:
+                verdicts[document] = NEAR_DUPLICATE
+            if verdicts[document] == KEPT:
+                for key, known in zip(keys, seen, strict=True):
+                    known.add(key)
         self.remember(signatures[verdicts == KEPT])
         return verdicts
-
-
-def _decide_within(columns: np.ndarray, verdicts: np.ndarray) -> None:
-    """Mark, in order, the documents that repeat one that stays within the same batch."""
-    repeated = np.zeros(columns.shape, bool)
-    for column, flags in zip(columns, repeated, strict=True):
-        _, inverse, counts = np.unique(column, return_inverse=True, return_counts=True)
-        flags[:] = counts[inverse] > 1
-    seen: list[set[int]] = [set() for _ in columns]
-    for document in np.flatnonzero(repeated.any(axis=0) & (verdicts != EXACT_DUPLICATE)):
-        keys = columns[:, document].tolist()
-        hits = [key in known for key, known in zip(keys, seen, strict=True)]
-        if hits[0]:
-            verdicts[document] = EXACT_DUPLICATE
-        elif any(hits):
-            verdicts[document] = NEAR_DUPLICATE
-        if verdicts[document] == KEPT:
-            for key, known in zip(keys, seen, strict=True):
-                known.add(key)
 
 
 def shingles(text: str) -> np.ndarray:

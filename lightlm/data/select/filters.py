@@ -7,9 +7,9 @@
     column    a name; dots lead to nested fields (metadata.score); `backticks` quote any other name
     literal   a number, 'text' or "text", true, false
 
-Python's `ast` parses the expression, and only these forms pass; nothing is ever evaluated as code. Arrow evaluates it,
-for Parquet files and JSON records alike. As in SQL, a comparison with null is neither true nor false, and a record
-stays where the whole expression is true.
+Python's `ast` parses the expression, and only these forms pass; nothing is ever evaluated as code. Arrow evaluates it
+for Parquet files, and `Filter.keeps` for other records. As in SQL, a comparison with null is neither true nor false,
+and a record stays where the whole expression is true.
 """
 
 import ast
@@ -17,7 +17,8 @@ import functools
 import operator
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.compute
 
-Literal = str | int | float | bool
-Bind = Callable[["pyarrow.Schema"], "pyarrow.compute.Expression"]
+Comparison = Callable[[Any, Any], Any]  # of the `operator` module
+Node = tuple[Any, ...]
+"""(comparison, column, literal), ("null", column), ("not", node), ("and", nodes) or ("or", nodes)."""
 
-_OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+_OPERATORS: dict[type[ast.cmpop], Comparison] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -39,12 +41,8 @@ _OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_KEYWORDS = {word: word for word in ("and", "or", "not", "in", "is")} | {
-    "null": "None",
-    "none": "None",
-    "true": "True",
-    "false": "False",
-}
+_KEYWORDS = {"null": "None", "none": "None", "true": "True", "false": "False"}
+_KEYWORDS |= {word: word for word in ("and", "or", "not", "in", "is")}
 _TOKEN = re.compile(
     r"""(?P<literal>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\.?\d[\w.]*)
       | (?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*|`[^`]+`)
@@ -56,28 +54,24 @@ _LARGEST = 2**63 - 1
 _EXAMPLE = "for example --filter \"score >= 3 and language in ['en', 'de']\""
 
 
+@dataclass(frozen=True)
 class Filter:
-    """A parsed `--filter`. It can be pickled, and two filters of the same text are equal."""
+    """A parsed `--filter`. It can be pickled. Raises UsageError for any other text; the message quotes the place."""
 
-    def __init__(self, text: str) -> None:
-        """Raises UsageError where `text` is not such an expression; the message quotes the place."""
-        self.text = text
-        parser = _Parser(text)
-        self._bind, self._kinds = parser.parse(), parser.kinds
+    text: str
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Filter) and other.text == self.text
+    def __post_init__(self) -> None:
+        _ = self._parsed
 
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    def __reduce__(self) -> tuple[type["Filter"], tuple[str]]:
-        return Filter, (self.text,)
+    @functools.cached_property
+    def _parsed(self) -> tuple[Node, dict[str, str | None]]:
+        parser = _Parser(self.text.strip())
+        return parser.parse(), parser.kinds
 
     @property
     def columns(self) -> list[str]:
         """The columns that the expression names, each once, in their order."""
-        return list(self._kinds)
+        return list(self._parsed[1])
 
     def arrow(self, schema: "pyarrow.Schema", where: str) -> "pyarrow.compute.Expression":
         """Return the expression for tables of this schema.
@@ -85,13 +79,17 @@ class Filter:
         Raises DataError, with `where`, for a missing column or one that cannot be compared so.
         """
         import pyarrow
+        import pyarrow.compute
 
+        root, kinds = self._parsed
+        fields = {}
         try:
-            for column, wanted in self._kinds.items():
-                kind = _arrow_kind(_arrow_path(column, schema), schema)
+            for column, wanted in kinds.items():
+                path, kind = _arrow_column(column, schema)
                 if wanted not in {None, kind}:
                     raise _mismatch(column, kind, wanted)
-            expression = self._bind(schema)
+                fields[column] = pyarrow.compute.field(*path)
+            expression = _arrow_expression(root, fields)
             schema.empty_table().filter(expression)
         except (_MismatchError, pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise DataError(f'{where}: --filter "{self.text}": {error}') from None
@@ -99,24 +97,19 @@ class Filter:
 
     def arrow_columns(self, schema: "pyarrow.Schema") -> list[str]:
         """Return the top-level columns to read for the expression: the first part of each dotted name."""
-        return list(dict.fromkeys(_arrow_path(column, schema)[0] for column in self.columns))
+        return list(dict.fromkeys(_arrow_column(column, schema)[0][0] for column in self.columns))
 
-    def values(self, record: Mapping[str, Any], where: Callable[[], str]) -> list[Any]:
-        """Return what the record holds in each of `columns`, for `table`.
+    def keeps(self, record: Mapping[str, Any], where: Callable[[], str]) -> bool:
+        """Return whether the expression is true of a record.
 
         Raises DataError where it lacks a column or holds a value of another kind; `where()` names the record.
         """
+        root, kinds = self._parsed
         try:
-            return [_value(record, column, kind) for column, kind in self._kinds.items()]
+            values = {column: _value(record, column, kind) for column, kind in kinds.items()}
         except _MismatchError as error:
             raise DataError(f'{where()}: --filter "{self.text}": {error}') from None
-
-    def table(self, rows: Sequence[Sequence[Any]]) -> "pyarrow.Table":
-        """Return the `values` of records as an Arrow table that has `columns`."""
-        import pyarrow
-
-        arrays = [_array([row[number] for row in rows], kind) for number, kind in enumerate(self._kinds.values())]
-        return pyarrow.table(arrays, names=self.columns)
+        return _truth(root, values) is True
 
 
 def matching_rows(table: "pyarrow.Table", expression: "pyarrow.compute.Expression") -> np.ndarray:
@@ -138,36 +131,33 @@ def _missing(column: str, columns: list[str]) -> _MismatchError:
 
 
 class _Parser:
-    """Turns the text into a function that binds it to a schema."""
+    """Turns the text into a tree; `kinds` are those of the literals that a column is compared with, None for `null`."""
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self.kinds: dict[str, str | None] = {}  # of the literals that a column is compared with; None for `is null`
-
-    def parse(self) -> Bind:
         # Every replacement keeps the length, so that a place in one is a place in the other.
-        python = _TOKEN.sub(_as_python, self._text).rstrip()
-        self._start = len(python) - len(python.lstrip())
-        self._python = python.lstrip()
+        self._python = _TOKEN.sub(_as_python, text)
+        self.kinds: dict[str, str | None] = {}
+
+    def parse(self) -> Node:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)  # an unknown escape such as '\d'
                 return self._node(ast.parse(self._python, mode="eval").body)
         except SyntaxError as error:
-            place, problem = error.offset, str(error.msg)
-            place = place - 1 if place else len(self._python)  # 0 is the end
-            equals = "'=='" in problem or self._python[place : place + 1] == "="
-            raise self._error("write == to compare" if equals else problem.partition(".")[0], place) from None
+            place = error.offset - 1 if error.offset else len(self._python)  # 0 is the end
+            equals = "'=='" in error.msg or self._python[place : place + 1] == "="
+            raise self._error("write == to compare" if equals else error.msg.partition(".")[0], place) from None
         except (ValueError, RecursionError, MemoryError) as error:  # a null byte; thousands of parentheses
             raise self._error(str(error) or "too deeply nested", 0) from None
 
-    def _node(self, node: ast.expr) -> Bind:
+    def _node(self, node: ast.expr) -> Node:
         match node:
             case ast.BoolOp(op=junction, values=operands):
-                combine = operator.or_ if isinstance(junction, ast.Or) else operator.and_
-                return _joined(combine, [self._node(operand) for operand in operands])
+                word = "or" if isinstance(junction, ast.Or) else "and"
+                return word, [self._node(operand) for operand in operands]
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return _negated(self._node(operand))
+                return "not", self._node(operand)
             case ast.Compare(left=ast.Name() as name, ops=[comparison], comparators=[right]):
                 return self._comparison(self._source(name).strip("`"), comparison, right)
             case ast.Compare(left=left) if not isinstance(left, ast.Name):
@@ -176,64 +166,47 @@ class _Parser:
                 raise self._expected(f"a comparison of the column {self._source(node)!r}", node)
         raise self._expected("one comparison of a column with a value", node)
 
-    def _comparison(self, column: str, comparison: ast.cmpop, right: ast.expr) -> Bind:
+    def _comparison(self, column: str, comparison: ast.cmpop, right: ast.expr) -> Node:
         match comparison, right:
             case ((ast.Is() | ast.IsNot()), ast.Constant(value=None)):
                 self.kinds.setdefault(column, None)
-                null: Bind = lambda schema: _field(column, schema).is_null()  # noqa: E731
-                return _negated(null) if isinstance(comparison, ast.IsNot) else null
+                found: Node = ("null", column)
             case ((ast.Is() | ast.IsNot()), _):
                 raise self._expected("null after 'is'", right)
             case ((ast.In() | ast.NotIn()), ast.List(elts=[_, *_] as elements) | ast.Tuple(elts=[_, *_] as elements)):
-                options = [self._compared(column, operator.eq, element) for element in elements]
-                member = _joined(operator.or_, options)
-                return _negated(member) if isinstance(comparison, ast.NotIn) else member
+                found = ("or", [self._compared(column, operator.eq, element) for element in elements])
             case ((ast.In() | ast.NotIn()), _):
                 raise self._expected("a list of values such as ['en', 'de']", right)
-        return self._compared(column, _OPERATORS[type(comparison)], right)
+            case _:
+                found = self._compared(column, _OPERATORS[type(comparison)], right)
+        return ("not", found) if isinstance(comparison, ast.IsNot | ast.NotIn) else found
 
-    def _compared(self, column: str, compare: Callable[[Any, Any], Any], node: ast.expr) -> Bind:
-        literal = self._literal(node)
+    def _compared(self, column: str, compare: Comparison, node: ast.expr) -> Node:
+        try:
+            literal = ast.literal_eval(node)
+        except (TypeError, ValueError):
+            literal = None
+        if not isinstance(literal, str) and not (isinstance(literal, int | float) and abs(literal) <= _LARGEST):
+            raise self._expected("a number, a quoted text, true or false", node)
         kind = _kind(literal)
         if self.kinds.get(column) not in {None, kind}:
             raise self._expected(f"{self.kinds[column]}, as {column!r} is compared with elsewhere,", node)
         self.kinds[column] = kind
-        return lambda schema: compare(_field(column, schema), literal)
-
-    def _literal(self, node: ast.expr) -> Literal:
-        match node:
-            case ast.Constant(value=str() | bool() as value):
-                return value
-            case ast.Constant(value=int() | float() as number) if number <= _LARGEST:
-                return number
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)) if (
-                not isinstance(number, bool) and number <= _LARGEST
-            ):
-                return -number
-        raise self._expected("a number, a quoted text, true or false", node)
+        return compare, column, literal
 
     def _source(self, node: ast.expr) -> str:
         return self._text[self._place(node.col_offset) : self._place(node.end_col_offset or 0)]
 
     def _place(self, offset: int) -> int:
         """Return the index in the text of an offset that `ast` gives in UTF-8 bytes."""
-        return self._start + len(self._python.encode()[:offset].decode())
+        return len(self._python.encode()[:offset].decode())
 
     def _expected(self, what: str, node: ast.expr) -> UsageError:
-        return self._error(f"{what} was expected", self._place(node.col_offset) - self._start)
+        return self._error(f"{what} was expected", self._place(node.col_offset))
 
     def _error(self, problem: str, place: int) -> UsageError:
-        rest = self._text.rstrip()[self._start + place :]
-        at = f"at: {rest[:20]}" if rest else "at its end"
+        at = f"at: {self._text[place : place + 20]}" if place < len(self._text) else "at its end"
         return UsageError(f'--filter "{self._text}": {problem} {at} ({_EXAMPLE})')
-
-
-def _joined(combine: Callable[[Any, Any], Any], operands: list[Bind]) -> Bind:
-    return lambda schema: functools.reduce(combine, [bind(schema) for bind in operands])
-
-
-def _negated(operand: Bind) -> Bind:
-    return lambda schema: ~operand(schema)
 
 
 def _as_python(token: re.Match[str]) -> str:
@@ -256,14 +229,8 @@ def _kind(value: object) -> str:
     return "text" if isinstance(value, str) else type(value).__name__
 
 
-# JSON records
-
-
 def _value(record: Mapping[str, Any], column: str, kind: str | None) -> Any:
-    """Return the value of a column, by its name or along its dots; a field of null is null.
-
-    Without a kind, only whether it is null matters: True stands for any value.
-    """
+    """Return the value of a column, by its name or along its dots; a field of null is null."""
     value: Any = record
     for part in (column,) if column in record else column.split("."):
         if value is None:
@@ -271,64 +238,56 @@ def _value(record: Mapping[str, Any], column: str, kind: str | None) -> Any:
         if not isinstance(value, Mapping) or part not in value:
             raise _missing(column, list(record))
         value = value[part]
-    if value is None or kind is None:
-        return None if value is None else True
-    if _kind(value) != kind:
+    if value is not None and kind not in {None, _kind(value)}:
         raise _mismatch(column, repr(value), kind)
-    # JSON can spell half of a surrogate pair, which is not UTF-8.
-    return value.encode("utf-8", "replace").decode() if kind == "text" and not value.isascii() else value
+    return value
 
 
-def _array(values: list[Any], kind: str | None) -> "pyarrow.Array":
-    import pyarrow
-
-    if kind != "a number":
-        return pyarrow.array(values, pyarrow.large_string() if kind == "text" else pyarrow.bool_())
-    # Literals are within 64 bits, so a larger integer compares as the largest.
-    values = [max(-_LARGEST - 1, min(v, _LARGEST)) if isinstance(v, int) else v for v in values]
-    if any(isinstance(value, float) for value in values):
-        return pyarrow.array([value if value is None else float(value) for value in values], pyarrow.float64())
-    return pyarrow.array(values, pyarrow.int64())
-
-
-# Arrow schemas
-
-
-def _field(column: str, schema: "pyarrow.Schema") -> "pyarrow.compute.Expression":
-    import pyarrow.compute
-
-    return pyarrow.compute.field(*_arrow_path(column, schema))
+def _truth(node: Node, values: Mapping[str, Any]) -> bool | None:
+    """Return True, False, or None where nulls leave it open."""
+    match node:
+        case "null", column:
+            return values[column] is None
+        case "not", operand:
+            found = _truth(operand, values)
+            return None if found is None else not found
+        case ("and" | "or") as word, operands:
+            truths = {_truth(operand, values) for operand in operands}
+            return (word == "or") if (word == "or") in truths else None if None in truths else word == "and"
+    compare, column, literal = node
+    return None if values[column] is None else compare(values[column], literal)
 
 
-def _arrow_path(column: str, schema: "pyarrow.Schema") -> tuple[str, ...]:
-    """Return the names that lead to a column, from the outermost."""
-    import pyarrow
+def _arrow_expression(node: Node, fields: Mapping[str, Any]) -> Any:
+    match node:
+        case "null", column:
+            return fields[column].is_null()
+        case "not", operand:
+            return ~_arrow_expression(operand, fields)
+        case ("and" | "or") as word, operands:
+            combine = operator.or_ if word == "or" else operator.and_
+            return functools.reduce(combine, [_arrow_expression(operand, fields) for operand in operands])
+    compare, column, literal = node
+    return compare(fields[column], literal)
 
-    if column in schema.names:
-        return (column,)
-    first, *fields = path = tuple(column.split("."))
+
+def _arrow_column(column: str, schema: "pyarrow.Schema") -> tuple[tuple[str, ...], str]:
+    """Return the names that lead to a column, from the outermost, and its kind: see `_kind`; else Arrow's type."""
+    from pyarrow import types
+
+    first, *fields = path = (column,) if column in schema.names else tuple(column.split("."))
     kind: Any = schema.field(first).type if first in schema.names else None
     for field in fields:
-        index = kind.get_field_index(field) if kind is not None and pyarrow.types.is_struct(kind) else -1
+        index = kind.get_field_index(field) if kind is not None and types.is_struct(kind) else -1
         kind = kind.field(index).type if index >= 0 else None
     if kind is None:
         raise _missing(column, schema.names)
-    return path
-
-
-def _arrow_kind(path: tuple[str, ...], schema: "pyarrow.Schema") -> str:
-    """Return a kind of literal, as `_kind` names it; else Arrow's name for the type."""
-    from pyarrow import types
-
-    kind = schema.field(path[0]).type
-    for field in path[1:]:
-        kind = kind.field(field).type
     if types.is_dictionary(kind):
         kind = kind.value_type
     if types.is_boolean(kind):
-        return "true or false"
+        return path, "true or false"
     if types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
-        return "a number"
+        return path, "a number"
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return "text"
-    return str(kind)
+        return path, "text"
+    return path, str(kind)

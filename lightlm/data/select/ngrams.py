@@ -60,7 +60,9 @@ def _hash_words(text: str) -> np.ndarray:
     The hash of a word is the polynomial sum(character_i * base**i). It is the sum from its start to the next word, in
     which white space counts as 0, divided by the power at its start.
     """
-    codes = _code_units(text)
+    ascii_only = text.isascii()  # then a code unit is a byte
+    encoded = text.encode("ascii" if ascii_only else "utf-16-le", "surrogatepass")
+    codes = np.frombuffer(encoded, np.uint8 if ascii_only else "<u2")
     classes = _classes()[codes]
     if (classes == _DROPPED).any():
         kept = classes != _DROPPED
@@ -72,13 +74,6 @@ def _hash_words(text: str) -> np.ndarray:
     powers, inverses = _powers()
     terms = powers[: len(codes)] * (codes * inside)
     return mix(np.add.reduceat(terms, starts) * inverses[starts])
-
-
-def _code_units(text: str) -> np.ndarray:
-    """Return the UTF-16 code units; as uint8 where the text is ASCII."""
-    if text.isascii():
-        return np.frombuffer(text.encode("ascii"), np.uint8)
-    return np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
 
 
 def _combine(words: np.ndarray, size: int) -> np.ndarray:

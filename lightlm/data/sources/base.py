@@ -1,10 +1,11 @@
 """The protocols of a source of text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
+from lightlm.errors import DataError
 
 
 class Source(Protocol):
@@ -41,10 +42,26 @@ class Revisable(Protocol):
     def at_revision(self, revision: str) -> Source: ...
 
 
-class Opener(Protocol):
-    """Returns the source that `spec` names. Raises DataError for a name or path that cannot be read.
+def at_revision(source: Source, revision: str | None) -> Source:
+    """Return the source in the state that an earlier process read, if `revision` names one.
 
-    Only records that `row_filter` keeps are read. Nothing is read yet, and the network is not used.
+    Raises DataError where the source has changed.
     """
+    if revision is None:
+        return source
+    if isinstance(source, Revisable):  # first: the latest revision may need the network
+        return source.at_revision(revision)
+    if revision != source.revision:
+        raise DataError(
+            f"{source.spec} has changed since this preparation began: {revision} then, {source.revision} now. "
+            "Use --overwrite to start over."
+        )
+    return source
 
-    def __call__(self, spec: str, text_column: str, row_filter: Filter | None) -> Source: ...
+
+Opener = Callable[[str, str, Filter | None], Source]
+"""Returns the source that a spec names: (spec, text_column, row_filter).
+
+Only records that `row_filter` keeps are read. Nothing is read yet, and the network is not used. Raises DataError for a
+name or path that cannot be read.
+"""

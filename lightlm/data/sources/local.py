@@ -1,6 +1,7 @@
 """Local files, folders and globs as a source."""
 
 import glob
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,12 +21,16 @@ class LocalSource:
 
     def __init__(self, path: Path, text_column: str, row_filter: Filter | None = None) -> None:
         """Raises DataError where no file at `path` can be read, or one has no columns for `row_filter` to judge."""
-        root, self._pattern = (path, "**/*") if path.exists() else _split_glob(path)
-        self._root = root.resolve()
+        exists = path.exists()
+        # A pattern is split into the folder before its first wildcard, and the rest.
+        fixed = next((number for number, part in enumerate(path.parts) if glob.has_magic(part)), 0)
+        self._root = (path if exists else Path(*path.parts[:fixed])).resolve()
+        self._pattern = "**/*" if exists else "/".join(path.parts[fixed:])
         self._column, self._row_filter = text_column, row_filter
         self._files = self._find_files(path)
-        self.name = _stem(self._root) or "data"
-        self.spec = str(self._root if path.exists() else self._root / self._pattern)
+        suffix = suffix_of(self._root) if self._root.is_file() else None
+        self.name = (self._root.name[: -len(suffix)] if suffix else self._root.name) or "data"
+        self.spec = str(self._root if exists else self._root / self._pattern)
         self.description = f"{len(self._files)} file{'s' * (len(self._files) != 1)} under {path}"
         self.revision = self.fingerprint = self._listing_hash()
         self.size = sum(path.stat().st_size for path in self._files)
@@ -43,9 +48,9 @@ class LocalSource:
                 place = "in this folder" if given.exists() else "that this pattern matches"
                 raise DataError(f"{given}: no file {place} can be read; supported are {supported}")
             files = sorted(visible, key=self._relative)
-        for path in files:
-            if not str(path).isascii():
-                _check_name(path)
+        unreadable = next((path for path in files if re.search("[\udc80-\udcff]", str(path))), None)
+        if unreadable is not None:  # manifests and messages cannot hold it
+            raise DataError(f"{str(unreadable)!r}: this file's name is not UTF-8. Rename it")
         plain = next((path for path in files if not reader_of(path).has_columns), None)
         if plain is not None and self._row_filter is not None:
             raise DataError(f'--filter "{self._row_filter.text}": {plain} is plain text, without columns to judge')
@@ -67,23 +72,3 @@ class LocalSource:
     def units(self) -> Iterator[Unit]:
         for path in self._files:
             yield from reader_of(path).units(path, self._relative(path), self._column, self._row_filter)
-
-
-def _split_glob(path: Path) -> tuple[Path, str]:
-    """Split a pattern into the folder before its first wildcard, and the rest."""
-    fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
-    return Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
-
-
-def _check_name(path: Path) -> None:
-    """Raises DataError for a name that is not UTF-8: manifests and messages cannot hold it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{str(path)!r}: this file's name is not UTF-8. Rename it") from None
-
-
-def _stem(path: Path) -> str:
-    """Return a name without its supported suffix: `notes` for `notes.jsonl.gz`; the whole name for a folder."""
-    suffix = suffix_of(path) if path.is_file() else None
-    return path.name[: -len(suffix)] if suffix else path.name

@@ -7,7 +7,6 @@ library opens a browser. Nothing is downloaded, and nothing is redistributed.
 """
 
 import ast
-import contextlib
 import functools
 import gc
 import inspect
@@ -17,7 +16,6 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
@@ -45,24 +43,23 @@ MIN_DOCSTRING = 40  # characters; shorter ones ("Return self.") teach repetition
 MIN_DOCUMENT = 400  # characters; less than a paragraph is not a document
 
 
-@dataclass(frozen=True)
 class PydocsSource:
     """The documentation on this machine."""
 
-    name: str = PYDOCS
-    spec: str = PYDOCS
-    description: str = "documentation of the Python standard library, torch and numpy on this machine"
+    name = spec = PYDOCS
+    description = "documentation of the Python standard library, torch and numpy on this machine"
+
+    @property
+    def revision(self) -> str:
+        """The versions of the interpreter and of the packages, which determine the corpus."""
+        return ", ".join([f"python {platform.python_version()}", *(f"{p} {metadata.version(p)}" for p in PACKAGES)])
 
     @property
     def fingerprint(self) -> str:
         return self.revision
 
-    @property
-    def revision(self) -> str:
-        return pydocs_revision()
-
     def units(self) -> Iterator[Unit]:
-        yield Unit(PYDOCS, partial(pack_strings, _documents))
+        yield Unit(PYDOCS, partial(pack_strings, pydocs_documents))
 
 
 def open_pydocs(spec: str, text_column: str, row_filter: Filter | None) -> PydocsSource:
@@ -75,56 +72,28 @@ def open_pydocs(spec: str, text_column: str, row_filter: Filter | None) -> Pydoc
 
 
 @functools.cache
-def _cached_documents() -> tuple[str, ...]:
-    """Cache the documents: parsing 70 MB of source takes half a minute, and training a tokenizer reads them twice."""
-    return tuple(pydocs_documents())
-
-
-def _documents() -> Iterator[str]:
-    yield from _cached_documents()
-
-
-def pydocs_revision() -> str:
-    """Return the versions of the interpreter and of the packages, which determine the corpus."""
-    parts = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            parts.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return ", ".join(parts)
-
-
-def pydocs_documents() -> list[str]:
+def pydocs_documents() -> tuple[str, ...]:
     """Return the documents of the corpus, one per module or language topic, in the order of the texts' hashes.
 
     That order mixes the packages, so that the first documents (on which a tokenizer is trained, or which `--max-tokens`
-    keeps) are a fair sample of all.
+    keeps) are a fair sample of all. Parsing 70 MB of source takes half a minute, and training a tokenizer reads the
+    documents twice, so they are cached.
 
     Raises DataError where the interpreter has no source files (a frozen or stripped installation).
     """
     seen: set[int] = set()
-    with _without_garbage_collection():
+    gc.disable()  # for millions of syntax-tree nodes without cycles it took 22 s of 32
+    try:
         texts = [_assemble(title, sections, seen) for title, sections in itertools.chain(_topics(), _modules())]
+    finally:
+        gc.enable()
     documents = [text for text in texts if len(text) >= MIN_DOCUMENT]
     if not documents:
         raise DataError(
             f"pydocs: no documentation found under {sysconfig.get_path('stdlib')}; this Python was installed without "
             "its source files. Prepare a text file or folder of your own instead: lightlm prepare-data PATH"
         )
-    return sorted(documents, key=lambda text: (xxhash.xxh3_64_intdigest(text.encode()), text))
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Disable garbage collection: for millions of syntax-tree nodes without cycles it took 22 s of 32."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return tuple(sorted(documents, key=lambda text: (xxhash.xxh3_64_intdigest(text.encode()), text)))
 
 
 def _assemble(title: str, sections: Iterator[tuple[str, str]], seen: set[int]) -> str:
@@ -144,9 +113,7 @@ def _topics() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
     """Yield the topics of the language reference (`help("while")`), from the dictionary in pydoc_data.topics."""
     path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
     for node in ast.walk(_parse(path) or ast.Module([], [])):
-        if not isinstance(node, ast.Dict):
-            continue
-        for key, value in zip(node.keys, node.values, strict=True):
+        for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
             text = _literal(value)
             if isinstance(key, ast.Constant) and isinstance(key.value, str) and text is not None:
                 yield f"The Python language: {key.value}", iter([("", text)])
@@ -157,23 +124,17 @@ def _modules() -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
     for package, root in _roots():
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
-            if SKIPPED_FOLDERS.intersection(parts[:-1]) or parts[-1].startswith("test_"):
-                continue
-            tree = _parse(path)
-            if tree is None:
-                continue
-            name = ".".join((*package, *(part for part in parts if part != "__init__")))
-            yield f"Module {name}", _sections(tree)
+            skipped = SKIPPED_FOLDERS.intersection(parts[:-1]) or parts[-1].startswith("test_")
+            if not skipped and (tree := _parse(path)) is not None:
+                name = ".".join((*package, *(part for part in parts if part != "__init__")))
+                yield f"Module {name}", itertools.chain([("", ast.get_docstring(tree) or "")], _members(tree.body, ""))
 
 
 def _roots() -> list[tuple[tuple[str, ...], Path]]:
     """Return the folders to read, each with its module name; nothing is imported."""
     roots: list[tuple[tuple[str, ...], Path]] = [((), Path(sysconfig.get_path("stdlib")))]
-    for package in PACKAGES:
-        spec = util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            roots.append(((package,), Path(spec.origin).parent))
-    return roots
+    specs = [util.find_spec(package) for package in PACKAGES]
+    return roots + [((spec.name,), Path(spec.origin).parent) for spec in specs if spec and spec.origin]
 
 
 def _parse(path: Path) -> ast.Module | None:
@@ -187,13 +148,8 @@ def _parse(path: Path) -> ast.Module | None:
         return None
 
 
-def _sections(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield (heading, text) of the module, then of each documented class, function and doc-adding call, in order."""
-    yield "", ast.get_docstring(tree) or ""
-    yield from _members(tree.body, "")
-
-
 def _members(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield (heading, text) of each documented class, function and doc-adding call, in order."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             name = f"{prefix}{node.name}"
@@ -209,13 +165,10 @@ def _members(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
 
 def _arguments(args: ast.arguments) -> str:
     """Return the parameter names as in a signature, without defaults and annotations."""
-    names = [arg.arg for arg in (*args.posonlyargs, *args.args)]
-    if args.vararg:
-        names.append(f"*{args.vararg.arg}")
-    names += [arg.arg for arg in args.kwonlyargs]
-    if args.kwarg:
-        names.append(f"**{args.kwarg.arg}")
-    return ", ".join(name for name in names if name not in {"self", "cls"})
+    stars = [f"*{args.vararg.arg}"] if args.vararg else []
+    double_stars = [f"**{args.kwarg.arg}"] if args.kwarg else []
+    plain, keywords = ([arg.arg for arg in group] for group in (args.posonlyargs + args.args, args.kwonlyargs))
+    return ", ".join(name for name in plain + stars + keywords + double_stars if name not in {"self", "cls"})
 
 
 def _doc_call(call: ast.Call) -> Iterator[tuple[str, str]]:
@@ -224,8 +177,8 @@ def _doc_call(call: ast.Call) -> Iterator[tuple[str, str]]:
     if function not in DOC_CALLS or len(call.args) < 2:
         return
     *owner, last = call.args
+    name = ".".join(_literal(part) or ast.unparse(part) for part in owner)
     for text in _strings(last):
-        name = ".".join(_literal(part) or ast.unparse(part) for part in owner)
         yield name, inspect.cleandoc(text)
 
 
@@ -246,8 +199,7 @@ def _literal(node: ast.expr) -> str | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        parts = [_literal(node.left), _literal(node.right)]
-        return "".join(part for part in parts if part is not None) or None
+        return (_literal(node.left) or "") + (_literal(node.right) or "") or None
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
         return _literal(node.func.value)
     return None

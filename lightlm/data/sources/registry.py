@@ -23,24 +23,19 @@ def open_source(spec: str, text_column: str = "text", row_filter: Filter | None 
     A name may be followed by `:configuration` and `@revision`. The rest is as `Opener` says.
     """
     name = re.split("[:@]", spec, maxsplit=1)[0]
-    prefix = next((prefix for prefix in PREFIXES if spec.startswith(prefix)), None)
-    opener = PREFIXES[prefix] if prefix is not None else NAMES.get(name)
+    opener = next((PREFIXES[prefix] for prefix in PREFIXES if spec.startswith(prefix)), NAMES.get(name))
     if opener is not None:
         return opener(spec, text_column, row_filter)
     path = Path(spec).expanduser()
     if path.exists() or glob.has_magic(spec):
         return LocalSource(path, text_column, row_filter)
-    raise _unknown(spec)
-
-
-def _unknown(spec: str) -> DataError:
-    if Path(spec).suffix or Path(spec).is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
-        return DataError(f"There is no file or folder {spec}.")
-    if spec.count("/") == 1:
-        return DataError(f"There is no file or folder {spec}. Write a data set on the Hugging Face Hub as hf:{spec}")
+    if path.suffix or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
+        raise DataError(f"There is no file or folder {spec}.")
+    if "/" in spec:
+        raise DataError(f"There is no file or folder {spec}. Write a data set on the Hugging Face Hub as hf:{spec}")
     near = difflib.get_close_matches(spec, NAMES, n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]}?" if near else ""
-    return DataError(
+    raise DataError(
         f"There is no source {spec!r}, and no file or folder of that name.{guess} "
         f"Known names: {', '.join(NAMES)}; or give a path, or hf:organization/name."
     )

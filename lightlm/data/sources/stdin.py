@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors
 
 SPEC, NAME = "-", "stdin"
-SUFFIXES = (".txt", ".jsonl")
 BLOCK_BYTES = 1 << 20
 
 
@@ -35,52 +35,32 @@ def standard_input(folder: Path, text_column: str, row_filter: Filter | None = N
     beside `folder`, which is removed at the end. Raises UsageError where standard input is a terminal, and DataError
     where it cannot be copied.
     """
+    from filelock import FileLock, Timeout
+
     if sys.stdin.isatty():
         raise UsageError("SOURCE - reads from a pipe, for example: zcat corpus.jsonl.gz | lightlm prepare-data -")
     folder = folder.absolute()
-    with _locked(folder.with_name(f".{folder.name}.stdin"), folder) as spool:
-        with clear_errors(folder):
-            path, digest = _copied(spool)
-        yield StandardInput(path, digest, text_column, row_filter)
-
-
-@contextlib.contextmanager
-def _locked(spool: Path, folder: Path) -> Iterator[Path]:
-    """Lock `spool`, and remove its files at the end. Raises DataError where another process holds the lock."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(_beside(spool, ".lock"), timeout=0)
+    spool = folder.with_name(f".{folder.name}.stdin")
+    lock = FileLock(spool / "lock", timeout=0)
     with clear_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        spool.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout as error:
             raise DataError(
-                f"Another `lightlm prepare-data -` is writing {folder}; wait for it, or choose another folder with "
-                "--out"
+                f"Another `lightlm prepare-data -` is writing {folder}; wait for it, or name another folder with --out"
             ) from error
     try:
-        yield spool
+        digest, start = xxhash.xxh3_64(), b""
+        with clear_errors(folder):
+            with (spool / "copy").open("wb") as file:
+                while block := sys.stdin.buffer.read(BLOCK_BYTES):
+                    start = start or block.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+                    digest.update(block)
+                    file.write(block)
+            path = spool / ("stdin.jsonl" if start == b"{" else "stdin.txt")
+            os.replace(spool / "copy", path)
+        yield StandardInput(path, digest.hexdigest(), text_column, row_filter)
     finally:
-        for path in (spool, *(_beside(spool, suffix) for suffix in SUFFIXES)):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # Windows removes it at the release
-            Path(lock.lock_file).unlink()
+        shutil.rmtree(spool, ignore_errors=True)
         lock.release()
-
-
-def _beside(spool: Path, suffix: str) -> Path:
-    return spool.with_name(spool.name + suffix)
-
-
-def _copied(spool: Path) -> tuple[Path, str]:
-    """Copy standard input to a file; return its path and its hash."""
-    digest, start = xxhash.xxh3_64(), b""
-    with spool.open("wb") as file:
-        while block := sys.stdin.buffer.read(BLOCK_BYTES):
-            start = start or block.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            digest.update(block)
-            file.write(block)
-    path = _beside(spool, SUFFIXES[start == b"{"])
-    os.replace(spool, path)
-    return path, digest.hexdigest()

@@ -49,11 +49,6 @@ class Figure:
     source: Source
     metric: str | None = None
 
-    @property
-    def shown_with(self) -> str:
-        """The metric whose row shows it: if not stated, acc_norm for tasks that have it, else acc."""
-        return self.metric or ("acc_norm" if self.task in _NORMALIZED else "acc")
-
     def differences(self, num_fewshot: int | None, limit: int | None) -> list[str]:
         """Return what differs from a run of lm-eval with these settings, or is not stated."""
         shots = self.source.num_fewshot
@@ -80,8 +75,13 @@ class Baseline:
     note: str = ""
 
     def find(self, task: str, metric: str) -> list[Figure]:
-        """Return its figures for a row of results; tables show the first."""
-        return [f for f in self.figures if task in _TASKS.get(f.task, (f.task,)) and metric == f.shown_with]
+        """Return its figures for a row of results; tables show the first.
+
+        A figure without a stated metric stands beside acc_norm, or beside acc if the task has only that.
+        """
+        figures = [figure for figure in self.figures if task in _TASKS.get(figure.task, (figure.task,))]
+        default = "acc_norm" if task in _NORMALIZED else "acc"
+        return [figure for figure in figures if metric == (figure.metric or default)]
 
     def to_dict(self, answers: Iterable["Answers"], limit: int | None) -> dict[str, Any]:
         """Return the content of `--json`: figures for the tasks of a run, each with its differences in protocol."""

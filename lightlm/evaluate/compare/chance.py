@@ -12,11 +12,12 @@ class Chance:
 
 
 _FOUR = Chance(0.25, "one of four answers")
+_ARC = Chance(0.25, "one of four answers; a few questions have three or five")
 _TWO = Chance(0.5, "one of two answers")
 _LEVELS = {
     "hellaswag": _FOUR,
-    "arc_easy": Chance(0.25, "one of four answers; a few questions have three or five"),
-    "arc_challenge": Chance(0.25, "one of four answers; a few questions have three or five"),
+    "arc_easy": _ARC,
+    "arc_challenge": _ARC,
     "openbookqa": _FOUR,
     "sciq": _FOUR,
     "heldout_cloze": _FOUR,
@@ -29,6 +30,4 @@ _LEVELS = {
 
 def chance_of(task: str) -> Chance | None:
     """Return the chance level of a task's accuracies; None if unknown."""
-    if task.startswith("blimp"):
-        return _TWO  # a sentence and its ungrammatical twin
-    return _LEVELS.get(task)
+    return _TWO if task.startswith("blimp") else _LEVELS.get(task)  # BLiMP: a sentence and its ungrammatical twin

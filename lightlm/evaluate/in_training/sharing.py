@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _ROUND_SECONDS = 5.0  # longest reaction to a signal, and longest wait for another process
 _FIRST_ROUND = 20_000.0  # characters per process
 _GROUP = 32  # most requests with one context that one process answers together
-Answer = TypeVar("Answer")
 T = TypeVar("T")
 
 
@@ -105,11 +104,11 @@ class SharedLightLM(LightLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         return self._share(requests, super().generate_until)
 
-    def _share(self, requests: list[Instance], answer: Callable[[list[Instance]], list[Answer]]) -> list[Answer]:
+    def _share(self, requests: list[Instance], answer: Callable[[list[Instance]], list[T]]) -> list[T]:
         groups = _groups(requests)
         kind = f"{answer.__name__} {xxhash.xxh3_64_hexdigest(repr([request.args for request in requests]).encode())}"
         rank, size = self._exchange.rank, self._exchange.size
-        answers: dict[int, Answer] = {}
+        answers: dict[int, T] = {}
         begin, budget = 0, _FIRST_ROUND
         while begin < len(groups):
             end, characters = begin, 0.0

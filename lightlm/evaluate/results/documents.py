@@ -76,6 +76,8 @@ def read(path: Path) -> list[Document]:
         return []
     try:
         lines = [json.loads(line) for line in text.splitlines()]
-        return [Document(**line | {"metrics": {k: _value(v) for k, v in line["metrics"].items()}}) for line in lines]
+        for line in lines:
+            line["metrics"] = {key: tuple(v) if isinstance(v, list) else v for key, v in line["metrics"].items()}
+        return [Document(**line) for line in lines]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold scores of documents ({error!r})") from None

@@ -39,16 +39,13 @@ class Tree:
         return len(self.tokens)
 
 
-@dataclass
-class TreeGroup:
-    """Trees, longest first, that follow a common prefix; empty if they have none."""
+def plan(
+    requests: Sequence[Request], batch_size: BatchSize, attention_cost: float
+) -> Iterator[tuple[tuple[int, ...], list[Tree]]]:
+    """Yield (common prefix, trees that follow it) for all requests: first groups with a prefix, then that without.
 
-    prefix: tuple[int, ...]
-    trees: list[Tree]
-
-
-def plan(requests: Sequence[Request], batch_size: BatchSize, attention_cost: float) -> list[TreeGroup]:
-    """Arrange all requests in trees: first groups with a prefix, then the group without.
+    Trees are sorted, longest first, so that the first batch shows whether memory suffices and neighbors need little
+    padding.
 
     Args:
         batch_size: the limit for a tree of several sequences.
@@ -57,7 +54,7 @@ def plan(requests: Sequence[Request], batch_size: BatchSize, attention_cost: flo
     """
     ordered = sorted(requests, key=lambda request: request.inputs)
     shared = [0, *(_shared(a.inputs, b.inputs) for a, b in pairwise(ordered))]
-    groups, plain = [], []
+    plain = []
     for start, end in _runs(shared):
         run = ordered[start:end]
         # Scored tokens stay in the trees.
@@ -67,12 +64,10 @@ def plan(requests: Sequence[Request], batch_size: BatchSize, attention_cost: flo
         if length >= _PREFIX_TOKENS:
             behind = list(_trees(run, shared[start:end], length, batch_size, attention_cost))
             if sum(map(len, whole)) - sum(map(len, behind)) - length >= _PREFIX_GAIN:
-                groups.append((run[0].inputs[:length], behind))
+                yield run[0].inputs[:length], sorted(behind, key=len, reverse=True)
                 continue
         plain += whole
-    # Longest first, so that the first batch shows whether memory suffices and neighbors need little padding.
-    found = [TreeGroup(prefix, sorted(trees, key=len, reverse=True)) for prefix, trees in [*groups, ((), plain)]]
-    return found if plain else found[:-1]
+    yield (), sorted(plain, key=len, reverse=True)
 
 
 def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:

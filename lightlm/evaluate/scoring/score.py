@@ -16,8 +16,9 @@ from lightlm.device import keep_freed_memory
 from lightlm.errors import LightLMError
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.packing import Request, Tree, batches, plan
+from lightlm.model.cache import KVCache
 from lightlm.model.transformer import Transformer
-from lightlm.model.trees import SharedPrefix, Trees
+from lightlm.model.trees import Trees
 
 # Columns of the head at a time, so that the logits of 1,024 positions (4 MB) stay in a CPU's caches.
 _CHUNK = 1024
@@ -82,18 +83,17 @@ def score(
 def _score_all(model: Transformer, requests: list[Request], batch_size: BatchSize) -> Iterator[tuple[Request, Score]]:
     # A block's products take 24 D^2 operations per token. Attention takes 4 D per pair, at a quarter of the speed.
     attention_cost = 1 / (1.5 * model.config.hidden_size)
-    for group in plan(requests, batch_size, attention_cost):
+    for tokens, followers in plan(requests, batch_size, attention_cost):
         prefix = None
-        if group.prefix:
-            cache = model.new_cache(1, len(group.prefix))
-            model.hidden_states(torch.tensor([group.prefix], device=model.device), cache)
-            prefix = SharedPrefix(cache)
-        for trees in batches(group.trees, batch_size):
+        if tokens:
+            prefix = model.new_cache(1, len(tokens))
+            model.hidden_states(torch.tensor([tokens], device=model.device), prefix)
+        for trees in batches(followers, batch_size):
             done = [request for tree in trees for request in tree.requests]
             yield from zip(done, _score_batch(model, trees, prefix), strict=True)
 
 
-def _score_batch(model: Transformer, trees: list[Tree], prefix: SharedPrefix | None) -> Iterator[Score]:
+def _score_batch(model: Transformer, trees: list[Tree], prefix: KVCache | None) -> Iterator[Score]:
     """Yield the scores of all requests, tree by tree."""
     width, device = len(trees[0]), model.device
 

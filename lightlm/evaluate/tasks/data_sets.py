@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,10 +21,8 @@ import datasets
 from datasets import load_dataset
 from huggingface_hub import constants
 
-from lightlm.data.sources.hub.client import first_line, hub_errors
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.settings import Settings
-from lightlm.evaluate.tasks.needs import Need
 
 DATA_DIR_VARIABLE = "LIGHTLM_EVAL_DATA"
 RECORD = ".prefetched.json"  # in a data set's folder: the commit of each fetched configuration
@@ -51,26 +50,56 @@ def commits_in(place: Path) -> dict[str, str]:
     return commits
 
 
+@dataclass(frozen=True)
+class Need:
+    """A data set that tasks read.
+
+    Args:
+        path: a Hub id, or a format of `datasets` such as `json`.
+        name: the configuration.
+        options: further arguments of `load_dataset`.
+        tasks: names of the tasks.
+    """
+
+    path: str
+    name: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """`allenai/ai2_arc (ARC-Easy)`."""
+        return f"{self.path} ({self.name})" if self.name else self.path
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether it names files on this machine, as tasks on the user's own data do."""
+        return self.path in _FORMATS and "://" not in str(self.options.get("data_files", "://"))
+
+
 class DataSets:
     """Data sets by the names that tasks use, each read once.
 
     Args:
         folder: laid out like the Hub, `folder/Rowan/hellaswag/<files>`; other data sets come from the cache or the Hub.
+
+    Attributes:
+        origins: by data set read so far, `from` (a folder, `files` or `hub`) and the Hub's `revision` if known.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._loaded: dict[str, Any] = {}
-        self._origins: dict[str, dict[str, str | None]] = {}
+        self.origins: dict[str, dict[str, str | None]] = {}
 
     def local(self, path: str) -> Path | None:
-        """Return a data set's place in the folder or beside the working directory, None if it is not there."""
+        """Return a data set's place in the folder or in the working directory, None if it is not there."""
         places = [Path(path)] if self.folder is None else [self.folder / path, Path(path)]
         return next((place for place in places if place.is_dir() and path not in _FORMATS), None)
 
     def is_local(self, need: Need) -> bool:
         """Whether it can be read without the cache and the Hub."""
-        return self.local(need.path) is not None or _reads_files(need)
+        return self.local(need.path) is not None or need.reads_files
 
     def load(self, path: str, name: str | None = None, *more: Any, **options: Any) -> Any:
         """Load a data set like `datasets.load_dataset`."""
@@ -87,33 +116,14 @@ class DataSets:
                 # The cache names the folder of a data set by its commit on the Hub.
                 folders = [Path(file["filename"]).parent.name for file in getattr(split, "cache_files", [])[:1]]
                 revision = next((folder for folder in folders if re.fullmatch(r"[0-9a-f]{40}", folder)), None)
-            self._origins[f"{path} ({name})" if name else path] = {"from": origin, "revision": revision}
+            self.origins[f"{path} ({name})" if name else path] = {"from": origin, "revision": revision}
         return copy.copy(self._loaded[key])  # a task may replace a split
-
-    def origins(self) -> dict[str, dict[str, str | None]]:
-        """Return by data set read so far: `from` (a folder, `files` or `hub`) and the Hub's `revision` if known."""
-        return dict(sorted(self._origins.items()))
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Replace `datasets.load_dataset` for all callers."""
         with mock.patch.object(datasets, "load_dataset", self.load):
             yield
-
-    def missing(self, needs: Iterable[Need]) -> list[tuple[Need, str]]:
-        """Return the needs that cannot be read, with reasons; keep the others for `load`."""
-        found = []
-        for need in needs:
-            try:
-                self.load(need.path, need.name, **need.options)
-            except hub_errors() as error:
-                found.append((need, first_line(error)))
-        return found
-
-
-def _reads_files(need: Need) -> bool:
-    """Whether a need names files on this machine, as tasks on the user's own data do."""
-    return need.path in _FORMATS and "://" not in str(need.options.get("data_files", "://"))
 
 
 def unreadable(missing: list[tuple[Need, str]], settings: Settings, folder: Path | None) -> DataError:
@@ -136,4 +146,4 @@ def unreadable(missing: list[tuple[Need, str]], settings: Settings, folder: Path
         f"{command} --data-dir {place}",
         "The task heldout needs no download.",
     ]
-    return DataError("\n".join(lines if all(_reads_files(need) for need, _ in missing) else lines + advice))
+    return DataError("\n".join(lines if all(need.reads_files for need, _ in missing) else lines + advice))

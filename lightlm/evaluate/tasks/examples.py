@@ -46,9 +46,6 @@ def _texts(value: Any) -> Iterator[str]:
     """Yield all strings in a record, at any depth."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item)

@@ -66,11 +66,9 @@ def check_tasks_folder(folder: Path) -> Path:
     Raises:
         UsageError: it is not a folder, holds no YAML file, or holds one that is damaged or includes a missing file.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--include-path {folder} is not a folder; give a folder with the YAML files of lm-eval tasks")
     paths = sorted(folder.glob("**/*.yaml"))
     if not paths:
-        raise UsageError(f"--include-path {folder} contains no task: no .yaml file in it or below")
+        raise UsageError(f"--include-path {folder} is not a folder with lm-eval tasks: no .yaml file in it or below")
     for path in paths:
         try:
             load_yaml(path, resolve_func=False)

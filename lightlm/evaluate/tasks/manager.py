@@ -5,20 +5,40 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lm_eval.api.model import TemplateLM
-from lm_eval.tasks import TaskManager
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.config.task import TaskConfig
+from lm_eval.tasks import TaskManager, _factory
 
 from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors, offline
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.settings import BOS, Settings
-from lightlm.evaluate.tasks.data_sets import DataSets, find_data_dir, unreadable
+from lightlm.evaluate.tasks.data_sets import DataSets, Need, find_data_dir, unreadable
 from lightlm.evaluate.tasks.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
 from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache, warn
-from lightlm.evaluate.tasks.needs import Need, needs_of
 from lightlm.evaluate.tasks.patches import quiet
 
 _OURS = {path.stem for path in TASKS.glob("*.yaml")}
+
+
+class _Described(ConfigurableTask):
+    """A task with its configuration and without data."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.source = config.pop("class", None)
+        self._config = TaskConfig(**config)
+
+
+class _Describer(_factory.TaskFactory):
+    """lm-eval's factory, stopped before it loads data."""
+
+    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Task:
+        config = self._load_full_config(entry, overrides)
+        # Tasks in Python may have further keys.
+        known = TaskConfig.__dataclass_fields__.keys() - {"tag"} | {"class"}
+        return _Described({key: value for key, value in config.items() if key in known})
 
 
 class Tasks(TaskManager):
@@ -120,13 +140,33 @@ class Tasks(TaskManager):
         )
 
     def needs(self) -> list[Need]:
-        """Return the data sets that the tasks read, except those that a task makes itself, such as heldout.
+        """Return the data sets that the tasks read, each once, without loading any.
+
+        Data that a task makes itself, such as heldout, or fetches with code of its own are not included.
 
         Raises:
             DataError: a task cannot be read, or needs a package that is missing.
         """
-        with self._reading():
-            return needs_of(self, self.names, self._about_model)
+        needs: dict[str, Need] = {}
+        # A group builds the tasks defined in its own file from ConfigurableTask.
+        with (
+            self._reading(),
+            mock.patch.object(self, "_factory", _Describer(meta=self._about_model)),
+            mock.patch.object(_factory, "ConfigurableTask", _Described),
+        ):
+            tasks = super().load(self.names)["tasks"]
+        for task_name, task in tasks.items():
+            config, source = task.config, task.source
+            path = config.dataset_path or getattr(source, "DATASET_PATH", None)
+            name = config.dataset_name or getattr(source, "DATASET_NAME", None)
+            fetches_itself = source is not None and source.download not in (Task.download, ConfigurableTask.download)
+            if config.custom_dataset is not None or path is None or fetches_itself:
+                continue
+            # lm-eval's own `download` drops this argument, which `datasets` no longer takes.
+            options = {key: value for key, value in (config.dataset_kwargs or {}).items() if key != "trust_remote_code"}
+            key = repr((path, name, sorted(options.items())))
+            needs.setdefault(key, Need(path, name, options)).tasks.append(task_name)
+        return list(needs.values())
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -145,10 +185,13 @@ class Tasks(TaskManager):
         Raises:
             DataError: some cannot be read; see also `needs`.
         """
-        with quiet():
-            needs = self.needs()
-            with self._without_retries(needs):
-                missing = self.data_sets.missing(needs)
+        missing = []
+        with quiet(), self._without_retries(needs := self.needs()):
+            for need in needs:
+                try:
+                    self.data_sets.load(need.path, need.name, **need.options)
+                except hub_errors() as error:
+                    missing.append((need, first_line(error)))
         if missing:
             raise unreadable(missing, self.settings, self.data_sets.folder)
 

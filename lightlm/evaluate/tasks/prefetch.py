@@ -19,9 +19,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from lightlm import files
 from lightlm.data.sources.hub.client import first_line, hub_errors, offline, persistently, require_hub
 from lightlm.errors import DataError
-from lightlm.evaluate.tasks.data_sets import RECORD, DataSets, commits_in
+from lightlm.evaluate.tasks.data_sets import RECORD, DataSets, Need, commits_in
 from lightlm.evaluate.tasks.manager import Tasks
-from lightlm.evaluate.tasks.needs import Need
 from lightlm.evaluate.tasks.patches import quiet
 
 _ON_HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+(?:/[^/@]+)?)@(?P<revision>[^/]+)/(?P<file>.+)")

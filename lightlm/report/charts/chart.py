@@ -16,7 +16,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
 from lightlm.quantities import format_quantity
-from lightlm.report.charts.curves import Floats
+from lightlm.report.curves import Floats
 
 # (light, dark). Plots are drawn in the light colors; in the page a CSS variable replaces each of them.
 INK, MUTED, GRID, PAPER = ("#1c2330", "#e6e9ee"), ("#5b6472", "#a3acb9"), ("#e4e7eb", "#323945"), ("#ffffff", "#171b22")

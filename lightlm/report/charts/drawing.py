@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightlm.report.charts.chart import Chart
-from lightlm.report.charts.curves import Floats, smooth
+from lightlm.report.curves import Floats, smooth
 from lightlm.report.record import Record
 
 _RAW_RUNS = 3  # more runs than this are drawn without their raw values

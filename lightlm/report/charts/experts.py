@@ -9,8 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
 from lightlm.report.charts.chart import MUTED, PLOT_HEIGHT, RUNS, Chart
-from lightlm.report.charts.curves import Floats, focus, smooth
 from lightlm.report.charts.drawing import Plot, curve, empty_chart, label
+from lightlm.report.curves import Floats, focus, smooth
 from lightlm.report.record import Record
 
 _HEAT_RUNS = 4  # runs whose loads get plots of their own

@@ -7,9 +7,9 @@ from matplotlib.ticker import PercentFormatter
 
 from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.report.charts.bars import score_bars
-from lightlm.report.charts.curves import Curves, Floats, focus
 from lightlm.report.charts.drawing import TOKENS, Axis, Plot, curve, empty_chart, highest, label
 from lightlm.report.charts.experts import expert_plots
+from lightlm.report.curves import Curves, Floats, focus
 from lightlm.report.record import Record
 
 _GIB = 2.0**30

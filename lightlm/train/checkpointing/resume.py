@@ -1,14 +1,23 @@
-"""Reopening a run to resume it: its recipe, its folder and its newest checkpoint."""
+"""Resuming a run: its training state beside a checkpoint's weights, and its recipe, folder and newest checkpoint.
 
+The training state lets a resumed run repeat an uninterrupted one exactly.
+"""
+
+import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+
 from lightlm import checkpoint
-from lightlm.errors import RecipeError
+from lightlm.data.folder import DataFolder
+from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import Recipe, load_run_recipe
 from lightlm.runs import find_run
-from lightlm.train.checkpointing.state import check_resumable
+from lightlm.train.observe.spikes import SpikeHistory
 
 # Settings that fix a run's weights, data, batches or optimizer state: a resumed run cannot change them.
 _FIXED = (
@@ -21,6 +30,74 @@ _FIXED = (
     "schedule.batch_warmup",
     "schedule.batch_start",
 )
+
+
+@dataclass
+class Progress:
+    """Counts of a run so far; batches and learning rates are functions of them."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0  # the loader's whole state
+    seconds: float = 0.0  # of training, without interruptions
+    spikes: SpikeHistory = field(default_factory=SpikeHistory)  # empty in older checkpoints
+
+
+def data_identity(data: DataFolder) -> str:
+    """Return a hash of the checksums of tokenizer and shards; folders with the same one give the same batches."""
+    parts = [data.manifest.tokenizer_sha256, *(f"{shard.file} {shard.xxh3}" for shard in data.manifest.shards)]
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
+
+def pack(progress: Progress, optimizer: dict[str, Any], data: DataFolder) -> dict[str, Any]:
+    return {
+        "progress": asdict(progress),
+        "optimizer": optimizer,
+        "rng": torch.get_rng_state(),
+        "data": data_identity(data),
+    }
+
+
+def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
+    """Return a checkpoint's progress and optimizer state, and restore torch's random generator.
+
+    Raises:
+        CheckpointError: the checkpoint holds only weights, or its state cannot be read.
+        DataError: `data` is not the run's data.
+    """
+    checkpoint.check(folder, [checkpoint.TRAINING_STATE])
+    state = _read(folder)
+    if state["data"] != data_identity(data):
+        raise DataError(
+            f"{data.path} is not the data that {folder} was trained on: its tokenizer or shards have changed since; "
+            "restore the old folder, or start a new run"
+        )
+    torch.set_rng_state(state["rng"])
+    progress = dict(state["progress"])
+    spikes = SpikeHistory(**progress.pop("spikes", {}))
+    return Progress(**progress, spikes=spikes), state["optimizer"]
+
+
+def check_resumable(folder: Path) -> None:
+    """Verify that a checkpoint is undamaged and that its training state can be read.
+
+    Raises:
+        DamagedCheckpointError: it is damaged.
+        CheckpointError: it holds only weights.
+    """
+    checkpoint.check(folder)
+    _read(folder, mmap=True)  # mmap: leave out the tensors, whose checksum was just verified
+
+
+def _read(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
+    path = folder / checkpoint.TRAINING_STATE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} cannot be resumed: {path.name} is missing; it holds only weights")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise checkpoint.DamagedCheckpointError(f"{path} cannot be read: {error}") from None
+    return state
 
 
 def reopen_run(
@@ -44,9 +121,8 @@ def reopen_run(
     before, recipe = load_run_recipe(run).to_dict(), load_run_recipe(run, overrides)
     if differing := [key for key in _FIXED if _lookup(before, key) != _lookup(recipe.to_dict(), key)]:
         raise RecipeError(f"{', '.join(differing)} cannot change in a resumed run ({run}); start a new run instead")
-    if not checkpoint.checkpoints(run):
-        return recipe, run, None
-    return recipe, run, checkpoint.newest_checkpoint(run, check_resumable, warn)
+    saved = checkpoint.newest_checkpoint(run, check_resumable, warn) if checkpoint.checkpoints(run) else None
+    return recipe, run, saved
 
 
 def _lookup(values: dict[str, Any], key: str) -> Any:

@@ -1,18 +1,15 @@
 """Saving a run's checkpoints while it trains.
 
-Between two steps the state is copied to the CPU, into buffers that are reused: allocating memory would cost more than
-the copy. A thread then writes the copy, points `latest` to it and prunes old checkpoints; safetensors, torch and xxhash
-release Python's lock meanwhile.
+Between two steps the state is copied to the CPU. A thread then writes the copy, points `latest` to it and prunes old
+checkpoints; safetensors, torch and xxhash release Python's lock meanwhile.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -21,13 +18,12 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError
 from lightlm.model.config import ModelConfig
 from lightlm.recipe import CheckpointSection
-from lightlm.train.checkpointing.state import prune
 from lightlm.train.observe.observers import Observer
 
 _LONG_WAIT = 2.0  # seconds that training waits for the previous save before the user gets a note
 
 
-class Saver:
+class Saver(contextlib.AbstractContextManager["Saver"]):
     """Writes a run's checkpoints one at a time and prunes old ones, in one process of the run.
 
     A context manager: leaving it waits for the last write.
@@ -38,16 +34,10 @@ class Saver:
     ) -> None:
         self._run, self._settings, self._observer = run, settings, observer
         self._tokenizer, self._config = tokenizer, config
-        self._copy = HostCopy()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[list[str]]] | None = None
 
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             self._wait()
         except CheckpointError as failure:
@@ -72,7 +62,7 @@ class Saver:
             weights: by parameter name, on any device.
             training_state: nested dictionaries and lists of tensors and plain values, on any device.
             milestone: never prune this checkpoint.
-            wait: return once it is complete; the state is not copied into the buffers.
+            wait: return once it is complete; a state on the CPU is not copied.
 
         Raises:
             CheckpointError: this save or the previous one could not be written.
@@ -81,9 +71,8 @@ class Saver:
         if (self._run / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER).is_file():
             return
         at_once = wait or not self._settings.asynchronous
-        state = (weights, training_state)
-        copy = map_tensors(state, lambda tensor, _: tensor.detach().cpu()) if at_once else self._copy.take(state)
-        self._pending = step, self._writer.submit(self._write, step, copy, milestone)
+        weights, training_state = _on_cpu((weights, training_state), copy=not at_once)
+        self._pending = step, self._writer.submit(self._write, step, weights, training_state, milestone)
         if at_once:
             self._wait()
 
@@ -103,9 +92,14 @@ class Saver:
         try:
             problems = write.result()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap system errors
+            complete = checkpoint.checkpoints(self._run)
+            kept = f"the last complete one is {complete[-1].name}" if complete else "there is none yet"
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self._run / 'checkpoints'}: {error}; {kept}. "
+                f"Free space or repair the disk, then run `lightlm train --resume {self._run}`"
+            ) from error
+        finally:
             self._pending = None
-            raise CheckpointError(self._failure(step, error)) from error
-        self._pending = None
         self._observer.checkpoint(self._run / "checkpoints" / checkpoint.step_name(step))
         for problem in problems:
             self._observer.note(problem)
@@ -115,22 +109,14 @@ class Saver:
                 "a higher checkpoint.every would avoid that"
             )
 
-    def _failure(self, step: int, error: Exception) -> str:
-        complete = checkpoint.checkpoints(self._run)
-        kept = f"the last complete one is {complete[-1].name}" if complete else "there is none yet"
-        return (
-            f"the checkpoint of step {step} could not be written to {self._run / 'checkpoints'}: {error}; {kept}. "
-            f"Free space or repair the disk, then run `lightlm train --resume {self._run}`"
-        )
-
-    def _write(self, step: int, state: tuple[dict[str, Tensor], dict[str, Any]], milestone: bool) -> list[str]:
+    def _write(self, step: int, weights: dict[str, Tensor], training: dict[str, Any], milestone: bool) -> list[str]:
         """Write and prune, in the writer's thread; return problems that leave the checkpoint complete."""
-        self._copy.arrive()
         # Metrics first: after a power failure they reach as far as the checkpoint.
         if (metrics := self._run / "metrics.jsonl").exists():
             files.sync_file(metrics)
-        weights, training = state
-        checkpoint.write_states(self._run, step, weights, self._config, self._tokenizer, training, milestone=milestone)
+        checkpoint.write_checkpoint(
+            self._run, step, weights, self._config, self._tokenizer, training, milestone=milestone
+        )
         try:
             prune(self._run, self._settings.keep_last)
         except OSError as error:
@@ -138,48 +124,22 @@ class Saver:
         return []
 
 
-class HostCopy:
-    """Copies of nested tensors in CPU memory that is allocated once, and pinned for asynchronous copies from a GPU."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._gpu: torch.device | None = None
-        self._copied: torch.cuda.Event | None = None
-
-    def take(self, state: Any) -> Any:
-        """Return `state` with copies of its tensors, complete after `arrive` and valid until the next `take`.
-
-        On a GPU the copies precede whatever the current stream launches next.
-        """
-        copies = map_tensors(state, self._copy)
-        if self._gpu is not None:
-            self._copied = torch.cuda.current_stream(self._gpu).record_event()
-        return copies
-
-    def arrive(self) -> None:
-        """Wait for the copies of the last `take`."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def _copy(self, tensor: Tensor, place: str) -> Tensor:
-        if on_gpu := tensor.device.type == "cuda":
-            self._gpu = tensor.device
-        buffer = self._buffers.get(place)
-        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-            self._buffers[place] = buffer
-        return buffer.copy_(tensor.detach(), non_blocking=on_gpu)
-
-
-def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], place: str = "") -> Any:
-    """Return a copy of nested dictionaries, lists and tuples with `function(tensor, place)` for each tensor."""
+def _on_cpu(value: Any, *, copy: bool) -> Any:
+    """Return nested dictionaries, lists and tuples with tensors on the CPU; `copy` those that are there already."""
     if isinstance(value, Tensor):
-        return function(value, place)
+        return value.detach().to("cpu", copy=copy)
     if isinstance(value, dict):
-        return {key: map_tensors(item, function, f"{place}/{key}") for key, item in value.items()}
+        return {key: _on_cpu(item, copy=copy) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map_tensors(item, function, f"{place}/{index}") for index, item in enumerate(value))
+        return type(value)(_on_cpu(item, copy=copy) for item in value)
     return value
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Delete all complete checkpoints except milestones and the newest `keep_last`."""
+    for path in checkpoint.checkpoints(run)[:-keep_last]:
+        if not checkpoint.is_milestone(path):
+            files.remove_folder(path)
 
 
 def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:

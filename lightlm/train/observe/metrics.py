@@ -1,9 +1,9 @@
 """metrics.jsonl: one object per step, and the file. docs/metrics.md defines each metric."""
 
-import contextlib
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,46 +15,6 @@ from lightlm import files
 # Metrics that differ between two runs of the same recipe.
 MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_second", "mfu", "memory"})
 _FILE = "metrics.jsonl"
-
-
-def step_metrics(
-    *,
-    step: int,
-    tokens: int,
-    seconds: float,
-    batch_tokens: int,
-    loss: float,
-    rates: dict[str, float],
-    grad_norm: float,
-    step_seconds: float,
-    data_seconds: float,
-    memory: int | None,
-    utilisation_per_token: float | None,
-) -> dict[str, Any]:
-    """Return the object of one step.
-
-    Args:
-        step, tokens, seconds: counts after the step, over the whole run.
-        rates: learning rates by their keys (`optimizers.learning_rates`).
-        utilisation_per_token: FLOPs per token / the device's peak FLOP/s; None if the peak is unknown.
-    """
-    metrics: dict[str, Any] = {
-        "step": step,
-        "tokens": tokens,
-        "loss": loss,
-        **rates,
-        "batch_tokens": batch_tokens,
-        "grad_norm": grad_norm,
-        "tokens_per_second": batch_tokens / step_seconds,
-        "seconds": seconds,
-        "step_seconds": step_seconds,
-        "data_seconds": data_seconds,
-    }
-    if memory is not None:
-        metrics["memory"] = memory
-    if utilisation_per_token is not None:
-        metrics["mfu"] = utilisation_per_token * metrics["tokens_per_second"]
-    return metrics
 
 
 class MetricsFile:
@@ -102,12 +62,10 @@ def peak_memory(device: torch.device) -> int | None:
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":
-        # Not ru_maxrss: it includes the peak of the process that forked this one.
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+    # On Linux, ru_maxrss includes the peak of the process that forked this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    if kilobytes := re.search(r"^VmHWM:\s*(\d+)", status, re.MULTILINE):
+        return int(kilobytes[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

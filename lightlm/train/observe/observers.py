@@ -23,28 +23,19 @@ class Observer:
         """Receive a message for the user, for example about a setting without effect."""
 
 
+def _forwarded(event: str) -> Any:
+    def forward(self: "Observers", *arguments: Any) -> None:
+        for observer in self._observers:
+            getattr(observer, event)(*arguments)
+
+    return forward
+
+
 class Observers(Observer):
     """Forwards each event to several observers, in this order."""
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-    def start(self, facts: dict[str, Any]) -> None:
-        for observer in self._observers:
-            observer.start(facts)
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        for observer in self._observers:
-            observer.step(metrics)
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        for observer in self._observers:
-            observer.sample(step, prompt, text)
-
-    def checkpoint(self, path: Path) -> None:
-        for observer in self._observers:
-            observer.checkpoint(path)
-
-    def note(self, message: str) -> None:
-        for observer in self._observers:
-            observer.note(message)
+    start, step, sample = _forwarded("start"), _forwarded("step"), _forwarded("sample")
+    checkpoint, note = _forwarded("checkpoint"), _forwarded("note")

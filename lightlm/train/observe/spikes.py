@@ -11,7 +11,7 @@ is part of the training state. So all ranks agree, and a resumed run repeats it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from lightlm.recipe import TrainSection
@@ -31,13 +31,6 @@ class SpikeHistory:
     norms: tuple[float, ...] = ()
     in_a_row: int = 0  # spikes up to and including the last step
 
-    def after(self, loss: float, norm: float, spike: bool, window: int) -> "SpikeHistory":
-        """Return the history with one more step. A spike enters it too, so a lasting change becomes normal."""
-        in_a_row = self.in_a_row + 1 if spike else 0
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return SpikeHistory(self.losses, self.norms, in_a_row)
-        return SpikeHistory((*self.losses, loss)[-window:], (*self.norms, norm)[-window:], in_a_row)
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -51,26 +44,20 @@ class Verdict:
     diverged: bool
     history: SpikeHistory
 
-    @property
-    def spike(self) -> bool:
-        return bool(self.reason)
-
 
 def judge(before: SpikeHistory, loss: float, norm: float, train: TrainSection) -> Verdict:
     """Compare a step's loss and gradient norm (before clipping) with the steps before it.
 
     A loss or norm that is NaN or infinite is always a spike; others are judged once half the window is filled.
     """
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        found = (
-            _excess("loss", loss, before.losses, train),
-            _excess("gradient norm", norm, before.norms, train),
-        )
-        reason = ", ".join(part for part in found if part)
-    else:
-        reason = f"loss {loss}, gradient norm {norm}"
-    history = before.after(loss, norm, bool(reason), train.spike_window)
+    reason = f"loss {loss}, gradient norm {norm}"
+    if finite := math.isfinite(loss) and math.isfinite(norm):
+        found = (_excess("loss", loss, before.losses, train), _excess("gradient norm", norm, before.norms, train))
+        reason = ", ".join(filter(None, found))
+    history = replace(before, in_a_row=before.in_a_row + 1 if reason else 0)
+    if finite:  # a spike enters the history too, so that a lasting change becomes normal
+        losses, norms = ((*before.losses, loss), (*before.norms, norm))
+        history = replace(history, losses=losses[-train.spike_window :], norms=norms[-train.spike_window :])
     skip = train.skip_spikes and bool(reason) and history.in_a_row <= MAX_IN_A_ROW
     return Verdict(reason, skip, diverged=not finite and not skip, history=history)
 

@@ -13,10 +13,10 @@ import io
 import json
 import math
 import secrets
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar
 
 import yaml
@@ -167,7 +167,7 @@ class Trackio(Tracker):
 BACKENDS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-class Trackers(Observer):
+class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
     """An `Observer` that sends a run's numbers to the backends of its recipe, and a context manager that closes them.
 
     Args:
@@ -187,12 +187,7 @@ class Trackers(Observer):
                 "pip install 'lightlm[tracking]', or leave the name out (metrics.jsonl is always written)"
             )
 
-    def __enter__(self) -> "Trackers":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._each(lambda tracker: tracker.finish(failed=kind is not None))
         self._active = {}
 
@@ -201,7 +196,9 @@ class Trackers(Observer):
             return
         run = Path(facts["run"])
         recipe = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
-        known = _read_state(run / STATE)
+        known: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads((run / STATE).read_text(encoding="utf-8"))
         # The maximum, since metrics.jsonl is cut: a resumed run may be killed again before it reaches that step.
         known[_LOGGED] = logged = max(known.get(_LOGGED, 0), facts["logged_step"])
         for name in self._section.backends:
@@ -214,7 +211,8 @@ class Trackers(Observer):
         files.write_text(run / STATE, json.dumps(known) + "\n")
 
     def step(self, metrics: dict[str, Any]) -> None:
-        numbers = {key: float(value) for key, value in metrics.items() if _is_number(value) and key != "step"}
+        scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float) and key != "step"}
+        numbers = {key: float(value) for key, value in scalars.items() if math.isfinite(value)}
         self._each(lambda tracker: tracker.log(metrics["step"], numbers), metrics["step"])
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -233,8 +231,8 @@ class Trackers(Observer):
         try:
             return call()
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
             self._active.pop(name, None)
+            reason = str(error).strip().partition("\n")[0]
             self._note(f"{name} failed and is dropped ({type(error).__name__}: {reason})")
             return None
 
@@ -247,19 +245,9 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    return {}
-
-
 def _fenced(text: str) -> str:
     """Return the text as a Markdown code block."""
-    return "\n".join("    " + line for line in text.splitlines())
+    return textwrap.indent(text, "    ", lambda line: True)
 
 
 def _no_output() -> contextlib.AbstractContextManager[Any]:

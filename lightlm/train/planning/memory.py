@@ -5,7 +5,9 @@ import torch
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import parameter_groups
 from lightlm.optim.section import OptimizerSection
+from lightlm.recipe import Recipe
 from lightlm.train.step.activations import activation_bytes, backward_bytes, expert_gradient_bytes, mask_bytes
+from lightlm.train.step.compilation import compiles
 from lightlm.train.step.loss import head_loss_bytes
 
 
@@ -16,38 +18,28 @@ def optimizer_bytes(model: Transformer, section: OptimizerSection) -> int:
 
 
 def training_parts(
-    model: Transformer,
-    section: OptimizerSection,
-    *,
-    device_type: str,
-    dtype: torch.dtype,
-    compiled: bool,
-    sequences: int,
-    seq_len: int,
-    accumulates: bool,
-    recompute: bool,
+    recipe: Recipe, model: Transformer, device: torch.device, dtype: torch.dtype, sequences: int
 ) -> dict[str, int]:
     """Return the bytes on the training device by part. A run that accumulates gradients holds all parts at once.
 
     Args:
         model: may be on the meta device.
         sequences: sequences per micro-batch.
-        accumulates: a batch has several micro-batches, so the head's gradient exists twice.
-        recompute: activation checkpointing.
     """
-    config, mixed, tokens = model.config, dtype != torch.float32, sequences * seq_len
-    parameters = model.num_parameters()["total"]
-    fused = compiled or (device_type == "cpu" and dtype == torch.bfloat16)
+    config, mixed, tokens = model.config, dtype != torch.float32, sequences * recipe.seq_len
+    parameters, recompute = model.num_parameters()["total"], recipe.train.activation_checkpointing
+    fused = compiles(recipe, model, device) or (device.type == "cpu" and dtype == torch.bfloat16)
     products = sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
+    accumulates = recipe.batch_sequences > sequences  # the head's gradient then exists twice
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
-        "optimizer": optimizer_bytes(model, section),
+        "optimizer": optimizer_bytes(model, recipe.optimizer),
         "weight_copies": 2 * products if mixed else 0,
         "activations": tokens * activation_bytes(config, mixed=mixed, fused=fused, recompute=recompute)
-        + mask_bytes(config, seq_len, mixed=mixed),
+        + mask_bytes(config, recipe.seq_len, mixed=mixed),
         "logits": head_loss_bytes(
-            tokens, config.hidden_size, config.vocab_size, device_type, dtype, accumulates=accumulates
+            tokens, config.hidden_size, config.vocab_size, device.type, dtype, accumulates=accumulates
         ),
         "backward": tokens * backward_bytes(config, mixed=mixed) + expert_gradient_bytes(config, mixed=mixed),
     }

@@ -10,11 +10,10 @@ from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pic
 from lightlm.errors import UsageError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
-from lightlm.train.planning.memory import inference_parts, optimizer_bytes, training_parts
+from lightlm.train.planning.memory import inference_parts, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
 from lightlm.train.schedules import batch_plan
 from lightlm.train.setup import Note, fit_recipe, open_data
-from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import micro_batch_size
 
 ASSUMED_UTILIZATION = 0.4  # share of a GPU's bf16 peak; not measured
@@ -45,15 +44,6 @@ class Work:
         return (self.tokens + self.validation_tokens / 3) / tokens_per_second / 3600
 
 
-@dataclass(frozen=True)
-class Target:
-    """The device that a recipe names; this machine may lack it."""
-
-    device: torch.device
-    dtype: torch.dtype
-    present: bool
-
-
 def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     """Return the plan as one document of plain values, sizes in bytes. The data need not be prepared.
 
@@ -69,15 +59,13 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     data = open_data(recipe, required=False)
     recipe = fit_recipe(recipe, data, note)
     validation_tokens = min(recipe.eval.tokens, len(data.split("val"))) if data else recipe.eval.tokens
-    target = _target(recipe, note)
-    measured = None
-    if not probe:
-        note("not probed: memory is an estimate, and there are no hours for this machine")
-    elif target.present:
-        measured = _measured(recipe, note)
     with torch.device("meta"):
         model = Transformer(recipe.model)
-    work = _work(recipe, validation_tokens)
+    steps, tokens = batch_plan(recipe).remaining()
+    # Validations come at each step that reaches a multiple of eval.every, and at the last step.
+    before = tokens - recipe.batch_sequences * recipe.seq_len
+    validations = before // recipe.eval.every + 1 if recipe.eval.every else 1
+    work = Work(steps, tokens, validations if validation_tokens else 0, validations * validation_tokens)
     counts, flops = model.num_parameters(), model.flops_per_token(recipe.seq_len)
     if recipe.eval.tasks:
         note(f"the hours leave out eval.tasks ({', '.join(recipe.eval.tasks)})")
@@ -98,7 +86,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
             "validations": work.validations,
             "validation_tokens": work.validation_tokens,
         },
-        "machine": _machine(recipe, model, work, target, measured),
+        "machine": _machine(recipe, model, work, probe, note),
         "inference": inference_parts(model),
         "gpus": [_gpu(name, gpu, recipe, model, work) for name, gpu in ACCELERATORS.items()],
         "assumed_utilization": ASSUMED_UTILIZATION,
@@ -106,7 +94,8 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     }
 
 
-def _target(recipe: Recipe, note: Note) -> Target:
+def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool]:
+    """Return the recipe's device and precision, and whether this machine has the device."""
     name = recipe.train.device
     try:
         device = pick_device(name)
@@ -116,49 +105,44 @@ def _target(recipe: Recipe, note: Note) -> Target:
         note(f"not probed: {error}")
         device = torch.device(name)
         fast = device.type == "cuda" and recipe.train.dtype == "auto"
-        return Target(device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU), present=False)
-    return Target(device, pick_dtype(recipe.train.dtype, device), present=True)
+        return device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU), False
+    return device, pick_dtype(recipe.train.dtype, device), True
 
 
-def _measured(recipe: Recipe, note: Note) -> Probe | None:
-    try:
-        return run_probe(recipe)
-    except ProbeError as error:
-        note(f"{error}; memory is an estimate, and there are no hours for this machine")
-        return None
-
-
-def _work(recipe: Recipe, validation_tokens: int) -> Work:
-    steps, tokens = batch_plan(recipe).remaining()
-    # Validations come at each step that reaches a multiple of eval.every, and at the last step.
-    before = tokens - recipe.batch_sequences * recipe.seq_len
-    validations = before // recipe.eval.every + 1 if recipe.eval.every else 1
-    return Work(steps, tokens, validations if validation_tokens else 0, validations * validation_tokens)
-
-
-def _machine(recipe: Recipe, model: Transformer, work: Work, target: Target, measured: Probe | None) -> dict[str, Any]:
+def _machine(recipe: Recipe, model: Transformer, work: Work, probe: bool, note: Note) -> dict[str, Any]:
     """Return memory by part on the recipe's device, and the probe's measurements."""
-    device = target.device
-    sequences = measured.micro_batch if measured else _micro_batch(recipe, target)
-    parts = _parts(recipe, model, device, target.dtype, sequences)
-    copy = _checkpoint_copy(recipe, model, work)
+    device, dtype, present = _target(recipe, note)
+    measured = None
+    if not probe:
+        note("not probed: memory is an estimate, and there are no hours for this machine")
+    elif present:
+        try:
+            measured = run_probe(recipe)
+        except ProbeError as error:
+            note(f"{error}; memory is an estimate, and there are no hours for this machine")
+    # The memory of a missing device is unknown, so any micro-batch fits.
+    free = None if present else sys.maxsize
+    sequences = measured.micro_batch if measured else micro_batch_size(recipe, device, free=free)
+    parts = training_parts(recipe, model, device, dtype, sequences)
+    # The host's copy that a run saves from. The last save of a run makes none.
+    saves = any(0 < every < work.tokens for every in (recipe.checkpoint.every, recipe.checkpoint.keep_every))
+    copy = parts["weights"] + parts["optimizer"] if saves and recipe.checkpoint.asynchronous else 0
     if device.type == "cpu":
         # With a GPU, the copy and the process take memory of the host instead.
         base = measured.process_memory if measured else process_memory()
         parts |= {"gaps": round(_GAPS * sum(parts.values())), "checkpoint_copy": copy, "process": base or 0}
-    accumulation = -(-recipe.batch_sequences // sequences)
     return {
-        "device": describe(device) if target.present else f"{device} (not available)",
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": describe(device) if present else f"{device} (not available)",
+        "dtype": str(dtype).removeprefix("torch."),
         "micro_batch": sequences,
-        "accumulation": accumulation,
+        "accumulation": -(-recipe.batch_sequences // sequences),
         "memory": parts | {"total": sum(parts.values())},
         "host_checkpoint_copy": copy,
-        "measured": measured and _measurements(measured, recipe, work, accumulation, parts.get("checkpoint_copy", 0)),
+        "measured": measured and _measurements(measured, recipe, work, parts.get("checkpoint_copy", 0)),
     }
 
 
-def _measurements(probe: Probe, recipe: Recipe, work: Work, accumulation: int, copy: int) -> dict[str, Any]:
+def _measurements(probe: Probe, recipe: Recipe, work: Work, copy: int) -> dict[str, Any]:
     """Return the measurements of a full batch. A probe saves nothing, so `copy` is added to its memory."""
     step_seconds = recipe.batch_sequences / probe.micro_batch * probe.pass_seconds + probe.update_seconds
     return {
@@ -172,44 +156,15 @@ def _measurements(probe: Probe, recipe: Recipe, work: Work, accumulation: int, c
     }
 
 
-def _micro_batch(recipe: Recipe, target: Target) -> int:
-    return micro_batch_size(recipe, target.device, free=None if target.present else sys.maxsize)
-
-
-def _checkpoint_copy(recipe: Recipe, model: Transformer, work: Work) -> int:
-    """Return the bytes of the copy on the host that a run saves from. The last save of a run makes no copy."""
-    settings = recipe.checkpoint
-    before_the_end = any(0 < every < work.tokens for every in (settings.every, settings.keep_every))
-    if not settings.asynchronous or not before_the_end:
-        return 0
-    return 4 * model.num_parameters()["total"] + optimizer_bytes(model, recipe.optimizer)
-
-
-def _parts(
-    recipe: Recipe, model: Transformer, device: torch.device, dtype: torch.dtype, sequences: int
-) -> dict[str, int]:
-    return training_parts(
-        model,
-        recipe.optimizer,
-        device_type=device.type,
-        dtype=dtype,
-        compiled=compiles(recipe, model, device),
-        sequences=sequences,
-        seq_len=recipe.seq_len,
-        accumulates=recipe.batch_sequences > sequences,
-        recompute=recipe.train.activation_checkpointing,
-    )
-
-
 def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, work: Work) -> dict[str, Any]:
     """Estimate one GPU of this kind, with the given micro-batch or the largest automatic one that fits."""
     device, weights = torch.device("cuda"), 4 * model.num_parameters()["total"]
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
     sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0))
-    memory = sum(_parts(recipe, model, device, dtype, sequences).values())
+    memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
     while memory > _USABLE * gpu.memory and recipe.train.micro_batch_size == "auto" and sequences > 1:
         sequences = max(size for size in range(1, sequences // 2 + 1) if sequences % size == 0)
-        memory = sum(_parts(recipe, model, device, dtype, sequences).values())
+        memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
     # The peak is that of bf16, so there is no estimate of hours for fp32.
     speed = gpu.peak * ASSUMED_UTILIZATION / model.flops_per_token(recipe.seq_len)
     return {

@@ -20,7 +20,7 @@ from lightlm.device import autocast
 from lightlm.errors import LightLMError
 from lightlm.recipe import Recipe, parse_recipe
 from lightlm.train.observe.metrics import peak_memory
-from lightlm.train.setup import Setup, set_up
+from lightlm.train.setup import set_up
 
 _WARM_UP, _TIMED = 2, 3  # steps; on a CPU the first two fault their memory in, on a GPU the first may compile
 
@@ -74,41 +74,35 @@ def process_memory() -> int | None:
         "train": {"tokens": 64, "batch_tokens": 64, "device": "cpu", "compile": False},
         "optimizer": {"lr": 1e-3},
     }
-    _measure(parse_recipe(smallest, "the smallest recipe"))
-    return peak_memory(torch.device("cpu"))
+    return _measure(parse_recipe(smallest, "the smallest recipe"), None).memory
 
 
-def _measure(recipe: Recipe) -> tuple[int, float, float, float, int | None]:
-    """Return, measured in this process, the first five fields of a `Probe`."""
+def _measure(recipe: Recipe, base: int | None) -> Probe:
+    """Probe a recipe in this process, which took `base` bytes before."""
     setup = set_up(recipe, None, lambda message: None)
-    pass_seconds, update_seconds = _steps(setup)
-    inputs, targets = (part.to(setup.device) for part in setup.loader.batch(0, setup.gradients.micro_batch))
-
-    @torch.no_grad()
-    def forward() -> None:
-        with autocast(setup.device, setup.dtype):
-            setup.loss.evaluate(inputs, targets)
-
-    forward_seconds = [_seconds(forward, setup.device) for _ in range(2)][-1]
-    return setup.gradients.micro_batch, pass_seconds, update_seconds, forward_seconds, peak_memory(setup.device)
-
-
-def _steps(setup: Setup) -> tuple[float, float]:
-    """Return the seconds of a micro-batch, and the seconds of clipping and the optimizer."""
-    recipe, gradients, optimizer = setup.recipe, setup.gradients, setup.optimizer
+    gradients, optimizer, device = setup.gradients, setup.optimizer, setup.device
     parameters, clip = list(setup.model.parameters()), recipe.train.grad_clip or float("inf")
-    passes, clips, updates = [], [], []
+    passes, updates = [], []
     for _ in range(_WARM_UP + _TIMED):
         # One micro-batch as a batch of its own, which is also clipped.
-        both = _seconds(lambda: gradients(0, gradients.micro_batch, threading.Event()), setup.device)
-        clips.append(_seconds(lambda: torch.nn.utils.clip_grad_norm_(parameters, clip), setup.device))
-        passes.append(both - clips[-1])
-        updates.append(_seconds(optimizer.step, setup.device))
+        both = _seconds(lambda: gradients(0, gradients.micro_batch, threading.Event()), device)
+        clipping = _seconds(lambda: torch.nn.utils.clip_grad_norm_(parameters, clip), device)
+        passes.append(both - clipping)
+        updates.append(clipping + _seconds(optimizer.step, device))
         if gradients.passes(recipe.batch_sequences) == 1:
             # Otherwise a pass adds to existing gradients, as most passes of a longer step do.
             optimizer.zero_grad(set_to_none=True)
-    timed = slice(_WARM_UP, None)
-    return statistics.median(passes[timed]), statistics.median(clips[timed]) + statistics.median(updates[timed])
+    inputs, targets = (part.to(device) for part in setup.loader.batch(0, gradients.micro_batch))
+
+    @torch.no_grad()
+    def forward() -> None:
+        with autocast(device, setup.dtype):
+            setup.loss.evaluate(inputs, targets)
+
+    forward_seconds = [_seconds(forward, device) for _ in range(2)][-1]
+    pass_seconds, update_seconds = (statistics.median(times[_WARM_UP:]) for times in (passes, updates))
+    memory = peak_memory(device)
+    return Probe(gradients.micro_batch, pass_seconds, update_seconds, forward_seconds, memory, base)
 
 
 def _seconds(action: Callable[[], Any], device: torch.device) -> float:
@@ -123,6 +117,6 @@ def _seconds(action: Callable[[], Any], device: torch.device) -> float:
 if __name__ == "__main__":
     try:
         base = process_memory()
-        print(json.dumps(asdict(Probe(*_measure(parse_recipe(json.load(sys.stdin), "standard input")), base))))
+        print(json.dumps(asdict(_measure(parse_recipe(json.load(sys.stdin), "standard input"), base))))
     except (LightLMError, torch.OutOfMemoryError, MemoryError) as error:
         sys.exit(f"{error}")

@@ -23,12 +23,11 @@ def activation_bytes(config: ModelConfig, *, mixed: bool, fused: bool, recompute
     """
     config = config.resolved()
     element = 2 if mixed else 4
-    layer = _fused_layer if fused else _plain_layer
-    layers = {kind: count * layer(config, element, kind) for kind, count in _layers(config).items()}
+    counts = _layers(config)
+    layers = {kind: _layer(config, element, kind, fused) for kind in counts}
     if recompute:
-        widest = max(layer(config, element, kind) for kind in layers)
-        return config.depth * 4 * config.hidden_size + widest + _norm(config, fused)
-    return sum(layers.values()) + _norm(config, fused)
+        return config.depth * 4 * config.hidden_size + max(layers.values()) + _norm(config, fused)
+    return sum(counts[kind] * layers[kind] for kind in counts) + _norm(config, fused)
 
 
 Kind = Literal["dense", "experts"]
@@ -54,65 +53,46 @@ def _norm(config: ModelConfig, fused: bool) -> int:
     return (4 if fused else 8) * config.hidden_size + 4
 
 
-def _fused_layer(config: ModelConfig, element: int, kind: Kind) -> int:
+def _layer(config: ModelConfig, element: int, kind: Kind, fused: bool) -> int:
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    turned = config.qk_norm or config.position == "rope"
+    gated, copied = config.mlp == "swiglu", element == 2 and not fused
+    size = _shared_size(config) if kind == "experts" else config.intermediate_size
+    # Autocast copies the norm's output for each product that takes it; otherwise all products share it.
+    inputs = 3 + (1 + gated if size else 0) if copied else 2
+    if fused:
+        normed = element * (queries + keys) if config.qk_norm or config.position == "rope" else 0
+    else:
+        normed = 8 * (queries + keys) if config.qk_norm else 0
     attention = (
-        element * config.hidden_size  # input of the joined projection
-        + element * (queries + 2 * keys)  # its output, which includes the values
+        element * (2 * queries + 2 * keys)  # its input, and its output, which is the input of o_proj
+        + normed  # queries and keys before their norm and rotation
         + (4 * (config.num_heads + config.num_kv_heads) if config.qk_norm else 0)  # 1 / rms
-        + (element * (queries + keys) if turned else 0)
-        + element * queries  # output of attention, input of o_proj
         + 4 * config.num_heads  # log-sum-exp
     )
-    # The feed-forward network's input is counted below, its inner values here.
+    inner = element * ((3 if fused else 4) if gated else 2) * size
     if kind == "experts":
-        inner = element * 3 * _shared_size(config) + _router(config, element) + _padded_experts(config, element)
-    else:
-        inner = element * (3 if config.mlp == "swiglu" else 2) * config.intermediate_size
-    return 2 * _norm(config, True) + attention + element * config.hidden_size + inner
-
-
-def _plain_layer(config: ModelConfig, element: int, kind: Kind) -> int:
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    networks = _shared_size(config) if kind == "experts" else config.intermediate_size
-    # Autocast copies the norm's output for each product that takes it; in fp32 all products share it.
-    inputs = (3 + ((2 if config.mlp == "swiglu" else 1) if networks else 0)) if element == 2 else 2
-    attention = (
-        (8 * (queries + keys) + 4 * (config.num_heads + config.num_kv_heads) if config.qk_norm else 0)
-        + element * (queries + 2 * keys)  # input of attention
-        + element * queries
-        + 4 * config.num_heads
-    )
-    inner = element * (4 if config.mlp == "swiglu" else 2) * networks
-    if kind == "experts":
-        inner += _router(config, element)
-        inner += _grouped_experts(config) if element == 2 else _padded_experts(config, element)
-    return 2 * _norm(config, False) + attention + element * inputs * config.hidden_size + inner
+        inner += _routed(config, element, grouped=copied)
+    return 2 * _norm(config, fused) + element * inputs * config.hidden_size + attention + inner
 
 
 def _shared_size(config: ModelConfig) -> int:
     return config.num_shared_experts * config.moe_intermediate_size
 
 
-def _router(config: ModelConfig, element: int) -> int:
-    """Count its fp32 input where that is a copy, logits and scores of all experts, sums over them; int64 choices."""
-    chosen = config.num_experts_per_tok
-    sums = 4 + (4 if config.router == "sigmoid" else 0)  # of the z-loss and of the balance loss
-    weights = 8 * chosen + (4 * chosen + 4 if config.norm_topk_prob else 0)
-    return (4 * config.hidden_size if element == 2 else 0) + 8 * config.num_experts + sums + weights
-
-
-def _padded_experts(config: ModelConfig, element: int) -> int:
-    """Count gate and up of each row with its choice and token, and the row and weight of each choice."""
-    rows = config.num_experts_per_tok * _PADDING
-    return round(rows * (element * 2 * config.moe_intermediate_size + 16)) + 12 * config.num_experts_per_tok
-
-
-def _grouped_experts(config: ModelConfig) -> int:
-    """Count per choice, in 16 bits, the token, five inner values and the weight; and its place in the order."""
-    per_choice = 2 * (config.hidden_size + 5 * config.moe_intermediate_size + 1) + 8
-    return config.num_experts_per_tok * per_choice
+def _routed(config: ModelConfig, element: int, *, grouped: bool) -> int:
+    """Count what a router and its experts keep."""
+    chosen, size = config.num_experts_per_tok, config.moe_intermediate_size
+    router = (
+        (4 * config.hidden_size if element == 2 else 0)  # its fp32 input, where that is a copy
+        + 8 * config.num_experts  # logits and scores
+        + 8 * chosen  # int64 choices
+        + (4 * chosen + 4 if config.norm_topk_prob else 0)
+        + (8 if config.router == "sigmoid" else 4)  # sums of the z-loss and of the balance loss
+    )
+    if grouped:  # per choice, in 16 bits, the token, five inner values and the weight; and its place in the order
+        return router + chosen * (2 * (config.hidden_size + 5 * size + 1) + 8)
+    # Gate and up of each row with its choice and token, and the row and weight of each choice.
+    return router + round(chosen * _PADDING * (element * 2 * size + 16)) + 12 * chosen
 
 
 def backward_bytes(config: ModelConfig, *, mixed: bool) -> int:

@@ -26,6 +26,8 @@ from lightlm.train.step.parallel import ParallelLoss, PassLoss
 _MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
 _MEMORY_SHARE = 0.6  # of free device memory that activations may take
 
+_Sums = tuple[Tensor, Tensor | None]  # loss, and tokens per expert and layer, of this process
+
 
 @dataclass(frozen=True)
 class BatchOutcome:
@@ -37,19 +39,6 @@ class BatchOutcome:
     loads: list[list[int]] | None = None  # the same, on the host
 
 
-@dataclass
-class _Sums:
-    """Sums over the micro-batches of this process."""
-
-    loss: Tensor
-    load_LE: Tensor | None = None
-
-    def add(self, part: PassLoss) -> None:
-        self.loss += part.loss.detach()
-        if part.load_LE is not None:
-            self.load_LE = part.load_LE if self.load_LE is None else self.load_LE + part.load_LE
-
-
 def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
     """Check that the processes can share the global batch equally.
 
@@ -59,11 +48,10 @@ def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
     sequences = plan.sequences(0)  # later ones are multiples of the first
     if sequences % processes:
         key = "train.batch_tokens" if sequences == recipe.batch_sequences else "schedule.batch_start"
-        fitting = ", ".join(str(number) for number in _divisors(sequences))
         raise RecipeError(
             f"{processes} processes cannot share the {sequences} sequences of a global batch equally; "
-            f"start one of {fitting} processes, or make {key} (now {sequences * recipe.seq_len}) "
-            f"a multiple of {processes * recipe.seq_len}"
+            f"start one of {', '.join(map(str, _divisors(sequences)))} processes, "
+            f"or make {key} (now {sequences * recipe.seq_len}) a multiple of {processes * recipe.seq_len}"
         )
 
 
@@ -140,22 +128,15 @@ class Gradients:
                 return None
             self._shrink()
         norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip or math.inf))
-        return self._outcome(sums, norm, count)
-
-    def _outcome(self, sums: "_Sums", norm: Tensor, count: int) -> BatchOutcome:
-        loss, load_LE = sums.loss, sums.load_LE
+        loss, load_LE = sums
         if self._world.size > 1:
             loss = self._world.sum(loss.double())
-            load_LE = None if load_LE is None else self._world.sum(load_LE)
         # The step's one wait for the device. Loads are below 2**24, so fp32 holds them exactly.
         numbers = torch.stack([loss, norm.to(loss.dtype)])
         if load_LE is not None:
-            numbers = torch.cat([numbers, load_LE.flatten().to(loss.dtype)])
+            numbers = torch.cat([numbers, self._world.sum(load_LE).flatten().to(loss.dtype)])
         total, norm_value, *flat = numbers.tolist()
-        loads = None
-        if load_LE is not None:
-            width = load_LE.shape[1]
-            loads = [[int(load) for load in flat[start : start + width]] for start in range(0, len(flat), width)]
+        loads = None if load_LE is None else torch.tensor(flat).long().view(load_LE.shape).tolist()
         return BatchOutcome(total / (count * self._loader.seq_len), norm_value, load_LE, loads)
 
     def passes(self, count: int) -> int:
@@ -169,10 +150,10 @@ class Gradients:
         bounds = [begin + (end - begin) * index // passes for index in range(passes + 1)]
         return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
 
-    def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple["_Sums | None", bool]:
+    def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple[_Sums | None, bool]:
         """Return (this process's sums, False), (None, True) after a signal, or (None, False) without memory."""
-        parts = self._parts(first, count)
-        sums, full = _Sums(torch.zeros((), device=self._device)), False
+        parts, full = self._parts(first, count), False
+        loss, load_LE = torch.zeros((), device=self._device), None
         for index, (start, size) in enumerate(parts):
             # Before each pass, all processes agree whether to continue, so that none waits for another's gradients.
             stopped, full = self._world.any(stop.is_set() or self._world.abandoned, full)
@@ -183,9 +164,13 @@ class Gradients:
             if losses is None:
                 full = True
                 continue
-            sums.add(losses)
-            self._fetch_ahead(*((parts[0][0] + count, parts[0][1]) if last else parts[index + 1]))
-        return (None if full else sums), False
+            loss += losses.loss.detach()
+            if losses.load_LE is not None:
+                load_LE = losses.load_LE if load_LE is None else load_LE + losses.load_LE
+            if self._device.type == "cuda":  # read the next micro-batch while the GPU computes
+                following = (parts[0][0] + count, parts[0][1]) if last else parts[index + 1]
+                self._ahead = following, self._load(*following)
+        return (None if full else (loss, load_LE)), False
 
     def _pass(self, start: int, size: int, count: int, *, last: bool) -> PassLoss | None:
         """Run samples `start` to `start + size` forward and backward; return their losses, or None without memory."""
@@ -218,11 +203,6 @@ class Gradients:
         if self._device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
-
-    def _fetch_ahead(self, start: int, size: int) -> None:
-        """Read the next micro-batch while a GPU computes."""
-        if self._device.type == "cuda":
-            self._ahead = (start, size), self._load(start, size)
 
     def _warm_up(self, first: int, count: int) -> None:
         """Run passes whose gradients are dropped, before the first step of a process.
@@ -262,14 +242,9 @@ class Gradients:
             torch.cuda.empty_cache()
 
     def _too_large(self) -> LightLMError:
-        size = self.micro_batch
-        if size == 1:
-            advice = "lower train.seq_len or the model's size"
-        elif self._adjustable:
-            advice = f"set train.micro_batch_size={size // 2} or less"
-        else:
-            advice = f"set train.micro_batch_size to {size // 2} or less, or to auto; the global batch stays the same"
+        smaller = f"train.micro_batch_size to {self.micro_batch // 2} or less (the global batch stays the same)"
         return LightLMError(
-            f"the device is out of memory: train.micro_batch_size, {size} sequences of {self._loader.seq_len} tokens, "
-            f"does not fit; {advice}"
+            f"the device is out of memory: train.micro_batch_size, {self.micro_batch} sequences of "
+            f"{self._loader.seq_len} tokens, does not fit; "
+            + (f"set {smaller}" if self.micro_batch > 1 else "lower train.seq_len or the model's size")
         )

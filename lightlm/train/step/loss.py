@@ -75,9 +75,8 @@ def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradi
         losses_N[chunk] = _softmax_(logits[:, :vocab_size], targets_R)
         if with_gradients:
             # softmax - 1 at the target, computed from the loss: 1 - p would cancel where p is near 1.
-            logits[torch.arange(len(x_RD), device=logits.device), targets_R] = torch.expm1(-losses_N[chunk]).to(
-                x_ND.dtype
-            )
+            at_targets = torch.expm1(-losses_N[chunk]).to(x_ND.dtype)
+            logits[torch.arange(len(x_RD), device=logits.device), targets_R] = at_targets
             torch.mm(logits, weight_WD, out=grad_x_ND[chunk])
             torch.mm(logits.T, x_RD, out=product_WD)
             add_(grad_weight_VD, product_WD[:vocab_size], first=start == 0)

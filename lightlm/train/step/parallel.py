@@ -116,15 +116,10 @@ def _replicate(module: nn.Module, device: torch.device, compiled: bool) -> nn.Mo
         torch._dynamo.config.optimize_ddp = False
     # Each process keeps its own buffers: a broadcast would replace the others' counts. Torch 2.13 renamed the option.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    options: dict[str, Any] = {
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-    }
-    return nn.parallel.DistributedDataParallel(
-        module,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **options,
-    )
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    settings: dict[str, Any] = {"gradient_as_bucket_view": True, option: False}
+    devices = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=devices, **settings)
 
 
 def _shard(module: LossModule, world: World, device: torch.device, dtype: torch.dtype) -> None:

@@ -62,5 +62,4 @@ def selection_bias_ranges(model: Transformer) -> list[float] | None:
     if not biases:
         return None
     bias_RE = torch.stack(biases)
-    ranges: list[float] = (bias_RE.amax(1) - bias_RE.amin(1)).repeat_interleave(model.config.layer_sharing).tolist()
-    return ranges
+    return (bias_RE.amax(1) - bias_RE.amin(1)).repeat_interleave(model.config.layer_sharing).tolist()

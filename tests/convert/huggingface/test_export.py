@@ -9,9 +9,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lightlm.convert.export_record import is_untouched_export
-from lightlm.convert.huggingface.export_target import export_target
-from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
+from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface, is_untouched_export
+from lightlm.convert.huggingface.layouts import export_target
 from lightlm.convert.huggingface.verify import check_tokenizer
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError

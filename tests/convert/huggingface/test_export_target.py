@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import pytest
 
-from lightlm.convert.huggingface.export_target import export_target
-from lightlm.convert.huggingface.layouts import LAYOUTS
+from lightlm.convert.huggingface.layouts import LAYOUTS, export_target
 from lightlm.model.config import ModelConfig
 from tests.shapes import SHAPES
 
@@ -102,6 +101,6 @@ def test_a_configuration_that_is_not_a_model_is_an_error():
 
 def test_is_light():
     """Reading a recipe asks `export_target`, `--help` lists the formats, and neither must wait for torch."""
-    modules = "lightlm.convert.huggingface.export_target, lightlm.convert.formats"
+    modules = "lightlm.convert.huggingface.layouts, lightlm.convert.formats"
     code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

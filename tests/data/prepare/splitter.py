@@ -14,8 +14,9 @@ def expected_split(documents: Iterable[str], val_fraction: float, tokenizer: Tok
     """Return the tokens of both splits."""
     end = tokenizer.end_of_text_id
     tokens: dict[Split, list[int]] = {"train": [], "val": []}
-    for text in _ordered(list(documents), val_fraction):
-        tokens["val" if _hash(text) < val_fraction * 2**32 else "train"] += [*tokenizer.encode(text), end]
+    for text in documents:
+        chosen = xxhash.xxh3_64_intdigest(text.encode()) % 2**32 < val_fraction * 2**32
+        tokens["val" if chosen else "train"] += [*tokenizer.encode(text), end]
     total = len(tokens["train"])
     if val_fraction and total > 1 and not tokens["val"]:
         count = min(max(math.ceil(val_fraction * total), min(1024, math.ceil(total / 10))), total - 1)
@@ -31,20 +32,3 @@ def expected_split(documents: Iterable[str], val_fraction: float, tokenizer: Tok
 def tokens_of(folder: DataFolder) -> dict[Split, list[int]]:
     """Return the tokens of both splits of a data folder."""
     return {split: folder.split(split).slice(0, len(folder.split(split))).tolist() for split in SPLITS}
-
-
-def _hash(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode()) % 2**32
-
-
-def _ordered(documents: list[str], val_fraction: float) -> list[str]:
-    """Move the documents with the smallest hash so far, up to the first for validation, see `prepare.order`."""
-    first = next((n for n, text in enumerate(documents) if _hash(text) < val_fraction * 2**32), 0)
-    ordered: list[str] = []
-    moved: list[str] = []
-    for text in documents[:first]:
-        if moved and _hash(text) >= _hash(moved[0]):
-            ordered.append(text)
-        else:
-            ordered, moved = ordered + moved, [text]
-    return [*ordered, *moved, *documents[first:]]

@@ -19,18 +19,17 @@ from lightlm.data.prepare.encoders import (
     Encoder,
     EncoderError,
     GigatokenEncoder,
-    ReferenceEncoder,
     check_sample,
     choose_encoder,
     encode_large,
 )
 from lightlm.data.prepare.run import prepare
 from lightlm.data.tokenizer import Tokenizer, train_tokenizer
-from lightlm.errors import DataError, UsageError
+from lightlm.errors import DataError
 from tests.corpus import texts, write_jsonl
 
 TRAINED = train_tokenizer([*texts(200), *HARD_TEXTS] * 2, 600)
-ENCODERS: list[Encoder] = [GigatokenEncoder(TRAINED), ReferenceEncoder(TRAINED)]
+ENCODERS: list[Encoder] = [GigatokenEncoder(TRAINED), Encoder(TRAINED)]
 LETTERS = "ab 1'.\n\r\t\u00a0é日。 "
 
 
@@ -52,7 +51,7 @@ def test_no_document_can_inject_an_end_of_text_id(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize("kind", [GigatokenEncoder, ReferenceEncoder])
+@pytest.mark.parametrize("kind", [GigatokenEncoder, Encoder])
 def test_whatever_a_definition_calls_its_special_tokens(kind: type, special: bool) -> None:
     """A definition may list its end-of-text token as an ordinary added one; it is found in no text all the same."""
     definition = Definition.from_str(TRAINED.definition.decode())
@@ -83,28 +82,29 @@ def test_a_text_encoded_in_parts_has_the_ids_of_the_whole(parts: list[str], data
     encoder = data.draw(st.sampled_from(ENCODERS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightlm.data.prepare.encoders.WINDOW", 3)
-        pieces = list(encode_large(parts, TRAINED, encoder, "test"))
+        pieces = list(encode_large(parts, encoder, "test"))
     assert "".join(text for text, _ in pieces) == "".join(parts)
     assert np.concatenate([ids for _, ids in pieces]).tolist() == TRAINED.encode("".join(parts))
 
 
 def test_long_texts_are_cut_into_many_parts() -> None:
     parts = ["The old clock watches the morning. " * 50] * 9
-    assert len(list(encode_large(parts, TRAINED, ENCODERS[0], "test"))) >= 9
+    assert len(list(encode_large(parts, ENCODERS[0], "test"))) >= 9
 
 
 def test_a_text_with_no_place_to_cut_is_refused_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightlm.data.prepare.encoders.UNCUT_CHARACTERS", 3_000)
     with pytest.raises(DataError, match="no place where the tokenizer lets them be cut"):
-        list(encode_large(["ab" * 500] * 5, TRAINED, ENCODERS[0], "test"))
+        list(encode_large(["ab" * 500] * 5, ENCODERS[0], "test"))
 
 
-class Wrong:
+class Wrong(Encoder):
     """An encoder that is right but for texts that contain `mistake`."""
 
     name = "gigatoken"
 
     def __init__(self, mistake: str) -> None:
+        super().__init__(TRAINED)
         self._mistake = mistake
 
     def encode(self, array: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -119,10 +119,10 @@ def test_the_first_difference_stops_with_the_command_to_resume(documents: list[s
         encoder, array = Wrong(mistake or "absent"), packed(*documents)
         ids, lengths = encoder.encode(array)
         if mistake is None:
-            check_sample(encoder, TRAINED, array, ids, lengths, split_hashes(array), "unit 1")
+            check_sample(encoder, array, ids, lengths, split_hashes(array), "unit 1")
             continue
         with pytest.raises(EncoderError, match=r"gigatoken .* for unit 1: .*--encoder tokenizers"):
-            check_sample(encoder, TRAINED, array, ids, lengths, split_hashes(array), "unit 1")
+            check_sample(encoder, array, ids, lengths, split_hashes(array), "unit 1")
 
 
 def test_a_difference_in_the_middle_of_a_run_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +130,8 @@ def test_a_difference_in_the_middle_of_a_run_loses_nothing(tmp_path: Path, monke
     TRAINED.save(tmp_path / "tokenizer.json")
     real = module._made
 
-    def made(definition: bytes, end_of_text_id: int, name: str) -> tuple[Tokenizer, Encoder]:
-        tokenizer, encoder = real(definition, end_of_text_id, name)
-        return tokenizer, Wrong("Every student") if name == "gigatoken" else encoder  # type: ignore[return-value]
+    def made(definition: bytes, name: str) -> Encoder:
+        return Wrong("Every student") if name == "gigatoken" else real(definition, name)
 
     prepare(str(source), str(tmp_path), tmp_path / "right", encoder="tokenizers")
     monkeypatch.setattr(module, "_made", made)
@@ -154,23 +153,23 @@ def test_the_folder_does_not_depend_on_the_encoder(tmp_path: Path) -> None:
 
 def test_a_run_begins_with_hard_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TRAINED.save(tmp_path / "tokenizer.json")
-    definition, end = tmp_path / "tokenizer.json", TRAINED.end_of_text_id
-    assert choose_encoder("auto", definition, end) == ("gigatoken", None)
-    monkeypatch.setattr(module, "_made", lambda *_: (TRAINED, Wrong("1234567890")))
+    definition = tmp_path / "tokenizer.json"
+    encoder, reason = choose_encoder("auto", definition)
+    assert (encoder.name, reason) == ("gigatoken", None)
+    encoders = {"tokenizers": Encoder(TRAINED), "gigatoken": Wrong("1234567890")}
+    monkeypatch.setattr(module, "_made", lambda _, name: encoders[name])
     with pytest.raises(EncoderError, match="a test text"):
-        choose_encoder("auto", definition, end)
-    assert choose_encoder("tokenizers", definition, end) == ("tokenizers", None)
+        choose_encoder("auto", definition)
+    encoder, reason = choose_encoder("tokenizers", definition)
+    assert (encoder.name, reason) == ("tokenizers", None)
 
 
 def test_without_gigatoken_the_reference_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TRAINED.save(tmp_path / "tokenizer.json")
-    definition, end = tmp_path / "tokenizer.json", TRAINED.end_of_text_id
     monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
     module._made.cache_clear()
-    name, reason = choose_encoder("auto", definition, end)
-    assert name == "tokenizers"
+    encoder, reason = choose_encoder("auto", tmp_path / "tokenizer.json")
+    assert encoder.name == "tokenizers"
     assert "gigatoken" in (reason or "")
     with pytest.raises(DataError, match="--encoder tokenizers"):
-        choose_encoder("gigatoken", definition, end)
-    with pytest.raises(UsageError, match="--encoder rusty"):
-        choose_encoder("rusty", definition, end)
+        choose_encoder("gigatoken", tmp_path / "tokenizer.json")

@@ -14,12 +14,13 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from lightlm.data.prepare.run import prepare, verify
+from lightlm.data.prepare.encoders import Encoder
+from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import jsonl as readers
 from lightlm.data.sources.stdin import standard_input
-from lightlm.data.tokenizer import train_tokenizer
+from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.errors import DataError, UsageError
-from tests.corpus import texts
+from tests.corpus import read_unit, texts
 
 
 @pytest.fixture
@@ -132,7 +133,9 @@ def test_a_tokenizer_that_reads_its_end_of_text_token_in_a_text_is_refused(
     with pytest.raises(DataError, match=r"end-of-text token '</s>'.*--tokenizer"):
         prepare(str(source), spec, tmp_path / "out")
     # What the first look cannot know, the ids show.
-    monkeypatch.setattr("lightlm.data.prepare.run.choose_encoder", lambda *_: ("tokenizers", None))
+    monkeypatch.setattr(
+        "lightlm.data.prepare.run.choose_encoder", lambda _, path: (Encoder(Tokenizer.from_file(path)), None)
+    )
     monkeypatch.setattr(texts, "LARGE_BYTES", 1_000)
     with pytest.raises(DataError, match=r"end-of-text token '</s>'.*a\.jsonl"):
         prepare(str(source), spec, tmp_path / "out", skip_bad=True)
@@ -143,7 +146,7 @@ def test_two_pipes_do_not_share_a_file(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
     def read(source: Any) -> list[str]:
-        return [text for unit in source.units() for text in unit.read()]
+        return [text for unit in source.units() for text in read_unit(unit)]
 
     pipe(b'{"text": "first"}\n')
     with standard_input(tmp_path / "out", "text") as first:
@@ -186,25 +189,3 @@ def test_messages_do_not_say_to_repeat_what_cannot_work(tmp_path: Path, tokenize
     with pytest.raises(DataError, match="unfinished preparation with other settings") as refused:
         prepare(str(source), tokenizer, tmp_path / "out", val_fraction=0.2)
     assert "Rerun" not in str(refused.value)
-
-
-@pytest.mark.parametrize("damage", ["moved to validation", "twice", "gone", "in another order"])
-def test_verify_finds_a_manifest_whose_shards_are_not_in_their_row(damage: str, tmp_path: Path, tokenizer: str) -> None:
-    source = write_lines(tmp_path / "a.jsonl", texts(100))
-    prepare(str(source), tokenizer, tmp_path / "out", shard_tokens=2_000)
-    verify(tmp_path / "out")
-    path = tmp_path / "out" / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    shards = manifest["shards"]
-    match damage:
-        case "moved to validation":
-            shards[0]["split"] = "val"
-        case "twice":
-            shards.append(shards[0])
-        case "gone":
-            (tmp_path / "out" / shards.pop(1)["file"]).unlink()
-        case _:
-            shards.reverse()
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(DataError, match="where train_00000"):
-        verify(tmp_path / "out")

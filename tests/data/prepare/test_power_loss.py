@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightlm.data.prepare import assembly, blocks, order
+from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import jsonl as readers
 from lightlm.data.select.deduplication import Mode
@@ -27,7 +27,6 @@ def test_what_was_not_forced_to_the_disk_is_made_again(
     for module in (blocks, readers):
         monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
     monkeypatch.setattr(assembly, "SAVE_TOKENS", 10_000)
-    monkeypatch.setattr(order, "LEADING", 100)  # else no state is saved before as many documents
     options: dict[str, Any] = {"dedup": dedup, "val_fraction": val_fraction, "workers": 1, "shard_tokens": 15_000}
     prepare(str(source), str(tmp_path / "tokenizer.json"), tmp_path / "whole", **options)
     durable: set[int] = set()

@@ -142,7 +142,7 @@ def test_a_mistake_in_the_source_is_the_same_message(tmp_path: Path, source: Pat
 
 def a_job(folder: Path, tokenizer: str, *filters: DocumentFilter) -> Job:
     folder.mkdir()
-    return Job(folder, Path(tokenizer), 0, "tokenizers", 0.1, skip_bad=True, filters=filters)
+    return Job(folder, Path(tokenizer), "tokenizers", 0.1, skip_bad=True, filters=filters)
 
 
 def source_blocks(source: Path) -> list[Block]:

@@ -220,7 +220,7 @@ def test_an_encoded_block_that_lost_its_end_is_encoded_again(
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "disk that holds .* is full .*Free some space. .* Rerun the same command"),
+        (errno.ENOSPC, "disk that holds .* is full .*Free some space. .*Rerun the same command"),
         (errno.EACCES, r"secret: Permission denied.*--out"),
         (errno.EIO, "Input/output error"),
     ],

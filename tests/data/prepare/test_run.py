@@ -10,7 +10,7 @@ import pytest
 
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare import run as module
-from lightlm.data.prepare.run import Progress, prepare, verify
+from lightlm.data.prepare.run import Progress, prepare
 from lightlm.data.readers import texts as sizes
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import DataError, UsageError
@@ -45,7 +45,7 @@ def test_every_document_is_in_one_split_whole_and_ended(tmp_path: Path, source: 
     assert all(shard.tokens == 64 for shard in manifest.shards if shard.file < "train_000005.bin")
     stream = DataFolder.open(tmp_path / "out").split("train")
     assert stream.slice(len(stream) - 1, 1).tolist() == [manifest.end_of_text_id]
-    assert verify(tmp_path / "out") == manifest
+    assert DataFolder.open(tmp_path / "out").verify() == manifest
 
 
 def test_the_split_does_not_depend_on_order_or_company(tmp_path: Path, source: str) -> None:
@@ -67,7 +67,7 @@ def test_without_a_chosen_document_validation_gets_the_tail(
     source = write_source(tmp_path / "source.jsonl", documents)
     out = tmp_path / "out"
     manifest = prepare(source, "train:300", out, val_fraction=1e-9, workers=workers, shard_tokens=shard_tokens)
-    assert verify(out) == manifest
+    assert DataFolder.open(out).verify() == manifest
     folder = DataFolder.open(out)
     tokens = expected_split(documents, 1e-9, folder.tokenizer)
     assert tokens_of(folder) == tokens
@@ -158,12 +158,12 @@ def test_other_settings_are_refused_naming_them_unless_overwritten(tmp_path: Pat
 
 def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path, source: str) -> None:
     prepare(source, "train:300", tmp_path / "out")
-    before = verify(tmp_path / "out")
+    before = DataFolder.open(tmp_path / "out").verify()
     with (tmp_path / "stories.jsonl").open("a", encoding="utf-8") as file:
         file.write("not json\n")
     with pytest.raises(DataError, match="line 61: not valid JSON"):
         prepare(source, str(tmp_path / "out"), tmp_path / "out", overwrite=True)
-    assert verify(tmp_path / "out") == before
+    assert DataFolder.open(tmp_path / "out").verify() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.jsonl"]
 
 

@@ -17,7 +17,7 @@ from lightlm.data.prepare.mixing.source import MixtureSource
 from lightlm.data.prepare.run import prepare
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.registry import open_source
-from tests.corpus import texts
+from tests.corpus import read_unit, texts
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_a_mixture_holds_its_shares_by_tokens(tmp_path: Path, tokenizer: str) ->
 def test_a_tokenizer_is_trained_on_all_of_a_mixture(tmp_path: Path) -> None:
     prepare(mixture(tmp_path), "train:300", tmp_path / "out")
     unit = next(mixture(tmp_path).units())
-    sample = list(unit.read())
+    sample = list(read_unit(unit))
     long = sum(len(text) for text in sample if text.split()[0] == text.split()[len(text.split()) // 2])
     assert long / sum(map(len, sample)) == pytest.approx(2 / 3, abs=0.05)
 

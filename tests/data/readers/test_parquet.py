@@ -13,11 +13,12 @@ from lightlm.data.readers import parquet as parquet_reader
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
+from tests.corpus import read_unit
 from tests.data.sources.test_local import write_parquet
 
 
 def read(path: Path, row_filter: Filter | None = None) -> list[str]:
-    return [text for unit in open_source(str(path), "text", row_filter).units() for text in unit.read()]
+    return [text for unit in open_source(str(path), "text", row_filter).units() for text in read_unit(unit)]
 
 
 @pytest.mark.parametrize("row_filter", [None, Filter("score >= 40")], ids=["all", "filtered"])
@@ -43,7 +44,7 @@ def test_a_file_that_is_written_again_has_another_footer(tmp_path: Path) -> None
 
 
 def test_arrow_gives_freed_memory_back_unless_told_otherwise() -> None:
-    """Half of a text of 500 MB more, measured (docs/design.md); too large to do it here."""
+    """Half of a text of 500 MB more, measured; too large to do it here."""
     code = "import lightlm.data.readers.files, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
     environment = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
     for pool in ({}, {"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}):

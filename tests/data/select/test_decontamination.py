@@ -40,8 +40,8 @@ def test_words_of_two_texts_are_no_run() -> None:
 def test_what_could_not_be_checked_is_counted() -> None:
     made = index()
     assert made.names == ["greek", "numbers"]
-    assert made.examples == {"greek": 2, "numbers": 2}
-    assert made.too_short == {"greek": 1, "numbers": 0}
+    assert made.coverage["greek"] == {"examples": 2, "too_short": 1}
+    assert made.coverage["numbers"] == {"examples": 2, "too_short": 0}
 
 
 def test_the_fingerprint_follows_names_and_texts() -> None:
@@ -59,7 +59,7 @@ def test_the_fingerprint_follows_names_and_texts() -> None:
 def test_an_empty_set_finds_nothing() -> None:
     made = Decontaminator({"none": [], "short": [["a b c"]]})
     assert made.found_in(PASSAGE) == []
-    assert made.too_short == {"none": 0, "short": 1}
+    assert made.coverage == {"none": {"examples": 0, "too_short": 0}, "short": {"examples": 1, "too_short": 1}}
 
 
 def test_it_travels_to_a_worker_without_its_table() -> None:

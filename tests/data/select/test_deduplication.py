@@ -110,15 +110,14 @@ def test_verdicts_are_those_of_the_rule_whatever_the_batches(
         assert [int(v) for part in parts for v in deduplicator.decide(part)] == expected
 
 
-@pytest.mark.parametrize("compact", [False, True])
-def test_an_index_contains_what_was_added(compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_contains_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hash_index, "RECENT", 500)
     rng = np.random.default_rng(1)
     edges = np.array([0, 1 << 16, (1 << 48) - (1 << 16), 1 << 48, 2**64 - (1 << 16)], np.uint64)
     known = np.concatenate([edges, rng.integers(0, 2**64, 20_000, np.uint64)])
     others = np.concatenate([edges + np.uint64(1 << 16), rng.integers(0, 2**64, 20_000, np.uint64)])
     others = np.setdiff1d(others, known)
-    index = HashIndex(compact=compact)
+    index = HashIndex()
     for part in np.array_split(known, 37):
         assert not index.contains(part).any()
         index.add(part)
@@ -126,14 +125,7 @@ def test_an_index_contains_what_was_added(compact: bool, monkeypatch: pytest.Mon
     assert index.contains(known).all()
     assert not index.contains(others).any()
     assert len(index) == len(known)
-    # 4 or 8 bytes per hash, and 256 KB for each of the few runs.
-    assert index.nbytes < len(known) * (4 if compact else 8) + 12 * 270_000
-
-
-def test_a_compact_index_counts_48_bits() -> None:
-    index = HashIndex(compact=True)
-    index.add(np.array([0xABCDEF], np.uint64))
-    assert index.contains(np.array([0xABFFFF, 0xACCDEF], np.uint64)).tolist() == [True, False]
+    assert index.nbytes == 8 * len(known)
 
 
 def test_a_signer_travels_and_says_what_its_signatures_depend_on() -> None:

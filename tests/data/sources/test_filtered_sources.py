@@ -9,10 +9,12 @@ import pytest
 
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import parquet as parquet_reader
-from lightlm.data.readers import records
+from lightlm.data.readers import texts as packing
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
+from tests.corpus import read_unit
+from tests.hub import Hub
 
 ROWS = [{"text": f"document {n}", "score": n % 5 if n % 7 else None, "meta": {"lang": "en"}} for n in range(40)]
 ROW_FILTER = Filter("score >= 3 and meta.lang == 'en'")
@@ -30,12 +32,12 @@ def write(folder: Path) -> list[Path]:
 
 
 def read(spec: Path | str, row_filter: Filter | None = None) -> list[str]:
-    return [text for unit in open_source(str(spec), "text", row_filter).units() for text in unit.read()]
+    return [text for unit in open_source(str(spec), "text", row_filter).units() for text in read_unit(unit)]
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 60])
 def test_every_kind_of_file_is_filtered_alike(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (records, parquet_reader):
+    for module in (packing, parquet_reader):
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     for path in write(tmp_path):
         assert read(path, ROW_FILTER) == KEPT
@@ -107,13 +109,10 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("odd [1].txt") == ["a name with brackets"]
 
 
-def test_a_hub_data_set_is_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of a data set's name stands for it."""
-    write(tmp_path / "some" / "corpus")
-    for name in ("b.jsonl", "c.jsonl.gz"):
-        (tmp_path / "some" / "corpus" / name).unlink()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_a_hub_data_set_is_filtered(hub: Hub, tmp_path: Path) -> None:
+    for path in write(tmp_path / "corpus")[1:]:
+        path.unlink()
+    hub.add("some/corpus", tmp_path / "corpus")
     source = open_source("hf:some/corpus", row_filter=ROW_FILTER)
     made = prepare(source, "train:300", tmp_path / "out", filter=ROW_FILTER)
     assert made.documents("train") + made.documents("val") == len(KEPT)

@@ -4,7 +4,7 @@ import gzip
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +16,11 @@ from lightlm.data.readers import parquet as footers
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.hub import files as hub_files
-from lightlm.data.sources.hub import listing as hub_listing
-from lightlm.data.sources.hub.client import HubError, back_off
+from lightlm.data.sources.hub.client import HubError, persistently
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError, LightLMError
+from tests.corpus import read_unit
+from tests.data.sources.test_local import write_parquet
 from tests.hub import Fault, Hub, Repository
 from tests.hub_data import DOCUMENTS, REPO, make_fineweb_edu, read, source
 
@@ -36,7 +37,7 @@ def test_the_sample_is_read_in_order_by_row_groups_at_one_commit(hub: Hub, finew
     units = list(opened.units())
     assert [unit.id for unit in units] == row_groups(3, 3) == [unit.id for unit in source().units()]
     restored: list[Unit] = pickle.loads(pickle.dumps(units))
-    assert [text for unit in restored for text in unit.read()] == DOCUMENTS
+    assert [text for unit in restored for text in read_unit(unit)] == DOCUMENTS
     assert opened.revision == commit
     assert (opened.name, opened.spec) == ("fineweb-edu", f"hf:{REPO}:sample-10BT")
     # Each row group is one request, and of the repository nothing is looked at but what the configuration names.
@@ -60,7 +61,7 @@ def test_configurations_and_revisions(hub: Hub, fineweb_edu: Path, spec: str, fi
     hub.add(REPO, fineweb_edu)
     hub.add(REPO, fineweb_edu, branch="v1")
     opened = source(spec)
-    assert next(iter(next(opened.units()).read())) == first
+    assert next(iter(read_unit(next(opened.units())))) == first
     assert opened.name == name
 
 
@@ -116,22 +117,10 @@ def test_a_fault_that_stays_ends_in_one_message(hub: Hub, fineweb_edu: Path, kin
     units = list(source().units())
     hub.clear()
     hub.faults.append(Fault(kind, r"/cdn/.*001_00000", times=99, seconds=0.8))  # type: ignore[arg-type]
-    assert len(list(units[2].read())) == 10
+    assert len(list(read_unit(units[2]))) == 10
     with pytest.raises(HubError, match=f"Reading {REPO}/sample/10BT/001_00000.parquet .*failed 5 times.*{reason}"):
-        list(units[3].read())
+        list(read_unit(units[3]))
     assert sum("001_00000" in r.path and "/cdn/" in r.path for r in hub.requests) == 5 or kind == "slow"
-
-
-@pytest.mark.parametrize("request_path", ["/tree/", "/paths-info/"])
-def test_a_listing_that_stalls_is_asked_for_again(
-    hub: Hub, fineweb_edu: Path, request_path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The client itself would wait for ever."""
-    monkeypatch.setattr(hub_listing, "LISTING_SECONDS", 2.0)
-    hub.add(REPO, fineweb_edu)
-    hub.faults.append(Fault("slow", request_path, seconds=20.0))
-    assert read(source()) == DOCUMENTS
-    assert len([r for r in hub.requests if request_path in r.path]) > 1
 
 
 def test_what_is_refused_is_asked_for_once(hub: Hub, fineweb_edu: Path) -> None:
@@ -140,7 +129,7 @@ def test_what_is_refused_is_asked_for_once(hub: Hub, fineweb_edu: Path) -> None:
     hub.clear()
     hub.faults.append(Fault("status", "/resolve/|/cdn/", times=99, status=403))
     with pytest.raises(HubError, match=r"refuses access to HuggingFaceFW/fineweb-edu.*hf auth login"):
-        list(units[0].read())
+        list(read_unit(units[0]))
     assert len(hub.requests) == 2  # the address of the content, which may have expired, and the Hub
 
 
@@ -151,7 +140,7 @@ def test_the_hub_is_asked_once_for_a_files_address_and_again_when_that_expires(h
     assert len(asked) == 3
     hub.clear()
     hub.faults.append(Fault("status", "/cdn/.*001_0", status=403))
-    assert [text for unit in units for text in unit.read()] == DOCUMENTS
+    assert [text for unit in units for text in read_unit(unit)] == DOCUMENTS
     assert ["001_0" in r.path for r in hub.requests if "/resolve/" in r.path] == [True]
 
 
@@ -160,7 +149,7 @@ def test_a_later_run_fetches_what_is_missing(hub: Hub, fineweb_edu: Path) -> Non
     done = [unit.id for unit in source().units()][:7]
     footers._footer.cache_clear()
     hub.clear()
-    rest = [text for unit in source().units() if unit.id not in done for text in unit.read()]
+    rest = [text for unit in source().units() if unit.id not in done for text in read_unit(unit)]
     assert rest == DOCUMENTS[-20:]
     fetched = [r for r in hub.requests if "/cdn/" in r.path]
     assert len(fetched) == 3 + 2  # three footers, two row groups
@@ -207,7 +196,7 @@ def test_content_that_changes_under_a_commit_is_noticed(hub: Hub, fineweb_edu: P
     files = hub.repositories[f"datasets/{REPO}"].commits[commit]
     files["sample/10BT/001_00000.parquet"] += b"more"
     with pytest.raises(HubError, match=r"001_00000\.parquet has .* bytes at commit .*If HF_ENDPOINT is a mirror"):
-        list(units[3].read())
+        list(read_unit(units[3]))
 
 
 def test_another_commits_content_of_the_same_size_is_noticed(
@@ -220,7 +209,7 @@ def test_another_commits_content_of_the_same_size_is_noticed(
     monkeypatch.setattr(Repository, "commit_of", lambda *_: other)
     monkeypatch.setattr("lightlm.data.sources.hub.files._locations", {})  # the addresses that the footers came from
     with pytest.raises(HubError, match=f"served .* bytes of commit {other}"):
-        list(units[3].read())
+        list(read_unit(units[3]))
 
 
 def test_a_filter_fetches_no_row_group_that_holds_nothing_for_it(hub: Hub, tmp_path: Path) -> None:
@@ -249,6 +238,27 @@ def test_rows_that_datasets_streams_are_filtered(hub: Hub, tmp_path: Path) -> No
     found = [t for unit in opened.units() for texts in unit.texts(rejected.append) for t in texts.array.to_pylist()]
     assert found == [f"document {n}" for n in range(2, 30, 3)]
     assert sum(error.records for error in rejected) == 20  # type: ignore[attr-defined]
+
+
+def test_a_data_set_without_a_readme_is_read_file_by_file(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus" / "data"
+    folder.mkdir(parents=True)
+    write_parquet(folder / "train-00000-of-00002.parquet", ["one", "two", None])
+    write_parquet(folder / "train-00001-of-00002.parquet", ["three"])
+    hub.add("some-org/corpus", tmp_path / "corpus")
+    opened = source("hf:some-org/corpus")
+    assert read(opened) == ["one", "two", "three"]
+    assert [unit.id for unit in opened.units()] == [
+        "data/train-00000-of-00002.parquet#row_group=0",
+        "data/train-00000-of-00002.parquet#row_group=1",
+        "data/train-00001-of-00002.parquet#row_group=0",
+    ]
+    with pytest.raises(DataError, match="no column 'body'; there are: id, text"):
+        read(source("hf:some-org/corpus", "body"))
+    with pytest.raises(DataError, match=r"corpus.*: the column 'id' holds int64, not text"):
+        read(source("hf:some-org/corpus", "id"))
+    with pytest.raises(DataError, match=r"cannot be opened: .*nonesuch"):
+        read(source("hf:some-org/corpus:nonesuch"))
 
 
 def test_a_mirror_without_ranges_is_read(hub: Hub, fineweb_edu: Path) -> None:
@@ -343,30 +353,21 @@ def test_other_formats_are_read_file_by_file_through_faults(hub: Hub, tmp_path: 
         assert [unit.id.partition("#")[0] for unit in opened.units()] == data
         hub.faults.append(Fault("drop", f"GET /(cdn/)?datasets/org/{name}.*{data[0]}"))
         units = pickle.loads(pickle.dumps(list(opened.units())))
-        assert [text for unit in units for text in unit.read()] == ["a", "b", "c"]
+        assert [text for unit in units for text in read_unit(unit)] == ["a", "b", "c"]
         assert hub.faults.pop().times == 0
 
 
-def test_a_streamed_file_resumes_at_the_row_where_it_broke(
+def test_a_streamed_file_that_stays_unreachable_is_not_bad_data(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`datasets` gives rows in batches, so a break between rows is made here, where it streams."""
-    from lightlm.data.sources.hub import source as hub_source
-
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "x.csv").write_text("text\n" + "".join(f"row {i}\n" for i in range(9)), encoding="utf-8")
+    (tmp_path / "x" / "x.csv").write_text("text\nrow\n", encoding="utf-8")
     hub.add("org/x", tmp_path / "x")
-    whole, breaks = hub_source._stream, iter([3, 3, 7])
-
-    def breaking(*arguments: object) -> Iterator[dict[str, str]]:
-        stop = next(breaks, None)
-        for number, row in enumerate(whole(*arguments)):  # type: ignore[arg-type]
-            if number == stop:
-                raise ConnectionResetError("the line went dead")
-            yield row
-
-    monkeypatch.setattr(hub_source, "_stream", breaking)
-    assert read(source("hf:org/x")) == [f"row {i}" for i in range(9)]
+    (unit,) = source("hf:org/x").units()
+    hub.faults.append(Fault("drop", "x.csv", times=999))
+    with pytest.raises(HubError, match=r"org/x/x\.csv: cannot be read"):
+        list(read_unit(unit))
 
 
 @pytest.mark.parametrize(
@@ -387,5 +388,13 @@ def test_the_wait_is_as_long_as_the_hub_asks(
 
     waited: list[float] = []
     monkeypatch.setattr("lightlm.data.sources.hub.client.time.sleep", waited.append)
-    back_off("Reading", RateLimitError(), 1)
+    monkeypatch.setattr("lightlm.data.sources.hub.client.RETRY_DELAYS", (1.0,))
+    outcomes = iter([RateLimitError(), None])
+
+    def once_limited() -> None:
+        outcome = next(outcomes)
+        if outcome is not None:
+            raise outcome
+
+    persistently("Reading", once_limited)
     assert waited == [seconds]

@@ -17,10 +17,11 @@ from lightlm.data.sources.base import Source
 from lightlm.data.sources.hub import client as hub
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
+from tests.corpus import read_unit
 
 
 def texts(source: Source) -> list[str]:
-    return [text for unit in source.units() for text in unit.read()]
+    return [text for unit in source.units() for text in read_unit(unit)]
 
 
 def read(path: Path, column: str = "text") -> list[str]:
@@ -53,7 +54,7 @@ def test_a_mixed_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> Non
     ids = [unit.id for unit in source.units()]
     assert ids == [unit.id for unit in open_source(str(tmp_path)).units()]
     assert len(set(ids)) == len(ids) == 8  # three row groups
-    assert [text for unit in pickle.loads(pickle.dumps(list(source.units()))) for text in unit.read()] == expected
+    assert [text for unit in pickle.loads(pickle.dumps(list(source.units()))) for text in read_unit(unit)] == expected
 
 
 def test_the_default_name_leaves_the_suffixes_out(tmp_path: Path) -> None:
@@ -175,24 +176,10 @@ def test_an_unreachable_hub_is_one_message_that_says_what_works(monkeypatch: pyt
         list(open_source("hf:org/name").units())
 
 
-def test_a_hub_data_set_streams_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` reads a relative folder of the same name in place of the Hub: the same path, without a network."""
+def test_a_folder_with_the_name_of_a_hub_data_set_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    folder = Path("some-org/corpus/data")
-    folder.mkdir(parents=True)
-    write_parquet(folder / "train-00000-of-00002.parquet", ["one", "two", None])
-    write_parquet(folder / "train-00001-of-00002.parquet", ["three"])
-    source = open_source("hf:some-org/corpus")
-    assert texts(source) == ["one", "two", "three"]
-    assert [unit.id for unit in source.units()] == [
-        "data/train-00000-of-00002.parquet#row_group=0",
-        "data/train-00000-of-00002.parquet#row_group=1",
-        "data/train-00001-of-00002.parquet#row_group=0",
-    ]
-    with pytest.raises(DataError, match="no column 'body'; there are: id, text"):
-        texts(open_source("hf:some-org/corpus", "body"))
-    with pytest.raises(DataError, match=r"corpus.*: the column 'id' holds int64, not text"):
-        texts(open_source("hf:some-org/corpus", "id"))
-    with pytest.raises(DataError, match=r"cannot be opened: .*nonesuch"):
-        texts(open_source("hf:some-org/corpus:nonesuch"))
+    Path("some-org/corpus").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"has the name of this data set\. .* \./some-org/corpus"):
+        list(open_source("hf:some-org/corpus").units())

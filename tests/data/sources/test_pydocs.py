@@ -1,5 +1,6 @@
 """The embedded source, on a small stand-in for the interpreter's own files (reading those takes ten seconds)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ PROSE = "This sentence is long enough to be kept, since it explains at length wh
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(pydocs, "_roots", lambda: [((), tmp_path)])
     monkeypatch.setattr(pydocs, "_topics", lambda: iter([]))
-    return tmp_path
+    pydocs.pydocs_documents.cache_clear()
+    yield tmp_path
+    pydocs.pydocs_documents.cache_clear()
 
 
 def test_a_module_becomes_one_document_with_headings(library: Path) -> None:
@@ -49,6 +52,7 @@ def test_repeats_tests_stubs_and_broken_modules_are_left_out(library: Path) -> N
     documents = pydocs.pydocs_documents()
     assert sorted(document.splitlines()[0] for document in documents) == ["Module a", "Module b"]
     assert "".join(documents).count(PROSE.strip()) == 1
+    pydocs.pydocs_documents.cache_clear()
     assert documents == pydocs.pydocs_documents()
 
 
@@ -68,4 +72,4 @@ def test_the_real_interpreter_has_the_places_that_are_read() -> None:
     titles = [title for title, _ in pydocs._topics()]
     assert "The Python language: while" in titles
     assert {package for package, _ in pydocs._roots()} == {(), ("torch",), ("numpy",)}
-    assert "torch" in pydocs.pydocs_revision()
+    assert "torch" in pydocs.PydocsSource().revision

@@ -14,7 +14,7 @@ from lightlm.data.readers.texts import Unit, pack_strings
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.registry import NAMES, open_source
 from lightlm.errors import DataError
-from tests.corpus import texts
+from tests.corpus import read_unit, texts
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,6 @@ def test_a_file_type_is_one_registration(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(READERS, ".paragraphs", Reader(paragraphs, has_columns=False))
     source = open_source(str(tmp_path / "a.paragraphs"))
     assert source.name == "a"
-    assert [text for unit in source.units() for text in unit.read()] == ["one", "two"]
+    assert [text for unit in source.units() for text in read_unit(unit)] == ["one", "two"]
     with pytest.raises(DataError, match="without columns"):
         open_source(str(tmp_path), row_filter=Filter("score > 1"))

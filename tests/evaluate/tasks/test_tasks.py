@@ -135,7 +135,7 @@ def test_a_users_task_replaces_the_stock_one_with_a_warning(
     ("text", "folder", "words"),
     [
         ("", "nowhere", "nowhere is not a folder"),
-        ("", "runs", "runs contains no task"),
+        ("", "runs", "runs is not a folder with lm-eval tasks"),
         ("task: [", "mine", "broken.yaml cannot be read"),
         ("include: gone.yaml\ntask: x", "mine", "gone.yaml"),
     ],

@@ -36,9 +36,9 @@ def test_the_bound_is_so_many_robust_deviations_above_the_median():
     deviation = np.median(np.abs(values - np.median(values))) / 0.6744897501960817  # the normal's third quartile
     bound = np.median(values) + 6 * deviation
     before = history(values.tolist(), [1.0] * 128)
-    assert not judge(before, bound - 1e-3, 1.0, section()).spike
+    assert not judge(before, bound - 1e-3, 1.0, section()).reason
     verdict = judge(before, bound + 1e-3, 1.0, section())
-    assert verdict.spike
+    assert verdict.reason
     assert not verdict.skip
     assert "loss" in verdict.reason
     assert "gradient norm" not in verdict.reason
@@ -47,22 +47,22 @@ def test_the_bound_is_so_many_robust_deviations_above_the_median():
 def test_gradient_norms_are_judged_too_and_falls_are_no_spikes():
     before = history([3.0, 3.1, 2.9] * 22, [1.0, 1.2, 0.8] * 22)
     assert "gradient norm 9, median of the last 66 steps 1 " in judge(before, 3.0, 9.0, section()).reason
-    assert not judge(before, 0.1, 0.01, section()).spike
+    assert not judge(before, 0.1, 0.01, section()).reason
 
 
 def test_nothing_is_judged_before_half_the_window():
-    assert not judge(history([1.0, 1.1, 0.9] * 21), 100.0, 100.0, section()).spike  # 63 of 128 steps
-    assert judge(history([1.0, 1.1, 0.9] * 22), 100.0, 100.0, section()).spike
+    assert not judge(history([1.0, 1.1, 0.9] * 21), 100.0, 100.0, section()).reason  # 63 of 128 steps
+    assert judge(history([1.0, 1.1, 0.9] * 22), 100.0, 100.0, section()).reason
 
 
 def test_a_loss_that_hardly_varies_makes_no_spike_of_nothing():
     before = history([2.0] * 100)
-    assert not judge(before, 2.1, 2.0, section()).spike
-    assert judge(before, 2.13, 2.0, section()).spike
+    assert not judge(before, 2.1, 2.0, section()).reason
+    assert judge(before, 2.13, 2.0, section()).reason
 
 
 def test_spikes_in_the_window_do_not_hide_the_next_one():
-    assert judge(history([3.0, 3.1, 2.9, 3.05] * 30 + [50.0] * 8), 6.0, 3.0, section()).spike
+    assert judge(history([3.0, 3.1, 2.9, 3.05] * 30 + [50.0] * 8), 6.0, 3.0, section()).reason
 
 
 def test_a_new_level_is_accepted_after_so_many_skips():
@@ -73,7 +73,7 @@ def test_a_new_level_is_accepted_after_so_many_skips():
         skips.append(verdict.skip)
         assert not verdict.diverged
     assert skips == [True] * MAX_IN_A_ROW + [False] * (100 - MAX_IN_A_ROW)
-    assert not judge(state, 8.0, 3.0, section(skip_spikes=True)).spike
+    assert not judge(state, 8.0, 3.0, section(skip_spikes=True)).reason
 
 
 def test_no_number_ends_training_unless_skipped_and_never_enters_the_history():

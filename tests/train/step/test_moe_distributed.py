@@ -128,7 +128,7 @@ def test_mixed_precision_keeps_sharded_routers_in_fp32():
 
 
 def test_checkpoints_move_between_one_process_copies_and_shards():
-    """With their biases: a run is cut after steps 2 and 4, and goes on in another way each time."""
+    """With their biases: a run is cut after steps 2 and 4, and resumes in another way each time."""
     six = (*SIGMOID, "train.tokens=1536", "checkpoint.every=256", "checkpoint.keep_last=20")
     _, watch = start("tiny.yaml", *six, name="moving-whole")
     sharded = together(2, train_together, "moving", (*six, "train.parallel=fsdp"), 2)[0][0]

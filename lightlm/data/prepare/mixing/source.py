@@ -6,9 +6,8 @@ from functools import partial
 
 from lightlm.data.readers.texts import Unit, pack_strings
 from lightlm.data.shards import MixedSource
-from lightlm.data.sources.base import Revisable, Source
+from lightlm.data.sources.base import Source, at_revision
 from lightlm.data.sources.sample import beginnings
-from lightlm.errors import DataError
 
 _JOIN = " + "
 
@@ -35,17 +34,9 @@ class MixtureSource:
 
     def at_revision(self, revision: str) -> "MixtureSource":
         """Return the parts at the revisions that an earlier process read. Raises DataError where one has changed."""
-        parts: list[tuple[Source, Fraction]] = []
-        for (source, share), wanted in zip(self.parts, revision.split(_JOIN), strict=True):
-            if isinstance(source, Revisable) and wanted != str(None):
-                source = source.at_revision(wanted)
-            elif wanted != str(source.revision):
-                raise DataError(
-                    f"{source.spec} has changed since this preparation began: {wanted} then, "
-                    f"{source.revision} now. Use --overwrite to start over."
-                )
-            parts.append((source, share))
-        return MixtureSource(parts)
+        revisions = [None if wanted == str(None) else wanted for wanted in revision.split(_JOIN)]
+        parts = zip(self.parts, revisions, strict=True)
+        return MixtureSource([(at_revision(source, wanted), share) for (source, share), wanted in parts])
 
     def reached(self, tokens: Mapping[int, int], documents: Mapping[int, int]) -> list[MixedSource]:
         """Return each part's share of the result, from counts keyed by part; not all may be zero."""

@@ -10,14 +10,12 @@ import http.client
 import logging
 import re
 import ssl
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightlm.errors import DataError, LightLMError
 
@@ -53,63 +51,36 @@ def persistently(what: str, action: Callable[[], T]) -> T:
             return action()
         except hub_errors() as error:
             failures += 1
-            back_off(what, error, failures)
-
-
-def within(seconds: float, action: Callable[[], T]) -> T:
-    """Return the result of `action`, or raise TimeoutError after `seconds`: the Hub's client never ends some requests.
-
-    An abandoned request continues in a daemon thread, so that the process can end.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return future.result(timeout=seconds)
-    except TimeoutError as error:
-        raise error if future.done() else TimeoutError(f"no answer in {seconds:g} s") from error
-
-
-def back_off(what: str, error: BaseException, failures: int) -> None:
-    """Wait after the `failures`-th failure in a row. Raise `error` if it will not pass, HubError after the last try."""
-    if not may_pass(error):
-        raise error
-    if failures > len(RETRY_DELAYS):
-        raise HubError(
-            f"{what} from the Hugging Face Hub failed {failures} times in a row ({first_line(error)}). "
-            "Rerun the same command when the connection is better."
-        ) from error
-    delay = max(RETRY_DELAYS[failures - 1], min(_requested_delay(error), LONGEST_DELAY))
-    _log.log(
-        logging.WARNING if failures > 1 else logging.INFO,  # a single failure per hour is normal
-        f"{what} failed ({first_line(error)}); retrying in {delay:.0f} s",
-    )
-    time.sleep(delay)
+            if not may_pass(error):
+                raise
+            if failures > len(RETRY_DELAYS):
+                raise HubError(
+                    f"{what} from the Hugging Face Hub failed {failures} times in a row ({first_line(error)}). "
+                    "Rerun the same command when the connection is better."
+                ) from error
+            delay = max(RETRY_DELAYS[failures - 1], min(_requested_delay(error), LONGEST_DELAY))
+            level = logging.WARNING if failures > 1 else logging.INFO  # a single failure per hour is normal
+            _log.log(level, f"{what} failed ({first_line(error)}); retrying in {delay:.0f} s")
+            time.sleep(delay)
 
 
 def may_pass(error: BaseException) -> bool:
     """Whether an error of the Hub's libraries, or one of its causes, is of a kind that may pass within a minute."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    for link in causes(error):
-        if isinstance(link, OfflineModeIsEnabled):
-            return False
-        status = getattr(getattr(link, "response", None), "status_code", None)
-        if status is not None:
-            return status in PASSING_STATUSES
-        library = type(link).__module__.partition(".")[0]
-        if library in _NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
-            return True
+    links = list(causes(error))
+    if any(isinstance(link, OfflineModeIsEnabled) for link in links):
+        return False
+    status = status_of(error)
+    if status is not None:
+        return status in PASSING_STATUSES
+    return any(
+        isinstance(link, ConnectionError | TimeoutError)
+        or type(link).__module__.partition(".")[0] in _NETWORK_LIBRARIES
         # httpx raises it for a client that another thread closed after an error of its own.
-        if isinstance(link, RuntimeError) and "client has been closed" in str(link):
-            return True
-    return False
+        or "client has been closed" in str(link)
+        for link in links
+    )
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -119,15 +90,22 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _response(error: BaseException) -> Any:
+    responses = (getattr(link, "response", None) for link in causes(error))
+    return next((response for response in responses if response is not None), None)
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status of the response that an error is about; None where there was no response."""
+    return getattr(_response(error), "status_code", None)
+
+
 def _requested_delay(error: BaseException) -> float:
     """Return the seconds that the response asks to wait (Retry-After, or the reset of the Hub's rate limit), or 0."""
-    for link in causes(error):
-        headers = getattr(getattr(link, "response", None), "headers", None)
-        if headers is not None:
-            after = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", ""))
-            reset = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
-            return float(max(int(match[1]) if match else 0 for match in (after, reset)))
-    return 0.0
+    headers = getattr(_response(error), "headers", {})
+    after = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", ""))
+    reset = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
+    return float(max(int(match[1]) if match else 0 for match in (after, reset)))
 
 
 def require_hub(wanted: str, alternative: str) -> None:
@@ -203,23 +181,21 @@ def quiet_libraries(*others: str, level: int = logging.CRITICAL, bars: bool = Fa
     import datasets
     from huggingface_hub import utils
 
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "fsspec", "httpx", *others)]
-    before = [logger.level for logger in loggers]
-    shown = not datasets.are_progress_bars_disabled(), not bars and not utils.are_progress_bars_disabled()
-    for logger in loggers:
+    names = ("huggingface_hub", "datasets", "fsspec", "httpx", *others)
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    libraries = (datasets,) if bars else (datasets, utils)
+    shown = [library for library in libraries if not library.are_progress_bars_disabled()]
+    for logger in levels:
         logger.setLevel(level)
-    datasets.disable_progress_bars()
-    if shown[1]:
-        utils.disable_progress_bars()
+    for library in shown:
+        library.disable_progress_bars()
     try:
         yield
     finally:
-        for logger, previous in zip(loggers, before, strict=True):
-            logger.setLevel(previous)
-        if shown[0]:
-            datasets.enable_progress_bars()
-        if shown[1]:
-            utils.enable_progress_bars()
+        for logger, before in levels.items():
+            logger.setLevel(before)
+        for library in shown:
+            library.enable_progress_bars()
 
 
 def download_tokenizer(repo: str, alternative: str) -> Path:

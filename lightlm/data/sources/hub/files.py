@@ -2,10 +2,11 @@
 
 import io
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any, BinaryIO, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, BinaryIO, Literal
 
 from lightlm.data.sources.hub.client import HubError, first_line, hub_errors, persistently
+from lightlm.data.sources.hub.listing import refusal
 
 # The most that one request asks for, and that a broken connection costs. A row group of a thousand documents is one
 # request. A row group that holds a whole file is many, and is never in memory as a whole.
@@ -15,11 +16,6 @@ REQUEST_BYTES = 8 << 20
 # it, each row group would cost one more request to the Hub, which limits the requests of a client.
 _locations: dict[str, str] = {}
 _EXPIRED = (401, 403, 404, 410)
-
-
-class _Status(NamedTuple):
-    st_size: int
-    st_mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -40,21 +36,11 @@ class HubFile:
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return PurePosixPath(self.path).name
+        return self.path.rpartition("/")[2]
 
-    @property
-    def url(self) -> str:
-        """The address for `datasets` and fsspec."""
-        return f"hf://datasets/{self.repo}@{self.commit}/{self.path}"
-
-    @property
-    def request_bytes(self) -> int:
-        """The best size for buffered reads."""
-        return REQUEST_BYTES
-
-    def stat(self) -> _Status:
+    def stat(self) -> SimpleNamespace:
         """Return the size in bytes. The content never changes at one commit, so the time is 0."""
-        return _Status(self.size, 0)
+        return SimpleNamespace(st_size=self.size, st_mtime_ns=0)
 
     def open(self, mode: Literal["rb"], buffering: int = -1) -> BinaryIO:
         """Open the file; `buffering=0` turns each read into a request of its own. Reading raises HubError."""
@@ -75,9 +61,6 @@ class RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
         self._position = base + offset
@@ -96,8 +79,6 @@ class RemoteFile(io.RawIOBase):
 
 def fetch(file: HubFile, start: int, end: int) -> bytes:
     """Return bytes `start` to `end` (exclusive) of a file. Raises HubError."""
-    from lightlm.data.sources.hub.listing import refusal
-
     try:
         return persistently(f"Reading {file}", lambda: _request(file, start, end))
     except hub_errors() as error:

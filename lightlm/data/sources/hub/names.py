@@ -72,28 +72,20 @@ def parse_hub(spec: str, text_column: str) -> HubRequest:
     `text_column` is the user's; a named data set may have another one in place of the default `text`. Raises DataError
     for a malformed spec, and for a data set without text.
     """
-    name, config, revision = _parts(spec.removeprefix(PREFIX))
-    if not spec.startswith(PREFIX):
-        named = HUB_DATASETS[name]
-        if named.without_text:
-            raise DataError(f"{name} cannot be prepared: {named.without_text}.")
-        column = named.text_column if text_column == "text" else text_column
-        wanted = named.configs.get(config, config) if config else named.config
-        return HubRequest(_folder(name, config), named.repo, wanted, revision, column)
-    if name.count("/") != 1 or not all(name.split("/")) or (spec.endswith((":", "@"))):
+    parts = re.fullmatch(r"(hf:[^/:@]+/[^/:@]+|(?!hf:)[^:@]+)(?::([^:@]+))?(?:@(.+))?", spec)
+    if parts is None:
         raise DataError(
             f"{spec}: write a Hub data set as hf:organization/name or hf:organization/name:configuration, either one "
             "with @revision (a branch, tag or commit) at its end"
         )
-    return HubRequest(_folder(name.rpartition("/")[2], config), name, config, revision, text_column)
-
-
-def _parts(text: str) -> tuple[str, str | None, str | None]:
-    """Split name[:config][@revision] into (name, config, revision)."""
-    name, _, revision = text.partition("@")
-    name, _, config = name.partition(":")
-    return name, config or None, revision or None
-
-
-def _folder(name: str, config: str | None) -> str:
-    return re.sub(r"[^\w.-]+", "-", f"{name}-{config}" if config else name)
+    name, config, revision = parts.groups()
+    _, _, last = name.rpartition("/")
+    folder = re.sub(r"[^\w.-]+", "-", f"{last}-{config}" if config else last)
+    if spec.startswith(PREFIX):
+        return HubRequest(folder, name.removeprefix(PREFIX), config, revision, text_column)
+    named = HUB_DATASETS[name]
+    if named.without_text:
+        raise DataError(f"{name} cannot be prepared: {named.without_text}.")
+    column = named.text_column if text_column == "text" else text_column
+    wanted = named.configs.get(config, config) if config else named.config
+    return HubRequest(folder, named.repo, wanted, revision, column)

@@ -1,22 +1,20 @@
 """Data sets on the Hugging Face Hub as a source: read in place at one commit, or from the cache."""
 
 import functools
-import itertools
 import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lightlm.data.readers.files import reader_of
-from lightlm.data.readers.records import Record, pack_records, record_of
-from lightlm.data.readers.texts import BadRecord, Texts, Unit
+from lightlm.data.readers.records import text_of
+from lightlm.data.readers.texts import BadRecord, Texts, Unit, pack
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.hub.client import (
     HubError,
-    back_off,
     first_line,
     hub_errors,
+    may_pass,
     persistently,
     quiet_libraries,
     require_hub,
@@ -63,8 +61,8 @@ class HubSource:
         return self.listing.total_bytes
 
     @property
-    def revision(self) -> str | None:
-        """The commit that is read; None for a local folder with the name of the data set."""
+    def revision(self) -> str:
+        """The commit that is read."""
         return self.listing.commit
 
     @functools.cached_property
@@ -73,65 +71,63 @@ class HubSource:
         from huggingface_hub import constants
 
         request, asked = self._request, self._request.revision or "main"
-        if Path(request.repo).is_dir():
-            return list_files(request.repo, request.config, asked)
-        record = read_record(request.repo, request.config, asked)
-        usable = record if record is not None and self._commit in {None, record.commit} else None
-        if constants.HF_HUB_OFFLINE:
-            return self._offline(usable)
-        cached = usable is not None and all(usable.cached(path) for path, _ in usable.files)
-        copy = "HF_HUB_OFFLINE=1 reads the copy in the cache. " if cached else ""
-        require_hub(f"The data set {request.repo!r}", copy + OFFLINE_HINT)
-        return list_files(request.repo, request.config, self._commit or asked)
-
-    def _offline(self, record: Listing | None) -> Listing:
-        from huggingface_hub import constants
-
-        fetch = f"With a network, fetch it first: lightlm prepare-data {self.spec} --download-only"
-        place = f"the cache at {constants.HF_HUB_CACHE}"
-        if record is None:
-            at = f" at commit {self._commit}" if self._commit else ""
-            raise DataError(f"HF_HUB_OFFLINE is set, and {self.spec}{at} is not in {place}. {fetch}. {OFFLINE_HINT}")
-        missing = [path for path, _ in record.files if record.cached(path) is None]
-        if missing:
+        if Path(request.repo).is_dir():  # `datasets` would read it in place of the Hub
             raise DataError(
-                f"HF_HUB_OFFLINE is set, and {len(missing)} of the {len(record.files)} files of {self.spec} are not in "
-                f"{place}: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. {fetch}."
+                f"{self.spec}: the folder {Path(request.repo).absolute()} has the name of this data set. Prepare the "
+                f"folder as ./{request.repo}, or run the command in another folder"
             )
-        return record
+        if not constants.HF_HUB_OFFLINE:
+            require_hub(f"The data set {request.repo!r}", f"HF_HUB_OFFLINE=1 reads what was downloaded. {OFFLINE_HINT}")
+            return list_files(request.repo, request.config, self._commit or asked)
+        record = read_record(request.repo, request.config, asked)
+        at = f" at commit {self._commit}" if self._commit else ""
+        subject, missing = f"{self.spec}{at} is", ""
+        if record is not None and self._commit in {None, record.commit}:
+            paths = [path for path, _ in record.files if record.cached(path) is None]
+            if not paths:
+                return record
+            subject = f"{len(paths)} of the {len(record.files)} files of {self.spec} are"
+            missing = f": {', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}"
+        raise DataError(
+            f"HF_HUB_OFFLINE is set, and {subject} not in the cache at {constants.HF_HUB_CACHE}{missing}. With a "
+            f"network, fetch it first: lightlm prepare-data {self.spec} --download-only. {OFFLINE_HINT}"
+        )
 
     def units(self) -> Iterator[Unit]:
         """Yield the units in the order of the files. Their ids are paths in the repository, and places in the files."""
         listing, column = self.listing, self._request.text_column
         for path, size in listing.files:
-            file = self._open(path, size)
+            file = listing.cached(path) or HubFile(listing.repo, listing.commit, path, size)
             if _is_read_here(listing, path):
                 yield from reader_of(file).units(file, path, column, self._row_filter)
             else:
-                location = file.url if isinstance(file, HubFile) else str(file)
-                yield Unit(path, partial(_read_streamed, listing, location, column, self._row_filter), size)
-
-    def _open(self, path: str, size: int) -> Path | HubFile:
-        listing = self.listing
-        if listing.commit is None:
-            return Path(listing.repo, path).absolute()
-        return listing.cached(path) or HubFile(listing.repo, listing.commit, path, size)
+                yield Unit(path, partial(_read_streamed, listing, path, column, self._row_filter), size)
 
     def download(self) -> Listing:
         """Put the files into the Hub's cache, where later runs find them, also under HF_HUB_OFFLINE.
 
         Files that are there stay, and a broken download resumes. Raises HubError or DataError.
         """
-        listing = self.listing
-        if listing.commit is None:
-            raise DataError(f"{self.spec} is a local folder ({Path(listing.repo).resolve()}); nothing to download.")
+        from huggingface_hub import constants, hf_hub_download
+
+        listing, cache = self.listing, constants.HF_HUB_CACHE
         write_record(listing, self._request.revision or "main")
-        wanted = [(path, size) for path, size in listing.files if listing.cached(path) is None]
-        _check_room(sum(size for _, size in wanted))
+        wanted = {path: size for path, size in listing.files if listing.cached(path) is None}
+        size, free = sum(wanted.values()), shutil.disk_usage(cache).free
+        if size > free:
+            raise DataError(
+                f"The download needs {size / 1e9:,.1f} GB, and the disk of {cache} has {free / 1e9:,.1f} GB left. "
+                "Set HF_HOME to a folder on a larger disk, or prepare without --download-only, which streams."
+            )
+        options = {"repo_type": "dataset", "revision": listing.commit, "cache_dir": cache}
         # In sequence: Ctrl-C ends a download at once, which it does not with threads.
         with quiet_libraries(bars=True):
-            for path, _ in wanted:
-                _download(listing, path)
+            for path in wanted:
+                fetch = partial(hf_hub_download, listing.repo, path, **options)
+                try:
+                    persistently(f"Downloading {listing.repo}/{path}", fetch)
+                except hub_errors() as error:
+                    raise refusal(listing.repo, listing.commit, error) from error
         return listing
 
 
@@ -144,63 +140,21 @@ def _is_read_here(listing: Listing, path: str) -> bool:
 
 
 def _read_streamed(
-    listing: Listing, location: str, text_column: str, row_filter: Filter | None, bad: BadRecord
+    listing: Listing, path: str, text_column: str, row_filter: Filter | None, bad: BadRecord
 ) -> Iterator[Texts]:
-    return pack_records(_streamed_records(listing, location, text_column, row_filter), row_filter, bad)
-
-
-def _streamed_records(listing: Listing, location: str, text_column: str, row_filter: Filter | None) -> Iterator[Record]:
-    """Yield the records of a file that `datasets` streams. After a failure, skip the rows that were already read."""
-    rows = failures = 0
-    where = f"{listing.repo}/{location.rpartition('/')[2]}"
-    while True:
-        try:
-            for row in itertools.islice(_stream(listing, location), rows, None):
-                rows, failures = rows + 1, 0
-                yield record_of(row, lambda: where, text_column, row_filter)
-            return
-        except hub_errors() as error:
-            failures += 1
-            try:
-                back_off(f"Reading {where}", error, failures)
-            except hub_errors() as final:
-                raise DataError(f"{where}: cannot be read after row {rows}: {first_line(final)}") from final
-
-
-def _stream(listing: Listing, location: str) -> Any:
+    """Yield the texts of a file that `datasets` streams; it repeats failed requests itself."""
     import datasets
 
-    with quiet_libraries():
-        return datasets.load_dataset(
-            listing.builder, data_files={"train": [location]}, split="train", streaming=True, **listing.options
-        )
-
-
-def _download(listing: Listing, path: str) -> None:
-    from huggingface_hub import constants, hf_hub_download
-
-    def fetch() -> None:
-        hf_hub_download(
-            listing.repo, path, repo_type="dataset", revision=listing.commit, cache_dir=constants.HF_HUB_CACHE
-        )
-
+    datasets.config.STREAMING_READ_MAX_RETRIES = 3  # each is six requests of huggingface_hub in 23 s
+    where = f"{listing.repo}/{path}"
+    location = str(listing.cached(path) or f"hf://datasets/{listing.repo}@{listing.commit}/{path}")
     try:
-        persistently(f"Downloading {listing.repo}/{path}", fetch)
+        with quiet_libraries():
+            rows = datasets.load_dataset(
+                listing.builder, data_files={"train": [location]}, split="train", streaming=True, **listing.options
+            )
+            texts = (text_of(row, lambda: where, text_column, row_filter, bad) for row in rows)
+            yield from pack(text for text in texts if text is not None)
     except hub_errors() as error:
-        meaning = refusal(listing.repo, str(listing.commit), error)
-        where = f"{listing.repo}/{path} cannot be downloaded"
-        raise meaning if isinstance(meaning, HubError) else DataError(f"{where}: {first_line(error)}") from error
-
-
-def _check_room(wanted: int) -> None:
-    """Raise DataError where the disk of the cache has less space than a download needs."""
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if wanted > free:
-        raise DataError(
-            f"The download needs {wanted / 1e9:,.1f} GB, and the disk of {cache} has {free / 1e9:,.1f} GB left. "
-            "Set HF_HOME to a folder on a larger disk, or prepare without --download-only, which streams."
-        )
+        kind = HubError if may_pass(error) else DataError
+        raise kind(f"{where}: cannot be read: {first_line(error)}") from error
