@@ -43,6 +43,8 @@ def json_schema() -> Schema:
     schema = Recipe.model_json_schema(schema_generator=_WithoutFieldTitles)
     for definition in schema["$defs"].values():
         definition.pop("description", None)  # the docstring of a class is for programmers
+        for entry in definition["properties"].values():
+            entry["description"] = " ".join(entry["description"].split())  # a docstring may have several lines
     for entry in schema["properties"].values():
         if _variants(entry, schema):
             entry.pop("default", None)  # whole sections: their keys have defaults of their own

@@ -88,7 +88,7 @@ def _refuse(problems: list[Problem]) -> None:
 class Section(BaseModel):
     """One section of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def idle(self) -> dict[str, str]:
         """Return the settings that have no effect beside the others, each with the reason; no recipe may give one."""
@@ -106,95 +106,70 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    dataset: str = Field(min_length=1, description="Name of a folder under data/, or the path of a prepared folder.")
+    dataset: str = Field(min_length=1)
+    """Name of a folder under data/, or the path of a prepared folder."""
 
 
 class TrainSection(Section):
-    tokens: Annotated[Tokens, Field(ge=1)] = Field(
-        description="Tokens to train on in total, rounded up to whole batches."
-    )
-    batch_tokens: BatchTokens = Field(
-        description="Tokens per global batch. K and M are powers of 1,024 here, so 512K is 2**19. The batch does not "
-        "depend on the number of devices: gradients accumulate."
-    )
-    seq_len: int = Field(default=0, ge=0, description="Tokens per training sequence. 0 takes model.max_seq_len.")
-    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        default="auto", description="Sequences per device and forward pass. `auto` fits them to the device's memory."
-    )
-    seed: int = Field(default=1337, description="Seed of the initial weights, the data order and the samples.")
-    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto",
-        description="Precision of matrix products. `auto` takes bfloat16 where the device is fast at it. Weights stay "
-        "in float32.",
-    )
-    compile: Literal["auto"] | bool = Field(
-        default="auto", description="Use torch.compile. `auto` decides by device and by the length of the run."
-    )
-    activation_checkpointing: bool = Field(
-        default=False,
-        description="Keep only the inputs of the blocks, and compute the rest again in the backward pass: less memory, "
-        "more time.",
-    )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        default="ddp",
-        description="With several processes: `ddp` keeps a copy of the model in each, `fsdp` shards one model (FSDP2).",
-    )
-    grad_clip: float = Field(default=1.0, ge=0, description="Largest global L2 norm of the gradients. 0 does not clip.")
-    skip_spikes: bool = Field(
-        default=False, description="Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite."
-    )
-    spike_threshold: float = Field(
-        default=6.0,
-        gt=0,
-        description="Robust standard deviations above the median of the last steps at which a step is a spike.",
-    )
-    spike_window: int = Field(default=128, ge=8, description="Steps that a step is compared with to find spikes.")
+    tokens: Annotated[Tokens, Field(ge=1)]
+    """Tokens to train on in total, rounded up to whole batches."""
+    batch_tokens: BatchTokens
+    """Tokens per global batch. K and M are powers of 1,024 here, so 512K is 2**19. The batch does not depend on the
+    number of devices: gradients accumulate."""
+    seq_len: int = Field(default=0, ge=0)
+    """Tokens per training sequence. 0 takes model.max_seq_len."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Sequences per device and forward pass. `auto` fits them to the device's memory."""
+    seed: int = 1337
+    """Seed of the initial weights, the data order and the samples."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it. Weights stay in float32."""
+    compile: Literal["auto"] | bool = "auto"
+    """Use torch.compile. `auto` decides by device and by the length of the run."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the blocks, and compute the rest again in the backward pass: less memory, more time."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp` keeps a copy of the model in each, `fsdp` shards one model (FSDP2)."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Largest global L2 norm of the gradients. 0 does not clip."""
+    skip_spikes: bool = False
+    """Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite."""
+    spike_threshold: float = Field(default=6.0, gt=0)
+    """Robust standard deviations above the median of the last steps at which a step is a spike."""
+    spike_window: int = Field(default=128, ge=8)
+    """Steps that a step is compared with to find spikes."""
 
 
 class MoESection(Section):
-    bias_update_rate: Annotated[float, Field(ge=0)] | None = Field(
-        default=None,
-        description="Change of a selection bias per step, with router sigmoid. null takes 0.001 (DeepSeek-V3's); runs "
-        "of a few hundred steps want 0.01.",
-    )
-    balance_loss_coef: Annotated[float, Field(ge=0)] | None = Field(
-        default=None,
-        description="Coefficient of the balance loss, which is 1 for a balanced layer, summed over layers. null takes "
-        "1e-4 with router sigmoid, within each sequence (DeepSeek-V3), and 1e-2 with softmax, over a forward pass "
-        "(Switch Transformer).",
-    )
-    z_loss_coef: float = Field(
-        default=0.0,
-        ge=0,
-        description="Coefficient of mean(logsumexp(router logits)^2). ST-MoE uses 1e-3 (arXiv 2202.08906).",
-    )
+    bias_update_rate: Annotated[float, Field(ge=0)] | None = None
+    """Change of a selection bias per step, with router sigmoid. null takes 0.001 (DeepSeek-V3's); runs of a few hundred
+    steps want 0.01."""
+    balance_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    """Coefficient of the balance loss, which is 1 for a balanced layer, summed over layers. null takes 1e-4 with router
+    sigmoid, within each sequence (DeepSeek-V3), and 1e-2 with softmax, over a forward pass (Switch Transformer)."""
+    z_loss_coef: float = Field(default=0.0, ge=0)
+    """Coefficient of mean(logsumexp(router logits)^2). ST-MoE uses 1e-3 (arXiv 2202.08906)."""
 
 
 class ScheduleSection(Section):
-    name: Literal["wsd", "cosine", "linear", "constant"] = Field(
-        default="wsd",
-        description="Shape of the learning rate after the warmup: `wsd` stays at the peak, then decays; `cosine` and "
-        "`linear` decay from the warmup on; `constant` stays.",
-    )
-    warmup: Span = Field(default="2%", description="Linear rise of the learning rate from 0 to its peak.")
-    decay: Span | None = Field(
-        default=None,
-        description="Length of the decay. null takes the last 20% with wsd (SmolLM2-135M's share), and all that "
-        "remains after the warmup with cosine and linear.",
-    )
-    decay_shape: Literal["linear", "sqrt"] = Field(
-        default="linear", description="Shape of the wsd decay. `sqrt` falls as 1 - sqrt(x) (arXiv 2405.18392)."
-    )
-    min_lr_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="Learning rate at the end of the decay, as a fraction of the peak."
-    )
-    batch_warmup: Span = Field(
-        default="0%", description="Part of the run in which the batch doubles from batch_start to train.batch_tokens."
-    )
-    batch_start: BatchTokens | None = Field(
-        default=None, description="Tokens of the first batch, required with batch_warmup."
-    )
+    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    """Shape of the learning rate after the warmup: `wsd` stays at the peak, then decays; `cosine` and `linear` decay
+    from the warmup on; `constant` stays."""
+    warmup: Span = "2%"
+    """Linear rise of the learning rate from 0 to its peak."""
+    decay: Span | None = None
+    """Length of the decay. null takes the last 20% with wsd (SmolLM2-135M's share), and all that remains after the
+    warmup with cosine and linear."""
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """Shape of the wsd decay. `sqrt` falls as 1 - sqrt(x) (arXiv 2405.18392)."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end of the decay, as a fraction of the peak."""
+    batch_warmup: Span = "0%"
+    """Part of the run in which the batch doubles from batch_start to train.batch_tokens."""
+    batch_start: BatchTokens | None = None
+    """Tokens of the first batch, required with batch_warmup."""
 
     @property
     def decay_span(self) -> str | None:
@@ -221,28 +196,23 @@ class ScheduleSection(Section):
 
 
 class EvalSection(Section):
-    every: Tokens = Field(
-        default=0, description="Training tokens between validations. 0 validates only at the end of the run."
-    )
-    tokens: Annotated[Tokens, Field(ge=1)] = Field(
-        default=256_000, description="Tokens of the validation split that a validation reads, from its start."
-    )
-    prompts: list[str] = Field(
-        default=["Hello, I am a language model,"], description="Texts that the model continues at each validation."
-    )
-    max_new_tokens: int = Field(default=48, ge=1, description="Tokens to generate for each prompt.")
-    tasks: list[str] = Field(default=[], description="Tasks of lm-evaluation-harness to score during training.")
-    tasks_every: Tokens = Field(
-        default=0, description="Training tokens between scorings of eval.tasks. 0 scores only at the end."
-    )
-    limit: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Documents per task during training. null scores all of them."
-    )
-    data_dir: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description="Folder with the tasks' data sets, laid out like the Hub. null takes $LIGHTLM_EVAL_DATA, or the "
-        "Hub and its cache.",
-    )
+    every: Tokens = 0
+    """Training tokens between validations. 0 validates only at the end of the run."""
+    tokens: Annotated[Tokens, Field(ge=1)] = 256_000
+    """Tokens of the validation split that a validation reads, from its start."""
+    prompts: list[str] = ["Hello, I am a language model,"]
+    """Texts that the model continues at each validation."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Tokens to generate for each prompt."""
+    tasks: list[str] = []
+    """Tasks of lm-evaluation-harness to score during training."""
+    tasks_every: Tokens = 0
+    """Training tokens between scorings of eval.tasks. 0 scores only at the end."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Documents per task during training. null scores all of them."""
+    data_dir: Annotated[str, Field(min_length=1)] | None = None
+    """Folder with the tasks' data sets, laid out like the Hub. null takes $LIGHTLM_EVAL_DATA, or the Hub and its cache.
+    """
 
     def problems(self) -> list[Problem]:
         idle = [key for key in ("tasks_every", "limit", "data_dir") if getattr(self, key) and not self.tasks]
@@ -250,49 +220,49 @@ class EvalSection(Section):
 
 
 class CheckpointSection(Section):
-    every: Tokens = Field(
-        default=0, description="Training tokens between checkpoints. 0 saves only at the end and on interruption."
-    )
-    keep_last: int = Field(
-        default=2,
-        ge=1,
-        description="Newest checkpoints to keep. With 1 there is no older one to fall back on if a disk damages it.",
-    )
-    keep_every: Tokens = Field(
-        default=0, description="Training tokens between checkpoints that are never deleted. 0 keeps none for good."
-    )
-    asynchronous: bool = Field(
-        default=True,
-        description="Write checkpoints in the background while training continues, from a copy in memory of 12 bytes "
-        "per parameter.",
-    )
+    every: Tokens = 0
+    """Training tokens between checkpoints. 0 saves only at the end and on interruption."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints to keep. With 1 there is no older one to fall back on if a disk damages it."""
+    keep_every: Tokens = 0
+    """Training tokens between checkpoints that are never deleted. 0 keeps none for good."""
+    asynchronous: bool = True
+    """Write checkpoints in the background while training continues, from a copy in memory of 12 bytes per parameter."""
 
 
 class TrackingSection(Section):
-    backends: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default=[], description="Trackers that receive the metrics besides metrics.jsonl (extra `lightlm[tracking]`)."
-    )
-    project: str = Field(default="lightlm", pattern=NAME_PATTERN, description="Project name for wandb and trackio.")
+    backends: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers that receive the metrics besides metrics.jsonl (extra `lightlm[tracking]`)."""
+    project: str = Field(default="lightlm", pattern=NAME_PATTERN)
+    """Project name for wandb and trackio."""
 
 
 class Recipe(BaseModel):
     """The description of a whole run, which `lightlm train` reads."""
 
     # protected_namespaces: pydantic reserves names that begin with `model_`, and a recipe has a section `model`.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
-    name: str = Field(pattern=NAME_PATTERN, description="Name of the recipe, and of its run folder runs/NAME.")
-    model: ModelConfig = Field(description="Shape of the network.")
-    data: DataSection = Field(description="What to train on.")
-    train: TrainSection = Field(description="Length of the run, batches, device and precision.")
-    optimizer: AnyOptimizer = Field(description="Optimizer, its rates and weight decay.")
-    moe: MoESection = Field(default=MoESection(), description="Training of the routers, with model.num_experts.")
-    schedule: ScheduleSection = Field(
-        default=ScheduleSection(), description="Learning rate and batch size over the run."
-    )
-    eval: EvalSection = Field(default=EvalSection(), description="Validation, samples and tasks during training.")
-    checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="When to save, and what to keep.")
-    tracking: TrackingSection = Field(default=TrackingSection(), description="Experiment trackers.")
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name of the recipe, and of its run folder runs/NAME."""
+    model: ModelConfig
+    """Shape of the network."""
+    data: DataSection
+    """What to train on."""
+    train: TrainSection
+    """Length of the run, batches, device and precision."""
+    optimizer: AnyOptimizer
+    """Optimizer, its rates and weight decay."""
+    moe: MoESection = MoESection()
+    """Training of the routers, with model.num_experts."""
+    schedule: ScheduleSection = ScheduleSection()
+    """Learning rate and batch size over the run."""
+    eval: EvalSection = EvalSection()
+    """Validation, samples and tasks during training."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When to save, and what to keep."""
+    tracking: TrackingSection = TrackingSection()
+    """Experiment trackers."""
 
     @field_validator("*")
     @classmethod

@@ -23,14 +23,13 @@ class Plot:
 
 @dataclass(frozen=True)
 class Axis:
-    """An x axis: its label, each run's values, and whether ticks read like 10M."""
+    """An x axis: its label, and each run's values."""
 
     label: str
     of: Callable[[Record], Floats]
-    quantities: bool
 
 
-TOKENS = Axis("training tokens", lambda record: record.curves.tokens, True)
+TOKENS = Axis("training tokens", lambda record: record.curves.tokens)
 
 
 def highest(columns: Sequence[Floats], percentile: float = 100.0) -> float:
@@ -43,8 +42,7 @@ def empty_chart(records: Sequence[Record], title: str, y_label: str, axis: Axis 
     """Return a chart whose x axis spans the longest run, so that all plots can be read side by side."""
     chart = Chart(title, axis.label, y_label, name_all=len(records) > 1)
     chart.axes.set_xlim(0, highest([axis.of(record) for record in records]) * 1.03 or 1.0)
-    if axis.quantities:
-        chart.quantities("x")
+    chart.quantities("x")
     return chart
 
 

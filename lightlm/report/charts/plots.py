@@ -51,7 +51,7 @@ def _time_axis(records: Sequence[Record]) -> Axis:
     """Return an axis in seconds, minutes or hours, as the longest run needs."""
     longest = highest([record.curves.seconds for record in records])
     size, unit = next(((size, unit) for start, size, unit in _TIMES if longest >= start), (1.0, "s"))
-    return Axis(f"training time ({unit})", lambda record: record.curves.seconds / size, False)
+    return Axis(f"training time ({unit})", lambda record: record.curves.seconds / size)
 
 
 def _compute_axis(records: Sequence[Record]) -> Axis | None:
@@ -64,7 +64,7 @@ def _compute_axis(records: Sequence[Record]) -> Axis | None:
 
     most = highest([flops(record) for record in records])
     size, unit = next((pair for pair in _FLOPS if most >= pair[0]), (1.0, "FLOPs"))
-    return Axis(f"training {unit}", lambda record: flops(record) / size, False)
+    return Axis(f"training {unit}", lambda record: flops(record) / size)
 
 
 def _loss(records: Sequence[Record], name: str, title: str, axis: Axis, caption: str, *, whole: bool = False) -> Plot:
