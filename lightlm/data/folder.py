@@ -15,6 +15,9 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
 from lightlm.files import checksum
 
+SHOWN_TOKENS = 60  # of each document that `beginnings` shows
+SEARCH_TOKENS = 1 << 20  # a longer document is shown from its middle
+
 
 class DataFolder:
     """A prepared data folder whose manifest, tokenizer and shards match."""
@@ -78,6 +81,19 @@ class DataFolder:
                     "changed since it was written. Copy it again, or prepare the data again with --overwrite."
                 )
         return manifest
+
+    def beginnings(self, count: int) -> list[str]:
+        """Return the first tokens of `count` documents of the train split, spread evenly over it, as text."""
+        stream, texts = self.split("train"), []
+        for number in range(count):
+            position = len(stream) * number // count
+            tokens = stream.slice(position, min(SEARCH_TOKENS, len(stream) - position))
+            ends = np.flatnonzero(tokens[:-1] == stream.end_of_text_id) if number else np.zeros(0, np.int64)
+            start = int(ends[0]) + 1 if ends.size else 0
+            beginning = tokens[start : start + SHOWN_TOKENS]
+            stop = np.flatnonzero(beginning == stream.end_of_text_id)
+            texts.append(self.tokenizer.decode(beginning[: stop[0]] if stop.size else beginning))
+        return texts
 
 
 def read_manifest(folder: Path) -> Manifest:

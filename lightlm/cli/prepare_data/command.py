@@ -96,15 +96,21 @@ def prepare_data(
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.workspace import Workspace
-    from lightlm.data.preview import beginnings
     from lightlm.data.select.filters import Filter
+    from lightlm.errors import UsageError
 
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
 
         refuse_other_options(context)
         return download_data(open_named(source, mix, text_column, None), tokenizer, as_json)
-    chosen_engine = _engine(engine, workers, ray_address)
+    chosen_engine: Engine | None = None  # threads of this process
+    if engine == "ray":
+        from lightlm.data.prepare.ray import RayEngine
+
+        chosen_engine = RayEngine(workers, ray_address)
+    elif ray_address is not None:
+        raise UsageError("--ray-address is for --engine ray")
     started = time.perf_counter()
     limit = _tokens(max_tokens)
     row_filter = None if filter_text is None else Filter(filter_text)
@@ -131,7 +137,7 @@ def prepare_data(
                 raise
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
     if sample:
-        summary["samples"] = beginnings(DataFolder.open(folder), sample)
+        summary["samples"] = DataFolder.open(folder).beginnings(sample)
     print_summary(summary, manifest, as_json)
 
 
@@ -154,19 +160,6 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine | None:
-    """Return the engine; None for threads of this process. Raises UsageError where Ray is missing."""
-    from lightlm.errors import UsageError
-
-    if name == "ray":
-        from lightlm.data.prepare.ray import RayEngine
-
-        return RayEngine(workers, ray_address)
-    if ray_address is not None:
-        raise UsageError("--ray-address is for --engine ray")
-    return None
 
 
 def _tokens(text: str | None) -> int | None:
