@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from lightlm.data.foreign import is_foreign, read_foreign
+from lightlm.data.foreign import read_foreign
 from lightlm.data.shards import Manifest, ShardEntry, Split, TokenStream, open_shard, streams_of, token_dtype
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
@@ -37,8 +37,9 @@ class DataFolder:
         what is missing or does not match: the folder, the manifest, the tokenizer or a shard.
         """
         folder = Path(path)
-        if is_foreign(folder):
-            return cls(folder, *read_foreign(folder))
+        foreign = read_foreign(folder)
+        if foreign is not None:
+            return cls(folder, *foreign)
         manifest = read_manifest(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():

@@ -184,6 +184,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
     dataset = "" if folder == Path("data/pydocs") else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
     return {
         "folder": folder.as_posix(),
+        **manifest.model_dump(include=set(FROM_MANIFEST)),
         "status": "verified" if verified else "already prepared" if manifest.already_prepared else "prepared",
         "documents": manifest.documents("train") + manifest.documents("val"),
         "train_tokens": manifest.tokens("train"),
@@ -191,7 +192,6 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "text_bytes": text_bytes,
         "bytes_per_token": manifest.bytes_per_token,
         "shards": len(manifest.shards),
-        **manifest.model_dump(include=set(FROM_MANIFEST)),
         "seconds": round(seconds, 3),
         "megabytes_per_second": None if unread else round(text_bytes / 1e6 / seconds, 1),
         "next": f"lightlm train recipes/demo.yaml{dataset}",

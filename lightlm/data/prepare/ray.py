@@ -157,7 +157,9 @@ def _connected(address: str | None) -> Iterator[Any]:
         return
     before = signal.getsignal(signal.SIGTERM)
     try:
-        _check_port(address or os.environ.get("RAY_ADDRESS", ""))
+        host, colon, port = (address or os.environ.get("RAY_ADDRESS", "")).rpartition("://")[2].rpartition(":")
+        if colon and port.isdecimal():  # where nothing listens, Ray itself would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         where = f"The Ray cluster at {address}" if address else "Ray"
@@ -171,10 +173,3 @@ def _connected(address: str | None) -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
-
-
-def _check_port(address: str) -> None:
-    """Raise OSError where nothing listens at `address`: Ray itself would try for minutes."""
-    host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if separator and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
