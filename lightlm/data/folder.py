@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from lightlm.data.foreign import is_foreign, read_foreign
+from lightlm.data.foreign import read_foreign
 from lightlm.data.shards import Manifest, ShardEntry, Split, TokenStream, open_shard, streams_of, token_dtype
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
 from lightlm.files import checksum
+
+SHOWN_TOKENS = 60  # of each document that `beginnings` shows
+SEARCH_TOKENS = 1 << 20  # a longer document is shown from its middle
 
 
 class DataFolder:
@@ -34,8 +37,9 @@ class DataFolder:
         what is missing or does not match: the folder, the manifest, the tokenizer or a shard.
         """
         folder = Path(path)
-        if is_foreign(folder):
-            return cls(folder, *read_foreign(folder))
+        foreign = read_foreign(folder)
+        if foreign is not None:
+            return cls(folder, *foreign)
         manifest = read_manifest(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -78,6 +82,19 @@ class DataFolder:
                     "changed since it was written. Copy it again, or prepare the data again with --overwrite."
                 )
         return manifest
+
+    def beginnings(self, count: int) -> list[str]:
+        """Return the first tokens of `count` documents of the train split, spread evenly over it, as text."""
+        stream, texts = self.split("train"), []
+        for number in range(count):
+            position = len(stream) * number // count
+            tokens = stream.slice(position, min(SEARCH_TOKENS, len(stream) - position))
+            ends = np.flatnonzero(tokens[:-1] == stream.end_of_text_id) if number else np.zeros(0, np.int64)
+            start = int(ends[0]) + 1 if ends.size else 0
+            beginning = tokens[start : start + SHOWN_TOKENS]
+            stop = np.flatnonzero(beginning == stream.end_of_text_id)
+            texts.append(self.tokenizer.decode(beginning[: stop[0]] if stop.size else beginning))
+        return texts
 
 
 def read_manifest(folder: Path) -> Manifest:

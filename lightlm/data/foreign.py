@@ -19,21 +19,19 @@ _NAME = re.compile(r".+_(train|val)_(\d+)\.bin")
 CHECKED_TOKENS = 1_000_000  # of each shard; all 100M would take seconds
 
 
-def is_foreign(folder: Path) -> bool:
-    """Return whether a folder holds shards named as by llm.c and modded-nanogpt, and no manifest."""
-    return not (folder / "manifest.json").exists() and any(_NAME.fullmatch(path.name) for path in folder.glob("*.bin"))
+def read_foreign(folder: Path) -> tuple[Manifest, dict[Split, TokenStream], Tokenizer] | None:
+    """Read a folder of shards named as by llm.c and modded-nanogpt; None for another, or one with a manifest.
 
-
-def read_foreign(folder: Path) -> tuple[Manifest, dict[Split, TokenStream], Tokenizer]:
-    """Read such a folder. Raises DataError where a shard and the tokenizer do not match.
-
-    The manifest says what is known without reading all shards: documents and bytes of text are not counted.
+    The manifest says what is known without reading all shards: documents and bytes of text are not counted. Raises
+    DataError where a shard and the tokenizer do not match.
     """
     splits: dict[str, Split] = {
         match[0]: "val" if match[1] == "val" else "train"
         for match in map(_NAME.fullmatch, sorted(path.name for path in folder.glob("*.bin")))
         if match
     }
+    if not splits or (folder / "manifest.json").exists():
+        return None
     shards = {name: open_shard(folder / name) for name in splits}
     tokenizer = _tokenizer(folder, shards)
     for name, tokens in shards.items():

@@ -96,15 +96,21 @@ def prepare_data(
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.workspace import Workspace
-    from lightlm.data.preview import beginnings
     from lightlm.data.select.filters import Filter
+    from lightlm.errors import UsageError
 
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
 
         refuse_other_options(context)
         return download_data(open_named(source, mix, text_column, None), tokenizer, as_json)
-    chosen_engine = _engine(engine, workers, ray_address)
+    chosen_engine: Engine | None = None  # threads of this process
+    if engine == "ray":
+        from lightlm.data.prepare.ray import RayEngine
+
+        chosen_engine = RayEngine(workers, ray_address)
+    elif ray_address is not None:
+        raise UsageError("--ray-address is for --engine ray")
     started = time.perf_counter()
     limit = _tokens(max_tokens)
     row_filter = None if filter_text is None else Filter(filter_text)
@@ -131,7 +137,7 @@ def prepare_data(
                 raise
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
     if sample:
-        summary["samples"] = beginnings(DataFolder.open(folder), sample)
+        summary["samples"] = DataFolder.open(folder).beginnings(sample)
     print_summary(summary, manifest, as_json)
 
 
@@ -156,19 +162,6 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _engine(name: str, workers: int | None, ray_address: str | None) -> Engine | None:
-    """Return the engine; None for threads of this process. Raises UsageError where Ray is missing."""
-    from lightlm.errors import UsageError
-
-    if name == "ray":
-        from lightlm.data.prepare.ray import RayEngine
-
-        return RayEngine(workers, ray_address)
-    if ray_address is not None:
-        raise UsageError("--ray-address is for --engine ray")
-    return None
-
-
 def _tokens(text: str | None) -> int | None:
     from lightlm.errors import UsageError
     from lightlm.quantities import parse_quantity
@@ -191,6 +184,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
     dataset = "" if folder == Path("data/pydocs") else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
     return {
         "folder": folder.as_posix(),
+        **manifest.model_dump(include=set(FROM_MANIFEST)),
         "status": "verified" if verified else "already prepared" if manifest.already_prepared else "prepared",
         "documents": manifest.documents("train") + manifest.documents("val"),
         "train_tokens": manifest.tokens("train"),
@@ -198,7 +192,6 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "text_bytes": text_bytes,
         "bytes_per_token": manifest.bytes_per_token,
         "shards": len(manifest.shards),
-        **manifest.model_dump(include=set(FROM_MANIFEST)),
         "seconds": round(seconds, 3),
         "megabytes_per_second": None if unread else round(text_bytes / 1e6 / seconds, 1),
         "next": f"lightlm train recipes/demo.yaml{dataset}",

@@ -51,8 +51,9 @@ def download_data(source: Source, tokenizer: str | None, as_json: bool) -> None:
     if requested_vocab_size(tokenizer) is None:
         load_tokenizer(tokenizer, download_tokenizer)
     if as_json:
-        files, total = len(listing.files), listing.total_bytes
-        cache = constants.HF_HUB_CACHE
-        print_json({"source": source.spec, "revision": listing.commit, "files": files, "bytes": total, "cache": cache})
+        print_json({
+            "source": source.spec, "revision": listing.commit, "files": len(listing.files),
+            "bytes": listing.total_bytes, "cache": constants.HF_HUB_CACHE,
+        })  # fmt: skip
         return
     out.print(f"Downloaded {source.spec} at commit {listing.commit}: {size}.", markup=False, soft_wrap=True)

@@ -15,14 +15,7 @@ from pyarrow import compute
 
 from lightlm.data.prepare.blocks import BLANK, HASHES, Block, BlockReader, Job, split_hashes
 from lightlm.data.prepare.encoded_block import EncodedBlock, EncodedBlockWriter
-from lightlm.data.prepare.encoders import (
-    Encoder,
-    EncoderError,
-    check_sample,
-    encode_large,
-    refuse_end_of_text,
-    worker_encoder,
-)  # fmt: skip
+from lightlm.data.prepare.encoders import Encoder, EncoderError, check_ids, encode_large, worker_encoder
 from lightlm.data.readers import texts as sizes
 from lightlm.data.readers.texts import Texts, byte_lengths, in_chunks
 from lightlm.data.shards import token_dtype
@@ -83,8 +76,7 @@ class _BlockEncoder:
         visible = texts.filter(pyarrow.array(~blank)) if blank.any() else texts
         ids, lengths = self._encoder.encode(visible)
         hashes = split_hashes(visible)
-        refuse_end_of_text(self._encoder.tokenizer, ids, self._block.units[0].id)
-        check_sample(self._encoder, visible, ids, lengths, hashes, self._block.units[0].id)
+        check_ids(self._encoder, visible, ids, lengths, hashes, self._block.units[0].id)
         count = self._fitting(lengths + 1)
         if self._full:
             blank = blank[: np.flatnonzero(~blank)[count - 1]]

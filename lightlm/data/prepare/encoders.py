@@ -177,14 +177,15 @@ def _require_reference(encoder: Encoder, text: str, ids: np.ndarray, where: str)
         )
 
 
-def check_sample(
+def check_ids(
     encoder: Encoder, texts: pyarrow.Array, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray, where: str
 ) -> None:
-    """Compare about `SAMPLE_BYTES` of the texts, chosen by their hashes, with `tokenizers`.
+    """Check the ids of texts: none is the end-of-text id, and a sample is as `tokenizers` encodes it.
 
-    For a short text, compares the ids that will be written. For a long one, encodes a part with both libraries.
-    Raises EncoderError at the first difference.
+    The sample is about `SAMPLE_BYTES` of the texts, chosen by their hashes: the ids that will be written of short
+    texts, and a part of a long one, encoded with both libraries. Raises EncoderError at the first difference.
     """
+    refuse_end_of_text(encoder.tokenizer, ids, where)
     if encoder.name == TOKENIZERS or not len(texts):
         return
     sizes, ends = byte_lengths(texts), np.cumsum(lengths)
@@ -222,8 +223,7 @@ def encode_large(parts: Iterable[str], encoder: Encoder, where: str) -> Iterator
     for text in _cut(parts, encoder):
         packed = pyarrow.array([text], pyarrow.large_string())
         ids, lengths = encoder.encode(packed)
-        refuse_end_of_text(encoder.tokenizer, ids, where)
-        check_sample(encoder, packed, ids, lengths, np.zeros(1, np.int64), where)
+        check_ids(encoder, packed, ids, lengths, np.zeros(1, np.int64), where)
         yield text, ids
 
 

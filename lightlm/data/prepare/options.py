@@ -59,10 +59,13 @@ class Options:
 
         A setting that an older version lacks is None at its default, so that older folders are recognized.
         """
+        path = Path(self.tokenizer) / "tokenizer.json" if Path(self.tokenizer).is_dir() else Path(self.tokenizer)
+        # A local file may change under the same path.
+        digest = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else None
         return {
             "source": source.spec,
             "content": source.fingerprint,
-            "tokenizer": _tokenizer_identity(self.tokenizer),
+            "tokenizer": digest or self.tokenizer,
             "text_column": self.text_column,
             "max_tokens": self.max_tokens,
             "val_fraction": self.val_fraction,
@@ -71,9 +74,3 @@ class Options:
             "decontaminate": None if self.decontaminate is None else self.decontaminate.identity,
             "dedup": None if self.dedup is None else Signer(self.dedup).method,
         }
-
-
-def _tokenizer_identity(spec: str) -> str:
-    """Return the hash of a local tokenizer file, whose content may change under the same path; else the spec."""
-    path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
-    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else spec

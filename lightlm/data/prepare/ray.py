@@ -91,13 +91,11 @@ def encode_here(job: Job, block: Block, version: str) -> EncodedBlock:
 
 def _files(stream: object) -> Iterator[Path]:
     """Yield the local files that a reader was made with."""
-    if isinstance(stream, partial):
-        yield from _files(stream.func)
-        for argument in (*stream.args, *stream.keywords.values()):
-            if isinstance(argument, Path):
-                yield argument
-            else:
-                yield from _files(argument)
+    if isinstance(stream, Path):
+        yield stream
+    elif isinstance(stream, partial):
+        for part in (stream.func, *stream.args, *stream.keywords.values()):
+            yield from _files(part)
 
 
 def _result(ray: Any, reference: Any) -> EncodedBlock:
@@ -149,41 +147,29 @@ def _cancel(ray: Any, running: list[Any]) -> None:
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
     """Give the `ray` module with a connection to a cluster. Raises DataError where it cannot connect."""
-    before = signal.getsignal(signal.SIGTERM)
-    ray, ours = _connect(address)
-    if signal.getsignal(signal.SIGTERM) is not before:  # Ray replaces the handler when it connects in the main thread
-        signal.signal(signal.SIGTERM, before)
-    if not ours:
-        yield ray
-        return
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # Ray prints about lost workers on standard output, as --json does
-            yield ray
-    finally:
-        ray.shutdown()
-
-
-def _connect(address: str | None) -> tuple[Any, bool]:
-    """Return the connected `ray` module, and whether the connection is new."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # LightLM sends nothing that the user has not asked for
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it prints a warning about GPUs
     import ray
 
     if ray.is_initialized():
-        return ray, False
+        yield ray
+        return
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        _check_port(address or os.environ.get("RAY_ADDRESS", ""))
+        host, colon, port = (address or os.environ.get("RAY_ADDRESS", "")).rpartition("://")[2].rpartition(":")
+        if colon and port.isdecimal():  # where nothing listens, Ray itself would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         where = f"The Ray cluster at {address}" if address else "Ray"
         advice = "It needs the versions of Ray and Python of this machine, and may require a token (RAY_AUTH_MODE)."
         raise DataError(f"{where} cannot be used: {str(error).strip()}. {advice}") from error
-    return ray, True
-
-
-def _check_port(address: str) -> None:
-    """Raise OSError where nothing listens at `address`: Ray itself would try for minutes."""
-    host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if separator and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not before:  # Ray replaces the handler in the main thread
+            signal.signal(signal.SIGTERM, before)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints about lost workers on standard output, as --json does
+            yield ray
+    finally:
+        ray.shutdown()

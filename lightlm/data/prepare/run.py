@@ -216,16 +216,17 @@ class _Preparation:
                 next(self._source.units(), None)
                 load_tokenizer(options.tokenizer, download_tokenizer).save(definition)
             else:
-                sample = training_sample(self._source.units(), self._report_sample, skip_bad=options.skip_bad)
+
+                def report(documents: int, characters: int) -> None:
+                    self._progress(Progress(TRAINING_TOKENIZER, documents, characters, 0, None))
+
+                sample = training_sample(self._source.units(), report, skip_bad=options.skip_bad)
                 train_tokenizer(sample, vocab_size).save(definition)
         encoder, reason = choose_encoder(options.encoder, definition)
         if reason is not None:
             message = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
             self._progress(Progress(TOKENIZING, 0, 0, 0, options.max_tokens, message=message))
         return encoder
-
-    def _report_sample(self, documents: int, characters: int) -> None:
-        self._progress(Progress(TRAINING_TOKENIZER, documents, characters, 0, None))
 
     def _assemble(self, encoder: Encoder, settings: dict[str, Setting]) -> Manifest:
         workspace, options, source, tokenizer = self._workspace, self._options, self._source, encoder.tokenizer

@@ -10,7 +10,7 @@ tokens with the end-of-text token, its bytes of text.
 """
 
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lightlm.data.prepare.blocks import HASHES, Block, Job
+from lightlm.data.prepare.encode import Report
 from lightlm.data.prepare.encoded_block import (
     DOCUMENTS,
     EncodedBlock,
@@ -74,17 +75,20 @@ class Selector:
         self._deduplicators = [Deduplicator(dedup) for _ in sources] if dedup else None
         taken, blocks = [0] * len(sources), [0] * len(sources)
         for number in range(done):
-            source, tokens = self._read_log(number)
-            taken[source], blocks[source] = taken[source] + tokens, blocks[source] + 1
-        numbered = [
-            self._numbered(source, iter(part), blocks[source], len(sources)) for source, part in enumerate(sources)
-        ]
+            header, _, content = (self._log / f"{number:08d}").read_bytes().partition(b"\n")
+            logged = json.loads(header)
+            source = logged["source"]
+            taken[source], blocks[source] = taken[source] + logged["tokens"], blocks[source] + 1
+            if self._deduplicators is not None:
+                signatures = np.frombuffer(content, "<u8").reshape(-1, self._signer.columns)
+                self._deduplicators[source].remember(signatures)
+        numbered = [_numbered(number, part, blocks[number], len(sources)) for number, part in enumerate(sources)]
         self._schedule = Schedule(numbered, shares, taken)
         self._mixer = Mixer[JudgedBlock](shares, max_tokens, taken)
         self._done = done
 
     def select(
-        self, engine: Engine, job: Job, report: Callable[[int, int, int], None], dtype: np.dtype[Any]
+        self, engine: Engine, job: Job, report: Report, dtype: np.dtype[Any]
     ) -> Generator[EncodedBlock, None, None]:
         """Yield the encoded blocks of what stays; their files are in `job.folder`."""
         before = replace(job, folder=self._before, signer=self._signer)
@@ -101,14 +105,7 @@ class Selector:
             remove_encoded_block(self._before, block.item.encoded.number)
             yield encoded
 
-    def _numbered(self, source: int, blocks: Iterator[Block], start: int, sources: int) -> Iterator[Block]:
-        for block in blocks:
-            if block.number >= start:
-                yield replace(block, number=block.number * sources + source)
-
-    def _judged(
-        self, engine: Engine, job: Job, report: Callable[[int, int, int], None]
-    ) -> Iterator[SourceBlock[JudgedBlock]]:
+    def _judged(self, engine: Engine, job: Job, report: Report) -> Iterator[SourceBlock[JudgedBlock]]:
         """Yield blocks as the engine does, those of each source in order."""
         source_of: dict[int, int] = {}
 
@@ -149,14 +146,12 @@ class Selector:
                         writer.add(split, tokens)
         return encoded
 
-    def _read_log(self, number: int) -> tuple[int, int]:
-        """Return the source of a block and the tokens that stayed in it; remember its signatures."""
-        header, _, content = (self._log / f"{number:08d}").read_bytes().partition(b"\n")
-        logged = json.loads(header)
-        if self._deduplicators is not None:
-            signatures = np.frombuffer(content, "<u8").reshape(-1, self._signer.columns)
-            self._deduplicators[logged["source"]].remember(signatures)
-        return logged["source"], logged["tokens"]
+
+def _numbered(source: int, blocks: Iterator[Block], start: int, sources: int) -> Iterator[Block]:
+    """Yield the blocks of a source from `start` on, with numbers that no other source's blocks have."""
+    for block in blocks:
+        if block.number >= start:
+            yield replace(block, number=block.number * sources + source)
 
 
 def _spans(lengths: np.ndarray, keep: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ from lightlm.data.prepare.encoders import (
     Encoder,
     EncoderError,
     GigatokenEncoder,
-    check_sample,
+    check_ids,
     choose_encoder,
     encode_large,
 )
@@ -119,10 +119,10 @@ def test_the_first_difference_stops_with_the_command_to_resume(documents: list[s
         encoder, array = Wrong(mistake or "absent"), packed(*documents)
         ids, lengths = encoder.encode(array)
         if mistake is None:
-            check_sample(encoder, array, ids, lengths, split_hashes(array), "unit 1")
+            check_ids(encoder, array, ids, lengths, split_hashes(array), "unit 1")
             continue
         with pytest.raises(EncoderError, match=r"gigatoken .* for unit 1: .*--encoder tokenizers"):
-            check_sample(encoder, array, ids, lengths, split_hashes(array), "unit 1")
+            check_ids(encoder, array, ids, lengths, split_hashes(array), "unit 1")
 
 
 def test_a_difference_in_the_middle_of_a_run_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
