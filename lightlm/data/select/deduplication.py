@@ -78,7 +78,7 @@ class Deduplicator:
     @property
     def nbytes(self) -> int:
         """Bytes of the hashes between merges."""
-        return sum(index.nbytes for index in self._indexes)
+        return 8 * sum(map(len, self._indexes))
 
     def remember(self, signatures: np.ndarray) -> None:
         """Add documents (n, columns) that stay, as an earlier process decided."""

@@ -19,11 +19,6 @@ class HashIndex:
     def __len__(self) -> int:
         return len(self._recent) + sum(map(len, self._runs))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the hashes between merges."""
-        return 8 * len(self)
-
     def contains(self, hashes: np.ndarray) -> np.ndarray:
         """Return whether each hash is in the set: bool of the same shape (n,)."""
         # In sorted order, neighboring searches touch the same cache lines.
