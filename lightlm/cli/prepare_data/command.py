@@ -98,6 +98,7 @@ def prepare_data(
     from lightlm.data.prepare.workspace import Workspace
     from lightlm.data.select.filters import Filter
     from lightlm.errors import UsageError
+    from lightlm.quantities import parse_quantity
 
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
@@ -112,7 +113,10 @@ def prepare_data(
     elif ray_address is not None:
         raise UsageError("--ray-address is for --engine ray")
     started = time.perf_counter()
-    limit = _tokens(max_tokens)
+    try:
+        limit = None if max_tokens is None else parse_quantity(max_tokens)
+    except ValueError as error:
+        raise UsageError(f"--max-tokens {max_tokens}: {error}") from error
     row_filter = None if filter_text is None else Filter(filter_text)
     if verify:
         folder = out or _finished_folder(source) or Path("data") / open_named(source, mix, text_column, row_filter).name
@@ -160,18 +164,6 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _tokens(text: str | None) -> int | None:
-    from lightlm.errors import UsageError
-    from lightlm.quantities import parse_quantity
-
-    if text is None:
-        return None
-    try:
-        return parse_quantity(text)
-    except ValueError as error:
-        raise UsageError(f"--max-tokens {text}: {error}") from error
 
 
 def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool) -> dict[str, Any]:

@@ -124,8 +124,17 @@ class EncodedBlockWriter:
         for file in self._files.values():
             file.close()
         try:
-            if kind is None:
-                self._finish()
+            if kind is not None:
+                return
+            for name in DATA:
+                target = block_path(self._folder, self.encoded.number, name)
+                if name in self._files:
+                    os.replace(self._temporary(name), target)
+                    self.encoded.xxh3[name] = self._hashes[name].hexdigest()
+                else:
+                    target.unlink(missing_ok=True)
+            self._temporary("json").write_text(self.encoded.model_dump_json(), encoding="utf-8")
+            os.replace(self._temporary("json"), block_path(self._folder, self.encoded.number, "json"))
         finally:
             for name in (*self._files, "json"):
                 self._temporary(name).unlink(missing_ok=True)
@@ -146,17 +155,6 @@ class EncodedBlockWriter:
         columns = (*signatures.T, tokens, text_bytes)
         # One type for all columns: numpy turns a mix of uint64 and int64 into floats.
         self._write(DOCUMENTS, np.stack([column.astype("<u8") for column in columns], axis=1))
-
-    def _finish(self) -> None:
-        for kind in DATA:
-            target = block_path(self._folder, self.encoded.number, kind)
-            if kind in self._files:
-                os.replace(self._temporary(kind), target)
-                self.encoded.xxh3[kind] = self._hashes[kind].hexdigest()
-            else:
-                target.unlink(missing_ok=True)
-        self._temporary("json").write_text(self.encoded.model_dump_json(), encoding="utf-8")
-        os.replace(self._temporary("json"), block_path(self._folder, self.encoded.number, "json"))
 
     def _write(self, kind: str, array: np.ndarray) -> None:
         if not array.size:
