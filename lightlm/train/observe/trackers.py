@@ -7,6 +7,7 @@ To add a backend, write a `Tracker` and enter it in `BACKENDS`; `TrackingSection
 """
 
 import contextlib
+import html
 import importlib
 import io
 import json
@@ -115,8 +116,6 @@ class WandB(Tracker):
         self._run.log(metrics, step=step)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        import html
-
         import wandb
 
         self._run.log({"sample": wandb.Html(f"<pre>{html.escape(prompt + text)}</pre>")}, step=step)
@@ -166,9 +165,7 @@ BACKENDS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB
 class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
     """An `Observer` that sends a run's numbers to the backends of its recipe, and a context manager that closes them.
 
-    Args:
-        section: the recipe's.
-        note: receives where to view the run, and each backend's failure.
+    `note` receives where to view the run, and each backend's failure.
 
     Raises:
         RecipeError: a backend's package is not installed.
