@@ -189,7 +189,7 @@ def test_an_automatic_micro_batch_shrinks_to_what_fits(runs, monkeypatch):
 
 def test_the_smallest_memory_of_two_processes_decides(runs):
     outcomes = together(2, train_in_small_memory, "unequal", (*SHORT, "train.micro_batch_size=auto"), 2, 1)
-    assert "going on with 2" in outcomes[0][1][0]
+    assert "continuing with 2" in outcomes[0][1][0]
     assert_close(outcomes[0][0], runs[1])
 
 
