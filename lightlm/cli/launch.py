@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from lightlm.cli.console import console
 from lightlm.errors import LightLMError
+from lightlm.train.signals import handling
 
 if TYPE_CHECKING:
     from lightlm.train.distributed import World
@@ -90,7 +91,7 @@ class _Group:
     def __init__(self, arguments: Sequence[str], processes: int, environment: dict[str, str]) -> None:
         self.interrupts = 0
         self._workers: list[subprocess.Popen[bytes]] = []
-        with self._signals():
+        with handling(self._interrupt):
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 if rank:  # only the first process shows the warnings of libraries
@@ -99,28 +100,18 @@ class _Group:
                 worker = subprocess.Popen(command, env=environment | own, stdin=subprocess.DEVNULL, stdout=output)
                 self._workers.append(worker)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         """Forward Ctrl-C and SIGTERM as a request to save and stop; a second Ctrl-C kills all processes."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            again = self.interrupts and number == signal.SIGINT
-            self.interrupts += 1
-            for worker in self._workers:
-                worker.kill() if again else worker.terminate()
-
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        again = self.interrupts and number == signal.SIGINT
+        self.interrupts += 1
+        for worker in self._workers:
+            worker.kill() if again else worker.terminate()
 
     def wait(self) -> tuple[int, int]:
         """Wait for all processes; return rank and exit code (negative: a signal) of the one that caused the end."""
         ended: dict[int, int] = {}  # exit codes by rank, in the order noticed
         deadline, signals_sent = 0.0, 0
-        with self._signals():
+        with handling(self._interrupt):
             while len(ended) < len(self._workers):
                 time.sleep(_POLL_SECONDS)
                 codes = {rank: worker.poll() for rank, worker in enumerate(self._workers)}

@@ -24,7 +24,6 @@ from lightlm.train.schedules import BatchPlan, batch_plan
 from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import Gradients, check_shares, micro_batch_size
 from lightlm.train.step.parallel import ParallelLoss
-from lightlm.train.step.routers import router_losses
 
 ASSUMED_VOCABULARY = 50_257  # GPT-2's, if neither the recipe nor prepared data names one
 
@@ -118,10 +117,7 @@ def set_up(
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": compiled})})
     if recipe.train.parallel == "fsdp" and world.size == 1:
         note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
-    losses, strategy = router_losses(recipe), recipe.train.parallel
-    loss = ParallelLoss(
-        model, world, strategy=strategy, compiled=compiled, device=device, dtype=dtype, router_losses=losses
-    )
+    loss = ParallelLoss(model, world, recipe, device, dtype)
     optimizer = build_optimizer(model, recipe.optimizer, dtype)
     progress = Progress()
     if resume_from is not None:
@@ -139,7 +135,7 @@ def set_up(
     size = min(world.gather(micro_batch_size(recipe, device, world.size)))
     if given not in ("auto", size):
         note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
-    gradients = Gradients(loss, loader, note, micro_batch=size, adjustable=given == "auto", clip=recipe.train.grad_clip)
+    gradients = Gradients(loss, loader, recipe, size, note)
     return Setup(
         recipe, data, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress, resume_from
     )

@@ -7,14 +7,14 @@ To add a backend, write a `Tracker` and enter it in `BACKENDS`; `TrackingSection
 """
 
 import contextlib
-import functools
+import html
 import importlib
 import io
 import json
 import math
 import secrets
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,10 +54,10 @@ class Tracker:
     def __init__(self, session: Session) -> None: ...
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
     def sample(self, step: int, prompt: str, text: str) -> None: ...
+    def finish(self, failed: bool) -> None: ...
+
     def flush(self) -> None:
         """Store what was logged: a checkpoint is complete, so these steps are not logged again."""
-
-    def finish(self, failed: bool) -> None: ...
 
 
 class TensorBoard(Tracker):
@@ -116,8 +116,6 @@ class WandB(Tracker):
         self._run.log(metrics, step=step)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        import html
-
         import wandb
 
         self._run.log({"sample": wandb.Html(f"<pre>{html.escape(prompt + text)}</pre>")}, step=step)
@@ -167,9 +165,7 @@ BACKENDS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB
 class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
     """An `Observer` that sends a run's numbers to the backends of its recipe, and a context manager that closes them.
 
-    Args:
-        section: the recipe's.
-        note: receives where to view the run, and each backend's failure.
+    `note` receives where to view the run, and each backend's failure.
 
     Raises:
         RecipeError: a backend's package is not installed.
@@ -200,9 +196,8 @@ class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
         known[_LOGGED] = logged = max(known.get(_LOGGED, 0), facts["logged_step"])
         for name in self._section.backends:
             session = Session(run, recipe, self._section.project, known.get(name), facts["first_step"], logged)
-            tracker = self._guarded(name, functools.partial(BACKENDS[name], session))
-            if tracker is not None:
-                self._active[name] = tracker
+            with self._guarded(name):
+                self._active[name] = tracker = BACKENDS[name](session)
                 known[name] = tracker.id
                 self._note(f"{name}: {tracker.where}")
         files.write_text(run / STATE, json.dumps(known) + "\n")
@@ -221,17 +216,18 @@ class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
     def _each(self, call: Callable[[Tracker], None], step: int | None = None) -> None:
         for name, tracker in list(self._active.items()):
             if step is None or step > tracker.sent:
-                self._guarded(name, functools.partial(call, tracker))
+                with self._guarded(name):
+                    call(tracker)
 
-    def _guarded(self, name: str, call: Callable[[], Any]) -> Any:
-        """Return the call's result; if it raises anything, note that, drop the backend and return None."""
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """Note whatever the block raises, and drop the backend."""
         try:
-            return call()
+            yield
         except Exception as error:
             self._active.pop(name, None)
             reason = str(error).strip().partition("\n")[0]
             self._note(f"{name} failed and is dropped ({type(error).__name__}: {reason})")
-            return None
 
 
 def _installed(module: str) -> bool:

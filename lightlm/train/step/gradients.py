@@ -83,22 +83,15 @@ class Gradients:
 
     Args:
         loader: source of batches by sample number, so that the order does not depend on processes, signals or retries.
+        micro_batch: sequences per pass; it shrinks to what fits with `train.micro_batch_size=auto`.
         note: receives a message when the micro-batch shrinks.
-        micro_batch: sequences per pass; it shrinks to what fits if `adjustable` (`micro_batch_size: auto`).
-        clip: the largest gradient norm; 0 does not clip.
     """
 
     def __init__(
-        self,
-        loss: ParallelLoss,
-        loader: BatchLoader,
-        note: Callable[[str], None],
-        *,
-        micro_batch: int,
-        adjustable: bool,
-        clip: float,
+        self, loss: ParallelLoss, loader: BatchLoader, recipe: Recipe, micro_batch: int, note: Callable[[str], None]
     ) -> None:
-        self.micro_batch, self._adjustable, self._clip = micro_batch, adjustable, clip
+        self.micro_batch, self._adjustable = micro_batch, recipe.train.micro_batch_size == "auto"
+        self._clip = recipe.train.grad_clip or math.inf
         self._loss, self._loader, self._note = loss, loader, note
         self._world, self._device, self._dtype = loss.world, loss.device, loss.dtype
         self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
@@ -127,7 +120,7 @@ class Gradients:
             if stopped:
                 return None
             self._shrink()
-        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip or math.inf))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip))
         loss, load_LE = sums
         if self._world.size > 1:
             loss = self._world.sum(loss.double())
@@ -189,9 +182,8 @@ class Gradients:
         return None
 
     def _batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == (start, size):
-            return ahead[1]
+        if self._ahead is not None and self._ahead[0] == (start, size):
+            return self._ahead[1]
         started = time.perf_counter()
         batch = self._load(start, size)
         self.seconds_waited += time.perf_counter() - started
@@ -233,7 +225,6 @@ class Gradients:
             f"{smaller}; set train.micro_batch_size={smaller} to start there"
         )
         self.micro_batch = smaller
-        self._ahead = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -11,10 +11,11 @@ from lightlm import checkpoint
 from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import Router, Routing
 from lightlm.model.transformer import Transformer
+from lightlm.recipe import Recipe
 from lightlm.sharding import whole
 from lightlm.train.distributed import World
 from lightlm.train.step.loss import token_loss
-from lightlm.train.step.routers import RouterLosses
+from lightlm.train.step.routers import RouterLosses, router_losses
 
 
 class PassLoss(NamedTuple):
@@ -46,28 +47,20 @@ class ParallelLoss:
     """The loss of a micro-batch, with gradients averaged over the processes.
 
     Args:
-        strategy: `ddp` keeps a copy of everything in each process; `fsdp` shards parameters, gradients and optimizer
-            state (FSDP2). With one process, both are the plain model.
+        recipe: `train.parallel=ddp` keeps a copy of everything in each process; `fsdp` shards parameters, gradients and
+            optimizer state (FSDP2). With one process, both are the plain model. `train.compile` is true or false.
         dtype: the precision of matrix products, in which FSDP gathers the blocks' weights.
-        router_losses: losses of the routers in a mixture of experts.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        world: World,
-        *,
-        strategy: str,
-        compiled: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-        router_losses: RouterLosses,
+        self, model: Transformer, world: World, recipe: Recipe, device: torch.device, dtype: torch.dtype
     ) -> None:
+        strategy, compiled = recipe.train.parallel, recipe.train.compile is True
         self.model = model
         self.sharded = strategy == "fsdp" and world.size > 1
         self.replicated = strategy == "ddp" and world.size > 1
         self.world, self.device, self.dtype = world, device, dtype
-        self._local = LossModule(model, router_losses)
+        self._local = LossModule(model, router_losses(recipe))
         # FSDP's hooks sit between the blocks; on a CPU, all blocks are one graph, quick to compile.
         if compiled and (self.sharded or device.type == "cpu"):
             model.compile_blocks()
