@@ -1,7 +1,7 @@
 """Every `lightlm` command in the README and the guides runs as written, in their order, on small stand-ins.
 
-Folders named like the Hub's (HuggingFaceFW/fineweb-edu, Rowan/hellaswag, gpt2) take the Hub's place, and recipes
-in ./recipes take that of the shipped ones: the commands themselves are unchanged.
+A loopback Hub serves HuggingFaceFW/fineweb-edu. Folders named like the Hub's (Rowan/hellaswag, gpt2) take its place,
+and recipes in ./recipes take that of the shipped ones: the commands themselves are unchanged.
 """
 
 import json
@@ -20,6 +20,8 @@ from lightlm.data.tokenizer import train_tokenizer
 from lightlm.recipe import load_recipe
 from tests.cli.runner import Runner
 from tests.corpus import texts
+from tests.hub import Hub
+from tests.hub_data import REPO, make_fineweb_edu, use
 
 README = Path(__file__).parents[2] / "README.md"
 GUIDES = README.parent / "docs" / "guides"
@@ -45,14 +47,6 @@ def commands(page):
 def guide_commands(name):
     lines = commands(GUIDES / f"{name}.md")
     return [line for line in lines if not any(need in line.partition(" #")[0] for need in NEEDS_MORE)]
-
-
-def write_fineweb(folder):
-    rows = texts(300)
-    (folder / "sample" / "10BT").mkdir(parents=True)
-    pq.write_table(pa.table({"text": rows, "score": [3.0] * len(rows)}), folder / "sample/10BT/000_00000.parquet")
-    configs = [{"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]}]
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n", encoding="utf-8")
 
 
 def write_hellaswag(folder):
@@ -91,7 +85,13 @@ def write_recipe(path, name):
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_fineweb(tmp_path / "HuggingFaceFW" / "fineweb-edu")
+    with Hub() as hub:
+        hub.add(REPO, make_fineweb_edu(tmp_path / "served", texts(300)))
+        use(hub, tmp_path / "cache", monkeypatch)
+        yield write_stand_ins(tmp_path)
+
+
+def write_stand_ins(tmp_path):
     write_hellaswag(tmp_path / "Rowan" / "hellaswag")
     (tmp_path / "gpt2").mkdir()
     train_tokenizer(texts(100), 320).save(tmp_path / "gpt2" / "tokenizer.json")
