@@ -104,6 +104,9 @@ def list_keys(
         return
     titles = sections()
     for name, group in groupby(found, key=lambda entry: entry.key.partition(".")[0]):
-        rows = [(e.key.removeprefix(f"{name}."), e.allowed, e.default, e.description) for e in group]
-        headings = ("key", "allowed", "default", "description")
+        rows = []
+        for entry in group:
+            default = "required" if entry.default == "required" else f"default {entry.default}"
+            rows.append((entry.key, f"{entry.allowed}; {default}\n{entry.description}"))
+        headings = ("key", "allowed; default; meaning")
         print_table(rows, *headings, whole=[0], title=f"{name}: {titles[name]}", box=None, padding=(0, 2, 1, 0))

@@ -27,7 +27,7 @@ def prepare_data(
         str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="pydocs, fineweb-edu, another named data set, hf:org/name[:config][@revision], a file, folder or "
+            help="pydocs, fineweb-edu, another named data set, hf:org/name[:config]\\[@revision], a file, folder or "
             "glob of .txt .md .jsonl[.gz|.zst] .parquet, or - for standard input",
         ),
     ] = None,
