@@ -16,9 +16,10 @@ demo: $(VENV)/.installed
 	$(BIN)/lightlm generate "Return a new" --num-samples 2 --max-new-tokens 80
 	$(BIN)/lightlm convert
 
+# Two workers with one thread each: more threads than cores wait for each other.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 $(addprefix --ignore=,$(UNIT_TESTS))
-	$(BIN)/python -m pytest --numprocesses 2 $(UNIT_TESTS) --cov=lightlm.recipe --cov=lightlm.report --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(addprefix --ignore=,$(UNIT_TESTS))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(UNIT_TESTS) --cov=lightlm.recipe --cov=lightlm.report --cov-report=term:skip-covered
 
 # Coverage of the whole package takes 70% longer than the tests; on Python 3.12 and later it is almost free.
 coverage: $(VENV)/.installed-dev
