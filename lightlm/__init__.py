@@ -25,6 +25,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'lightlm' has no attribute '{name}'")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # for completion in a notebook
+
+
 class _CallablePackage(ModuleType):
     """A package that is also the API function of its name: `lightlm.train(...)`, `lightlm.evaluate(...)`."""
 

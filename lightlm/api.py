@@ -135,11 +135,13 @@ class Model:
             text: a text, or T token ids (at least one, at most `config.max_seq_len`).
 
         Raises:
-            UsageError: there are no tokens, or more than the model's context holds.
+            UsageError: there are no tokens, more than the model's context holds, or an id outside its vocabulary.
         """
         ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
         if not 1 <= len(ids) <= self.config.max_seq_len:
             raise UsageError(f"logits needs 1 to {self.config.max_seq_len:,} tokens, got {len(ids):,}")
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise UsageError(f"logits needs ids from 0 to {self.config.vocab_size - 1:,}, got {min(ids)} to {max(ids)}")
         logits_BTV: Tensor = self.transformer(torch.tensor([ids], device=self.transformer.device))
         return logits_BTV[0].float()
 
@@ -295,9 +297,11 @@ def evaluate(
         prints them.
 
     Raises:
-        UsageError: a task or a folder does not exist.
+        UsageError: a task or a folder does not exist, or `limit` is below 1.
         DataError: a data set cannot be read; the message lists all of them.
     """
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, is {limit}; leave it out to score all documents")
     names = split_list(tasks) if isinstance(tasks, str) else list(tasks)
     own, further, sets = (None if folder is None else str(folder) for folder in (data, include_path, data_dir))
     chosen = Tasks(Settings(names, limit, num_fewshot, own, further, sets, dtype=dtype))

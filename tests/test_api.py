@@ -45,6 +45,7 @@ def test_every_public_name_is_there_whatever_was_imported_before():
 
     for name in lightlm.__all__:
         assert callable(getattr(lightlm, name)), name
+    assert set(lightlm.__all__) <= set(dir(lightlm))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         lightlm.nothing  # noqa: B018
 
@@ -61,6 +62,17 @@ def test_logits_are_the_models(model):
 def test_logits_refuse_what_the_context_cannot_hold(model, ids):
     with pytest.raises(UsageError, match=r"1 to 40 tokens, got (0|41)"):
         model.logits(ids)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_logits_refuse_ids_outside_the_vocabulary(model, wrong):
+    with pytest.raises(UsageError, match=f"ids from 0 to .*{wrong}"):
+        model.logits([1, wrong])
+
+
+def test_an_evaluation_of_no_documents_is_refused(model):
+    with pytest.raises(UsageError, match="limit must be at least 1, is 0"):
+        lightlm.evaluate(model, limit=0)
 
 
 @torch.no_grad()

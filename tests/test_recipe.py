@@ -186,6 +186,13 @@ def test_the_settings_of_an_unknown_optimizer_are_checked_as_far_as_they_can_be(
     assert "did you mean optimizer.momentum?" in lines[3]
 
 
+@pytest.mark.parametrize("key", ["train.foo", "model.foo", "model.activation", "foo"])
+def test_a_name_that_resembles_no_key_lists_the_valid_ones(key):
+    valid = {"train": "tokens, batch_tokens", "model": "num_layers, hidden_size", "foo": "name, model"}
+    with pytest.raises(RecipeError, match=rf"{key}: unknown key; valid are {valid[key.partition('.')[0]]}"):
+        load_recipe("demo", [f"{key}=1"])
+
+
 def test_reading_a_recipe_does_not_import_torch():
     code = "import sys; from lightlm.recipe import load_recipe; load_recipe('demo'); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

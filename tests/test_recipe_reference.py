@@ -97,6 +97,8 @@ def test_a_key_tells_type_default_and_meaning():
 def test_an_unknown_section_names_the_nearest():
     with pytest.raises(UsageError, match=r"no section optimiser; did you mean optimizer\?"):
         keys("optimiser")
+    with pytest.raises(UsageError, match=r"did you mean optimizer\.lr\?"):
+        keys("lr")
     with pytest.raises(UsageError, match="sections are name, model, data"):
         keys("zzz")
 

@@ -111,4 +111,6 @@ def _duration(hours: float) -> str:
         return f"{hours / 24:.3g} days"
     if hours >= 1:
         return f"{hours:.3g} hours"
+    if hours < 1 / 3600:
+        return "below 1 s"
     return f"{hours * 60:.3g} minutes" if hours >= 1 / 60 else f"{hours * 3600:.3g} s"

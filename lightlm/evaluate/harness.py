@@ -43,7 +43,7 @@ class LightLM(TemplateLM):
         dtype: precision of the weights; `auto` is bfloat16 where it is fast, else float32. Unused with a loaded model.
             Logits and log-probabilities are float32 in either case; in bfloat16 they would lower scores (llm.c's
             dev/eval, lm-eval's `hf`). SmolLM2-135M-Instruct on HellaSwag's first 1,000 documents: acc 35.4, acc_norm
-            43.1 in float32, and 35.3, 42.8 in bfloat16. Use float32 for scores that do not depend on the machine.
+            43.1 in float32, and 35.3, 42.9 in bfloat16. Use float32 for scores that do not depend on the machine.
         add_bos_token: whether the beginning-of-text token precedes every context. None follows the tokenizer of an
             imported model, and adds no token for LightLM's own models. As in lm-eval's `hf`.
         batch_size: sequences per batch, or `auto` for a number of positions that suits the device.

@@ -72,11 +72,14 @@ def _unknown(key: str) -> str:
         return f"renamed to {RENAMED[key]}"
     keys = {name: list(getattr(field.annotation, "model_fields", ())) for name, field in Recipe.model_fields.items()}
     keys |= {"model": [field.name for field in fields(ModelConfig)], "optimizer": _optimizer_keys()}
-    valid = [*keys, *(f"{section}.{inner}" for section, found in keys.items() for inner in found)]
-    # A known name in the wrong section (train.lr) means that key, although its spelling differs more.
     section, _, name = key.rpartition(".")
-    close = [other for other in valid if other.rpartition(".")[2] == name] or difflib.get_close_matches(key, valid, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"valid are {', '.join(keys.get(section, keys))}"
+    valid = keys.get(section, list(keys))
+    # A known name in the wrong section (train.lr) means that key. Spellings are compared without the section: with it,
+    # any short name would resemble another of the same section.
+    close = [f"{other}.{name}" for other, found in keys.items() if name in found] or [
+        f"{section}.{other}".lstrip(".") for other in difflib.get_close_matches(name, valid, n=1)
+    ]
+    hint = f"did you mean {close[0]}?" if close else f"valid are {', '.join(valid)}"
     return f"unknown key; {hint}"
 
 

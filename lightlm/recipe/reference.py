@@ -65,7 +65,8 @@ def keys(section: str | None = None) -> list[Key]:
     found = list(_all_keys(json_schema()))
     chosen = [entry for entry in found if section is None or f"{entry.key}.".startswith(f"{section}.")]
     if not chosen:
-        close = difflib.get_close_matches(str(section), [*sections(), *(entry.key for entry in found)], n=1)
+        named = [entry.key for entry in found if entry.key.endswith(f".{section}")]
+        close = named or difflib.get_close_matches(str(section), [*sections(), *(entry.key for entry in found)], n=1)
         hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections())}"
         raise UsageError(f"a recipe has no section {section}; {hint}")
     return chosen

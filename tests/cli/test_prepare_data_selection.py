@@ -136,15 +136,15 @@ def test_only_listed_values_are_taken(option: str) -> None:
 
 
 def test_a_download_refuses_what_says_how_to_prepare() -> None:
-    """Every option but those of the download itself, so that a new one is refused until it is honoured."""
+    """Every option but those of the download itself, so that a new one is refused until it is honored."""
     values = {"--max-tokens": "1B", "--val-fraction": "0.1", "--workers": "2", "--sample": "3", "--engine": "ray"}
     values |= {"--encoder": "auto", "--dedup": "near", "--contaminated": "flag"}
     app = typer.Typer()
     app.command()(prepare_data)
     options = {option.opts[0]: option for option in typer.main.get_command(app).params if option.opts[0][:2] == "--"}
-    honoured = {"--tokenizer", "--text-column", "--download-only", "--json"}
-    assert honoured < options.keys()
-    for name in options.keys() - honoured - {"--mix", "--install-completion", "--show-completion"}:
+    honored = {"--tokenizer", "--text-column", "--download-only", "--json"}
+    assert honored < options.keys()
+    for name in options.keys() - honored - {"--mix", "--install-completion", "--show-completion"}:
         flag = getattr(options[name], "is_flag", False)
         with pytest.raises(UsageError, match=f"prepares nothing, so {name} would have no effect"):
             run("tinystories", "--download-only", name, *([] if flag else [values.get(name, "x")]))

@@ -31,7 +31,7 @@ def test_the_order_of_huge_streams_stays_in_range_without_collisions(size: int, 
     assert len(set(order.tolist())) == 100
 
 
-def test_seeds_and_epochs_give_other_orders_and_scatter_neighbours() -> None:
+def test_seeds_and_epochs_give_other_orders_and_scatter_neighbors() -> None:
     orders = [permute(np.arange(1000), 1000, seed, epoch) for seed, epoch in [(1, 0), (2, 0), (1, 1)]]
     for i, one in enumerate(orders):
         for other in orders[:i]:

@@ -117,7 +117,7 @@ def _mixture_row(part: MixedSource) -> str:
     name = part.source
     if Path(name).is_relative_to(Path.cwd()):
         name = Path(name).relative_to(Path.cwd()).as_posix()
-    shares = f"{part.reached:.2%} (asked {100 * part.share:.4g}%)"
+    shares = f"{part.reached:.2%} (requested {100 * part.share:.4g}%)"
     return f"{name} {shares}, {part.tokens:,} tokens, {part.documents:,} documents"
 
 

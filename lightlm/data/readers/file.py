@@ -22,7 +22,7 @@ class File(Protocol):
 
 
 def is_local(file: File) -> bool:
-    """Whether reading the file again costs nothing."""
+    """Return whether reading the file again costs nothing."""
     return isinstance(file, Path)
 
 

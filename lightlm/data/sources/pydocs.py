@@ -223,6 +223,6 @@ def _clean(text: str) -> str:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Whether at least half of a long paragraph's visible characters are letters; tables and hex dumps are not."""
+    """Return whether at least half of a long paragraph's visible characters are letters, unlike in a table."""
     visible = re.sub(r"\s", "", paragraph)
     return len(visible) < 200 or sum(map(str.isalpha, visible)) >= len(visible) / 2

@@ -98,7 +98,7 @@ class DataSets:
         return next((place for place in places if place.is_dir() and path not in _FORMATS), None)
 
     def is_local(self, need: Need) -> bool:
-        """Whether it can be read without the cache and the Hub."""
+        """Return whether it can be read without the cache and the Hub."""
         return self.local(need.path) is not None or need.reads_files
 
     def load(self, path: str, name: str | None = None, *more: Any, **options: Any) -> Any:

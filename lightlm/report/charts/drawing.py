@@ -47,7 +47,7 @@ def empty_chart(records: Sequence[Record], title: str, y_label: str, axis: Axis 
 
 
 def label(records: Sequence[Record], record: Record, what: str) -> str:
-    """Return a legend entry: of a single run what the line is, of several runs whose it is."""
+    """Return a legend entry: what the line is if there is one run, else the run's name."""
     return what if len(records) == 1 else record.name
 
 

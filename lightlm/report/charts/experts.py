@@ -68,7 +68,7 @@ def _always_zero(records: Sequence[Record], key: str) -> bool:
 
 
 def _balance(records: Sequence[Record], balance: _Balance, caption: str) -> Plot:
-    """Draw a single run's layers, their mean, and the worst; of several runs the mean, and dotted the worst."""
+    """Draw the layers of a single run, their mean and the worst; for several runs, the mean and the worst (dotted)."""
     chart = empty_chart(records, balance.title, balance.unit)
     several = len(records) > 1
     dots = (0, (1, 1.2)) if several and balance.worst else None

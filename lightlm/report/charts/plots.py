@@ -37,7 +37,7 @@ def _all_plots(records: Sequence[Record], baselines: Sequence[Baseline]) -> Iter
     yield _marks(records, "val_bpb", "Validation, bits per byte", "bits per byte", "Comparable across tokenizers.")
     yield _learning_rates(records)
     yield _gradient_norm(records)
-    speed = "Of training steps, without validation and saving."
+    speed = "Training steps only, without validation and saving."
     yield _measured(records, "throughput", "Throughput", "tokens per second", _column("tokens_per_second"), speed)
     yield _measured(records, "data_wait", "Waiting for data", "share of the step", _data_wait)
     yield _measured(records, "mfu", "Model FLOPs utilization", "share of the peak", _column("mfu"))
@@ -113,7 +113,7 @@ def _learning_rates(records: Sequence[Record]) -> Plot:
         chart.log_y()
     else:
         chart.axes.set_ylim(0, max(peaks) * 1.15)
-    return Plot("learning_rate", "At the middle of each batch, by parameter group where they differ.", chart)
+    return Plot("learning_rate", "Rates at the middle of each batch, by parameter group where they differ.", chart)
 
 
 def _gradient_norm(records: Sequence[Record]) -> Plot:

@@ -241,7 +241,7 @@ def test_a_failing_disk_is_one_message_and_loses_nothing(
     assert contents(tmp_path / "out") == before
     with stopping(-1) as done:
         prepare(str(source), tokenizer, tmp_path / "out", overwrite=True)
-    assert 0 not in done  # what --overwrite began, --overwrite goes on with
+    assert 0 not in done  # --overwrite resumes what --overwrite began
     prepare(str(source), tokenizer, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -321,7 +321,7 @@ def test_a_block_stops_when_another_has_failed(
 def test_a_kill_right_after_the_folder_was_put_in_place(
     tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--overwrite prepares it once more; without it the folder is recognised, and what is left beside it goes."""
+    """--overwrite prepares it once more; without it the folder is recognized, and what is left beside it goes."""
 
     def stop(_: Workspace) -> None:
         raise Stop

@@ -58,7 +58,7 @@ def test_the_first_of_a_kind_stays(batch: int) -> None:
 
 
 def test_a_document_is_compared_with_those_that_stay() -> None:
-    """A chain: each resembles its neighbour, the ends do not resemble each other, so the far end stays."""
+    """A chain: each resembles its neighbor, the ends do not resemble each other, so the far end stays."""
     base = prose(3)
     far = base[:150] + prose(4, 250)
     middle = base[:390] + prose(5, 10)

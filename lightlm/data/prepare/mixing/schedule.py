@@ -162,7 +162,7 @@ class Schedule(Generic[B]):
         self._tokens[source] += tokens
 
     def finished(self, source: int) -> bool:
-        """Whether all blocks of a source have arrived."""
+        """Return whether all blocks of a source have arrived."""
         return self._next[source] is None and not self._running[source]
 
     def _position(self, source: int) -> float:

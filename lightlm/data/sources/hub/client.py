@@ -65,7 +65,7 @@ def persistently(what: str, action: Callable[[], T]) -> T:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error of the Hub's libraries, or one of its causes, is of a kind that may pass within a minute."""
+    """Return whether an error of the Hub's libraries, or one of its causes, may pass within a minute."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     links = list(causes(error))
@@ -125,7 +125,7 @@ def require_hub(wanted: str, alternative: str) -> None:
 
 
 def hub_answers() -> bool:
-    """Whether the Hub can be reached, within `PROBE_SECONDS`; no request is made where HF_HUB_OFFLINE is set."""
+    """Return whether the Hub can be reached, within `PROBE_SECONDS`; no request is made where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_OFFLINE and _unreachable(constants.ENDPOINT) is None

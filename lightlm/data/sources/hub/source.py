@@ -132,7 +132,7 @@ class HubSource:
 
 
 def _is_read_here(listing: Listing, path: str) -> bool:
-    """Whether `lightlm.data.readers` reads the file; `datasets` reads the others."""
+    """Return whether `lightlm.data.readers` reads the file; `datasets` reads the others."""
     if listing.builder == "parquet":
         return path.lower().endswith(".parquet")
     lines = path.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
