@@ -101,7 +101,11 @@ def usage(name: str, command: Any) -> str:
 
 
 def value_name(parameter: Any) -> str:
-    return parameter.metavar or ("N" if type(parameter.default) is int else parameter.name.upper())
+    name = parameter.metavar or ("N" if type(parameter.default) is int else parameter.name.upper())
+    if parameter.param_type_name != "argument":
+        return name
+    several = f"{name} ..." if parameter.nargs == -1 else name
+    return several if parameter.required else f"[{several}]"
 
 
 def row(parameter: Any) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ def convert(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Run, checkpoint folder, model in another format, or Hub id. [dim]Default: the newest run[/]",
             show_default=False,
         ),

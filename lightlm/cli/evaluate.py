@@ -18,9 +18,7 @@ def evaluate(
     context: typer.Context,
     models: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[MODEL ...]", help="Runs, checkpoints, model folders or Hub ids; default is the newest run."
-        ),
+        typer.Argument(metavar="MODEL", help="Runs, checkpoints, model folders or Hub ids; default is the newest run."),
     ] = None,
     tasks: Annotated[
         str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte, cloze).")

@@ -12,7 +12,9 @@ from lightlm.errors import UsageError
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue; an empty one starts from end-of-text.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to continue; an empty one starts from end-of-text.")
+    ],
     checkpoint: Annotated[
         str | None,
         typer.Option(

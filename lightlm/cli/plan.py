@@ -24,7 +24,7 @@ _PARTS = {
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Overrides, such as train.tokens=1B.")
+        list[str] | None, typer.Argument(metavar="key=value", help="Overrides, such as train.tokens=1B.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="Plan for auto, cpu, cuda or mps instead of train.device.")] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Time a few steps on this machine.")] = True,

@@ -57,7 +57,7 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one
 
 
 @recipes.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
+def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name.")]) -> None:
     """Print a recipe."""
     from lightlm.recipe import find_recipe
 
@@ -66,8 +66,8 @@ def show_recipe(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -
 
 @recipes.command("cp")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="A recipe's name.")],
-    destination: Annotated[Path, typer.Argument(metavar="[DEST]", help="A file or folder.")] = Path("."),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or folder.")] = Path("."),
 ) -> None:
     """Copy a recipe, so that you can change it."""
     from lightlm.recipe import find_recipe, recipes_folder
@@ -88,7 +88,7 @@ def copy_recipe(
 @recipes.command("keys")
 def list_keys(
     section: Annotated[
-        str | None, typer.Argument(metavar="[SECTION]", help="One section, such as optimizer; all unless given.")
+        str | None, typer.Argument(metavar="SECTION", help="One section, such as optimizer; all unless given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

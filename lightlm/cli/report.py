@@ -11,7 +11,7 @@ from lightlm.errors import UsageError
 
 def report(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN ...]", help="Runs by path or name [default: the newest].")
+        list[str] | None, typer.Argument(metavar="RUN", help="Runs by path or name [default: the newest].")
     ] = None,
     out_path: Annotated[
         Path | None,

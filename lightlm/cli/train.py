@@ -28,7 +28,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key=value ...]",
+            metavar="key=value",
             help="Overrides, such as optimizer.lr=1e-3. `lightlm recipes keys` lists all keys.",
         ),
     ] = None,

@@ -126,15 +126,15 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         first_or_last = metrics["step"] in (self._facts["first_step"] + 1, self._facts["steps"])
         return first_or_last or time.monotonic() - self._printed >= pause
 
-    def _speed(self) -> float:
+    def _speed(self, metrics: dict[str, Any]) -> float:
         """Return tokens per second over the last steps."""
         (first_tokens, first_seconds), (tokens, seconds) = self._recent[0], self._recent[-1]
         if len(self._recent) == 1:
-            return tokens / max(seconds, 1e-9) if not self._facts["first_step"] else 0.0
+            return float(metrics["tokens_per_second"])
         return (tokens - first_tokens) / max(seconds - first_seconds, 1e-9)
 
     def _cells(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
-        speed = self._speed()
+        speed = self._speed(metrics)
         left = self._facts["tokens"] - metrics["tokens"]
         cells = [
             ("step", f"{metrics['step']:,}/{self._facts['steps']:,}"),

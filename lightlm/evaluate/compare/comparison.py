@@ -91,7 +91,8 @@ class Comparison:
         if self.difference is None:
             return f"{self.second} and {self.first} are not compared {where}: {self.reason}"
         amount, interval, p_value, *notes = self.facts()
-        facts = ", ".join([f"95% interval {interval}", p_value, f"{self.documents:,} documents", *notes])
+        count = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        facts = ", ".join([f"95% interval {interval}", p_value, count, *notes])
         if self.winner is None:
             return f"{self.second} against {self.first}: no difference beyond noise {where} ({amount}, {facts})"
         better, worse = (self.second, self.first) if self.winner else (self.first, self.second)

@@ -43,6 +43,14 @@ def show(display):
     display.step(metrics(1000, spike=True))
 
 
+def test_the_first_step_after_a_resume_shows_its_own_speed():
+    stream = io.StringIO()
+    with TrainingDisplay(Console(file=stream, width=200, highlight=False)) as display:
+        display.start(FACTS | {"first_step": 100})
+        display.step(metrics(101))
+    assert "tokens/s 8,192" in stream.getvalue()
+
+
 def plain(width=80, **options):
     stream = io.StringIO()
     with TrainingDisplay(Console(file=stream, width=width, highlight=False, **options)) as display:
