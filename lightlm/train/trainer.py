@@ -138,10 +138,11 @@ class Trainer:
                 interrupted = not self.done
                 if interrupted:
                     self._save(saver, wait=True)
+                # No process leaves before the writer's last files are complete: a launcher would end the writer.
+                # Signals are still handled here, since a launcher may repeat one late.
+                self.world.barrier()
         except _DivergenceError as found:  # the saver has completed its last checkpoint, which the message names
             raise self._divergence(found.step, found.outcome) from None
-        # No process leaves before the writer's last files are complete: a launcher would end the writer.
-        self.world.barrier()
         return Result(
             run=run,
             step=self.progress.step,
