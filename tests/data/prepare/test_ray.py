@@ -178,7 +178,8 @@ def test_closing_stops_the_tasks_and_bounds_are_kept(
     while not begun.exists():
         time.sleep(0.01)
     records.close()
-    assert stopped.exists()
+    while not stopped.exists():  # Ray may count a canceled task as done while its worker still cleans up
+        time.sleep(0.01)
     assert [path.name for path in job.folder.glob(".*")] == []
 
 
