@@ -28,12 +28,14 @@ def stop_on_signals(*, launched: bool = False) -> Iterator[threading.Event]:
         launched: whether a launcher started this process. It repeats the first Ctrl-C to its processes, so they
             ignore a second one; the launcher ends them.
     """
-    stop = threading.Event()
+    stop, received = threading.Event(), []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT and not launched:
+        received.append(number)
+        if len(received) == 1:
+            stop.set()  # takes a lock: a signal that interrupts this call must not do the same
+        elif number == signal.SIGINT and not launched:
             raise KeyboardInterrupt
-        stop.set()
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
