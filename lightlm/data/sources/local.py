@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from lightlm.data.readers.files import READERS, reader_of, suffix_of
+from lightlm.data.readers.registry import READERS, reader_of, suffix_of
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError

@@ -11,7 +11,7 @@ import zstandard
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import jsonl
-from lightlm.data.readers.files import reader_of
+from lightlm.data.readers.registry import reader_of
 from lightlm.errors import DataError
 from tests.corpus import texts
 

@@ -45,7 +45,7 @@ def test_a_file_that_is_written_again_has_another_footer(tmp_path: Path) -> None
 
 def test_arrow_gives_freed_memory_back_unless_told_otherwise() -> None:
     """Half of a text of 500 MB more, measured; too large to do it here."""
-    code = "import lightlm.data.readers.files, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
+    code = "import lightlm.data.readers.registry, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
     environment = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
     for pool in ({}, {"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}):
         done = subprocess.run(

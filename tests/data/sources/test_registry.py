@@ -9,7 +9,7 @@ import pytest
 
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers.file import File
-from lightlm.data.readers.files import READERS, Reader
+from lightlm.data.readers.registry import READERS, Reader
 from lightlm.data.readers.texts import Unit, pack_strings
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.registry import NAMES, open_source

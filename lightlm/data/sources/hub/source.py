@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from lightlm.data.readers.files import reader_of
 from lightlm.data.readers.records import text_of
+from lightlm.data.readers.registry import reader_of
 from lightlm.data.readers.texts import BadRecord, Texts, Unit, pack
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.hub.client import (
