@@ -31,11 +31,14 @@ FILES = 8
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray", reason="needs lightlm[ray]")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray cancels tasks by SIGINT. Its workers inherit an ignored SIGINT, which a background job of a script has.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="ERROR"
     )
     yield
     ray.shutdown()
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
