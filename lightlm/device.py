@@ -119,4 +119,5 @@ def describe(device: torch.device) -> str:
     """Return a description of the device for logs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} {'thread' if threads == 1 else 'threads'})" if device.type == "cpu" else device.type

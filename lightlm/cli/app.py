@@ -14,7 +14,7 @@ from lightlm import __version__
 from lightlm.cli.console import console
 from lightlm.cli.convert import convert
 from lightlm.cli.evaluate import evaluate
-from lightlm.cli.generate import generate
+from lightlm.cli.generate import PromptCommand, generate
 from lightlm.cli.plan import plan
 from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.cli.recipes import recipes
@@ -27,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Language models under 150M parameters, from text to a benchmarked, exported model.",
 )
 
@@ -50,7 +51,7 @@ app.command("prepare-data")(prepare_data)
 app.command("plan")(plan)
 app.command("train")(train)
 app.command("eval")(evaluate)
-app.command("generate")(generate)
+app.command("generate", cls=PromptCommand)(generate)
 app.command("convert")(convert)
 app.command("report")(report)
 app.add_typer(recipes, name="recipes")

@@ -1,19 +1,43 @@
 """`lightlm generate`: continue a text with a model."""
 
+import re
 import sys
 import time
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lightlm.cli.console import console, print_json
 from lightlm.errors import UsageError
 
+_SENTENCE = re.compile(r"-[^=]*\s")  # begins with a dash, and has a blank where an option's name has none
+
+
+class PromptCommand(TyperCommand):
+    """A command whose prompt may begin with a dash, such as "- milk"."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--" not in args and (prompts := [text for text in args if _SENTENCE.match(text)]):
+            args = [*(text for text in args if text not in prompts), "--", *prompts]
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            unknown = getattr(error, "option_name", "--")  # click's NoSuchOption, or its copy in newer typer
+            if unknown.startswith("--"):
+                raise
+            raise UsageError(
+                f'there is no option {unknown}; write -- before a prompt that begins with a dash: generate -- "-5"'
+            ) from None
+
 
 def generate(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="Text to continue; an empty one starts from end-of-text.")
+        str,
+        typer.Argument(
+            metavar="PROMPT", help="Text to continue; `-` reads it from standard input, an empty one starts a new text."
+        ),
     ],
     checkpoint: Annotated[
         str | None,
@@ -46,12 +70,7 @@ def generate(
     from lightlm.generate import engine
     from lightlm.generate.sampling import DEFAULT, Sampling
 
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # Python keeps bytes that are not UTF-8 as lone surrogates
-        raise UsageError(
-            f"the prompt is not valid UTF-8 at character {error.start + 1}; type it again, or set a UTF-8 locale"
-        ) from None
+    prompt = _checked(_standard_input() if prompt == "-" else prompt)
     sampling = Sampling(
         DEFAULT.temperature if temperature is None else temperature, top_k, DEFAULT.top_p if top_p is None else top_p
     )
@@ -100,3 +119,26 @@ def generate(
             console.print(f"Sample {number} ended early: the model's context of {context:,} tokens is full.")
     tokens = sum(len(sample.ids) for sample in samples)
     console.print(f"[dim]{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s[/]")
+
+
+def _standard_input() -> str:
+    """Return the text on standard input without its last line break, which a shell adds."""
+    if sys.stdin.isatty():
+        console.print("[dim]Type the prompt; Ctrl-D ends it (on Windows Ctrl-Z and Enter).[/]")
+    text = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
+    return text.removesuffix("\n")
+
+
+def _checked(prompt: str) -> str:
+    """Return the prompt if it is UTF-8.
+
+    Raises:
+        UsageError: it is not. Python keeps such bytes as lone surrogates.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt is not valid UTF-8 at character {error.start + 1}; type it again, or set a UTF-8 locale"
+        ) from None
+    return prompt

@@ -1,6 +1,7 @@
 """`lightlm train`."""
 
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lightlm.train.trainer import Result, Trainer
 
 NEWEST = "runs/latest"  # the value of a bare --resume
+_PROMPT_WORDS = 4  # of the suggested prompt
 
 
 def train(
@@ -227,9 +229,16 @@ def _report(result: "Result", trainer: "Trainer", page: Path | None, as_json: bo
     if page is not None:
         lines.append(f"Plots and page: {page}")
     if not result.interrupted:
-        prompt = (trainer.recipe.eval.prompts or ["Hello"])[0]
-        lines.append(f'Next: lightlm eval --tasks heldout; lightlm generate "{prompt}"; lightlm convert')
+        lines.append("Next: " + "; ".join(_next_commands(trainer)))
     out.print("\n".join(lines), soft_wrap=True, markup=False)
     if result.interrupted:
         how = f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}"
         console.print(how, soft_wrap=True, markup=False)
+
+
+def _next_commands(trainer: "Trainer") -> list[str]:
+    """Return commands to try on a finished run. The prompt is the beginning of a text of its own data."""
+    words = trainer.data.beginnings(1)[0].split()[:_PROMPT_WORDS]
+    prompt = shlex.quote(" ".join(words).replace("\N{REPLACEMENT CHARACTER}", "") or "Hello")
+    held_out = ["lightlm eval --tasks heldout"] if len(trainer.data.split("val")) else []
+    return [*held_out, f"lightlm generate {prompt}", "lightlm convert"]

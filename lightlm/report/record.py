@@ -22,6 +22,8 @@ from lightlm.report.curves import Curves, newest, smooth
 from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.schedules import batch_plan
 
+_NAMED_RESUMES = 5  # in a note
+
 
 @dataclass(frozen=True)
 class Record:
@@ -151,6 +153,10 @@ def _note_curves(curves: Curves, parameters: dict[str, int]) -> Iterator[str]:
     planned, tokens = parameters.get("planned_tokens"), int(curves.tokens[-1])
     if planned and tokens < planned:
         yield f"Not at its end: {tokens:,} of {planned:,} tokens ({tokens / planned:.0%})."
+    if len(resumed := curves.steps[curves.flagged("resumed")]):
+        after = ", ".join(f"{int(step) - 1:,}" for step in resumed[:_NAMED_RESUMES])
+        more = f" and {len(resumed) - _NAMED_RESUMES:,} more" if len(resumed) > _NAMED_RESUMES else ""
+        yield f"Resumed after {'step' if len(resumed) == 1 else 'steps'} {after}{more}."
     if lost := curves.lost("loss"):
         yield f"The loss was NaN or infinite in {lost:,} {'step' if lost == 1 else 'steps'}."
     if spikes := int(curves.flagged("spike").sum()):

@@ -1,6 +1,7 @@
 """Runs as rows of a table, for the page and for the terminal."""
 
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from lightlm.quantities import format_quantity
@@ -27,8 +28,7 @@ _COLUMNS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("tokens_per_second", "Tokens/s", "Tok/s", "{:,.0f}".format),
     ("mfu", "MFU", "MFU", "{:.1%}".format),
     ("hours", "Time", "Time", _hours),
-    ("spikes", "Spikes", "", lambda count: f"{count:,}" if count else ""),
-    ("data", "Data", "", str),
+    ("data", "Data", "", lambda dataset: PurePath(dataset).name),
     ("device", "Device", "", str),
 ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from lightlm import files
@@ -17,6 +18,7 @@ from lightlm.convert.load import load_pretrained
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import CheckpointError, ConvertError, UsageError
 from lightlm.model.transformer import Transformer
+from tests.corpus import TINY_RECIPE
 from tests.shapes import SHAPES
 
 STEP = "runs/demo/checkpoints/step_000020"
@@ -75,6 +77,36 @@ def test_default_export_that_was_changed_is_kept(run):
     assert Path("runs/demo/hf/README.md").read_text() == "my own model card"
     invoke("--overwrite")
     assert "my own" not in Path("runs/demo/hf/README.md").read_text()
+
+
+def test_the_model_card_names_path_data_and_scores(run):
+    """huggingface_hub reads the card as the Hub does."""
+    recipe = TINY_RECIPE.replace("max_seq_len: 32", "max_seq_len: 32, vocab_size: 320")
+    Path("runs/demo/recipe.yaml").write_text(recipe)
+    Path("runs/demo/eval").mkdir()
+    scores = {
+        "results": {"quiz": {"alias": "quiz", "acc,none": 0.5, "acc_stderr,none": 0.1}},
+        "config": {"limit": None},
+    }
+    Path("runs/demo/eval/step_000020_quiz.json").write_text(json.dumps(scores))
+    Path("runs/demo/eval/step_000020_trial_limit3.json").write_text(json.dumps(scores | {"config": {"limit": 3}}))
+    Path("runs/demo/eval/step_000010_quiz.json").write_text(json.dumps(scores))
+    invoke()
+    card = ModelCard.load("runs/demo/hf/README.md")
+    assert 'AutoModelForCausalLM.from_pretrained("runs/demo/hf")' in card.text
+    assert f"Exported from `{STEP}`" in card.text
+    assert "Training data: `data/" in card.text
+    assert card.data.license == "unknown"
+    assert "License" in card.text
+    [result] = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("quiz", "acc", 0.5)
+
+
+def test_a_card_without_scores_or_recipe_says_so(run):
+    invoke()
+    card = ModelCard.load("runs/demo/hf/README.md")
+    assert "None measured" in card.text
+    assert "unknown to LightLM" in card.text
 
 
 def test_there_and_back(run):

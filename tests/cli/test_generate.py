@@ -5,12 +5,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lightlm.cli.generate import generate
+from lightlm.cli.generate import PromptCommand, generate
 from lightlm.errors import LightLMError, UsageError
 from tests.evaluate.tiny_run import write_world
 
 app = typer.Typer()
-app.command()(generate)
+app.command(cls=PromptCommand)(generate)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,29 @@ def test_samples_are_printed_one_after_the_other() -> None:
 def test_an_empty_prompt_starts_a_document() -> None:
     document = run_json("", "--max-new-tokens", "5", "--temperature", "0")
     assert document["samples"][0]["ids"]
+
+
+@pytest.mark.parametrize("arguments", [["- milk"], ["--checkpoint", "demo", "- milk"], ["--", "- milk"]])
+def test_a_prompt_may_begin_with_a_dash(arguments: list[str]) -> None:
+    document = run_json("--max-new-tokens", "3", *arguments) if "--" not in arguments else None
+    done = CliRunner().invoke(app, ["--max-new-tokens", "3", *arguments])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("- milk")
+    assert document is None or document["prompt"] == "- milk"
+
+
+def test_an_unknown_short_option_may_be_a_prompt_and_a_long_one_is_a_mistake() -> None:
+    assert 'generate -- "-5"' in str(CliRunner().invoke(app, ["-milk"]).exception)
+    assert "No such option: --temprature" in CliRunner().invoke(app, ["x", "--temprature", "1"]).output
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_a_dash_reads_the_prompt_from_standard_input(ending: str) -> None:
+    text = "Grüße\nThe cat"
+    done = CliRunner().invoke(app, ["-", "--max-new-tokens", "3", "--json"], input=(text + ending).encode())
+    assert json.loads(done.stdout)["prompt"] == text
+    bad = CliRunner().invoke(app, ["-"], input=b"caf\xe9")
+    assert "not valid UTF-8 at character 4" in str(bad.exception)
 
 
 def test_a_full_context_is_told() -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 import yaml
 
+from lightlm.data.folder import DataFolder
 from tests.corpus import TINY_RECIPE, make_workspace
 
 
@@ -132,6 +134,16 @@ def test_resume_accepts_overrides_without_a_recipe(lightlm, workspace):
     lightlm("train", "tiny.yaml", "train.tokens=256", "--name", "longer")
     assert lightlm("train", "train.tokens=512", "--resume", "longer").code == 0
     assert yaml.safe_load((workspace / "runs/longer/recipe.yaml").read_text())["train"]["tokens"] == 512
+    metrics = [json.loads(line) for line in (workspace / "runs/longer/metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in metrics if row.get("resumed")] == [metrics[len(metrics) // 2]["tokens"]]
+
+
+def test_the_suggested_prompt_is_a_text_of_the_run_s_own_data(lightlm, workspace):
+    result = lightlm("train", "tiny.yaml", "train.tokens=256", "--name", "hinted")
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("Next: ")]
+    [prompt] = [shlex.split(part)[2] for part in line.removeprefix("Next: ").split("; ") if "generate" in part]
+    assert DataFolder.open(workspace / "data/tiny").beginnings(1)[0].startswith(prompt)
+    assert len(prompt.split()) == 4
 
 
 def losses(run):

@@ -198,3 +198,17 @@ def test_a_runs_speed_is_read_beside_the_processes_that_made_it(tmp_path):
     (one / "machine.json").write_text('{"device": "H100"}', encoding="utf-8")  # of a version that did not write it
     (eight / "machine.json").write_text('{"device": "H100", "processes": 8}', encoding="utf-8")
     assert [record.summary()["device"] for record in read_records([one, eight])] == ["H100", "8 x H100"]
+
+
+def test_resumes_are_marked_and_named(tmp_path):
+    metrics = rows(40)
+    metrics[9] |= {"resumed": True}
+    metrics[29] |= {"resumed": True}
+    [record] = read_records([write_run(tmp_path / "run", metrics)])
+    assert "Resumed after steps 9, 29." in record.notes
+    charts = {plot.name: plot.chart for plot in draw_plots([record])}
+    marks = [
+        line for line in charts["loss"].axes.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) > 1
+    ]
+    assert [line.get_xdata()[0] for line in marks] == [9 * 256, 29 * 256]
+    assert "mfu" not in charts  # a mark alone is no data

@@ -25,14 +25,19 @@ _LEAST_IMPORTANT = ("data wait", "MFU", "grad norm", "memory", "lr", "validation
 _LEAST_IMPORTANT_OF_EXPERTS = ("dropped", "bias range", "entropy", "by layer", "dead experts")
 # Name, metric and format of each cell on the balance of experts.
 _EXPERT_CELLS = (
-    ("violation", "moe/violation", ".2f"),
+    ("imbalance", "moe/violation", ".2f"),
     ("worst layer", "moe/violation_worst", ".2f"),
     ("entropy", "moe/entropy", ".3f"),
     ("dead experts", "moe/dead_experts", ","),
     ("bias range", "moe/bias_range", ".3f"),
     ("dropped", "moe/dropped", ","),
 )
-_LEVELS = "▁▂▃▄▅▆▇█"  # violation of a layer from 0 to 1 or more; 1 is an expert with twice its share
+_EXPERT_LEGEND = (
+    "Experts: imbalance is the tokens of a layer's busiest expert over an equal share, minus 1 (0 is balanced): the "
+    "mean of the layers, and the worst layer. entropy: of the loads (1 is balanced). dead experts: no token in the "
+    "step. bias range: of the router's balancing bias."
+)
+_LEVELS = "▁▂▃▄▅▆▇█"  # imbalance of a layer from 0 to 1 or more; 1 is an expert with twice its share
 
 
 def _clock(seconds: float) -> str:
@@ -82,6 +87,8 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
 
     def step(self, metrics: dict[str, Any]) -> None:
         self._recent.append((metrics["tokens"], metrics["seconds"]))
+        if "moe/violation" in metrics and metrics["step"] == self._facts["first_step"] + 1:
+            self._log(f"[dim]{_EXPERT_LEGEND}[/]")
         if "moe/load" in metrics:
             self._layers = {key: value for key, value in metrics.items() if key.startswith("moe/")}
         at = f"step {metrics['step']:>6,}"

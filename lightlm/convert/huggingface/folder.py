@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from lightlm import __version__, files
 from lightlm.checkpoint import LoadedModel, build_model, clean_state
+from lightlm.convert.huggingface.card import model_card
 from lightlm.convert.huggingface.config import read_config, read_json, write_config
 from lightlm.convert.huggingface.layouts import SELECTION_BIAS, export_target
 from lightlm.convert.huggingface.weights import our_state, read_weights, their_state, weight_files
@@ -20,21 +21,6 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 
 RECORD = "lightlm_export.json"  # lists the files that an export wrote, so that a later export may replace them
-_MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [lightlm]
----
-
-# {title}
-
-A language model of {parameters:,} parameters, exported from LightLM {version} as `{architecture}`.
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained("{name}")
-    model = AutoModelForCausalLM.from_pretrained("{name}")
-"""
 
 
 def export_huggingface(
@@ -69,8 +55,7 @@ def export_huggingface(
             _write_json(folder / "config.json", values)
             _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
             _write_tokenizer(folder, tokenizer, bos, config.max_seq_len)
-            facts = {"title": loaded.name, "name": out.resolve().name, "parameters": parameters, "version": __version__}
-            card = _MODEL_CARD.format(**facts, architecture=target.architecture)
+            card = model_card(loaded, out, architecture=target.architecture, parameters=parameters)
             (folder / "README.md").write_text(card, encoding="utf-8")
             record = {"lightlm_version": __version__, "source": loaded.path.as_posix(), "xxh3": _checksums(folder)}
             _write_json(folder / RECORD, record)

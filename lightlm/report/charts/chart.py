@@ -4,6 +4,7 @@ import html
 import io
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,21 @@ class Chart:
         x_label, y_label: names of the axes, with units.
         name_all: show the legend even if it has only one entry.
         height: height of the axes in inches.
+        resumes: places on the x axis where training resumed; a dotted line marks each.
     """
 
     @styled
     def __init__(
-        self, title: str, x_label: str, y_label: str, *, name_all: bool = False, height: float = PLOT_HEIGHT
+        self,
+        title: str,
+        x_label: str,
+        y_label: str,
+        *,
+        name_all: bool = False,
+        height: float = PLOT_HEIGHT,
+        resumes: Sequence[float] = (),
     ) -> None:
-        self.title, self.height, self._name_all = title, height, name_all
+        self.title, self.height, self._name_all, self._resumes = title, height, name_all, resumes
         self.figure = Figure(figsize=(_WIDTH, height))
         self.axes: Axes = self.figure.subplots()
         self.axes.set_xlabel(x_label)
@@ -149,7 +158,10 @@ class Chart:
 
     @styled
     def finish(self) -> "Chart":
-        """Add title and legend, and give the figure the height that they need."""
+        """Add the marks of resumes, title and legend, and give the figure the height that they need."""
+        for x in self._resumes:  # here, since an axis without curves must stay without data
+            drawn = self.axes.axvline(x, color=MUTED[0], linewidth=1.1, linestyle=(0, (1, 2)), zorder=1)
+            self._entries.setdefault("resumed", drawn)
         labels = list(self._entries) if len(self._entries) > 1 or self._name_all else []
         widest = max(map(len, labels), default=1) + 6
         columns = max(min(_LEGEND_CHARACTERS // widest, len(labels)), 1)

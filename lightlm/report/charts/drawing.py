@@ -39,8 +39,15 @@ def highest(columns: Sequence[Floats], percentile: float = 100.0) -> float:
 
 
 def empty_chart(records: Sequence[Record], title: str, y_label: str, axis: Axis = TOKENS) -> Chart:
-    """Return a chart whose x axis spans the longest run, so that all plots can be read side by side."""
-    chart = Chart(title, axis.label, y_label, name_all=len(records) > 1)
+    """Return a chart whose x axis spans the longest run, so that all plots can be read side by side.
+
+    Resumes are marked if there is one run.
+    """
+    resumes: list[float] = []
+    if len(records) == 1:
+        steps = np.flatnonzero(records[0].curves.flagged("resumed"))
+        resumes = [float(x) for x in axis.of(records[0])[steps[steps > 0] - 1] if np.isfinite(x)]
+    chart = Chart(title, axis.label, y_label, name_all=len(records) > 1, resumes=resumes)
     chart.axes.set_xlim(0, highest([axis.of(record) for record in records]) * 1.03 or 1.0)
     chart.quantities("x")
     return chart

@@ -19,7 +19,10 @@ _MOMENTS = 200  # parts of a run over which values by layer are averaged, such a
 _TALLEST = 7.0  # inches
 _EXPERT_ROW = 0.0134  # inches per expert in a heat map over time: two pixels of the PNG
 _LAYER_ROW = 0.14  # inches per layer in a heat map of one step
-_EXPECTED_ZERO = ("moe/dead_experts", "moe/dropped")
+_EXPECTED_ZERO = {
+    "moe/dead_experts": "Experts, over all layers, that got no token of a step.",
+    "moe/dropped": "Choices of experts that were not computed.",
+}
 
 
 class _Balance(NamedTuple):
@@ -38,8 +41,9 @@ class _Balance(NamedTuple):
 
 
 _BALANCES = {
-    _Balance("violation", "_worst", "Load violation", "equal shares", (0.0, 0.5)): (
-        "Load of a layer's busiest expert beyond an equal share, in shares: 0 is balanced."
+    _Balance("violation", "_worst", "Load imbalance", "equal shares", (0.0, 0.5)): (
+        "Tokens of a layer's busiest expert over an equal share, minus 1 (MaxVio, arXiv 2408.15664). At 0 all experts "
+        "get equally many tokens; at 1 the busiest gets twice its share."
     ),
     _Balance("entropy", "_lowest", "Load entropy", "share of log E", (1.0, 0.95)): (
         "Entropy of a layer's loads over that of equal shares: 1 is balanced."
@@ -101,7 +105,7 @@ def _other(records: Sequence[Record], key: str) -> Plot:
             chart.line(record.name, tokens, values, i)
         else:
             curve(chart, records, i, tokens, values)
-    return Plot(key.replace("/", "_"), "", chart)
+    return Plot(key.replace("/", "_"), _EXPECTED_ZERO.get(key, ""), chart)
 
 
 def _load_maps(record: Record, number: int | None) -> Iterator[Plot]:

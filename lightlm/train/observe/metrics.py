@@ -14,7 +14,7 @@ import torch
 from lightlm import files
 
 # Metrics that differ between two runs of the same recipe.
-MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_second", "mfu", "memory"})
+MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_second", "mfu", "memory", "resumed"})
 _FILE = "metrics.jsonl"
 
 
@@ -31,8 +31,12 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
         kept = [json.dumps(metrics) + "\n" for metrics in steps if metrics["step"] <= last_step]
         files.write_text(run / _FILE, "".join(kept))
         self._file = (run / _FILE).open("a", encoding="utf-8")
+        self._resumes = last_step > 0
 
     def write(self, metrics: dict[str, Any]) -> None:
+        """Append the metrics of a step. The first step after a resume also gets `resumed`."""
+        if self._resumes:
+            metrics, self._resumes = metrics | {"resumed": True}, False
         # JSON has no NaN or infinity: the loss of a skipped step may be null.
         values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
         self._file.write(json.dumps(values) + "\n")

@@ -184,12 +184,13 @@ def test_a_log_of_experts_says_what_is_active_and_how_evenly_they_are_used():
     stream = io.StringIO()
     with TrainingDisplay(Console(file=stream, width=80)) as display:
         show_experts(display)
-    first, _, *steps = stream.getvalue().splitlines()
+    first, _, legend, *steps = stream.getvalue().splitlines()
+    assert legend.startswith("Experts: imbalance is")
     assert first == "runs/demo: 6.8M parameters (2.5M active per token, 15M FLOPs) on cpu, bfloat16"
     assert len(steps) == 2
     for line in steps:  # the range of the bias is the last one known
         assert line.endswith(
-            "violation 0.25  worst layer 1.50  entropy 0.988  dead experts 1  bias range 0.013  dropped 0"
+            "imbalance 0.25  worst layer 1.50  entropy 0.988  dead experts 1  bias range 0.013  dropped 0"
         )
 
 
@@ -197,7 +198,7 @@ def test_a_log_of_experts_says_what_is_active_and_how_evenly_they_are_used():
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_experts_have_a_second_live_line_that_fits_too(width):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_terminal(width, show_experts))
-    live = [row for row in re.split(r"[\r\n]+", text) if re.search(r"0\.25|violation", row)]
+    live = [row for row in re.split(r"[\r\n]+", text) if re.search(r"0\.25|imbalance +worst", row)]
     assert live
     assert all(len(row) <= width and "…" not in row for row in live)
     assert all("1.50" in row for row in live if "0.25" in row)

@@ -1,0 +1,137 @@
+"""The README.md of an export: the Hub's metadata, and where the model, its data and its scores come from."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from lightlm import __version__
+from lightlm.checkpoint import LoadedModel
+from lightlm.data.folder import read_manifest, resolve_dataset
+from lightlm.errors import LightLMError
+from lightlm.quantities import format_quantity
+from lightlm.recipe import Recipe, load_run_recipe
+from lightlm.runs import run_of
+
+_PAGE = """---
+{metadata}
+---
+
+# {title}
+
+A language model of {parameters:,} parameters, exported from LightLM {version} as `{architecture}`.
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("{path}")
+    model = AutoModelForCausalLM.from_pretrained("{path}")
+
+## Origin
+
+- Exported from `{source}`.
+{origin}
+
+## Scores
+
+{scores}
+
+## License
+
+None is chosen yet. Before you publish the model, replace `license: unknown` at the top of this file, and check what the
+license of the training data asks for.
+"""
+
+
+def model_card(loaded: LoadedModel, out: Path, *, architecture: str, parameters: int) -> str:
+    """Return the card of an export to the folder `out`.
+
+    Data and scores are those that the run's recipe, data folder and `eval/` say. What they do not say is named as
+    unknown.
+    """
+    run = run_of(loaded.path)
+    recipe = _recipe(run) if run else None
+    results = list(_scores(run, loaded.path.resolve().name)) if run else []
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license="unknown",
+        tags=["lightlm"],
+        datasets=_hub_data(recipe) or None,
+        model_name=loaded.name,
+        eval_results=results or None,
+    )
+    return _PAGE.format(
+        metadata=metadata.to_yaml().strip(),
+        title=loaded.name,
+        parameters=parameters,
+        version=__version__,
+        architecture=architecture,
+        path=out.as_posix(),
+        source=loaded.path.as_posix(),
+        origin="\n".join(f"- {line}" for line in _origin(recipe)),
+        scores=_score_table(results),
+    )
+
+
+def _recipe(run: Path) -> Recipe | None:
+    try:
+        return load_run_recipe(run)
+    except (LightLMError, OSError):  # a run that another version made, or a damaged one
+        return None
+
+
+def _origin(recipe: Recipe | None) -> Iterator[str]:
+    if recipe is None:
+        yield "Training data and recipe: unknown to LightLM."
+        return
+    folder = resolve_dataset(recipe.data.dataset)
+    try:
+        manifest = read_manifest(folder)
+    except LightLMError:  # the data was moved, or is in a format without a manifest
+        yield f"Training data: `{folder.as_posix()}`."
+    else:
+        # A local path tells readers of a published card nothing: its last part is enough.
+        local = Path(manifest.source).is_absolute() or Path(manifest.source).exists()
+        source = Path(manifest.source).name if local else manifest.source
+        revision = f", revision {manifest.revision}" if manifest.revision and not local else ""
+        size = format_quantity(manifest.tokens("train"))
+        yield f"Training data: `{source}` ({manifest.description}{revision}), {size} tokens."
+    yield f"Recipe: `{recipe.name}`, {format_quantity(recipe.train.tokens)} training tokens in all."
+
+
+def _hub_data(recipe: Recipe | None) -> list[str]:
+    """Return the data set's id on the Hub, if the data comes from there."""
+    if recipe is None:
+        return []
+    try:
+        source = read_manifest(resolve_dataset(recipe.data.dataset)).source
+    except LightLMError:
+        return []
+    found = re.match(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", source)
+    return [found[1]] if found and not Path(source).exists() else []
+
+
+def _scores(run: Path, step: str) -> Iterator[EvalResult]:
+    """Yield the scores of one checkpoint in the run's `eval/`, without those of trials with --limit."""
+    for path in sorted((run / "eval").glob(f"{step}_*.json")):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            if "results" not in results or results.get("config", {}).get("limit") is not None:
+                continue
+            for task, metrics in results["results"].items():
+                for key, value in metrics.items():
+                    metric, _, filtered = key.partition(",")
+                    if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
+                        name = metric if filtered == "none" else f"{metric} ({filtered})"
+                        yield EvalResult("text-generation", task, task, name, round(value, 4))
+        except (OSError, ValueError, AttributeError, TypeError):
+            continue  # not lm-eval's results; a report names such a file
+
+
+def _score_table(results: list[EvalResult]) -> str:
+    if not results:
+        return "None measured. `lightlm eval` measures them; a new export then includes them."
+    rows = [f"| {result.dataset_name} | {result.metric_type} | {result.metric_value} |" for result in results]
+    return "\n".join(["| Task | Metric | Value |", "| --- | --- | --- |", *rows])
