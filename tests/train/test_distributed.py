@@ -92,6 +92,12 @@ def test_a_signal_to_one_of_four_stops_all_and_resuming_repeats_the_run_bit_for_
     assert_same_weights(name, "world-4")
 
 
+def test_sharded_runs_save_by_the_writers_clock(runs):
+    recipe = ("train.tokens=512", "eval.every=0", "checkpoint.every=0", "checkpoint.every_minutes=1e-9")
+    together(2, train_together, "clock", (*recipe, "train.parallel=fsdp"))
+    assert [path.name for path in checkpoint.checkpoints(RUNS / "clock")] == ["step_000001", "step_000002"]
+
+
 def test_another_number_of_processes_may_resume(runs):
     together(2, train_together, "changing", SHORT, 3)
     _, watch = resume("changing")
