@@ -34,7 +34,6 @@ from lightlm.evaluate.settings import Settings, split_list
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import DEFAULT, Sampling
-from lightlm.machine import record_machine
 from lightlm.model.config import ModelConfig
 from lightlm.quantities import parse_quantity
 from lightlm.recipe import load_recipe
@@ -262,7 +261,6 @@ def train(
     with Trackers(parsed.tracking, observer.note) as trackers:
         trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
         result = trainer.train()
-    record_machine(run, setup.device, trainer.facts())
     write_report([run])
     return result
 

@@ -37,10 +37,21 @@ def environment(device: torch.device, *packages: str) -> dict[str, Any]:
 
 
 def record_machine(run: Path, device: torch.device, facts: dict[str, Any]) -> None:
-    """Write a run's `machine.json`: the environment, and what the trainer's facts say of batches and processes."""
-    found = environment(device)
+    """Write a run's `machine.json`: the environment, and what the trainer's facts say of batches and processes.
+
+    It describes where the steps after `after_step` were trained. If a resumed run finds another environment than
+    before, the list `earlier` keeps the old records, as far as they describe steps that the run still has.
+    """
+    found, first = environment(device), facts.get("first_step", 0)
     document = {key: facts[key] for key in _TRAINING if key in facts} | found.pop("machine") | found.pop("versions")
-    files.write_text(run / _RECORD, json.dumps(document | found, indent=2) + "\n")
+    document |= found
+    before = read_machine(run) if first else {}  # a run that starts over has no steps of earlier machines
+    earlier = [*before.pop("earlier", []), *([before] if before else [])]
+    earlier = [record for record in earlier if record.get("after_step", 0) < first]
+    if earlier and {key: value for key, value in earlier[-1].items() if key != "after_step"} == document:
+        first = earlier.pop().get("after_step", 0)
+    document = {"after_step": first} | document | ({"earlier": earlier} if earlier else {})
+    files.write_text(run / _RECORD, json.dumps(document, indent=2) + "\n")
 
 
 def read_machine(run: Path) -> dict[str, Any]:

@@ -52,6 +52,25 @@ def test_a_runs_record_is_read_back_whatever_version_wrote_it(tmp_path: Path) ->
     assert machine.read_machine(tmp_path) == {}
 
 
+def test_a_run_that_moves_keeps_the_record_of_its_steps_on_each_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(first_step: int, processor: str) -> list[tuple[int, str]]:
+        """The steps and processors on record after a process has begun after `first_step`."""
+        monkeypatch.setattr(machine, "processor", lambda: processor)
+        machine.record_machine(tmp_path, torch.device("cpu"), {"first_step": first_step})
+        found = machine.read_machine(tmp_path)
+        return [(part["after_step"], part["processor"]) for part in (*found.pop("earlier", []), found)]
+
+    assert record(0, "old") == [(0, "old")]
+    assert record(10, "old") == [(0, "old")]
+    assert record(20, "new") == [(0, "old"), (20, "new")]
+    assert record(30, "new") == [(0, "old"), (20, "new")]
+    assert record(20, "third") == [(0, "old"), (20, "third")]  # killed before a checkpoint: no step of "new" is left
+    assert record(40, "old") == [(0, "old"), (20, "third"), (40, "old")]
+    assert record(0, "old") == [(0, "old")]
+
+
 def test_versions_of_what_is_not_installed_are_null() -> None:
     found = machine.versions("lm_eval", "no-such-package-anywhere")
     assert found["lm_eval"]

@@ -3,7 +3,6 @@
 Nothing heavy is imported here or at the top of a command's file, so that `lightlm --help` answers at once.
 """
 
-import io
 import sys
 from typing import Annotated, NoReturn
 
@@ -11,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from lightlm import __version__
-from lightlm.cli.console import console
+from lightlm.cli.console import console, guard_streams, lost_output
 from lightlm.cli.convert import convert
 from lightlm.cli.evaluate import evaluate
 from lightlm.cli.generate import PromptCommand, generate
@@ -21,6 +20,9 @@ from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
 from lightlm.cli.train import NEWEST, train
 from lightlm.errors import LightLMError
+
+# What these print is in the files that they write, too: they succeed also where standard output cannot be written.
+_RESULTS_ARE_FILES = (["train"], ["prepare-data"])
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,16 +76,21 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line; a LightLMError becomes one message and its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        # A model may generate characters that a Windows code page lacks: print a mark instead of failing.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    guard_streams()
     try:
-        app(with_resume_value(sys.argv[1:]))
+        _run(sys.argv[1:])
+    except SystemExit as ended:
+        lost = None if ended.code or sys.argv[1:2] in _RESULTS_ARE_FILES else lost_output()
+        if lost is not None:
+            _fail(f"standard output could not be written: {lost.strerror}", 1)
+        raise
+
+
+def _run(arguments: list[str]) -> None:
+    try:
+        app(with_resume_value(arguments))
     except LightLMError as error:
         _fail(str(error), error.exit_code)
-    except BrokenPipeError:  # `lightlm recipes show demo | head`
-        sys.stderr.close()
     except OSError as error:
         # Permissions, a full disk, a file in place of a folder: the system's message names the path.
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)

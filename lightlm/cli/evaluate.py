@@ -12,8 +12,10 @@ from lightlm.cli.displays.evaluation import print_scores
 from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import UsageError
 from lightlm.evaluate.settings import Settings, split_list
+from lightlm.train.signals import interrupted_by_signals
 
 
+@interrupted_by_signals()
 def evaluate(
     context: typer.Context,
     models: Annotated[

@@ -34,6 +34,8 @@ _PEER_LOST = 75  # PeerLostError.exit_code: an effect of another process's end, 
 _CRASHED = 70  # EX_SOFTWARE: an unexpected exception, whose traceback is printed
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0  # for the other processes to notice a failure, and again to obey SIGTERM
+# Windows sends Ctrl-C and Ctrl-Break to every process of the console, and its `terminate` kills without a save.
+_WORKERS_ARE_TOLD = os.name == "nt"
 
 
 def launch(command: Sequence[str], restart: Sequence[str], processes: int, max_restarts: int) -> int:
@@ -101,11 +103,14 @@ class _Group:
                 self._workers.append(worker)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Forward Ctrl-C and SIGTERM as a request to save and stop; a second Ctrl-C kills all processes."""
+        """Forward a signal as a request to save and stop; a second Ctrl-C kills all processes."""
         again = self.interrupts and number == signal.SIGINT
         self.interrupts += 1
         for worker in self._workers:
-            worker.kill() if again else worker.terminate()
+            if again:
+                worker.kill()
+            elif not _WORKERS_ARE_TOLD:
+                worker.terminate()
 
     def wait(self) -> tuple[int, int]:
         """Wait for all processes; return rank and exit code (negative: a signal) of the one that caused the end."""

@@ -126,6 +126,7 @@ def _train(world: "World", request: _Request) -> bool:
     from lightlm.train.observe.observers import Observers
     from lightlm.train.observe.trackers import Trackers
     from lightlm.train.setup import open_data, set_up
+    from lightlm.train.signals import stop_on_signals
     from lightlm.train.trainer import Trainer
 
     display = TrainingDisplay()
@@ -149,12 +150,15 @@ def _train(world: "World", request: _Request) -> bool:
     exact = request.name is not None or request.auto_resume
     run = world.from_writer(lambda: run or new_run(request.name or parsed.name, exact=exact))
     trainer = Trainer(setup, run, Observers(display, trackers), evaluator=evaluator)
-    if trainer.done:
-        display.note(f"{run} is complete; raise train.tokens to train it further")
-    with display, trackers:
-        result = trainer.train()
+    with display, stop_on_signals(launched=world.launched):  # a late signal does not end what follows the last save
+        with trackers:
+            result = trainer.train()
+        if result.interrupted:
+            how = f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}"
+            console.print(how, soft_wrap=True, markup=False)
+        page = _draw_report(trainer, display) if world.is_writer else None
     if world.is_writer:
-        _report(result, trainer, _draw_report(trainer, display), request.as_json)
+        _report(result, trainer, page, request.as_json)
     return result.interrupted
 
 
@@ -204,11 +208,10 @@ def _in_words(value: Any) -> str:
 
 def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> Path | None:
     """Write the run's page and plots and return the page. The run is saved already, so a failure is only a note."""
+    display.phase("drawing the report")
     try:
-        from lightlm.machine import record_machine
         from lightlm.report.build import write_report
 
-        record_machine(trainer.run_folder, trainer.setup.device, trainer.facts())
         return write_report([trainer.run_folder]).page
     except Exception as error:
         display.note(f"no plots were made ({error}); try `lightlm report {trainer.run_folder}`")
@@ -231,9 +234,6 @@ def _report(result: "Result", trainer: "Trainer", page: Path | None, as_json: bo
     if not result.interrupted:
         lines.append("Next: " + "; ".join(_next_commands(trainer)))
     out.print("\n".join(lines), soft_wrap=True, markup=False)
-    if result.interrupted:
-        how = f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}"
-        console.print(how, soft_wrap=True, markup=False)
 
 
 def _next_commands(trainer: "Trainer") -> list[str]:

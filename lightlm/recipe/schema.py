@@ -221,7 +221,9 @@ class EvalSection(Section):
 
 class CheckpointSection(Section):
     every: Tokens = 0
-    """Training tokens between checkpoints. 0 saves only at the end and on interruption."""
+    """Training tokens between checkpoints, besides every_minutes, the end and interruptions. 0 adds none."""
+    every_minutes: float = Field(default=15, ge=0)
+    """Minutes between checkpoints, by the clock: a kill or a crash costs no more. 0 turns this off."""
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints to keep. With 1 there is no older one to fall back on if a disk damages it."""
     keep_every: Tokens = 0

@@ -1,16 +1,28 @@
-"""Ctrl-C and SIGTERM as a request to stop before the next micro-batch."""
+"""Signals that ask a command to end: Ctrl-C, SIGTERM, a closed terminal (SIGHUP), and Windows' Ctrl-Break."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+
+# SIGBREAK is Ctrl-Break, and also what a console program gets when its window closes. A system has one of the two.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 @contextlib.contextmanager
-def handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Context manager in which `handle` receives Ctrl-C and SIGTERM."""
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+def handling(handle: Callable[[int, FrameType | None], None], names: Sequence[str] = _NAMES) -> Iterator[None]:
+    """Context manager in which `handle` receives these signals, which ask a process to end.
+
+    SIGHUP stays ignored if it was, which is what `nohup` asks for. Only the main thread receives signals; in another
+    thread this does nothing.
+    """
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in names:
+            number = getattr(signal, name, None)
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                previous[number] = signal.signal(number, handle)
     try:
         yield
     finally:
@@ -19,10 +31,25 @@ def handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_on_signals(*, launched: bool = False) -> Iterator[threading.Event]:
-    """Return an event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once.
+def interrupted_by_signals() -> Iterator[None]:
+    """Context manager and decorator in which the other signals interrupt at once, as Ctrl-C does.
 
-    Only the main thread receives signals; in another thread nothing sets the event.
+    Only the first one does: systemd and closing terminals send two, and the second must not interrupt the cleanup.
+    """
+    received = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            raise KeyboardInterrupt
+
+    with handling(interrupt, _NAMES[1:]):
+        yield
+
+
+@contextlib.contextmanager
+def stop_on_signals(*, launched: bool = False) -> Iterator[threading.Event]:
+    """Return an event that these signals set; a second one is ignored, but a second Ctrl-C interrupts at once.
 
     Args:
         launched: whether a launcher started this process. It repeats the first Ctrl-C to its processes, so they
@@ -37,8 +64,5 @@ def stop_on_signals(*, launched: bool = False) -> Iterator[threading.Event]:
         elif number == signal.SIGINT and not launched:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     with handling(handle):
         yield stop

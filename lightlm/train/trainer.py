@@ -2,14 +2,17 @@
 
 Batches and learning rates are functions of the tokens seen. So a run that stops between two micro-batches and resumes
 from its checkpoint repeats an uninterrupted run exactly. All processes take the same decisions; one writes.
+
+A step is finished in this order: update, checkpoint if one is due, evaluation if one is due, row in metrics.jsonl. The
+checkpoint holds the row, so a run that ends within an evaluation repeats that evaluation when it resumes.
 """
 
 import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from lightlm import checkpoint, files
 from lightlm.device import peak_flops
 from lightlm.errors import LightLMError
 from lightlm.generate.engine import sample_text
+from lightlm.machine import record_machine
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import learning_rates, set_learning_rate
 from lightlm.optim.state import named_state
@@ -29,6 +33,7 @@ from lightlm.train.distributed import PeerLostError
 from lightlm.train.observe.expert_loads import load_metrics
 from lightlm.train.observe.metrics import MetricsFile, peak_memory
 from lightlm.train.observe.observers import Observer
+from lightlm.train.observe.slowness import SlowSteps
 from lightlm.train.observe.spikes import judge
 from lightlm.train.rng import preserved
 from lightlm.train.schedules import learning_rate_factor
@@ -39,7 +44,8 @@ from lightlm.train.step.routers import move_selection_biases
 from lightlm.train.validation import validate
 
 Sampler = Callable[[Transformer, str], str]
-Evaluator = Callable[[Transformer, Path, threading.Event], dict[str, float] | None]
+Finished = Callable[[float], None]  # receives the finished share of an evaluation
+Evaluator = Callable[[Transformer, Path, threading.Event, Finished], dict[str, float] | None]
 
 
 class TrainingDivergedError(LightLMError):
@@ -75,7 +81,8 @@ class Trainer:
         observer: receives every step, sample and checkpoint.
         sampler: continues a prompt with the model, for the samples during training; `sample_text` by default.
         evaluator: scores the model on the recipe's `eval.tasks`, as `task/metric`; all processes call it together. The
-            path is that of the step's checkpoint, which need not exist. None if the event was set before the end.
+            path is that of the step's checkpoint, which need not exist. It returns None if the event was set before
+            the end.
     """
 
     def __init__(
@@ -97,45 +104,46 @@ class Trainer:
         self.step_began = self.progress.tokens  # tokens before the last step
         self.last_validation: dict[str, float] = {}
         self.last_loss: float | None = None
+        self.saved_at = time.monotonic()
+        self.slow_steps = SlowSteps(setup.device, self.world.local_size)
 
     def facts(self) -> dict[str, Any]:
         """Return what the run is, for displays and for machine.json."""
         return {"name": self.recipe.name, "run": str(self.run_folder), **self.setup.facts()}
 
     def train(self) -> Result:
-        """Train to the end of the recipe, or until Ctrl-C or SIGTERM; both save the last step.
+        """Train to the end of the recipe, or until Ctrl-C, SIGTERM or SIGHUP; all save the last step.
+
+        A signal also ends an evaluation. The run then counts as interrupted, even after its last step.
 
         Raises:
             TrainingDivergedError: a loss or gradient is NaN or infinite, and with `train.skip_spikes` so were those
                 of the steps before it. The last checkpoint stays as it was.
         """
-        settings = self.recipe.checkpoint
         run, metrics_file, saver = self.run_folder, None, None
         try:
             with contextlib.ExitStack() as stack:
                 if self.world.is_writer:
                     files.write_text(run / "recipe.yaml", self.recipe.to_yaml())
                     mark_latest(run)
+                    record_machine(run, self.setup.device, self.facts())
                     tidy(run, self.setup.resumed_from, self.observer)
                     metrics_file = stack.enter_context(MetricsFile(run, self.progress.step))
                     saver = stack.enter_context(
-                        Saver(run, settings, self.data.tokenizer, self.model.config, self.observer)
+                        Saver(run, self.recipe.checkpoint, self.data.tokenizer, self.model.config, self.observer)
                     )
                 self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
                 stop = stack.enter_context(stop_on_signals(launched=self.world.launched))
-                while not self.done:
-                    metrics = self._step(stop)
-                    if metrics is None:
-                        break
-                    metrics |= self._evaluate(stop)
-                    if metrics_file:
-                        metrics_file.write(metrics)
-                    self.observer.step(metrics)
+                interrupted = not self._finish_resumed_step(stop, metrics_file)
+                while not (interrupted or self.done):
+                    if self._step(stop):
+                        if self._save_is_due():
+                            self._save(saver, wait=self._evaluation_is_due())
+                        interrupted = not self._finish_step(stop, metrics_file)
+                    else:
+                        interrupted = True
                     if saver:
                         saver.report()
-                    if self.done or self._due(settings.every) or self._due(settings.keep_every):
-                        self._save(saver, wait=self.done)
-                interrupted = not self.done
                 if interrupted:
                     self._save(saver, wait=True)
                 # No process leaves before the writer's last files are complete: a launcher would end the writer.
@@ -163,14 +171,62 @@ class Trainer:
         """Return whether the last step crossed a multiple of `every` tokens."""
         return every > 0 and self.progress.tokens // every > self.step_began // every
 
-    def _step(self, stop: threading.Event) -> dict[str, Any] | None:
-        """Take one optimizer step on one global batch; return its metrics, or None after a signal."""
+    def _save_is_due(self) -> bool:
+        """Return whether to save the last step: by tokens, by the clock, or as the run's last."""
+        settings = self.recipe.checkpoint
+        if self.done or self._due(settings.every) or self._due(settings.keep_every):
+            return True
+        if not settings.every_minutes:
+            return False
+        late = self.world.is_writer and time.monotonic() - self.saved_at >= 60 * settings.every_minutes
+        # All processes save a sharded run, so they follow the writer's clock. Otherwise only the writer saves.
+        return self.world.any(late)[0] if self.loss.sharded else late
+
+    def _evaluation_is_due(self) -> bool:
+        return self.done or self._due(self.recipe.eval.every) or self._scores_are_due()
+
+    def _scores_are_due(self) -> bool:
+        return bool(self.recipe.eval.tasks) and (self.done or self._due(self.recipe.eval.tasks_every))
+
+    def _finish_resumed_step(self, stop: threading.Event, metrics_file: MetricsFile | None) -> bool:
+        """Finish the step of the checkpoint that the run resumes from, if a kill or a signal came before its end.
+
+        Returns:
+            False after a signal, as `_finish_step`.
+        """
+        row = self.progress.row  # empty for a new run, and in checkpoints of older versions
+        finished = not row or self.world.from_writer(
+            lambda: metrics_file is not None and metrics_file.last_step == row["step"]
+        )
+        if finished:
+            if self.done:
+                self.observer.note(f"{self.run_folder} is complete; raise train.tokens to train it further")
+            return True
+        self.step_began = row["tokens"] - row["batch_tokens"]
+        self.last_loss = row["loss"] if math.isfinite(row["loss"]) else None
+        return self._finish_step(stop, metrics_file)
+
+    def _finish_step(self, stop: threading.Event, metrics_file: MetricsFile | None) -> bool:
+        """Do what is due after an update and write the step's metrics; return False if a signal came before."""
+        found = self._evaluate(stop)
+        if found is None:
+            return False
+        metrics = self.progress.row | found
+        if metrics_file:
+            metrics_file.write(metrics)
+        self.observer.step(metrics)
+        if note := self.slow_steps.judge(metrics):
+            self.observer.note(note)
+        return True
+
+    def _step(self, stop: threading.Event) -> bool:
+        """Take one optimizer step on one global batch; return False after a signal, without a step."""
         started, waited = time.perf_counter(), self.gradients.seconds_waited
         recipe, before = self.recipe, self.progress
         sequences = self.setup.batches.sequences(before.tokens)
         batch_tokens = sequences * recipe.seq_len
         if (outcome := self.gradients(before.samples, sequences, stop)) is None:
-            return None
+            return False
         verdict = judge(before.spikes, outcome.loss, outcome.norm, recipe.train)
         if verdict.diverged:
             raise _DivergenceError(before.step + 1, outcome)
@@ -212,7 +268,9 @@ class Trainer:
             metrics["mfu"] = self.flops_per_token / (peak * self.world.size) * metrics["tokens_per_second"]
         metrics |= load_metrics(self.model, self.progress.step, batch_tokens, outcome.loads)
         spike = {"spike": bool(verdict.reason), "skipped": verdict.skip}
-        return metrics | {key: True for key, value in spike.items() if value}
+        metrics |= {key: True for key, value in spike.items() if value}
+        self.progress = replace(self.progress, row=metrics)
+        return True
 
     def _divergence(self, step: int, outcome: BatchOutcome) -> TrainingDivergedError:
         saved = checkpoint.checkpoints(self.run_folder)
@@ -223,68 +281,108 @@ class Trainer:
             "or train.dtype=float32"
         )
 
-    def _evaluate(self, stop: threading.Event) -> dict[str, float]:
-        """Do the evaluations that are due after this step: samples, validation loss, and scores of `eval.tasks`."""
+    def _stopped(self, stop: threading.Event) -> bool:
+        """Return whether a signal to any process asks all to stop; all processes call this together."""
+        return self.world.any(stop.is_set() or self.world.abandoned)[0]
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[Finished]:
+        """Context manager that tells the observer what the block does, and gives a function for its progress."""
+        self.observer.phase(name)
+        try:
+            yield lambda share: self.observer.phase(name, share)
+        finally:
+            self.observer.phase("")
+
+    def _evaluate(self, stop: threading.Event) -> dict[str, float] | None:
+        """Do the evaluations that are due after this step: samples, validation loss, and scores of `eval.tasks`.
+
+        Returns:
+            Their metrics, or None if a signal came before the end.
+        """
         metrics: dict[str, float] = {}
         if self.done or self._due(self.recipe.eval.every):
-            self._sample()
-            metrics |= self._validate()
-        if self.recipe.eval.tasks and (self.done or self._due(self.recipe.eval.tasks_every)):
-            metrics |= self._score_tasks(stop)
+            self._sample(stop)
+            if self._stopped(stop) or (losses := self._validate(stop)) is None:
+                return None
+            metrics |= losses
+        if self._scores_are_due():
+            if (scores := self._score_tasks(stop)) is None:
+                return None
+            metrics |= scores
         return metrics
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, stop: threading.Event) -> dict[str, float] | None:
         if not len(stream := self.data.split("val")):
             return {}
-        size, most = self.gradients.micro_batch, self.recipe.eval.tokens
-        self.last_validation = validate(
-            self.loss, stream, self.token_bytes, seq_len=self.recipe.seq_len, max_tokens=most, batch_size=size
-        )
-        return self.last_validation
+        with self._phase("validating") as finished:
+            losses = validate(
+                self.loss,
+                stream,
+                self.token_bytes,
+                seq_len=self.recipe.seq_len,
+                max_tokens=self.recipe.eval.tokens,
+                batch_size=self.gradients.micro_batch,
+                stopped=lambda: self._stopped(stop),
+                finished=finished,
+            )
+        self.last_validation = losses or self.last_validation
+        return losses
 
-    def _score_tasks(self, stop: threading.Event) -> dict[str, float]:
-        """Return the scores of `eval.tasks`. Any error of a task becomes a note, so that training continues."""
+    def _score_tasks(self, stop: threading.Event) -> dict[str, float] | None:
+        """Return the scores of `eval.tasks`, or None after a signal.
+
+        Any error of a task becomes a note, so that training continues.
+        """
         if self.evaluator is None:
             return {}
         model, step = self.loss.whole_model(), self.progress.step
+        path = self.run_folder / "checkpoints" / checkpoint.step_name(step)
         try:
-            with preserved(model):
-                scores = self.evaluator(model, self.run_folder / "checkpoints" / checkpoint.step_name(step), stop)
+            with self._phase(f"scoring {', '.join(self.recipe.eval.tasks)}") as finished, preserved(model):
+                scores = self.evaluator(model, path, stop, finished)
         except PeerLostError:
             raise
         except Exception as error:
             self.observer.note(f"eval.tasks could not be scored at step {step}: {error}")
             return {}
-        if scores is None:
-            self.observer.note(f"a signal interrupted eval.tasks at step {step}; score it with `lightlm eval`")
-        return {f"eval/{task}": value for task, value in (scores or {}).items()}
+        return None if scores is None else {f"eval/{task}": value for task, value in scores.items()}
 
     def _continue(self, model: Transformer, prompt: str) -> str:
         recipe = self.recipe
         return sample_text(model, self.data.tokenizer, prompt, recipe.eval.max_new_tokens, seed=recipe.train.seed)
 
-    def _sample(self) -> None:
-        """Let the model continue the recipe's prompts."""
+    def _sample(self, stop: threading.Event) -> None:
+        """Let the model continue the recipe's prompts. An error, such as one of memory, becomes a note."""
         if not self.recipe.eval.prompts:
             return
         model = self.loss.whole_model()
         if not self.world.is_writer:
             return
-        samples = self.run_folder / "samples" / f"{checkpoint.step_name(self.progress.step)}.txt"
+        step, texts = self.progress.step, []
+        try:
+            with self._phase("sampling"):
+                for prompt in self.recipe.eval.prompts:
+                    if stop.is_set():
+                        return
+                    text = self.sampler(model, prompt)
+                    texts.append(prompt + text)
+                    self.observer.sample(step, prompt, text)
+        except Exception as error:
+            self.observer.note(f"eval.prompts could not be continued at step {step}: {error}")
+            return
+        samples = self.run_folder / "samples" / f"{checkpoint.step_name(step)}.txt"
         samples.parent.mkdir(exist_ok=True)
-        texts = []
-        for prompt in self.recipe.eval.prompts:
-            text = self.sampler(model, prompt)
-            texts.append(prompt + text)
-            self.observer.sample(self.progress.step, prompt, text)
         files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
 
     def _save(self, saver: Saver | None, *, wait: bool) -> None:
         """Save the last completed step. All processes gather a sharded run; one of them writes."""
+        self.saved_at = time.monotonic()
         if saver is None and not self.loss.sharded:
             return
-        weights = self.loss.whole_model().state_dict()
-        state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
-        if saver is not None:
-            milestone = self._due(self.recipe.checkpoint.keep_every)
-            saver.save(self.progress.step, weights, state, milestone=milestone, wait=wait)
+        with self._phase("saving a checkpoint"):
+            weights = self.loss.whole_model().state_dict()
+            state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
+            if saver is not None:
+                milestone = self._due(self.recipe.checkpoint.keep_every)
+                saver.save(self.progress.step, weights, state, milestone=milestone, wait=wait)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,8 +15,16 @@ from lightlm.train.step.parallel import ParallelLoss
 
 @torch.no_grad()
 def validate(
-    loss: ParallelLoss, stream: TokenStream, token_bytes: Tensor, *, seq_len: int, max_tokens: int, batch_size: int
-) -> dict[str, float]:
+    loss: ParallelLoss,
+    stream: TokenStream,
+    token_bytes: Tensor,
+    *,
+    seq_len: int,
+    max_tokens: int,
+    batch_size: int,
+    stopped: Callable[[], bool],
+    finished: Callable[[float], None],
+) -> dict[str, float] | None:
     """Return `val_loss`, in nats per token, and `val_bpb`, in bits per byte, which is comparable between tokenizers.
 
     They cover the first `max_tokens` of a validation stream in windows of `seq_len`. The processes share the windows,
@@ -23,11 +32,14 @@ def validate(
 
     Args:
         token_bytes: UTF-8 bytes per token id, int tensor (V,); special tokens count 0.
+        stopped: asked after each batch, in all processes together; once it answers yes, the result is None.
+        finished: receives the finished share after each batch.
     """
     model, device, world = loss.model, loss.device, loss.world
-    nats, tokens, num_bytes = 0.0, 0.0, 0.0
-    model.eval()
+    nats, tokens, num_bytes, seen = 0.0, 0.0, 0.0, 0
+    total = min(max_tokens, len(stream) - 1)
     batches = validation_batches(stream, seq_len, max_tokens, batch_size)
+    model.eval()
     while one_each := list(itertools.islice(batches, world.size)):
         # FSDP needs equally many batches in all processes, so in the last round some repeat another's.
         counts = world.rank < len(one_each)
@@ -38,6 +50,11 @@ def validate(
             nats += batch_nats
             tokens += targets.numel()
             num_bytes += int(token_bytes[targets].sum())
+        seen += sum(part.numel() for _, part in one_each)
+        finished(min(seen / total, 1.0))
+        if stopped():
+            model.train()
+            return None
     model.train()
     nats, tokens, num_bytes = world.sum(torch.tensor([nats, tokens, num_bytes], dtype=torch.float64)).tolist()
     return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(num_bytes, 1)}

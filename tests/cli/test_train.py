@@ -101,7 +101,7 @@ def test_a_recipe_that_cannot_be_exported_says_so(lightlm):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", None)])
 def test_a_real_process_stops_cleanly_and_resumes_to_the_same_losses(lightlm, workspace, number):
     """The command in a process of its own, interrupted at whatever point the signal finds it."""
     name = f"signal-{number}"

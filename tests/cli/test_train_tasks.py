@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightlm.recipe import load_recipe
+from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED, read_metrics
 from lightlm.train.rng import preserved
 from tests.corpus import make_workspace
@@ -87,7 +88,7 @@ def test_a_multiple_choice_task_is_scored_and_refused_where_its_data_are_gone(li
 def test_a_task_that_fails_later_is_noted_and_training_goes_on():
     calls = []
 
-    def evaluator(model, path, stop):
+    def evaluator(model, path, stop, finished):
         calls.append(path.name)
         if len(calls) == 1:
             raise OSError("the Hub gave no answer")
@@ -103,7 +104,7 @@ def test_a_task_that_fails_later_is_noted_and_training_goes_on():
 
 
 def test_a_signal_breaks_an_evaluation_off_and_the_run_is_saved():
-    def evaluator(model, path, stop):
+    def evaluator(model, path, stop, finished):
         os.kill(os.getpid(), signal.SIGTERM)
         return None if stop.wait(10) else {}
 
@@ -113,8 +114,11 @@ def test_a_signal_breaks_an_evaluation_off_and_the_run_is_saved():
     result = trainer.train()
     assert (result.interrupted, result.step) == (True, 5)
     assert watch.saved == ["step_000005"]
-    [note] = watch.notes
-    assert "interrupted eval.tasks at step 5" in note
+    assert [m["step"] for m in watch.metrics] == [1, 2, 3, 4]
+    recipe, run, saved = reopen_run("broken-off", [])
+    trainer = make_trainer(recipe, run, watch, checkpoint=saved, evaluator=lambda *_: {"quiz/acc": 0.5})
+    assert not trainer.train().interrupted
+    assert [m["step"] for m in watch.metrics if "eval/quiz/acc" in m] == [5, 10]
 
 
 def test_a_folder_of_data_sets_that_is_not_there_is_named(lightlm, workspace):

@@ -92,6 +92,12 @@ def test_a_signal_to_one_of_four_stops_all_and_resuming_repeats_the_run_bit_for_
     assert_same_weights(name, "world-4")
 
 
+def test_sharded_runs_save_by_the_writers_clock(runs):
+    recipe = ("train.tokens=512", "eval.every=0", "checkpoint.every=0", "checkpoint.every_minutes=1e-9")
+    together(2, train_together, "clock", (*recipe, "train.parallel=fsdp"))
+    assert [path.name for path in checkpoint.checkpoints(RUNS / "clock")] == ["step_000001", "step_000002"]
+
+
 def test_another_number_of_processes_may_resume(runs):
     together(2, train_together, "changing", SHORT, 3)
     _, watch = resume("changing")
@@ -271,18 +277,20 @@ def test_without_restarts_a_killed_process_is_one_message(workspace):
     assert "Traceback" not in err
 
 
-def test_ctrl_c_saves_once_and_exits_with_130(undisturbed, workspace):
-    command = Command("tiny.yaml", *LONG, "--name", "control-c", "--nproc", "2", "--json")
-    command.await_steps(workspace / "runs/control-c/metrics.jsonl", 3)
-    command.signal_all(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_save_once_and_exit_with_130(undisturbed, workspace, number):
+    name = f"interrupted-{number}"
+    command = Command("tiny.yaml", *LONG, "--name", name, "--nproc", "2", "--json")
+    command.await_steps(workspace / "runs" / name / "metrics.jsonl", 3)
+    command.signal_all(number)
     code, out, err = command.finish()
     assert code == 130, err
     result = json.loads(out)
     assert result["interrupted"]
-    assert checkpoint.newest_checkpoint(workspace / "runs/control-c").name == f"step_{result['step']:06d}"
+    assert checkpoint.newest_checkpoint(workspace / "runs" / name).name == f"step_{result['step']:06d}"
     assert err.count(f"step_{result['step']:06d}") == 1
-    together(2, train_together, "control-c", (), None, 0, True)
-    assert_same_weights("control-c", undisturbed)
+    together(2, train_together, name, (), None, 0, True)
+    assert_same_weights(name, undisturbed)
 
 
 def test_processes_without_their_launcher_save_and_stop(workspace):

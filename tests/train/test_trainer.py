@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,85 @@ def test_kill_before_a_checkpoint_drops_later_metrics_on_resume(whole_run):
     final, _ = resume("killed")
     assert [m["step"] for m in read_metrics(final.run)] == list(range(1, 21))
     assert_same_weights(weights(final.run), weights(whole_run[0].run))
+
+
+class Kill(BaseException):
+    """Ends a run as SIGKILL would, but leaves this process."""
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_run_killed_in_a_sample_has_its_checkpoint_and_repeats_the_evaluation(whole_run, step):
+    def sampler(model, prompt):
+        if trainer.progress.step == step:
+            raise Kill
+        return "..."
+
+    whole, watch, before = *whole_run, Recorder()
+    name = f"killed-in-sample-{step}"
+    trainer = make_trainer(load_recipe("tiny.yaml"), name, before, sampler)
+    with pytest.raises(Kill):
+        trainer.train()
+    assert checkpoint.newest_checkpoint(trainer.run_folder).name == f"step_{step:06d}"
+    result, after = resume(name)
+    assert not any("complete" in note for note in after.notes)
+    assert (result.val_loss, result.interrupted) == (whole.val_loss, False)
+    assert comparable(before.metrics + after.metrics) == comparable(watch.metrics)
+    assert comparable(read_metrics(result.run)) == comparable(watch.metrics)
+    assert (result.run / f"samples/step_{step:06d}.txt").is_file()
+    assert_same_weights(weights(result.run), weights(whole.run))
+    assert "is complete" in resume(name)[1].notes[-1]
+
+
+def test_a_signal_ends_an_evaluation_which_resuming_repeats(whole_run):
+    """In the last validation: all tokens are trained, but the run is not complete."""
+
+    class Watch(Recorder):
+        def phase(self, name, share=None):
+            if name == "validating" and share and trainer.progress.step == 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(load_recipe("tiny.yaml"), "stopped-validating", Watch(), lambda *_: "...")
+    result = trainer.train()
+    assert (result.interrupted, result.step) == (True, 20)
+    assert [m["step"] for m in read_metrics(result.run)] == list(range(1, 20))
+    result, after = resume("stopped-validating")
+    assert not result.interrupted
+    assert [m["step"] for m in after.metrics] == [20]
+    assert comparable(read_metrics(result.run)) == comparable(whole_run[1].metrics)
+
+
+def test_a_sample_that_fails_is_noted_and_training_goes_on(whole_run):
+    def sampler(model, prompt):
+        raise torch.OutOfMemoryError("no memory left")
+
+    watch = Recorder()
+    make_trainer(load_recipe("tiny.yaml", ["train.tokens=2560"]), "no-samples", watch, sampler).train()
+    assert watch.notes == ["eval.prompts could not be continued at step 10: no memory left"]
+    assert "val_loss" in watch.metrics[-1]
+
+
+def test_what_runs_between_steps_is_named(whole_run):
+    saved, evaluated = ["saving a checkpoint"], ["saving a checkpoint", "sampling", "validating"]
+    assert whole_run[1].phases == (saved + evaluated) * 2
+
+
+def test_checkpoints_come_by_the_clock_too():
+    recipe = ("tiny.yaml", "train.tokens=1024", "eval.every=0", "checkpoint.every=0")
+    assert start(*recipe, "checkpoint.every_minutes=0", name="clock-off")[1].saved == ["step_000004"]
+    assert start(*recipe, name="clock-15")[1].saved == ["step_000004"]
+    saved = start(*recipe, "checkpoint.every_minutes=1e-9", name="clock")[1].saved
+    assert saved == [f"step_{step:06d}" for step in (1, 2, 3, 4)]
+
+
+def test_the_machine_is_recorded_from_the_start():
+    class Watch(Recorder):
+        def step(self, metrics):
+            assert json.loads(machine.read_text())["device"].startswith("cpu")
+            super().step(metrics)
+
+    machine = Path("runs/recorded/machine.json")
+    start("tiny.yaml", "train.tokens=256", name="recorded", watch=Watch())
+    assert machine.is_file()
 
 
 def test_resume_without_a_checkpoint_starts_over(whole_run):

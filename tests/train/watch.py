@@ -8,6 +8,7 @@ from lightlm.recipe import load_recipe
 from lightlm.runs import new_run
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED
+from lightlm.train.observe.observers import Observer
 from lightlm.train.setup import open_data, set_up
 from lightlm.train.trainer import Result, Trainer
 
@@ -17,12 +18,13 @@ def comparable(metrics):
     return [{key: value for key, value in m.items() if key not in MEASURED} for m in metrics]
 
 
-class Recorder:
+class Recorder(Observer):
     """Keeps every event; sends this process SIGTERM at a chosen step."""
 
     def __init__(self, terminate_at: int | None = None) -> None:
         self.terminate_at = terminate_at
         self.facts, self.metrics, self.samples, self.saved, self.notes = {}, [], [], [], []
+        self.phases = []  # names, in order
 
     def start(self, facts):
         self.facts = facts
@@ -37,6 +39,10 @@ class Recorder:
 
     def checkpoint(self, path: Path):
         self.saved.append(path.name)
+
+    def phase(self, name, share=None):
+        if name and share is None:
+            self.phases.append(name)
 
     def note(self, message):
         self.notes.append(message)

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
+from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from lightlm.cli.console import console as standard_error
 from lightlm.quantities import format_quantity
@@ -60,6 +62,9 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         self._last_validation = ""
         self._layers: dict[str, Any] = {}  # the newest metrics of experts by layer
         self._printed = 0.0
+        self._tables_shown: Table | Group | None = None  # of the newest step
+        self._phase, self._phase_line_due = "", 0.0
+        self._spinner = Spinner("line")  # ASCII
 
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
@@ -102,10 +107,8 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
             parts = "  ".join(f"{escape(key)} {value:.4f}" for key, value in scores.items())
             self._log(f"{at}  [bold]{parts}[/]")
         if self._is_live():
-            if self._live is None:  # not in `start`: a tracker may ask for a password there
-                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-                self._live.start()
-            self._live.update(self._tables(metrics))
+            self._tables_shown = self._tables(metrics)
+            self._draw()
         elif self._line_is_due(metrics):
             self._printed = time.monotonic()
             cells = self._cells(metrics) + self._expert_cells(metrics)
@@ -118,11 +121,35 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
     def checkpoint(self, path: Path) -> None:
         self._log(f"[dim]saved {escape(str(path))}[/]")
 
+    def phase(self, name: str, share: float | None = None) -> None:
+        """Show what runs and how much of it is done; a plain log gets lines only if it takes long."""
+        text = name if share is None else f"{name} {share:.0%}"
+        if self._is_live():
+            self._phase = name
+            self._spinner.update(text=Text(text, "dim", no_wrap=True, overflow="crop"))
+            if name or self._live is not None:
+                self._draw()
+            return
+        now = time.monotonic()
+        if name != self._phase:
+            self._phase, self._phase_line_due = name, now + _PLAIN_SECONDS[0]
+        elif name and now >= self._phase_line_due:
+            self._phase_line_due = now + _PLAIN_SECONDS[1]
+            self._log(f"[dim]{escape(text)}[/]")
+
     def note(self, message: str) -> None:
         self._log(f"[yellow]Note:[/] {escape(_CONTROL.sub('�', message))}")
 
     def _log(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, emoji=False)
+
+    def _draw(self) -> None:
+        """Update the live lines; the display's thread draws them four times a second."""
+        if self._live is None:  # not in `start`: a tracker may ask for a password there
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        parts = (self._tables_shown, self._spinner if self._phase else None)
+        self._live.update(Group(*(part for part in parts if part is not None)))
 
     def _is_live(self) -> bool:
         console = self._console

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -99,6 +96,7 @@ def prepare_data(
     from lightlm.data.select.filters import Filter
     from lightlm.errors import UsageError
     from lightlm.quantities import parse_quantity
+    from lightlm.train.signals import interrupted_by_signals
 
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
@@ -124,7 +122,7 @@ def prepare_data(
     else:
         sets = evaluation_sets(decontaminate, contaminated)
         with (
-            _sigterm_as_interrupt(),
+            interrupted_by_signals(),
             opened(source, mix, text_column, row_filter, out) as (text_source, folder),
             progress_line() as update,
         ):
@@ -154,16 +152,6 @@ def _finished_folder(source: str | None) -> Path | None:
     source = NAME if source == SPEC else source
     folders = (Path(source).expanduser(), Path("data") / source)
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM (kill, a job scheduler's time limit) like Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool) -> dict[str, Any]:

@@ -89,11 +89,16 @@ class Exchange:
 
 
 class SharedLightLM(LightLM):
-    """LightLM's model for lm-eval that answers this process's part of the requests and returns all answers."""
+    """LightLM's model for lm-eval that answers this process's part of the requests and returns all answers.
 
-    def __init__(self, loaded: LoadedModel, exchange: Exchange) -> None:
+    `finished` receives the share of the requests that is answered, from 0 again for each kind of request.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, exchange: Exchange, finished: Callable[[float], None] = lambda share: None
+    ) -> None:
         super().__init__(loaded, show_progress=False)
-        self._exchange = exchange
+        self._exchange, self._finished = exchange, finished
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return self._share(requests, super().loglikelihood)
@@ -122,6 +127,7 @@ class SharedLightLM(LightLM):
             everyones = self._exchange.round(f"{kind} {begin}", content)
             for theirs, _ in everyones:
                 answers |= theirs
+            self._finished(len(answers) / len(requests))
             begin = end
             # Equal in all processes, because all have all times.
             budget = min(4 * budget, characters * _ROUND_SECONDS / max(1e-3, *(took for _, took in everyones)))

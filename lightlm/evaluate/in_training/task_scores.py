@@ -51,7 +51,13 @@ class TaskScores:
         if not peers.is_writer:
             load()
 
-    def __call__(self, model: Transformer, path: Path, stop: threading.Event) -> dict[str, float] | None:
+    def __call__(
+        self,
+        model: Transformer,
+        path: Path,
+        stop: threading.Event,
+        finished: Callable[[float], None] = lambda share: None,
+    ) -> dict[str, float] | None:
         """Return every metric of every task and group, as `task/metric`; leaves the model in evaluation mode.
 
         All processes must call this, each with the whole model. All get the figures, or all an error.
@@ -59,12 +65,13 @@ class TaskScores:
         Args:
             path: the model's name in lm-eval's results.
             stop: once set in any process, the evaluation ends within seconds, and the result is None.
+            finished: receives the finished share every few seconds.
 
         Raises:
             PeerFailedError: the evaluation failed in another process.
         """
         exchange = Exchange(self._peers, stop)
-        lm = SharedLightLM(LoadedModel(model, self._tokenizer, path), exchange)
+        lm = SharedLightLM(LoadedModel(model, self._tokenizer, path), exchange, finished)
         # lm-eval returns results only where LOCAL_RANK is 0.
         results_everywhere = mock.patch.dict(os.environ, LOCAL_RANK="0")
         try:

@@ -41,6 +41,7 @@ class Progress:
     samples: int = 0  # the loader's whole state
     seconds: float = 0.0  # of training, without interruptions
     spikes: SpikeHistory = field(default_factory=SpikeHistory)  # empty in older checkpoints
+    row: dict[str, Any] = field(default_factory=dict)  # the last step's metrics before its evaluation, likewise
 
 
 def data_identity(data: DataFolder) -> str:

@@ -108,7 +108,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
 
     def _write(self, step: int, weights: dict[str, Tensor], training: dict[str, Any], milestone: bool) -> list[str]:
         """Write and prune, in the writer's thread; return problems that leave the checkpoint complete."""
-        # Metrics first: after a power failure they reach as far as the checkpoint.
+        # Metrics first: after a power failure they reach as far as the checkpoint, which holds its own step's row.
         if (metrics := self._run / "metrics.jsonl").exists():
             files.sync_file(metrics)
         checkpoint.write_checkpoint(

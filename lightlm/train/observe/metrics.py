@@ -21,15 +21,17 @@ _FILE = "metrics.jsonl"
 class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
     """`metrics.jsonl` of a run, open for appending.
 
-    `logged_step` is the last step that the file held before it was cut; 0 for none.
+    `logged_step` is the last step that the file held before it was cut, `last_step` the last one it was opened with;
+    0 for none.
     """
 
     def __init__(self, run: Path, last_step: int) -> None:
         """Open the file and drop steps after `last_step`, which an interrupted run logged but did not save."""
         steps = read_metrics(run)
         self.logged_step = steps[-1]["step"] if steps else 0
-        kept = [json.dumps(metrics) + "\n" for metrics in steps if metrics["step"] <= last_step]
-        files.write_text(run / _FILE, "".join(kept))
+        kept = [metrics for metrics in steps if metrics["step"] <= last_step]
+        self.last_step = kept[-1]["step"] if kept else 0
+        files.write_text(run / _FILE, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._file = (run / _FILE).open("a", encoding="utf-8")
         self._resumes = last_step > 0
 

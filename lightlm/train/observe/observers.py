@@ -19,6 +19,12 @@ class Observer:
     def checkpoint(self, path: Path) -> None:
         """Receive the path of a complete checkpoint."""
 
+    def phase(self, name: str, share: float | None = None) -> None:
+        """Receive what the run does between two steps, such as `validating`, and how much of it is done; "" at its end.
+
+        A long phase reports its progress many times.
+        """
+
     def note(self, message: str) -> None:
         """Receive a message for the user, for example about a setting without effect."""
 
@@ -38,4 +44,4 @@ class Observers(Observer):
         self._observers = observers
 
     start, step, sample = _forwarded("start"), _forwarded("step"), _forwarded("sample")
-    checkpoint, note = _forwarded("checkpoint"), _forwarded("note")
+    checkpoint, phase, note = _forwarded("checkpoint"), _forwarded("phase"), _forwarded("note")

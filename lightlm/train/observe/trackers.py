@@ -174,6 +174,7 @@ class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
     def __init__(self, section: TrackingSection, note: Callable[[str], None]) -> None:
         self._section, self._note = section, note
         self._active: dict[str, Tracker] = {}
+        self._flush_step = False
         if missing := [name for name in section.backends if not _installed(BACKENDS[name].package)]:
             raise RecipeError(
                 f"tracking.backends: {', '.join(missing)} cannot be imported here; install with "
@@ -206,12 +207,16 @@ class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
         scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float) and key != "step"}
         numbers = {key: float(value) for key, value in scalars.items() if math.isfinite(value)}
         self._each(lambda tracker: tracker.log(metrics["step"], numbers), metrics["step"])
+        if self._flush_step:
+            self._flush_step = False
+            self._each(lambda tracker: tracker.flush())
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._each(lambda tracker: tracker.sample(step, prompt, text), step)
 
     def checkpoint(self, path: Path) -> None:
         self._each(lambda tracker: tracker.flush())
+        self._flush_step = True  # a step is saved before its evaluation and its metrics
 
     def _each(self, call: Callable[[Tracker], None], step: int | None = None) -> None:
         for name, tracker in list(self._active.items()):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -146,6 +147,34 @@ def test_forced_colors_in_a_log_bring_no_cursor_movements():
     assert "\x1b[" in text
     assert "\r" not in text
     assert set(re.findall(r"\x1b\[[0-9;?]*([A-Za-z])", text)) == {"m"}
+
+
+def show_phases(display):
+    display.start(FACTS)
+    display.step(metrics(1))
+    display.phase("validating")
+    display.phase("validating", 0.3)
+    time.sleep(0.6)  # two refreshes
+    display.phase("")
+
+
+@needs_terminal
+def test_a_terminal_names_what_runs_between_steps():
+    assert re.search(r"[-|/\\] validating 30%", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_terminal(80, show_phases)))
+
+
+def test_a_log_names_what_takes_long(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training_display.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    with TrainingDisplay(Console(file=stream, width=80)) as display:
+        for name, seconds in (("validating", 9), ("scoring hellaswag", 100)):
+            display.phase(name)
+            for second in range(seconds):
+                clock[0] += 1
+                display.phase(name, second / 100)
+            display.phase("")
+    assert stream.getvalue().splitlines() == ["scoring hellaswag 9%", "scoring hellaswag 69%"]
 
 
 @needs_terminal

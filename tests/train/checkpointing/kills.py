@@ -210,6 +210,7 @@ def differences(run: Path, whole: Path) -> list[str]:
         ]
         for _, state in pairs:
             del state["progress"]["seconds"]
+            [state["progress"]["row"]] = comparable([state["progress"]["row"]])
         found += [f"{path.name}{place}" for place in _unequal(*pairs, "")]
     for sample in (whole / "samples").iterdir():
         if sample.read_text() != (run / "samples" / sample.name).read_text():

@@ -247,6 +247,15 @@ def test_a_tracker_that_fails_is_noted_once_and_training_continues(plain_run, mo
     assert all((ours[key] == other[key]).all() for key in other)
 
 
+def test_a_step_with_a_checkpoint_is_stored_too(monkeypatch):
+    """It is saved before its metrics are complete, and a run that resumes from it does not log it again."""
+    monkeypatch.setitem(BACKENDS, "tensorboard", backend := Broken("never"))
+    go("stored", "tensorboard", terminate_at=13)
+    for step in (10, 13):
+        after = backend.calls[backend.calls.index(f"log {step}") + 1 :]
+        assert after[0] == "flush"
+
+
 def test_a_run_killed_twice_sends_no_step_again(monkeypatch):
     """The second time before it was as far as the first: the metrics file, cut by then, does not know."""
     sessions = []

@@ -1,0 +1,103 @@
+"""Standard streams that cannot be written: the reader left, the disk is full, the terminal is closed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.corpus import make_workspace
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="/dev/full and pseudo-terminals")
+SHORT = ["train", "tiny.yaml", "train.tokens=1280"]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "lightlm", *arguments]
+
+
+def no_reader():
+    """The end of a pipe that nobody reads."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return theirs
+
+
+def closed_terminal():
+    import pty
+
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    return theirs
+
+
+@pytest.fixture
+def full():
+    with open("/dev/full", "w") as file:
+        yield file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("streams"), 100)
+
+
+@pytest.mark.parametrize(("end", "processes"), [(no_reader, "2"), (closed_terminal, "1")])
+def test_training_goes_on_to_its_end(folder, end, processes):
+    name, stream = end.__name__, end()
+    arguments = command(*SHORT, "--name", name, "--nproc", processes)
+    done = subprocess.run(
+        arguments, cwd=folder, stdout=stream, stderr=stream, env=os.environ | {"TERM": "xterm-256color"}
+    )
+    os.close(stream)
+    assert done.returncode == 0
+    assert (folder / "runs" / name / "checkpoints/step_000005/complete.json").is_file()
+    assert (folder / "runs" / name / "report.html").is_file()
+
+
+def test_closed_streams_keep_their_numbers(folder):
+    """Otherwise the next file that the command opens gets them, and what is printed lands in it."""
+    shell = f'"{sys.executable}" -m lightlm train tiny.yaml train.tokens=1280 --name closed <&- >&- 2>/dev/full'
+    assert subprocess.run(["sh", "-c", shell], cwd=folder).returncode == 0
+    lines = (folder / "runs/closed/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_preparing_completes_where_nobody_reads(folder):
+    arguments = ["prepare-data", "tiny.jsonl", "--tokenizer", "train:320", "--out", "data/unread", "--json"]
+    stream = no_reader()
+    done = subprocess.run(command(*arguments), cwd=folder, stdout=stream, stderr=stream)
+    os.close(stream)
+    assert done.returncode == 0
+    assert (folder / "data/unread/manifest.json").is_file()
+
+
+def test_results_that_a_full_disk_swallows_are_an_error_and_a_reader_that_left_is_not(full):
+    done = subprocess.run(command("recipes", "show", "demo"), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "Error: standard output could not be written: No space left on device\n"
+    stream = no_reader()
+    done = subprocess.run(command("recipes", "keys"), stdout=stream, stderr=subprocess.PIPE, text=True)
+    os.close(stream)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_mistake_keeps_its_exit_code_where_its_message_is_lost(full):
+    assert subprocess.run(command("recipes", "show", "nothing"), stdout=full, stderr=full).returncode == 1
+    assert subprocess.run(command("nothing"), stdout=full, stderr=full).returncode == 2
+
+
+def test_a_pipe_that_another_program_made_non_blocking_gets_everything():
+    ours, theirs = os.pipe()
+    import fcntl
+
+    fcntl.fcntl(theirs, fcntl.F_SETFL, os.O_NONBLOCK)
+    code = "from lightlm.cli.console import guard_streams, out; guard_streams(); print('x' * 300_000, flush=True)"
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=theirs)
+    os.close(theirs)
+    time.sleep(0.3)  # until the pipe is full
+    with open(ours) as reader:
+        assert len(reader.read()) == 300_001
+    assert writer.wait(10) == 0

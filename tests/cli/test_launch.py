@@ -1,0 +1,58 @@
+"""How the launcher passes signals on; `tests/train/test_distributed.py` launches real processes."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from lightlm.cli import launch
+
+
+class Worker:
+    """A process that ends with `code` after a few looks at it, unless it is ended before."""
+
+    def __init__(self, code=0, looks=3):
+        self.code, self.looks, self.received = code, looks, []
+
+    def poll(self):
+        self.looks -= 1
+        return self.code if self.looks < 0 else None
+
+    def terminate(self):
+        self.received.append("terminate")
+
+    def kill(self):
+        self.received.append("kill")
+
+
+@pytest.fixture
+def group(monkeypatch):
+    workers = [Worker(130), Worker(130)]
+    remaining = list(workers)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: remaining.pop(0))
+    started = launch._Group(["train"], 2, {})
+    return started, workers
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([] if os.name == "nt" else [signal.SIGHUP])]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_any_signal_to_end_asks_the_workers_to_save(group, monkeypatch, number):
+    monkeypatch.setattr(launch, "_WORKERS_ARE_TOLD", False)
+    started, workers = group
+    monkeypatch.setattr(launch.time, "sleep", lambda _: started.interrupts or signal.raise_signal(number))
+    assert started.wait() == (0, 130)
+    assert [worker.received for worker in workers] == [["terminate"], ["terminate"]]
+
+
+def test_windows_workers_that_save_are_not_killed(group, monkeypatch):
+    """There Ctrl-C reaches them too, and `terminate` would end them at once."""
+    monkeypatch.setattr(launch, "_WORKERS_ARE_TOLD", True)
+    started, workers = group
+    monkeypatch.setattr(launch.time, "sleep", lambda _: started.interrupts or signal.raise_signal(signal.SIGINT))
+    assert started.wait() == (0, 130)
+    assert [worker.received for worker in workers] == [[], []]
+    started._interrupt(signal.SIGINT, None)  # a second Ctrl-C
+    assert [worker.received for worker in workers] == [["kill"], ["kill"]]
