@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from lightlm import __version__
+from lightlm import __version__, files
 from lightlm.cli.console import console
 from lightlm.cli.convert import convert
 from lightlm.cli.evaluate import evaluate
@@ -19,6 +19,7 @@ from lightlm.cli.plan import plan
 from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
+from lightlm.cli.runs import runs
 from lightlm.cli.train import NEWEST, train
 from lightlm.errors import LightLMError
 
@@ -54,6 +55,7 @@ app.command("generate")(generate)
 app.command("convert")(convert)
 app.command("report")(report)
 app.add_typer(recipes, name="recipes")
+app.add_typer(runs, name="runs")
 
 
 def with_resume_value(arguments: list[str]) -> list[str]:
@@ -78,7 +80,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        app(with_resume_value(sys.argv[1:]))
+        with files.writing():  # what a library writes; our own files name themselves
+            app(with_resume_value(sys.argv[1:]))
     except LightLMError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:  # `lightlm recipes show demo | head`

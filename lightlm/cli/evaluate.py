@@ -91,6 +91,7 @@ def evaluate(
         from lightlm.evaluate.scoring.batches import BatchSize
         from lightlm.evaluate.tasks.heldout import common_folder
         from lightlm.evaluate.tasks.manager import Tasks
+        from lightlm.runs import run_of
 
         target = pick_device(device)
         precision = pick_dtype(dtype, target)
@@ -105,8 +106,10 @@ def evaluate(
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
     evaluations = []
-    for model, name in zip(located, _names(located), strict=True):
-        loaded = load_pretrained(model, target, precision)
+    for reference, model, name in zip(references, located, _names(located), strict=True):
+        loaded = load_pretrained(reference, target, precision)
+        if run_of(loaded.path) is not None and loaded.path.resolve() != Path(model).resolve():
+            name = loaded.name  # the run has saved another checkpoint meanwhile
         console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
         file = result_file(loaded, chosen.settings, out_path, name)
         if file is None:

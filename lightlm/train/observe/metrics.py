@@ -30,17 +30,19 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
         self.logged_step = steps[-1]["step"] if steps else 0
         kept = [json.dumps(metrics) + "\n" for metrics in steps if metrics["step"] <= last_step]
         files.write_text(run / _FILE, "".join(kept))
-        self._file = (run / _FILE).open("a", encoding="utf-8")
+        self._path = run / _FILE
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
         # JSON has no NaN or infinity: the loss of a skipped step may be null.
         values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with files.writing(self._path):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
     def __exit__(self, *error: object) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with files.writing(self._path), self._file:
+            os.fsync(self._file.fileno())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

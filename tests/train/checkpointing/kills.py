@@ -209,7 +209,7 @@ def differences(run: Path, whole: Path) -> list[str]:
             for folder in (ours, path)
         ]
         for _, state in pairs:
-            del state["progress"]["seconds"]
+            del state["progress"]["seconds"], state["recipe"]
         found += [f"{path.name}{place}" for place in _unequal(*pairs, "")]
     for sample in (whole / "samples").iterdir():
         if sample.read_text() != (run / "samples" / sample.name).read_text():

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lightlm import checkpoint, files
 from lightlm.errors import CheckpointError
 from lightlm.recipe import load_recipe
-from lightlm.runs import new_run
 from lightlm.train.checkpointing import saving
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.checkpointing.saving import Saver, tidy
@@ -262,14 +261,3 @@ def test_what_a_kill_left_is_cleared_in_this_run_alone(copied, stopped):
     assert (checkpoints / "latest").resolve().name == "step_000010"
     assert other.is_dir()
     other.rmdir()
-
-
-def test_a_folder_killed_before_its_recipe_was_written_is_taken_over():
-    for leftover in ([], [".recipe.yaml.partial"]):
-        path = new_run("abandoned", exact=True)
-        for name in leftover:
-            (path / name).write_text("name: tin")
-    assert new_run("abandoned", exact=True) == path
-    (path / "recipe.yaml").write_text("name: tiny")
-    with pytest.raises(CheckpointError, match="exists already"):
-        new_run("abandoned", exact=True)
