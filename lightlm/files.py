@@ -56,9 +56,7 @@ def writing(target: Path | None = None) -> Iterator[None]:
         if not (reason := no_room(error)):
             raise
         place = target or getattr(error, "filename", None) or "a file"
-        raise DiskFullError(
-            f"{place} could not be written: {reason}. Free some space, then run the command again"
-        ) from error
+        raise DiskFullError(f"{place} could not be written: {reason}. Free some space, then try again") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -55,6 +55,7 @@ def evaluate(
     out_path: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Results file or folder; default is <run>/eval/.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist at --out.")] = False,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -86,7 +87,7 @@ def evaluate(
         from lightlm.device import pick_device, pick_dtype
         from lightlm.evaluate.compare.comparison import compare_all
         from lightlm.evaluate.compare.table import Score, score_lines, score_table
-        from lightlm.evaluate.results.store import result_file
+        from lightlm.evaluate.results.store import out_file, result_file
         from lightlm.evaluate.runner import evaluate_model
         from lightlm.evaluate.scoring.batches import BatchSize
         from lightlm.evaluate.tasks.heldout import common_folder
@@ -105,6 +106,11 @@ def evaluate(
         common_folder([] if data else located, data)  # reports different folders
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
+    for name in _names(located) if out_path is not None and not overwrite else ():
+        if (existing := out_file(out_path, chosen.settings, name)).exists():
+            raise UsageError(
+                f"{existing} exists already; choose another path with --out, or replace it with --overwrite"
+            )
     evaluations = []
     for reference, model, name in zip(references, located, _names(located), strict=True):
         loaded = load_pretrained(reference, target, precision)

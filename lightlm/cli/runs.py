@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 runs = typer.Typer(no_args_is_help=True, help="List and delete runs; print the folder of one.")
 
-_AGES = (("days", 86_400), ("hours", 3600), ("minutes", 60))
+_AGES = (("days", 86_400), ("h", 3600), ("min", 60))
 
 
 @runs.command("ls")
@@ -129,4 +129,4 @@ def _age(modified: float) -> str:
     for unit, length in _AGES:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} s"

@@ -46,13 +46,15 @@ def result_file(loaded: LoadedModel, settings: Settings, out: Path | None, name:
     Args:
         name: the model's name, if another model has the same.
     """
-    if out is not None and out.suffix == ".json":
-        return out
-    file = f"{file_stem(settings)}.json"
     if out is not None:
-        return out / f"{re.sub(r'[/:]', '_', name or loaded.name)}_{file}"
+        return out_file(out, settings, name or loaded.name)
     run = run_of(loaded.path)
-    return run / "eval" / f"{loaded.path.resolve().name}_{file}" if run else None
+    return run / "eval" / f"{loaded.path.resolve().name}_{file_stem(settings)}.json" if run else None
+
+
+def out_file(out: Path, settings: Settings, name: str) -> Path:
+    """Return the path of a model's results at `--out`: `out` if it ends in .json, else a file in the folder `out`."""
+    return out if out.suffix == ".json" else out / f"{re.sub(r'[/:]', '_', name)}_{file_stem(settings)}.json"
 
 
 def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:
