@@ -106,11 +106,10 @@ def evaluate(
         common_folder([] if data else located, data)  # reports different folders
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
-    for name in _names(located) if out_path is not None and not overwrite else ():
-        if (existing := out_file(out_path, chosen.settings, name)).exists():
-            raise UsageError(
-                f"{existing} exists already; choose another path with --out, or replace it with --overwrite"
-            )
+    for name in _names(located):
+        if out_path is None or overwrite or not (existing := out_file(out_path, chosen.settings, name)).exists():
+            continue
+        raise UsageError(f"{existing} exists already; choose another path with --out, or replace it with --overwrite")
     evaluations = []
     for reference, model, name in zip(references, located, _names(located), strict=True):
         loaded = load_pretrained(reference, target, precision)
