@@ -8,6 +8,7 @@ model = lightlm.load(result.run)
 print(model.generate("Return a new"))
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from lightlm.model.config import ModelConfig
 from lightlm.quantities import parse_quantity
 from lightlm.recipe import load_recipe
 from lightlm.report.build import write_report
-from lightlm.runs import new_run
+from lightlm.runs import find_run, locked, new_run
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.observers import Observer, Observers
 from lightlm.train.observe.trackers import Trackers
@@ -225,6 +226,7 @@ def train(
     *overrides: str,
     name: str | None = None,
     resume: PathLike | None = None,
+    overwrite: bool = False,
     observer: Observer | None = None,
 ) -> Result:
     """Train a model in this process, to the end of the recipe or until Ctrl-C; both save the last step.
@@ -234,34 +236,44 @@ def train(
         overrides: changes such as `"optimizer.lr=1e-3"`.
         name: the run folder under `runs/`; None is the recipe's name, with a number if it is taken.
         resume: a run to resume, in place of a recipe.
+        overwrite: delete the run of this name first, once recipe and data are known to fit.
         observer: receives every step, sample and checkpoint; None shows nothing.
 
     Returns:
         The run folder, its last step, losses and duration. `load(result.run)` loads the trained model.
 
     Raises:
-        UsageError: both or neither of `recipe` and `resume`.
+        UsageError: both or neither of `recipe` and `resume`, or `resume` and `overwrite`.
+        CheckpointError: the run is being trained, its name is taken, or it has no undamaged checkpoint.
         RecipeError: mistakes in the recipe; the message lists them all.
         DataError: the data is missing or does not fit the recipe.
         TrainingDivergedError: the loss or the gradient became NaN or infinite.
     """
     if (recipe is None) == (resume is None):
         raise UsageError("train takes a recipe, or resume=RUN")
+    if resume is not None and overwrite:
+        raise UsageError("overwrite=True deletes the run that resume=RUN continues; choose one of them")
     observer = observer or Observer()
-    if resume is not None:
-        parsed, run, checkpoint = reopen_run(str(resume), overrides, observer.note)
-    else:
-        parsed, run, checkpoint = load_recipe(str(recipe), overrides), None, None
-    data = open_data(parsed)
-    assert data is not None
-    setup = set_up(parsed, data, observer.note, resume_from=checkpoint)
-    scored = parsed.eval.tasks
-    evaluator = TaskScores(setup.recipe.eval, data, setup.world, observer.note) if scored else None
-    run = run or new_run(name or parsed.name, exact=name is not None)
-    with Trackers(parsed.tracking, observer.note) as trackers:
-        trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
-        result = trainer.train()
-    write_report([run])
+    with contextlib.ExitStack() as held:
+        run = checkpoint = None
+        if resume is not None:
+            run = find_run(os.fspath(resume))
+            held.enter_context(locked(run))
+            parsed, run, checkpoint = reopen_run(run, overrides, observer.note)
+        else:
+            parsed = load_recipe(str(recipe), overrides)
+        data = open_data(parsed, resumed=run)
+        assert data is not None
+        setup = set_up(parsed, data, observer.note, resume_from=checkpoint)
+        scored = parsed.eval.tasks
+        evaluator = TaskScores(setup.recipe.eval, data, setup.world, observer.note) if scored else None
+        if run is None:
+            exact = name is not None
+            run = held.enter_context(new_run(name or parsed.name, exact=exact, overwrite=overwrite))
+        with Trackers(parsed.tracking, observer.note) as trackers:
+            trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
+            result = trainer.train()
+        write_report([run])
     return result
 
 

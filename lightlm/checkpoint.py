@@ -23,13 +23,11 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError
 from lightlm.model.config import RENAMED_FIELDS, ModelConfig
 from lightlm.model.transformer import Transformer
-from lightlm.runs import run_of
+from lightlm.runs import MARKER, checkpoints, run_of, step_name
 
-MARKER = "complete.json"
 TRAINING_STATE = "training_state.pt"
 _MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
-_STEP_NAME = re.compile(r"step_(\d+)")
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # DistributedDataParallel's and torch.compile's prefixes
 
 
@@ -62,17 +60,6 @@ def model_name(path: Path) -> str:
     return f"{run.name}/{path.name}" if run else path.name
 
 
-def step_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return the run's complete checkpoints, oldest first."""
-    named = {path: _STEP_NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*")}
-    steps = {path: int(match[1]) for path, match in named.items() if match and (path / MARKER).is_file()}
-    return sorted(steps, key=steps.__getitem__)
-
-
 def newest_checkpoint(
     run: Path, examine: Callable[[Path], None] | None = None, warn: Callable[[str], None] = warn
 ) -> Path:
@@ -85,10 +72,17 @@ def newest_checkpoint(
         CheckpointError: the run has no checkpoint, or all are damaged.
     """
     problems = []
-    for path in reversed(checkpoints(run)):
+    passed: set[str] = set()
+    while left := [path for path in checkpoints(run) if path.name not in passed]:
+        path = left[-1]
         try:
             examine(path) if examine is not None else check(path, _MODEL_FILES)
-        except DamagedCheckpointError as error:
+        except (CheckpointError, FileNotFoundError) as error:
+            if not (path / MARKER).is_file():  # the run trains and has pruned it; there are newer ones
+                continue
+            if not isinstance(error, DamagedCheckpointError):
+                raise
+            passed.add(path.name)
             problems.append(error.problem)
             continue
         for problem in problems:

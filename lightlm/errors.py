@@ -30,3 +30,7 @@ class CheckpointError(LightLMError):
 
 class ConvertError(LightLMError):
     """A model cannot be expressed in the requested format, or a folder cannot be read as one."""
+
+
+class DiskFullError(LightLMError, OSError):
+    """There is no room for a file: the disk is full, or a quota or limit is reached."""

@@ -1,16 +1,62 @@
-"""Atomic writes of files and folders (temporary name, fsync, rename), pointers, checksums and disk errors."""
+"""Atomic writes of files and folders (temporary name, fsync, rename), pointers, checksums and full disks."""
 
 import contextlib
 import errno
+import glob
 import os
+import re
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
-from lightlm.errors import DataError
+from lightlm.errors import DataError, DiskFullError, LightLMError
+
+_STALE_SECONDS = 3600  # a temporary file of this age was left by a kill: writing one file takes less
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the file system or a limit (ulimit -f) allows",
+}
+_NUMBER = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)  # in the messages of safetensors, tokenizers, pyarrow
+# What torch.save and numpy's tofile say when a write fails; they give no reason.
+_FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|requested and \d+ written")
+
+
+def no_room(error: BaseException) -> str:
+    """Return why there is no room on the disk, if an error of Python or of a library means that; else an empty text."""
+    if isinstance(error, DiskFullError) and error.__cause__ is not None:
+        error = error.__cause__
+    if (number := getattr(error, "errno", None)) in _NO_ROOM:
+        return _NO_ROOM[number]
+    text = str(error)
+    for match in _NUMBER.finditer(text):
+        if int(match[1]) in _NO_ROOM:
+            return _NO_ROOM[int(match[1])]
+        if os.name == "nt" and match[1] == "112":
+            return _NO_ROOM[errno.ENOSPC]
+    return "the disk is probably full" if _FAILED_WRITE.search(text) else ""
+
+
+@contextlib.contextmanager
+def writing(target: Path | None = None) -> Iterator[None]:
+    """Context manager that raises an error of its block, which writes `target`, as a DiskFullError if it means that.
+
+    Other errors pass. Without `target`, the message names the file that the error names, if any.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not (reason := no_room(error)):
+            raise
+        place = target or getattr(error, "filename", None) or "a file"
+        raise DiskFullError(f"{place} could not be written: {reason}. Free some space, then try again") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -31,12 +77,30 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _temporary(path: Path) -> Path:
+    """Return a temporary name beside `path` that no other process uses."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` atomically: a kill at any instant leaves the old or the new content."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    sync_file(temporary)
-    os.replace(temporary, path)
+    """Replace `path` atomically: a kill at any instant leaves the old or the new content. Several processes may do so.
+
+    Raises:
+        DiskFullError: there is no room; `path` is unchanged.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # by a kill
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
+    temporary = _temporary(path)
+    try:
+        with writing(path):
+            temporary.write_bytes(content)
+            sync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -54,6 +118,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
+        DiskFullError: there is no room.
         OSError: `path` is a mount point, which cannot be renamed.
     """
     path = path.resolve()
@@ -66,9 +131,10 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.partial")
     remove_folder(temporary)
     try:
-        temporary.mkdir()  # inside the block: a signal may come right after it
-        yield temporary
-        sync_tree(temporary)
+        with writing(path):
+            temporary.mkdir()  # inside the block: a signal may come right after it
+            yield temporary
+            sync_tree(temporary)
     except BaseException:
         remove_folder(temporary)
         raise
@@ -132,13 +198,18 @@ def checksum(path: Path) -> str:
 
 
 def point_to(link: Path, target_name: str) -> None:
-    """Point `link` to its sibling `target_name` by a symbolic link, or by a text file where links are not allowed."""
-    temporary = link.with_name(f".{link.name}.partial")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(target_name, target_is_directory=True)
-    except OSError:  # Windows without developer mode
-        temporary.write_text(target_name, encoding="utf-8")
+    """Point `link` to its sibling `target_name` by a symbolic link, or by a text file where links are not allowed.
+
+    A folder in its place, made by a tool that copies what links lead to, is renamed to `<link>.copied`.
+    """
+    temporary = _temporary(link)
+    with writing(link):
+        try:
+            temporary.symlink_to(target_name, target_is_directory=True)
+        except OSError:  # Windows without developer mode
+            temporary.write_text(target_name, encoding="utf-8")
+    if link.is_dir() and not link.is_symlink():
+        replace_folder(link, link.with_name(f"{link.name}.copied"))
     os.replace(temporary, link)
     sync_folder(link.parent)
 
@@ -152,15 +223,20 @@ def follow(link: Path) -> Path | None:
 
 @contextlib.contextmanager
 def clear_errors(target: Path) -> Iterator[None]:
-    """Context manager that raises an OSError of its block, which writes `target`, as a DataError with advice."""
+    """Context manager that raises a disk error of its block, which writes `target`, as a DataError with advice."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if isinstance(error, LightLMError) and not isinstance(error, DiskFullError):
+            raise
+        if no_room(error):
             places = f"{target.parent} (or {tempfile.gettempdir()}, for temporary files)"
-            problem = f"The disk that holds {places} is full ({error.strerror}). Free some space"
-        else:
+            cause = error.__cause__ if isinstance(error, DiskFullError) else error
+            problem = f"The disk that holds {places} is full ({getattr(cause, 'strerror', cause)}). Free some space"
+        elif isinstance(error, OSError):
             problem = f"{error.filename or target}: {error.strerror or error}"
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 problem += ". Change its permissions, or choose another folder with --out"
+        else:
+            raise
         raise DataError(f"{problem}. Progress is saved. Rerun the same command to resume.") from error

@@ -13,6 +13,7 @@ import torch
 import lightlm
 from lightlm import checkpoint
 from lightlm.errors import CheckpointError, UsageError
+from lightlm.runs import locked
 from tests.corpus import TINY_RECIPE, write_jsonl
 from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer
 
@@ -183,6 +184,24 @@ def test_train_leaves_a_run_and_resumes_it(workspace, monkeypatch):
 
     more = lightlm.train(None, "train.tokens=3840", resume="first", observer=Watch())
     assert (more.run, more.tokens, steps) == (Path("runs/first"), 3840, list(range(11, 16)))
+
+
+def test_train_refuses_a_run_that_is_trained_and_a_name_that_is_taken(workspace, monkeypatch):
+    folder, *_ = workspace
+    monkeypatch.chdir(folder)
+    before = (folder / "runs/first/metrics.jsonl").read_bytes()
+    with locked(Path("runs/first")):
+        for again in ({"resume": "first"}, {"recipe": "tiny.yaml", "name": "first", "overwrite": True}):
+            with pytest.raises(CheckpointError, match="runs/first is being trained by process"):
+                lightlm.train(**again)
+    with pytest.raises(CheckpointError, match="runs/first exists already"):
+        lightlm.train("tiny.yaml", name="first")
+    with pytest.raises(UsageError, match="choose one of them"):
+        lightlm.train(resume="first", overwrite=True)
+    assert (folder / "runs/first/metrics.jsonl").read_bytes() == before
+    lightlm.train("tiny.yaml", "train.tokens=256", name="replaced")
+    lightlm.train("tiny.yaml", "train.tokens=512", name="replaced", overwrite=True)
+    assert (folder / "runs/replaced/metrics.jsonl").read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("arguments", [{}, {"recipe": "tiny.yaml", "resume": "first"}])

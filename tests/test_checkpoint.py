@@ -118,7 +118,7 @@ def test_a_key_of_a_later_version_is_refused(saved):
 
 def test_runs_and_checkpoints_are_found(saved, monkeypatch, tmp_path, tokenizer):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="no run yet"):
+    with pytest.raises(CheckpointError, match="leads to no run; name one of these: one"):
         find_run()
     run = find_run("one")
     assert find_run("runs/one") == run

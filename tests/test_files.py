@@ -1,8 +1,12 @@
+import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
 from lightlm import files
+from lightlm.errors import DiskFullError
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -86,3 +90,42 @@ def test_a_folder_set_aside_by_a_kill_comes_back(tmp_path):
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "out" / "good").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (OSError("Error writing bytes to file. Detail: [errno 28] No space left on device"), "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "probably full"),
+        (OSError("2000000 requested and 0 written"), "probably full"),
+        (OSError(errno.EACCES, "Permission denied"), ""),
+        (RuntimeError("shape mismatch (os error 2)"), ""),
+    ],
+)
+def test_a_full_disk_is_recognized_whichever_library_fails(tmp_path, error, reason):
+    assert reason in files.no_room(error)
+    assert bool(reason) == bool(files.no_room(error))
+    with pytest.raises(DiskFullError if reason else type(error)) as raised, files.writing(tmp_path / "file"):
+        raise error
+    assert not reason or f"{tmp_path / 'file'} could not be written: " in str(raised.value)
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path):
+    write = "import sys; from pathlib import Path; from lightlm import files\n"
+    write += "for _ in range(30): files.write_text(Path('file'), sys.argv[1] * 100_000); files.point_to(Path('p'), 'x')"
+    writers = [subprocess.Popen([sys.executable, "-c", write, letter], cwd=tmp_path) for letter in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert set((tmp_path / "file").read_text()) in ({"a"}, {"b"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "p"]
+
+
+def test_what_a_kill_left_long_ago_is_removed_by_the_next_write(tmp_path):
+    old, fresh = tmp_path / ".file.0.partial", tmp_path / ".file.1.partial"
+    for path in (old, fresh):
+        path.touch()
+    os.utime(old, (0, 0))
+    files.write_text(tmp_path / "file", "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".file.1.partial", "file"]

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from lightlm import __version__
+from lightlm import __version__, files
 from lightlm.cli.console import console, guard_streams, lost_output
 from lightlm.cli.convert import convert
 from lightlm.cli.evaluate import evaluate
@@ -18,6 +18,7 @@ from lightlm.cli.plan import plan
 from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
+from lightlm.cli.runs import runs
 from lightlm.cli.train import NEWEST, train
 from lightlm.errors import LightLMError
 
@@ -57,6 +58,7 @@ app.command("generate", cls=PromptCommand)(generate)
 app.command("convert")(convert)
 app.command("report")(report)
 app.add_typer(recipes, name="recipes")
+app.add_typer(runs, name="runs")
 
 
 def with_resume_value(arguments: list[str]) -> list[str]:
@@ -88,7 +90,8 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> None:
     try:
-        app(with_resume_value(arguments))
+        with files.writing():  # what a library writes; our own files name themselves
+            app(with_resume_value(arguments))
     except LightLMError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

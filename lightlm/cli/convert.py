@@ -64,7 +64,7 @@ def convert(
     writer = format_named("--to", to) if to is not None else None
     reader = format_named("--from", from_) if from_ is not None else None
     from lightlm.convert.huggingface.folder import is_untouched_export
-    from lightlm.convert.load import locate
+    from lightlm.convert.load import locate, with_model
     from lightlm.device import DTYPES
 
     if dtype not in DTYPES:
@@ -80,7 +80,9 @@ def convert(
     target = out_path or _default_target(model, source, writer)
     _check_target(target, source, replace=overwrite or (out_path is None and is_untouched_export(target)))
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
-    facts = convert_model(source, reader, target, writer, DTYPES[dtype], verify=verify)
+    facts, source = with_model(
+        model, lambda path: (convert_model(path, reader, target, writer, DTYPES[dtype], verify=verify), path)
+    )
     written = sorted(target.iterdir()) if target.is_dir() else [target]
     sizes = {path.name: path.stat().st_size for path in written}
     summary = {"source": str(source), "folder": str(target), "format": writer.name, "dtype": dtype, **facts}

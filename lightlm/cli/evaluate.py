@@ -57,6 +57,7 @@ def evaluate(
     out_path: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Results file or folder; default is <run>/eval/.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist at --out.")] = False,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -88,11 +89,12 @@ def evaluate(
         from lightlm.device import pick_device, pick_dtype
         from lightlm.evaluate.compare.comparison import compare_all
         from lightlm.evaluate.compare.table import Score, score_lines, score_table
-        from lightlm.evaluate.results.store import result_file
+        from lightlm.evaluate.results.store import out_file, result_file
         from lightlm.evaluate.runner import evaluate_model
         from lightlm.evaluate.scoring.batches import BatchSize
         from lightlm.evaluate.tasks.heldout import common_folder
         from lightlm.evaluate.tasks.manager import Tasks
+        from lightlm.runs import run_of
 
         target = pick_device(device)
         precision = pick_dtype(dtype, target)
@@ -106,9 +108,15 @@ def evaluate(
         common_folder([] if data else located, data)  # reports different folders
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
+    for name in _names(located):
+        if out_path is None or overwrite or not (existing := out_file(out_path, chosen.settings, name)).exists():
+            continue
+        raise UsageError(f"{existing} exists already; choose another path with --out, or replace it with --overwrite")
     evaluations = []
-    for model, name in zip(located, _names(located), strict=True):
-        loaded = load_pretrained(model, target, precision)
+    for reference, model, name in zip(references, located, _names(located), strict=True):
+        loaded = load_pretrained(reference, target, precision)
+        if run_of(loaded.path) is not None and loaded.path.resolve() != Path(model).resolve():
+            name = loaded.name  # the run has saved another checkpoint meanwhile
         console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
         file = result_file(loaded, chosen.settings, out_path, name)
         if file is None:

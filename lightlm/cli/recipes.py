@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lightlm import files
 from lightlm.cli.console import out, print_json, print_table
 from lightlm.errors import UsageError
 
@@ -81,7 +82,7 @@ def copy_recipe(
         raise UsageError(f"no folder {target.parent} to copy to; create it first")
     schema = (recipes_folder() / SCHEMA_FILE).absolute().as_uri()
     lines = [f"{_EDITOR_LINE}{schema}\n", *_own_lines(source)]
-    target.write_text("".join(lines), encoding="utf-8")
+    files.write_text(target, "".join(lines))
     out.print(f"{target}: train it with `lightlm train {target}`", markup=False)
 
 

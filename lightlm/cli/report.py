@@ -17,6 +17,7 @@ def report(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder [default: the run's; for several runs runs/compare-A-B]."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that exists at --out.")] = False,
     compare: Annotated[
         str | None,
         typer.Option(metavar="B1,B2", help="Show published scores beside the runs' (gpt2, mobilellm-125m, ...)."),
@@ -32,6 +33,8 @@ def report(
             f"--compare {models[0]}: a report only reads stored scores; name a run as an argument instead, or score "
             f"the model with `lightlm eval --compare {models[0]}`"
         )
+    if out_path is not None and not overwrite and (existing := out_path / "report.html").exists():
+        raise UsageError(f"{existing} exists already; choose another folder with --out, or replace it with --overwrite")
     with console.status("Drawing ..."):
         from lightlm.report.build import write_report
         from lightlm.runs import find_run

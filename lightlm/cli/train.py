@@ -1,5 +1,6 @@
 """`lightlm train`."""
 
+import contextlib
 import os
 import shlex
 from dataclasses import dataclass, replace
@@ -10,9 +11,11 @@ import typer
 
 from lightlm.cli.console import console, out, print_json
 from lightlm.cli.launch import launch, report_once
-from lightlm.errors import UsageError
+from lightlm.errors import LightLMError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
@@ -41,6 +44,9 @@ def train(
     auto_resume: Annotated[
         bool, typer.Option("--auto-resume", help="Resume runs/NAME if it exists, else start it.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete runs/NAME if it exists, once recipe and data are known to fit.")
+    ] = False,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine: one per GPU, or CPU processes.")] = 1,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Restarts of all processes from the last checkpoint after one dies.")
@@ -62,23 +68,27 @@ def train(
             raise UsageError(
                 f"--resume uses the name and recipe of its run; leave {argument} out, and give changes as key=value"
             )
+    if overwrite and (resume is not None or auto_resume):
+        raise UsageError("--overwrite deletes the run that --resume and --auto-resume continue; choose one of them")
     if resume is None and recipe is None:
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
-    request = _Request(recipe, changes, name, resume, auto_resume, dry_run, as_json)
+    request = _Request(recipe, changes, name, resume, auto_resume, overwrite, dry_run, as_json)
+    if "WORLD_SIZE" not in os.environ and not dry_run:
+        request.check_run()
     if nproc > 1 or max_restarts:
         if "WORLD_SIZE" in os.environ:
             raise UsageError("--nproc and --max-restarts start processes, which torchrun did already; leave them out")
-        first = request.with_fixed_run() if max_restarts else request
-        again = first if resume is not None else replace(first, auto_resume=True)
-        raise typer.Exit(launch(first.arguments(), again.arguments(), nproc, max_restarts))
+        with request.with_fixed_run() if max_restarts else contextlib.nullcontext(request) as first:
+            again = first if resume is not None else replace(first, auto_resume=True, overwrite=False)
+            raise typer.Exit(launch(first.arguments(), again.arguments(), nproc, max_restarts))
 
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
 
     from lightlm.train.distributed import join_world
 
-    with join_world() as world, report_once(world), world.watched():
-        interrupted = _train(world, request)
+    with join_world() as world, report_once(world), world.watched(), contextlib.ExitStack() as held:
+        interrupted = _train(world, request, held)
     if interrupted:
         raise typer.Exit(130)
 
@@ -92,37 +102,64 @@ class _Request:
     name: str | None
     resume: str | None
     auto_resume: bool
+    overwrite: bool
     dry_run: bool
     as_json: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether the user named the run; otherwise it gets the first free number."""
+        return self.name is not None or self.auto_resume or self.overwrite
 
     def arguments(self) -> list[str]:
         """Return the command line of this request."""
         options = {"--name": self.name, "--resume": self.resume}
-        flags = {"--auto-resume": self.auto_resume, "--dry-run": self.dry_run, "--json": self.as_json}
+        flags = {"--auto-resume": self.auto_resume, "--overwrite": self.overwrite, "--dry-run": self.dry_run}
+        flags["--json"] = self.as_json
         return [
             *("train", *([self.recipe] if self.recipe else []), *self.changes),
             *(f"{option}={value}" for option, value in options.items() if value is not None),
             *(flag for flag, given in flags.items() if given),
         ]
 
-    def with_fixed_run(self) -> "_Request":
-        """Return a request that names its run, so that a restart finds the run of the first attempt."""
+    def check_run(self) -> None:
+        """Refuse a run that is being trained, or a name that is taken, before anything heavy is imported."""
+        from lightlm.runs import find_run, require_free, require_unlocked, run_folder
+
+        if self.resume is not None:
+            require_unlocked(find_run(None if self.resume == NEWEST else self.resume))
+        elif self.name is not None and not self.auto_resume:
+            require_free(run_folder(self.name), overwrite=self.overwrite)
+
+    @contextlib.contextmanager
+    def with_fixed_run(self) -> "Iterator[_Request]":
+        """Context manager that gives a request that names its run, so that a restart finds that of the first attempt.
+
+        The folder of a new run is created, and removed at the end if no run has begun in it.
+        """
         from lightlm.recipe import load_recipe
-        from lightlm.runs import find_run, free_folder
+        from lightlm.runs import claim_folder, discard_unstarted, find_run
 
         if self.resume == NEWEST:
-            return replace(self, resume=str(find_run()))
-        if self.recipe is None or self.auto_resume:
-            return self
-        name = self.name or load_recipe(self.recipe, self.changes).name
-        return replace(self, name=free_folder(name, exact=self.name is not None).name)
+            yield replace(self, resume=str(find_run()))
+        elif self.recipe is None or self.auto_resume or self.name is not None:
+            yield self
+        else:
+            name = load_recipe(self.recipe, self.changes).name
+            if self.overwrite:
+                yield replace(self, name=name)
+                return
+            claimed = claim_folder(name)
+            try:
+                yield replace(self, name=claimed.name)
+            finally:
+                discard_unstarted(claimed)
 
 
-def _train(world: "World", request: _Request) -> bool:
-    """Train in one process; return whether it was interrupted."""
+def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> bool:
+    """Train in one process; return whether it was interrupted. `held` keeps the lock of the run."""
     from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.convert.huggingface.layouts import export_target
-    from lightlm.runs import new_run
     from lightlm.train.observe.observers import Observers
     from lightlm.train.observe.trackers import Trackers
     from lightlm.train.setup import open_data, set_up
@@ -130,11 +167,11 @@ def _train(world: "World", request: _Request) -> bool:
     from lightlm.train.trainer import Trainer
 
     display = TrainingDisplay()
-    parsed, run, checkpoint = world.from_writer(lambda: _choose(request, display))
+    parsed, run, checkpoint = world.from_writer(lambda: _choose(request, display, held))
     if refusal := export_target(parsed.model).refusal:
         display.note(f"this recipe's model cannot be exported to Hugging Face: {refusal}")
     trackers = Trackers(parsed.tracking, display.note)
-    data = open_data(parsed, required=not request.dry_run or checkpoint is not None)
+    data = open_data(parsed, required=not request.dry_run or checkpoint is not None, resumed=run)
     setup = set_up(parsed, data, display.note, world, checkpoint)
     evaluator = None
     if data is not None and parsed.eval.tasks:
@@ -147,8 +184,7 @@ def _train(world: "World", request: _Request) -> bool:
         _print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)
         return False
     # The run folder appears once recipe and data are known to fit.
-    exact = request.name is not None or request.auto_resume
-    run = world.from_writer(lambda: run or new_run(request.name or parsed.name, exact=exact))
+    run = world.from_writer(lambda: run or _new_run(request, parsed.name, display, held))
     trainer = Trainer(setup, run, Observers(display, trackers), evaluator=evaluator)
     with display, stop_on_signals(launched=world.launched):  # a late signal does not end what follows the last save
         with trackers:
@@ -162,23 +198,53 @@ def _train(world: "World", request: _Request) -> bool:
     return result.interrupted
 
 
-def _choose(request: _Request, display: "TrainingDisplay") -> "tuple[Recipe, Path | None, Path | None]":
-    """Return the recipe, the run to resume and the checkpoint to start from; None for a new run."""
+def _choose(
+    request: _Request, display: "TrainingDisplay", held: contextlib.ExitStack
+) -> "tuple[Recipe, Path | None, Path | None]":
+    """Return the recipe, the run to resume and the checkpoint to start from; None for a new run.
+
+    A run to train is locked first, so that its checkpoints are read after another process has written its last one.
+    """
     from lightlm.recipe import load_recipe
-    from lightlm.runs import RECIPE, run_folder
+    from lightlm.runs import RECIPE, find_run, locked, run_folder
     from lightlm.train.checkpointing.resume import reopen_run
 
+    run = None
     if request.resume is not None:
-        return reopen_run(None if request.resume == NEWEST else request.resume, request.changes, display.note)
-    assert request.recipe is not None
-    if request.auto_resume:
-        run = run_folder(request.name or load_recipe(request.recipe, request.changes).name)
-        if (run / RECIPE).is_file():
+        run = find_run(None if request.resume == NEWEST else request.resume)
+    elif request.auto_resume:
+        assert request.recipe is not None
+        named = run_folder(request.name or load_recipe(request.recipe, request.changes).name)
+        if (named / RECIPE).is_file():
+            run = named
             display.note(f"{run} exists and is resumed with its own recipe, not {request.recipe}")
-            return reopen_run(run, request.changes, display.note)
-    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if run is not None:
+        if not request.dry_run:
+            held.enter_context(locked(run))
+        return reopen_run(run, request.changes, display.note)
+    assert request.recipe is not None
+    if not request.auto_resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")
     return load_recipe(request.recipe, request.changes), None, None
+
+
+def _new_run(request: _Request, default: str, display: "TrainingDisplay", held: contextlib.ExitStack) -> Path:
+    """Create the folder of a new run; say so if the run of that name is unfinished, which the user may have meant."""
+    from lightlm.recipe import load_run_recipe
+    from lightlm.runs import new_run, run_folder
+    from lightlm.runs.listing import STATES_TO_RESUME, summarize
+    from lightlm.train.schedules import batch_plan
+
+    name = request.name or default
+    run = held.enter_context(new_run(name, exact=request.exact, overwrite=request.overwrite))
+    if run != (first := run_folder(name)) and (found := summarize(first)) and found.state in STATES_TO_RESUME:
+        with contextlib.suppress(LightLMError):  # the recipe of another version
+            steps = found.step + batch_plan(load_run_recipe(first)).remaining(found.tokens or 0)[0]
+            display.note(
+                f"{first} is at step {found.step:,} of {steps:,}; resume it with `lightlm train --resume {name}`. "
+                f"This run is {run}"
+            )
+    return run
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:

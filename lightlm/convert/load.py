@@ -1,8 +1,10 @@
 """MODEL on the command line: find and load the model that a user names, in whatever form."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import huggingface_hub
 import torch
@@ -11,9 +13,10 @@ from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.formats import format_of, reader_of
 from lightlm.convert.huggingface.weights import WEIGHT_FILES
-from lightlm.errors import CheckpointError
-from lightlm.runs import RUNS, find_run, run_names
+from lightlm.errors import CheckpointError, LightLMError
+from lightlm.runs import RUNS, find_run, run_names, run_of
 
+T = TypeVar("T")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 _SMALL_FILES += ["special_tokens_map.json", checkpoint.MARKER]
@@ -34,10 +37,24 @@ def load_pretrained(
             cannot be reached.
         ConvertError: LightLM cannot represent the model.
     """
-    path = locate(reference)
-    loaded = reader_of(path).read(path)
+    loaded = with_model(reference, lambda path: reader_of(path).read(path))
     loaded.model.to(device=device, dtype=dtype)
     return replace(loaded, path=Path(reference)) if reference is not None and is_hub_id(reference) else loaded
+
+
+def with_model(reference: str | Path | None, use: Callable[[Path], T]) -> T:
+    """Return `use(path)` for the model that `locate` finds.
+
+    A run that is being trained deletes old checkpoints: if that happens before `use` has read its files, take the newer
+    one.
+    """
+    while True:
+        path = locate(reference)
+        try:
+            return use(path)
+        except (LightLMError, OSError):
+            if path.exists() or run_of(path) is None:
+                raise
 
 
 def locate(reference: str | Path | None = None) -> Path:

@@ -93,6 +93,7 @@ def evaluate_model(
         log_samples: also write prompts and answers.
     """
     started = time.perf_counter()
+    weights = store.hash_weights(loaded)  # before a run that is being trained deletes them
     lm = LightLM(loaded, batch_size=batch_size, add_bos_token=BOS[tasks.settings.bos])
     results = run_tasks(lm, tasks, log_samples=True)
     samples = results.pop("samples")
@@ -114,7 +115,7 @@ def evaluate_model(
         "seconds": round(time.perf_counter() - started, 2),
     }
     if file is not None:
-        store.write(file, results, facts | store.provenance(loaded, tasks.data_sets.origins, lm.device))
+        store.write(file, results, facts | store.provenance(loaded, weights, tasks.data_sets.origins, lm.device))
         documents.write(documents.documents_file(file), scored)
         if log_samples:
             store.write_samples(file, samples)

@@ -2,6 +2,7 @@
 
 from lightlm.recipe.loading import find_recipe, load_recipe, load_run_recipe, recipes_folder, shipped_recipes
 from lightlm.recipe.mistakes import parse_recipe
+from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import (
     NAME_PATTERN,
     CheckpointSection,
@@ -28,4 +29,5 @@ __all__ = [
     "recipes_folder",
     "shipped_recipes",
     "span_tokens",
+    "with_new_names",
 ]

@@ -1,5 +1,6 @@
 """The parts of a run, built from its recipe: training, the planning probe and `--dry-run` share them."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,13 +142,21 @@ def set_up(
     )
 
 
-def open_data(recipe: Recipe, *, required: bool = True) -> DataFolder | None:
+def open_data(recipe: Recipe, *, required: bool = True, resumed: Path | None = None) -> DataFolder | None:
     """Open the recipe's data folder. If it is not `required` and does not exist, return None.
+
+    Args:
+        resumed: the run that continues on this data, for messages.
 
     Raises:
         DataError: the folder is missing or damaged.
     """
     folder = resolve_dataset(recipe.data.dataset)
+    if resumed is not None and required and not folder.is_dir():
+        raise DataError(
+            f"There is no data folder {folder}, on which {resumed} was trained. If the folder has moved, say where "
+            f"it is: lightlm train --resume {shlex.quote(str(resumed))} data.dataset=PATH"
+        )
     return DataFolder.open(folder) if required or folder.is_dir() else None
 
 

@@ -382,7 +382,7 @@ class Trainer:
             return
         with self._phase("saving a checkpoint"):
             weights = self.loss.whole_model().state_dict()
-            state = pack(self.progress, named_state(self.model, self.optimizer), self.data)
+            state = pack(self.progress, named_state(self.model, self.optimizer), self.data, self.recipe)
             if saver is not None:
                 milestone = self._due(self.recipe.checkpoint.keep_every)
                 saver.save(self.progress.step, weights, state, milestone=milestone, wait=wait)

@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from lightlm.cli.evaluate import evaluate
 from lightlm.device import pick_dtype
 from lightlm.errors import LightLMError, UsageError
+from lightlm.evaluate import runner
 from lightlm.evaluate.tasks import manager
 from lightlm.quantities import format_quantity
 from tests.evaluate.tiny_run import write_world
@@ -129,6 +131,25 @@ def test_results_that_are_not_stored_are_reported(world: Path) -> None:
     assert "--out DIR" in done.stderr
     done = CliRunner().invoke(app, ["model", "--tasks", "quiz.yaml", "--out", "scores"])
     assert "not belong to a run" not in done.stderr
+    again = ["model", "--tasks", "quiz.yaml", "--out", "scores"]
+    done = CliRunner().invoke(app, again)
+    assert isinstance(done.exception, UsageError)
+    assert "scores/model_quiz.json exists already" in str(done.exception)
+    assert CliRunner().invoke(app, [*again, "--overwrite"]).exit_code == 0
+
+
+def test_an_evaluation_outlives_the_checkpoint_that_it_scores(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training run saves a newer one and deletes this one while it is scored."""
+    score, folder = runner.run_tasks, Path("runs/demo/checkpoints/step_000007")
+
+    def pruned(*args: Any, **settings: Any) -> Any:
+        shutil.rmtree(folder)
+        return score(*args, **settings)
+
+    monkeypatch.setattr(runner, "run_tasks", pruned)
+    assert CliRunner().invoke(app, ["demo", "--tasks", "quiz.yaml"]).exit_code == 0
+    facts = json.loads(Path("runs/demo/eval/step_000007_quiz.meta.json").read_text())
+    assert len(facts["weights"]["model.safetensors"]) == 64
 
 
 def test_one_results_file_cannot_hold_two_models(world: Path) -> None:

@@ -62,6 +62,8 @@ def test_out_names_the_folder(lightlm, tmp_path):
     lightlm("report", "a", "--out", "elsewhere/here")
     assert (tmp_path / "elsewhere/here/plots/loss.png").is_file()
     assert not (run / "report.html").exists()
+    lightlm("report", "a", "--out", "elsewhere/here").assert_one_message("report.html exists already", "--overwrite")
+    assert lightlm("report", "a", "--out", "elsewhere/here", "--overwrite").code == 0
 
 
 def test_mistakes_are_one_message(lightlm, tmp_path):

@@ -74,7 +74,8 @@ def test_second_run_gets_a_number_and_a_taken_name_is_refused(lightlm, workspace
     for expected in ("again", "again-2"):
         lightlm("train", "tiny.yaml", "train.tokens=256", "name=again")
         assert (workspace / "runs" / expected / "metrics.jsonl").is_file()
-    lightlm("train", "tiny.yaml", "--name", "again").assert_one_message("runs/again exists already", "--resume")
+    taken = lightlm("train", "tiny.yaml", "--name", "again")
+    taken.assert_one_message("runs/again exists already", "--resume runs/again", "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,8 @@ def test_second_run_gets_a_number_and_a_taken_name_is_refused(lightlm, workspace
     [
         (["--resume", "runs/plain", "--name", "x"], "leave --name out"),
         (["--resume", "runs/plain", "--auto-resume"], "leave --auto-resume out"),
+        (["--resume", "runs/plain", "--overwrite"], "--overwrite deletes the run"),
+        (["tiny.yaml", "--auto-resume", "--overwrite"], "--overwrite deletes the run"),
         (["tiny.yaml", "--auto-resume", "--name", "latest"], "cannot name a run"),
         (["tiny.yaml", "--resume", "runs/plain"], "leave RECIPE out"),
         ([], "name a recipe"),

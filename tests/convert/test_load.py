@@ -57,6 +57,42 @@ def test_runs_and_checkpoints(reference, name, seed, workplace, tokenizer):
     assert not loaded.model.training
 
 
+@pytest.mark.parametrize("file", ["complete.json", "model.safetensors", "tokenizer.json"])
+def test_a_checkpoint_pruned_while_it_is_read_gives_way_to_the_newer_one(workplace, tokenizer, monkeypatch, file):
+    """`first` is being trained: at any file that is read of step 20, step 30 appears and step 20 goes."""
+    run, plain = Path("runs/first"), Path.open
+
+    def write_newer():
+        monkeypatch.undo()
+        monkeypatch.chdir(workplace)
+        model = _model(tokenizer, 99)
+        write_checkpoint(run, 30, model.state_dict(), model.config, tokenizer)
+        for step in (10, 20):
+            files.remove_folder(run / f"checkpoints/step_0000{step}")
+
+    def opened(path, *args, **settings):
+        if path.name == file and path.parent.name == "step_000020":
+            write_newer()
+        return plain(path, *args, **settings)
+
+    monkeypatch.setattr(Path, "open", opened)
+    loaded = load_pretrained("first")
+    assert loaded.name == "first/step_000030"
+    assert same(loaded, tokenizer, 99)
+
+
+def test_a_checkpoint_that_was_named_and_is_gone_is_an_error(workplace, monkeypatch):
+    path = Path("runs/first/checkpoints/step_000010")
+
+    def pruned(folder):
+        files.remove_folder(folder)
+        raise FileNotFoundError(folder)
+
+    monkeypatch.setattr(checkpoint, "load_model", pruned)
+    with pytest.raises(CheckpointError, match="no model at"):
+        load_pretrained(path)
+
+
 def test_pointer_where_links_are_not_allowed(workplace):
     (workplace / "runs" / "latest").unlink()
     (workplace / "runs" / "latest").write_text("first")

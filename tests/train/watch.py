@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from lightlm.recipe import load_recipe
-from lightlm.runs import new_run
+from lightlm.runs import require_free, run_folder
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED
 from lightlm.train.observe.observers import Observer
@@ -48,10 +48,18 @@ class Recorder(Observer):
         self.notes.append(message)
 
 
+def empty_run(name) -> Path:
+    """The folder of a new run, without the lock that `lightlm train` holds."""
+    path = run_folder(name)
+    require_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def make_trainer(recipe, run, watch, sampler=lambda *_: "", checkpoint=None, world=None, evaluator=None) -> Trainer:
     """A trainer as `lightlm train` makes it. `run`: its folder, or the name of a new one."""
     setup = set_up(recipe, open_data(recipe), watch.note, world, checkpoint)
-    folder = setup.world.from_writer(lambda: new_run(run, exact=True)) if isinstance(run, str) else run
+    folder = setup.world.from_writer(lambda: empty_run(run)) if isinstance(run, str) else run
     return Trainer(setup, folder, watch, sampler, evaluator)
 
 

@@ -46,13 +46,15 @@ def result_file(loaded: LoadedModel, settings: Settings, out: Path | None, name:
     Args:
         name: the model's name, if another model has the same.
     """
-    if out is not None and out.suffix == ".json":
-        return out
-    file = f"{file_stem(settings)}.json"
     if out is not None:
-        return out / f"{re.sub(r'[/:]', '_', name or loaded.name)}_{file}"
+        return out_file(out, settings, name or loaded.name)
     run = run_of(loaded.path)
-    return run / "eval" / f"{loaded.path.resolve().name}_{file}" if run else None
+    return run / "eval" / f"{loaded.path.resolve().name}_{file_stem(settings)}.json" if run else None
+
+
+def out_file(out: Path, settings: Settings, name: str) -> Path:
+    """Return the path of a model's results at `--out`: `out` if it ends in .json, else a file in the folder `out`."""
+    return out if out.suffix == ".json" else out / f"{re.sub(r'[/:]', '_', name)}_{file_stem(settings)}.json"
 
 
 def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -86,20 +88,28 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, set) else str(value)
 
 
-def provenance(loaded: LoadedModel, data_sets: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def hash_weights(loaded: LoadedModel) -> dict[str, str | None]:
+    """Return the sha256 of each file with the model's weights, as the Hub shows it; None for a file that is gone."""
+    return {path.name: sha256(path) if path.is_file() else None for path in loaded.weights}
+
+
+def provenance(
+    loaded: LoadedModel, weights: Mapping[str, str | None], data_sets: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
     """Return what a score depends on beside the settings.
 
     Args:
+        weights: what `hash_weights` returned when the model was loaded.
         data_sets: origin of each data set that was read.
 
     Returns:
-        `weights`: the sha256 of each file, as the Hub shows it; `revision`: the Hub's commit of a model from there;
-        `data_sets`, and the entries of `machine.environment`.
+        `weights`; `revision`: the Hub's commit of a model from there; `data_sets`, and the entries of
+        `machine.environment`.
     """
     # The Hub's cache has a model's files in `snapshots/<commit>`.
     folders = [path.parent for path in loaded.weights[:1] if path.parent.parent.name == "snapshots"]
     return {
-        "weights": {path.name: sha256(path) for path in loaded.weights},
+        "weights": dict(weights),
         "revision": folders[0].name if folders else None,
         "data_sets": data_sets,
         **environment(device, *_PACKAGES),

@@ -3,6 +3,7 @@
 The training state lets a resumed run repeat an uninterrupted one exactly.
 """
 
+import json
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,20 +16,21 @@ import xxhash
 from lightlm import checkpoint
 from lightlm.data.folder import DataFolder
 from lightlm.errors import CheckpointError, DataError, RecipeError
-from lightlm.recipe import Recipe, load_run_recipe
-from lightlm.runs import find_run
+from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, with_new_names
+from lightlm.runs import RECIPE, find_run
 from lightlm.train.observe.spikes import SpikeHistory
 
-# Settings that fix a run's weights, data, batches or optimizer state: a resumed run cannot change them.
-_FIXED = (
-    "model",
-    "data.dataset",
-    "train.batch_tokens",
-    "train.seq_len",
-    "train.seed",
-    "optimizer.name",
-    "schedule.batch_warmup",
-    "schedule.batch_start",
+# Settings that fix a run's weights, batches or optimizer state: a resumed run cannot change them, nor any of `model`.
+# `data.dataset` may change, because a run also remembers the content of its data.
+_FIXED = frozenset(
+    {
+        "train.batch_tokens",
+        "train.seq_len",
+        "train.seed",
+        "optimizer.name",
+        "schedule.batch_warmup",
+        "schedule.batch_start",
+    }
 )
 
 
@@ -50,12 +52,14 @@ def data_identity(data: DataFolder) -> str:
     return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
 
 
-def pack(progress: Progress, optimizer: dict[str, Any], data: DataFolder) -> dict[str, Any]:
+def pack(progress: Progress, optimizer: dict[str, Any], data: DataFolder, recipe: Recipe) -> dict[str, Any]:
+    """Return the training state of a checkpoint; `recipe` is what the run was trained with."""
     return {
         "progress": asdict(progress),
         "optimizer": optimizer,
         "rng": torch.get_rng_state(),
         "data": data_identity(data),
+        "recipe": recipe.to_dict(),
     }
 
 
@@ -70,8 +74,8 @@ def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
     state = _read(folder)
     if state["data"] != data_identity(data):
         raise DataError(
-            f"{data.path} is not the data that {folder} was trained on: its tokenizer or shards have changed since; "
-            "restore the old folder, or start a new run"
+            f"{data.path} is not the data that {folder} was trained on: its tokenizer or shards differ; restore the "
+            "old folder, name the folder that holds the same data with data.dataset=PATH, or start a new run"
         )
     torch.set_rng_state(state["rng"])
     progress = dict(state["progress"])
@@ -106,27 +110,75 @@ def reopen_run(
 ) -> tuple[Recipe, Path, Path | None]:
     """Return a run's recipe, its folder and its newest undamaged checkpoint; without one the run restarts.
 
-    This reads the whole checkpoint, so only one process of a run should call it. A damaged checkpoint stays in place
-    until the run trains (`saving.tidy`).
+    This reads the whole checkpoint, so only one process of a run should call it. A process that will train holds the
+    run's lock. A damaged checkpoint stays in place until the run trains (`saving.tidy`).
 
     Args:
         reference: path or name of the run; None is the newest.
         overrides: changes to the run's recipe.
-        warn: receives a message for each damaged checkpoint.
+        warn: receives a message for each damaged checkpoint, and one for changes of `recipe.yaml` since the checkpoint.
 
     Raises:
         CheckpointError: the run does not exist, or all its checkpoints are damaged.
-        RecipeError: an override changes a setting that a resumed run cannot change.
+        RecipeError: an override or `recipe.yaml` changes a setting that a resumed run cannot change.
     """
     run = find_run(reference)
-    before, recipe = load_run_recipe(run).to_dict(), load_run_recipe(run, overrides)
-    if differing := [key for key in _FIXED if _lookup(before, key) != _lookup(recipe.to_dict(), key)]:
-        raise RecipeError(f"{', '.join(differing)} cannot change in a resumed run ({run}); start a new run instead")
+    before, recipe = load_run_recipe(run), load_run_recipe(run, overrides)
     saved = checkpoint.newest_checkpoint(run, check_resumable, warn) if checkpoint.checkpoints(run) else None
+    since = run.name
+    if saved is not None:
+        since = saved.name
+        if (recorded := _recorded_recipe(saved)) is None:
+            warn(
+                f"{saved} does not say which recipe it was trained with (an earlier version of LightLM saved it): "
+                f"changes of {run / RECIPE} since then go unnoticed"
+            )
+        else:
+            before = recorded
+    _follow_changes(before, recipe, run, since, overrides, warn)
     return recipe, run, saved
 
 
-def _lookup(values: dict[str, Any], key: str) -> Any:
-    """Return the value of a dotted key, or None for a setting without effect, which the recipe leaves out."""
-    section, _, name = key.partition(".")
-    return values[section].get(name) if name else values[section]
+def _recorded_recipe(folder: Path) -> Recipe | None:
+    """Return the recipe in a checkpoint's training state; None if there is none that this version can read."""
+    try:
+        return parse_recipe(with_new_names(_read(folder, mmap=True)["recipe"]), str(folder))
+    except (KeyError, RecipeError):
+        return None
+
+
+def _follow_changes(
+    before: Recipe, now: Recipe, run: Path, since: str, overrides: Sequence[str], warn: Callable[[str], None]
+) -> None:
+    """Refuse changes of settings that a resumed run cannot change; name others that no override asked for."""
+    old, new = _settings(before), _settings(now)
+    if not now.model.vocab_size:  # it comes from the data, whose content is checked
+        new["model.vocab_size"] = old.get("model.vocab_size")
+    overridden = {override.partition("=")[0].strip() for override in overrides}
+    changed = {
+        key: f"{key} is {_written(new.get(key))} in {'an override' if key in overridden else run / RECIPE}, "
+        f"{_written(old.get(key))} in {since}"
+        for key in [*old, *(key for key in new if key not in old)]
+        if old.get(key) != new.get(key)
+    }
+    if fixed := [key for key in changed if key in _FIXED or key.startswith("model.")]:
+        raise RecipeError(
+            f"{', '.join(fixed)} cannot change in a resumed run ({run}): {'; '.join(changed[key] for key in fixed)}. "
+            "Undo that, or start a new run instead"
+        )
+    if edited := [text for key, text in changed.items() if key not in overridden]:
+        warn(f"the recipe has changed and is followed: {'; '.join(edited)}")
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's values by dotted key; settings without effect are left out."""
+    flat: dict[str, Any] = {}
+    for section, values in recipe.to_dict().items():
+        inner = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else None
+        flat |= {section: values} if inner is None else inner
+    return flat
+
+
+def _written(value: Any) -> str:
+    """Return a value as a recipe writes it."""
+    return json.dumps(value, ensure_ascii=False)

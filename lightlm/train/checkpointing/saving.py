@@ -92,7 +92,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             complete = checkpoint.checkpoints(self._run)
             kept = f"the last complete one is {complete[-1].name}" if complete else "there is none yet"
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self._run / 'checkpoints'}: {error}; {kept}. "
+                f"the checkpoint of step {step} could not be written to {self._run / 'checkpoints'}: "
+                f"{files.no_room(error) or error}; {kept}. "
                 f"Free space or repair the disk, then run `lightlm train --resume {self._run}`"
             ) from error
         finally:

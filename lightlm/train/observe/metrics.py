@@ -32,7 +32,8 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
         kept = [metrics for metrics in steps if metrics["step"] <= last_step]
         self.last_step = kept[-1]["step"] if kept else 0
         files.write_text(run / _FILE, "".join(json.dumps(metrics) + "\n" for metrics in kept))
-        self._file = (run / _FILE).open("a", encoding="utf-8")
+        self._path = run / _FILE
+        self._file = self._path.open("a", encoding="utf-8")
         self._resumes = last_step > 0
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -41,12 +42,13 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
             metrics, self._resumes = metrics | {"resumed": True}, False
         # JSON has no NaN or infinity: the loss of a skipped step may be null.
         values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with files.writing(self._path):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
     def __exit__(self, *error: object) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with files.writing(self._path), self._file:
+            os.fsync(self._file.fileno())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

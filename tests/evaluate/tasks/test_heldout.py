@@ -124,7 +124,7 @@ def test_results_are_lm_evals_own_document_beside_a_file_of_facts(world: LoadedM
     document = run_tasks(LightLM(world), tasks)
     path = store.result_file(world, settings, None)
     assert path == tmp_path / "runs" / "demo" / "eval" / "step_000007_quiz_0shot_limit4.json"
-    facts = store.provenance(world, tasks.data_sets.origins, torch.device("cpu"))
+    facts = store.provenance(world, store.hash_weights(world), tasks.data_sets.origins, torch.device("cpu"))
     store.write(path, document, {"seconds": 1.5} | facts)
     written = json.loads(path.read_text())
     expected_keys = {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config", "git_hash"}

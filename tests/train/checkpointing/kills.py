@@ -209,7 +209,7 @@ def differences(run: Path, whole: Path) -> list[str]:
             for folder in (ours, path)
         ]
         for _, state in pairs:
-            del state["progress"]["seconds"]
+            del state["progress"]["seconds"], state["recipe"]
             [state["progress"]["row"]] = comparable([state["progress"]["row"]])
         found += [f"{path.name}{place}" for place in _unequal(*pairs, "")]
     for sample in (whole / "samples").iterdir():

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lightlm import checkpoint, files
 from lightlm.errors import CheckpointError
 from lightlm.recipe import load_recipe
-from lightlm.runs import new_run
 from lightlm.train.checkpointing import saving
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.checkpointing.saving import Saver, tidy
@@ -236,7 +235,7 @@ def test_a_failure_of_training_comes_before_one_of_the_writer(monkeypatch, tmp_p
     with pytest.raises(ZeroDivisionError), Saver(tmp_path, settings, None, model.config, watch) as saver:  # noqa: PT012
         saver.save(1, model.state_dict(), {})
         raise ZeroDivisionError
-    assert "No space left on device" in watch.notes[0]
+    assert "the disk is full" in watch.notes[0]
 
 
 def test_keep_last_and_keep_every_combine():
@@ -262,14 +261,3 @@ def test_what_a_kill_left_is_cleared_in_this_run_alone(copied, stopped):
     assert (checkpoints / "latest").resolve().name == "step_000010"
     assert other.is_dir()
     other.rmdir()
-
-
-def test_a_folder_killed_before_its_recipe_was_written_is_taken_over():
-    for leftover in ([], [".recipe.yaml.partial"]):
-        path = new_run("abandoned", exact=True)
-        for name in leftover:
-            (path / name).write_text("name: tin")
-    assert new_run("abandoned", exact=True) == path
-    (path / "recipe.yaml").write_text("name: tiny")
-    with pytest.raises(CheckpointError, match="exists already"):
-        new_run("abandoned", exact=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lightlm import checkpoint
 from lightlm.errors import RecipeError
 from lightlm.recipe import TrackingSection, load_recipe
-from lightlm.runs import RUNS, new_run
+from lightlm.runs import RUNS
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED, read_metrics
 from lightlm.train.observe.observers import Observers
@@ -57,7 +57,7 @@ def go(name, *backends, terminate_at=None, overrides=()):
     if (RUNS / name).exists():
         recipe, run, saved = reopen_run(name, changes)
     else:
-        recipe, run, saved = load_recipe("tiny.yaml", changes), new_run(name, exact=True), None
+        recipe, run, saved = load_recipe("tiny.yaml", changes), name, None
     trackers = Trackers(recipe.tracking, watch.note)
     trainer = make_trainer(recipe, run, Observers(watch, trackers), lambda *_: " & more", saved)
     with trackers:

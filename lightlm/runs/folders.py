@@ -1,0 +1,185 @@
+"""Run folders: name, claim, find and remove them, their checkpoints, and the pointer `runs/latest`."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightlm import files
+from lightlm.errors import CheckpointError, UsageError
+from lightlm.recipe import NAME_PATTERN
+from lightlm.runs.lock import RunLockedError, locked, require_unlocked
+
+RUNS = Path("runs")
+RECIPE = "recipe.yaml"  # a folder with this file is a run
+MARKER = "complete.json"  # a checkpoint folder with this file is complete
+_STEP_NAME = re.compile(r"step_(\d+)")
+
+
+def run_folder(name: str) -> Path:
+    """Return `runs/<name>`, which need not exist.
+
+    Raises:
+        UsageError: the name is not a plain folder name.
+    """
+    if not re.fullmatch(NAME_PATTERN, name) or name == "latest":
+        raise UsageError(f"'{name}' cannot name a run: use letters, digits, '.', '_' and '-', and not 'latest'")
+    return RUNS / name
+
+
+@contextlib.contextmanager
+def new_run(name: str, *, exact: bool, overwrite: bool = False) -> Iterator[Path]:
+    """Context manager that creates the folder of a new run and holds its lock (see `runs.lock`).
+
+    A folder in which no run has begun when the context ends is removed.
+
+    Args:
+        exact: refuse a name that is taken, but take over a folder without a run, which a kill may have left. Otherwise
+            use the first free one of `name`, `name-2`, `name-3`, ...
+        overwrite: delete the run of this name first; implies `exact`.
+
+    Raises:
+        UsageError: as `run_folder`.
+        CheckpointError: the name is taken, or the run to overwrite is being trained.
+    """
+    if exact or overwrite:
+        path = run_folder(name)
+        require_free(path, overwrite=overwrite)
+        if (path / RECIPE).is_file():
+            remove_run(path)
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        path = claim_folder(name)
+    with locked(path):
+        require_free(path)  # another process may have used the folder between its creation and its lock
+        try:
+            yield path
+        finally:
+            _discard(path)
+
+
+def claim_folder(name: str) -> Path:
+    """Create the first free folder of `name`, `name-2`, ... and return it. Two processes never get the same one."""
+    path, number = run_folder(name), 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            path = RUNS / f"{name}-{number}"
+        else:
+            return path
+
+
+def require_free(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that a new run must not use.
+
+    Args:
+        overwrite: accept a run that no process trains.
+
+    Raises:
+        CheckpointError: the folder holds a run or other files.
+    """
+    if not os.path.lexists(path) or _is_unstarted(path):
+        return
+    if not (path / RECIPE).is_file():
+        raise CheckpointError(f"{path} exists already and is not a run, so it is not replaced; choose another --name")
+    if overwrite:
+        require_unlocked(path)
+        return
+    raise CheckpointError(
+        f"{path} exists already; resume it with `lightlm train --resume {path}`, replace it with --overwrite, "
+        "or choose another --name"
+    )
+
+
+def discard_unstarted(path: Path) -> None:
+    """Remove a claimed folder in which no run has begun, unless a process is about to begin one."""
+    if _is_unstarted(path):
+        with contextlib.suppress(RunLockedError), locked(path):
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    if _is_unstarted(path):
+        with contextlib.suppress(OSError):
+            files.remove_folder(path)
+
+
+def _is_unstarted(path: Path) -> bool:
+    """Return whether a folder holds nothing, or only the lock and temporary files of a start that was killed."""
+    return path.is_dir() and all(entry.name.startswith(".") for entry in path.iterdir())
+
+
+def remove_run(run: Path) -> None:
+    """Delete a run. A symbolic link is deleted as a link: the folder that it leads to stays.
+
+    Raises:
+        RunLockedError: a process trains it.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(run))
+        if os.name == "nt":  # which cannot rename a folder with an open file
+            stack.close()
+        run.unlink() if run.is_symlink() else files.remove_folder(run)
+
+
+def find_run(reference: str | Path | None = None) -> Path:
+    """Return the folder of a run given by path or by name under `runs/`; None is the newest run (`runs/latest`).
+
+    Raises:
+        CheckpointError: the run does not exist.
+    """
+    newest = RUNS / "latest"
+    reference = Path(reference or newest)
+    for path in (reference, RUNS / reference):
+        # Follow a pointer even if it is a link, so that `mark_latest` never points `latest` to itself.
+        if path.name == newest.name and (target := files.follow(path)) is not None and target.is_dir():
+            return target
+        if (path / RECIPE).is_file():
+            return path
+    if reference == newest and runs_here():
+        raise CheckpointError(f"{newest} leads to no run; name one of these: {run_names()}")
+    if reference == newest:
+        raise CheckpointError(
+            f"no run yet: {newest} does not exist in {Path.cwd()}; "
+            "train a model first (`lightlm train recipes/demo.yaml`) or name a model folder"
+        )
+    raise CheckpointError(f"no run at {reference}: it holds no {RECIPE}; runs here: {run_names()}")
+
+
+def run_names() -> str:
+    """Return the names of the runs in this folder, for messages."""
+    return ", ".join(sorted(path.name for path in runs_here())) or "none"
+
+
+def runs_here() -> list[Path]:
+    """Return the runs in `runs/`, in no order; without `latest`, and without folders that are being deleted."""
+    paths = (path.parent for path in RUNS.glob(f"*/{RECIPE}"))
+    return [path for path in paths if path.name != "latest" and not path.name.startswith(".")]
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run folder that a checkpoint belongs to, or None for a model folder outside any run."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def mark_latest(run: Path) -> None:
+    """Point `runs/latest` to this run if it lies in `runs`."""
+    run = Path(os.path.abspath(run))  # a link in `runs` stays a link
+    if run.parent.resolve() == RUNS.resolve():
+        files.point_to(RUNS / "latest", run.name)
+
+
+def step_name(step: int) -> str:
+    """Return the name of a step's checkpoint folder."""
+    return f"step_{step:06d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the run's complete checkpoints, oldest first."""
+    named = {path: _STEP_NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*")}
+    steps = {path: int(match[1]) for path, match in named.items() if match and (path / MARKER).is_file()}
+    return sorted(steps, key=steps.__getitem__)
