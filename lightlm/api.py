@@ -252,7 +252,7 @@ def train(
     if resume is not None:
         parsed, run, checkpoint = reopen_run(str(resume), overrides, observer.note)
     else:
-        parsed, run, checkpoint = load_recipe(str(recipe), overrides), None, None
+        parsed, run, checkpoint = load_recipe(str(recipe), overrides, observer.note), None, None
     data = open_data(parsed)
     assert data is not None
     setup = set_up(parsed, data, observer.note, resume_from=checkpoint)

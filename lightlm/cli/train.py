@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 NEWEST = "runs/latest"  # the value of a bare --resume
 
 
+def is_override(argument: str) -> bool:
+    """Return whether an argument is `key=value`: it has a "=", and no file or folder here is called so."""
+    return "=" in argument and not Path(argument).exists()
+
+
 def train(
     recipe: Annotated[
         str | None,
@@ -53,14 +58,14 @@ def train(
     Jobs that a cluster or torchrun may start again: give --name and --auto-resume to resume their run.
     """
     changes = list(overrides or [])
-    if recipe is not None and "=" in recipe:
+    if resume is not None and recipe is not None and is_override(recipe):
         changes, recipe = [recipe, *changes], None
     for argument, given in (("RECIPE", recipe), ("--name", name), ("--auto-resume", auto_resume)):
         if resume is not None and given:
             raise UsageError(
                 f"--resume uses the name and recipe of its run; leave {argument} out, and give changes as key=value"
             )
-    if resume is None and recipe is None:
+    if resume is None and (recipe is None or is_override(recipe)):
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
     request = _Request(recipe, changes, name, resume, auto_resume, dry_run, as_json)
@@ -112,8 +117,12 @@ class _Request:
             return replace(self, resume=str(find_run()))
         if self.recipe is None or self.auto_resume:
             return self
-        name = self.name or load_recipe(self.recipe, self.changes).name
+        name = self.name or load_recipe(self.recipe, self.changes, _silently).name
         return replace(self, name=free_folder(name, exact=self.name is not None).name)
+
+
+def _silently(note: str) -> None:
+    """Drop a note that the process that trains prints."""
 
 
 def _train(world: "World", request: _Request) -> bool:
@@ -166,13 +175,13 @@ def _choose(request: _Request, display: "TrainingDisplay") -> "tuple[Recipe, Pat
         return reopen_run(None if request.resume == NEWEST else request.resume, request.changes, display.note)
     assert request.recipe is not None
     if request.auto_resume:
-        run = run_folder(request.name or load_recipe(request.recipe, request.changes).name)
+        run = run_folder(request.name or load_recipe(request.recipe, request.changes, _silently).name)
         if (run / RECIPE).is_file():
             display.note(f"{run} exists and is resumed with its own recipe, not {request.recipe}")
             return reopen_run(run, request.changes, display.note)
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")
-    return load_recipe(request.recipe, request.changes), None, None
+    return load_recipe(request.recipe, request.changes, display.note), None, None
 
 
 def _print_plan(facts: dict[str, Any], as_json: bool) -> None:

@@ -118,7 +118,7 @@ def reopen_run(
         RecipeError: an override changes a setting that a resumed run cannot change.
     """
     run = find_run(reference)
-    before, recipe = load_run_recipe(run).to_dict(), load_run_recipe(run, overrides)
+    before, recipe = load_run_recipe(run).to_dict(), load_run_recipe(run, overrides, warn)
     if differing := [key for key in _FIXED if _lookup(before, key) != _lookup(recipe.to_dict(), key)]:
         raise RecipeError(f"{', '.join(differing)} cannot change in a resumed run ({run}); start a new run instead")
     saved = checkpoint.newest_checkpoint(run, check_resumable, warn) if checkpoint.checkpoints(run) else None
