@@ -261,7 +261,7 @@ def train(
             held.enter_context(locked(run))
             parsed, run, checkpoint = reopen_run(run, overrides, observer.note)
         else:
-            parsed = load_recipe(str(recipe), overrides)
+            parsed = load_recipe(str(recipe), overrides, observer.note)
         data = open_data(parsed, resumed=run)
         assert data is not None
         setup = set_up(parsed, data, observer.note, resume_from=checkpoint)

@@ -19,7 +19,7 @@ from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
 from lightlm.cli.runs import runs
-from lightlm.cli.train import NEWEST, train
+from lightlm.cli.train import NEWEST, is_override, train
 from lightlm.errors import LightLMError
 
 # What these print is in the files that they write, too: they succeed also where standard output cannot be written.
@@ -66,7 +66,7 @@ def with_resume_value(arguments: list[str]) -> list[str]:
     filled: list[str] = []
     for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
         filled.append(argument)
-        if argument == "--resume" and (following.startswith("-") or "=" in following):
+        if argument == "--resume" and (following.startswith("-") or is_override(following)):
             filled.append(NEWEST)
     return filled
 

@@ -36,7 +36,9 @@ def plan(
         from lightlm.train.planning.plan import make_plan
 
         changes = list(overrides or []) + ([f"train.device={device}"] if device else [])
-        document = make_plan(load_recipe(recipe, changes), probe=probe)
+        notes: list[str] = []
+        document = make_plan(load_recipe(recipe, changes, notes.append), probe=probe)
+        document["notes"] = notes + document["notes"]
     if as_json:
         print_json(document)
     else:
@@ -82,6 +84,7 @@ def _print(plan: dict[str, Any]) -> None:
     }
     for title, rows in tables.items():
         print_table(rows.items(), title=title, right=[1], box=SIMPLE_HEAD, min_width=60)
+    out.print(f"Learning rate: {run['schedule']}\n", soft_wrap=True, markup=False)
     gpus = [
         (
             row["gpu"],
@@ -103,12 +106,14 @@ def _print(plan: dict[str, Any]) -> None:
 
 
 def _bytes(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    from lightlm.quantities import short_form
+
+    return short_form(size, ((" MB", 1e6), (" GB", 1e9)))
 
 
 def _duration(hours: float) -> str:
     if hours >= 48:
-        return f"{hours / 24:.3g} days"
+        return f"{hours / 24:.3g} days" if hours < 24_000 else f"{hours / 24:,.0f} days"
     if hours >= 1:
         return f"{hours:.3g} hours"
     if hours < 1 / 3600:

@@ -25,6 +25,11 @@ NEWEST = "runs/latest"  # the value of a bare --resume
 _PROMPT_WORDS = 4  # of the suggested prompt
 
 
+def is_override(argument: str) -> bool:
+    """Return whether an argument is `key=value`: it has a "=", and no file or folder here is called so."""
+    return "=" in argument and not Path(argument).exists()
+
+
 def train(
     recipe: Annotated[
         str | None,
@@ -61,7 +66,7 @@ def train(
     Jobs that a cluster or torchrun may start again: give --name and --auto-resume to resume their run.
     """
     changes = list(overrides or [])
-    if recipe is not None and "=" in recipe:
+    if resume is not None and recipe is not None and is_override(recipe):
         changes, recipe = [recipe, *changes], None
     for argument, given in (("RECIPE", recipe), ("--name", name), ("--auto-resume", auto_resume)):
         if resume is not None and given:
@@ -70,7 +75,7 @@ def train(
             )
     if overwrite and (resume is not None or auto_resume):
         raise UsageError("--overwrite deletes the run that --resume and --auto-resume continue; choose one of them")
-    if resume is None and recipe is None:
+    if resume is None and (recipe is None or is_override(recipe)):
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
     request = _Request(recipe, changes, name, resume, auto_resume, overwrite, dry_run, as_json)
@@ -145,7 +150,7 @@ class _Request:
         elif self.recipe is None or self.auto_resume or self.name is not None:
             yield self
         else:
-            name = load_recipe(self.recipe, self.changes).name
+            name = load_recipe(self.recipe, self.changes, _silently).name
             if self.overwrite:
                 yield replace(self, name=name)
                 return
@@ -154,6 +159,10 @@ class _Request:
                 yield replace(self, name=claimed.name)
             finally:
                 discard_unstarted(claimed)
+
+
+def _silently(note: str) -> None:
+    """Drop a note that the process that trains prints."""
 
 
 def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> bool:
@@ -214,7 +223,7 @@ def _choose(
         run = find_run(None if request.resume == NEWEST else request.resume)
     elif request.auto_resume:
         assert request.recipe is not None
-        named = run_folder(request.name or load_recipe(request.recipe, request.changes).name)
+        named = run_folder(request.name or load_recipe(request.recipe, request.changes, _silently).name)
         if (named / RECIPE).is_file():
             run = named
             display.note(f"{run} exists and is resumed with its own recipe, not {request.recipe}")
@@ -225,7 +234,7 @@ def _choose(
     assert request.recipe is not None
     if not request.auto_resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")
-    return load_recipe(request.recipe, request.changes), None, None
+    return load_recipe(request.recipe, request.changes, display.note), None, None
 
 
 def _new_run(request: _Request, default: str, display: "TrainingDisplay", held: contextlib.ExitStack) -> Path:

@@ -1,5 +1,6 @@
 """The shape of a model: every number that decides it, with the rules that hold between them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class ModelConfig:
     """
 
     # Read by pydantic where a recipe embeds this class: an unknown key is an error, not ignored.
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012
 
     num_layers: int = field(metadata={"description": "Blocks of the network; layer_sharing repeats each of them."})
     hidden_size: int = field(metadata={"description": "Width of the residual stream."})
@@ -128,7 +129,7 @@ class ModelConfig:
     def problems(self) -> list[tuple[str, str]]:
         """Return a (key, message) pair for everything that keeps this from being a model."""
         low = [(key, f"must be at least {least}") for key, least in _AT_LEAST.items() if getattr(self, key) < least]
-        low += [(key, "must be above 0") for key in _ABOVE_ZERO if not getattr(self, key) > 0]
+        low += [(key, "must be a number above 0") for key in _ABOVE_ZERO if not 0 < getattr(self, key) < math.inf]
         return [(key, f"{message}, is {getattr(self, key)}") for key, message in low] or list(self._broken_rules())
 
     def _broken_rules(self) -> Iterator[tuple[str, str]]:
@@ -140,8 +141,7 @@ class ModelConfig:
         if self.position == "rope" and (self.head_dim or self.hidden_size // self.num_heads) % 2 != 0:
             yield "head_dim", "must be even for rotary positions (position: rope)"
         if not self.num_experts:
-            unused = (key for key in EXPERT_FIELDS if getattr(self, key) != getattr(ModelConfig, key))
-            yield from ((key, "has no effect without num_experts") for key in unused)
+            yield from ((key, message) for key, message in self.idle_given() if key in EXPERT_FIELDS)
             return
         chosen = self.num_experts_per_tok
         if not 1 <= chosen <= self.num_experts:
@@ -154,6 +154,29 @@ class ModelConfig:
             yield "bias", "experts and their router have no biases; must be false with num_experts"
         if chosen == 1 and self.norm_topk_prob:
             yield "norm_topk_prob", "must be false with one expert per token: its weight would always be 1"
+
+    def idle(self) -> dict[str, str]:
+        """Return the fields that have no effect beside the others, each with the reason.
+
+        They do no harm in a checkpoint; a recipe that gives one another value than its default is a slip.
+        """
+        idle = {} if self.num_experts else dict.fromkeys(EXPERT_FIELDS, "without model.num_experts")
+        if self.position != "rope":
+            idle["rope_theta"] = f"with model.position={self.position}"
+        if not self.sliding_window:
+            idle["full_attention_interval"] = "without model.sliding_window"
+        elif self.full_attention_interval == 1:
+            idle["sliding_window"] = "with model.full_attention_interval=1, which lets every layer see all positions"
+        elif self.sliding_window >= self.max_seq_len:
+            idle["sliding_window"] = f"with model.max_seq_len={self.max_seq_len}: the band is as wide"
+        if self.num_experts and not self.first_k_dense and self.moe_intermediate_size:
+            idle["intermediate_size"] = "with model.moe_intermediate_size, if no layer is dense"
+        return idle
+
+    def idle_given(self) -> list[tuple[str, str]]:
+        """Return a (key, message) pair for each field that has no effect and not its default either."""
+        given = [(key, why) for key, why in self.idle().items() if getattr(self, key) != getattr(ModelConfig, key)]
+        return [(key, f"has no effect {why}; leave it out") for key, why in given]
 
     def has_experts(self, block: int) -> bool:
         """Return whether block `block` (0 <= block < num_layers) is a mixture of experts."""

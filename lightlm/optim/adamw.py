@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lightlm.optim.section import OptimizerSection, Problem, Share
+from lightlm.optim.section import NO_EFFECT, OptimizerSection, Problem, Share
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class AdamWSettings(OptimizerSection):
 
     def problems(self) -> list[Problem]:
         if self.cautious and not (self.weight_decay or self.embedding_weight_decay):
-            return [("cautious", "has no effect without weight_decay; leave it out")]
+            return [("cautious", f"{NO_EFFECT} without weight_decay; leave it out")]
         return []
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Problem = tuple[str, str]  # key, message
+NO_EFFECT = "has no effect"  # begins the message of a setting that could as well be left out
 
 
 class OptimizerSection(BaseModel):
@@ -19,7 +20,7 @@ class OptimizerSection(BaseModel):
     settings and implements `build` and `state_bytes`; `registry.OPTIMIZERS` lists it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     lr: Rate = Field(
@@ -57,7 +58,5 @@ class OptimizerSection(BaseModel):
     def model_problems(self, *, tied: bool) -> list[Problem]:
         """Return the settings that do not fit the model; `tied`: its head is the token table."""
         if tied and self.head_lr is not None:
-            return [
-                ("head_lr", "has no effect with model.tie_embeddings; embedding_lr is the rate of the shared table")
-            ]
+            return [("head_lr", f"{NO_EFFECT} with model.tie_embeddings; embedding_lr is the rate of the shared table")]
         return []

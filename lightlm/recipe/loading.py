@@ -1,55 +1,79 @@
 """Read recipes from files, and apply overrides such as `optimizer.lr=1e-3`."""
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import lightlm
 from lightlm.errors import RecipeError, UsageError
-from lightlm.recipe.mistakes import parse_recipe
+from lightlm.names import nearest, note_clash, warn
+from lightlm.recipe.mistakes import IdleSettingsError, parse_recipe
 from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
+from lightlm.recipe.yaml_text import read_sections, read_value
 
-# Keys whose values are text even if they look like something else: a folder may be called 2024 or [old].
-_TEXT_KEYS = ("name", "data.dataset", "train.device", "tracking.project")
+Note = Callable[[str], None]
 
 
-def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(reference: str | Path, overrides: Sequence[str] = (), note: Note = warn) -> Recipe:
     """Read a recipe by its path or by the name of a shipped one, and apply `key=value` overrides.
+
+    Settings of the file that lose their effect by an override are left out; `note` receives a message for each.
 
     Raises:
         RecipeError: the recipe does not exist, or has mistakes; the message lists all of them.
-        UsageError: an override does not have the form key=value.
+        UsageError: an override does not have the form key=value, or two set the same key.
     """
-    return _load(find_recipe(reference), overrides, lambda values: values)
+    return _load(find_recipe(reference, note), overrides, note, earlier=False)
 
 
-def load_run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_run_recipe(run: Path, overrides: Sequence[str] = (), note: Note = warn) -> Recipe:
     """Read the `recipe.yaml` of a run folder, which an earlier version may have written, and apply overrides.
+
+    Settings without effect, and schedules whose rate ends at 0 early, are not refused: the run has them already.
 
     Raises:
         RecipeError, UsageError: as `load_recipe`.
     """
-    return _load(run / "recipe.yaml", overrides, with_new_names)
+    path = run / "recipe.yaml"
+    recipe = _load(path, overrides, note, earlier=True)
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    if "schedule.rewarmup" not in keys or "schedule.rewarmup_from" in keys:
+        return recipe
+    # A second re-warmup begins anew, but not where a restarted job gives the same overrides again.
+    before, schedule = _load(path, (), note, earlier=True), recipe.schedule
+    if (before.train.tokens, before.schedule.rewarmup) == (recipe.train.tokens, schedule.rewarmup):
+        return recipe
+    return recipe.model_copy(update={"schedule": schedule.model_copy(update={"rewarmup_from": None})})
 
 
-def _load(path: Path, overrides: Sequence[str], prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> Recipe:
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RecipeError(f"{path} must hold the sections of a recipe ({', '.join(Recipe.model_fields)})")
-    values = prepare(values)
-    origins = dict(_key_lines(yaml.compose(text)))
+def _load(path: Path, overrides: Sequence[str], note: Note, *, earlier: bool) -> Recipe:
+    values, origins = read_sections(path)
+    if earlier:
+        values = with_new_names(values)
+    inherited = _lookup(values, "schedule.name") or "wsd"
+    given: dict[str, str] = {}
     for override in overrides:
         key = _apply_override(values, override)
+        if again := next((text for other, text in given.items() if f"{other}.".startswith(f"{key}.")), None):
+            raise UsageError(f"'{again}' and '{override}' set the same key; keep one")
+        given[key] = override
         origins[key] = f"override {override}"
-    return parse_recipe(values, str(path), origins)
+    # The length of the decay belongs to the shape that it was written for: 20% is the end of wsd, but the beginning of
+    # cosine, which would leave most of the run at a rate of 0.
+    chosen, decay = _lookup(values, "schedule.name"), _lookup(values, "schedule.decay")
+    if "schedule.name" in given and chosen != inherited and "schedule.decay" not in given and decay is not None:
+        del values["schedule"]["decay"]
+        note(f"schedule.decay {decay} of {path} is that of {inherited}, and is left out with schedule.name={chosen}")
+    while True:
+        try:
+            return parse_recipe(values, str(path), origins, earlier=earlier)
+        except IdleSettingsError as error:
+            if not given or any(key in given or key.partition(".")[0] in given for key in error.idle):
+                raise
+            for key, reason in error.idle.items():
+                section, _, name = key.partition(".")
+                note(f"{key} {values[section].pop(name)} of {path} {reason}, and is left out")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:
@@ -58,18 +82,21 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     parts = key.strip().split(".")
     if not separator or not all(parts):
         raise UsageError(f"'{override}' is not an override; write key=value, for example optimizer.lr=1e-3")
-    try:
-        value = text if ".".join(parts) in _TEXT_KEYS else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"the value of '{override}' is not valid YAML: {error}") from None
-    section = values
+    value, section = read_value(".".join(parts), text), values
     for part in parts[:-1]:
-        child = section.setdefault(part, {})
-        if not isinstance(child, dict):
+        child = section.get(part)
+        if not isinstance(child, dict | None):
             raise UsageError(f"'{override}': {part} is a value, not a section")
-        section = child
+        section[part] = dict(child or {})  # a copy: with an alias in YAML, two sections are one object
+        section = section[part]
     section[parts[-1]] = value
     return ".".join(parts)
+
+
+def _lookup(values: dict[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    inner = values.get(section)
+    return inner.get(name) if isinstance(inner, dict) else None
 
 
 def recipes_folder() -> Path:
@@ -84,26 +111,27 @@ def shipped_recipes() -> list[Path]:
     return sorted(recipes_folder().glob("*.yaml"))
 
 
-def find_recipe(reference: str | Path) -> Path:
-    """Return the file at this path, or the shipped recipe of this name (`demo`, `demo.yaml`, `recipes/demo.yaml`).
+def find_recipe(reference: str | Path, note: Note = warn) -> Path:
+    """Return the shipped recipe of this name (`demo`), or the file at this path.
+
+    `demo.yaml` and `recipes/demo.yaml` are paths, and mean the shipped recipe where there is no such file.
 
     Raises:
         RecipeError: neither exists.
     """
     path = Path(reference)
+    shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
+    if str(reference) in shipped:
+        mine: Iterable[Path] = (entry for entry in (path, path.with_name(f"{path.name}.yaml")) if entry.is_file())
+        note_clash(str(reference), "the recipe that LightLM ships", mine, note)
+        return shipped[str(reference)]
     if path.is_file():
         return path
-    shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
-    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in shipped:
+    if path.is_dir():
+        run = f"; it is a run: resume it with `lightlm train --resume {path}`, or train {path / 'recipe.yaml'} anew"
+        raise RecipeError(f"{path} is a folder, not a recipe{run if (path / 'recipe.yaml').is_file() else ''}")
+    if path.parent in (Path("."), Path("recipes")) and path.suffix == ".yaml" and path.stem in shipped:
         return shipped[path.stem]
-    close = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    close = nearest(path.stem, shipped)
+    hint = f"did you mean {close}? " if close else ""
     raise RecipeError(f"no recipe at {path}: no such file, and LightLM ships {', '.join(shipped)}; {hint}".rstrip("; "))
-
-
-def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = f"{prefix}{key.value}"
-            yield path, f"line {key.start_mark.line + 1}"
-            yield from _key_lines(value, f"{path}.")

@@ -11,26 +11,41 @@ from pydantic import ValidationError
 
 from lightlm.errors import RecipeError
 from lightlm.model.config import ModelConfig
+from lightlm.names import nearest
 from lightlm.optim.registry import DEFAULT, OPTIMIZERS
-from lightlm.recipe.renamed import RENAMED
-from lightlm.recipe.schema import Problem, Recipe
+from lightlm.recipe.renamed import ELSEWHERE, RENAMED
+from lightlm.recipe.schema import EARLIER_RUN, NO_EFFECT, Problem, Recipe
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_LEAVE_OUT = "; leave it out"
 
 
-def parse_recipe(values: dict[str, Any], where: str, origins: dict[str, str] | None = None) -> Recipe:
+class IdleSettingsError(RecipeError):
+    """The only mistakes of a recipe are settings without effect: `idle` maps each dotted key to the reason."""
+
+    def __init__(self, message: str, idle: dict[str, str]) -> None:
+        super().__init__(message)
+        self.idle = idle
+
+
+def parse_recipe(
+    values: dict[str, Any], where: str, origins: dict[str, str] | None = None, *, earlier: bool = False
+) -> Recipe:
     """Check plain values against the schema and return the recipe.
 
     Args:
         where: the file, for messages.
         origins: where each dotted key was given, such as `line 12`.
+        earlier: the values are those of a run that exists, with which it must stay resumable.
 
     Raises:
         RecipeError: the values have mistakes; the message lists all of them.
     """
-    values = {key: {} if value is None else value for key, value in values.items()}
+    # A section without keys is its defaults.
+    values = {key: {} if value is None and key != "name" else value for key, value in values.items()}
+    values = {key: _without_bools(key, value) for key, value in values.items()}
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(values, context={EARLIER_RUN: earlier})
     except ValidationError as error:
         entries = error.errors(include_url=False)
     # A union (`auto` or a number) fails once per member; these messages become one.
@@ -38,14 +53,38 @@ def parse_recipe(values: dict[str, Any], where: str, origins: dict[str, str] | N
     for entry in entries:
         key, message = _describe(entry)
         section, _, inner = key.partition(".")
-        if section == "optimizer" and entry["type"] in _UNKNOWN and inner in _optimizer_keys():
+        if section == "optimizer" and entry["type"] in _UNKNOWN and inner in _types()[section]:
             name = values[section].get("name", DEFAULT)
             if name not in OPTIMIZERS:
                 continue  # a setting of some optimizer, and which one is meant is the mistake
-            message = f"has no effect with optimizer.name={name}; leave it out"
+            message = f"{NO_EFFECT} with optimizer.name={name}{_LEAVE_OUT}"
         messages.setdefault(key, []).append(message)
+    idle = {key: parts[0].removesuffix(_LEAVE_OUT) for key, parts in messages.items() if parts[0].startswith(NO_EFFECT)}
     lines = [f"  {key}: {'; or '.join(parts)}{_place(key, origins or {})}" for key, parts in messages.items()]
-    raise RecipeError(f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {where}:\n" + "\n".join(lines))
+    message = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {where}:\n" + "\n".join(lines)
+    raise IdleSettingsError(message, idle) if len(idle) == len(messages) else RecipeError(message)
+
+
+def _without_bools(section: str, settings: Any) -> Any:
+    """Return a section with `true` and `false` as text where they are not allowed: pydantic reads them as 1 and 0."""
+    if not isinstance(settings, dict):
+        return settings
+    types = _types().get(section, {})
+    return {
+        key: str(value).lower() if isinstance(value, bool) and "bool" not in str(types.get(key)) else value
+        for key, value in settings.items()
+    }
+
+
+def _types() -> dict[str, dict[str, Any]]:
+    """Return the type of each key, by section; a top-level key without keys of its own has none."""
+    found = {
+        name: {key: inner.annotation for key, inner in getattr(field.annotation, "model_fields", {}).items()}
+        for name, field in Recipe.model_fields.items()
+    }
+    optimizers = (section.model_fields.items() for section in OPTIMIZERS.values())
+    found["optimizer"] = {key: inner.annotation for items in optimizers for key, inner in items}
+    return found | {"model": {field.name: field.type for field in fields(ModelConfig)}}
 
 
 def _describe(entry: Any) -> Problem:
@@ -70,21 +109,18 @@ def _describe(entry: Any) -> Problem:
 def _unknown(key: str) -> str:
     if key in RENAMED:
         return f"renamed to {RENAMED[key]}"
-    keys = {name: list(getattr(field.annotation, "model_fields", ())) for name, field in Recipe.model_fields.items()}
-    keys |= {"model": [field.name for field in fields(ModelConfig)], "optimizer": _optimizer_keys()}
+    keys = {name: list(types) for name, types in _types().items()}
     section, _, name = key.rpartition(".")
+    if name in ELSEWHERE:
+        return f"unknown key; {ELSEWHERE[name]}"
     valid = keys.get(section, list(keys))
     # A known name in the wrong section (train.lr) means that key. Spellings are compared without the section: with it,
     # any short name would resemble another of the same section.
-    close = [f"{other}.{name}" for other, found in keys.items() if name in found] or [
-        f"{section}.{other}".lstrip(".") for other in difflib.get_close_matches(name, valid, n=1)
-    ]
+    close = [f"{other}.{name}" for other, found in keys.items() if name in found]
+    if not close and (near := nearest(name, valid)):
+        close = [f"{section}.{near}".lstrip(".")]
     hint = f"did you mean {close[0]}?" if close else f"valid are {', '.join(valid)}"
     return f"unknown key; {hint}"
-
-
-def _optimizer_keys() -> list[str]:
-    return list(dict.fromkeys(key for section in OPTIMIZERS.values() for key in section.model_fields))
 
 
 def _place(key: str, origins: dict[str, str]) -> str:

@@ -3,7 +3,6 @@
 `python -m lightlm.recipe.reference` writes recipes/recipe.schema.json anew.
 """
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from lightlm.errors import UsageError
+from lightlm.names import nearest
 from lightlm.recipe.loading import recipes_folder
 from lightlm.recipe.schema import Recipe
 
@@ -66,8 +66,8 @@ def keys(section: str | None = None) -> list[Key]:
     chosen = [entry for entry in found if section is None or f"{entry.key}.".startswith(f"{section}.")]
     if not chosen:
         named = [entry.key for entry in found if entry.key.endswith(f".{section}")]
-        close = named or difflib.get_close_matches(str(section), [*sections(), *(entry.key for entry in found)], n=1)
-        hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections())}"
+        close = named[0] if named else nearest(str(section), [*sections(), *(entry.key for entry in found)])
+        hint = f"did you mean {close}?" if close else f"sections are {', '.join(sections())}"
         raise UsageError(f"a recipe has no section {section}; {hint}")
     return chosen
 

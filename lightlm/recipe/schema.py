@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_serializer,
@@ -21,8 +22,10 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lightlm.model.config import ModelConfig
 from lightlm.optim.registry import AnyOptimizer
-from lightlm.optim.section import Problem
+from lightlm.optim.section import NO_EFFECT, Problem
 from lightlm.quantities import parse_quantity
+
+EARLIER_RUN = "earlier_run"  # in a validation's context: the recipe is that of a run, which must stay resumable
 
 
 def span_tokens(span: str, total: int) -> int:
@@ -37,7 +40,7 @@ def span_tokens(span: str, total: int) -> int:
         share = float(span[:-1])
     except ValueError:
         share = -1.0
-    if not 0 <= share <= 100:
+    if not 0 <= share <= 100:  # also NaN
         raise ValueError("write a share of the run such as 2%, or tokens such as 375M")
     return round(total * share / 100)
 
@@ -75,29 +78,41 @@ Span = Annotated[
 ]
 
 
-def _refuse(problems: list[Problem]) -> None:
-    """Raise the ValidationError that lists these problems, if there are any."""
+def _refuse(problems: list[Problem], info: ValidationInfo) -> None:
+    """Raise the ValidationError that lists these problems, if there are any.
+
+    The recipe of a run may hold settings without effect: earlier versions did not refuse all of them.
+    """
     errors: list[InitErrorDetails] = [
         {"type": PydanticCustomError("problem", "{text}", {"text": text}), "loc": tuple(key.split(".")), "input": None}
         for key, text in problems
+        if not (text.startswith(NO_EFFECT) and _is_earlier(info))
     ]
     if errors:
         raise ValidationError.from_exception_data("Recipe", errors)
 
 
+def _is_earlier(info: ValidationInfo) -> bool:
+    return bool(info.context and info.context.get(EARLIER_RUN))
+
+
 class Section(BaseModel):
     """One section of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def idle(self) -> dict[str, str]:
-        """Return the settings that have no effect beside the others, each with the reason; no recipe may give one."""
+        """Return the settings that have no effect beside the others, each with the reason.
+
+        A recipe may give one only its default, and no recipe file of a run holds one.
+        """
         return {}
 
     def problems(self) -> list[Problem]:
         """Return the settings of this section that do not fit together."""
-        idle = self.idle().items()
-        return [(key, f"has no effect {why}; leave it out") for key, why in idle if key in self.model_fields_set]
+        default = {key: field.default for key, field in type(self).model_fields.items()}
+        given = [(key, why) for key, why in self.idle().items() if getattr(self, key) != default[key]]
+        return [(key, f"{NO_EFFECT} {why}; leave it out") for key, why in given]
 
     @model_serializer(mode="wrap")
     def _effective(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -166,6 +181,11 @@ class ScheduleSection(Section):
     """Shape of the wsd decay. `sqrt` falls as 1 - sqrt(x) (arXiv 2405.18392)."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end of the decay, as a fraction of the peak."""
+    rewarmup: Span = "0%"
+    """In a resumed run: linear rise of the learning rate from 0 to what the schedule says, after train.tokens was
+    raised behind a decay."""
+    rewarmup_from: Tokens | None = None
+    """Tokens at which rewarmup begins. null takes those of the checkpoint from which the run resumes."""
     batch_warmup: Span = "0%"
     """Part of the run in which the batch doubles from batch_start to train.batch_tokens."""
     batch_start: BatchTokens | None = None
@@ -180,10 +200,18 @@ class ScheduleSection(Section):
     def warms_batch_up(self) -> bool:
         return span_tokens(self.batch_warmup, 10**18) > 0
 
+    @property
+    def warms_up_again(self) -> bool:
+        return span_tokens(self.rewarmup, 10**18) > 0
+
     def idle(self) -> dict[str, str]:
         keys = {"constant": ("decay", "decay_shape", "min_lr_ratio"), "wsd": ()}.get(self.name, ("decay_shape",))
         idle = dict.fromkeys(keys, f"with schedule.name={self.name}")
-        return idle if self.warms_batch_up else idle | {"batch_start": "without schedule.batch_warmup"}
+        if not self.warms_batch_up:
+            idle["batch_start"] = "without schedule.batch_warmup"
+        if not self.warms_up_again:
+            idle |= dict.fromkeys(("rewarmup", "rewarmup_from"), "without a length in schedule.rewarmup")
+        return idle
 
     def problems(self) -> list[Problem]:
         found = super().problems()
@@ -193,6 +221,27 @@ class ScheduleSection(Section):
         if sum(shares) > 10**6:
             found.append(("decay", f"warmup {self.warmup} and decay {self.decay} exceed the run"))
         return found
+
+    def span_problems(self, tokens: int) -> list[Problem]:
+        """Return the spans that exceed a run of this many tokens."""
+        warmup, decay = (span_tokens(span or "0%", tokens) for span in (self.warmup, self.decay_span))
+        decays = self.name != "constant"
+        if warmup + decay * decays <= tokens:
+            return []
+        # A span in tokens was chosen for a run of another length: a share fits every length.
+        shares = {"warmup": (self.warmup, "2%"), "decay": (self.decay or "%", "20%" if self.name == "wsd" else "null")}
+        absolute = [key for key, (span, _) in shares.items() if not span.endswith("%") and (decays or key == "warmup")]
+        advice = " ".join(f"schedule.{key}={shares[key][1]}" for key in absolute)
+        both = f" and decay {self.decay_span} exceed" if decay and decays else " exceeds"
+        hint = f"; write {advice}" if advice else ""
+        return [(next(iter(absolute), "warmup"), f"warmup {self.warmup}{both} the run's {tokens:,} tokens{hint}")]
+
+    def idle_end(self, tokens: int) -> int | None:
+        """Return the tokens after which the rest of a run of `tokens` tokens has a learning rate of 0, or None."""
+        if self.name not in ("cosine", "linear") or self.min_lr_ratio or self.decay is None:
+            return None
+        end = span_tokens(self.warmup, tokens) + span_tokens(self.decay, tokens)
+        return end if end < tokens else None
 
 
 class EvalSection(Section):
@@ -214,9 +263,10 @@ class EvalSection(Section):
     """Folder with the tasks' data sets, laid out like the Hub. null takes $LIGHTLM_EVAL_DATA, or the Hub and its cache.
     """
 
-    def problems(self) -> list[Problem]:
-        idle = [key for key in ("tasks_every", "limit", "data_dir") if getattr(self, key) and not self.tasks]
-        return [(key, "has no effect without eval.tasks; name some, or leave it out") for key in idle]
+    def idle(self) -> dict[str, str]:
+        keys = () if self.tasks else ("tasks_every", "limit", "data_dir")
+        idle = dict.fromkeys(keys, "without eval.tasks")
+        return idle if self.prompts else idle | {"max_new_tokens": "without eval.prompts"}
 
 
 class CheckpointSection(Section):
@@ -237,6 +287,10 @@ class TrackingSection(Section):
     """Trackers that receive the metrics besides metrics.jsonl (extra `lightlm[tracking]`)."""
     project: str = Field(default="lightlm", pattern=NAME_PATTERN)
     """Project name for wandb and trackio."""
+
+    def idle(self) -> dict[str, str]:
+        with_project = set(self.backends) & {"wandb", "trackio"}
+        return {} if with_project else {"project": "without wandb or trackio in tracking.backends"}
 
 
 class Recipe(BaseModel):
@@ -268,8 +322,11 @@ class Recipe(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _check_section(cls, section: Any) -> Any:
-        _refuse([] if isinstance(section, str) else section.problems())  # the name is a string
+    def _check_section(cls, section: Any, info: ValidationInfo) -> Any:
+        found = [] if isinstance(section, str) else section.problems()  # the name is a string
+        if isinstance(section, ModelConfig):
+            found = list((dict(found) | dict(section.idle_given())).items())
+        _refuse(found, info)
         return section
 
     @property
@@ -300,15 +357,16 @@ class Recipe(BaseModel):
         return values | {"moe": {k: v for k, v in self.router_training.model_dump().items() if v is not None}}
 
     @model_validator(mode="after")
-    def _check_whole(self) -> Self:
+    def _check_whole(self, info: ValidationInfo) -> Self:
         """Refuse settings of different sections that do not fit together."""
         optimizer = self.optimizer.model_problems(tied=self.model.tie_embeddings)
         found = [(f"optimizer.{key}", message) for key, message in optimizer] + self._moe_problems()
-        schedule, batch = self.schedule, self.train.batch_tokens
-        warmup, decay = (span_tokens(s or "0%", self.train.tokens) for s in (schedule.warmup, schedule.decay_span))
-        if warmup + decay > self.train.tokens:
-            spans = f"warmup {schedule.warmup}" + (f" and decay {schedule.decay_span}" if decay else "")
-            found.append(("schedule", f"{spans} exceed the run's {self.train.tokens:,} tokens"))
+        schedule, batch, tokens = self.schedule, self.train.batch_tokens, self.train.tokens
+        spans = schedule.span_problems(tokens)
+        found += [(f"schedule.{key}", message) for key, message in spans]
+        if not spans and not _is_earlier(info) and (end := schedule.idle_end(tokens)):
+            rest = f"{schedule.decay} of {schedule.name} leaves the last {1 - end / tokens:.0%} of the run at rate 0"
+            found.append(("schedule.decay", f"{rest}; leave it out to fill the run, or set schedule.min_lr_ratio"))
         if self.seq_len > self.model.max_seq_len:
             found.append(("train.seq_len", f"{self.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"))
         elif batch % self.seq_len:
@@ -318,15 +376,15 @@ class Recipe(BaseModel):
         elif self.train.micro_batch_size != "auto" and self.batch_sequences % self.train.micro_batch_size:
             message = f"{self.train.micro_batch_size} does not divide the {self.batch_sequences} sequences of a batch"
             found.append(("train.micro_batch_size", message))
-        _refuse(found + self._batch_warmup_problems())
+        _refuse(found + self._batch_warmup_problems(), info)
         return self
 
     def _moe_problems(self) -> list[Problem]:
         given = [key for key, value in self.moe if key in self.moe.model_fields_set and value is not None]
         if not self.model.num_experts:
-            return [(f"moe.{key}", "has no effect without model.num_experts; leave it out") for key in given]
+            return [(f"moe.{key}", f"{NO_EFFECT} without model.num_experts; leave it out") for key in given]
         if self.model.router == "softmax" and "bias_update_rate" in given:
-            return [("moe.bias_update_rate", "has no effect with model.router=softmax; leave it out")]
+            return [("moe.bias_update_rate", f"{NO_EFFECT} with model.router=softmax; leave it out")]
         return []
 
     def _batch_warmup_problems(self) -> list[Problem]:
@@ -335,7 +393,7 @@ class Recipe(BaseModel):
             return []
         found = []
         if span_tokens(schedule.batch_warmup, self.train.tokens) > self.train.tokens:
-            message = f"{schedule.batch_warmup} exceeds the run's {self.train.tokens:,} tokens"
+            message = f"{schedule.batch_warmup} exceeds the run's {self.train.tokens:,} tokens; write a share: 10%"
             found.append(("schedule.batch_warmup", message))
         if start % self.seq_len or full % start or start == full:
             fitting = [n for n in range(1, self.batch_sequences) if self.batch_sequences % n == 0]

@@ -6,7 +6,11 @@ Neither depends on the micro-batch or on the number of processes, so that a run 
 import math
 from dataclasses import dataclass
 
+from lightlm.quantities import format_quantity
 from lightlm.recipe import Recipe, ScheduleSection, span_tokens
+
+_NEARLY = 0.01  # of the peak: the difference between two rates that matters
+_MANY_EPOCHS = 10
 
 
 def learning_rate_factor(schedule: ScheduleSection, tokens: int, total_tokens: int) -> float:
@@ -15,8 +19,14 @@ def learning_rate_factor(schedule: ScheduleSection, tokens: int, total_tokens: i
     A batch asks for its middle, so that neither the first nor the last has a rate of zero. The rate rises linearly from
     zero during the warm-up. Then, by `schedule.name`: `constant`; `wsd` is constant and decays at the end (arXiv
     2404.06395), linearly or as 1 - sqrt (arXiv 2405.18392); `cosine` and `linear` decay over `decay` tokens and stay at
-    `min_lr_ratio` afterwards.
+    `min_lr_ratio` afterwards. A re-warmup multiplies this by a linear rise from zero.
     """
+    factor, began = _planned_factor(schedule, tokens, total_tokens), schedule.rewarmup_from
+    span = span_tokens(schedule.rewarmup, total_tokens)
+    return factor * (tokens - began) / span if began is not None and began <= tokens < began + span else factor
+
+
+def _planned_factor(schedule: ScheduleSection, tokens: int, total_tokens: int) -> float:
     warmup = span_tokens(schedule.warmup, total_tokens)
     if tokens < warmup:
         return tokens / warmup
@@ -82,3 +92,98 @@ def batch_plan(recipe: Recipe) -> BatchPlan:
     else:
         stages.append((0, full))
     return BatchPlan(tuple(stages), recipe.seq_len, recipe.train.tokens)
+
+
+def corner_points(recipe: Recipe) -> list[dict[str, float]]:
+    """Return where the learning rate changes its course: `step`, `tokens` and `lr`, from the first step to the last.
+
+    A re-warmup begins with two points at the same tokens: before and after the fall to zero.
+    """
+    plan, schedule = batch_plan(recipe), recipe.schedule
+    total = plan.remaining()[1]
+    warmup = span_tokens(schedule.warmup, total)
+    length = span_tokens(schedule.decay_span, total) if schedule.decay_span else total - warmup
+    corners = {0, warmup, total}
+    corners |= {"wsd": {total - length}, "constant": set()}.get(schedule.name, {warmup + length})
+    began, again = schedule.rewarmup_from, span_tokens(schedule.rewarmup, total)
+    if began is not None and again:
+        corners |= {began, began + again}
+    points = []
+    for tokens in sorted(corner for corner in corners if 0 <= corner <= total):
+        factors = [learning_rate_factor(schedule, tokens, total)]
+        if tokens == began and again:
+            factors.insert(0, _planned_factor(schedule, tokens, total))
+        step = plan.remaining()[0] - plan.remaining(tokens)[0]
+        points += [{"step": step, "tokens": tokens, "lr": recipe.optimizer.lr * factor} for factor in factors]
+    return points
+
+
+def describe_schedule(recipe: Recipe) -> str:
+    """Return the corner points in words, such as `0 -> 0.003 at step 8 (30K tokens), constant to step 367 (...)`."""
+    first, *others = corner_points(recipe)
+    parts, before = [f"{first['lr']:.3g}"], first
+    for point in others:
+        where = f"step {point['step']:,} ({format_quantity(point['tokens'])} tokens)"
+        if point["lr"] == before["lr"]:
+            parts.append(f", constant to {where}")
+        elif point["tokens"] == before["tokens"]:
+            parts.append(f", from {point['lr']:.3g} again")
+        else:
+            parts.append(f"{' ' if before is first else ', '}-> {point['lr']:.3g} at {where}")
+        before = point
+    shape = {"cosine": "cosine", "wsd": recipe.schedule.decay_shape}.get(recipe.schedule.name, "linear")
+    return "".join(parts) + ("" if shape == "linear" else f" ({shape} decay)")
+
+
+def begin_rewarmup(recipe: Recipe, tokens: int) -> Recipe:
+    """Return the recipe of a run that resumes at `tokens`, with the beginning of its re-warmup filled in."""
+    schedule = recipe.schedule
+    if not schedule.warms_up_again or schedule.rewarmup_from is not None:
+        return recipe
+    return recipe.model_copy(update={"schedule": schedule.model_copy(update={"rewarmup_from": tokens})})
+
+
+def note_on_resume(before: Recipe, after: Recipe, tokens: int) -> str | None:
+    """Return what a resumed run's user should know about the learning rate, or None if it continues as it was.
+
+    Args:
+        before: the run's recipe so far.
+        after: its recipe from now on.
+        tokens: of the run so far.
+    """
+    if after.schedule.rewarmup_from == tokens != before.schedule.rewarmup_from:
+        return f"the learning rate rises again from 0 over {after.schedule.rewarmup} of the run (schedule.rewarmup)"
+    middle = tokens + batch_plan(after).sequences(tokens) * after.seq_len // 2
+    old_total, new_total = (batch_plan(recipe).remaining()[1] for recipe in (before, after))
+    peak = after.optimizer.lr
+    old = before.optimizer.lr * learning_rate_factor(before.schedule, min(middle, old_total), old_total)
+    new = peak * learning_rate_factor(after.schedule, middle, new_total)
+    if abs(new - old) <= _NEARLY * peak:
+        return None
+    reached = ", its peak," if new >= (1 - _NEARLY) * peak else f" (peak: {peak:.3g})"
+    text = f"the learning rate goes from {old:.3g} to {new:.3g}{reached} at once"
+    if before.train.tokens != after.train.tokens:
+        text += f": train.tokens was {before.train.tokens:,}, and is {after.train.tokens:,} now"
+    return text + (". To let it rise from 0 instead, add schedule.rewarmup=2%" if new > old else "")
+
+
+def note_on_idle_end(recipe: Recipe) -> str | None:
+    """Return a warning if the last part of the run has a learning rate of 0, which only an earlier run may have."""
+    end = recipe.schedule.idle_end(recipe.train.tokens)
+    if end is None:
+        return None
+    return (
+        f"the learning rate is 0 from {format_quantity(end)} of {format_quantity(recipe.train.tokens)} tokens on: "
+        f"schedule.decay is {recipe.schedule.decay} with {recipe.schedule.name}; schedule.decay=null fills the run"
+    )
+
+
+def note_on_repeats(tokens: int, data_tokens: int) -> str | None:
+    """Return a warning if a run of `tokens` tokens reads its data more than ten times."""
+    if tokens <= _MANY_EPOCHS * max(data_tokens, 1):
+        return None
+    return (
+        f"the run reads its {format_quantity(data_tokens)} tokens of data {tokens / max(data_tokens, 1):,.0f} times. "
+        "Beyond about 4 times, repeated text teaches less and less (arXiv 2305.16264), and the model learns it by "
+        "heart: the validation loss may rise. Prepare more data, or lower train.tokens"
+    )

@@ -18,10 +18,19 @@ from lightlm.errors import DataError, RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.optim.state import load_named_state
-from lightlm.recipe import Recipe
+from lightlm.recipe import Recipe, load_run_recipe
+from lightlm.runs import RECIPE, run_of
 from lightlm.train.checkpointing.resume import Progress, unpack
 from lightlm.train.distributed import World
-from lightlm.train.schedules import BatchPlan, batch_plan
+from lightlm.train.schedules import (
+    BatchPlan,
+    batch_plan,
+    begin_rewarmup,
+    describe_schedule,
+    note_on_idle_end,
+    note_on_repeats,
+    note_on_resume,
+)
 from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import Gradients, check_shares, micro_batch_size
 from lightlm.train.step.parallel import ParallelLoss
@@ -75,6 +84,7 @@ class Setup:
             "train_tokens": len(data.split("train")) if data else None,
             "tokens": self.total_tokens,
             "steps": self.progress.step + self.batches.remaining(self.progress.tokens)[0],
+            "schedule": describe_schedule(recipe),
             "first_step": self.progress.step,
             "first_batch_tokens": self.batches.sequences(0) * recipe.seq_len,
             "batch_tokens": recipe.batch_sequences * recipe.seq_len,
@@ -125,6 +135,11 @@ def set_up(
         assert data is not None, "a run resumes with its data"
         progress, optimizer_state = unpack(resume_from, data)
         load_named_state(model, optimizer, optimizer_state)
+        recipe = begin_rewarmup(recipe, progress.tokens)
+        if world.is_writer:
+            _note_schedule(recipe, resume_from, progress, note)
+    elif recipe.schedule.warms_up_again and recipe.schedule.rewarmup_from is None:
+        raise RecipeError("schedule.rewarmup is for a run that resumes from a checkpoint; leave it out of a new run")
     if data:
         stream = data.split("train")
     else:  # random tokens of one global batch: the cost of a step does not depend on what they say
@@ -140,6 +155,15 @@ def set_up(
     return Setup(
         recipe, data, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress, resume_from
     )
+
+
+def _note_schedule(recipe: Recipe, resume_from: Path, progress: Progress, note: Note) -> None:
+    """Tell what a resumed run does with the learning rate, where the user might not expect it."""
+    run, texts = run_of(resume_from), [note_on_idle_end(recipe)]
+    if run is not None and (run / RECIPE).is_file():  # still the recipe of the run so far
+        texts.append(note_on_resume(load_run_recipe(run), recipe, progress.tokens))
+    for text in filter(None, texts):
+        note(text)
 
 
 def open_data(recipe: Recipe, *, required: bool = True, resumed: Path | None = None) -> DataFolder | None:
@@ -184,6 +208,8 @@ def fit_recipe(recipe: Recipe, data: DataFolder | None, note: Note) -> Recipe:
         )
     if wanted > given:
         note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")
+    if text := note_on_repeats(recipe.train.tokens, len(data.split("train"))):
+        note(text)
     if not len(data.split("val")):
         note(f"{data.path} has no validation split: there will be no validation loss")
     for prompt in recipe.eval.prompts:

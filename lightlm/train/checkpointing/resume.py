@@ -123,7 +123,7 @@ def reopen_run(
         RecipeError: an override or `recipe.yaml` changes a setting that a resumed run cannot change.
     """
     run = find_run(reference)
-    before, recipe = load_run_recipe(run), load_run_recipe(run, overrides)
+    before, recipe = load_run_recipe(run), load_run_recipe(run, overrides, warn)
     saved = checkpoint.newest_checkpoint(run, check_resumable, warn) if checkpoint.checkpoints(run) else None
     since = run.name
     if saved is not None:

@@ -11,7 +11,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.planning.memory import inference_parts, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
-from lightlm.train.schedules import batch_plan
+from lightlm.train.schedules import batch_plan, corner_points, describe_schedule
 from lightlm.train.setup import Note, fit_recipe, open_data
 from lightlm.train.step.gradients import micro_batch_size
 
@@ -51,6 +51,8 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "tokens": tokens,
         "steps": steps,
         "batch_tokens": recipe.batch_sequences * recipe.seq_len,
+        "schedule": describe_schedule(recipe),
+        "learning_rates": corner_points(recipe),
         "flops": flops * tokens,
         "validations": validations if validation_tokens else 0,
         "validation_tokens": validations * validation_tokens,
@@ -88,7 +90,7 @@ def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool
     return device, pick_dtype(recipe.train.dtype, device), True
 
 
-def _machine(recipe: Recipe, model: Transformer, run: dict[str, int], probe: bool, note: Note) -> dict[str, Any]:
+def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: bool, note: Note) -> dict[str, Any]:
     """Return memory by part on the recipe's device, and the probe's measurements of a full batch."""
     device, dtype, present = _target(recipe, note)
     measured = None
@@ -121,7 +123,7 @@ def _machine(recipe: Recipe, model: Transformer, run: dict[str, int], probe: boo
     }
 
 
-def _measurements(probe: Probe, recipe: Recipe, run: dict[str, int], copy: int) -> dict[str, Any]:
+def _measurements(probe: Probe, recipe: Recipe, run: dict[str, Any], copy: int) -> dict[str, Any]:
     """Return the measurements of a full batch. A probe saves nothing, so `copy` is added to its memory."""
     step_seconds = recipe.batch_sequences / probe.micro_batch * probe.pass_seconds + probe.update_seconds
     # Passes take time in proportion to their tokens.
@@ -139,7 +141,7 @@ def _measurements(probe: Probe, recipe: Recipe, run: dict[str, int], copy: int) 
     }
 
 
-def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: dict[str, int]) -> dict[str, Any]:
+def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: dict[str, Any]) -> dict[str, Any]:
     """Estimate one GPU of this kind, with the given micro-batch or the largest automatic one that fits."""
     device, weights = torch.device("cuda"), 4 * model.num_parameters()["total"]
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
