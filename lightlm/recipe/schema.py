@@ -125,7 +125,8 @@ class TrainSection(Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it. Weights stay in float32."""
+    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it; on a CPU, a new run measures,
+    and its recipe.yaml keeps the answer. Weights stay in float32."""
     compile: Literal["auto"] | bool = "auto"
     """Use torch.compile. `auto` decides by device and by the length of the run."""
     activation_checkpointing: bool = False

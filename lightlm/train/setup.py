@@ -35,7 +35,7 @@ class Setup:
     """All parts of a run.
 
     Attributes:
-        recipe: with `model.vocab_size` and `train.compile` filled in.
+        recipe: with `model.vocab_size`, `train.compile` and `train.dtype` filled in.
         data: None for random tokens, with which a run can be measured but not trained.
         progress: where the run starts.
         resumed_from: the checkpoint that it continues from.
@@ -103,7 +103,8 @@ def set_up(
     batches = batch_plan(recipe)
     check_shares(recipe, batches, world.size)
     device = world.pick_device(recipe.train.device)
-    dtype = pick_dtype(recipe.train.dtype, device)
+    # Measured for `auto` on a CPU, so one process decides. The run's recipe.yaml records it, as it does `compile`.
+    dtype = world.from_writer(lambda: pick_dtype(recipe.train.dtype, device, recipe.model.hidden_size))
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(recipe.train.seed)
@@ -114,7 +115,8 @@ def set_up(
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
     compiled = compiles(recipe, model, device)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": compiled})})
+    resolved = {"compile": compiled, "dtype": str(dtype).removeprefix("torch.")}
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=resolved)})
     if recipe.train.parallel == "fsdp" and world.size == 1:
         note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
     loss = ParallelLoss(model, world, recipe, device, dtype)
