@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
+from lightlm.cpu import restored_threads
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare as prepare_folder
 from lightlm.data.sources.registry import open_source
@@ -230,6 +231,8 @@ def train(
 ) -> Result:
     """Train a model in this process, to the end of the recipe or until Ctrl-C; both save the last step.
 
+    On a CPU, torch computes with the run's `train.threads` meanwhile; afterwards its number of threads is restored.
+
     Args:
         recipe: a recipe file, or the name of a shipped recipe such as `demo`.
         overrides: changes such as `"optimizer.lr=1e-3"`.
@@ -255,14 +258,15 @@ def train(
         parsed, run, checkpoint = load_recipe(str(recipe), overrides), None, None
     data = open_data(parsed)
     assert data is not None
-    setup = set_up(parsed, data, observer.note, resume_from=checkpoint)
-    scored = parsed.eval.tasks
-    evaluator = TaskScores(setup.recipe.eval, data, setup.world, observer.note) if scored else None
-    run = run or new_run(name or parsed.name, exact=name is not None)
-    with Trackers(parsed.tracking, observer.note) as trackers:
-        trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
-        result = trainer.train()
-    record_machine(run, setup.device, trainer.facts())
+    with restored_threads():  # a run sets `train.threads`
+        setup = set_up(parsed, data, observer.note, resume_from=checkpoint)
+        scored = parsed.eval.tasks
+        evaluator = TaskScores(setup.recipe.eval, data, setup.world, observer.note) if scored else None
+        run = run or new_run(name or parsed.name, exact=name is not None)
+        with Trackers(parsed.tracking, observer.note) as trackers:
+            trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
+            result = trainer.train()
+        record_machine(run, setup.device, trainer.facts())
     write_report([run])
     return result
 

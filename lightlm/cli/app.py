@@ -21,6 +21,7 @@ from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
 from lightlm.cli.train import NEWEST, train
 from lightlm.errors import LightLMError
+from lightlm.threads import bound_spinning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,6 +74,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line; a LightLMError becomes one message and its exit code."""
+    bound_spinning()
     for stream in (sys.stdout, sys.stderr):
         # A model may generate characters that a Windows code page lacks: print a mark instead of failing.
         if isinstance(stream, io.TextIOWrapper):

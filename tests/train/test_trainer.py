@@ -309,3 +309,21 @@ def test_a_run_keeps_the_precision_that_was_measured_at_its_start(gain, workspac
     monkeypatch.setattr("lightlm.cpu.bf16_gain", lambda width: 1 / gain)
     _, watch = resume(name, "train.tokens=512")
     assert watch.facts["dtype"] == kept
+
+
+def test_a_run_keeps_the_threads_that_were_measured_at_its_start(workspace, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("lightlm.cpu.cores", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr("lightlm.cpu.fastest_threads", lambda most, *_: 1)
+        result, watch = start("tiny.yaml", "train.tokens=256", "schedule.warmup=128", name="threads")
+        assert load_recipe(result.run / "recipe.yaml").train.threads == torch.get_num_threads() == 1
+        assert any("1 of 2 threads" in note for note in watch.notes)
+        torch.set_num_threads(2)
+        monkeypatch.setattr("lightlm.cpu.fastest_threads", lambda most, *_: most)
+        resume("threads", "train.tokens=512")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
