@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
+from lightlm.cpu import restored_threads
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare as prepare_folder
 from lightlm.data.sources.registry import open_source
@@ -231,6 +232,8 @@ def train(
 ) -> Result:
     """Train a model in this process, to the end of the recipe or until Ctrl-C; both save the last step.
 
+    On a CPU, torch computes with the run's `train.threads` meanwhile; afterwards its number of threads is restored.
+
     Args:
         recipe: a recipe file, or the name of a shipped recipe such as `demo`.
         overrides: changes such as `"optimizer.lr=1e-3"`.
@@ -255,6 +258,7 @@ def train(
         raise UsageError("overwrite=True deletes the run that resume=RUN continues; choose one of them")
     observer = observer or Observer()
     with contextlib.ExitStack() as held:
+        held.enter_context(restored_threads())  # a run sets `train.threads`
         run = checkpoint = None
         if resume is not None:
             run = find_run(os.fspath(resume))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightlm import cpu
 from lightlm.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,26 +59,26 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-@functools.cache
-def has_fast_bf16(device_type: str) -> bool:
-    """Return whether the device has units for bf16 products: CUDA from Ampere, CPUs with AMX or AVX512-BF16."""
+def has_fast_bf16(device_type: str, width: int = cpu.WIDTH) -> bool:
+    """Return whether bf16 products are fast: on CUDA from Ampere, on a CPU by measurement (`cpu.bf16_gain`)."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    if device_type == "cpu":
-        # Private functions of torch; if one is missing, the unit counts as missing.
-        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return False
+    return device_type == "cpu" and cpu.has_fast_bf16(width)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, width: int = cpu.WIDTH) -> torch.dtype:
     """Return the compute precision; `auto` is bfloat16 where it is fast, else float32.
+
+    On a CPU, the first call measures for some milliseconds, and the process keeps the answer.
+
+    Args:
+        width: the model's hidden size, which is that of the measured products.
 
     Raises:
         UsageError: the precision is unknown.
     """
     if name == "auto":
-        return torch.bfloat16 if has_fast_bf16(device.type) else torch.float32
+        return torch.bfloat16 if has_fast_bf16(device.type, width) else torch.float32
     if name not in DTYPES:
         raise UsageError(f"unknown dtype '{name}'; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]

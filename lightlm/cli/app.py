@@ -21,6 +21,7 @@ from lightlm.cli.report import report
 from lightlm.cli.runs import runs
 from lightlm.cli.train import NEWEST, is_override, train
 from lightlm.errors import LightLMError
+from lightlm.threads import bound_spinning
 
 # What these print is in the files that they write, too: they succeed also where standard output cannot be written.
 _RESULTS_ARE_FILES = (["train"], ["prepare-data"])
@@ -78,6 +79,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line; a LightLMError becomes one message and its exit code."""
+    bound_spinning()
     guard_streams()
     try:
         _run(sys.argv[1:])

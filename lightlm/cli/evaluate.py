@@ -86,6 +86,7 @@ def evaluate(
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.convert.load import is_hub_id, load_pretrained, locate
+        from lightlm.cpu import FEW_SLICES, use_threads
         from lightlm.device import pick_device, pick_dtype
         from lightlm.evaluate.compare.comparison import compare_all
         from lightlm.evaluate.compare.table import Score, score_lines, score_table
@@ -97,6 +98,8 @@ def evaluate(
         from lightlm.runs import run_of
 
         target = pick_device(device)
+        if target.type == "cpu":
+            use_threads("auto", _note, slices=FEW_SLICES)
         precision = pick_dtype(dtype, target)
         BatchSize.of(batch_size, target)
         settings = Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype)

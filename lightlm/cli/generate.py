@@ -66,6 +66,7 @@ def generate(
 ) -> None:
     """Continue a text with a model. The text streams to the terminal."""
     from lightlm.convert.load import load_pretrained
+    from lightlm.cpu import FEW_SLICES, use_threads
     from lightlm.device import pick_device, pick_dtype
     from lightlm.generate import engine
     from lightlm.generate.sampling import DEFAULT, Sampling
@@ -75,6 +76,8 @@ def generate(
         DEFAULT.temperature if temperature is None else temperature, top_k, DEFAULT.top_p if top_p is None else top_p
     )
     target = pick_device(device)
+    if target.type == "cpu":
+        use_threads("auto", lambda message: console.print(f"Note: {message}", markup=False), slices=FEW_SLICES)
     if dtype == "auto" and target.type == "cpu":
         # One token at a time, bf16 is slower even with AVX512-BF16: 10 tokens/s against 26 (SmolLM2-135M, 2 threads).
         dtype = "float32"

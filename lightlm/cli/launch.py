@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from lightlm.cli.console import console
 from lightlm.errors import LightLMError
+from lightlm.threads import THREADS_VARIABLE, cores
 from lightlm.train.signals import handling
 
 if TYPE_CHECKING:
@@ -65,10 +66,9 @@ def launch(command: Sequence[str], restart: Sequence[str], processes: int, max_r
 
 def _environment(processes: int, attempt: int, folder: Path) -> dict[str, str]:
     """Return the environment that all processes share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         # Otherwise each process starts a thread for every core.
-        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+        THREADS_VARIABLE: str(max(1, cores() // processes)),
         **os.environ,
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),

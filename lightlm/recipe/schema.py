@@ -140,7 +140,12 @@ class TrainSection(Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it. Weights stay in float32."""
+    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it; on a CPU, a new run measures,
+    and its recipe.yaml keeps the answer. Weights stay in float32."""
+    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Threads of a CPU, for a run of one process. `auto` measures for a second at the start, since another process on a
+    core makes fewer threads faster; the run's recipe.yaml keeps the number, because sums are rounded by it. The
+    variable OMP_NUM_THREADS decides wherever it is set, and `--nproc` shares the cores between the processes."""
     compile: Literal["auto"] | bool = "auto"
     """Use torch.compile. `auto` decides by device and by the length of the run."""
     activation_checkpointing: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightlm import checkpoint
+from lightlm import checkpoint, cpu
 from lightlm.data.folder import DataFolder, prepare_command, resolve_dataset
 from lightlm.data.loader import BatchLoader
 from lightlm.data.shards import TokenStream
@@ -45,7 +45,7 @@ class Setup:
     """All parts of a run.
 
     Attributes:
-        recipe: with `model.vocab_size` and `train.compile` filled in.
+        recipe: with `model.vocab_size`, `train.compile`, `train.dtype` and, on a CPU, `train.threads` filled in.
         data: None for random tokens, with which a run can be measured but not trained.
         progress: where the run starts.
         resumed_from: the checkpoint that it continues from.
@@ -114,7 +114,13 @@ def set_up(
     batches = batch_plan(recipe)
     check_shares(recipe, batches, world.size)
     device = world.pick_device(recipe.train.device)
-    dtype = pick_dtype(recipe.train.dtype, device)
+    threads = recipe.train.threads
+    if device.type == "cpu" and world.size == 1:
+        threads = cpu.use_threads(threads, note, recipe.model.hidden_size)
+    elif world.size > 1 and device.type == "cpu" and threads not in ("auto", torch.get_num_threads()):
+        note(f"train.threads={threads} is for one process; each of the {world.size} has {torch.get_num_threads()}")
+    # Measured for `auto` on a CPU, so one process decides. The run's recipe.yaml records it, as it does `compile`.
+    dtype = world.from_writer(lambda: pick_dtype(recipe.train.dtype, device, recipe.model.hidden_size))
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(recipe.train.seed)
@@ -125,7 +131,8 @@ def set_up(
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
     compiled = compiles(recipe, model, device)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": compiled})})
+    resolved = {"threads": threads, "compile": compiled, "dtype": str(dtype).removeprefix("torch.")}
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=resolved)})
     if recipe.train.parallel == "fsdp" and world.size == 1:
         note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
     loss = ParallelLoss(model, world, recipe, device, dtype)

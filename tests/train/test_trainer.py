@@ -370,3 +370,34 @@ def test_compiling_on_a_cpu_waits_for_a_run_that_pays(monkeypatch):
 
 def test_the_runs_recipe_keeps_whether_it_was_compiled(whole_run):
     assert load_recipe(whole_run[0].run / "recipe.yaml").train.compile is False
+
+
+@pytest.mark.parametrize("gain", [0.5, 4.0])
+def test_a_run_keeps_the_precision_that_was_measured_at_its_start(gain, workspace, monkeypatch):
+    monkeypatch.setattr("lightlm.cpu.bf16_gain", lambda width: gain)
+    name = f"measured-{gain}"
+    result, _ = start("tiny.yaml", "train.dtype=auto", "train.tokens=256", "schedule.warmup=128", name=name)
+    kept = "bfloat16" if gain > 1 else "float32"
+    assert load_recipe(result.run / "recipe.yaml").train.dtype == kept
+    # Resumed where the other precision is faster, it stays what it was.
+    monkeypatch.setattr("lightlm.cpu.bf16_gain", lambda width: 1 / gain)
+    _, watch = resume(name, "train.tokens=512")
+    assert watch.facts["dtype"] == kept
+
+
+def test_a_run_keeps_the_threads_that_were_measured_at_its_start(workspace, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("lightlm.cpu.cores", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr("lightlm.cpu.fastest_threads", lambda most, *_: 1)
+        result, watch = start("tiny.yaml", "train.tokens=256", "schedule.warmup=128", name="threads")
+        assert load_recipe(result.run / "recipe.yaml").train.threads == torch.get_num_threads() == 1
+        assert any("1 of 2 threads" in note for note in watch.notes)
+        torch.set_num_threads(2)
+        monkeypatch.setattr("lightlm.cpu.fastest_threads", lambda most, *_: most)
+        resume("threads", "train.tokens=512")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -36,6 +36,7 @@ from lightlm.data.sources.sample import training_sample
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
 from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors, restore_folder, write_text
+from lightlm.threads import cores
 
 MAX_DEFAULT_WORKERS = 8  # each takes about 80 MB of memory
 
@@ -122,8 +123,7 @@ def prepare(
     options.check()
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # the threads of `tokenizers`
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or min(cores, MAX_DEFAULT_WORKERS)
+    workers = workers or min(cores(), MAX_DEFAULT_WORKERS)
     target = Path(os.path.abspath(out)).resolve()
     if not target.name:
         raise UsageError(f"--out {target}: name a folder inside it")

@@ -77,7 +77,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
 
 def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool]:
     """Return the recipe's device and precision, and whether this machine has the device."""
-    name = recipe.train.device
+    name, width = recipe.train.device, recipe.model.hidden_size
     try:
         device = pick_device(name)
     except UsageError as error:
@@ -86,8 +86,8 @@ def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool
         note(f"not probed: {error}")
         device = torch.device(name)
         fast = device.type == "cuda" and recipe.train.dtype == "auto"
-        return device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU), False
-    return device, pick_dtype(recipe.train.dtype, device), True
+        return device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU, width), False
+    return device, pick_dtype(recipe.train.dtype, device, width), True
 
 
 def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: bool, note: Note) -> dict[str, Any]:

@@ -1,0 +1,22 @@
+"""The cores of this process, and how OpenMP's threads wait. Imports no torch: it must act before torch starts."""
+
+import os
+
+THREADS_VARIABLE = "OMP_NUM_THREADS"
+# Rounds that a thread of GNU's OpenMP, which torch's Linux packages bring, waits for work before it sleeps. Its own
+# 300,000 take the core from whatever shares it: docs/results.md, "Threads beside other processes".
+_SPINS = 1_000
+
+
+def cores() -> int:
+    """Return the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bound_spinning() -> None:
+    """Let waiting OpenMP threads sleep early, unless the user's environment says how they wait.
+
+    Works only before torch is imported; child processes inherit it.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
