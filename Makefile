@@ -9,9 +9,10 @@ UNIT_TESTS := $(wildcard tests/test_*.py tests/recipe tests/report)
 
 .PHONY: demo test coverage check lint format bench compare docs docs-serve clean
 
+# On a slow machine, --max-minutes trains on fewer tokens, and says so.
 demo: $(VENV)/.installed
 	$(BIN)/lightlm prepare-data pydocs --tokenizer train:8192
-	$(BIN)/lightlm train recipes/demo.yaml
+	$(BIN)/lightlm train recipes/demo.yaml --max-minutes 4
 	$(BIN)/lightlm eval --tasks heldout
 	$(BIN)/lightlm generate "Return a new" --num-samples 2 --max-new-tokens 80
 	$(BIN)/lightlm convert
@@ -61,9 +62,9 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# pip shows its progress: on Linux the first installation may download gigabytes of CUDA libraries.
+# transformers ([hf]) loads what the demo exports. pip shows its progress: on Linux the first installation may download gigabytes of CUDA libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
-	$(PIP_INSTALL) .
+	$(PIP_INSTALL) ".[hf]"
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created

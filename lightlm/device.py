@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lightlm import choices
 from lightlm.errors import UsageError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,14 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return the named device; `auto` is CUDA, else MPS, else the CPU.
 
     Raises:
-        UsageError: torch does not know the device, or this machine lacks it.
+        UsageError: there is no such device, or this machine lacks it.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps") from None
+    choices.check_device(name)
+    device = torch.device(name)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.type, False):
         offered = ", ".join(kind for kind, there in available.items() if there)
@@ -78,8 +77,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         return torch.bfloat16 if has_fast_bf16(device.type) else torch.float32
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype '{name}'; use auto, {', '.join(DTYPES)}")
+    choices.check_dtype(name)
     return DTYPES[name]
 
 

@@ -24,7 +24,7 @@ def generate(
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Number of continuations of the prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per continuation.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per continuation.")] = 200,
     temperature: Annotated[
         float | None, typer.Option(help="Divides the logits; 0 takes the most likely token. [dim]Default: 0.8[/]")
     ] = None,
@@ -41,11 +41,12 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Continue a text with a model. The text streams to the terminal."""
-    from lightlm.convert.load import load_pretrained
-    from lightlm.device import pick_device, pick_dtype
-    from lightlm.generate import engine
+    from lightlm import choices
+    from lightlm.convert.load import is_hub_id, load_pretrained, locate
     from lightlm.generate.sampling import DEFAULT, Sampling
 
+    choices.check_device(device)
+    choices.check_dtype(dtype)
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # Python keeps bytes that are not UTF-8 as lone surrogates
@@ -55,11 +56,16 @@ def generate(
     sampling = Sampling(
         DEFAULT.temperature if temperature is None else temperature, top_k, DEFAULT.top_p if top_p is None else top_p
     )
+    found = checkpoint if checkpoint is not None and is_hub_id(checkpoint) else locate(checkpoint)
+    # All that needs no torch is checked by now: importing it takes a second or two.
+    from lightlm.device import pick_device, pick_dtype
+    from lightlm.generate import engine
+
     target = pick_device(device)
     if dtype == "auto" and target.type == "cpu":
         # One token at a time, bf16 is slower even with AVX512-BF16: 10 tokens/s against 26 (SmolLM2-135M, 2 threads).
         dtype = "float32"
-    loaded = load_pretrained(checkpoint, target, pick_dtype(dtype, target))
+    loaded = load_pretrained(found, target, pick_dtype(dtype, target))
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
     engine.check([ids], max_new_tokens, model.config.max_seq_len)

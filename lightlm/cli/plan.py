@@ -31,12 +31,16 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print what a recipe takes: parameters, memory by part, steps, hours. The data need not be prepared."""
+    from lightlm.choices import check_device
+    from lightlm.recipe import load_recipe
+
+    changes = list(overrides or []) + ([f"train.device={device}"] if device else [])
+    parsed = load_recipe(recipe, changes)
+    check_device(parsed.train.device)
     with console.status("Planning ..."):
-        from lightlm.recipe import load_recipe
         from lightlm.train.planning.plan import make_plan
 
-        changes = list(overrides or []) + ([f"train.device={device}"] if device else [])
-        document = make_plan(load_recipe(recipe, changes), probe=probe)
+        document = make_plan(parsed, probe=probe)
     if as_json:
         print_json(document)
     else:

@@ -13,6 +13,7 @@ from lightlm.errors import UsageError
 
 if TYPE_CHECKING:
     from lightlm.cli.displays.training import TrainingDisplay
+    from lightlm.data.folder import DataFolder
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
     from lightlm.train.trainer import Result, Trainer
@@ -43,6 +44,12 @@ def train(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Restarts of all processes from the last checkpoint after one dies.")
     ] = 0,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M", help="Time a few steps, and train a new run on fewer tokens if its own would take longer."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the plan, train nothing.")
     ] = False,
@@ -63,7 +70,16 @@ def train(
     if resume is None and recipe is None:
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
-    request = _Request(recipe, changes, name, resume, auto_resume, dry_run, as_json)
+    if max_minutes is not None:
+        if max_minutes <= 0 or resume is not None:
+            why = "a resumed run keeps its tokens" if resume is not None else "it must be above 0"
+            raise UsageError(f"--max-minutes {max_minutes:g}: {why}")
+        if nproc > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UsageError("--max-minutes times the steps of one process; leave it out, and give train.tokens")
+
+    request = _Request(recipe, changes, name, resume, auto_resume, dry_run, as_json, max_minutes)
+    if "WORLD_SIZE" not in os.environ:  # else each process would report the mistake
+        _check(request)
     if nproc > 1 or max_restarts:
         if "WORLD_SIZE" in os.environ:
             raise UsageError("--nproc and --max-restarts start processes, which torchrun did already; leave them out")
@@ -92,10 +108,11 @@ class _Request:
     auto_resume: bool
     dry_run: bool
     as_json: bool
+    max_minutes: float | None = None
 
     def arguments(self) -> list[str]:
         """Return the command line of this request."""
-        options = {"--name": self.name, "--resume": self.resume}
+        options = {"--name": self.name, "--resume": self.resume, "--max-minutes": self.max_minutes}
         flags = {"--auto-resume": self.auto_resume, "--dry-run": self.dry_run, "--json": self.as_json}
         return [
             *("train", *([self.recipe] if self.recipe else []), *self.changes),
@@ -116,6 +133,32 @@ class _Request:
         return replace(self, name=free_folder(name, exact=self.name is not None).name)
 
 
+def _check(request: _Request) -> None:
+    """Find a missing recipe, run or data folder and a wrong setting before torch is imported, which takes seconds."""
+    from lightlm.choices import check_device
+    from lightlm.data.folder import read_manifest, resolve_dataset
+    from lightlm.recipe import load_recipe, load_run_recipe
+    from lightlm.runs import RECIPE, find_run, run_folder
+
+    run = None
+    if request.resume is not None:
+        run = find_run(None if request.resume == NEWEST else request.resume)
+        parsed = load_run_recipe(run, request.changes)
+    else:
+        assert request.recipe is not None
+        parsed = load_recipe(request.recipe, request.changes)
+        folder = run_folder(request.name or parsed.name)
+        if request.auto_resume and (folder / RECIPE).is_file():
+            run, parsed = folder, load_run_recipe(folder, request.changes)
+    check_device(parsed.train.device)
+    if parsed.eval.tasks:
+        from lightlm.evaluate.tasks import references
+
+        references.check_names(parsed.eval.tasks)
+    if run is not None or not request.dry_run:
+        read_manifest(resolve_dataset(parsed.data.dataset))
+
+
 def _train(world: "World", request: _Request) -> bool:
     """Train in one process; return whether it was interrupted."""
     from lightlm.cli.displays.training import TrainingDisplay
@@ -132,6 +175,8 @@ def _train(world: "World", request: _Request) -> bool:
         display.note(f"this recipe's model cannot be exported to Hugging Face: {refusal}")
     trackers = Trackers(parsed.tracking, display.note)
     data = open_data(parsed, required=not request.dry_run or checkpoint is not None)
+    if request.max_minutes is not None and run is None and data is not None:
+        parsed = _shortened(parsed, data, request, request.max_minutes, display)
     setup = set_up(parsed, data, display.note, world, checkpoint)
     evaluator = None
     if data is not None and parsed.eval.tasks:
@@ -154,6 +199,32 @@ def _train(world: "World", request: _Request) -> bool:
     if world.is_writer:
         _report(result, trainer, _draw_report(trainer, display), request.as_json)
     return result.interrupted
+
+
+def _shortened(
+    recipe: "Recipe", data: "DataFolder", request: _Request, minutes: float, display: "TrainingDisplay"
+) -> "Recipe":
+    """Return the recipe, with fewer tokens if this machine needs longer than the limit for them."""
+    from lightlm.quantities import format_quantity
+    from lightlm.recipe import load_recipe
+    from lightlm.train.planning.probe import ProbeError
+    from lightlm.train.planning.time_limit import fit_time
+
+    try:
+        with console.status("Timing a few steps ..."):
+            fit = fit_time(recipe, data, minutes)
+    except ProbeError as error:
+        display.note(f"--max-minutes {minutes:g} has no effect: {error}")
+        return recipe
+    if fit.tokens >= recipe.train.tokens:
+        return recipe
+    display.note(
+        f"at {fit.tokens_per_second:,.0f} tokens/s, the {format_quantity(recipe.train.tokens)} tokens of this recipe "
+        f"would take {fit.seconds / 60:.0f} minutes; training on {format_quantity(fit.tokens)} instead, "
+        f"to end within {minutes:g} minutes (--max-minutes)"
+    )
+    assert request.recipe is not None
+    return load_recipe(request.recipe, [*request.changes, f"train.tokens={fit.tokens}"])
 
 
 def _choose(request: _Request, display: "TrainingDisplay") -> "tuple[Recipe, Path | None, Path | None]":

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lightlm.data.folder import DataFolder
 from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype
 from lightlm.errors import UsageError
 from lightlm.model.transformer import Transformer
@@ -37,24 +38,13 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     note = notes.append
     data = open_data(recipe, required=False)
     recipe = fit_recipe(recipe, data, note)
-    validation_tokens = min(recipe.eval.tokens, len(data.split("val"))) if data else recipe.eval.tokens
     with torch.device("meta"):
         model = Transformer(recipe.model)
-    steps, tokens = batch_plan(recipe).remaining()
-    # Validations come at each step that reaches a multiple of eval.every, and at the last step.
-    before = tokens - recipe.batch_sequences * recipe.seq_len
-    validations = before // recipe.eval.every + 1 if recipe.eval.every else 1
     counts, flops = model.num_parameters(), model.flops_per_token(recipe.seq_len)
     if recipe.eval.tasks:
         note(f"the hours leave out eval.tasks ({', '.join(recipe.eval.tasks)})")
-    run = {
-        "tokens": tokens,
-        "steps": steps,
-        "batch_tokens": recipe.batch_sequences * recipe.seq_len,
-        "flops": flops * tokens,
-        "validations": validations if validation_tokens else 0,
-        "validation_tokens": validations * validation_tokens,
-    }
+    run = run_sizes(recipe, data)
+    run["flops"] = flops * run["tokens"]
     return {
         "recipe": recipe.name,
         "model": {
@@ -71,6 +61,28 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "assumed_utilization": ASSUMED_UTILIZATION,
         "notes": notes,
     }
+
+
+def run_sizes(recipe: Recipe, data: DataFolder | None) -> dict[str, int]:
+    """Return the tokens, steps and validations of a new run."""
+    validation_tokens = min(recipe.eval.tokens, len(data.split("val"))) if data else recipe.eval.tokens
+    steps, tokens = batch_plan(recipe).remaining()
+    batch_tokens = recipe.batch_sequences * recipe.seq_len
+    # Validations come at each step that reaches a multiple of eval.every, and at the last step.
+    validations = (tokens - batch_tokens) // recipe.eval.every + 1 if recipe.eval.every else 1
+    return {
+        "tokens": tokens,
+        "steps": steps,
+        "batch_tokens": batch_tokens,
+        "validations": validations if validation_tokens else 0,
+        "validation_tokens": validations * validation_tokens,
+    }
+
+
+def run_seconds(probe: Probe, recipe: Recipe, run: dict[str, int]) -> float:
+    """Return the time of a whole run of these sizes at a probe's speed, without samples, checkpoints and tasks."""
+    training = probe.training_seconds(recipe, run["tokens"], run["steps"])
+    return training + probe.validation_seconds(recipe, run["validation_tokens"])
 
 
 def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool]:
@@ -124,10 +136,6 @@ def _machine(recipe: Recipe, model: Transformer, run: dict[str, int], probe: boo
 def _measurements(probe: Probe, recipe: Recipe, run: dict[str, int], copy: int) -> dict[str, Any]:
     """Return the measurements of a full batch. A probe saves nothing, so `copy` is added to its memory."""
     step_seconds = recipe.batch_sequences / probe.micro_batch * probe.pass_seconds + probe.update_seconds
-    # Passes take time in proportion to their tokens.
-    pass_tokens = probe.micro_batch * recipe.seq_len
-    seconds = run["tokens"] / pass_tokens * probe.pass_seconds + run["steps"] * probe.update_seconds
-    seconds += run["validation_tokens"] / pass_tokens * probe.forward_seconds
     return {
         "pass_seconds": probe.pass_seconds,
         "update_seconds": probe.update_seconds,
@@ -135,7 +143,7 @@ def _measurements(probe: Probe, recipe: Recipe, run: dict[str, int], copy: int) 
         "step_seconds": step_seconds,
         "tokens_per_second": recipe.batch_sequences * recipe.seq_len / step_seconds,
         "memory": None if probe.memory is None else probe.memory + copy,
-        "hours": seconds / 3600,
+        "hours": run_seconds(probe, recipe, run) / 3600,
     }
 
 

@@ -40,6 +40,13 @@ class Probe:
     memory: int | None  # bytes at the peak; see metrics.peak_memory
     process_memory: int | None  # bytes before this model exists: Python, torch, and what a first step loads
 
+    def training_seconds(self, recipe: Recipe, tokens: int, steps: int) -> float:
+        """Return the time of training; passes take time in proportion to their tokens."""
+        return tokens / (self.micro_batch * recipe.seq_len) * self.pass_seconds + steps * self.update_seconds
+
+    def validation_seconds(self, recipe: Recipe, tokens: int) -> float:
+        return tokens / (self.micro_batch * recipe.seq_len) * self.forward_seconds
+
 
 def run_probe(recipe: Recipe) -> Probe:
     """Probe a recipe, whose vocabulary must be set, on its device.
