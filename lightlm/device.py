@@ -54,7 +54,26 @@ def pick_device(name: str = "auto") -> torch.device:
     if not available.get(device.type, False):
         offered = ", ".join(kind for kind, there in available.items() if there)
         raise UsageError(f"device '{name}' is not available; this machine has {offered}")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= (count := torch.cuda.device_count()):
+            raise UsageError(f"device '{name}' is not available; this machine has cuda:0 to cuda:{count - 1}")
+        # Streams, generators and memory that name no GPU are then this one's.
+        torch.cuda.set_device(device)
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device's memory did not suffice; on MPS and on a CPU that is a plain RuntimeError."""
+    told = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Return memory that torch keeps for reuse to an accelerator."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 @functools.cache
@@ -79,6 +98,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if has_fast_bf16(device.type) else torch.float32
     choices.check_dtype(name)
     return DTYPES[name]
+
+
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the precision of training, as `pick_dtype`.
+
+    On CUDA before Ampere bf16 is emulated, so that `auto` is float16 where there are units for it (Volta, Turing).
+    """
+    if name == "auto" and device.type == "cuda" and (7, 0) <= torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return pick_dtype(name, device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -124,8 +124,9 @@ class TrainSection(Section):
     """Seed of the initial weights, the data order and the samples."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it. Weights stay in float32."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it, float16 with a scaled loss on
+    CUDA before Ampere, else float32. Weights stay in float32."""
     compile: Literal["auto"] | bool = "auto"
     """Use torch.compile. `auto` decides by device and by the length of the run."""
     activation_checkpointing: bool = False

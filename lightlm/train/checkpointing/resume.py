@@ -18,6 +18,7 @@ from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import Recipe, load_run_recipe
 from lightlm.runs import find_run
 from lightlm.train.observe.spikes import SpikeHistory
+from lightlm.train.step.scaling import ScaleState
 
 # Settings that fix a run's weights, data, batches or optimizer state: a resumed run cannot change them.
 _FIXED = (
@@ -41,6 +42,7 @@ class Progress:
     samples: int = 0  # the loader's whole state
     seconds: float = 0.0  # of training, without interruptions
     spikes: SpikeHistory = field(default_factory=SpikeHistory)  # empty in older checkpoints
+    loss_scale: ScaleState = field(default_factory=ScaleState)  # likewise; see train/step/scaling.py
 
 
 def data_identity(data: DataFolder) -> str:
@@ -75,7 +77,8 @@ def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
     torch.set_rng_state(state["rng"])
     progress = dict(state["progress"])
     spikes = SpikeHistory(**progress.pop("spikes", {}))
-    return Progress(**progress, spikes=spikes), state["optimizer"]
+    scale = ScaleState(**progress.pop("loss_scale", {}))
+    return Progress(**progress, spikes=spikes, loss_scale=scale), state["optimizer"]
 
 
 def check_resumable(folder: Path) -> None:

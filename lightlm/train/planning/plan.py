@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lightlm.data.folder import DataFolder
-from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype
+from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype, training_dtype
 from lightlm.errors import UsageError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
@@ -97,7 +97,7 @@ def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool
         device = torch.device(name)
         fast = device.type == "cuda" and recipe.train.dtype == "auto"
         return device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU), False
-    return device, pick_dtype(recipe.train.dtype, device), True
+    return device, training_dtype(recipe.train.dtype, device), True
 
 
 def _machine(recipe: Recipe, model: Transformer, run: dict[str, int], probe: bool, note: Note) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _machine(recipe: Recipe, model: Transformer, run: dict[str, int], probe: boo
             note(f"{error}; memory is an estimate, and there are no hours for this machine")
     # The memory of a missing device is unknown, so any micro-batch fits.
     free = None if present else sys.maxsize
-    sequences = measured.micro_batch if measured else micro_batch_size(recipe, device, free=free)
+    sequences = measured.micro_batch if measured else micro_batch_size(recipe, device, free=free, dtype=dtype)
     parts = training_parts(recipe, model, device, dtype, sequences)
     # The host's copy that a run saves from. The last save of a run makes none.
     saves = any(0 < every < run["tokens"] for every in (recipe.checkpoint.every, recipe.checkpoint.keep_every))
@@ -151,7 +151,7 @@ def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: d
     """Estimate one GPU of this kind, with the given micro-batch or the largest automatic one that fits."""
     device, weights = torch.device("cuda"), 4 * model.num_parameters()["total"]
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
-    sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0))
+    sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0), dtype=dtype)
     memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
     while memory > _USABLE * gpu.memory and recipe.train.micro_batch_size == "auto" and sequences > 1:
         sequences = max(size for size in range(1, sequences // 2 + 1) if sequences % size == 0)

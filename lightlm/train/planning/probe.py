@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lightlm.device import autocast
+from lightlm.device import autocast, is_out_of_memory
 from lightlm.errors import LightLMError
 from lightlm.recipe import Recipe, parse_recipe
 from lightlm.train.observe.metrics import peak_memory
@@ -125,5 +125,7 @@ if __name__ == "__main__":
     try:
         base = process_memory()
         print(json.dumps(asdict(_measure(parse_recipe(json.load(sys.stdin), "standard input"), base))))
-    except (LightLMError, torch.OutOfMemoryError, MemoryError) as error:
+    except (LightLMError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         sys.exit(f"{error}")
