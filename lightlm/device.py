@@ -21,20 +21,21 @@ class Accelerator:
 
     peak: float  # dense bf16 FLOP/s, without sparsity
     memory: float  # bytes, of the smallest variant
+    bandwidth: float  # bytes per second between chip and memory, of the smallest variant
 
 
 # By words in the device's name.
 ACCELERATORS = {
-    "H200": Accelerator(989e12, 141e9),
-    "H100 PCIe": Accelerator(756e12, 80e9),
-    "H100": Accelerator(989e12, 80e9),
-    "A100": Accelerator(312e12, 40e9),
-    "L40S": Accelerator(362e12, 48e9),
-    "L40": Accelerator(181e12, 48e9),
-    "L4": Accelerator(121e12, 24e9),
-    "A10": Accelerator(125e12, 24e9),
-    "RTX 4090": Accelerator(165e12, 24e9),
-    "RTX 3090": Accelerator(71e12, 24e9),
+    "H200": Accelerator(989e12, 141e9, 4.8e12),
+    "H100 PCIe": Accelerator(756e12, 80e9, 2e12),
+    "H100": Accelerator(989e12, 80e9, 3.35e12),
+    "A100": Accelerator(312e12, 40e9, 1.555e12),
+    "L40S": Accelerator(362e12, 48e9, 864e9),
+    "L40": Accelerator(181e12, 48e9, 864e9),
+    "L4": Accelerator(121e12, 24e9, 300e9),
+    "A10": Accelerator(125e12, 24e9, 600e9),
+    "RTX 4090": Accelerator(165e12, 24e9, 1008e9),
+    "RTX 3090": Accelerator(71e12, 24e9, 936e9),
 }
 
 

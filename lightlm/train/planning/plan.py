@@ -12,11 +12,11 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.planning.memory import inference_parts, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
+from lightlm.train.planning.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, step_seconds
 from lightlm.train.schedules import batch_plan
 from lightlm.train.setup import Note, fit_recipe, open_data
 from lightlm.train.step.gradients import micro_batch_size
 
-ASSUMED_UTILIZATION = 0.4  # share of a GPU's bf16 peak; not measured
 _USABLE = 0.9  # share of a GPU's memory; the rest is left to CUDA's context and to gaps between blocks
 # Share of free memory between blocks in use on a CPU, which the system counts. Probes of five shapes and precisions
 # with torch 2.13 held 6 to 23% more than the sum of their parts.
@@ -58,7 +58,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "machine": _machine(recipe, model, run, probe, note),
         "inference": inference_parts(model),
         "gpus": [_gpu(name, gpu, recipe, model, run) for name, gpu in ACCELERATORS.items()],
-        "assumed_utilization": ASSUMED_UTILIZATION,
+        "assumed": {"compute": COMPUTE_SHARE, "bandwidth": BANDWIDTH_SHARE},
         "notes": notes,
     }
 
@@ -157,7 +157,7 @@ def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: d
         sequences = max(size for size in range(1, sequences // 2 + 1) if sequences % size == 0)
         memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
     # The peak is that of bf16, so there is no estimate of hours for fp32. A forward pass has a third of the operations.
-    speed = gpu.peak * ASSUMED_UTILIZATION / model.flops_per_token(recipe.seq_len)
+    speed = run["batch_tokens"] / step_seconds(gpu, recipe, model, sequences)
     hours = (run["tokens"] + run["validation_tokens"] / 3) / speed / 3600
     return {
         "gpu": name,
@@ -166,4 +166,5 @@ def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: d
         "memory": memory,
         "fits": memory <= _USABLE * gpu.memory,
         "hours": hours if dtype == torch.bfloat16 else None,
+        "utilization": speed * model.flops_per_token(recipe.seq_len) / gpu.peak if dtype == torch.bfloat16 else None,
     }
