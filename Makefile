@@ -7,11 +7,12 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constra
 # Tests without training or a model: coverage costs little here.
 UNIT_TESTS := $(wildcard tests/test_*.py tests/recipe tests/report)
 
-.PHONY: demo test coverage check lint format bench compare docs docs-serve clean
+.PHONY: demo test test-floors coverage check lint format bench gpu-check compare docs docs-serve clean
 
+# On a slow machine, --max-minutes trains on fewer tokens, and says so.
 demo: $(VENV)/.installed
 	$(BIN)/lightlm prepare-data pydocs --tokenizer train:8192
-	$(BIN)/lightlm train recipes/demo.yaml
+	$(BIN)/lightlm train recipes/demo.yaml --max-minutes 4
 	$(BIN)/lightlm eval --tasks heldout
 	$(BIN)/lightlm generate "Return a new" --num-samples 2 --max-new-tokens 80
 	$(BIN)/lightlm convert
@@ -50,20 +51,31 @@ docs-serve: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train.py
 
+# At most 8 minutes on a machine with a GPU; writes benchmarks/results/gpu-check-NAME.json and .md.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu_check.py
+
+# Run the tests with the lowest version of every dependency that pyproject.toml allows, in an environment of their own.
+test-floors: $(VENV)/.installed-dev
+	$(PYTHON) -m venv .venv-floors
+	$(BIN)/python tests/floors.py > .venv-floors/floors.txt
+	.venv-floors/bin/python -m pip install --disable-pip-version-check --constraint .venv-floors/floors.txt --editable ".[dev]"
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest --numprocesses 2
+
 # Train the demos with the code of BASE and of this tree. Losses and gradient norms must be identical.
 compare: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/compare_commits.py $(BASE)
 
 clean:
-	rm -rf $(VENV) site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-floors site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# pip shows its progress: on Linux the first installation may download gigabytes of CUDA libraries.
+# transformers ([hf]) loads what the demo exports. pip shows its progress: on Linux the first installation may download gigabytes of CUDA libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
-	$(PIP_INSTALL) .
+	$(PIP_INSTALL) ".[hf]"
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created

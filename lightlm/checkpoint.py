@@ -4,7 +4,10 @@
     checkpoints/latest -> step_000100
 
 `complete.json` is written last and lists every file's size and xxh3 checksum: a folder without it is not a checkpoint.
+Importing this module is cheap, because its functions import torch: a missing checkpoint is reported at once.
 """
+
+from __future__ import annotations
 
 import json
 import logging
@@ -12,18 +15,19 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lightlm import __version__, files
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError
 from lightlm.model.config import RENAMED_FIELDS, ModelConfig
-from lightlm.model.transformer import Transformer
 from lightlm.runs import MARKER, checkpoints, run_of, step_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lightlm.model.transformer import Transformer
 
 TRAINING_STATE = "training_state.pt"
 _MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
@@ -140,6 +144,9 @@ def _fill(
     folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, state: Any, milestone: bool
 ) -> None:
     """Write a checkpoint's files, then its marker."""
+    import torch
+    from safetensors.torch import save_file
+
     save_file(clean_state(weights), folder / "model.safetensors", metadata={"format": "pt"})
     values = {"model_type": "lightlm", "lightlm_version": __version__, "end_of_text_id": tokenizer.end_of_text_id}
     values["model"] = config.to_dict()
@@ -191,13 +198,19 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
             raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {MARKER}")
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
     """Verify and load a checkpoint folder of LightLM's own format; the model is in evaluation mode.
+
+    Args:
+        dtype: precision of the weights; float32 unless given.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, or its weights do not fit its configuration.
     """
     check(folder, _MODEL_FILES)
+    import torch
+    from safetensors.torch import load_file
+
     config = _read_config(folder)
     values = {RENAMED_FIELDS.get(key, key): value for key, value in config["model"].items()}
     if unknown := sorted(set(values) - {field.name for field in fields(ModelConfig)}):
@@ -209,8 +222,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
     tokenizer.bos_id, tokenizer.adds_bos = config.get("bos_token_id"), config.get("adds_bos", False)
     state = load_file(folder / "model.safetensors")
-    model = build_model(ModelConfig(**values), state, str(folder)).to(device=device, dtype=dtype).eval()
-    return LoadedModel(model, tokenizer, folder, (folder / "model.safetensors",))
+    model = build_model(ModelConfig(**values), state, str(folder)).to(device=device, dtype=dtype or torch.float32)
+    return LoadedModel(model.eval(), tokenizer, folder, (folder / "model.safetensors",))
 
 
 def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Transformer:
@@ -219,6 +232,10 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Tr
     Raises:
         CheckpointError: a weight is missing, unknown, or has the wrong shape; the message lists up to five.
     """
+    import torch
+
+    from lightlm.model.transformer import Transformer
+
     with torch.device("meta"):
         model = Transformer(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lightlm import cpu
+from lightlm import choices, cpu
 from lightlm.errors import UsageError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,21 @@ class Accelerator:
 
     peak: float  # dense bf16 FLOP/s, without sparsity
     memory: float  # bytes, of the smallest variant
+    bandwidth: float  # bytes per second between chip and memory, of the smallest variant
 
 
 # By words in the device's name.
 ACCELERATORS = {
-    "H200": Accelerator(989e12, 141e9),
-    "H100 PCIe": Accelerator(756e12, 80e9),
-    "H100": Accelerator(989e12, 80e9),
-    "A100": Accelerator(312e12, 40e9),
-    "L40S": Accelerator(362e12, 48e9),
-    "L40": Accelerator(181e12, 48e9),
-    "L4": Accelerator(121e12, 24e9),
-    "A10": Accelerator(125e12, 24e9),
-    "RTX 4090": Accelerator(165e12, 24e9),
-    "RTX 3090": Accelerator(71e12, 24e9),
+    "H200": Accelerator(989e12, 141e9, 4.8e12),
+    "H100 PCIe": Accelerator(756e12, 80e9, 2e12),
+    "H100": Accelerator(989e12, 80e9, 3.35e12),
+    "A100": Accelerator(312e12, 40e9, 1.555e12),
+    "L40S": Accelerator(362e12, 48e9, 864e9),
+    "L40": Accelerator(181e12, 48e9, 864e9),
+    "L4": Accelerator(121e12, 24e9, 300e9),
+    "A10": Accelerator(125e12, 24e9, 600e9),
+    "RTX 4090": Accelerator(165e12, 24e9, 1008e9),
+    "RTX 3090": Accelerator(71e12, 24e9, 936e9),
 }
 
 
@@ -42,21 +43,38 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return the named device; `auto` is CUDA, else MPS, else the CPU.
 
     Raises:
-        UsageError: torch does not know the device, or this machine lacks it.
+        UsageError: there is no such device, or this machine lacks it.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps") from None
+    choices.check_device(name)
+    device = torch.device(name)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.type, False):
         offered = ", ".join(kind for kind, there in available.items() if there)
         raise UsageError(f"device '{name}' is not available; this machine has {offered}")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= (count := torch.cuda.device_count()):
+            raise UsageError(f"device '{name}' is not available; this machine has cuda:0 to cuda:{count - 1}")
+        # Streams, generators and memory that name no GPU are then this one's.
+        torch.cuda.set_device(device)
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device's memory did not suffice; on MPS and on a CPU that is a plain RuntimeError."""
+    told = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Return memory that torch keeps for reuse to an accelerator."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def has_fast_bf16(device_type: str, width: int = cpu.WIDTH) -> bool:
@@ -79,9 +97,18 @@ def pick_dtype(name: str, device: torch.device, width: int = cpu.WIDTH) -> torch
     """
     if name == "auto":
         return torch.bfloat16 if has_fast_bf16(device.type, width) else torch.float32
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype '{name}'; use auto, {', '.join(DTYPES)}")
+    choices.check_dtype(name)
     return DTYPES[name]
+
+
+def training_dtype(name: str, device: torch.device, width: int = cpu.WIDTH) -> torch.dtype:
+    """Return the precision of training, as `pick_dtype`.
+
+    On CUDA before Ampere bf16 is emulated, so that `auto` is float16 where there are units for it (Volta, Turing).
+    """
+    if name == "auto" and device.type == "cuda" and (7, 0) <= torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return pick_dtype(name, device, width)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

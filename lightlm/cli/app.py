@@ -100,6 +100,7 @@ def _run(arguments: list[str]) -> None:
         # Permissions, a full disk, a file in place of a folder: the system's message names the path.
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's error; importing it would import torch
+        # torch's error, or MPS's, which is a plain one; importing `is_out_of_memory` would import torch
+        if type(error).__name__ != "OutOfMemoryError" and "out of memory" not in str(error):
             raise
         _fail(f"the device is out of memory; lower train.micro_batch_size or --batch-size. {error}", 1)

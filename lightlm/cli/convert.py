@@ -63,9 +63,8 @@ def convert(
         return
     writer = format_named("--to", to) if to is not None else None
     reader = format_named("--from", from_) if from_ is not None else None
-    from lightlm.convert.huggingface.folder import is_untouched_export
+    from lightlm.choices import DTYPES
     from lightlm.convert.load import locate, with_model
-    from lightlm.device import DTYPES
 
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: unknown precision; use {', '.join(DTYPES)}")
@@ -78,10 +77,12 @@ def convert(
         other = ", ".join(known.name for known in FORMATS.values() if known.writes and known.name != reader.name)
         raise UsageError(f"--to {writer.name}: {source} is in that format already; formats to convert it to: {other}")
     target = out_path or _default_target(model, source, writer)
-    _check_target(target, source, replace=overwrite or (out_path is None and is_untouched_export(target)))
+    _check_target(target, source, replace=overwrite or (out_path is None and _is_own_export(target)))
+    import torch
+
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
     facts, source = with_model(
-        model, lambda path: (convert_model(path, reader, target, writer, DTYPES[dtype], verify=verify), path)
+        model, lambda path: (convert_model(path, reader, target, writer, getattr(torch, dtype), verify=verify), path)
     )
     written = sorted(target.iterdir()) if target.is_dir() else [target]
     sizes = {path.name: path.stat().st_size for path in written}
@@ -124,6 +125,15 @@ def _default_target(model: str | None, source: Path, writer: Format) -> Path:
         step = f"-{source.name}" if named else ""
         target = run / f"{run.name if writer.suffix else writer.name}{step}{writer.suffix}"
     return target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
+
+
+def _is_own_export(target: Path) -> bool:
+    """Return whether a path holds an earlier export that is unchanged since."""
+    if not target.exists():
+        return False
+    from lightlm.convert.huggingface.folder import is_untouched_export
+
+    return is_untouched_export(target)
 
 
 def _check_target(target: Path, source: Path, *, replace: bool) -> None:

@@ -11,7 +11,7 @@ from lightlm.cli.console import console, print_json
 from lightlm.cli.displays.evaluation import print_scores
 from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import UsageError
-from lightlm.evaluate.settings import Settings, split_list
+from lightlm.evaluate.settings import Settings, batch_sequences, split_list
 from lightlm.train.signals import interrupted_by_signals
 
 
@@ -83,16 +83,25 @@ def evaluate(
     references: list[str | None] = [*models, *further] if models else [None, *further]
     if out_path is not None:
         _check_out(out_path, len(references))
+    settings = Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype)
+    batch_sequences(batch_size)
+    from lightlm import choices
+    from lightlm.convert.load import is_hub_id, load_pretrained, locate
+    from lightlm.evaluate.tasks import references as named
+
+    choices.check_device(device)
+    choices.check_dtype(dtype)
+    named.check(settings)
+    located = [name if name is not None and is_hub_id(name) else locate(name) for name in references]
+    # All that needs neither torch nor lm-eval is checked by now: importing them takes seconds.
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ...") as status:
-        from lightlm.convert.load import is_hub_id, load_pretrained, locate
         from lightlm.cpu import FEW_SLICES, use_threads
         from lightlm.device import pick_device, pick_dtype
         from lightlm.evaluate.compare.comparison import compare_all
         from lightlm.evaluate.compare.table import Score, score_lines, score_table
         from lightlm.evaluate.results.store import out_file, result_file
         from lightlm.evaluate.runner import evaluate_model
-        from lightlm.evaluate.scoring.batches import BatchSize
         from lightlm.evaluate.tasks.heldout import common_folder
         from lightlm.evaluate.tasks.manager import Tasks
         from lightlm.runs import run_of
@@ -101,12 +110,9 @@ def evaluate(
         if target.type == "cpu":
             use_threads("auto", _note, slices=FEW_SLICES)
         precision = pick_dtype(dtype, target)
-        BatchSize.of(batch_size, target)
-        settings = Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype)
         chosen = Tasks(settings, _note)
         status.update("Reading the tasks' data ...")
         chosen.require_data()
-    located = [name if name is not None and is_hub_id(name) else locate(name) for name in references]
     if chosen.read_data:
         common_folder([] if data else located, data)  # reports different folders
     for model in located:

@@ -48,7 +48,7 @@ def generate(
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Number of continuations of the prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per continuation.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per continuation.")] = 200,
     temperature: Annotated[
         float | None, typer.Option(help="Divides the logits; 0 takes the most likely token. [dim]Default: 0.8[/]")
     ] = None,
@@ -65,16 +65,23 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Continue a text with a model. The text streams to the terminal."""
-    from lightlm.convert.load import load_pretrained
-    from lightlm.cpu import FEW_SLICES, use_threads
-    from lightlm.device import pick_device, pick_dtype
-    from lightlm.generate import engine
+    from lightlm import choices
+    from lightlm.convert.load import is_hub_id, load_pretrained, locate
     from lightlm.generate.sampling import DEFAULT, Sampling
 
+    choices.check_device(device)
+    choices.check_dtype(dtype)
     prompt = _checked(_standard_input() if prompt == "-" else prompt)
     sampling = Sampling(
         DEFAULT.temperature if temperature is None else temperature, top_k, DEFAULT.top_p if top_p is None else top_p
     )
+    if checkpoint is None or not is_hub_id(checkpoint):
+        locate(checkpoint)
+    # All that needs no torch is checked by now: importing it takes a second or two.
+    from lightlm.cpu import FEW_SLICES, use_threads
+    from lightlm.device import pick_device, pick_dtype
+    from lightlm.generate import engine
+
     target = pick_device(device)
     if target.type == "cpu":
         use_threads("auto", lambda message: console.print(f"Note: {message}", markup=False), slices=FEW_SLICES)

@@ -31,13 +31,17 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print what a recipe takes: parameters, memory by part, steps, hours. The data need not be prepared."""
+    from lightlm.choices import check_device
+    from lightlm.recipe import load_recipe
+
+    changes = list(overrides or []) + ([f"train.device={device}"] if device else [])
+    notes: list[str] = []
+    parsed = load_recipe(recipe, changes, notes.append)
+    check_device(parsed.train.device)
     with console.status("Planning ..."):
-        from lightlm.recipe import load_recipe
         from lightlm.train.planning.plan import make_plan
 
-        changes = list(overrides or []) + ([f"train.device={device}"] if device else [])
-        notes: list[str] = []
-        document = make_plan(load_recipe(recipe, changes, notes.append), probe=probe)
+        document = make_plan(parsed, probe=probe)
         document["notes"] = notes + document["notes"]
     if as_json:
         print_json(document)
@@ -92,14 +96,17 @@ def _print(plan: dict[str, Any]) -> None:
             _bytes(row["memory"]),
             "yes" if row["fits"] else "no",
             str(row["micro_batch"]),
+            "-" if row["utilization"] is None else f"{row['utilization']:.0%}",
             "-" if row["hours"] is None or not row["fits"] else _duration(row["hours"]),
         )
         for row in plan["gpus"]
     ]
-    headings = ("GPU", "memory", "needed", "fits", "micro-batch", "time")
-    print_table(gpus, *headings, title="One GPU of each kind (estimates)", right=range(1, 6), box=SIMPLE_HEAD)
+    headings = ("GPU", "memory", "needed", "fits", "micro-batch", "of peak", "time")
+    print_table(gpus, *headings, title="One GPU of each kind (estimates)", right=range(1, 7), box=SIMPLE_HEAD)
     out.print(
-        f"Times assume {plan['assumed_utilization']:.0%} of the bf16 peak; small batches reach less.", soft_wrap=True
+        f"Times assume that products reach {plan['assumed']['compute']:.0%} of the bf16 peak, or operations "
+        f"{plan['assumed']['bandwidth']:.0%} of the memory's bandwidth, whichever takes longer. Not measured on a GPU.",
+        soft_wrap=True,
     )
     for note in plan["notes"]:
         out.print(f"Note: {note}", soft_wrap=True, markup=False)

@@ -35,11 +35,15 @@ def fetch_only(
         if Path(data_dir).is_file():
             raise UsageError(f"--data-dir {data_dir} is a file, not a folder; choose another name")
         Path(data_dir).mkdir(parents=True, exist_ok=True)
+    from lightlm.evaluate.tasks import references
+
+    settings = Settings(split_list(names), include_path=include_path, data_dir=data_dir)
+    references.check(settings)
     with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.evaluate.tasks.manager import Tasks
         from lightlm.evaluate.tasks.prefetch import prefetch
 
-        chosen = Tasks(Settings(split_list(names), include_path=include_path, data_dir=data_dir))
+        chosen = Tasks(settings)
         fetched = prefetch(chosen, lambda title: status.update(f"Fetching {title} ..."))
     if as_json:
         print_json({"data_sets": [asdict(row) for row in fetched]})

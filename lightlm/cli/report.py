@@ -35,12 +35,14 @@ def report(
         )
     if out_path is not None and not overwrite and (existing := out_path / "report.html").exists():
         raise UsageError(f"{existing} exists already; choose another folder with --out, or replace it with --overwrite")
+    from lightlm.runs import find_run
+
+    references: list[str | None] = list(runs) if runs else [None]
+    found = [find_run(reference) for reference in references]
     with console.status("Drawing ..."):
         from lightlm.report.build import write_report
-        from lightlm.runs import find_run
 
-        references: list[str | None] = list(runs) if runs else [None]
-        written = write_report([find_run(reference) for reference in references], out_path, baselines)
+        written = write_report(found, out_path, baselines)
     if as_json:
         runs_found = [record.summary() | {"notes": record.notes} for record in written.records]
         plots = {name: str(path) for name, path in written.plots.items()}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightlm.cli.displays.training import TrainingDisplay
+    from lightlm.data.folder import DataFolder
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
     from lightlm.train.trainer import Result, Trainer
@@ -56,6 +57,12 @@ def train(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Restarts of all processes from the last checkpoint after one dies.")
     ] = 0,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M", help="Time a few steps, and train a new run on fewer tokens if its own would take longer."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the plan, train nothing.")
     ] = False,
@@ -78,9 +85,16 @@ def train(
     if resume is None and (recipe is None or is_override(recipe)):
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
-    request = _Request(recipe, changes, name, resume, auto_resume, overwrite, dry_run, as_json)
-    if "WORLD_SIZE" not in os.environ and not dry_run:
-        request.check_run()
+    if max_minutes is not None:
+        if max_minutes <= 0 or resume is not None:
+            why = "a resumed run keeps its tokens" if resume is not None else "it must be above 0"
+            raise UsageError(f"--max-minutes {max_minutes:g}: {why}")
+        if nproc > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UsageError("--max-minutes times the steps of one process; leave it out, and give train.tokens")
+
+    request = _Request(recipe, changes, name, resume, auto_resume, overwrite, dry_run, as_json, max_minutes)
+    if "WORLD_SIZE" not in os.environ:  # else each process would report the mistake
+        _check(request)
     if nproc > 1 or max_restarts:
         if "WORLD_SIZE" in os.environ:
             raise UsageError("--nproc and --max-restarts start processes, which torchrun did already; leave them out")
@@ -110,6 +124,7 @@ class _Request:
     overwrite: bool
     dry_run: bool
     as_json: bool
+    max_minutes: float | None = None
 
     @property
     def exact(self) -> bool:
@@ -118,7 +133,7 @@ class _Request:
 
     def arguments(self) -> list[str]:
         """Return the command line of this request."""
-        options = {"--name": self.name, "--resume": self.resume}
+        options = {"--name": self.name, "--resume": self.resume, "--max-minutes": self.max_minutes}
         flags = {"--auto-resume": self.auto_resume, "--overwrite": self.overwrite, "--dry-run": self.dry_run}
         flags["--json"] = self.as_json
         return [
@@ -161,6 +176,34 @@ class _Request:
                 discard_unstarted(claimed)
 
 
+def _check(request: _Request) -> None:
+    """Find a missing recipe, run or data folder and a wrong setting before torch is imported, which takes seconds."""
+    from lightlm.choices import check_device
+    from lightlm.data.folder import read_manifest, resolve_dataset
+    from lightlm.recipe import load_recipe, load_run_recipe
+    from lightlm.runs import RECIPE, find_run, run_folder
+
+    if not request.dry_run:
+        request.check_run()
+    run = None
+    if request.resume is not None:
+        run = find_run(None if request.resume == NEWEST else request.resume)
+        parsed = load_run_recipe(run, request.changes, _silently)
+    else:
+        assert request.recipe is not None
+        parsed = load_recipe(request.recipe, request.changes, _silently)
+        folder = run_folder(request.name or parsed.name)
+        if request.auto_resume and (folder / RECIPE).is_file():
+            run, parsed = folder, load_run_recipe(folder, request.changes, _silently)
+    check_device(parsed.train.device)
+    if parsed.eval.tasks:
+        from lightlm.evaluate.tasks import references
+
+        references.check_names(parsed.eval.tasks)
+    if run is not None or not request.dry_run:
+        read_manifest(resolve_dataset(parsed.data.dataset))
+
+
 def _silently(note: str) -> None:
     """Drop a note that the process that trains prints."""
 
@@ -181,6 +224,8 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
         display.note(f"this recipe's model cannot be exported to Hugging Face: {refusal}")
     trackers = Trackers(parsed.tracking, display.note)
     data = open_data(parsed, required=not request.dry_run or checkpoint is not None, resumed=run)
+    if request.max_minutes is not None and run is None and data is not None:
+        parsed = _shortened(parsed, data, request, request.max_minutes, display)
     setup = set_up(parsed, data, display.note, world, checkpoint)
     evaluator = None
     if data is not None and parsed.eval.tasks:
@@ -205,6 +250,32 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
     if world.is_writer:
         _report(result, trainer, page, request.as_json)
     return result.interrupted
+
+
+def _shortened(
+    recipe: "Recipe", data: "DataFolder", request: _Request, minutes: float, display: "TrainingDisplay"
+) -> "Recipe":
+    """Return the recipe, with fewer tokens if this machine needs longer than the limit for them."""
+    from lightlm.quantities import format_quantity
+    from lightlm.recipe import load_recipe
+    from lightlm.train.planning.probe import ProbeError
+    from lightlm.train.planning.time_limit import fit_time
+
+    try:
+        with console.status("Timing a few steps ..."):
+            fit = fit_time(recipe, data, minutes)
+    except ProbeError as error:
+        display.note(f"--max-minutes {minutes:g} has no effect: {error}")
+        return recipe
+    if fit.tokens >= recipe.train.tokens:
+        return recipe
+    display.note(
+        f"at {fit.tokens_per_second:,.0f} tokens/s, the {format_quantity(recipe.train.tokens)} tokens of this recipe "
+        f"would take {fit.seconds / 60:.0f} minutes; training on {format_quantity(fit.tokens)} instead, "
+        f"to end within {minutes:g} minutes (--max-minutes)"
+    )
+    assert request.recipe is not None
+    return load_recipe(request.recipe, [*request.changes, f"train.tokens={fit.tokens}"], _silently)
 
 
 def _choose(

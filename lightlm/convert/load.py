@@ -1,29 +1,34 @@
-"""MODEL on the command line: find and load the model that a user names, in whatever form."""
+"""MODEL on the command line: find and load the model that a user names, in whatever form.
+
+Importing this module is cheap: a model that does not exist is reported before torch is imported.
+"""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
-
-import huggingface_hub
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.formats import format_of, reader_of
-from lightlm.convert.huggingface.weights import WEIGHT_FILES
 from lightlm.errors import CheckpointError, LightLMError
 from lightlm.runs import RUNS, find_run, run_names, run_of
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 _SMALL_FILES += ["special_tokens_map.json", checkpoint.MARKER]
 
 
 def load_pretrained(
-    reference: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    reference: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LoadedModel:
     """Load a model in evaluation mode. The `path` of a model from the Hub is its id.
 
@@ -31,6 +36,7 @@ def load_pretrained(
         reference: a run folder or a run's name (its newest checkpoint), a checkpoint folder, a model in any other
             format of `lightlm convert --list`, or a Hub id such as `HuggingFaceTB/SmolLM2-135M`; None means the newest
             checkpoint of `runs/latest`. What exists on disk takes precedence over the Hub.
+        dtype: precision of the weights; float32 unless given.
 
     Raises:
         CheckpointError: nothing is found there (the message lists what was tried), it is damaged, or the Hub
@@ -38,7 +44,7 @@ def load_pretrained(
         ConvertError: LightLM cannot represent the model.
     """
     loaded = with_model(reference, lambda path: reader_of(path).read(path))
-    loaded.model.to(device=device, dtype=dtype)
+    loaded.model.to(device=device, dtype=dtype)  # None keeps the readers' float32
     return replace(loaded, path=Path(reference)) if reference is not None and is_hub_id(reference) else loaded
 
 
@@ -95,6 +101,10 @@ def _on_disk(reference: str | Path) -> Path | None:
 
 def _download(hub_id: str) -> Path:
     """Download a model from the Hub; PyTorch files only if it has no safetensors."""
+    import huggingface_hub
+
+    from lightlm.convert.huggingface.weights import WEIGHT_FILES
+
     for weights in ([*WEIGHT_FILES[:2], "model-*.safetensors"], [*WEIGHT_FILES[2:], "pytorch_model-*.bin"]):
         try:
             path = huggingface_hub.snapshot_download(hub_id, allow_patterns=_SMALL_FILES + weights, etag_timeout=5.0)

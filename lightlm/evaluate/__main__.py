@@ -8,8 +8,8 @@ import sys
 from lm_eval.__main__ import cli_evaluate
 
 import lightlm.evaluate.harness  # noqa: F401  (registers the model)
-from lightlm.evaluate.tasks.data_sets import DataSets, find_data_dir
-from lightlm.evaluate.tasks.heldout import TASKS
+from lightlm.evaluate.tasks.data_sets import DataSets
+from lightlm.evaluate.tasks.references import TASKS, find_data_dir
 
 # lm-eval's default device is cuda:0, even without a GPU.
 _DEFAULTS = {"--include_path": str(TASKS), "--device": "auto"}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lightlm.errors import UsageError
+
 BOS = {"auto": None, "yes": True, "no": False}  # values of the harness's `add_bos_token`
 
 
@@ -18,6 +20,9 @@ class Settings:
         data_dir: a folder with data sets, laid out like the Hub; None uses LIGHTLM_EVAL_DATA if it is set.
         bos: whether a beginning-of-text token precedes contexts: a key of `BOS` (see `LightLM`).
         dtype: the requested precision of the models, for the names of result files.
+
+    Raises:
+        UsageError: no task is given, or `bos` is unknown.
     """
 
     tasks: list[str]
@@ -28,6 +33,22 @@ class Settings:
     data_dir: str | None = None
     bos: str = "auto"
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UsageError("--tasks names no task; for example --tasks heldout,hellaswag")
+        if self.bos not in BOS:
+            raise UsageError(f"--bos {self.bos}: choose {', '.join(BOS)}")
+
+
+def batch_sequences(batch_size: int | str) -> int | None:
+    """Return the sequences of --batch-size, None for `auto`; raise UsageError if it is neither."""
+    text = str(batch_size)
+    if text.startswith("auto"):
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise UsageError(f"--batch-size {batch_size}: give a number of at least 1, or auto")
+    return int(text)
 
 
 def split_list(names: str) -> list[str]:

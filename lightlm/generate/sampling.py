@@ -3,12 +3,16 @@
 Shapes: B rows, V vocabulary, C candidates of a row.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lightlm.errors import UsageError
+
+if TYPE_CHECKING:  # settings out of range are reported before torch is imported
+    import torch
+    from torch import Tensor
 
 _FIRST_CANDIDATES = 256  # on one CPU core, sorting 50k logits takes 20 ms, finding the 200 largest 0.26 ms
 
@@ -51,6 +55,8 @@ def sample(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Generat
     """Draw one token per row. Row b draws one number from CPU generator b, so rows do not depend on each other."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).tolist()
+    import torch
+
     probs_BC, ids_BC = candidates(logits_BV, sampling)
     draws_B = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
     cumulative_BC = probs_BC.cumsum(-1)
@@ -65,6 +71,8 @@ def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     Tokens outside the nucleus have probability 0. Where logits are equal, no more tokens stay than top-k and top-p ask
     for. The logits (200 KB per row at 50k tokens) are copied to the CPU, so all devices draw from the same generators.
     """
+    import torch
+
     logits_BV = logits_BV.cpu().double() / sampling.temperature
     vocab_size = logits_BV.shape[-1]
     if sampling.top_k is not None:

@@ -34,6 +34,15 @@ class Mask:
     is_causal: bool
 
 
+def attends_in_groups(device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
+    """Return whether a fused attention of this device takes fewer keys and values than queries.
+
+    On CUDA only flash attention does, which takes 16-bit operands and no mask. For the rest, torch 2.13 would fall back
+    to its plain attention, which holds all scores (B, H, T, S). Copied keys and values are smaller.
+    """
+    return device_type == "cpu" or (device_type == "cuda" and dtype != torch.float32 and not masked)
+
+
 def build_mask(positions_BT: Tensor, num_keys: int, window: int, *, fresh: bool, aligned: bool) -> Mask:
     """Return the mask of queries at `positions_BT` over keys at positions 0..num_keys-1.
 
@@ -83,13 +92,17 @@ class Attention(nn.Module):
         q_BHTK, k_BGSK, v_BGSK = self._project(x_BTD, rotation)
         if extend is not None:
             k_BGSK, v_BGSK = extend(k_BGSK, v_BGSK)
+        grouped = self.num_kv_heads != self.num_heads
+        if grouped and not attends_in_groups(k_BGSK.device.type, k_BGSK.dtype, masked=mask.allowed is not None):
+            k_BGSK, v_BGSK = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k_BGSK, v_BGSK))
+            grouped = False
         y_BHTK = F.scaled_dot_product_attention(
             q_BHTK.to(k_BGSK.dtype),
             k_BGSK,
             v_BGSK.to(k_BGSK.dtype),
             attn_mask=mask.allowed,
             is_causal=mask.is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
+            enable_gqa=grouped,
         )
         y_BTC = y_BHTK.transpose(1, 2).flatten(2)
         if fused.applies(x_BTD):

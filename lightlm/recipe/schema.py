@@ -139,9 +139,10 @@ class TrainSection(Section):
     """Seed of the initial weights, the data order and the samples."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it; on a CPU, a new run measures,
-    and its recipe.yaml keeps the answer. Weights stay in float32."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it, float16 with a scaled loss on
+    CUDA before Ampere, else float32; on a CPU, a new run measures. The run's recipe.yaml keeps the answer. Weights stay
+    in float32."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Threads of a CPU, for a run of one process. `auto` measures for a second at the start, since another process on a
     core makes fewer threads faster; the run's recipe.yaml keeps the number, because sums are rounded by it. The

@@ -13,7 +13,7 @@ from lightlm import checkpoint, cpu
 from lightlm.data.folder import DataFolder, prepare_command, resolve_dataset
 from lightlm.data.loader import BatchLoader
 from lightlm.data.shards import TokenStream
-from lightlm.device import describe, keep_freed_memory, pick_dtype
+from lightlm.device import describe, keep_freed_memory, training_dtype
 from lightlm.errors import DataError, RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
@@ -34,6 +34,7 @@ from lightlm.train.schedules import (
 from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import Gradients, check_shares, micro_batch_size
 from lightlm.train.step.parallel import ParallelLoss
+from lightlm.train.step.scaling import LossScale
 
 ASSUMED_VOCABULARY = 50_257  # GPT-2's, if neither the recipe nor prepared data names one
 
@@ -120,9 +121,11 @@ def set_up(
     elif world.size > 1 and device.type == "cpu" and threads not in ("auto", torch.get_num_threads()):
         note(f"train.threads={threads} is for one process; each of the {world.size} has {torch.get_num_threads()}")
     # Measured for `auto` on a CPU, so one process decides. The run's recipe.yaml records it, as it does `compile`.
-    dtype = world.from_writer(lambda: pick_dtype(recipe.train.dtype, device, recipe.model.hidden_size))
+    dtype = world.from_writer(lambda: training_dtype(recipe.train.dtype, device, recipe.model.hidden_size))
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.type == "cuda" and dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32; under autocast, the few fp32 products stay exact
     torch.manual_seed(recipe.train.seed)
     if resume_from is None:
         model = Transformer(recipe.model).to(device)
@@ -130,7 +133,7 @@ def set_up(
         model = checkpoint.load_model(resume_from, device).model
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
-    compiled = compiles(recipe, model, device)
+    compiled = compiles(recipe, model, device, note)
     resolved = {"threads": threads, "compile": compiled, "dtype": str(dtype).removeprefix("torch.")}
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=resolved)})
     if recipe.train.parallel == "fsdp" and world.size == 1:
@@ -155,10 +158,10 @@ def set_up(
     loader = BatchLoader(stream, recipe.seq_len, recipe.train.seed)
     given = recipe.train.micro_batch_size
     # Free memory may differ between devices: the smallest size serves all.
-    size = min(world.gather(micro_batch_size(recipe, device, world.size)))
+    size = min(world.gather(micro_batch_size(recipe, device, world.size, dtype=dtype)))
     if given not in ("auto", size):
         note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
-    gradients = Gradients(loss, loader, recipe, size, note)
+    gradients = Gradients(loss, loader, recipe, size, note, LossScale(dtype, progress.loss_scale))
     return Setup(
         recipe, data, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress, resume_from
     )

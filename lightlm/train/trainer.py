@@ -245,6 +245,7 @@ class Trainer:
             before.samples + sequences,
             before.seconds + seconds,
             verdict.history,
+            self.gradients.loss_scale.state,
         )
         self.last_loss = outcome.loss if math.isfinite(outcome.loss) else self.last_loss
         if verdict.history.in_a_row == 1:
@@ -262,6 +263,8 @@ class Trainer:
             "step_seconds": seconds,
             "data_seconds": self.gradients.seconds_waited - waited,
         }
+        if self.gradients.loss_scale.active:
+            metrics |= {"loss_scale": self.progress.loss_scale.scale, "overflows": self.progress.loss_scale.retries}
         if (memory := peak_memory(self.setup.device)) is not None:
             metrics["memory"] = memory
         if self.setup.dtype != torch.float32 and (peak := peak_flops(self.setup.device)):

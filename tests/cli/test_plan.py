@@ -76,8 +76,14 @@ def test_gpus_get_what_fits_them(lightlm, folder):
     assert gpus["H100"]["micro_batch"] > gpus["L4"]["micro_batch"]
     assert all(row["fits"] and row["memory"] < 0.9 * row["device_memory"] for row in gpus.values())
     # 10B tokens; validation adds less than a hundredth.
-    seconds = 10e9 * plan["model"]["flops_per_token"] / (989e12 * plan["assumed_utilization"])
+    seconds = 10e9 * plan["model"]["flops_per_token"] / (989e12 * gpus["H100"]["utilization"])
     assert gpus["H100"]["hours"] == pytest.approx(seconds / 3600, rel=0.05)
+    # More bandwidth for the same peak, and wider products on the same chip, come closer to the peak.
+    demo = json.loads(lightlm("plan", "demo", "--no-probe", "--json").stdout)
+    narrow = {row["gpu"]: row["utilization"] for row in demo["gpus"]}
+    for gpu, row in gpus.items():
+        assert 0 < narrow[gpu] < row["utilization"] < 1
+    assert gpus["H100"]["utilization"] < gpus["H200"]["utilization"]
 
     large = ["plan", "lightlm", "train.micro_batch_size=256", "train.dtype=float32", "--no-probe", "--json"]
     plan = json.loads(lightlm(*large).stdout)
@@ -97,7 +103,15 @@ def test_a_missing_device_is_planned_for_and_an_unknown_one_refused(lightlm, fol
 
 def test_the_table_names_every_part(lightlm, folder):
     text = lightlm("plan", "demo", "--no-probe", "eval.tasks=[heldout]").stdout
-    for words in ("parameters", "FLOPs per token", "activations of a micro-batch", "logits", "H100", "assume 40%"):
+    for words in (
+        "parameters",
+        "FLOPs per token",
+        "activations of a micro-batch",
+        "logits",
+        "H100",
+        "60% of the bf16 peak",
+        "of peak",
+    ):
         assert words in text, words
     assert "leave out eval.tasks (heldout)" in text
 

@@ -229,3 +229,33 @@ def test_a_missing_tracker_is_refused_before_anything_is_written(lightlm, monkey
         outcome = lightlm("train", "tiny.yaml", "tracking.backends=[trackio]", "--name", "untracked", *extra)
         outcome.assert_one_message("trackio cannot be imported here", "pip install 'lightlm[tracking]'")
     assert not (workspace / "runs/untracked").exists()
+
+
+def test_a_time_limit_shortens_a_new_run_and_says_so(lightlm, workspace, monkeypatch):
+    from lightlm.train.planning import probe, time_limit
+
+    slow = probe.Probe(2, pass_seconds=1.0, update_seconds=0.0, forward_seconds=0.0, memory=None, process_memory=None)
+    monkeypatch.setattr(time_limit, "run_probe", lambda recipe: slow)
+    command = ["train", "tiny.yaml", "train.tokens=1M", "--max-minutes", "1"]
+    outcome = lightlm(*command, "--name", "limited")
+    assert outcome.code == 0
+    words = " ".join(outcome.stderr.split())
+    assert re.search(r"at 64 tokens/s, the 1M tokens of this recipe would take 26\d minutes; training on 3.33K", words)
+    tokens = yaml.safe_load((workspace / "runs" / "limited" / "recipe.yaml").read_text(encoding="utf-8"))["train"]
+    steps = (workspace / "runs" / "limited" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(steps[-1])
+    assert tokens["tokens"] == last["tokens"] == 3328
+    assert last["lr"] < 0.5 * max(json.loads(step)["lr"] for step in steps)  # the schedule fits
+    more = lightlm("train", "--resume", "limited", "train.tokens=3584")
+    assert more.code == 0
+    lightlm("train", "--resume", "limited", "--max-minutes", "1").assert_one_message("a resumed run keeps its tokens")
+    lightlm(*command, "--nproc", "2").assert_one_message("--max-minutes times the steps of one process")
+
+
+def test_a_time_limit_leaves_a_run_that_fits(lightlm, workspace, monkeypatch):
+    from lightlm.train.planning import probe, time_limit
+
+    fast = probe.Probe(2, pass_seconds=1e-6, update_seconds=0.0, forward_seconds=0.0, memory=None, process_memory=None)
+    monkeypatch.setattr(time_limit, "run_probe", lambda recipe: fast)
+    plan = json.loads(lightlm("train", "tiny.yaml", "--max-minutes", "4", "--dry-run", "--json").stdout)
+    assert plan["tokens"] == json.loads(lightlm("train", "tiny.yaml", "--dry-run", "--json").stdout)["tokens"]

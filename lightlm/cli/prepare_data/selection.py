@@ -54,10 +54,12 @@ def evaluation_sets(names: str | None, contaminated: str) -> Decontaminator | No
             raise UsageError(f"--contaminated {contaminated} needs --decontaminate TASKS")
         return None
     from lightlm.cli.console import console
+    from lightlm.evaluate.tasks import references
 
+    tasks = [name.strip() for name in names.split(",") if name.strip()]
+    references.check_names(tasks)
     with console.status("Reading the evaluation sets ..."):
         from lightlm.data.select.decontamination import Decontaminator
         from lightlm.evaluate.tasks.examples import scored_examples
 
-        tasks = [name.strip() for name in names.split(",") if name.strip()]
         return Decontaminator(scored_examples(tasks), drops=contaminated == "drop")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightlm.errors import UsageError
+from lightlm.evaluate.settings import batch_sequences
 from lightlm.model.config import ModelConfig
 
 # Positions in a batch per CPU thread; the activations of more do not fit its caches.
@@ -31,10 +31,7 @@ class BatchSize:
         Raises:
             UsageError: batch_size is neither.
         """
-        sequences = None if str(batch_size).startswith("auto") else str(batch_size)
-        if sequences is not None and not (sequences.isdecimal() and int(sequences) > 0):
-            raise UsageError(f"--batch-size {batch_size}: give a number of at least 1, or auto")
-        return cls(_positions(device, config), int(sequences) if sequences else None)
+        return cls(_positions(device, config), batch_sequences(batch_size))
 
     def fits(self, sequences: int, length: int) -> bool:
         if self.sequences is not None:

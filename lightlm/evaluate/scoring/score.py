@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightlm.device import keep_freed_memory
+from lightlm.device import is_out_of_memory, keep_freed_memory, release_memory
 from lightlm.errors import LightLMError
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.packing import Request, Tree, batches, plan
@@ -47,7 +47,7 @@ def score(
     len(continuation) outputs are scored.
 
     Args:
-        batch_size: halved for the remaining requests if a GPU runs out of memory.
+        batch_size: halved for the remaining requests if the device runs out of memory.
         on_done: called with the number of newly finished requests.
 
     Raises:
@@ -73,10 +73,12 @@ def score(
                 scores[request.index] = result
                 del pending[request.index]
                 on_done(1)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             batch_size = batch_size.halved()
         if pending:
-            torch.cuda.empty_cache()  # not within `except`, where the error still holds the failed batch's tensors
+            release_memory(model.device)  # not within `except`, where the error still holds the failed batch's tensors
     return scores
 
 

@@ -8,7 +8,6 @@ results name the same data sets wherever these came from.
 import contextlib
 import copy
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -21,24 +20,12 @@ import datasets
 from datasets import load_dataset
 from huggingface_hub import constants
 
-from lightlm.errors import DataError, UsageError
+from lightlm.errors import DataError
 from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks.references import DATA_DIR_VARIABLE
 
-DATA_DIR_VARIABLE = "LIGHTLM_EVAL_DATA"
 RECORD = ".prefetched.json"  # in a data set's folder: the commit of each fetched configuration
 _FORMATS = {"json", "csv", "parquet", "text", "arrow", "xml", "imagefolder", "audiofolder", "webdataset"}
-
-
-def find_data_dir(given: str | Path | None) -> Path | None:
-    """Return the given folder, or that of LIGHTLM_EVAL_DATA; None if neither is set. Raises UsageError if missing."""
-    value = given or os.environ.get(DATA_DIR_VARIABLE)
-    if value and not Path(value).is_dir():
-        raise UsageError(
-            f"{value} is not a folder; --data-dir, eval.data_dir and {DATA_DIR_VARIABLE} name one with data sets by "
-            f"their names on the Hub, such as {Path(value) / 'Rowan' / 'hellaswag'}. "
-            f"`lightlm eval --prefetch TASKS --data-dir {value}` makes it"
-        )
-    return Path(value) if value else None
 
 
 def commits_in(place: Path) -> dict[str, str]:

@@ -20,7 +20,6 @@ from lightlm.evaluate.tasks import cloze
 from lightlm.runs import RUNS, find_run, run_of
 
 HELDOUT, CLOZE = "heldout", "heldout_cloze"
-TASKS = Path(__file__).parent / "yaml"  # for lm-eval's TaskManager(include_path=...)
 
 # Limits of what the cloze reads of a validation split, to keep decoding and cutting to a few seconds.
 _CLOZE_DOCUMENTS = 4000

@@ -7,18 +7,17 @@ The cached index takes 0.1 s.
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import lm_eval
-import xxhash
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lightlm import files
 from lightlm.errors import UsageError
+from lightlm.evaluate.tasks.references import cache_file, task_files
 
 ROOT = Path(lm_eval.__file__).parent / "tasks"
 warn = logging.getLogger("lightlm").warning
@@ -44,9 +43,7 @@ def stock_tasks() -> dict[str, Entry]:
 
     The entries lack the tasks' configurations, which lm-eval reads again from the file when it builds a task.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    version = f"{ROOT}\0{lm_eval.__version__}\0{ROOT.stat().st_mtime_ns}"
-    cached = home / "lightlm" / f"tasks-{xxhash.xxh3_64_hexdigest(version.encode())}.json"
+    cached = cache_file(ROOT, lm_eval.__version__)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return {
             name: Entry(name, Kind[kind], path and Path(path), tags=set(tags))
@@ -66,10 +63,7 @@ def check_tasks_folder(folder: Path) -> Path:
     Raises:
         UsageError: it is not a folder, holds no YAML file, or holds one that is damaged or includes a missing file.
     """
-    paths = sorted(folder.glob("**/*.yaml"))
-    if not paths:
-        raise UsageError(f"--include-path {folder} is not a folder with lm-eval tasks: no .yaml file in it or below")
-    for path in paths:
+    for path in task_files(folder):
         try:
             load_yaml(path, resolve_func=False)
         except Exception as error:  # from the YAML library, the system, or lm-eval

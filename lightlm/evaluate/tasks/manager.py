@@ -1,7 +1,6 @@
 """lm-eval's tasks and ours, chosen by name and checked before any model loads."""
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from lm_eval.tasks import TaskManager, _factory
 
 from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors, offline
 from lightlm.errors import DataError, UsageError
-from lightlm.evaluate.settings import BOS, Settings
-from lightlm.evaluate.tasks.data_sets import DataSets, Need, find_data_dir, unreadable
-from lightlm.evaluate.tasks.heldout import CLOZE, HELDOUT, TASKS, TooFewDocumentsError, load_cloze
+from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks.data_sets import DataSets, Need, unreadable
+from lightlm.evaluate.tasks.heldout import CLOZE, HELDOUT, TooFewDocumentsError, load_cloze
 from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache, warn
 from lightlm.evaluate.tasks.patches import quiet
-
-_OURS = {path.stem for path in TASKS.glob("*.yaml")}
+from lightlm.evaluate.tasks.references import OURS as _OURS
+from lightlm.evaluate.tasks.references import TASKS, find_data_dir, unknown_task
 
 
 class _Described(ConfigurableTask):
@@ -51,15 +50,11 @@ class Tasks(TaskManager):
         names: the chosen tasks.
 
     Raises:
-        UsageError: a name matches no task, no name is given, heldout is to have examples in its prompt, or a folder
+        UsageError: a name matches no task, heldout is to have examples in its prompt, or a folder
             that the settings name does not exist.
     """
 
     def __init__(self, settings: Settings, note: Callable[[str], object] = warn) -> None:
-        if not settings.tasks:
-            raise UsageError("--tasks names no task; for example --tasks heldout,hellaswag")
-        if settings.bos not in BOS:
-            raise UsageError(f"--bos {settings.bos}: choose {', '.join(BOS)}")
         self.settings, self._note, self._noted = settings, note, set[str]()
         self._lm: TemplateLM | None = None
         self.data_sets = DataSets(find_data_dir(settings.data_dir))
@@ -95,9 +90,7 @@ class Tasks(TaskManager):
             return [name]
         if matches := self.match_tasks([name]):
             return sorted(matches)
-        near = difflib.get_close_matches(name, self.all_tasks, n=5) or [t for t in self.all_tasks if name in t][:5]
-        hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists all"
-        raise UsageError(f"lm-eval has no task '{name}'; {hint}")
+        raise unknown_task(name, self.all_tasks)
 
     def for_model(self, lm: TemplateLM, path: Path) -> None:
         """Set the model that the tasks are for, as lm-eval's own command does."""

@@ -19,6 +19,7 @@ from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, with_new_names
 from lightlm.runs import RECIPE, find_run
 from lightlm.train.observe.spikes import SpikeHistory
+from lightlm.train.step.scaling import ScaleState
 
 # Settings that fix a run's weights, batches or optimizer state: a resumed run cannot change them, nor any of `model`.
 # `data.dataset` may change, because a run also remembers the content of its data.
@@ -44,6 +45,7 @@ class Progress:
     seconds: float = 0.0  # of training, without interruptions
     spikes: SpikeHistory = field(default_factory=SpikeHistory)  # empty in older checkpoints
     row: dict[str, Any] = field(default_factory=dict)  # the last step's metrics before its evaluation, likewise
+    loss_scale: ScaleState = field(default_factory=ScaleState)  # likewise; see train/step/scaling.py
 
 
 def data_identity(data: DataFolder) -> str:
@@ -80,7 +82,8 @@ def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
     torch.set_rng_state(state["rng"])
     progress = dict(state["progress"])
     spikes = SpikeHistory(**progress.pop("spikes", {}))
-    return Progress(**progress, spikes=spikes), state["optimizer"]
+    scale = ScaleState(**progress.pop("loss_scale", {}))
+    return Progress(**progress, spikes=spikes, loss_scale=scale), state["optimizer"]
 
 
 def check_resumable(folder: Path) -> None:

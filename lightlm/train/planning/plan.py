@@ -5,17 +5,18 @@ from typing import Any
 
 import torch
 
-from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype
+from lightlm.data.folder import DataFolder
+from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype, training_dtype
 from lightlm.errors import UsageError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.planning.memory import inference_parts, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
+from lightlm.train.planning.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, step_seconds
 from lightlm.train.schedules import batch_plan, corner_points, describe_schedule
 from lightlm.train.setup import Note, fit_recipe, open_data
 from lightlm.train.step.gradients import micro_batch_size
 
-ASSUMED_UTILIZATION = 0.4  # share of a GPU's bf16 peak; not measured
 _USABLE = 0.9  # share of a GPU's memory; the rest is left to CUDA's context and to gaps between blocks
 # Share of free memory between blocks in use on a CPU, which the system counts. Probes of five shapes and precisions
 # with torch 2.13 held 6 to 23% more than the sum of their parts.
@@ -37,25 +38,16 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     note = notes.append
     data = open_data(recipe, required=False)
     recipe = fit_recipe(recipe, data, note)
-    validation_tokens = min(recipe.eval.tokens, len(data.split("val"))) if data else recipe.eval.tokens
     with torch.device("meta"):
         model = Transformer(recipe.model)
-    steps, tokens = batch_plan(recipe).remaining()
-    # Validations come at each step that reaches a multiple of eval.every, and at the last step.
-    before = tokens - recipe.batch_sequences * recipe.seq_len
-    validations = before // recipe.eval.every + 1 if recipe.eval.every else 1
     counts, flops = model.num_parameters(), model.flops_per_token(recipe.seq_len)
     if recipe.eval.tasks:
         note(f"the hours leave out eval.tasks ({', '.join(recipe.eval.tasks)})")
-    run = {
-        "tokens": tokens,
-        "steps": steps,
-        "batch_tokens": recipe.batch_sequences * recipe.seq_len,
+    run = run_sizes(recipe, data)
+    run |= {
         "schedule": describe_schedule(recipe),
         "learning_rates": corner_points(recipe),
-        "flops": flops * tokens,
-        "validations": validations if validation_tokens else 0,
-        "validation_tokens": validations * validation_tokens,
+        "flops": flops * run["tokens"],
     }
     return {
         "recipe": recipe.name,
@@ -70,9 +62,31 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "machine": _machine(recipe, model, run, probe, note),
         "inference": inference_parts(model),
         "gpus": [_gpu(name, gpu, recipe, model, run) for name, gpu in ACCELERATORS.items()],
-        "assumed_utilization": ASSUMED_UTILIZATION,
+        "assumed": {"compute": COMPUTE_SHARE, "bandwidth": BANDWIDTH_SHARE},
         "notes": notes,
     }
+
+
+def run_sizes(recipe: Recipe, data: DataFolder | None) -> dict[str, Any]:
+    """Return the tokens, steps and validations of a new run."""
+    validation_tokens = min(recipe.eval.tokens, len(data.split("val"))) if data else recipe.eval.tokens
+    steps, tokens = batch_plan(recipe).remaining()
+    batch_tokens = recipe.batch_sequences * recipe.seq_len
+    # Validations come at each step that reaches a multiple of eval.every, and at the last step.
+    validations = (tokens - batch_tokens) // recipe.eval.every + 1 if recipe.eval.every else 1
+    return {
+        "tokens": tokens,
+        "steps": steps,
+        "batch_tokens": batch_tokens,
+        "validations": validations if validation_tokens else 0,
+        "validation_tokens": validations * validation_tokens,
+    }
+
+
+def run_seconds(probe: Probe, recipe: Recipe, run: dict[str, Any]) -> float:
+    """Return the time of a whole run of these sizes at a probe's speed, without samples, checkpoints and tasks."""
+    training = probe.training_seconds(recipe, run["tokens"], run["steps"])
+    return training + probe.validation_seconds(recipe, run["validation_tokens"])
 
 
 def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool]:
@@ -87,7 +101,7 @@ def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool
         device = torch.device(name)
         fast = device.type == "cuda" and recipe.train.dtype == "auto"
         return device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU, width), False
-    return device, pick_dtype(recipe.train.dtype, device, width), True
+    return device, training_dtype(recipe.train.dtype, device, width), True
 
 
 def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: bool, note: Note) -> dict[str, Any]:
@@ -103,7 +117,7 @@ def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: boo
             note(f"{error}; memory is an estimate, and there are no hours for this machine")
     # The memory of a missing device is unknown, so any micro-batch fits.
     free = None if present else sys.maxsize
-    sequences = measured.micro_batch if measured else micro_batch_size(recipe, device, free=free)
+    sequences = measured.micro_batch if measured else micro_batch_size(recipe, device, free=free, dtype=dtype)
     parts = training_parts(recipe, model, device, dtype, sequences)
     # The host's copy that a run saves from. The last save of a run makes none.
     saves = any(0 < every < run["tokens"] for every in (recipe.checkpoint.every, recipe.checkpoint.keep_every))
@@ -126,10 +140,6 @@ def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: boo
 def _measurements(probe: Probe, recipe: Recipe, run: dict[str, Any], copy: int) -> dict[str, Any]:
     """Return the measurements of a full batch. A probe saves nothing, so `copy` is added to its memory."""
     step_seconds = recipe.batch_sequences / probe.micro_batch * probe.pass_seconds + probe.update_seconds
-    # Passes take time in proportion to their tokens.
-    pass_tokens = probe.micro_batch * recipe.seq_len
-    seconds = run["tokens"] / pass_tokens * probe.pass_seconds + run["steps"] * probe.update_seconds
-    seconds += run["validation_tokens"] / pass_tokens * probe.forward_seconds
     return {
         "pass_seconds": probe.pass_seconds,
         "update_seconds": probe.update_seconds,
@@ -137,7 +147,7 @@ def _measurements(probe: Probe, recipe: Recipe, run: dict[str, Any], copy: int) 
         "step_seconds": step_seconds,
         "tokens_per_second": recipe.batch_sequences * recipe.seq_len / step_seconds,
         "memory": None if probe.memory is None else probe.memory + copy,
-        "hours": seconds / 3600,
+        "hours": run_seconds(probe, recipe, run) / 3600,
     }
 
 
@@ -145,13 +155,13 @@ def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: d
     """Estimate one GPU of this kind, with the given micro-batch or the largest automatic one that fits."""
     device, weights = torch.device("cuda"), 4 * model.num_parameters()["total"]
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
-    sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0))
+    sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0), dtype=dtype)
     memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
     while memory > _USABLE * gpu.memory and recipe.train.micro_batch_size == "auto" and sequences > 1:
         sequences = max(size for size in range(1, sequences // 2 + 1) if sequences % size == 0)
         memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
     # The peak is that of bf16, so there is no estimate of hours for fp32. A forward pass has a third of the operations.
-    speed = gpu.peak * ASSUMED_UTILIZATION / model.flops_per_token(recipe.seq_len)
+    speed = run["batch_tokens"] / step_seconds(gpu, recipe, model, sequences)
     hours = (run["tokens"] + run["validation_tokens"] / 3) / speed / 3600
     return {
         "gpu": name,
@@ -160,4 +170,5 @@ def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: d
         "memory": memory,
         "fits": memory <= _USABLE * gpu.memory,
         "hours": hours if dtype == torch.bfloat16 else None,
+        "utilization": speed * model.flops_per_token(recipe.seq_len) / gpu.peak if dtype == torch.bfloat16 else None,
     }

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lightlm.device import autocast
+from lightlm.device import autocast, is_out_of_memory
 from lightlm.errors import LightLMError
 from lightlm.recipe import Recipe, parse_recipe
 from lightlm.train.observe.metrics import peak_memory
@@ -39,6 +39,13 @@ class Probe:
     forward_seconds: float  # a micro-batch, as in validation
     memory: int | None  # bytes at the peak; see metrics.peak_memory
     process_memory: int | None  # bytes before this model exists: Python, torch, and what a first step loads
+
+    def training_seconds(self, recipe: Recipe, tokens: int, steps: int) -> float:
+        """Return the time of training; passes take time in proportion to their tokens."""
+        return tokens / (self.micro_batch * recipe.seq_len) * self.pass_seconds + steps * self.update_seconds
+
+    def validation_seconds(self, recipe: Recipe, tokens: int) -> float:
+        return tokens / (self.micro_batch * recipe.seq_len) * self.forward_seconds
 
 
 def run_probe(recipe: Recipe) -> Probe:
@@ -118,5 +125,7 @@ if __name__ == "__main__":
     try:
         base = process_memory()
         print(json.dumps(asdict(_measure(parse_recipe(json.load(sys.stdin), "standard input"), base))))
-    except (LightLMError, torch.OutOfMemoryError, MemoryError) as error:
+    except (LightLMError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         sys.exit(f"{error}")

@@ -1,8 +1,11 @@
 """When `torch.compile` pays."""
 
+import importlib.util
+import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,18 +17,27 @@ from lightlm.recipe import Recipe
 # On a CPU, compiling takes most of a minute and then saves an eighth of a step of `lightlm` (benchmarks/train.py
 # --contestants "lightlm,lightlm compiled"). These are the FLOPs of 10 minutes at 0.8 TFLOP/s.
 _CPU_FLOPS = 5e14
+_TRITON_CAPABILITY = (7, 0)  # the oldest GPUs, Volta's, that Triton generates code for
 
 
-def compiles(recipe: Recipe, model: Transformer, device: torch.device) -> bool:
+def compiles(
+    recipe: Recipe, model: Transformer, device: torch.device, note: Callable[[str], None] = lambda message: None
+) -> bool:
     """Return whether to compile: as the recipe says; for `auto`, on CUDA, and on a CPU in long runs.
 
     The answer depends on the recipe and the machine, not on a measurement, so that a run is repeatable. The run's
     recipe.yaml records it, since compiled and plain losses differ by rounding.
 
+    Args:
+        note: receives a message if CUDA lacks what compilation needs, so that `auto` does without.
+
     Raises:
-        RecipeError: the recipe asks for compilation, and this machine has no C++ compiler.
+        RecipeError: the recipe asks for compilation, and this machine lacks what it needs.
     """
     wanted = recipe.train.compile
+    lacks = _lacks(device) if device.type == "cuda" and wanted is not False else ""
+    if wanted is True and lacks:
+        raise RecipeError(f"train.compile=true needs {lacks}, which this machine lacks; set train.compile=false")
     if wanted is True and device.type == "cpu" and not _has_compiler():
         raise RecipeError(
             "train.compile=true needs a C++ compiler (g++ or clang++) and Python's headers, which this machine lacks; "
@@ -36,7 +48,23 @@ def compiles(recipe: Recipe, model: Transformer, device: torch.device) -> bool:
     if device.type == "cpu":
         long = model.flops_per_token(recipe.seq_len) * recipe.train.tokens >= _CPU_FLOPS
         return long and sys.platform == "linux" and _has_compiler()
-    return device.type == "cuda"
+    if lacks:
+        note(f"training is not compiled, and slower for it: that needs {lacks}")
+    return device.type == "cuda" and not lacks
+
+
+def _lacks(device: torch.device) -> str:
+    """Return what `torch.compile` misses on this machine's GPU, or an empty string."""
+    if not torch.cuda.is_available():
+        return ""  # a plan for another machine
+    if torch.version.hip is None and (found := torch.cuda.get_device_capability(device)) < _TRITON_CAPABILITY:
+        needed = ".".join(map(str, _TRITON_CAPABILITY))
+        return f"a GPU of compute capability {needed} or later (this one has {found[0]}.{found[1]})"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc", "cl")), None)
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if compiler and headers.exists() else "a C compiler and Python's headers (on Debian: gcc and python3-dev)"
 
 
 def _has_compiler() -> bool:

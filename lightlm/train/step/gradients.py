@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightlm.data.loader import BatchLoader
-from lightlm.device import autocast
+from lightlm.device import autocast, is_out_of_memory, release_memory
 from lightlm.errors import LightLMError, RecipeError
 from lightlm.model.fused import kept_weight_copies
 from lightlm.recipe import Recipe
@@ -20,6 +20,7 @@ from lightlm.sharding import whole
 from lightlm.train.schedules import BatchPlan
 from lightlm.train.step.activations import activation_bytes
 from lightlm.train.step.parallel import ParallelLoss, PassLoss
+from lightlm.train.step.scaling import LossScale
 
 # Tokens per automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator, products
 # should be as large as memory allows.
@@ -55,11 +56,18 @@ def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
         )
 
 
-def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1, free: int | None = None) -> int:
+def micro_batch_size(
+    recipe: Recipe,
+    device: torch.device,
+    processes: int = 1,
+    free: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
     """Return the sequences per forward pass: the recipe's, or the largest divisor of a process's share that fits.
 
     Args:
         free: free bytes of a GPU's memory; asked of the device unless given.
+        dtype: precision of matrix products.
     """
     share = recipe.batch_sequences // processes
     if recipe.train.micro_batch_size != "auto":
@@ -68,7 +76,8 @@ def micro_batch_size(recipe: Recipe, device: torch.device, processes: int = 1, f
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] if free is None else free
         recompute = recipe.train.activation_checkpointing
-        per_token = activation_bytes(recipe.model, mixed=True, fused=False, recompute=recompute)  # an upper bound
+        mixed = dtype != torch.float32
+        per_token = activation_bytes(recipe.model, mixed=mixed, fused=False, recompute=recompute)  # an upper bound
         tokens = min(tokens, int(free * _MEMORY_SHARE) // per_token)
     most = max(tokens // recipe.seq_len, 1)
     return max(size for size in _divisors(share) if size <= most)
@@ -85,11 +94,19 @@ class Gradients:
         loader: source of batches by sample number, so that the order does not depend on processes, signals or retries.
         micro_batch: sequences per pass; it shrinks to what fits with `train.micro_batch_size=auto`.
         note: receives a message when the micro-batch shrinks.
+        loss_scale: with float16, scales the loss, and decides whether a batch is computed again.
     """
 
     def __init__(
-        self, loss: ParallelLoss, loader: BatchLoader, recipe: Recipe, micro_batch: int, note: Callable[[str], None]
+        self,
+        loss: ParallelLoss,
+        loader: BatchLoader,
+        recipe: Recipe,
+        micro_batch: int,
+        note: Callable[[str], None],
+        loss_scale: LossScale,
     ) -> None:
+        self.loss_scale = loss_scale
         self.micro_batch, self._adjustable = micro_batch, recipe.train.micro_batch_size == "auto"
         self._clip = recipe.train.grad_clip or math.inf
         self._loss, self._loader, self._note = loss, loader, note
@@ -111,6 +128,14 @@ class Gradients:
         if not self._warm:
             self._warm_up(first, count)
         while True:
+            outcome = self._attempt(first, count, stop)
+            if outcome is None or self.loss_scale.accept(finite=math.isfinite(outcome.norm)):
+                return outcome
+            self._loss.model.zero_grad()
+
+    def _attempt(self, first: int, count: int, stop: threading.Event) -> BatchOutcome | None:
+        """Compute a batch once, as `__call__`; the gradients of float16 may have overflowed."""
+        while True:
             # A sharded run frees its weights after each pass.
             with contextlib.nullcontext() if self._loss.sharded else kept_weight_copies():
                 sums, stopped = self._accumulate(first, count, stop)
@@ -120,6 +145,7 @@ class Gradients:
             if stopped:
                 return None
             self._shrink()
+        self.loss_scale.unscale(self._parameters)
         norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip))
         loss, load_LE = sums
         if self._world.size > 1:
@@ -173,9 +199,12 @@ class Gradients:
                 with autocast(self._device, self._dtype):
                     losses = self._loss(inputs, targets)
                 # The processes' gradients are averaged, so each is divided by its own share of the tokens.
-                (losses.objective / (count * self._loader.seq_len / self._world.size)).backward()
+                mean = losses.objective / (count * self._loader.seq_len / self._world.size)
+                self.loss_scale(mean).backward()
             return losses
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if self._loss.communicates(last):
                 # The other processes already wait for this one's gradients.
                 raise self._too_large() from error
@@ -225,8 +254,7 @@ class Gradients:
             f"{smaller}; set train.micro_batch_size={smaller} to start there"
         )
         self.micro_batch = smaller
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._device)
 
     def _too_large(self) -> LightLMError:
         smaller = f"train.micro_batch_size to {self.micro_batch // 2} or less (the global batch stays the same)"

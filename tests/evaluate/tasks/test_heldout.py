@@ -18,8 +18,9 @@ from lightlm.evaluate.results.rows import rows
 from lightlm.evaluate.runner import run_tasks
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks import manager
-from lightlm.evaluate.tasks.heldout import TASKS, dataset_of
+from lightlm.evaluate.tasks.heldout import dataset_of
 from lightlm.evaluate.tasks.manager import Tasks
+from lightlm.evaluate.tasks.references import TASKS
 from tests.evaluate.tiny_run import DOCUMENTS, write_world
 
 # As if transformers were not installed, for all who import it and all who ask whether it could be.

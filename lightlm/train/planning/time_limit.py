@@ -1,0 +1,60 @@
+"""A limit of time for a run: the tokens that this machine can train on within it."""
+
+from dataclasses import dataclass
+
+from lightlm.data.folder import DataFolder
+from lightlm.recipe import Recipe
+from lightlm.train.planning.plan import run_seconds, run_sizes
+from lightlm.train.planning.probe import Probe, run_probe
+from lightlm.train.setup import fit_recipe
+
+# Share of the limit left to what a probe does not measure: samples, checkpoints, and a machine whose speed varies.
+_RESERVE = 0.1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a limit allows.
+
+    Attributes:
+        tokens: whole batches, at least one; `train.tokens` of the recipe if all fit.
+        seconds: time of the whole recipe, validations included.
+        tokens_per_second: speed of training.
+    """
+
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
+def fit_time(recipe: Recipe, data: DataFolder, minutes: float) -> Fit:
+    """Run a few steps of the recipe in a process of their own, and return how much of it fits into the limit.
+
+    Raises:
+        ProbeError: the steps failed or do not fit into memory.
+    """
+    recipe = fit_recipe(recipe, data, lambda message: None)
+    return fit_probe(run_probe(recipe), recipe, data, minutes)
+
+
+def fit_probe(probe: Probe, recipe: Recipe, data: DataFolder, minutes: float) -> Fit:
+    """Return how much of the recipe fits into the limit, at the speed of this probe."""
+
+    def seconds(tokens: int) -> float:
+        shorter = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens": tokens})})
+        return run_seconds(probe, shorter, run_sizes(shorter, data))
+
+    whole, batch = recipe.train.tokens, recipe.batch_sequences * recipe.seq_len
+    total, limit = seconds(whole), 60 * minutes
+    sizes = run_sizes(recipe, data)
+    rate = sizes["tokens"] / probe.training_seconds(recipe, sizes["tokens"], sizes["steps"])
+    if total <= limit:
+        return Fit(whole, total, rate)
+    fits, exceeds = 1, -(-whole // batch)  # batches
+    while exceeds - fits > 1:
+        middle = (fits + exceeds) // 2
+        if seconds(middle * batch) <= (1 - _RESERVE) * limit:
+            fits = middle
+        else:
+            exceeds = middle
+    return Fit(fits * batch, total, rate)
