@@ -245,7 +245,7 @@ class Trainer:
             before.samples + sequences,
             before.seconds + seconds,
             verdict.history,
-            self.gradients.loss_scale.state,
+            loss_scale=self.gradients.loss_scale.state,
         )
         self.last_loss = outcome.loss if math.isfinite(outcome.loss) else self.last_loss
         if verdict.history.in_a_row == 1:
