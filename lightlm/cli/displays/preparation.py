@@ -130,7 +130,10 @@ def _warn(manifest: Manifest) -> None:
     if len(manifest.bad) > LISTED:
         console.print(f"... {len(manifest.bad) - LISTED:,} more of these are in manifest.json under `bad`.")
     if manifest.listed:
-        console.print("The documents that share text with evaluation sets are in manifest.json under `listed`.")
+        console.print(
+            "Documents that share text with evaluation sets, or were not searched, are listed in manifest.json.",
+            soft_wrap=True,
+        )
     for name, coverage in manifest.evaluation_sets.items():
         if coverage["too_short"]:
             found = f"{coverage['too_short']:,} of {coverage['examples']:,} examples of {name}"

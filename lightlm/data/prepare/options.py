@@ -44,7 +44,7 @@ class Options:
     filter: Filter | None = None
 
     def check(self) -> None:
-        """Raise UsageError where a value is out of its range."""
+        """Raise UsageError where a value is out of its range, DataError where a package for an option is missing."""
         if not 0 <= self.val_fraction < 1:
             raise UsageError(
                 f"--val-fraction {self.val_fraction}: a number from 0 (no validation split) to below 1 is needed"
@@ -53,6 +53,8 @@ class Options:
             if value is not None and value < 1:
                 raise UsageError(f"{option} {value}: at least 1 is needed")
         requested_vocab_size(self.tokenizer)
+        if self.dedup is not None:
+            Signer(self.dedup)
 
     def settings(self, source: Source) -> dict[str, Setting]:
         """Return what determines the content of the folder; everything else may change between two runs.
