@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lightlm.data.bpe_training import train_bpe
 from lightlm.errors import DataError, UsageError
 from lightlm.files import write_bytes
 
@@ -234,22 +235,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with GPT-2's pre-tokenizer and `<|endoftext|>`; the same texts give the same bytes.
 
     All 256 bytes are in the alphabet, so decode restores every encoded text. Training stops before `vocab_size` if no
-    pair of tokens occurs twice: `.vocab_size` of the result is the size reached.
-    Raises UsageError for fewer than `MIN_VOCAB_SIZE` entries.
+    pair of tokens occurs twice: `.vocab_size` of the result is the size reached. Words of more than 1,000 characters
+    are cut (see `lightlm.data.long_runs`). Raises UsageError for fewer than `MIN_VOCAB_SIZE` entries.
     """
-    from tokenizers import Tokenizer as Definition
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     requested_vocab_size(f"train:{vocab_size}")
-    definition = Definition(models.BPE())
-    definition.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    definition.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[END_OF_TEXT_NAMES[0]],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    definition.train_from_iterator(texts, trainer)
-    return Tokenizer(definition.to_str(pretty=True).encode(), origin="the trained tokenizer")
+    return Tokenizer(train_bpe(texts, vocab_size, END_OF_TEXT_NAMES[0]), origin="the trained tokenizer")
