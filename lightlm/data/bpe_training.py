@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import IO
 
 from lightlm.data.long_runs import cut_long_runs
 from lightlm.errors import DataError
@@ -70,7 +70,7 @@ def _train_in_child(texts: Iterable[str], vocab_size: int, end_of_text: str) -> 
                 child.stdin.close()
 
 
-def _result(child: subprocess.Popen[bytes], pipe: BinaryIO, texts: Iterable[str]) -> bytes:
+def _result(child: subprocess.Popen[bytes], pipe: IO[bytes], texts: Iterable[str]) -> bytes:
     """Send the texts to the child, and return what it prints. Raises DataError where it fails."""
     try:
         for text in texts:
@@ -92,7 +92,7 @@ def _result(child: subprocess.Popen[bytes], pipe: BinaryIO, texts: Iterable[str]
         return printed
 
 
-def _sent_texts(pipe: BinaryIO) -> Iterator[str]:
+def _sent_texts(pipe: IO[bytes]) -> Iterator[str]:
     while (length := _LENGTH.unpack(pipe.read(_LENGTH.size))[0]) != _END:  # fails if the parent is gone
         yield pipe.read(length).decode()
 

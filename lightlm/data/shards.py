@@ -103,6 +103,7 @@ class Manifest(BaseModel):
     tokenizer_sha256: str
     vocab_size: int
     end_of_text_id: int
+    end_of_text: str = ""  # its characters; an older version does not write them
     shards: list[ShardEntry]
     split_rule: str
     text_bytes: dict[Split, int]

@@ -90,6 +90,7 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         *(("mixture" * (part is manifest.mixture[0]), _mixture_row(part)) for part in manifest.mixture),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
         ("vocabulary", f"{summary['vocab_size']:,}"),
+        ("separator", f"{manifest.end_of_text} (id {manifest.end_of_text_id})" if manifest.end_of_text else ""),
         ("shards", f"{summary['shards']:,}"),
     ]
     if manifest.unigram:

@@ -62,6 +62,7 @@ class Job:
     val_fraction: float
     skip_bad: bool = False
     filters: tuple[DocumentFilter, ...] = ()
+    end_of_text_id: int | None = None  # None: the tokenizer's, by the known names
     signer: Signer | None = None  # if given, blocks list their documents, see `lightlm.data.prepare.selection`
 
 

@@ -32,7 +32,7 @@ def encode_block(job: Job, block: Block, report: Report | None = None) -> Encode
     the files cannot be written.
     """
     encoded = EncodedBlock(number=block.number, first_unit=block.units[0].id, limit=block.limit)
-    encoder = worker_encoder(job.tokenizer, job.encoder)
+    encoder = worker_encoder(job.tokenizer, job.encoder, job.end_of_text_id)
     with EncodedBlockWriter(job.folder, encoded, token_dtype(encoder.tokenizer.vocab_size)) as writer:
         _BlockEncoder(job, block, encoder, writer, report or (lambda *_: None)).run()
     return encoded

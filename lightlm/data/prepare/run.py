@@ -79,6 +79,7 @@ def prepare(
     dedup: Mode | None = None,
     decontaminate: Decontaminator | None = None,
     filter: Filter | None = None,
+    end_of_text: str | None = None,
     engine: Engine | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
@@ -98,6 +99,8 @@ def prepare(
         dedup: leave out documents that repeat an earlier one: `exact`, or `near`, see `select.deduplication`.
         decontaminate: leave out, or list, documents that share 13 words in a row with evaluation sets.
         filter: read only the records that it keeps, if `source` is a name; the filter of a `Source` that has one.
+        end_of_text: the token after each document; None is what the files of the tokenizer name, or a known name (see
+            `Tokenizer.read`). Of a tokenizer that is trained, it is the token's characters.
         engine: runs the blocks; threads of this process by default.
         progress: called after each few megabytes of text.
 
@@ -117,7 +120,7 @@ def prepare(
     options = Options(
         tokenizer_spec or default_tokenizer, text_column, max_tokens,
         default_fraction if val_fraction is None else val_fraction, shard_tokens, skip_bad, encoder, filters, dedup,
-        decontaminate, filter,
+        decontaminate, filter, end_of_text,
     )  # fmt: skip
     options.check()
     if workers is not None:
@@ -214,15 +217,17 @@ class _Preparation:
             if vocab_size is None:
                 # The source first: if both need the network, its message has the solution for both.
                 next(self._source.units(), None)
-                load_tokenizer(options.tokenizer, download_tokenizer).save(definition)
+                tokenizer = load_tokenizer(options.tokenizer, download_tokenizer, options.end_of_text)
             else:
 
                 def report(documents: int, characters: int) -> None:
                     self._progress(Progress(TRAINING_TOKENIZER, documents, characters, 0, None))
 
                 sample = training_sample(self._source.units(), report, skip_bad=options.skip_bad)
-                train_tokenizer(sample, vocab_size).save(definition)
-        encoder, reason = choose_encoder(options.encoder, definition)
+                tokenizer = train_tokenizer(sample, vocab_size, options.end_of_text)
+            self._workspace.save_end_of_text(tokenizer.end_of_text_id)
+            tokenizer.save(definition)
+        encoder, reason = choose_encoder(options.encoder, definition, self._workspace.end_of_text_id)
         if reason is not None:
             message = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
             self._progress(Progress(TOKENIZING, 0, 0, 0, options.max_tokens, message=message))
@@ -234,6 +239,7 @@ class _Preparation:
             folder=workspace.blocks,
             tokenizer=workspace.folder / "tokenizer.json",
             encoder=encoder.name,
+            end_of_text_id=tokenizer.end_of_text_id,
             val_fraction=options.val_fraction,
             skip_bad=options.skip_bad,
             filters=(*options.filters, *([options.decontaminate] if options.decontaminate else [])),
@@ -259,6 +265,7 @@ class _Preparation:
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             end_of_text_id=tokenizer.end_of_text_id,
+            end_of_text=tokenizer.end_of_text,
             shards=assembly.shards,
             split_rule=SPLIT_RULE,
             text_bytes=assembly.text_bytes,
