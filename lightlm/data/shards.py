@@ -112,6 +112,7 @@ class Manifest(BaseModel):
     bad: list[str] = []
     flagged: dict[str, int] = {}
     listed: list[str] = []
+    lost: dict[str, int] = {}
     evaluation_sets: dict[str, dict[str, int]] = {}
     mixture: list[MixedSource] = []
     unigram: UnigramEntropy | None = None

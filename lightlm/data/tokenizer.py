@@ -123,7 +123,12 @@ class Tokenizer:
         for _, group in itertools.groupby(zip(ends, parts, strict=True), lambda pair: pair[0] // GROUP_CHARACTERS):
             numbers, group_texts = zip(*(part for _, part in group), strict=True)
             # The "fast" variant omits character offsets and gives the same ids.
-            encoded = self._tokenizer.encode_batch_fast(list(group_texts), add_special_tokens=False)
+            try:
+                encoded = self._tokenizer.encode_batch_fast(list(group_texts), add_special_tokens=False)
+            except Exception as error:  # `tokenizers` raises bare Exception, for example without an unknown token
+                raise DataError(
+                    f"The tokenizer cannot encode {group_texts[0][:40]!r} or a text after it: {error}"
+                ) from error
             for number, item in zip(numbers, encoded, strict=True):
                 ids[number] += item.ids
         return ids
@@ -201,6 +206,37 @@ class Tokenizer:
         """Whether tokens consist of bytes, each one a character of an alphabet, as in GPT-2."""
         parts = _components([self.content.get("pre_tokenizer"), self.content.get("decoder")])
         return any(part.get("type") == "ByteLevel" for part in parts)
+
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The id of the token for what the tokenizer does not know, or None."""
+        model = self.content.get("model") or {}
+        index = model.get("unk_id")
+        return index if isinstance(index, int) else self.id_of(model.get("unk_token"))
+
+    @functools.cached_property
+    def word_based(self) -> bool:
+        """Whether whole words are looked up, so that characters alone say nothing about them."""
+        return (self.content.get("model") or {}).get("type") in ("WordPiece", "WordLevel")
+
+    @functools.cached_property
+    def may_lose_text(self) -> bool:
+        """Whether some text has no tokens, or unknown ones: not if there is a token for each byte."""
+        from tokenizers import pre_tokenizers
+
+        names = self._tokenizer.get_vocab(with_added_tokens=False)
+        if self.byte_level and not self.word_based:
+            return not set(pre_tokenizers.ByteLevel.alphabet()) <= names.keys()
+        falls_back = (self.content.get("model") or {}).get("byte_fallback") is True
+        return not (falls_back and all(f"<0x{byte:02X}>" in names for byte in range(256)))
+
+    def represents(self, character: str) -> bool:
+        """Return whether a character that is not blank has tokens by itself, or is removed by the normalizer."""
+        normalizer = self._tokenizer.normalizer
+        if normalizer is not None and not normalizer.normalize_str(character):
+            return True
+        text = self.decode([index for index in self.encode(character) if index != self.unknown_id])
+        return bool(text.strip()) and (character == "\ufffd" or "\ufffd" not in text)
 
     def _text_bytes(self, token: str) -> int:
         if self.byte_level:

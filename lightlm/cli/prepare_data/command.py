@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lightlm.data.shards import Manifest
 
 FROM_MANIFEST = (
-    "source", "skipped_documents", "dropped", "flagged", "mixture", "evaluation_sets", "vocab_size", "end_of_text",
-    "end_of_text_id", "unigram",
+    "source", "skipped_documents", "dropped", "flagged", "lost", "mixture", "evaluation_sets", "vocab_size",
+    "end_of_text", "end_of_text_id", "unigram",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from lightlm import __version__
+from lightlm.data.coverage import MOST_LOST, loss_shares
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.assembly import SPLIT_RULE, Assembly
 from lightlm.data.prepare.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
@@ -37,6 +38,7 @@ from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_si
 from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors, restore_folder, write_text
 
+JUDGED = 10_000_000  # characters and tokens after which a tokenizer that loses text is refused, before the end
 MAX_DEFAULT_WORKERS = 8  # each takes about 80 MB of memory
 
 TRAINING_TOKENIZER, TOKENIZING = "training the tokenizer", "tokenizing"
@@ -201,7 +203,7 @@ class _Preparation:
             workspace.finish()
             return manifest
         except BaseException as error:
-            if isinstance(error, _NothingError) or not workspace.worth_keeping:
+            if isinstance(error, _FinalError) or not workspace.worth_keeping:
                 workspace.discard()
             elif isinstance(error, DataError) and not isinstance(error, UsageError | EncoderError):
                 skip = "" if self._options.skip_bad else ", with --skip-bad to leave out what cannot be read"
@@ -255,6 +257,9 @@ class _Preparation:
             with contextlib.closing(blocks):
                 for encoded in blocks:
                     assembly.add(encoded)
+                    if sum(state.lost.values()) >= JUDGED:
+                        _refuse_losses(state.lost)
+            _refuse_losses(state.lost)
             assembly.finish()
         self._check(assembly)
         counts = (state.source_tokens, state.source_documents)
@@ -328,15 +333,26 @@ class _Preparation:
         """Raise DataError where there is nothing to train on."""
         splits = {entry.split for entry in assembly.shards}
         if "val" in splits and "train" not in splits:
-            raise _NothingError(
+            raise _FinalError(
                 f"Every document of {self._source.spec} falls into validation at --val-fraction "
                 f"{self._options.val_fraction}, and none is left to train on; choose a smaller fraction."
             )
         if "train" not in splits:
             causes = ", ".join(f"{count} {cause}" for cause, count in assembly.state.dropped.items())
             left_out = f" ({causes} documents were left out)" if causes else ""
-            raise _NothingError(f"{self._source.spec} holds no text{left_out}; nothing was written.")
+            raise _FinalError(f"{self._source.spec} holds no text{left_out}; nothing was written.")
 
 
-class _NothingError(DataError):
-    """The source leaves nothing to train on, however often it is read."""
+def _refuse_losses(lost: dict[str, int]) -> None:
+    """Raise DataError where the tokenizer cannot represent more of the text than a small share."""
+    for what, share in loss_shares(lost).items():
+        if share > MOST_LOST:
+            raise _FinalError(
+                f"The tokenizer does not know this text: {share:.1%} {what} (at most {MOST_LOST:.0%} may be lost). "
+                "That text would be missing from the data, and scores per byte would look better than they are. Use a "
+                "tokenizer that knows it, for example --tokenizer train:8192."
+            )
+
+
+class _FinalError(DataError):
+    """The source and the settings do not fit, however often the command runs."""
