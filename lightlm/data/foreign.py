@@ -60,7 +60,7 @@ def read_foreign(folder: Path) -> tuple[Manifest, dict[Split, TokenStream], Toke
 def _tokenizer(folder: Path, shards: dict[str, np.ndarray]) -> Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
-        return Tokenizer.from_file(path)
+        return Tokenizer.read(path)
     if any(tokens.dtype.itemsize > 2 for tokens in shards.values()):
         raise DataError(f"{folder} holds uint32 shards and no tokenizer.json; copy the one of the shards there")
     try:

@@ -103,6 +103,7 @@ class Manifest(BaseModel):
     tokenizer_sha256: str
     vocab_size: int
     end_of_text_id: int
+    end_of_text: str = ""  # its characters; an older version does not write them
     shards: list[ShardEntry]
     split_rule: str
     text_bytes: dict[Split, int]
@@ -111,6 +112,7 @@ class Manifest(BaseModel):
     bad: list[str] = []
     flagged: dict[str, int] = {}
     listed: list[str] = []
+    lost: dict[str, int] = {}
     evaluation_sets: dict[str, dict[str, int]] = {}
     mixture: list[MixedSource] = []
     unigram: UnigramEntropy | None = None

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lightlm.data.bpe_training import train_bpe
+from lightlm.data.tokenizer_folder import declared_end_of_text, read_definition
 from lightlm.errors import DataError, UsageError
 from lightlm.files import write_bytes
 
@@ -22,6 +24,8 @@ NAMED_TOKENIZERS = {"gpt2": "openai-community/gpt2"}
 OFFLINE_HINT = (
     "Offline, use --tokenizer train:8192, which trains one on the data, or --tokenizer PATH with a tokenizer.json."
 )
+
+SHOWN_NAMES = 20  # special tokens that a message lists
 
 # 257 entries are the bytes and the end-of-text token; below 300 a tokenizer has hardly any merges.
 MIN_VOCAB_SIZE = 300
@@ -44,10 +48,20 @@ class Tokenizer:
     bos_id: int | None = None  # the context of a text without one; None: end-of-text
     adds_bos: bool = False  # whether it comes before every other context too
 
-    def __init__(self, definition: bytes, *, origin: str, end_of_text_id: int | None = None) -> None:
+    def __init__(
+        self,
+        definition: bytes,
+        *,
+        origin: str,
+        end_of_text_id: int | None = None,
+        end_of_text: str | None = None,
+        declared: Sequence[int | str] = (),
+    ) -> None:
         """Read the bytes of a tokenizer.json; `origin` names them in messages.
 
-        Raises DataError where they are not a tokenizer.json, or name no end-of-text token and none is given.
+        The end-of-text token is `end_of_text_id`, or the one of the characters `end_of_text`, else the first of
+        `declared` that the definition has, else the first of `END_OF_TEXT_NAMES`. Raises DataError where the bytes are
+        not a tokenizer.json, or have no such token.
         """
         import tokenizers
 
@@ -64,7 +78,9 @@ class Tokenizer:
         self._added = self._tokenizer.get_added_tokens_decoder()
         self.sha256: str = hashlib.sha256(definition).hexdigest()
         self.vocab_size: int = 1 + max((*self._tokenizer.get_vocab(with_added_tokens=True).values(), *self._added))
-        self.end_of_text_id: int = self._end_of_text(origin) if end_of_text_id is None else end_of_text_id
+        if end_of_text_id is None:
+            end_of_text_id = self._find_end_of_text(origin, end_of_text, declared)
+        self.end_of_text_id: int = end_of_text_id
         if not 0 <= self.end_of_text_id < self.vocab_size:
             raise DataError(f"{origin}: end-of-text id {end_of_text_id} is outside its {self.vocab_size} entries")
         marker = self._added.get(self.end_of_text_id)
@@ -81,6 +97,20 @@ class Tokenizer:
             raise DataError(f"The tokenizer {path} cannot be read: {error.strerror}. {OFFLINE_HINT}") from error
         return cls(definition, origin=str(path), end_of_text_id=end_of_text_id)
 
+    @classmethod
+    def read(cls, path: Path, *, origin: str | None = None, end_of_text: str | None = None) -> "Tokenizer":
+        """Load the tokenizer at a path: a tokenizer.json, or a folder with one, or with vocab.json and merges.txt.
+
+        The end-of-text token is `end_of_text`, else what the files beside it name (see `tokenizer_folder`), else a
+        known name. Raises DataError.
+        """
+        return cls(
+            read_definition(path),
+            origin=origin or str(path),
+            end_of_text=end_of_text,
+            declared=declared_end_of_text(path),
+        )
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
         return self.encode_batch([text])[0]
@@ -93,7 +123,12 @@ class Tokenizer:
         for _, group in itertools.groupby(zip(ends, parts, strict=True), lambda pair: pair[0] // GROUP_CHARACTERS):
             numbers, group_texts = zip(*(part for _, part in group), strict=True)
             # The "fast" variant omits character offsets and gives the same ids.
-            encoded = self._tokenizer.encode_batch_fast(list(group_texts), add_special_tokens=False)
+            try:
+                encoded = self._tokenizer.encode_batch_fast(list(group_texts), add_special_tokens=False)
+            except Exception as error:  # `tokenizers` raises bare Exception, for example without an unknown token
+                raise DataError(
+                    f"The tokenizer cannot encode {group_texts[0][:40]!r} or a text after it: {error}"
+                ) from error
             for number, item in zip(numbers, encoded, strict=True):
                 ids[number] += item.ids
         return ids
@@ -172,6 +207,37 @@ class Tokenizer:
         parts = _components([self.content.get("pre_tokenizer"), self.content.get("decoder")])
         return any(part.get("type") == "ByteLevel" for part in parts)
 
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The id of the token for what the tokenizer does not know, or None."""
+        model = self.content.get("model") or {}
+        index = model.get("unk_id")
+        return index if isinstance(index, int) else self.id_of(model.get("unk_token"))
+
+    @functools.cached_property
+    def word_based(self) -> bool:
+        """Whether whole words are looked up, so that characters alone say nothing about them."""
+        return (self.content.get("model") or {}).get("type") in ("WordPiece", "WordLevel")
+
+    @functools.cached_property
+    def may_lose_text(self) -> bool:
+        """Whether some text has no tokens, or unknown ones: not if there is a token for each byte."""
+        from tokenizers import pre_tokenizers
+
+        names = self._tokenizer.get_vocab(with_added_tokens=False)
+        if self.byte_level and not self.word_based:
+            return not set(pre_tokenizers.ByteLevel.alphabet()) <= names.keys()
+        falls_back = (self.content.get("model") or {}).get("byte_fallback") is True
+        return not (falls_back and all(f"<0x{byte:02X}>" in names for byte in range(256)))
+
+    def represents(self, character: str) -> bool:
+        """Return whether a character that is not blank has tokens by itself, or is removed by the normalizer."""
+        normalizer = self._tokenizer.normalizer
+        if normalizer is not None and not normalizer.normalize_str(character):
+            return True
+        text = self.decode([index for index in self.encode(character) if index != self.unknown_id])
+        return bool(text.strip()) and (character == "\ufffd" or "\ufffd" not in text)
+
     def _text_bytes(self, token: str) -> int:
         if self.byte_level:
             return len(token)  # each character of the byte alphabet stands for one byte
@@ -179,15 +245,41 @@ class Tokenizer:
             return 1
         return len(token.removeprefix("##").replace("▁", " ").encode())
 
-    def _end_of_text(self, origin: str) -> int:
-        ids = {added.content: index for index, added in self._added.items()}
-        found = [ids[name] for name in END_OF_TEXT_NAMES if name in ids]
+    def _find_end_of_text(self, origin: str, named: str | None, declared: Sequence[int | str]) -> int:
+        if named is not None:
+            index = self.id_of(named)
+            if index is None:
+                raise DataError(f"{origin} has no token {named!r} to separate documents. {self._special_tokens()}")
+            return index
+        found = [index for token in declared if (index := self._index_of(token)) is not None]
+        # A token of the definition's special ones first: config.json may hold the default id of its class.
+        found = [index for index in found if index in self._added] or found
         if found:
             return found[0]
+        if (known := self.known_end_of_text_id) is not None:
+            return known
         raise DataError(
-            f"{origin}: no end-of-text token to separate documents. Its {len(ids)} added tokens have none of "
-            f"{', '.join(END_OF_TEXT_NAMES)}. Use a tokenizer made for text generation, or --tokenizer train:8192."
+            f"{origin}: no end-of-text token to separate documents. No file beside it names one, and it has none of "
+            f"{', '.join(END_OF_TEXT_NAMES)}. {self._special_tokens()}"
         )
+
+    @property
+    def known_end_of_text_id(self) -> int | None:
+        """The id of the first of `END_OF_TEXT_NAMES` among the added tokens, or None."""
+        ids = {added.content: index for index, added in self._added.items()}
+        return next((ids[name] for name in END_OF_TEXT_NAMES if name in ids), None)
+
+    def _index_of(self, token: int | str) -> int | None:
+        if isinstance(token, str):
+            return self.id_of(token)
+        return token if 0 <= token < self.vocab_size and self.name_of(token) is not None else None
+
+    def _special_tokens(self) -> str:
+        names = [added.content for _, added in sorted(self._added.items()) if added.special]
+        if not names:
+            return "It has no special tokens. Use a tokenizer made for text generation, or --tokenizer train:8192."
+        more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+        return f"Name one of its special tokens with --eot: {', '.join(names[:SHOWN_NAMES])}{more}."
 
 
 def _components(part: Any) -> Iterator[dict[str, Any]]:
@@ -214,42 +306,32 @@ def requested_vocab_size(spec: str) -> int | None:
     return int(number)
 
 
-def load_tokenizer(spec: str, download: Callable[[str, str], Path]) -> Tokenizer:
-    """Return the tokenizer that `spec` names: `gpt2`, a Hub id, a tokenizer.json, or a folder that holds one.
+def load_tokenizer(spec: str, download: Callable[[str, str], Path], end_of_text: str | None = None) -> Tokenizer:
+    """Return the tokenizer that `spec` names: `gpt2`, a Hub id, or a path that `Tokenizer.read` reads.
 
-    `download(repository, hint)` returns the local path of a Hub repository's tokenizer.json; `hint` is for its errors
-    (see `sources.hub.client.download_tokenizer`). An existing path takes precedence over a Hub id. Raises DataError
-    where there is no such tokenizer.
+    `download(repository, hint)` returns the local folder with the tokenizer of a Hub repository; `hint` is for its
+    errors (see `sources.hub.client.download_tokenizer`). An existing path takes precedence over a Hub id. Raises
+    DataError where there is no such tokenizer, or it has no token `end_of_text`.
     """
     path = Path(spec)
     if path.exists():
-        return Tokenizer.from_file(path / "tokenizer.json" if path.is_dir() else path)
+        return Tokenizer.read(path, end_of_text=end_of_text)
     if path.suffix == ".json" or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
         raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, or a Hub id.")
     repo = NAMED_TOKENIZERS.get(spec, spec)
-    return Tokenizer(download(repo, OFFLINE_HINT).read_bytes(), origin=repo)
+    return Tokenizer.read(download(repo, OFFLINE_HINT), origin=repo, end_of_text=end_of_text)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE with GPT-2's pre-tokenizer and `<|endoftext|>`; the same texts give the same bytes.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str | None = None) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's pre-tokenizer; the same texts give the same bytes.
+
+    `end_of_text` is its end-of-text token, `<|endoftext|>` by default.
 
     All 256 bytes are in the alphabet, so decode restores every encoded text. Training stops before `vocab_size` if no
-    pair of tokens occurs twice: `.vocab_size` of the result is the size reached.
-    Raises UsageError for fewer than `MIN_VOCAB_SIZE` entries.
+    pair of tokens occurs twice: `.vocab_size` of the result is the size reached. Words of more than 1,000 characters
+    are cut (see `lightlm.data.long_runs`). Raises UsageError for fewer than `MIN_VOCAB_SIZE` entries.
     """
-    from tokenizers import Tokenizer as Definition
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     requested_vocab_size(f"train:{vocab_size}")
-    definition = Definition(models.BPE())
-    definition.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    definition.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[END_OF_TEXT_NAMES[0]],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    definition.train_from_iterator(texts, trainer)
-    return Tokenizer(definition.to_str(pretty=True).encode(), origin="the trained tokenizer")
+    end_of_text = end_of_text or END_OF_TEXT_NAMES[0]
+    definition = train_bpe(texts, vocab_size, end_of_text)
+    return Tokenizer(definition, origin="the trained tokenizer", end_of_text=end_of_text)

@@ -1,19 +1,24 @@
 """Tokenizers: losslessness, special tokens as ordinary text, byte counts, loading and its errors."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Definition
 
+from lightlm.data import bpe_training
 from lightlm.data import tokenizer as tokenizer_module
 from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
 from lightlm.errors import DataError, UsageError
+from tests.corpus import texts
 
 TEXTS = ["The quick brown fox jumps over the lazy dog, again and again and again.\n"] * 3 + [
     "naïve café — “quoted”"
@@ -56,6 +61,70 @@ def test_long_texts_give_the_ids_that_they_give_unsplit(text: str, size: int) ->
 def test_training_is_deterministic_and_learns_merges() -> None:
     assert train_tokenizer(TEXTS, 320).sha256 == TRAINED.sha256
     assert len(TRAINED.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+
+
+@pytest.mark.parametrize("limit", [10, 10**9])
+def test_ordinary_text_trains_what_the_library_trains(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a child process and in this one, the bytes are those of the library's own trainer."""
+    monkeypatch.setattr(bpe_training, "HERE_CHARACTERS", limit)
+    definition = Definition(models.BPE())
+    definition.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    definition.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, min_frequency=2, show_progress=False, special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    sample = [*texts(200), "深海の魚は。" * 300, "-" * 900 + "a" * 1_000, ""]
+    definition.train_from_iterator(sample, trainer)
+    assert train_tokenizer(sample, 600).definition == definition.to_str(pretty=True).encode()
+
+
+def test_a_word_of_megabytes_is_cut_before_training() -> None:
+    """Whole, it takes minutes."""
+    trained = train_tokenizer(["x" * 500_000, "\n" * 500_000, "one two one two"], 400)
+    assert trained.decode(trained.encode("x" * 5_000)) == "x" * 5_000
+    assert len(trained.encode("x" * 5_000)) < 50
+
+
+INTERRUPTED = """
+import os, random, signal, sys, threading
+from lightlm.data.tokenizer import train_tokenizer
+signal.signal(signal.SIGINT, signal.default_int_handler)
+letters = "abcdefghijklmnopqrstuvwxyz"
+def texts():
+    for seed in range(3_000):
+        yield "".join(random.Random(seed).choices(letters, k=1_000))
+        while seed == ENDLESS:
+            yield "a"
+        if seed == 0:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    train_tokenizer(texts(), 50_000)  # minutes
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no Ctrl-C there")
+@pytest.mark.parametrize("endless", [9, -1])
+def test_ctrl_c_ends_training_at_once(endless: int) -> None:
+    """While the texts are read, and while the library trains."""
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED.replace("ENDLESS", str(endless))], timeout=30, capture_output=True
+    )
+    assert (result.returncode, result.stderr) == (7, b"")
+
+
+def test_errors_of_the_texts_and_of_the_child_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def texts() -> Iterator[str]:
+        yield "one " * bpe_training.HERE_CHARACTERS
+        raise DataError("unreadable")
+
+    with pytest.raises(DataError, match="unreadable"):
+        train_tokenizer(texts(), 300)
+    monkeypatch.setattr(bpe_training, "_MODULE", "lightlm.absent")
+    with pytest.raises(DataError, match=r"Training the tokenizer failed: .*lightlm\.absent"):
+        train_tokenizer(["one " * bpe_training.HERE_CHARACTERS], 300)
 
 
 def test_a_sample_too_small_for_the_vocabulary_stops_short() -> None:
@@ -123,7 +192,7 @@ def test_a_tokenizer_without_an_end_of_text_token_names_what_was_looked_for() ->
 def test_loading_what_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"There is no tokenizer .*absent\.json"):
         load_tokenizer(str(tmp_path / "absent.json"), download_tokenizer)
-    with pytest.raises(DataError, match=r"tokenizer\.json cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"has no tokenizer\.json, nor vocab\.json and merges\.txt"):
         load_tokenizer(str(tmp_path), download_tokenizer)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}), encoding="utf-8")
     with pytest.raises(DataError, match=r"is not a tokenizer\.json"):

@@ -76,6 +76,8 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
     from rich.markup import escape
     from rich.table import Table
 
+    from lightlm.data.coverage import describe_loss
+
     dropped = manifest.dropped or {"blank": manifest.skipped_documents}  # an older version counts only blank ones
     rows = [
         ("folder", f"{summary['folder']} ({summary['status']})"),
@@ -89,7 +91,9 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
         *(("mixture" * (part is manifest.mixture[0]), _mixture_row(part)) for part in manifest.mixture),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
+        ("lost", describe_loss(manifest.lost)),
         ("vocabulary", f"{summary['vocab_size']:,}"),
+        ("separator", f"{manifest.end_of_text} (id {manifest.end_of_text_id})" if manifest.end_of_text else ""),
         ("shards", f"{summary['shards']:,}"),
     ]
     if manifest.unigram:
@@ -124,13 +128,19 @@ def _mixture_row(part: MixedSource) -> str:
 def _warn(manifest: Manifest) -> None:
     """Print how the result differs from the request."""
     from lightlm.cli.console import console
+    from lightlm.data.coverage import describe_loss
 
     for message in manifest.bad[:LISTED]:
         console.print(f"Left out: {message}", markup=False, soft_wrap=True)
     if len(manifest.bad) > LISTED:
         console.print(f"... {len(manifest.bad) - LISTED:,} more of these are in manifest.json under `bad`.")
+    if lost := describe_loss(manifest.lost):
+        console.print(f"The data lacks text that the tokenizer does not know: {lost}.", soft_wrap=True)
     if manifest.listed:
-        console.print("The documents that share text with evaluation sets are in manifest.json under `listed`.")
+        console.print(
+            "Documents that share text with evaluation sets, or were not searched, are listed in manifest.json.",
+            soft_wrap=True,
+        )
     for name, coverage in manifest.evaluation_sets.items():
         if coverage["too_short"]:
             found = f"{coverage['too_short']:,} of {coverage['examples']:,} examples of {name}"

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from lightlm.data.shards import Manifest
 
 FROM_MANIFEST = (
-    "source", "skipped_documents", "dropped", "flagged", "mixture", "evaluation_sets", "vocab_size", "unigram"
+    "source", "skipped_documents", "dropped", "flagged", "lost", "mixture", "evaluation_sets", "vocab_size",
+    "end_of_text", "end_of_text_id", "unigram",
 )  # fmt: skip
 
 
@@ -30,6 +31,10 @@ def prepare_data(
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help="Default: gpt2; for pydocs train:8192.")
+    ] = None,
+    eot: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="The token after each document. Default: the one that the tokenizer names."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write. Default: data/NAME.")] = None,
     text_column: Annotated[str, typer.Option(metavar="NAME", help="The column or JSON key with the text.")] = "text",
@@ -130,7 +135,8 @@ def prepare_data(
                 manifest = prepare(
                     text_source, tokenizer, folder, text_column=text_column, max_tokens=limit,
                     val_fraction=val_fraction, workers=workers, overwrite=overwrite, skip_bad=skip_bad,
-                    encoder=encoder, dedup=dedup, decontaminate=sets, filter=row_filter, engine=chosen_engine,
+                    encoder=encoder, dedup=dedup, decontaminate=sets, filter=row_filter, end_of_text=eot,
+                    engine=chosen_engine,
                     progress=update,
                 )  # fmt: skip
             except KeyboardInterrupt:

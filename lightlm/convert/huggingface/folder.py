@@ -18,7 +18,8 @@ from lightlm.convert.huggingface.config import read_config, read_json, write_con
 from lightlm.convert.huggingface.layouts import SELECTION_BIAS, export_target
 from lightlm.convert.huggingface.weights import our_state, read_weights, their_state, weight_files
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.errors import ConvertError
+from lightlm.data.tokenizer_folder import token_content
+from lightlm.errors import ConvertError, DataError
 
 RECORD = "lightlm_export.json"  # lists the files that an export wrote, so that a later export may replace them
 
@@ -122,44 +123,24 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int, max_seq_len: 
 
 
 def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ConvertError(
-            f"{folder} has no tokenizer.json; put the model's there (transformers writes it with "
-            "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
-        )
     try:
-        raw = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ConvertError(f"{path} cannot be read: {error}") from None
+        tokenizer = Tokenizer.read(folder)
+    except DataError as error:
+        raise ConvertError(str(error)) from None
     settings = read_json(folder / "tokenizer_config.json")
-    # End of text: the first id that a file names and the tokenizer has.
-    named: list[Any] = []
-    for values in (config, read_json(folder / "generation_config.json")):
-        eos = values.get("eos_token_id")
-        named += eos if isinstance(eos, list) else [eos]
-    if (token := _content(settings.get("eos_token"))) is not None:
-        named.append(raw.token_to_id(token))
-    end = next((id_ for id_ in named if isinstance(id_, int) and raw.id_to_token(id_) is not None), None)
-    tokenizer = Tokenizer.from_file(path, end_of_text_id=end)
     if tokenizer.vocab_size > vocab_size:
         raise ConvertError(
-            f"{path} has {tokenizer.vocab_size} tokens, config.json's vocab_size is {vocab_size}: "
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, config.json's vocab_size is {vocab_size}: "
             "the tokenizer belongs to another model; replace it with the model's own"
         )
     # Beginning of text, as `AutoTokenizer`: where no tokenizer file names it, the id in config.json.
     naming = [values for values in (settings, read_json(folder / "special_tokens_map.json")) if "bos_token" in values]
     if naming:
-        tokenizer.bos_id = tokenizer.id_of(_content(naming[0]["bos_token"]))
+        tokenizer.bos_id = tokenizer.id_of(token_content(naming[0]["bos_token"]))
     elif isinstance(bos := config.get("bos_token_id"), int) and 0 <= bos < tokenizer.vocab_size:
         tokenizer.bos_id = bos
     tokenizer.adds_bos = bool(tokenizer.prefix_ids)
     return tokenizer
-
-
-def _content(token: Any) -> Any:
-    """Return the text of a special token, which may be written as an AddedToken with its flags."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import pyarrow
 import xxhash
 
 from lightlm.data.prepare.encoded_block import LeftOut
-from lightlm.data.readers.texts import FilteredOut, Texts, Unit, buffers_of, in_chunks
+from lightlm.data.readers.texts import LARGE_BYTES, FilteredOut, Texts, Unit, buffers_of, in_chunks
 from lightlm.data.select.deduplication import Signer
 from lightlm.errors import DataError
 
@@ -24,6 +24,9 @@ BLOCK_BYTES = 4 << 20  # on disk; smaller units share a block, so that 100,000 s
 BLOCK_UNITS = 10_000
 
 BLANK, UNREADABLE, FILTERED = "blank", "unreadable", "filtered"
+# Documents that are counted, because a search does not cover them.
+TOO_LARGE = f"above {LARGE_BYTES >> 20} MB, not searched for evaluation sets"
+ONLY_EXACT = f"above {LARGE_BYTES >> 20} MB, only searched for exact duplicates"
 LISTED = 100  # messages about bad records that a block keeps; all are counted
 
 HASHES = 2**32
@@ -43,7 +46,7 @@ class DocumentFilter(Protocol):
     Takes a unit's id, the number in that unit of the first text, and complete texts. Returns a cause for each text to
     leave out, by its index in `texts`. Must be picklable, and its answer may depend only on its arguments and its own
     state. If its attribute `drops` is False, the texts are counted and listed, and stay. A text above `LARGE_BYTES` is
-    numbered, but not passed.
+    numbered, but not passed; it is counted and listed as `TOO_LARGE`.
     """
 
     def __call__(self, unit: str, first: int, texts: pyarrow.Array) -> dict[int, str]: ...
@@ -59,6 +62,7 @@ class Job:
     val_fraction: float
     skip_bad: bool = False
     filters: tuple[DocumentFilter, ...] = ()
+    end_of_text_id: int | None = None  # None: the tokenizer's, by the known names
     signer: Signer | None = None  # if given, blocks list their documents, see `lightlm.data.prepare.selection`
 
 
@@ -105,6 +109,7 @@ class BlockReader:
             try:
                 for texts in stream:
                     if texts.unfinished:
+                        self._note_large(f"{unit.id}, document {number}")
                         yield _parts_of_one(texts, stream)
                         number += 1
                     else:
@@ -121,6 +126,14 @@ class BlockReader:
             self._left_out.add(LeftOut(dropped={UNREADABLE: 1}, bad=[str(error)]), LISTED)
         else:
             raise error
+
+    def _note_large(self, document: str) -> None:
+        """Count a document that is too large for the searches of the job."""
+        signer = self._job.signer
+        searches = {TOO_LARGE: bool(self._job.filters), ONLY_EXACT: signer is not None and signer.mode == "near"}
+        for cause, wanted in searches.items():
+            if wanted:
+                self._left_out.add(LeftOut(flagged={cause: 1}, listed=[f"{document}: {cause}"]), LISTED)
 
     def _filtered(self, unit: str, first: int, texts: Texts) -> Texts:
         causes: dict[int, str] = {}

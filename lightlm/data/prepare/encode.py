@@ -14,7 +14,7 @@ import xxhash
 from pyarrow import compute
 
 from lightlm.data.prepare.blocks import BLANK, HASHES, Block, BlockReader, Job, split_hashes
-from lightlm.data.prepare.encoded_block import EncodedBlock, EncodedBlockWriter
+from lightlm.data.prepare.encoded_block import EncodedBlock, EncodedBlockWriter, LeftOut
 from lightlm.data.prepare.encoders import Encoder, EncoderError, check_ids, encode_large, worker_encoder
 from lightlm.data.readers import texts as sizes
 from lightlm.data.readers.texts import Texts, byte_lengths, in_chunks
@@ -32,7 +32,7 @@ def encode_block(job: Job, block: Block, report: Report | None = None) -> Encode
     the files cannot be written.
     """
     encoded = EncodedBlock(number=block.number, first_unit=block.units[0].id, limit=block.limit)
-    encoder = worker_encoder(job.tokenizer, job.encoder)
+    encoder = worker_encoder(job.tokenizer, job.encoder, job.end_of_text_id)
     with EncodedBlockWriter(job.folder, encoded, token_dtype(encoder.tokenizer.vocab_size)) as writer:
         _BlockEncoder(job, block, encoder, writer, report or (lambda *_: None)).run()
     return encoded
@@ -82,6 +82,7 @@ class _BlockEncoder:
             blank = blank[: np.flatnonzero(~blank)[count - 1]]
         self._encoded.drop(BLANK, int(blank.sum()))
         lengths, text_bytes = lengths[:count], byte_lengths(visible)[:count]
+        self._count_losses(visible[:count], ids[: lengths.sum()])
         tokens = np.insert(ids[: lengths.sum()], np.cumsum(lengths), self._end_of_text_id)
         if self._job.signer is not None:
             self._writer.add_documents(self._job.signer.sign(visible[:count].to_pylist()), lengths + 1, text_bytes)
@@ -101,6 +102,7 @@ class _BlockEncoder:
                 for text, ids in encode_large(parts, self._encoder, self._block.units[0].id):
                     data = text.encode()
                     digest.update(data)
+                    self._count_losses(pyarrow.array([text], pyarrow.large_string()), ids)
                     visible, text_bytes = visible or not text.isspace(), text_bytes + len(data)
                     spool.write(ids.astype(dtype).data)
                     self._report(0, len(data), len(ids))
@@ -126,6 +128,10 @@ class _BlockEncoder:
             while data := spool.read(1 << 24):
                 self._writer.add("val" if val else "train", np.frombuffer(data, dtype))
         self._report(1, 0, 1)
+
+    def _count_losses(self, texts: pyarrow.Array, ids: np.ndarray) -> None:
+        if self._encoder.losses is not None:
+            self._encoded.add(LeftOut(lost=self._encoder.losses.count(texts, ids)), 0)
 
     def _fitting(self, lengths: np.ndarray) -> int:
         """Return how many of the next documents fit the limit; set `_full` when they reach it."""

@@ -27,6 +27,8 @@ COPY_TOKENS = 4_000_000
 class LeftOut(BaseModel):
     """What was left out: documents by cause, and the first messages of `--skip-bad`; what filters found.
 
+    `lost` counts what the tokenizer could not represent (see `lightlm.data.coverage`); empty for most tokenizers.
+
     `flagged` counts the documents that a filter reports and keeps; `listed` holds the first messages of filters.
     """
 
@@ -34,6 +36,7 @@ class LeftOut(BaseModel):
     bad: list[str] = []
     flagged: dict[str, int] = {}
     listed: list[str] = []
+    lost: dict[str, int] = {}
 
     def drop(self, cause: str, documents: int = 1) -> None:
         """Count documents that are left out."""
@@ -41,7 +44,8 @@ class LeftOut(BaseModel):
 
     def add(self, other: "LeftOut", messages: int) -> None:
         """Add the counts of `other`, and its messages up to a total of `messages` of each kind."""
-        for counts, more in ((self.dropped, other.dropped), (self.flagged, other.flagged)):
+        pairs = ((self.dropped, other.dropped), (self.flagged, other.flagged), (self.lost, other.lost))
+        for counts, more in pairs:
             total = sorted((Counter(counts) + Counter(more)).items())
             counts.clear()
             counts.update(total)

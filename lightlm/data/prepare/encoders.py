@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 import xxhash
 
+from lightlm.data.coverage import LossCounter
 from lightlm.data.readers.texts import buffers_of, byte_lengths
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
@@ -67,6 +68,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.losses = LossCounter(tokenizer) if tokenizer.may_lose_text else None
 
     def encode(self, texts: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids, lengths): the ids of all texts end to end, and how many each text has (int64)."""
@@ -128,31 +130,33 @@ class GigatokenEncoder(Encoder):
 _making = threading.Lock()
 
 
-def worker_encoder(definition: Path, name: str) -> Encoder:
+def worker_encoder(definition: Path, name: str, end_of_text_id: int | None = None) -> Encoder:
     """Return the encoder of a tokenizer.json; each process makes it once and its threads share it."""
     with _making:
-        return _made(definition.read_bytes(), name)
+        return _made(definition.read_bytes(), name, end_of_text_id)
 
 
 @functools.lru_cache(maxsize=2)
-def _made(definition: bytes, name: str) -> Encoder:
-    tokenizer = Tokenizer(definition, origin="the tokenizer")
+def _made(definition: bytes, name: str, end_of_text_id: int | None) -> Encoder:
+    tokenizer = Tokenizer(definition, origin="the tokenizer", end_of_text_id=end_of_text_id)
     return GigatokenEncoder(tokenizer) if name == GIGATOKEN else Encoder(tokenizer)
 
 
-def choose_encoder(wanted: str, definition: Path) -> tuple[Encoder, str | None]:
+def choose_encoder(wanted: str, definition: Path, end_of_text_id: int | None = None) -> tuple[Encoder, str | None]:
     """Return the encoder to use and, if `auto` fell back on `tokenizers`, the reason.
+
+    Without `end_of_text_id`, the end-of-text token is one of the known names.
 
     Raises DataError where gigatoken was requested and cannot be used, its ids differ from those of `tokenizers`, or
     the tokenizer finds its end-of-text token in texts.
     """
     reason = None
     try:
-        encoder = worker_encoder(definition, TOKENIZERS if wanted == TOKENIZERS else GIGATOKEN)
+        encoder = worker_encoder(definition, TOKENIZERS if wanted == TOKENIZERS else GIGATOKEN, end_of_text_id)
     except (ImportError, ValueError) as error:
         if wanted == GIGATOKEN:
             raise DataError(f"gigatoken cannot be used here ({error}); use --encoder tokenizers") from error
-        encoder, reason = worker_encoder(definition, TOKENIZERS), str(error)
+        encoder, reason = worker_encoder(definition, TOKENIZERS, end_of_text_id), str(error)
     tokenizer = encoder.tokenizer
     for text in (tokenizer.end_of_text, f"a {tokenizer.end_of_text} b"):
         refuse_end_of_text(tokenizer, np.array(tokenizer.encode(text)), "a test text")
@@ -210,7 +214,8 @@ def refuse_end_of_text(tokenizer: Tokenizer, ids: np.ndarray, where: str) -> Non
     if (ids == tokenizer.end_of_text_id).any():
         raise EncoderError(
             f"This tokenizer finds its end-of-text token {tokenizer.end_of_text!r} in ordinary characters in {where}, "
-            "so a document could end in its middle. Use another: --tokenizer gpt2, or --tokenizer train:8192"
+            "so a document could end in its middle. Name another token with --eot, or use another tokenizer: "
+            "--tokenizer gpt2, or --tokenizer train:8192"
         )
 
 

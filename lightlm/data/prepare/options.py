@@ -1,6 +1,5 @@
 """The options of a preparation, their ranges, and those that determine the content of the folder."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.pydocs import PYDOCS
-from lightlm.data.tokenizer import requested_vocab_size
+from lightlm.data.tokenizer import Tokenizer, requested_vocab_size
 from lightlm.errors import UsageError
 
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
@@ -42,9 +41,10 @@ class Options:
     dedup: Mode | None = None
     decontaminate: Decontaminator | None = None
     filter: Filter | None = None
+    end_of_text: str | None = None
 
     def check(self) -> None:
-        """Raise UsageError where a value is out of its range."""
+        """Raise UsageError where a value is out of its range, DataError where a package for an option is missing."""
         if not 0 <= self.val_fraction < 1:
             raise UsageError(
                 f"--val-fraction {self.val_fraction}: a number from 0 (no validation split) to below 1 is needed"
@@ -53,15 +53,21 @@ class Options:
             if value is not None and value < 1:
                 raise UsageError(f"{option} {value}: at least 1 is needed")
         requested_vocab_size(self.tokenizer)
+        if self.end_of_text is not None and not self.end_of_text.strip():
+            raise UsageError("--eot: name a token, for example '<|im_end|>'")
+        if self.dedup is not None:
+            Signer(self.dedup)
 
     def settings(self, source: Source) -> dict[str, Setting]:
         """Return what determines the content of the folder; everything else may change between two runs.
 
         A setting that an older version lacks is None at its default, so that older folders are recognized.
         """
-        path = Path(self.tokenizer) / "tokenizer.json" if Path(self.tokenizer).is_dir() else Path(self.tokenizer)
-        # A local file may change under the same path.
-        digest = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else None
+        digest, end_of_text = None, self.end_of_text
+        if Path(self.tokenizer).exists():  # a local file may change under the same path
+            tokenizer = Tokenizer.read(Path(self.tokenizer), end_of_text=self.end_of_text)
+            digest = f"sha256 {tokenizer.sha256}"
+            end_of_text = None if tokenizer.end_of_text_id == tokenizer.known_end_of_text_id else tokenizer.end_of_text
         return {
             "source": source.spec,
             "content": source.fingerprint,
@@ -72,5 +78,6 @@ class Options:
             "shard_tokens": self.shard_tokens,
             "filter": None if self.filter is None else self.filter.text,
             "decontaminate": None if self.decontaminate is None else self.decontaminate.identity,
+            "end_of_text": end_of_text,
             "dedup": None if self.dedup is None else Signer(self.dedup).method,
         }

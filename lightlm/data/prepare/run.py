@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from lightlm import __version__
+from lightlm.data.coverage import MOST_LOST, loss_shares
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.assembly import SPLIT_RULE, Assembly
 from lightlm.data.prepare.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
@@ -38,6 +39,7 @@ from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors, restore_folder, write_text
 from lightlm.threads import cores
 
+JUDGED = 10_000_000  # characters and tokens after which a tokenizer that loses text is refused, before the end
 MAX_DEFAULT_WORKERS = 8  # each takes about 80 MB of memory
 
 TRAINING_TOKENIZER, TOKENIZING = "training the tokenizer", "tokenizing"
@@ -80,6 +82,7 @@ def prepare(
     dedup: Mode | None = None,
     decontaminate: Decontaminator | None = None,
     filter: Filter | None = None,
+    end_of_text: str | None = None,
     engine: Engine | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
@@ -99,6 +102,8 @@ def prepare(
         dedup: leave out documents that repeat an earlier one: `exact`, or `near`, see `select.deduplication`.
         decontaminate: leave out, or list, documents that share 13 words in a row with evaluation sets.
         filter: read only the records that it keeps, if `source` is a name; the filter of a `Source` that has one.
+        end_of_text: the token after each document; None is what the files of the tokenizer name, or a known name (see
+            `Tokenizer.read`). Of a tokenizer that is trained, it is the token's characters.
         engine: runs the blocks; threads of this process by default.
         progress: called after each few megabytes of text.
 
@@ -118,7 +123,7 @@ def prepare(
     options = Options(
         tokenizer_spec or default_tokenizer, text_column, max_tokens,
         default_fraction if val_fraction is None else val_fraction, shard_tokens, skip_bad, encoder, filters, dedup,
-        decontaminate, filter,
+        decontaminate, filter, end_of_text,
     )  # fmt: skip
     options.check()
     if workers is not None:
@@ -198,7 +203,7 @@ class _Preparation:
             workspace.finish()
             return manifest
         except BaseException as error:
-            if isinstance(error, _NothingError) or not workspace.worth_keeping:
+            if isinstance(error, _FinalError) or not workspace.worth_keeping:
                 workspace.discard()
             elif isinstance(error, DataError) and not isinstance(error, UsageError | EncoderError):
                 skip = "" if self._options.skip_bad else ", with --skip-bad to leave out what cannot be read"
@@ -214,15 +219,17 @@ class _Preparation:
             if vocab_size is None:
                 # The source first: if both need the network, its message has the solution for both.
                 next(self._source.units(), None)
-                load_tokenizer(options.tokenizer, download_tokenizer).save(definition)
+                tokenizer = load_tokenizer(options.tokenizer, download_tokenizer, options.end_of_text)
             else:
 
                 def report(documents: int, characters: int) -> None:
                     self._progress(Progress(TRAINING_TOKENIZER, documents, characters, 0, None))
 
                 sample = training_sample(self._source.units(), report, skip_bad=options.skip_bad)
-                train_tokenizer(sample, vocab_size).save(definition)
-        encoder, reason = choose_encoder(options.encoder, definition)
+                tokenizer = train_tokenizer(sample, vocab_size, options.end_of_text)
+            self._workspace.save_end_of_text(tokenizer.end_of_text_id)
+            tokenizer.save(definition)
+        encoder, reason = choose_encoder(options.encoder, definition, self._workspace.end_of_text_id)
         if reason is not None:
             message = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
             self._progress(Progress(TOKENIZING, 0, 0, 0, options.max_tokens, message=message))
@@ -234,6 +241,7 @@ class _Preparation:
             folder=workspace.blocks,
             tokenizer=workspace.folder / "tokenizer.json",
             encoder=encoder.name,
+            end_of_text_id=tokenizer.end_of_text_id,
             val_fraction=options.val_fraction,
             skip_bad=options.skip_bad,
             filters=(*options.filters, *([options.decontaminate] if options.decontaminate else [])),
@@ -249,6 +257,9 @@ class _Preparation:
             with contextlib.closing(blocks):
                 for encoded in blocks:
                     assembly.add(encoded)
+                    if sum(state.lost.values()) >= JUDGED:
+                        _refuse_losses(state.lost)
+            _refuse_losses(state.lost)
             assembly.finish()
         self._check(assembly)
         counts = (state.source_tokens, state.source_documents)
@@ -259,6 +270,7 @@ class _Preparation:
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             end_of_text_id=tokenizer.end_of_text_id,
+            end_of_text=tokenizer.end_of_text,
             shards=assembly.shards,
             split_rule=SPLIT_RULE,
             text_bytes=assembly.text_bytes,
@@ -321,15 +333,26 @@ class _Preparation:
         """Raise DataError where there is nothing to train on."""
         splits = {entry.split for entry in assembly.shards}
         if "val" in splits and "train" not in splits:
-            raise _NothingError(
+            raise _FinalError(
                 f"Every document of {self._source.spec} falls into validation at --val-fraction "
                 f"{self._options.val_fraction}, and none is left to train on; choose a smaller fraction."
             )
         if "train" not in splits:
             causes = ", ".join(f"{count} {cause}" for cause, count in assembly.state.dropped.items())
             left_out = f" ({causes} documents were left out)" if causes else ""
-            raise _NothingError(f"{self._source.spec} holds no text{left_out}; nothing was written.")
+            raise _FinalError(f"{self._source.spec} holds no text{left_out}; nothing was written.")
 
 
-class _NothingError(DataError):
-    """The source leaves nothing to train on, however often it is read."""
+def _refuse_losses(lost: dict[str, int]) -> None:
+    """Raise DataError where the tokenizer cannot represent more of the text than a small share."""
+    for what, share in loss_shares(lost).items():
+        if share > MOST_LOST:
+            raise _FinalError(
+                f"The tokenizer does not know this text: {share:.1%} {what} (at most {MOST_LOST:.0%} may be lost). "
+                "That text would be missing from the data, and scores per byte would look better than they are. Use a "
+                "tokenizer that knows it, for example --tokenizer train:8192."
+            )
+
+
+class _FinalError(DataError):
+    """The source and the settings do not fit, however often the command runs."""

@@ -75,8 +75,19 @@ class Workspace:
 
     def save_revision(self, revision: str | None) -> None:
         """Save the source's revision, before any text is prepared."""
-        saved = self._read() or {}
-        write_text(self._settings, json.dumps(saved | {"revision": revision}))
+        self._save(revision=revision)
+
+    def save_end_of_text(self, index: int) -> None:
+        """Save the id of the token that separates documents, which a tokenizer.json does not name."""
+        self._save(end_of_text_id=index)
+
+    @property
+    def end_of_text_id(self) -> int | None:
+        """The id that `save_end_of_text` saved; None in an unfinished preparation of an older version."""
+        return (self._read() or {}).get("end_of_text_id")
+
+    def _save(self, **values: Setting) -> None:
+        write_text(self._settings, json.dumps((self._read() or {}) | values))
 
     def finish(self) -> None:
         """Rename the folder to the data folder."""

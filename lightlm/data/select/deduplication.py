@@ -133,7 +133,7 @@ def _rensa() -> Any:
         import rensa
     except ImportError:
         raise DataError(
-            "Finding near-duplicates needs the package rensa: pip install 'lightlm[dedup]'. "
-            "Exact duplicates (--dedup exact) are found without it."
+            "--dedup near needs the package rensa, which has no wheel for this platform or is not installed: "
+            "pip install rensa. Exact duplicates (--dedup exact) are found without it."
         ) from None
     return rensa

@@ -130,8 +130,8 @@ def test_a_difference_in_the_middle_of_a_run_loses_nothing(tmp_path: Path, monke
     TRAINED.save(tmp_path / "tokenizer.json")
     real = module._made
 
-    def made(definition: bytes, name: str) -> Encoder:
-        return Wrong("Every student") if name == "gigatoken" else real(definition, name)
+    def made(definition: bytes, name: str, end: int | None) -> Encoder:
+        return Wrong("Every student") if name == "gigatoken" else real(definition, name, end)
 
     prepare(str(source), str(tmp_path), tmp_path / "right", encoder="tokenizers")
     monkeypatch.setattr(module, "_made", made)
@@ -157,7 +157,7 @@ def test_a_run_begins_with_hard_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     encoder, reason = choose_encoder("auto", definition)
     assert (encoder.name, reason) == ("gigatoken", None)
     encoders = {"tokenizers": Encoder(TRAINED), "gigatoken": Wrong("1234567890")}
-    monkeypatch.setattr(module, "_made", lambda _, name: encoders[name])
+    monkeypatch.setattr(module, "_made", lambda _, name, end: encoders[name])
     with pytest.raises(EncoderError, match="a test text"):
         choose_encoder("auto", definition)
     encoder, reason = choose_encoder("tokenizers", definition)

@@ -134,7 +134,7 @@ def test_a_tokenizer_that_reads_its_end_of_text_token_in_a_text_is_refused(
         prepare(str(source), spec, tmp_path / "out")
     # What the first look cannot know, the ids show.
     monkeypatch.setattr(
-        "lightlm.data.prepare.run.choose_encoder", lambda _, path: (Encoder(Tokenizer.from_file(path)), None)
+        "lightlm.data.prepare.run.choose_encoder", lambda _, path, end: (Encoder(Tokenizer.from_file(path)), None)
     )
     monkeypatch.setattr(texts, "LARGE_BYTES", 1_000)
     with pytest.raises(DataError, match=r"end-of-text token '</s>'.*a\.jsonl"):

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightlm.data.prepare.blocks import ONLY_EXACT, TOO_LARGE
 from lightlm.data.prepare.run import prepare
+from lightlm.data.readers import texts as sizes
 from lightlm.data.select.decontamination import NGRAM_WORDS, Decontaminator
 from lightlm.errors import DataError
 
@@ -30,6 +32,21 @@ def test_thirteen_words_in_a_row_are_found() -> None:
     assert found_in("beta " + QUESTION.split(maxsplit=3)[3]) == []  # 12 of its words, and another
     assert found_in(PASSAGE.replace("seven", "seven seven")) == []
     assert found_in("") == found_in("too short") == []
+
+
+@pytest.mark.parametrize(
+    "passage",
+    [
+        "深海的鱼在没有光的水里怎样找到食物",
+        "うみのそこでくらすさかなはひかりをしらない",
+        "ปลาที่อยู่ในทะเลลึกหาอาหารได้อย่างไรในที่มืด",
+    ],
+)
+def test_text_without_spaces_is_searched(passage: str) -> None:
+    made = Decontaminator({"sea": [[passage]]})
+    assert made.coverage["sea"]["too_short"] == 0
+    assert made.found_in(f"前文 {passage[:5]}, {passage}。后文") == ["sea"]
+    assert made.found_in(passage[:12]) == []
 
 
 def test_words_of_two_texts_are_no_run() -> None:
@@ -90,6 +107,24 @@ def test_it_finds_what_a_set_of_tuples_finds(seed: int) -> None:
         document = words(rng.randint(5, 60))
         expected = [name for name, texts in sets.items() if any(grams(document) & grams(text) for text in texts)]
         assert made.found_in(" ".join(document)) == expected
+
+
+def test_documents_too_large_to_be_searched_are_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "LARGE_BYTES", 1_000)
+    monkeypatch.setattr(sizes, "CHUNK_BYTES", 600)
+    source = tmp_path / "in.jsonl"
+    documents = ["One.", f"{PASSAGE} " * 50, "Two.", "three " * 500]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    sets = Decontaminator({"numbers": [[PASSAGE]]})
+    made = prepare(str(source), "train:300", tmp_path / "out", decontaminate=sets)
+    assert made.flagged == {TOO_LARGE: 2}
+    assert made.dropped == {}
+    assert made.listed == [f"in.jsonl#byte=0, document {n}: {TOO_LARGE}" for n in (1, 3)]
+    made = prepare(str(source), "train:300", tmp_path / "near", dedup="near")
+    assert made.flagged == {ONLY_EXACT: 2}
+    assert prepare(str(source), "train:300", tmp_path / "plain").flagged == {}
 
 
 def test_contaminated_documents_are_left_out_or_listed(tmp_path: Path) -> None:

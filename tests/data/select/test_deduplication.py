@@ -81,6 +81,16 @@ def test_near_duplicates_are_found_as_often_as_the_bands_promise() -> None:
     assert np.mean(found["0.4 to 0.5"]) == pytest.approx(np.mean(promised["0.4 to 0.5"]), abs=0.06)
 
 
+@pytest.mark.parametrize("first", ["一", "あ", "ก"])
+def test_near_duplicates_without_spaces_are_found(first: str) -> None:
+    rng = random.Random(1)
+    letters = [chr(ord(first) + n) for n in range(2_500 if first == "一" else 40)]
+    originals = ["".join(rng.choices(letters, k=300)) for _ in range(50)]
+    copies = [text[:150] + ("二" if text[150] == "三" else "三") + text[151:] for text in originals]
+    assert all(similarity(list(one), list(other)) > 0.9 for one, other in zip(originals, copies, strict=True))
+    assert verdicts(originals + copies) == [KEPT] * 50 + [NEAR_DUPLICATE] * 50
+
+
 def signatures_strategy() -> st.SearchStrategy[list[list[int]]]:
     row = st.lists(st.integers(0, 6), min_size=BANDS + 1, max_size=BANDS + 1)
     return st.lists(row, max_size=30)

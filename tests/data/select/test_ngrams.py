@@ -1,5 +1,6 @@
 """n-gram hashes: which words count as the same, and that chunks of a text join without a seam."""
 
+import re
 import string
 from itertools import pairwise
 
@@ -66,6 +67,34 @@ def test_hashes_are_equal_where_the_words_are(text: str, size: int) -> None:
     assert len(hashes(text, size)) == len(grams)
     assert len(set(hashes(text, size))) == len(set(grams))
     assert [a == b for a, b in pairwise(hashes(text, size))] == [a == b for a, b in pairwise(grams)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("今日は、世界。", "今 日 は 世 界"),
+        ("カタカナ ﾊﾝｶｸ ㄅㄆ", "カ タ カ ナ ﾊ ﾝ ｶ ｸ ㄅ ㄆ"),
+        ("GPT-2是2019年的model!", "gpt2 是 2019 年 的 model"),
+        ("𠀀𠀁a𠀂 b𠀀", "𠀀 𠀁 a 𠀂 b 𠀀"),  # Han beyond the basic plane
+        ("สวัสดี2020ปี", "ส วั ส ดี 2020 ปี"),  # marks belong to the letters before them
+        ("ລາວ ខ្មែរ မြန်မာ", "ລ າ ວ ខ្ មែ រ မြ န် မာ"),
+        ("한국어 문장 русский हिन्दी 😀a", "한국어 문장 русский हिन्दी 😀a"),  # written with spaces
+    ],
+)
+def test_scripts_without_spaces_have_a_word_per_character(text: str, words: str) -> None:
+    assert hashes(text) == [value for word in words.split() for value in hashes(word)]
+    assert len(hashes(text)) == len(words.split())
+
+
+def naive_words(text: str) -> list[str]:
+    """Words of a text of Latin and Han letters, spaces and commas."""
+    return re.findall(r"[a-z]+|[\u4e00-\u9fff]|[\U00020000-\U0002ffff]", text.lower().replace(",", ""))
+
+
+@settings(deadline=None)  # other processes may be at work
+@given(text=st.text(alphabet="aB ,中文\U00020000\U00020001", max_size=60))
+def test_mixed_text_is_split_as_a_pattern_splits_it(text: str) -> None:
+    assert hashes(text) == [value for word in naive_words(text) for value in hashes(word)]
 
 
 @pytest.mark.parametrize("chunk", [7, 64])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightlm.data.tokenizer_folder import ADDED, COMPANIONS, DEFINITION, MERGES, VOCABULARY
 from lightlm.errors import DataError, LightLMError
 
 PROBE_SECONDS = 5.0
@@ -199,26 +200,44 @@ def quiet_libraries(*others: str, level: int = logging.CRITICAL, bars: bool = Fa
 
 
 def download_tokenizer(repo: str, alternative: str) -> Path:
-    """Return the path of a Hub repository's tokenizer.json in the local cache; download it if it is not there.
+    """Return the folder in the local cache with the tokenizer of a Hub repository; download what is not there.
 
-    Raises DataError where the Hub cannot be reached, or has no such repository or file.
+    It holds tokenizer.json, or vocab.json and merges.txt, and the files that name special tokens. Raises DataError
+    where the Hub cannot be reached, or has no such repository or tokenizer.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     with contextlib.suppress(HFValidationError):  # the download reports it
-        cached = try_to_load_from_cache(repo, "tokenizer.json")
-        if isinstance(cached, str):
-            return Path(cached)
+        for name in (DEFINITION, MERGES):  # they are downloaded last
+            cached = try_to_load_from_cache(repo, name)
+            if isinstance(cached, str):
+                return Path(cached).parent
     require_hub(f"the tokenizer {repo!r}", alternative)
     try:
         with quiet_libraries():
-            fetch = functools.partial(hf_hub_download, repo, "tokenizer.json")
-            return Path(persistently(f"Fetching the tokenizer {repo!r}", fetch))
+            for name in (*COMPANIONS, DEFINITION):
+                path = _download_if_there(repo, name)
+            for name in (ADDED, VOCABULARY, MERGES) if path is None else ():
+                path = _download_if_there(repo, name)
     except hub_errors() as error:
-        raise DataError(
-            f"The tokenizer.json of {repo!r} cannot be fetched: {first_line(error)}. {alternative}"
-        ) from error
+        raise DataError(f"The tokenizer of {repo!r} cannot be fetched: {first_line(error)}. {alternative}") from error
+    if path is None:
+        raise DataError(f"{repo!r} on the Hub has neither {DEFINITION} nor {VOCABULARY} and {MERGES}. {alternative}")
+    return path.parent
+
+
+def _download_if_there(repo: str, name: str) -> Path | None:
+    """Return the path of a file in the local cache; None where the repository does not have it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(persistently(f"Fetching {name} of {repo!r}", functools.partial(hf_hub_download, repo, name)))
+    except LocalEntryNotFoundError:  # the Hub did not answer
+        raise
+    except EntryNotFoundError:
+        return None
 
 
 def first_line(error: BaseException) -> str:
