@@ -116,7 +116,7 @@ evals: {}
         r"train.tokens: write a whole number such as .* not '3X'  \[line 6\]",
         r"train.lr: unknown key; did you mean optimizer.lr\?  \[line 8\]",
         r"train.micro_batch_size: should be 'auto', not 0; or should be greater than or equal to 1",
-        r"train.dtype: should be 'auto', 'bfloat16' or 'float32', not 'bf16'; did you mean bfloat16\?  "
+        r"train.dtype: should be 'auto', 'bfloat16', 'float16' or 'float32', not 'bf16'; did you mean bfloat16\?  "
         r"\[override train.dtype=bf16\]",
         r"optimizer.lr: should be a valid number, not 'fast'  \[line 10\]",
         r"schedule.decay: warmup 80% and decay 30% exceed the run",
