@@ -14,6 +14,7 @@ import numpy as np
 
 from lightlm.errors import DataError, UsageError
 from lightlm.files import write_bytes
+from lightlm.names import note_clash
 
 END_OF_TEXT_NAMES = (
     "<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]"
@@ -218,11 +219,14 @@ def load_tokenizer(spec: str, download: Callable[[str, str], Path]) -> Tokenizer
     """Return the tokenizer that `spec` names: `gpt2`, a Hub id, a tokenizer.json, or a folder that holds one.
 
     `download(repository, hint)` returns the local path of a Hub repository's tokenizer.json; `hint` is for its errors
-    (see `sources.hub.client.download_tokenizer`). An existing path takes precedence over a Hub id. Raises DataError
-    where there is no such tokenizer.
+    (see `sources.hub.client.download_tokenizer`). `gpt2` is the Hub's even if a folder is called so (see
+    `lightlm.names`); otherwise an existing path takes precedence over a Hub id. Raises DataError where there is no such
+    tokenizer.
     """
     path = Path(spec)
-    if path.exists():
+    if spec in NAMED_TOKENIZERS:
+        note_clash(spec, f"{NAMED_TOKENIZERS[spec]} on the Hugging Face Hub", [path])
+    elif path.exists():
         return Tokenizer.from_file(path / "tokenizer.json" if path.is_dir() else path)
     if path.suffix == ".json" or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
         raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, or a Hub id.")
