@@ -12,7 +12,7 @@ from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.pydocs import PYDOCS
-from lightlm.data.tokenizer import requested_vocab_size
+from lightlm.data.tokenizer import NAMED_TOKENIZERS, requested_vocab_size
 from lightlm.errors import UsageError
 
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
@@ -61,7 +61,8 @@ class Options:
         """
         path = Path(self.tokenizer) / "tokenizer.json" if Path(self.tokenizer).is_dir() else Path(self.tokenizer)
         # A local file may change under the same path.
-        digest = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else None
+        local = path.is_file() and self.tokenizer not in NAMED_TOKENIZERS
+        digest = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if local else None
         return {
             "source": source.spec,
             "content": source.fingerprint,
