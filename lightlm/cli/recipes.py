@@ -1,5 +1,6 @@
 """`lightlm recipes`: the recipes that LightLM ships."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from lightlm.errors import UsageError
 recipes = typer.Typer(no_args_is_help=True, help="List, show and copy shipped recipes; look up recipe keys.")
 
 
+_GPT2_VOCABULARY = 50_257  # of the tokenizer that prepare-data takes for a Hub data set
 _EDITOR_LINE = "# yaml-language-server: $schema="  # tells editors where the JSON Schema of recipes is
 
 
@@ -24,28 +26,27 @@ def _own_lines(path: Path) -> list[str]:
 @recipes.command("ls")
 def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
     """List the shipped recipes with their parameters, tokens and Hugging Face classes."""
-    import torch
+    from dataclasses import replace
 
     from lightlm.convert.huggingface.layouts import export_target
-    from lightlm.model.transformer import Transformer
+    from lightlm.model.counting import count_parameters
     from lightlm.quantities import format_quantity
     from lightlm.recipe import load_recipe, shipped_recipes
 
     rows: list[dict[str, Any]] = []
     for path in shipped_recipes():
-        recipe = load_recipe(path)
-        # Where the vocabulary comes from the data, the table assumes the GPT-2 tokenizer's.
-        config = recipe.model if recipe.model.vocab_size else load_recipe(path, ["model.vocab_size=50257"]).model
-        with torch.device("meta"):
-            parameters = Transformer(config).num_parameters()["total"]
+        recipe, lines = load_recipe(path), _own_lines(path)
+        config = replace(recipe.model, vocab_size=recipe.model.vocab_size or _prepared_vocabulary(lines))
+        counts = count_parameters(config)
         rows.append(
             {
                 "recipe": path.stem,
-                "parameters": parameters,
+                "parameters": counts["total"],
+                "active_parameters": counts["active"],
                 "vocab_size": config.vocab_size,
                 "tokens": recipe.train.tokens,
                 "exports_to": export_target(recipe.model).architecture or "-",
-                "about": _own_lines(path)[0].strip("# \n"),
+                "about": lines[0].strip("# \n"),
             }
         )
     if as_json:
@@ -53,8 +54,15 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one
         return
     shown = ("recipe", "parameters", "tokens", "exports_to", "about")
     texts = [[format_quantity(v) if isinstance(v := row[key], int) else v for key in shown] for row in rows]
-    caption = "Parameters with 50,257 entries where the vocabulary comes from the data."
+    caption = "Parameters with the recipe's own vocabulary, or that of its prepare-data command."
     print_table(texts, *(key.replace("_", " ") for key in shown), right=[1, 2], whole=[0, 3], caption=caption)
+
+
+def _prepared_vocabulary(lines: list[str]) -> int:
+    """Return the vocabulary that the prepare-data command in a recipe's first comment makes; GPT-2's by default."""
+    command = next(line for line in lines if "lightlm prepare-data" in line)
+    trained = re.search(r"--tokenizer train:(\d+)", command)
+    return int(trained[1]) if trained else _GPT2_VOCABULARY
 
 
 @recipes.command("show")

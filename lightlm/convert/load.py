@@ -5,6 +5,8 @@ Importing this module is cheap: a model that does not exist is reported before t
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, TypeVar
 from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.formats import format_of, reader_of
+from lightlm.data.tokenizer import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import CheckpointError, LightLMError
+from lightlm.names import note_clash, warn
 from lightlm.runs import RUNS, find_run, run_names, run_of
 
 if TYPE_CHECKING:
@@ -35,7 +39,8 @@ def load_pretrained(
     Args:
         reference: a run folder or a run's name (its newest checkpoint), a checkpoint folder, a model in any other
             format of `lightlm convert --list`, or a Hub id such as `HuggingFaceTB/SmolLM2-135M`; None means the newest
-            checkpoint of `runs/latest`. What exists on disk takes precedence over the Hub.
+            checkpoint of `runs/latest`. A bare name means a run, then a row of `NAMED_MODELS`, then a folder here, with
+            a note where two of them exist (see `lightlm.names`). A path takes precedence over a Hub id.
         dtype: precision of the weights; float32 unless given.
 
     Raises:
@@ -70,10 +75,12 @@ def locate(reference: str | Path | None = None) -> Path:
     """
     if reference is None or Path(reference) == RUNS / "latest":
         return checkpoint.newest_checkpoint(find_run())
+    if reference in NAMED_MODELS or (RUNS / reference / "recipe.yaml").is_file():
+        _note_clash(str(reference))
     if folder := _on_disk(reference):
         return checkpoint.newest_checkpoint(folder) if (folder / "recipe.yaml").is_file() else folder
     if is_hub_id(reference):
-        return _download(str(reference))
+        return _download(NAMED_MODELS.get(str(reference), str(reference)))
     given = Path(reference)
     there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
     if given.is_file():
@@ -85,18 +92,43 @@ def locate(reference: str | Path | None = None) -> Path:
 
 
 def is_hub_id(reference: str | Path) -> bool:
-    """Return whether a reference means a model on the Hub: it is ORG/NAME, and ORG is not a folder here."""
+    """Return whether a reference means a model on the Hub: it is ORG/NAME, and ORG is not a folder here.
+
+    Or it is a row of `NAMED_MODELS` and no run has this name.
+    """
+    if reference in NAMED_MODELS:
+        return _on_disk(reference) is None
     return bool(_HUB_ID.fullmatch(str(reference))) and not _on_disk(reference) and not Path(reference).parent.is_dir()
 
 
 def _on_disk(reference: str | Path) -> Path | None:
     """Return the run folder or model at this path or name, or None."""
-    for given in (Path(reference), RUNS / reference):
-        # runs/latest and checkpoints/latest are links, or text files where links are not allowed.
-        path = (files.follow(given) if given.name == "latest" else None) or given
-        if (path / "recipe.yaml").is_file() or format_of(path):
-            return path
-    return None
+    places = [RUNS / reference, Path(reference)] if _is_bare(reference) else [Path(reference), RUNS / reference]
+    if reference in NAMED_MODELS:
+        places.pop()
+    return next(filter(None, map(_model_at, places)), None)
+
+
+def _model_at(given: Path) -> Path | None:
+    # runs/latest and checkpoints/latest are links, or text files where links are not allowed.
+    path = (files.follow(given) if given.name == "latest" else None) or given
+    return path if (path / "recipe.yaml").is_file() or format_of(path) else None
+
+
+def _is_bare(reference: str | Path) -> bool:
+    return isinstance(reference, str) and not reference.startswith(".") and not set(reference) & {"/", os.sep}
+
+
+@functools.cache  # an evaluation looks its models up more than once
+def _note_clash(name: str) -> None:
+    """Say what a bare name means, where it might also be a folder here or a model on the Hub."""
+    run = (RUNS / name / "recipe.yaml").is_file()
+    if not _is_bare(name):
+        return
+    if run and name in NAMED_MODELS:
+        warn(f"{name} means the run {RUNS / name}; for the model on the Hub write {NAMED_MODELS[name]}")
+    meaning = f"the run {RUNS / name}" if run else f"{NAMED_MODELS[name]} on the Hugging Face Hub"
+    note_clash(name, meaning, filter(_model_at, [Path(name)]))
 
 
 def _download(hub_id: str) -> Path:

@@ -16,6 +16,7 @@ from lightlm.data.bpe_training import train_bpe
 from lightlm.data.tokenizer_folder import declared_end_of_text, read_definition
 from lightlm.errors import DataError, UsageError
 from lightlm.files import write_bytes
+from lightlm.names import note_clash
 
 END_OF_TEXT_NAMES = (
     "<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]"
@@ -310,11 +311,14 @@ def load_tokenizer(spec: str, download: Callable[[str, str], Path], end_of_text:
     """Return the tokenizer that `spec` names: `gpt2`, a Hub id, or a path that `Tokenizer.read` reads.
 
     `download(repository, hint)` returns the local folder with the tokenizer of a Hub repository; `hint` is for its
-    errors (see `sources.hub.client.download_tokenizer`). An existing path takes precedence over a Hub id. Raises
-    DataError where there is no such tokenizer, or it has no token `end_of_text`.
+    errors (see `sources.hub.client.download_tokenizer`). `gpt2` is the Hub's even if a folder is called so (see
+    `lightlm.names`); otherwise an existing path takes precedence over a Hub id. Raises DataError where there is no such
+    tokenizer, or it has no token `end_of_text`.
     """
     path = Path(spec)
-    if path.exists():
+    if spec in NAMED_TOKENIZERS:
+        note_clash(spec, f"{NAMED_TOKENIZERS[spec]} on the Hugging Face Hub", [path])
+    elif path.exists():
         return Tokenizer.read(path, end_of_text=end_of_text)
     if path.suffix == ".json" or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
         raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, or a Hub id.")

@@ -11,7 +11,7 @@ from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.pydocs import PYDOCS
-from lightlm.data.tokenizer import Tokenizer, requested_vocab_size
+from lightlm.data.tokenizer import NAMED_TOKENIZERS, Tokenizer, requested_vocab_size
 from lightlm.errors import UsageError
 
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
@@ -64,7 +64,8 @@ class Options:
         A setting that an older version lacks is None at its default, so that older folders are recognized.
         """
         digest, end_of_text = None, self.end_of_text
-        if Path(self.tokenizer).exists():  # a local file may change under the same path
+        # A local file may change under the same path.
+        if Path(self.tokenizer).exists() and self.tokenizer not in NAMED_TOKENIZERS:
             tokenizer = Tokenizer.read(Path(self.tokenizer), end_of_text=self.end_of_text)
             digest = f"sha256 {tokenizer.sha256}"
             end_of_text = None if tokenizer.end_of_text_id == tokenizer.known_end_of_text_id else tokenizer.end_of_text

@@ -12,6 +12,7 @@ from lightlm.data.sources.hub.source import open_hub
 from lightlm.data.sources.local import LocalSource
 from lightlm.data.sources.pydocs import PYDOCS, open_pydocs
 from lightlm.errors import DataError
+from lightlm.names import note_clash
 
 NAMES: dict[str, Opener] = {PYDOCS: open_pydocs, **dict.fromkeys(HUB_DATASETS, open_hub)}
 PREFIXES: dict[str, Opener] = {PREFIX: open_hub}
@@ -20,10 +21,13 @@ PREFIXES: dict[str, Opener] = {PREFIX: open_hub}
 def open_source(spec: str, text_column: str = "text", row_filter: Filter | None = None) -> Source:
     """Return the source that `spec` names: a row of `NAMES` or `PREFIXES`, or else a file, folder or glob.
 
-    A name may be followed by `:configuration` and `@revision`. The rest is as `Opener` says.
+    A name of `NAMES` wins over a file or folder here, with a note (see `lightlm.names`). It may be followed by
+    `:configuration` and `@revision`. The rest is as `Opener` says.
     """
     name = re.split("[:@]", spec, maxsplit=1)[0]
     opener = next((PREFIXES[prefix] for prefix in PREFIXES if spec.startswith(prefix)), NAMES.get(name))
+    if name in NAMES:
+        note_clash(name, "the data set that LightLM knows by it", [Path(name)])
     if opener is not None:
         return opener(spec, text_column, row_filter)
     path = Path(spec).expanduser()
