@@ -103,7 +103,15 @@ def test_a_missing_device_is_planned_for_and_an_unknown_one_refused(lightlm, fol
 
 def test_the_table_names_every_part(lightlm, folder):
     text = lightlm("plan", "demo", "--no-probe", "eval.tasks=[heldout]").stdout
-    for words in ("parameters", "FLOPs per token", "activations of a micro-batch", "logits", "H100", "60% of the bf16 peak", "of peak"):
+    for words in (
+        "parameters",
+        "FLOPs per token",
+        "activations of a micro-batch",
+        "logits",
+        "H100",
+        "60% of the bf16",
+        "of peak",
+    ):
         assert words in text, words
     assert "leave out eval.tasks (heldout)" in text
 
