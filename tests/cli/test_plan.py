@@ -109,7 +109,7 @@ def test_the_table_names_every_part(lightlm, folder):
         "activations of a micro-batch",
         "logits",
         "H100",
-        "60% of the bf16 peak",
+        "60% of the bf16",
         "of peak",
     ):
         assert words in text, words
