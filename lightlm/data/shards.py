@@ -112,6 +112,8 @@ class Manifest(BaseModel):
     flagged: dict[str, int] = {}
     listed: list[str] = []
     evaluation_sets: dict[str, dict[str, int]] = {}
+    files_read: dict[str, int] = {}
+    files_left_out: dict[str, int] = {}
     mixture: list[MixedSource] = []
     unigram: UnigramEntropy | None = None
     lightlm_version: str = ""

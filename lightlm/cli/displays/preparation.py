@@ -79,6 +79,8 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
     dropped = manifest.dropped or {"blank": manifest.skipped_documents}  # an older version counts only blank ones
     rows = [
         ("folder", f"{summary['folder']} ({summary['status']})"),
+        ("files", _causes(manifest.files_read)),
+        ("files left out", _causes(manifest.files_left_out)),
         ("documents", f"{summary['documents']:,}"),
         ("left out", _causes(dropped) or "nothing"),
         ("flagged", _causes(manifest.flagged)),

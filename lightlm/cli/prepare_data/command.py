@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lightlm.data.shards import Manifest
 
 FROM_MANIFEST = (
-    "source", "skipped_documents", "dropped", "flagged", "mixture", "evaluation_sets", "vocab_size", "unigram"
+    "source", "files_read", "files_left_out", "skipped_documents", "dropped", "flagged", "mixture", "evaluation_sets",
+    "vocab_size", "unigram"
 )  # fmt: skip
 
 
@@ -28,14 +29,16 @@ def prepare_data(
         typer.Argument(
             metavar="SOURCE",
             help="pydocs, fineweb-edu, another named data set, hf:org/name[:config]\\[@revision], a file, folder or "
-            "glob of .txt .md .jsonl[.gz|.zst] .parquet, or - for standard input",
+            "glob of .txt .md .jsonl .json .csv .tsv (also .gz .zst .xz .bz2) .parquet, or - for standard input",
         ),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help="Default: gpt2; for pydocs train:8192.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write. Default: data/NAME.")] = None,
-    text_column: Annotated[str, typer.Option(metavar="NAME", help="The column or JSON key with the text.")] = "text",
+    text_column: Annotated[
+        str, typer.Option(metavar="NAME", help="The column or JSON key with the text; dots lead to nested ones.")
+    ] = "text",
     max_tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Stop after the document that reaches N tokens, for example 1B.")
     ] = None,

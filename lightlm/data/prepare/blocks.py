@@ -16,14 +16,14 @@ import pyarrow
 import xxhash
 
 from lightlm.data.prepare.encoded_block import LeftOut
-from lightlm.data.readers.texts import FilteredOut, Texts, Unit, buffers_of, in_chunks
+from lightlm.data.readers.texts import Omitted, Texts, Unit, buffers_of, in_chunks, skippable
 from lightlm.data.select.deduplication import Signer
 from lightlm.errors import DataError
 
 BLOCK_BYTES = 4 << 20  # on disk; smaller units share a block, so that 100,000 small files are not 100,000 blocks
 BLOCK_UNITS = 10_000
 
-BLANK, UNREADABLE, FILTERED = "blank", "unreadable", "filtered"
+BLANK, UNREADABLE = "blank", "unreadable"
 LISTED = 100  # messages about bad records that a block keeps; all are counted
 
 HASHES = 2**32
@@ -114,13 +114,13 @@ class BlockReader:
                 self.reject(error)
 
     def reject(self, error: DataError) -> None:
-        """Raise an error in the source, or count it if bad records are skipped; count what a row filter leaves out."""
-        if isinstance(error, FilteredOut):
-            self._left_out.drop(FILTERED, error.records)
+        """Raise an error in the source, or count it if bad records are skipped; count what the reader leaves out."""
+        if isinstance(error, Omitted):
+            self._left_out.drop(error.cause, error.records)
         elif self._job.skip_bad:
             self._left_out.add(LeftOut(dropped={UNREADABLE: 1}, bad=[str(error)]), LISTED)
         else:
-            raise error
+            raise skippable(error)
 
     def _filtered(self, unit: str, first: int, texts: Texts) -> Texts:
         causes: dict[int, str] = {}
