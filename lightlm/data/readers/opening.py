@@ -104,9 +104,10 @@ def open_text(file: File) -> Iterator[io.BufferedReader]:
             head = raw.read(HEAD_BYTES)
             raw.seek(0)
             refuse_pointer(file, head)
+            stream = raw
             if suffix is not None and head:
                 _check_compression(file, suffix, head)
-            stream = io.BufferedReader(COMPRESSIONS[suffix](raw), BUFFER_BYTES) if suffix is not None else raw
+                stream = io.BufferedReader(COMPRESSIONS[suffix](raw), BUFFER_BYTES)
             mark = byte_order_mark(head_of(stream))
             if mark is not None:
                 stream.read(mark[1])

@@ -118,6 +118,8 @@ def read_row_group(
                 if path[1:]:
                     column = compute.struct_field(column, list(path[1:]))
                 first += len(batch)
+                if types.is_string_view(column.type) or types.is_binary_view(column.type):
+                    column = column.cast(pyarrow.large_string())  # views cannot be filtered
                 if expression is not None:
                     kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
                     if len(kept) < len(batch):
