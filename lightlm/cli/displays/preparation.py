@@ -79,9 +79,9 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
     dropped = manifest.dropped or {"blank": manifest.skipped_documents}  # an older version counts only blank ones
     rows = [
         ("folder", f"{summary['folder']} ({summary['status']})"),
-        ("files", _causes(manifest.files_read)),
-        ("files left out", _causes(manifest.files_left_out)),
         ("documents", f"{summary['documents']:,}"),
+        ("documents from", ": ".join(filter(None, [manifest.description, _causes(manifest.files_read)]))),
+        ("files left out", _causes(manifest.files_left_out)),
         ("left out", _causes(dropped) or "nothing"),
         ("flagged", _causes(manifest.flagged)),
         *(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lightlm.data.shards import Manifest
 
 FROM_MANIFEST = (
-    "source", "files_read", "files_left_out", "skipped_documents", "dropped", "flagged", "mixture", "evaluation_sets",
-    "vocab_size", "unigram"
+    "source", "description", "files_read", "files_left_out", "skipped_documents", "dropped", "flagged", "mixture",
+    "evaluation_sets", "vocab_size", "unigram"
 )  # fmt: skip
 
 
