@@ -114,6 +114,8 @@ class Manifest(BaseModel):
     listed: list[str] = []
     lost: dict[str, int] = {}
     evaluation_sets: dict[str, dict[str, int]] = {}
+    files_read: dict[str, int] = {}
+    files_left_out: dict[str, int] = {}
     mixture: list[MixedSource] = []
     unigram: UnigramEntropy | None = None
     lightlm_version: str = ""

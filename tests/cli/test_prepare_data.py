@@ -55,6 +55,22 @@ def test_json_is_the_only_thing_on_standard_output(run) -> None:  # type: ignore
     )
 
 
+def test_the_files_and_rows_that_are_not_read_are_shown(run) -> None:  # type: ignore[no-untyped-def]
+    Path("mix").mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in (*DOCUMENTS, None)]
+    Path("mix/a.jsonl").write_text("".join(lines), encoding="utf-8")
+    Path("mix/b.csv").write_text("id,text\n1,some words\n", encoding="utf-8")
+    for name in ("c.png", "d.png", "LICENSE"):
+        Path("mix", name).touch()
+    shown = " ".join(run("mix", "--tokenizer", "train:300").stdout.split())
+    assert "documents from 2 files under mix: 1 .csv, 1 .jsonl files left out 2 .png, 1 without suffix" in shown
+    assert "left out 1 null" in shown
+    summary = json.loads(run("mix", "--tokenizer", "train:300", "--json").stdout)
+    assert summary["files_read"] == {".csv": 1, ".jsonl": 1}
+    assert summary["files_left_out"] == {".png": 2, "without suffix": 1}
+    assert summary["dropped"] == {"null": 1}
+
+
 def test_the_table_and_the_next_command(run) -> None:  # type: ignore[no-untyped-def]
     result = run("corpus.jsonl", "--tokenizer", "train:300", "--out", "elsewhere/mine")
     assert "50" in result.stdout

@@ -82,6 +82,8 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
     rows = [
         ("folder", f"{summary['folder']} ({summary['status']})"),
         ("documents", f"{summary['documents']:,}"),
+        ("documents from", ": ".join(filter(None, [manifest.description, _causes(manifest.files_read)]))),
+        ("files left out", _causes(manifest.files_left_out)),
         ("left out", _causes(dropped) or "nothing"),
         ("flagged", _causes(manifest.flagged)),
         *(

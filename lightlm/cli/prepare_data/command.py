@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lightlm.data.shards import Manifest
 
 FROM_MANIFEST = (
-    "source", "skipped_documents", "dropped", "flagged", "lost", "mixture", "evaluation_sets", "vocab_size",
-    "end_of_text", "end_of_text_id", "unigram",
+    "source", "description", "files_read", "files_left_out", "skipped_documents", "dropped", "flagged", "lost",
+    "mixture", "evaluation_sets", "vocab_size", "end_of_text", "end_of_text_id", "unigram",
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def prepare_data(
         typer.Argument(
             metavar="SOURCE",
             help="pydocs, fineweb-edu, another named data set, hf:org/name[:config]\\[@revision], a file, folder or "
-            "glob of .txt .md .jsonl[.gz|.zst] .parquet, or - for standard input",
+            "glob of .txt .md .jsonl .json .csv .tsv (also .gz .zst .xz .bz2) .parquet, or - for standard input",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -37,7 +37,9 @@ def prepare_data(
         typer.Option(metavar="TOKEN", help="The token after each document. Default: the one that the tokenizer names."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write. Default: data/NAME.")] = None,
-    text_column: Annotated[str, typer.Option(metavar="NAME", help="The column or JSON key with the text.")] = "text",
+    text_column: Annotated[
+        str, typer.Option(metavar="NAME", help="The column or JSON key with the text; dots lead to nested ones.")
+    ] = "text",
     max_tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Stop after the document that reaches N tokens, for example 1B.")
     ] = None,

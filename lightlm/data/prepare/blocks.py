@@ -16,14 +16,14 @@ import pyarrow
 import xxhash
 
 from lightlm.data.prepare.encoded_block import LeftOut
-from lightlm.data.readers.texts import LARGE_BYTES, FilteredOut, Texts, Unit, buffers_of, in_chunks
+from lightlm.data.readers.texts import LARGE_BYTES, Omitted, Texts, Unit, buffers_of, in_chunks, skippable
 from lightlm.data.select.deduplication import Signer
 from lightlm.errors import DataError
 
 BLOCK_BYTES = 4 << 20  # on disk; smaller units share a block, so that 100,000 small files are not 100,000 blocks
 BLOCK_UNITS = 10_000
 
-BLANK, UNREADABLE, FILTERED = "blank", "unreadable", "filtered"
+BLANK, UNREADABLE = "blank", "unreadable"
 # Documents that are counted, because a search does not cover them.
 TOO_LARGE = f"above {LARGE_BYTES >> 20} MB, not searched for evaluation sets"
 ONLY_EXACT = f"above {LARGE_BYTES >> 20} MB, only searched for exact duplicates"
@@ -119,13 +119,13 @@ class BlockReader:
                 self.reject(error)
 
     def reject(self, error: DataError) -> None:
-        """Raise an error in the source, or count it if bad records are skipped; count what a row filter leaves out."""
-        if isinstance(error, FilteredOut):
-            self._left_out.drop(FILTERED, error.records)
+        """Raise an error in the source, or count it if bad records are skipped; count what the reader leaves out."""
+        if isinstance(error, Omitted):
+            self._left_out.drop(error.cause, error.records)
         elif self._job.skip_bad:
             self._left_out.add(LeftOut(dropped={UNREADABLE: 1}, bad=[str(error)]), LISTED)
         else:
-            raise error
+            raise skippable(error)
 
     def _note_large(self, document: str) -> None:
         """Count a document that is too large for the searches of the job."""

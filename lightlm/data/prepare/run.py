@@ -30,7 +30,7 @@ from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode
 from lightlm.data.select.filters import Filter
 from lightlm.data.shards import Manifest, token_dtype
-from lightlm.data.sources.base import Source, at_revision
+from lightlm.data.sources.base import ChangedError, Source, at_revision, check_unchanged, file_counts
 from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.sources.registry import open_source
 from lightlm.data.sources.sample import training_sample
@@ -203,12 +203,11 @@ class _Preparation:
             workspace.finish()
             return manifest
         except BaseException as error:
-            if isinstance(error, _FinalError) or not workspace.worth_keeping:
+            if isinstance(error, _FinalError | ChangedError) or not workspace.worth_keeping:
                 workspace.discard()
             elif isinstance(error, DataError) and not isinstance(error, UsageError | EncoderError):
-                skip = "" if self._options.skip_bad else ", with --skip-bad to leave out what cannot be read"
                 message = str(error).removesuffix(".")
-                error.args = (f"{message}. Progress is saved. Rerun the same command to resume{skip}.",)
+                error.args = (f"{message}. Progress is saved. Rerun the same command to resume.",)
             raise
 
     def _encoder(self) -> Encoder:
@@ -262,7 +261,8 @@ class _Preparation:
             _refuse_losses(state.lost)
             assembly.finish()
         self._check(assembly)
-        counts = (state.source_tokens, state.source_documents)
+        check_unchanged(source)
+        counts, files = (state.source_tokens, state.source_documents), file_counts(source)
         return Manifest(
             source=source.spec,
             description=source.description,
@@ -277,6 +277,8 @@ class _Preparation:
             skipped_documents=state.dropped.get(BLANK, 0),
             **state.model_dump(include=set(LeftOut.model_fields)),
             evaluation_sets=options.decontaminate.coverage if options.decontaminate is not None else {},
+            files_read=files.read,
+            files_left_out=files.left_out,
             mixture=source.reached(*counts) if isinstance(source, MixtureSource) else [],
             unigram=assembly.unigram(),
             lightlm_version=__version__,

@@ -1,18 +1,19 @@
-"""JSON lines (.jsonl, .jsonl.gz, .jsonl.zst): a line is a record, and its text a document."""
+"""JSON (.jsonl, .ndjson, .json): a record per line, or an array of records; its text is a document.
+
+A file of lines is read in blocks; any other layout, and a compressed file, from its start to its end.
+"""
 
 import functools
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
-import pyarrow
-
 from lightlm.data.readers.file import File, is_local, raise_machine_fault
-from lightlm.data.readers.records import text_of
+from lightlm.data.readers.json_values import JsonValues, is_lines, values_of_line
+from lightlm.data.readers.opening import head_of, open_text
+from lightlm.data.readers.recognition import HEAD_BYTES, byte_order_mark, not_utf8, what_it_is
+from lightlm.data.readers.records import holds_column, text_of
 from lightlm.data.readers.texts import CHUNK_BYTES, RECORD_BYTES, BadRecord, Texts, Unit, pack, too_large
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
@@ -23,8 +24,11 @@ Line = bytes | None  # None: the line is above RECORD_BYTES
 
 
 def jsonl_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
-    """Yield a unit for each `BLOCK_BYTES` of an uncompressed file."""
+    """Yield a unit for each `BLOCK_BYTES` of an uncompressed file of lines."""
     size = file.stat().st_size
+    if size > BLOCK_BYTES and is_local(file) and not _is_lines_of(file):
+        yield Unit(name, partial(read_json, file, text_column, row_filter=row_filter), size)
+        return
     for start in range(0, size, BLOCK_BYTES):
         stream = partial(read_json_block, file, start, text_column, row_filter=row_filter)
         yield Unit(f"{name}#byte={start}", stream, min(BLOCK_BYTES, size - start))
@@ -32,8 +36,21 @@ def jsonl_units(file: File, name: str, text_column: str, row_filter: Filter | No
 
 def compressed_jsonl_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
     """Yield the one unit of a compressed file: it can be read only from its start."""
-    stream = partial(read_compressed_json, file, text_column, row_filter=row_filter)
-    yield Unit(name, stream, file.stat().st_size)
+    yield Unit(name, partial(read_json, file, text_column, row_filter=row_filter), file.stat().st_size)
+
+
+def json_has_column(file: File, text_column: str) -> bool:
+    """Return whether the first record has the text column; True where it cannot be read, so that reading says why."""
+    try:
+        with open_text(file) as opened:
+            if is_lines(head_of(opened)):
+                found = next((_parse(line, str, 1) for line in _lines(opened) if line and line.strip()), None)
+                first = found[0] if isinstance(found, list) and found else found
+            else:
+                _, first = next(iter(JsonValues(opened, str(file))), ("", None))
+    except DataError:
+        return True
+    return isinstance(first, Mapping) and holds_column(first, text_column)
 
 
 def read_json_block(
@@ -47,24 +64,42 @@ def read_json_block(
                 # The line that holds the byte before this block began in an earlier one, even if it ends right there.
                 opened.seek(start - 1)
                 _skip_line(opened, end)
+            elif file.stat().st_size <= BLOCK_BYTES and not _is_plain_lines(head_of(opened)):
+                yield from read_json(file, text_column, bad, row_filter)
+                return
             where = partial(_line_in_block, file, start)
-            yield from pack(_texts(_lines(opened, end), where, text_column, row_filter, bad))
+            yield from pack(_texts_of_lines(_lines(opened, end), where, text_column, row_filter, bad))
     except OSError as error:
         raise_machine_fault(error)
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def read_compressed_json(
-    file: File, text_column: str, bad: BadRecord, row_filter: Filter | None = None
-) -> Iterator[Texts]:
-    """Yield the texts of a .jsonl.gz or .jsonl.zst file. The texts before a damage come before its error."""
-    try:
-        with file.open("rb") as raw, _decompressed(raw, file.name) as opened:
+def read_json(file: File, text_column: str, bad: BadRecord, row_filter: Filter | None = None) -> Iterator[Texts]:
+    """Yield the texts of a file in any layout, from its start. The texts before a damage come before its error."""
+    with open_text(file) as opened:
+        if is_lines(head_of(opened)):
             where = partial("{}, line {}".format, file)
-            yield from pack(_texts(_lines(opened), where, text_column, row_filter, bad))
-    except (OSError, EOFError, zlib.error) as error:
-        raise_machine_fault(error)
-        raise DataError(f"{file}: damaged or truncated ({error})") from error
+            texts = _texts_of_lines(_lines(opened), where, text_column, row_filter, bad)
+        else:
+            values = ((partial(str, place), value) for place, value in JsonValues(opened, str(file)))
+            texts = _texts_of_values(values, text_column, row_filter, bad)
+        yield from pack(texts)
+
+
+def _is_lines_of(file: File) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return _is_plain_lines(opened.read(HEAD_BYTES))
+    except OSError:  # reading the unit says so
+        return True
+
+
+def _is_plain_lines(head: bytes) -> bool:
+    """Return whether an uncompressed file can be read line by line as it is: see `is_lines`."""
+    mark = byte_order_mark(head)
+    if mark is not None:
+        return mark[0] == "utf-8" and is_lines(head[mark[1] :])
+    return is_lines(head) and head[:1] in b" \t\r\n{"
 
 
 def _lines(file: BinaryIO, end: int | None = None) -> Iterator[Line]:
@@ -84,18 +119,22 @@ def _skip_line(file: BinaryIO, end: int | None) -> None:
         pass
 
 
-def _texts(
+def _texts_of_lines(
     lines: Iterator[Line], where: Callable[[int], str], text_column: str, row_filter: Filter | None, bad: BadRecord
 ) -> Iterator[str]:
     """Yield the texts of the lines; `where(n)` names the n-th line in an error."""
     for number, line in enumerate(lines, start=1):
+        place = partial(where, number)
         try:
             if line is None:
-                raise too_large(where(number), "JSON")
+                raise too_large(place(), "JSON")
             if not line.strip():
                 continue
-            place = partial(where, number)
-            text = text_of(_parse(line, place), place, text_column, row_filter, bad)
+            record = _parse(line, place, number)
+            if isinstance(record, list):
+                yield from _texts_of_values([(place, each) for each in record], text_column, row_filter, bad)
+                continue
+            text = text_of(record, place, text_column, row_filter, bad)
         except DataError as error:
             bad(error)
             continue
@@ -103,13 +142,34 @@ def _texts(
             yield _valid(text)
 
 
-def _parse(line: bytes, where: Callable[[], str]) -> Any:
+def _texts_of_values(
+    values: Iterable[tuple[Callable[[], str], Any]], text_column: str, row_filter: Filter | None, bad: BadRecord
+) -> Iterator[str]:
+    """Yield the texts of values, each with what names it."""
+    for place, record in values:
+        try:
+            text = text_of(record, place, text_column, row_filter, bad)
+        except DataError as error:
+            bad(error)
+            continue
+        if text is not None:
+            yield _valid(text)
+
+
+def _parse(line: bytes, where: Callable[[], str], number: int) -> Any:
+    """Return the value on a line, or the list of several."""
     try:
         return json.loads(line)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where()}: not UTF-8 at byte {error.start} of the line") from error
+        head = line[:HEAD_BYTES] if number == 1 else line[max(0, error.start - 1000) : error.start + 1000]
+        raise not_utf8(where(), head, line[error.start], f"of the line, at {error.start}") from error
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
-        raise DataError(f"{where()}: not valid JSON ({error})") from error
+        several = values_of_line(error.doc) if isinstance(error, json.JSONDecodeError) else []
+        if several:
+            return several
+        known = what_it_is(line[:HEAD_BYTES]) if number == 1 else None
+        place = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{where()}: not valid JSON ({known or place})") from error
 
 
 def _valid(text: str) -> str:
@@ -135,10 +195,3 @@ def _line_ends(file: File, start: int, end: int) -> int:
     with file.open("rb") as opened:
         opened.seek(start)
         return sum(opened.read(min(CHUNK_BYTES, end - at)).count(b"\n") for at in range(start, end, CHUNK_BYTES))
-
-
-def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
-    if name.lower().endswith(".gz"):
-        return gzip.open(raw, "rb")  # type: ignore[return-value]
-    # Unlike the reader of the zstandard package, Arrow's notices a file that ends in the middle of a frame.
-    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))

@@ -10,23 +10,33 @@ from functools import partial
 
 import numpy as np
 import pyarrow
-from pyarrow import dataset, parquet, types
+from pyarrow import compute, dataset, parquet, types
 
 from lightlm.data.readers.file import File, is_local, raise_machine_fault
+from lightlm.data.readers.recognition import HEAD_BYTES, refuse_pointer, what_it_is
 from lightlm.data.readers.records import missing_column
 from lightlm.data.readers.texts import (
     CHUNK_BYTES,
+    NULL,
     RECORD_BYTES,
     BadRecord,
-    FilteredOut,
+    Omitted,
     Texts,
     Unit,
     byte_lengths,
     in_chunks,
     too_large,
+    unreadable,
 )
-from lightlm.data.select.filters import Filter, matching_rows
+from lightlm.data.select.columns import arrow_field
+from lightlm.data.select.filters import FILTERED, Filter, matching_rows
 from lightlm.errors import DataError
+
+TEXT_TYPES = (
+    types.is_string, types.is_large_string, types.is_string_view,
+    types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary,
+    types.is_null,
+)  # fmt: skip
 
 FOOTERS = 4  # kept per process, as files are read one after the other
 
@@ -41,16 +51,11 @@ def parquet_units(file: File, name: str, text_column: str, row_filter: Filter | 
     try:
         groups = _row_groups(file, text_column, row_filter)
     except DataError as error:  # raised when the unit is read, so that --skip-bad may skip the file
-        yield Unit(f"{name}#unreadable", partial(_unreadable, error), size)
+        yield Unit(f"{name}#unreadable", partial(unreadable, error), size)
         return
     for group in range(groups):
         stream = partial(read_row_group, file, group, text_column, row_filter=row_filter)
         yield Unit(f"{name}#row_group={group}", stream, size // groups)
-
-
-def _unreadable(error: DataError, bad: BadRecord) -> Iterator[Texts]:
-    bad(error)
-    yield from ()
 
 
 def _row_groups(file: File, text_column: str, row_filter: Filter | None) -> int:
@@ -60,51 +65,71 @@ def _row_groups(file: File, text_column: str, row_filter: Filter | None) -> int:
         schema, groups = found.schema.to_arrow_schema(), found.num_row_groups
     except (pyarrow.ArrowException, OSError) as error:
         raise_machine_fault(error)
-        raise DataError(f"{file}: not a readable Parquet file: {error}") from error
-    if text_column not in schema.names:
-        raise missing_column(str(file), text_column, schema.names)
-    if schema.names.count(text_column) > 1:
-        raise DataError(f"{file}: there are two columns named {text_column!r}; rename one")
-    kind = schema.field(text_column).type
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise DataError(f"{file}: the column {text_column!r} holds {kind}, not text")
+        raise DataError(f"{file}: not a readable Parquet file: {_explanation(file) or error}") from error
+    try:
+        path, kind = arrow_field(text_column, schema)
+    except KeyError:
+        raise missing_column(str(file), text_column, _names(schema)) from None
+    if schema.names.count(path[0]) > 1:
+        raise DataError(f"{file}: there are two columns named {path[0]!r}; rename one")
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(fits(value) for fits in TEXT_TYPES):
+        inside = f", for example {text_column}.{kind.field(0).name}" if types.is_struct(kind) and len(kind) else ""
+        raise DataError(
+            f"{file}: the column {text_column!r} holds {kind}, not text. "
+            f"Name the one with the text{inside}: --text-column NAME"
+        )
     if row_filter is not None:
         row_filter.arrow(schema, str(file))
     return groups
 
 
+def _names(schema: pyarrow.Schema) -> list[str]:
+    """Return the columns, each struct's fields with dots."""
+    names: list[str] = []
+    for field in schema:
+        inner = _names(pyarrow.schema(list(field.type))) if types.is_struct(field.type) else []
+        names += [f"{field.name}.{name}" for name in inner] or [field.name]
+    return names
+
+
 def read_row_group(
     file: File, group: int, text_column: str, bad: BadRecord, row_filter: Filter | None = None
 ) -> Iterator[Texts]:
-    """Yield the texts of one row group; nulls are left out, and what `row_filter` does not keep."""
+    """Yield the texts of one row group; nulls, and what `row_filter` does not keep, are left out and counted."""
     where = f"{file}, row group {group}"
     try:
         footer = _footer(file, _version(file))
         size = footer.row_group(group)
         if row_filter is not None and group not in _matching_groups(file, _version(file), row_filter):
-            bad(FilteredOut(size.num_rows))
+            bad(Omitted(FILTERED, size.num_rows))
             return
         # Few rows at a time: about a chunk by the average, since one text may be far above it.
         rows = max(1, min(4_096, int(size.num_rows * CHUNK_BYTES / max(1, size.total_byte_size))))
         source = file if is_local(file) else file.open("rb", buffering=0)
         buffer = LOCAL_BUFFER_BYTES if is_local(file) else REMOTE_BUFFER_BYTES
         with parquet.ParquetFile(source, metadata=footer, buffer_size=buffer, pre_buffer=False) as opened:
+            path, _ = arrow_field(text_column, opened.schema_arrow)
             tested = row_filter.arrow_columns(opened.schema_arrow) if row_filter is not None else []
             expression = row_filter.arrow(opened.schema_arrow, where) if row_filter is not None else None
             first = 0
-            for batch in opened.iter_batches(row_groups=[group], columns=[text_column, *tested], batch_size=rows):
-                numbers, column = np.arange(first, first + len(batch)), batch.column(text_column)
+            for batch in opened.iter_batches(row_groups=[group], columns=[".".join(path), *tested], batch_size=rows):
+                numbers, column = np.arange(first, first + len(batch)), batch.column(path[0])
+                if path[1:]:
+                    column = compute.struct_field(column, list(path[1:]))
                 first += len(batch)
+                if types.is_string_view(column.type) or types.is_binary_view(column.type):
+                    column = column.cast(pyarrow.large_string())  # views cannot be filtered
                 if expression is not None:
                     kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
                     if len(kept) < len(batch):
-                        bad(FilteredOut(len(batch) - len(kept)))
+                        bad(Omitted(FILTERED, len(batch) - len(kept)))
                         numbers, column = numbers[kept], column.take(pyarrow.array(kept))
                 if column.null_count:
+                    bad(Omitted(NULL, column.null_count))
                     numbers, column = numbers[np.asarray(column.is_valid())], column.drop_null()
                 column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
-                column = column.cast(pyarrow.large_string())
+                column = column.cast(pyarrow.large_string())  # of bytes, too, which must be UTF-8
                 large = byte_lengths(column) > RECORD_BYTES
                 for number in numbers[large]:
                     bad(too_large(f"{where}, row {number} of it", "text"))
@@ -115,6 +140,14 @@ def read_row_group(
         if "UTF8" in str(error).replace("-", "").upper():
             raise DataError(f"{file}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{file}: row group {group} cannot be read: {error}") from error
+
+
+def _explanation(file: File) -> str | None:
+    """Return what a file is that is not Parquet; None where it is damaged. Raises DataError for a Git LFS pointer."""
+    with file.open("rb") as opened:
+        head = opened.read(HEAD_BYTES)
+    refuse_pointer(file, head)
+    return None if head.startswith(b"PAR1") else what_it_is(head)
 
 
 def _version(file: File) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Plain text files (.txt, .md): a file is one document, read in parts."""
+"""Plain text (.txt, .text, .md): a file is one document, read in parts."""
 
 import codecs
 import io
@@ -7,10 +7,11 @@ from functools import partial
 
 import pyarrow
 
-from lightlm.data.readers.file import File, raise_machine_fault
+from lightlm.data.readers.file import File
+from lightlm.data.readers.opening import open_text
+from lightlm.data.readers.recognition import HEAD_BYTES, holds_nul, not_utf8
 from lightlm.data.readers.texts import CHUNK_BYTES, BadRecord, Texts, Unit
 from lightlm.data.select.filters import Filter
-from lightlm.errors import DataError
 
 
 def plain_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
@@ -22,25 +23,24 @@ def read_text(file: File, bad: BadRecord) -> Iterator[Texts]:
     """Yield the document in parts. Line ends become \\n, and a byte-order mark is left out."""
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     lines = io.IncrementalNewlineDecoder(None, translate=False)  # withholds a CR at the end until it sees what follows
-    pending, offset = "", 0
-    try:
-        with file.open("rb") as opened:
+    pending, offset, head = "", 0, b""
+    with open_text(file) as opened:
+        try:
             while block := opened.read(CHUNK_BYTES):
+                head = head or block[:HEAD_BYTES]
+                if b"\0" in block:
+                    raise holds_nul(str(file), head, f" at offset {offset + block.index(bytes(1))}")
                 offset += len(block)
                 text = lines.decode(utf8.decode(block)).replace("\r\n", "\n")
                 if pending and text:
                     yield Texts(_array(pending), unfinished=True)
                 pending = text or pending
             text = lines.decode(utf8.decode(b"", final=True), final=True)
-    except UnicodeDecodeError as error:
-        place = offset - len(error.object) + error.start
-        raise DataError(
-            f"{file}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place}. "
-            "Convert the file, for example with: iconv -f LATIN1 -t UTF-8"
-        ) from error
-    except OSError as error:
-        raise_machine_fault(error)
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            place = offset - len(error.object) + error.start
+            around = error.object[max(0, error.start - HEAD_BYTES // 2) : error.start + HEAD_BYTES // 2]
+            sample = around if place > HEAD_BYTES else head
+            raise not_utf8(str(file), sample, error.object[error.start], f"at offset {place}") from error
     yield Texts(_array(pending + text))
 
 

@@ -1,40 +1,77 @@
-"""The texts of records with columns: lines of JSON, rows that `datasets` streams."""
+"""The texts of records with columns: JSON objects, rows of CSV, rows that `datasets` streams."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightlm.data.readers.texts import BadRecord, FilteredOut
-from lightlm.data.select.filters import Filter
+from lightlm.data.readers.texts import NULL, BadRecord, Omitted
+from lightlm.data.select.columns import field_of
+from lightlm.data.select.filters import FILTERED, Filter
 from lightlm.errors import DataError
+
+LISTED_COLUMNS = 30  # in a message
 
 
 def text_of(
     record: Any, where: Callable[[], str], text_column: str, row_filter: Filter | None, bad: BadRecord
 ) -> str | None:
-    """Return the text of a record; None for a null, and where `row_filter` does not keep it, which `bad` counts.
+    """Return the text of a record; None for a null, and where `row_filter` does not keep it: `bad` counts both.
 
-    Raises DataError where `record` is not a mapping, the text column is missing or holds something else, or the filter
-    does not fit; `where()` names the record.
+    Dots in `text_column` lead to nested fields, unless a column has that name. Raises DataError where `record` is not a
+    mapping, the text column is missing or holds something else, or the filter does not fit; `where()` names the record.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where()}: a JSON object was expected, with the text under {text_column!r}")
-    if text_column not in record:
-        raise missing_column(where(), text_column, list(record))
-    text = record[text_column]
+    try:
+        text = record[text_column] if text_column in record else field_of(record, text_column)
+    except KeyError:
+        raise missing_column(where(), text_column, _names(record), _hint(record)) from None
     if text is not None and not isinstance(text, str):
+        inside = f", for example {text_column}.{next(iter(text))}" if isinstance(text, Mapping) and text else ""
         raise DataError(
             f"{where()}: the column {text_column!r} holds {type(text).__name__}, not text. "
-            "Name the one with the text: --text-column NAME"
+            f"Name the one with the text{inside}: --text-column NAME"
         )
     if row_filter is not None and not row_filter.keeps(record, where):
-        bad(FilteredOut())
+        bad(Omitted(FILTERED))
         return None
+    if text is None:
+        bad(Omitted(NULL))
     return text
 
 
-def missing_column(where: str, text_column: str, columns: list[str]) -> DataError:
+def holds_column(record: Mapping[str, Any], text_column: str) -> bool:
+    """Return whether a record has the text column, by its name or along its dots."""
+    try:
+        field_of(record, text_column)
+    except KeyError:
+        return False
+    return True
+
+
+def missing_column(where: str, text_column: str, columns: Sequence[str], hint: str = "") -> DataError:
     """Return the error for a record without the text column; it lists the columns there are."""
+    more = f", and {len(columns) - LISTED_COLUMNS} more" if len(columns) > LISTED_COLUMNS else ""
+    listed = ", ".join(columns[:LISTED_COLUMNS]) + more
     return DataError(
-        f"{where}: no column {text_column!r}; there are: {', '.join(columns) or 'none'}. "
-        "Name the one with the text: --text-column NAME"
+        f"{where}: no column {text_column!r}; there are: {listed or 'none'}. "
+        f"Name the one with the text: --text-column NAME{hint}"
     )
+
+
+def _names(record: Mapping[str, Any]) -> list[str]:
+    """Return the columns, each object's fields with dots."""
+    names: list[str] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping) and value:
+            names += [f"{name}.{inner}" for inner in _names(value)]
+        else:
+            names.append(str(name))
+    return names
+
+
+def _hint(record: Mapping[str, Any]) -> str:
+    """Return what to do with a list of records under a key, which is not searched."""
+    for name, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            return f". The records in the list under {name!r} are not read; write them as lines: jq -c '.{name}[]' FILE"
+    return ""

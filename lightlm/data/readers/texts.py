@@ -4,6 +4,7 @@ An Arrow array holds the UTF-8 of its texts end to end, so that work is per mega
 `LARGE_BYTES` travels in parts, so that memory does not grow with it.
 """
 
+import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,17 +20,19 @@ CHUNK_DOCUMENTS = 20_000
 LARGE_BYTES = 8 << 20  # a text above this is encoded in parts
 RECORD_BYTES = 256 << 20  # a line of JSON or a cell of Parquet above this is refused
 
+NULL = "null"  # the cause under which the manifest counts records without a text
+
 BadRecord = Callable[[DataError], None]
-"""Called by a reader with the mistake in one record: raises it, or counts it and returns. Also called with
-`FilteredOut`, which is not a mistake."""
+"""Called by a reader with the mistake in one record: raises it, or counts it and returns. Also called with `Omitted`,
+which is not a mistake."""
 
 
-class FilteredOut(DataError):  # noqa: N818 - it takes the way of an error and is not one
-    """Says how many records a `--filter` leaves out."""
+class Omitted(DataError):  # noqa: N818 - it takes the way of an error and is not one
+    """Says how many records are left out, and why: the user asked for it, or they hold no text."""
 
-    def __init__(self, records: int = 1) -> None:
-        super().__init__(f"{records} records")
-        self.records = records
+    def __init__(self, cause: str, records: int = 1) -> None:
+        super().__init__(f"{records} records: {cause}")
+        self.cause, self.records = cause, records
 
 
 def too_large(where: str, what: str) -> DataError:
@@ -68,10 +71,24 @@ class Unit:
     size: int | None = None
 
 
+def unreadable(error: DataError, bad: BadRecord) -> Iterator[Texts]:
+    """Reject what cannot be read at all; `functools.partial` of it with `error` is a `Stream`."""
+    bad(error)
+    yield from ()
+
+
 def raise_bad(error: DataError) -> None:
     """Raise the mistake: the `BadRecord` of a run without --skip-bad."""
-    if not isinstance(error, FilteredOut):
-        raise error
+    if not isinstance(error, Omitted):
+        raise skippable(error)
+
+
+def skippable(error: DataError) -> DataError:
+    """Return the error with the option that leaves out what cannot be read."""
+    message = str(error).removesuffix(".")
+    if "--skip-bad" not in message:
+        error.args = (f"{message}. To leave out what cannot be read, add --skip-bad",)
+    return error
 
 
 def pack(texts: Iterable[str]) -> Iterator[Texts]:
@@ -85,7 +102,7 @@ def pack(texts: Iterable[str]) -> Iterator[Texts]:
             if characters >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
                 full, chunk, characters = chunk, [], 0
                 yield Texts(pyarrow.array(full, pyarrow.large_string()))
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, DataError) as error:
         failure = error
     if chunk:
         yield Texts(pyarrow.array(chunk, pyarrow.large_string()))

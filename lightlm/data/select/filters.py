@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightlm.data.select.columns import arrow_field, field_of
 from lightlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.compute
+
+FILTERED = "filtered"  # the cause under which the manifest counts the records that a filter leaves out
 
 Comparison = Callable[[Any, Any], Any]  # of the `operator` module
 Node = tuple[Any, ...]
@@ -72,6 +75,11 @@ class Filter:
     def columns(self) -> list[str]:
         """The columns that the expression names, each once, in their order."""
         return list(self._parsed[1])
+
+    @property
+    def kinds(self) -> dict[str, str | None]:
+        """What each column is compared with: "a number", "text", "true or false"; None for null."""
+        return self._parsed[1]
 
     def arrow(self, schema: "pyarrow.Schema", where: str) -> "pyarrow.compute.Expression":
         """Return the expression for tables of this schema.
@@ -231,13 +239,10 @@ def _kind(value: object) -> str:
 
 def _value(record: Mapping[str, Any], column: str, kind: str | None) -> Any:
     """Return the value of a column, by its name or along its dots; a field of null is null."""
-    value: Any = record
-    for part in (column,) if column in record else column.split("."):
-        if value is None:
-            return None
-        if not isinstance(value, Mapping) or part not in value:
-            raise _missing(column, list(record))
-        value = value[part]
+    try:
+        value = field_of(record, column)
+    except KeyError:
+        raise _missing(column, list(record)) from None
     if value is not None and kind not in {None, _kind(value)}:
         raise _mismatch(column, repr(value), kind)
     return value
@@ -275,13 +280,10 @@ def _arrow_column(column: str, schema: "pyarrow.Schema") -> tuple[tuple[str, ...
     """Return the names that lead to a column, from the outermost, and its kind: see `_kind`; else Arrow's type."""
     from pyarrow import types
 
-    first, *fields = path = (column,) if column in schema.names else tuple(column.split("."))
-    kind: Any = schema.field(first).type if first in schema.names else None
-    for field in fields:
-        index = kind.get_field_index(field) if kind is not None and types.is_struct(kind) else -1
-        kind = kind.field(index).type if index >= 0 else None
-    if kind is None:
-        raise _missing(column, schema.names)
+    try:
+        path, kind = arrow_field(column, schema)
+    except KeyError:
+        raise _missing(column, schema.names) from None
     if types.is_dictionary(kind):
         kind = kind.value_type
     if types.is_boolean(kind):

@@ -1,6 +1,7 @@
 """The protocols of a source of text."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from lightlm.data.readers.texts import Unit
@@ -33,6 +34,30 @@ class Source(Protocol):
 
     def units(self) -> Iterator[Unit]:
         """Yield the units in their order. Raises DataError where the source cannot be read."""
+
+
+@dataclass(frozen=True)
+class FileCounts:
+    """The files of a source, by suffix: those that are read, and those that it holds and are not read."""
+
+    read: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def file_counts(source: Source) -> FileCounts:
+    """Return the attribute `file_counts` of a source of files; nothing for another."""
+    counts: FileCounts = getattr(source, "file_counts", FileCounts())
+    return counts
+
+
+def check_unchanged(source: Source) -> None:
+    """Raise ChangedError where a source of local files is not as it was when it was opened."""
+    check: Callable[[], None] = getattr(source, "check_unchanged", lambda: None)
+    check()
+
+
+class ChangedError(DataError):
+    """The source changed while it was read, so that what was read is of no single state."""
 
 
 @runtime_checkable

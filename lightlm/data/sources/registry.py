@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def open_source(spec: str, text_column: str = "text", row_filter: Filter | None 
     if opener is not None:
         return opener(spec, text_column, row_filter)
     path = Path(spec).expanduser()
-    if path.exists() or glob.has_magic(spec):
+    if os.path.lexists(path) or glob.has_magic(spec):
         return LocalSource(path, text_column, row_filter)
     if path.suffix or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
         raise DataError(f"There is no file or folder {spec}.")

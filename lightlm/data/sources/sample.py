@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from pyarrow import compute
 
-from lightlm.data.readers.texts import Unit, raise_bad
+from lightlm.data.readers.texts import Unit, raise_bad, skippable
 from lightlm.errors import DataError
 
 # The first documents, at most 1M characters of each, up to 32M characters in total: merges hardly change beyond that,
@@ -47,6 +47,6 @@ def beginnings(units: Iterable[Unit], skip_bad: bool) -> Iterator[str]:
                         beginning = None
                 else:
                     yield from compute.utf8_slice_codeunits(array, 0, SAMPLE_DOCUMENT_CHARACTERS).to_pylist()
-        except DataError:
+        except DataError as error:
             if not skip_bad:
-                raise
+                raise skippable(error) from error.__cause__

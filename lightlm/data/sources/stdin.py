@@ -1,7 +1,8 @@
-"""`lightlm prepare-data -`: text or JSON lines from a pipe."""
+"""`lightlm prepare-data -`: text, JSON or Parquet from a pipe."""
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import xxhash
 
+from lightlm.data.readers.opening import first_text
+from lightlm.data.readers.recognition import compression_of
 from lightlm.data.select.filters import Filter
+from lightlm.data.sources.base import FileCounts
 from lightlm.data.sources.local import LocalSource
 from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors
@@ -25,11 +29,15 @@ class StandardInput(LocalSource):
         super().__init__(path, text_column, row_filter)
         self.name, self.spec, self.description = NAME, SPEC, "standard input"
         self.revision = self.fingerprint = f"xxh3 {digest}"
+        self.file_counts = FileCounts()
+
+    def check_unchanged(self) -> None:
+        """Return: the copy is this process's own."""
 
 
 @contextlib.contextmanager
 def standard_input(folder: Path, text_column: str, row_filter: Filter | None = None) -> Iterator[StandardInput]:
-    """Context manager for standard input as a source: JSON lines where it begins with a brace, else one text.
+    """Context manager for standard input as a source; see `suffix_for`.
 
     A source is read more than once (to train a tokenizer, to resume), so standard input is first copied to a file
     beside `folder`, which is removed at the end. Raises UsageError where standard input is a terminal, and DataError
@@ -37,7 +45,7 @@ def standard_input(folder: Path, text_column: str, row_filter: Filter | None = N
     """
     from filelock import FileLock, Timeout
 
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("SOURCE - reads from a pipe, for example: zcat corpus.jsonl.gz | lightlm prepare-data -")
     folder = folder.absolute()
     spool = folder.with_name(f".{folder.name}.stdin")
@@ -51,16 +59,29 @@ def standard_input(folder: Path, text_column: str, row_filter: Filter | None = N
                 f"Another `lightlm prepare-data -` is writing {folder}; wait for it, or name another folder with --out"
             ) from error
     try:
-        digest, start = xxhash.xxh3_64(), b""
+        digest, head = xxhash.xxh3_64(), b""
         with clear_errors(folder):
             with (spool / "copy").open("wb") as file:
                 while block := sys.stdin.buffer.read(BLOCK_BYTES):
-                    start = start or block.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+                    head = block if not head.strip() else head
                     digest.update(block)
                     file.write(block)
-            path = spool / ("stdin.jsonl" if start == b"{" else "stdin.txt")
+            path = spool / f"stdin{suffix_for(head)}"
             os.replace(spool / "copy", path)
         yield StandardInput(path, digest.hexdigest(), text_column, row_filter)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
         lock.release()
+
+
+def suffix_for(head: bytes) -> str:
+    """Return the suffix of a file with content that begins so.
+
+    Parquet and compression are known by their signatures. Text is JSON where it begins with a brace, or with a bracket
+    and a brace: [{. All other text is one document.
+    """
+    if head.startswith(b"PAR1"):
+        return ".parquet"
+    packed = compression_of(head) or ""
+    text = first_text(head, packed)
+    return (".jsonl" if re.match(r"\s*(\{|\[\s*\{)", text) else ".txt") + packed

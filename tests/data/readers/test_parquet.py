@@ -9,7 +9,9 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
+from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import parquet as parquet_reader
+from lightlm.data.readers.texts import Omitted
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
@@ -62,10 +64,61 @@ def test_a_cell_above_the_limit_is_refused_by_its_row(tmp_path: Path, monkeypatc
     with pytest.raises(DataError, match=r"a\.parquet, row group 0, row 2.* MB of text.*\.txt.*--skip-bad"):
         read(tmp_path / "a.parquet")
     bad: list[str] = []
+
+    def collect(error: DataError) -> None:
+        if not isinstance(error, Omitted):  # the null
+            bad.append(str(error))
+
     (unit,) = open_source(str(tmp_path / "a.parquet")).units()
-    found = [text for texts in unit.texts(lambda error: bad.append(str(error))) for text in texts.array.to_pylist()]
+    found = [text for texts in unit.texts(collect) for text in texts.array.to_pylist()]
     assert found == ["a", "b" * 100, "f"]
     assert [message.partition(":")[0].rpartition("row ")[2].split()[0] for message in bad] == ["2", "4"]
     assert read(tmp_path / "a.parquet", Filter("score not in [2, 4]")) == ["a", "b" * 100, "f"]
     with pytest.raises(DataError, match="row 4"):
         read(tmp_path / "a.parquet", Filter("score > 3"))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array(["é", None, "b"], pyarrow.large_string()),
+        pyarrow.array(["é", None, "b"], pyarrow.string_view()),
+        pyarrow.array(["é".encode(), None, b"b"], pyarrow.binary()),
+        pyarrow.array(["é".encode(), None, b"b"], pyarrow.large_binary()),
+        pyarrow.array(["é".encode(), None, b"b"]).dictionary_encode(),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_every_type_of_text_is_read_and_nulls_are_counted(column: pyarrow.Array, tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["é", "b"]
+    left_out: list[DataError] = []
+    (unit,) = open_source(str(tmp_path / "a.parquet")).units()
+    list(unit.texts(left_out.append))
+    assert [(each.cause, each.records) for each in left_out if isinstance(each, Omitted)] == [("null", 1)]
+
+
+def test_a_column_of_nulls_is_rows_without_text(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": ["words " * 20] * 20}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": pyarrow.nulls(3)}), tmp_path / "b.parquet")
+    made = prepare(str(tmp_path), "train:300", tmp_path / "out")
+    assert made.dropped == {"null": 3}
+
+
+def test_bytes_that_are_not_utf8_and_lists_are_named(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [b"\xff"], "list": [["a"]], "doc": [{"body": "x"}], "doc.title": ["dots"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+
+    def column(name: str) -> list[str]:
+        return [text for unit in open_source(str(tmp_path / "a.parquet"), name).units() for text in read_unit(unit)]
+
+    assert column("doc.body") == ["x"]
+    assert column("doc.title") == ["dots"]
+    with pytest.raises(DataError, match="not UTF-8"):
+        column("text")
+    with pytest.raises(DataError, match="'list' holds list"):
+        column("list")
+    with pytest.raises(DataError, match=r"'doc' holds struct.*for example doc\.body"):
+        column("doc")
+    with pytest.raises(DataError, match=r"there are: text, list, doc\.body, doc\.title"):
+        column("absent")

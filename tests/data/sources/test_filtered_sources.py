@@ -103,8 +103,10 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source("x/*.txt")
     assert (source.name, source.spec) == ("x", str(tmp_path / "x" / "*.txt"))
     assert source.fingerprint != open_source("x").fingerprint
-    with pytest.raises(DataError, match=r"x/\*\.csv: no file that this pattern matches can be read"):
-        open_source("x/*.csv")
+    with pytest.raises(DataError, match=r"other\.csv, line 1: no column 'text'; there are: x/other\.csv"):
+        read("x/*.csv")
+    with pytest.raises(DataError, match=r"x/\*\.pdf: no file that this pattern matches can be read"):
+        open_source("x/*.pdf")
     (tmp_path / "odd [1].txt").write_text("a name with brackets", encoding="utf-8")
     assert read("odd [1].txt") == ["a name with brackets"]
 

@@ -1,12 +1,13 @@
 """Several sources as one, mixed by tokens; see `lightlm.data.prepare.mixing.schedule`."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 
 from lightlm.data.readers.texts import Unit, pack_strings
 from lightlm.data.shards import MixedSource
-from lightlm.data.sources.base import Source, at_revision
+from lightlm.data.sources.base import FileCounts, Source, at_revision, check_unchanged, file_counts
 from lightlm.data.sources.sample import beginnings
 
 _JOIN = " + "
@@ -31,6 +32,22 @@ class MixtureSource:
     def revision(self) -> str:
         """The revisions of the parts."""
         return _JOIN.join(str(source.revision) for source, _ in self.parts)
+
+    @property
+    def file_counts(self) -> FileCounts:
+        """The files of the parts, together."""
+        read: Counter[str] = Counter()
+        left_out: Counter[str] = Counter()
+        for source, _ in self.parts:
+            counts = file_counts(source)
+            read.update(counts.read)
+            left_out.update(counts.left_out)
+        return FileCounts(dict(read), dict(left_out))
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedError where a part changed since it was opened."""
+        for source, _ in self.parts:
+            check_unchanged(source)
 
     def at_revision(self, revision: str) -> "MixtureSource":
         """Return the parts at the revisions that an earlier process read. Raises DataError where one has changed."""

@@ -8,11 +8,13 @@ for sample-10BT of fineweb-edu it would list the folder of every crawl.
 import functools
 import json
 import urllib.parse
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightlm.data.sources.folder_walk import kind_of, most_common
 from lightlm.data.sources.hub.client import (
     HubError,
     causes,
@@ -38,6 +40,7 @@ class Listing:
         builder: the builder of `datasets` for the files: parquet, json, csv, text, ...
         options: the arguments of the builder, from the README.
         files: path in the repository and size in bytes of each file, in their order.
+        left_out: the repository's other files by suffix: of other splits and configurations, and what is no data.
     """
 
     repo: str
@@ -46,6 +49,7 @@ class Listing:
     builder: str
     options: dict[str, Any]
     files: list[tuple[str, int]]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -72,7 +76,8 @@ def list_files(repo: str, config: str | None, revision: str) -> Listing:
     api, seconds = HfApi(endpoint=constants.ENDPOINT), constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         look_up = functools.partial(api.dataset_info, repo, revision=revision, timeout=seconds)
-        commit = revision = str(persistently(f"Looking up {repo}", look_up).sha)
+        info = persistently(f"Looking up {repo}", look_up)
+        commit = revision = str(info.sha)
         configs = _configs(repo, commit)
         name = _config_name(repo, configs, config)
         entry = configs.get(name or "", {})
@@ -92,7 +97,9 @@ def list_files(repo: str, config: str | None, revision: str) -> Listing:
         raise refusal(repo, revision, error) from error
     options = {key: value for key, value in entry.items() if key not in _NOT_OPTIONS}
     builder_name = type(builder).__module__.rpartition(".")[2]
-    return Listing(repo, config, commit, builder_name, options, [(path, sizes[path]) for path in paths])
+    others = {file.rfilename for file in info.siblings or ()} - {*paths}
+    left_out = most_common(Counter(kind_of(path.rpartition("/")[2]) for path in others))
+    return Listing(repo, config, commit, builder_name, options, [(path, sizes[path]) for path in paths], left_out)
 
 
 def _configs(repo: str, commit: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ from lightlm.data.readers.records import text_of
 from lightlm.data.readers.registry import reader_of
 from lightlm.data.readers.texts import BadRecord, Texts, Unit, pack
 from lightlm.data.select.filters import Filter
+from lightlm.data.sources.base import FileCounts
+from lightlm.data.sources.folder_walk import kind_of, most_common
 from lightlm.data.sources.hub.client import (
     HubError,
     first_line,
@@ -59,6 +62,12 @@ class HubSource:
     def size(self) -> int:
         """Bytes of the files, with all their columns."""
         return self.listing.total_bytes
+
+    @property
+    def file_counts(self) -> FileCounts:
+        """The files of the train split, and the repository's others."""
+        read = Counter(kind_of(path.rpartition("/")[2]) for path, _ in self.listing.files)
+        return FileCounts(most_common(read), self.listing.left_out)
 
     @property
     def revision(self) -> str:

@@ -1,0 +1,87 @@
+"""The files below a folder, and those of them that are not read, by suffix."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lightlm.data.readers.opening import COMPRESSIONS
+from lightlm.errors import DataError
+
+OTHER = "other"
+KINDS = 50  # that are counted by name
+_WRAPPERS = {*COMPRESSIONS, ".zip", ".lz4", ".z", ".7z"}  # the suffix before these says what is inside
+
+
+class Entry(NamedTuple):
+    """A file, or what only looks like one: a broken link, a pipe. `linked`: a link to a folder leads to it."""
+
+    path: Path
+    linked: bool
+
+
+class FolderWalk:
+    """One pass over the files below a folder; iterate once.
+
+    Links to folders are followed. Each folder is entered once: a real one rather than a link to it. Hidden files and
+    folders are counted in `left_out`, and so are links to folders that are entered otherwise.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.left_out: Counter[str] = Counter()
+        self._root = root
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield the visible files, in no particular order. Raises DataError for a folder that cannot be read."""
+        entered = {_identity(folder) for folder in self._root.parents}  # a link to one of them is a loop
+        waiting = [Entry(self._root, linked=False)]
+        links: list[Entry] = []
+        while waiting or links:
+            if not waiting:
+                links.sort(reverse=True)
+                waiting.append(links.pop())
+            folder, linked = waiting.pop()
+            try:
+                identity = _identity(folder)
+                if identity in entered:
+                    self.left_out["link to a folder that is read elsewhere"] += 1
+                    continue
+                entered.add(identity)
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        path = folder / entry.name
+                        if entry.name.startswith("."):
+                            self.left_out["hidden folder" if entry.is_dir() else "hidden file"] += 1
+                        elif entry.is_dir(follow_symlinks=False):
+                            waiting.append(Entry(path, linked))
+                        elif entry.is_dir():
+                            links.append(Entry(path, linked=True))
+                        else:
+                            yield Entry(path, linked)
+            except OSError as error:
+                raise DataError(f"{folder}: this folder cannot be read ({error.strerror})") from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def kind_of(name: str) -> str:
+    """Return the suffix under which a file that is not read is counted, for example ".pdf" or ".tar.gz"."""
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in _WRAPPERS:
+        suffix = os.path.splitext(stem)[1] + suffix
+    if not suffix:
+        return "without suffix"
+    return suffix if re.fullmatch(r"(\.[a-z][\w+-]{0,9}|\.7z){1,2}", suffix, re.ASCII) else OTHER
+
+
+def most_common(counts: Counter[str]) -> dict[str, int]:
+    """Return the counts, the largest first; of more than `KINDS` kinds, the rest as `OTHER`."""
+    ordered = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    kept = dict(list(ordered.items())[:KINDS])
+    rest = sum(ordered.values()) - sum(kept.values())
+    return kept | ({OTHER: kept.get(OTHER, 0) + rest} if rest else {})
