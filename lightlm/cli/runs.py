@@ -39,7 +39,7 @@ def list_runs(as_json: Annotated[bool, typer.Option("--json", help="Print one JS
     from rich.box import SIMPLE_HEAD
 
     table = [_row(run) for run in found]
-    print_table(table, *headings, right=range(2, 8), whole=[1], box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    print_table(table, *headings, right=range(2, 8), whole=[0], box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 @runs.command("rm")

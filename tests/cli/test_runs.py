@@ -69,7 +69,7 @@ def test_ls_tells_the_state_of_every_run_newest_first(lightlm):
     assert stopped["size"] == sum(path.stat().st_size for path in Path("runs/stopped").rglob("*") if path.is_file())
     assert stopped["modified"].startswith("2001-09-09T01:46:4")
     table = lightlm("runs", "ls").stdout
-    assert "no checkpoint" in table
+    assert "interrupted" in table
     assert "3K of 3M" in table
 
 

@@ -126,6 +126,11 @@ def test_moved_data_is_named_anew(lightlm, run, workspace):
     try:
         resume = ["train", "--resume", "copy", "train.tokens=1536"]
         lightlm(*resume).assert_one_message("no data folder data/tiny, on which runs/copy", "data.dataset=PATH")
+        evaluated = lightlm("eval", "copy")
+        assert evaluated.code == 1
+        assert "no folder data/tiny; if it has moved, say where it is with --data DIR" in (
+            " ".join(evaluated.stderr.split())
+        )
         assert lightlm(*resume, "data.dataset=./elsewhere").code == 0
         assert yaml.safe_load((run / "recipe.yaml").read_text())["data"]["dataset"] == "./elsewhere"
         assert lightlm("train", "--resume", "copy", "train.tokens=1792").code == 0

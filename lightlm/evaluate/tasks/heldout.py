@@ -105,6 +105,12 @@ def common_folder(models: Sequence[str | Path | None], data: str | None = None) 
     if data:
         return resolve_dataset(data)
     folders = [dataset_of(model) for model in models]
+    for model, folder in zip(models, folders, strict=True):
+        if not folder.is_dir():
+            raise DataError(
+                f"the task {HELDOUT} needs the data that {model or 'the newest run'} was trained on, and there is no "
+                f"folder {folder}; if it has moved, say where it is with --data DIR"
+            )
     for model, folder in zip(models[1:], folders[1:], strict=True):
         if folder.resolve() != folders[0].resolve():
             raise UsageError(
