@@ -18,7 +18,7 @@ from lightlm.train.distributed import World
 from lightlm.train.schedules import batch_plan
 from lightlm.train.step.gradients import check_shares
 from tests.train.group import Command, together, train_together
-from tests.train.watch import Recorder, comparable, resume, start
+from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds and forks processes the Linux way")
 
@@ -96,6 +96,30 @@ def test_sharded_runs_save_by_the_writers_clock(runs):
     recipe = ("train.tokens=512", "eval.every=0", "checkpoint.every=0", "checkpoint.every_minutes=1e-9")
     together(2, train_together, "clock", (*recipe, "train.parallel=fsdp"))
     assert [path.name for path in checkpoint.checkpoints(RUNS / "clock")] == ["step_000001", "step_000002"]
+
+
+def stop_in_validation(world, name):
+    """A run whose second process gets SIGTERM within the validation after step 4; what its writer saw."""
+    watch = Recorder()
+    trainer = make_trainer(load_recipe("tiny.yaml", SHORT), name, watch, lambda *_: "...", world=world)
+    plain = trainer.loss.evaluate
+
+    def evaluate(*batch):
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*batch)
+
+    trainer.loss.evaluate = evaluate
+    return watch.metrics, trainer.train().interrupted
+
+
+def test_a_signal_to_one_process_ends_the_validation_of_all(runs):
+    (before, interrupted), (_, other) = together(2, stop_in_validation, "half-validated")
+    assert interrupted
+    assert other
+    assert [m["step"] for m in before] == [1, 2, 3]
+    after = together(2, train_together, "half-validated", (), None, 0, True)[0][0]
+    assert comparable(before + after) == comparable(runs[2])
 
 
 def test_another_number_of_processes_may_resume(runs):

@@ -6,6 +6,7 @@ slow blocks in a row are an episode.
 Validation and saving are not part of a step's time.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -45,12 +46,14 @@ def read_counters() -> Counters:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     found: dict[str, Any] = {}
     if sys.platform == "linux":
-        lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
-        wanted, ticks = {f"cpu{core}" for core in cores}, os.sysconf("SC_CLK_TCK")
-        # user, nice, system, idle, iowait, irq, softirq, steal, ...
-        rows = [[int(n) / ticks for n in row[1:]] for row in map(str.split, lines) if row[0] in wanted]
-        found["busy"] = sum(sum(row[:3]) + sum(row[5:7]) for row in rows)
-        found["stolen"] = sum(row[7] for row in rows)
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may hide the file
+            lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+            wanted, ticks = {f"cpu{core}" for core in cores}, os.sysconf("SC_CLK_TCK")
+            # user, nice, system, idle, iowait, irq, softirq, steal, ...
+            rows = [[int(n) / ticks for n in row[1:9]] for row in map(str.split, lines) if row and row[0] in wanted]
+            if rows:
+                found["busy"] = sum(sum(row[:3]) + sum(row[5:7]) for row in rows)
+                found["stolen"] = sum(sum(row[7:]) for row in rows)
     if sys.platform == "win32":
         import psutil
 
@@ -60,7 +63,8 @@ def read_counters() -> Counters:
         import resource
 
         found["page_ins"] = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        found["load"] = os.getloadavg()[0]
+        with contextlib.suppress(OSError):
+            found["load"] = os.getloadavg()[0]
     return Counters(time.monotonic(), len(cores), time.process_time(), **found)
 
 
