@@ -118,6 +118,7 @@ class _Request:
 
 def _train(world: "World", request: _Request) -> bool:
     """Train in one process; return whether it was interrupted."""
+    from lightlm.cli.displays.preparation import validation_note
     from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.convert.huggingface.layouts import export_target
     from lightlm.runs import new_run
@@ -133,6 +134,8 @@ def _train(world: "World", request: _Request) -> bool:
     trackers = Trackers(parsed.tracking, display.note)
     data = open_data(parsed, required=not request.dry_run or checkpoint is not None)
     setup = set_up(parsed, data, display.note, world, checkpoint)
+    if data is not None and (small := validation_note(data.manifest)):
+        display.note(small)
     evaluator = None
     if data is not None and parsed.eval.tasks:
         with console.status("Reading lm-eval's list of tasks ..."):
