@@ -210,6 +210,7 @@ def _silently(note: str) -> None:
 
 def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> bool:
     """Train in one process; return whether it was interrupted. `held` keeps the lock of the run."""
+    from lightlm.cli.displays.preparation import validation_note
     from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.convert.huggingface.layouts import export_target
     from lightlm.train.observe.observers import Observers
@@ -227,6 +228,8 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
     if request.max_minutes is not None and run is None and data is not None:
         parsed = _shortened(parsed, data, request, request.max_minutes, display)
     setup = set_up(parsed, data, display.note, world, checkpoint)
+    if data is not None and (small := validation_note(data.manifest)):
+        display.note(small)
     evaluator = None
     if data is not None and parsed.eval.tasks:
         with console.status("Reading lm-eval's list of tasks ..."):

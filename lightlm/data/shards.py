@@ -4,6 +4,7 @@ A shard is a header of 256 little-endian int32 (magic, version, token count, zer
 of llm.c and modded-nanogpt.
 """
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ HEADER_BYTES = 1024
 # (magic, version) -> token type. The first is llm.c's GPT-2 format, the second its Llama 3 format.
 FORMATS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 LARGEST_UINT16_VOCABULARY = 65_536
+
+MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 10, 20_000  # a smaller validation split is noted
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -130,6 +133,28 @@ class Manifest(BaseModel):
     def documents(self, split: Split) -> int:
         """Return the documents in a split."""
         return sum(shard.documents for shard in self.shards if shard.split == split)
+
+    @property
+    def small_validation(self) -> str:
+        """The size of a validation split whose loss says little, in words; empty for a larger one, or none.
+
+        The loss per token differs by some 0.4 nats between documents and 3 between tokens, so 10 documents and 20,000
+        tokens give a mean that is known to about 0.1 and 0.02. A source of few documents is judged by tokens alone.
+        """
+        tokens, documents = self.tokens("val"), self.documents("val")
+        few_documents = 0 < documents < MIN_VAL_DOCUMENTS and self.documents("train") >= 10 * MIN_VAL_DOCUMENTS
+        if not tokens or not (few_documents or tokens < MIN_VAL_TOKENS):
+            return ""
+        size = f"{tokens:,} token{'s' * (tokens != 1)}"
+        return f"{documents:,} document{'s' * (documents != 1)}, {size}" if documents else size
+
+    @property
+    def suggested_val_fraction(self) -> float:
+        """A share of documents that gives validation about twice what `small_validation` asks for, at most 0.1."""
+        tokens = self.tokens("train") + self.tokens("val")
+        documents = self.documents("train") + self.documents("val")
+        wanted = 2 * max(MIN_VAL_TOKENS / max(1, tokens), MIN_VAL_DOCUMENTS / max(1, documents))
+        return min(0.1, math.ceil(100 * wanted) / 100)
 
     @property
     def bytes_per_token(self) -> float:

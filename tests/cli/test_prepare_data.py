@@ -195,3 +195,10 @@ def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path: Path) -> None:
     # On a busy machine a block may be done by then, and is kept.
     assert [path.name for path in (tmp_path / "data").iterdir()] in ([], [".corpus.partial"])
     assert list(partial.rglob(".*")) == []
+
+
+def test_a_validation_split_that_says_little_is_a_warning(run) -> None:  # type: ignore[no-untyped-def]
+    result = run("corpus.jsonl", "--tokenizer", "train:300", "--json")
+    size = json.loads(result.stdout)["small_validation"]
+    assert size is not None
+    assert f"Warning: validation is {size}, so its loss says little; raise --val-fraction of " in result.stderr

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.data.prepare.run import prepare
-from lightlm.data.shards import TokenStream, open_shard
+from lightlm.data.shards import Manifest, ShardEntry, TokenStream, open_shard
 from lightlm.errors import DataError
 from tests.corpus import write_shard
 
@@ -151,3 +151,39 @@ def test_an_incomplete_manifest_names_the_field(folder: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match=r"no manifest\.json"):
         DataFolder.open(folder)
+
+
+def with_validation(documents: int, tokens: int, train_documents: int, train_tokens: int) -> Manifest:
+    sizes = {"train": (train_documents, train_tokens), "val": (documents, tokens)}
+    shards = [
+        ShardEntry(file=split, split=split, tokens=size, documents=count, xxh3="")
+        for split, (count, size) in sizes.items()
+        if size
+    ]
+    return Manifest(
+        source="", description="", tokenizer_sha256="", vocab_size=9, end_of_text_id=0, shards=shards, split_rule="",
+        text_bytes={"train": 0, "val": 0},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "small"),
+    [
+        ((1, 14, 199, 2_800), "1 document, 14 tokens"),
+        ((1, 7_157, 231, 1_400_000), "1 document, 7,157 tokens"),
+        ((40, 19_999, 4_000, 4_000_000), "40 documents, 19,999 tokens"),
+        ((9, 900_000, 1_000, 90_000_000), "9 documents, 900,000 tokens"),
+        ((1, 30_000, 1, 270_000), ""),  # one text, cut in two
+        ((10, 20_000, 1_000, 2_000_000), ""),
+        ((0, 5_000, 0, 5_000_000), "5,000 tokens"),  # shards of another program do not count documents
+        ((0, 0, 5, 100), ""),
+    ],
+)
+def test_a_validation_split_that_says_little_is_named(sizes: tuple[int, int, int, int], small: str) -> None:
+    assert with_validation(*sizes).small_validation == small
+
+
+def test_the_suggested_share_is_enough_and_at_most_a_tenth() -> None:
+    assert with_validation(1, 7_157, 231, 1_400_000).suggested_val_fraction == 0.09
+    assert with_validation(1, 14, 199, 2_800).suggested_val_fraction == 0.1
+    assert with_validation(40, 19_999, 4_000, 4_000_000).suggested_val_fraction == 0.01

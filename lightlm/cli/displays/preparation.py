@@ -127,6 +127,18 @@ def _mixture_row(part: MixedSource) -> str:
     return f"{name} {shares}, {part.tokens:,} tokens, {part.documents:,} documents"
 
 
+def validation_note(manifest: Manifest) -> str:
+    """Return the warning for a validation split that is too small, with the option that makes it larger; else nothing.
+
+    `lightlm train` prints it as well.
+    """
+    small = manifest.small_validation
+    used, better = manifest.settings.get("val_fraction"), manifest.suggested_val_fraction
+    smaller = not isinstance(used, int | float) or used < better
+    larger = f"raise --val-fraction of prepare-data, for example to {better:g}" if smaller else "prepare more text"
+    return f"validation is {small}, so its loss says little; {larger}" if small else ""
+
+
 def _warn(manifest: Manifest) -> None:
     """Print how the result differs from the request."""
     from lightlm.cli.console import console
@@ -151,5 +163,7 @@ def _warn(manifest: Manifest) -> None:
     wanted = spec.removeprefix("train:")
     if wanted != spec and manifest.vocab_size < int(wanted):
         console.print(f"The text is too short for {int(wanted):,} entries: the tokenizer has {manifest.vocab_size:,}.")
+    if note := validation_note(manifest):
+        console.print(f"Warning: {note}.", markup=False, soft_wrap=True)
     if not manifest.tokens("val"):
         console.print("There is no validation split.")

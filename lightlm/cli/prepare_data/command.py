@@ -177,6 +177,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "documents": manifest.documents("train") + manifest.documents("val"),
         "train_tokens": manifest.tokens("train"),
         "val_tokens": manifest.tokens("val"),
+        "small_validation": manifest.small_validation or None,
         "text_bytes": text_bytes,
         "bytes_per_token": manifest.bytes_per_token,
         "shards": len(manifest.shards),

@@ -132,6 +132,18 @@ def test_extra_copy_of_a_tied_head(folder):
         import_huggingface(folder)
 
 
+def test_a_folder_with_the_two_files_of_gpt2(folder, tokenizer):
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    built = import_huggingface(folder).tokenizer
+    for text in ("The cat sat on 12 mats.", "naïve 深海\n"):
+        assert built.encode(text) == tokenizer.encode(text)
+    assert built.end_of_text_id == tokenizer.end_of_text_id
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     [
