@@ -1,17 +1,26 @@
 """`lightlm eval`."""
 
+import contextlib
 import os
+import signal
+import threading
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lightlm.cli.console import console, print_json
 from lightlm.cli.displays.evaluation import print_scores
 from lightlm.cli.prefetch import fetch_only
-from lightlm.errors import UsageError
+from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.settings import Settings, split_list
+
+if TYPE_CHECKING:
+    from lightlm.evaluate.compare.baselines import Baseline
+    from lightlm.evaluate.runner import Evaluation
 
 
 def evaluate(
@@ -84,8 +93,6 @@ def evaluate(
     with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.convert.load import is_hub_id, load_pretrained, locate
         from lightlm.device import pick_device, pick_dtype
-        from lightlm.evaluate.compare.comparison import compare_all
-        from lightlm.evaluate.compare.table import Score, score_lines, score_table
         from lightlm.evaluate.results.store import result_file
         from lightlm.evaluate.runner import evaluate_model
         from lightlm.evaluate.scoring.batches import BatchSize
@@ -100,21 +107,58 @@ def evaluate(
         status.update("Reading the tasks' data ...")
         chosen.require_data()
     located = [name if name is not None and is_hub_id(name) else locate(name) for name in references]
+    folder = None
     if chosen.read_data:
-        common_folder([] if data else located, data)  # reports different folders
+        folder = common_folder([] if data else located, data)  # reports different folders
+        _note_data(located, folder, data)
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
-    evaluations = []
-    for model, name in zip(located, _names(located), strict=True):
-        loaded = load_pretrained(model, target, precision)
-        console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
-        file = result_file(loaded, chosen.settings, out_path, name)
-        if file is None:
-            _note(f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them")
-        done = evaluate_model(loaded, chosen, name, file, batch_size=batch_size, log_samples=log_samples)
-        stored = f", {file}" if file else ""
-        console.print(f"{name}: {done.facts['seconds']:.0f} s{stored}", markup=False, soft_wrap=True)
-        evaluations.append(done)
+    evaluations: list[Evaluation] = []
+    problems: list[str] = []
+    interruption: BaseException | None = None
+    with _ending_in_order():
+        for model, name in zip(located, _names(located), strict=True):
+            try:
+                loaded = load_pretrained(model, target, precision)
+                console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
+                place = partial(result_file, loaded, out=out_path, name=name)
+                if place(chosen.settings) is None:
+                    _note(
+                        f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them"
+                    )
+                done = evaluate_model(
+                    loaded, chosen, name, place, data=folder, batch_size=batch_size, log_samples=log_samples
+                )
+            except LightLMError as error:
+                if len(located) == 1:
+                    raise
+                problems.append(f"{name}: {error}")
+                continue
+            except (KeyboardInterrupt, SystemExit) as error:
+                interruption = error
+                break
+            stored = f", {done.file}" if done.file else ""
+            console.print(f"{name}: {done.facts['seconds']:.0f} s{stored}", markup=False, soft_wrap=True)
+            evaluations.append(done)
+            problems += [f"{name}: {problem}" if len(located) > 1 else problem for problem in done.problems]
+            if (interruption := done.interruption) is not None:
+                break
+    if interruption is not None:
+        finished = sum(bool(done.answers) for done in evaluations)
+        _note("interrupted; " + ("the scores are those of the finished tasks" if finished else "no task was finished"))
+    if evaluations:
+        _print(evaluations, baselines, limit, as_json)
+    if problems:
+        raise LightLMError("\n".join(problems))
+    if interruption is not None:
+        raise typer.Exit(int(interruption.code or 0) if isinstance(interruption, SystemExit) else 130)
+
+
+def _print(evaluations: "list[Evaluation]", baselines: "list[Baseline]", limit: int | None, as_json: bool) -> None:
+    """Print the scores and comparisons, as a table or as one JSON document."""
+    from lightlm.evaluate.compare.comparison import compare_all
+    from lightlm.evaluate.compare.table import Score, score_lines, score_table
+
     answers = [done.answers for done in evaluations]
     comparisons = compare_all(answers)
     if as_json:
@@ -128,6 +172,38 @@ def evaluate(
     facts = [done.facts for done in evaluations]
     lines = score_lines([[Score(None, limit, answer) for answer in model] for model in answers])
     print_scores(score_table(lines, [fact["model"] for fact in facts], comparisons, baselines), facts)
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Context manager in which SIGTERM and SIGHUP end the command like Ctrl-C: finished tasks keep their results."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    # Windows has no SIGHUP; under nohup it is ignored, and stays so.
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        handled = []  # only the main thread may set handlers
+    previous = {number: signal.signal(number, end) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _note_data(models: "Sequence[str | Path | None]", folder: Path, data: str | None) -> None:
+    """Name the models that are scored on the data of another one's run."""
+    from lightlm.evaluate.tasks.heldout import NoRunError, dataset_of
+
+    for model in models if data is None else ():
+        try:
+            dataset_of(model)
+        except NoRunError:
+            _note(f"{model} belongs to no run, so heldout uses the data of the others: {folder}")
 
 
 def _note(message: str) -> None:
