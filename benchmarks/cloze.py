@@ -56,7 +56,7 @@ def models(references: list[str], folder: DataFolder) -> Iterator[tuple[str, Lig
 
 
 def cells(lm: LightLM, tasks: Tasks, metrics: list[str]) -> list[str]:
-    found = {row.metric: f"{row.value:.3f} ± {row.stderr:.3f}" for row in rows(run_tasks(lm, tasks))}
+    found = {row.metric: f"{row.value:.3f} ± {row.stderr:.3f}" for row in rows(run_tasks(lm, tasks).results)}
     return [found[metric] for metric in metrics]
 
 

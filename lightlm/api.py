@@ -33,6 +33,7 @@ from lightlm.evaluate.runner import evaluate_model
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.evaluate.settings import Settings, split_list
+from lightlm.evaluate.tasks.index import warn
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import DEFAULT, Sampling
@@ -308,11 +309,11 @@ def evaluate(
 
     Returns:
         The model's facts and `results`: a list with task, metric, value and standard error, as `lightlm eval --json`
-        prints them.
+        prints them. `failed` has the reasons of tasks without results, which are also logged as warnings.
 
     Raises:
         UsageError: a task or a folder does not exist, or `limit` is below 1.
-        DataError: a data set cannot be read; the message lists all of them.
+        DataError: some tasks cannot be scored, found before any is (the message lists all of them); or all failed.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, is {limit}; leave it out to score all documents")
@@ -321,6 +322,11 @@ def evaluate(
     chosen = Tasks(Settings(names, limit, num_fewshot, own, further, sets, dtype=dtype))
     chosen.require_data()
     loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=dtype))._loaded
-    file = result_file(loaded, chosen.settings, None)
-    done = evaluate_model(loaded, chosen, loaded.name, file, batch_size=str(batch_size))
+    done = evaluate_model(
+        loaded, chosen, loaded.name, lambda settings: result_file(loaded, settings, None), batch_size=str(batch_size)
+    )
+    if done.interruption is not None:
+        raise done.interruption
+    for problem in done.problems:
+        warn(problem)
     return done.to_dict()

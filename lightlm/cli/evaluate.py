@@ -2,17 +2,23 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lightlm.cli.console import console, print_json
 from lightlm.cli.displays.evaluation import print_scores
 from lightlm.cli.prefetch import fetch_only
-from lightlm.errors import UsageError
+from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.settings import Settings, batch_sequences, split_list
 from lightlm.train.signals import interrupted_by_signals
+
+if TYPE_CHECKING:
+    from lightlm.evaluate.compare.baselines import Baseline
+    from lightlm.evaluate.runner import Evaluation
 
 
 @interrupted_by_signals()
@@ -98,8 +104,6 @@ def evaluate(
     with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.cpu import FEW_SLICES, use_threads
         from lightlm.device import pick_device, pick_dtype
-        from lightlm.evaluate.compare.comparison import compare_all
-        from lightlm.evaluate.compare.table import Score, score_lines, score_table
         from lightlm.evaluate.results.store import out_file, result_file
         from lightlm.evaluate.runner import evaluate_model
         from lightlm.evaluate.tasks.heldout import common_folder
@@ -113,27 +117,61 @@ def evaluate(
         chosen = Tasks(settings, _note)
         status.update("Reading the tasks' data ...")
         chosen.require_data()
+    folder = None
     if chosen.read_data:
-        common_folder([] if data else located, data)  # reports different folders
+        folder = common_folder([] if data else located, data)  # reports different folders
+        _note_data(located, folder, data)
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
     for name in _names(located):
         if out_path is None or overwrite or not (existing := out_file(out_path, chosen.settings, name)).exists():
             continue
         raise UsageError(f"{existing} exists already; choose another path with --out, or replace it with --overwrite")
-    evaluations = []
+    evaluations: list[Evaluation] = []
+    problems: list[str] = []
+    interruption: BaseException | None = None
     for reference, model, name in zip(references, located, _names(located), strict=True):
-        loaded = load_pretrained(reference, target, precision)
-        if run_of(loaded.path) is not None and loaded.path.resolve() != Path(model).resolve():
-            name = loaded.name  # the run has saved another checkpoint meanwhile
-        console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
-        file = result_file(loaded, chosen.settings, out_path, name)
-        if file is None:
-            _note(f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them")
-        done = evaluate_model(loaded, chosen, name, file, batch_size=batch_size, log_samples=log_samples)
-        stored = f", {file}" if file else ""
+        try:
+            loaded = load_pretrained(reference, target, precision)
+            if run_of(loaded.path) is not None and loaded.path.resolve() != Path(model).resolve():
+                name = loaded.name  # the run has saved another checkpoint meanwhile
+            console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
+            place = partial(result_file, loaded, out=out_path, name=name)
+            if place(chosen.settings) is None:
+                _note(f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them")
+            done = evaluate_model(
+                loaded, chosen, name, place, data=folder, batch_size=batch_size, log_samples=log_samples
+            )
+        except LightLMError as error:
+            if len(located) == 1:
+                raise
+            problems.append(f"{name}: {error}")
+            continue
+        except KeyboardInterrupt as error:
+            interruption = error
+            break
+        stored = f", {done.file}" if done.file else ""
         console.print(f"{name}: {done.facts['seconds']:.0f} s{stored}", markup=False, soft_wrap=True)
         evaluations.append(done)
+        problems += [f"{name}: {problem}" if len(located) > 1 else problem for problem in done.problems]
+        if (interruption := done.interruption) is not None:
+            break
+    if interruption is not None:
+        finished = sum(bool(done.answers) for done in evaluations)
+        _note("interrupted; " + ("the scores are those of the finished tasks" if finished else "no task was finished"))
+    if evaluations:
+        _print(evaluations, baselines, limit, as_json)
+    if problems:
+        raise LightLMError("\n".join(problems))
+    if interruption is not None:
+        raise typer.Exit(130)
+
+
+def _print(evaluations: "list[Evaluation]", baselines: "list[Baseline]", limit: int | None, as_json: bool) -> None:
+    """Print the scores and comparisons, as a table or as one JSON document."""
+    from lightlm.evaluate.compare.comparison import compare_all
+    from lightlm.evaluate.compare.table import Score, score_lines, score_table
+
     answers = [done.answers for done in evaluations]
     comparisons = compare_all(answers)
     if as_json:
@@ -147,6 +185,17 @@ def evaluate(
     facts = [done.facts for done in evaluations]
     lines = score_lines([[Score(None, limit, answer) for answer in model] for model in answers])
     print_scores(score_table(lines, [fact["model"] for fact in facts], comparisons, baselines), facts)
+
+
+def _note_data(models: "Sequence[str | Path | None]", folder: Path, data: str | None) -> None:
+    """Name the models that are scored on the data of another one's run."""
+    from lightlm.evaluate.tasks.heldout import NoRunError, dataset_of
+
+    for model in models if data is None else ():
+        try:
+            dataset_of(model)
+        except NoRunError:
+            _note(f"{model} belongs to no run, so heldout uses the data of the others: {folder}")
 
 
 def _note(message: str) -> None:

@@ -61,6 +61,11 @@ def report(
     for record in written.records:
         for note in record.notes:
             console.print(f"{record.name}: {note}", soft_wrap=True, markup=False)
+    from lightlm.evaluate.compare.table import unmatched
+    from lightlm.report.scores import score_lines
+
+    for line in unmatched(baselines, score_lines(written.records)):
+        console.print(f"--compare: {line}", soft_wrap=True, markup=False)
     made = [f"Page {written.page}", f"{len(written.plots)} plots in {written.page.parent / 'plots'}"]
     for line in [*sentences(written.comparisons), *made]:
         out.print(line, soft_wrap=True, markup=False)

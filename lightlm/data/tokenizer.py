@@ -146,6 +146,11 @@ class Tokenizer:
         """Return the name of an entry by its id, or None."""
         return self._tokenizer.id_to_token(index)
 
+    @functools.cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """The characters of each special token by its id; `decode` leaves them out."""
+        return {index: added.content for index, added in self._added.items() if added.special}
+
     def token_bytes(self) -> np.ndarray:
         """Return the UTF-8 bytes of text per id: int32 of shape (vocab_size,), 0 for special tokens.
 

@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,13 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
 from lightlm.device import pick_device, pick_dtype
-from lightlm.errors import LightLMError
+from lightlm.evaluate.generation import Generation
+from lightlm.evaluate.results.truncation import Truncation
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.generate.engine import TextStream, generate
-from lightlm.generate.sampling import Sampling
 
-_MAX_NEW_TOKENS = 256  # lm-eval's default if a task sets none
 _SEED = 1234  # lm-eval's default torch seed
 
 
@@ -65,6 +64,7 @@ class LightLM(TemplateLM):
     ) -> None:
         super().__init__()
         self._show_progress = show_progress
+        self._task, self._truncation = "", Truncation()
         if not isinstance(pretrained, LoadedModel):
             target = pick_device(device)
             pretrained = load_pretrained(pretrained, target, pick_dtype(dtype, target))
@@ -105,7 +105,9 @@ class LightLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        scores = self._score([(context, continuation) for _, context, continuation in requests], "Scoring answers")
+        room = self.max_length + 1  # the last token is only predicted
+        self._truncation += Truncation.of(len(context) + len(answer) - room for _, context, answer in requests)
+        scores = self._score([(context, continuation) for _, context, continuation in requests], "scoring answers")
         for (texts, _, _), answer in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return scores
@@ -117,7 +119,7 @@ class LightLM(TemplateLM):
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         hidden = not (self._show_progress and console.is_terminal)
         with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-            task = progress.add_task(description, total=total)
+            task = progress.add_task(f"{self._task}{description}", total=total)
             yield lambda count: progress.advance(task, count)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -130,7 +132,7 @@ class LightLM(TemplateLM):
             windows += map(make_disjoint_window, pairs)
             owners += [owner] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
-        for owner, (log_likelihood, _) in zip(owners, self._score(windows, "Reading documents"), strict=True):
+        for owner, (log_likelihood, _) in zip(owners, self._score(windows, "reading documents"), strict=True):
             totals[owner] += log_likelihood
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -146,48 +148,55 @@ class LightLM(TemplateLM):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(prompts[i])))
         texts, limits = [""] * len(requests), self.limits.for_decoding()
-        with self._bar(len(requests), "Generating") as advance:
+        with self._bar(len(requests), "generating") as advance:
             while order:
                 settings = requests[order[0]].args[1]
-                length = len(prompts[order[0]]) + normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)["max_gen_toks"]
+                generation = Generation.of(settings)
+                length = len(prompts[order[0]]) + generation.limit(len(prompts[order[0]]))
                 count = 1
                 while count < len(order) and requests[order[count]].args[1] == settings:
                     if not limits.fits(count + 1, length):
                         break
                     count += 1
                 batch, order = order[:count], order[count:]
-                answers = self._generate([prompts[i] for i in batch], settings, seed=_SEED + len(order))
+                answers = self._generate([prompts[i] for i in batch], generation, seed=_SEED + len(order))
                 for i, text in zip(batch, answers, strict=True):
                     texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
                 advance(count)
         return texts
 
-    def _generate(self, prompts: list[list[int]], settings: dict[str, Any], seed: int) -> list[str]:
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))
-        stops = [stop for stop in kwargs["until"] if stop]
-        new_tokens = kwargs["max_gen_toks"]
-        room = self.max_length - new_tokens
-        if room < 1:
-            raise LightLMError(
-                f"the task asks for {new_tokens} new tokens, but the model's context holds only {self.max_length}; "
-                "choose another task or a model with a longer context"
-            )
-        temperature = kwargs.get("temperature", 1.0) if kwargs.get("do_sample") else 0.0
-        sampling = Sampling(temperature, kwargs.get("top_k"), kwargs.get("top_p", 1.0))
-        streams = [TextStream(self.loaded.tokenizer) for _ in prompts]
-        texts = [""] * len(prompts)
-
-        def stop_found(row: int, token: int) -> bool:
-            texts[row] += streams[row].push(token)
-            return any(stop in texts[row] for stop in stops)
-
+    def _generate(self, prompts: list[list[int]], generation: Generation, seed: int) -> list[str]:
+        tokenizer, room = self.loaded.tokenizer, generation.room(self.max_length)
+        self._truncation += Truncation.of(len(prompt) - room for prompt in prompts)
         starts = [prompt[-room:] or [self.prefix_token_id] for prompt in prompts]
-        generate(self.model, starts, new_tokens, sampling, seed, {self.eot_token_id}, stop_found)
+        most = [generation.limit(len(start)) for start in starts]
+        stops = [*generation.stops, tokenizer.end_of_text]
+        streams = [TextStream(tokenizer) for _ in prompts]
+        # As in lm-eval's `hf`, special tokens count for stop strings and are left out of the answer.
+        texts, seen, counts = [""] * len(prompts), [""] * len(prompts), [0] * len(prompts)
+
+        def ends(row: int, token: int) -> bool:
+            piece = streams[row].push(token)
+            texts[row] += piece
+            seen[row] += tokenizer.special_tokens.get(token, piece)
+            counts[row] += 1
+            return counts[row] == most[row] or any(stop in seen[row] for stop in stops)
+
+        generate(self.model, starts, max(most), generation.sampling, seed, {self.eot_token_id}, ends)
         return [
             postprocess_generated_text(text + stream.flush(), stops, None)
             for text, stream in zip(texts, streams, strict=True)
         ]
+
+    def begin(self, task: str) -> None:
+        """Name the task of the requests that follow in the bars, and count their cut beginnings anew."""
+        self._task, self._truncation = f"{task}: ", Truncation()
+
+    @property
+    def truncation(self) -> Truncation:
+        """How the requests since `begin` were cut."""
+        return self._truncation
 
     def describe_bos(self, setting: str) -> dict[str, Any]:
         """Return the tokens before every context, and before a text without context, for the facts of a result."""

@@ -1,42 +1,83 @@
 """One evaluation: tasks on a model, lm-eval's own results, and the files that keep them."""
 
+import contextlib
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from lm_eval.evaluator import simple_evaluate
+from lm_eval import evaluator
 from lm_eval.loggers import EvaluationTracker
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.evaluate.compare.comparison import Answers, answers_of
 from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.one_by_one import Around, OneByOne
 from lightlm.evaluate.results import documents, store
-from lightlm.evaluate.settings import BOS
-from lightlm.evaluate.tasks.heldout import common_folder
+from lightlm.evaluate.results.truncation import Truncation
+from lightlm.evaluate.settings import BOS, Settings
+from lightlm.evaluate.tasks.checks import describe
+from lightlm.evaluate.tasks.heldout import common_folder, without_companions
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.patches import compiled_once, quiet
 
+_SAVE_SECONDS = 30.0  # between writings of what is finished, in case the process is killed
 
-def run_tasks(
-    lm: LightLM, tasks: Tasks, *, bootstrap_iters: int = 100_000, log_samples: bool = False
-) -> dict[str, Any]:
-    """Evaluate one model and return lm-eval's results, as its command would write them.
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation gave.
 
     Args:
+        results: lm-eval's results of the tasks that worked, as its command would write them.
+        failed: reasons of the others.
+        truncated: how the requests were cut, by task.
+        chances: the accuracy that guessing reaches, by task with choices.
+        interruption: what ended the evaluation early, such as Ctrl-C.
+    """
+
+    results: dict[str, Any]
+    failed: dict[str, str]
+    truncated: dict[str, Truncation]
+    chances: dict[str, float]
+    interruption: BaseException | None
+
+
+def run_tasks(
+    lm: LightLM,
+    tasks: Tasks,
+    *,
+    data: Path | None = None,
+    bootstrap_iters: int = 100_000,
+    log_samples: bool = False,
+    around: Around = contextlib.nullcontext,
+    on_done: Callable[[Outcome], object] = lambda outcome: None,
+) -> Outcome:
+    """Evaluate one model.
+
+    Args:
+        data: the data folder of heldout; None uses that of the settings or of the model's run.
         bootstrap_iters: resamples for standard errors, lm-eval's default; 0 leaves standard errors out.
         log_samples: add `samples`: the documents of each task with prompts, answers and figures.
+        around: makes a context manager for the scoring of each task.
+        on_done: called after each task but the last with what is finished.
 
     Raises:
-        DataError: a data set cannot be read.
-        LightLMError: the model's context is too short for a task.
+        DataError: some tasks cannot be scored, found before any is (the message lists all of them); or all failed.
     """
     path = lm.loaded.path
-    tasks.for_model(lm, path)
+    tasks.for_model(lm, path, data)
     tracker = EvaluationTracker()
     arguments = {"pretrained": str(path), "dtype": str(lm.model.embed_tokens.weight.dtype).removeprefix("torch.")}
-    with quiet(), compiled_once():
-        results: dict[str, Any] = simple_evaluate(
+
+    def outcome(results: dict[str, Any]) -> Outcome:
+        return Outcome(results, each.failed, each.truncated, each.chances, each.interruption)
+
+    each = OneByOne(tasks.note, around, lambda results: on_done(outcome(results)))
+    with quiet(), compiled_once(), mock.patch.object(evaluator, "evaluate", each):
+        results: dict[str, Any] = evaluator.simple_evaluate(
             model=lm,
             model_args=arguments,
             tasks=tasks.names,
@@ -53,7 +94,7 @@ def run_tasks(
     results["task_hashes"] = {}
     results.update(asdict(tracker.general_config_tracker))
     results["config"]["model"] = results["model_source"] = "lightlm"
-    return results
+    return outcome(results)
 
 
 @dataclass(frozen=True)
@@ -62,13 +103,17 @@ class Evaluation:
 
     Args:
         file: the results; None if they are not stored.
-        facts: settings, sizes, device and duration.
+        facts: settings, sizes, device and duration; `failed` has the reasons of tasks without results.
         answers: every figure, with its value for each document.
+        problems: what went wrong, in sentences: tasks that failed, and results that could not be stored.
+        interruption: what ended the evaluation early, such as Ctrl-C. The results are those of the finished tasks.
     """
 
     file: Path | None
     facts: dict[str, Any]
     answers: list[Answers]
+    problems: list[str]
+    interruption: BaseException | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `--json`."""
@@ -80,8 +125,9 @@ def evaluate_model(
     loaded: LoadedModel,
     tasks: Tasks,
     name: str,
-    file: Path | None,
+    place: Callable[[Settings], Path | None],
     *,
+    data: Path | None = None,
     batch_size: str = "auto",
     log_samples: bool = False,
 ) -> Evaluation:
@@ -89,34 +135,64 @@ def evaluate_model(
 
     Args:
         name: the model's name in tables.
-        file: the results; None stores nothing.
+        place: returns the file for the results of these settings; None stores nothing. It is asked again if tasks
+            failed, so that the results of some tasks never replace those of all.
+        data: the data folder of heldout; None uses that of the settings or of the model's run.
         log_samples: also write prompts and answers.
+
+    Raises:
+        DataError: some tasks cannot be scored, found before any is; or all failed.
     """
-    started = time.perf_counter()
+    started = saved = time.monotonic()
     weights = store.hash_weights(loaded)  # before a run that is being trained deletes them
     lm = LightLM(loaded, batch_size=batch_size, add_bos_token=BOS[tasks.settings.bos])
-    results = run_tasks(lm, tasks, log_samples=True)
+    if tasks.read_data and data is None:
+        data = common_folder([loaded.path], tasks.settings.data)
+    counts, settings = loaded.model.num_parameters(), tasks.settings
+
+    def facts_of(outcome: Outcome) -> dict[str, Any]:
+        return {
+            "model": name,
+            "path": str(loaded.path),
+            "parameters": counts["total"],
+            "active_parameters": counts["active"],
+            "flops_per_token": loaded.model.flops_per_token(loaded.model.config.max_seq_len),
+            **asdict(settings),
+            "bos": lm.describe_bos(settings.bos),
+            "data": data.as_posix() if data is not None and tasks.read_data else None,
+            "device": str(lm.device),
+            "dtype": str(loaded.model.embed_tokens.weight.dtype).removeprefix("torch."),
+            "batch_size": batch_size,
+            "seconds": round(time.monotonic() - started, 2),
+            "truncated": {task: cut.to_dict() for task, cut in outcome.truncated.items() if cut.cut},
+            "chances": outcome.chances,
+            "failed": outcome.failed,
+        }
+
+    def save_progress(outcome: Outcome) -> None:
+        nonlocal saved
+        if (file := place(settings)) is None or time.monotonic() - saved < _SAVE_SECONDS:
+            return
+        samples = outcome.results.pop("samples")
+        with contextlib.suppress(OSError):  # reported at the end; the table still shows the scores
+            store.write(store.progress_file(file), outcome.results, facts_of(outcome), documents.of_samples(samples))
+        saved = time.monotonic()
+
+    outcome = run_tasks(lm, tasks, data=data, log_samples=True, on_done=save_progress)
+    facts, results = facts_of(outcome), outcome.results
     samples = results.pop("samples")
     scored = documents.of_samples(samples)
-    counts = loaded.model.num_parameters()
-    data = common_folder([loaded.path], tasks.settings.data) if tasks.read_data else None
-    facts: dict[str, Any] = {
-        "model": name,
-        "path": str(loaded.path),
-        "parameters": counts["total"],
-        "active_parameters": counts["active"],
-        "flops_per_token": loaded.model.flops_per_token(loaded.model.config.max_seq_len),
-        **asdict(tasks.settings),
-        "bos": lm.describe_bos(tasks.settings.bos),
-        "data": None if data is None else data.as_posix(),
-        "device": str(lm.device),
-        "dtype": results["config"]["model_args"]["dtype"],
-        "batch_size": batch_size,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    problems = [describe(outcome.failed)] if outcome.failed else []
+    complete = not outcome.failed and outcome.interruption is None
+    file = place(settings if complete else replace(settings, tasks=without_companions(samples)))
     if file is not None:
-        store.write(file, results, facts | store.provenance(loaded, weights, tasks.data_sets.origins, lm.device))
-        documents.write(documents.documents_file(file), scored)
-        if log_samples:
-            store.write_samples(file, samples)
-    return Evaluation(file, facts, answers_of(name, results, scored, facts))
+        try:
+            provenance = store.provenance(loaded, weights, tasks.data_sets.origins, lm.device)
+            store.write(file, results, facts | provenance, scored)
+            if log_samples:
+                store.write_samples(file, samples)
+            store.remove_progress(place(settings) or file)
+        except OSError as error:
+            problems.append(f"the results of {name} could not be stored: {error.strerror}: {error.filename or file}")
+            file = None
+    return Evaluation(file, facts, answers_of(name, results, scored, facts), problems, outcome.interruption)

@@ -72,7 +72,7 @@ def test_samples_are_written_on_request(world: Path) -> None:
 def test_two_models_are_compared_in_words(world: Path) -> None:
     done = run("demo", "other", "--tasks", "heldout,quiz.yaml")
     # 3 held-out documents and 6 questions are too few for a difference.
-    assert "other/step_000007 against demo/step_000007: no difference beyond noise at" in done.stdout
+    assert "other/step_000007 against demo/step_000007: too few documents to tell at" in done.stdout
     assert "Noise is the variation from the choice of documents" in done.stdout
     assert "is better than" not in done.stdout
     found = json.loads(run("demo", "other", "--tasks", "heldout,quiz.yaml", "--json").stdout)
@@ -88,7 +88,7 @@ def test_published_figures_stand_beside_the_run(world: Path) -> None:
     done = run("demo", "--tasks", "heldout,quiz.yaml", "--compare", "GPT2,mobilellm-125m")
     [line] = [line for line in done.stdout.splitlines() if "acc_norm" in line and "hellaswag" in line]
     assert line.split()[-4:] == ["0.3114*", "(a)", "0.389*", "(b)"]
-    [line] = [line for line in done.stdout.splitlines() if "bits_per_byte" in line]
+    [line] = [line for line in done.stdout.splitlines() if "bits_per_byte ↓" in line and "heldout" in line]
     assert line.split()[-2:] == ["–", "–"]
     assert "(b) MobileLLM README: MobileLLM's own script, 0-shot, metric not stated" in done.stdout
     found = json.loads(run("demo", "--tasks", "quiz.yaml", "--compare", "mobilellm-125m", "--json").stdout)
@@ -102,7 +102,7 @@ def test_published_figures_stand_beside_the_run(world: Path) -> None:
 def test_many_columns_break_between_figure_and_error(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.out, "_width", 80)
     done = run("demo", "other", "--tasks", "quiz.yaml", "--compare", "gpt2,mobilellm-125m")
-    [i] = [i for i, line in enumerate(done.stdout.splitlines()) if line.startswith(" hellaswag  acc_norm")]
+    [i] = [i for i, line in enumerate(done.stdout.splitlines()) if line.startswith(" hellaswag  acc_norm ↑")]
     line, below = done.stdout.splitlines()[i : i + 2]
     assert line.split()[-2:] == ["0.3114*", "0.389*"]
     assert below.split()[-2:] == ["(a)", "(b)"]

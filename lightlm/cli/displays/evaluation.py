@@ -13,6 +13,19 @@ _WIDE = 110  # columns of a terminal; in a narrower one, many figures break befo
 _NARROW_FIGURES = 3  # figures per row that fit unbroken in a narrow terminal
 
 
+_ASCII = {"↑": "^", "↓": "v", "±": "+-", "–": "-"}
+
+
+def printable(text: str, encoding: str) -> str:
+    """Return the text with the signs of the table replaced that the encoding of a stream lacks."""
+    for sign, plain in _ASCII.items():
+        try:
+            sign.encode(encoding)
+        except UnicodeEncodeError:
+            text = text.replace(sign, plain)
+    return text
+
+
 def print_scores(table: "ScoreTable", reports: Sequence[dict[str, Any]]) -> None:
     """Print the table, its notes and comparisons, and the sizes of models with experts.
 
@@ -25,18 +38,25 @@ def print_scores(table: "ScoreTable", reports: Sequence[dict[str, Any]]) -> None
 
     from lightlm.evaluate.compare.table import TEXT_COLUMNS
 
+    fixed = table.figures_from
+    narrow = out.width < _WIDE and len(table.columns) - fixed > _NARROW_FIGURES
+    chance = TEXT_COLUMNS + 1 if narrow and fixed > TEXT_COLUMNS + 1 else None  # stands below the metric then
     drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, heading in enumerate(table.columns):
         text = number < TEXT_COLUMNS
-        drawn.add_column(escape(heading), justify="left" if text else "right", no_wrap=text, overflow="fold")
-    fixed = TEXT_COLUMNS + 1  # with the count of documents
-    narrow = out.width < _WIDE and len(table.columns) - fixed > _NARROW_FIGURES
+        if number != chance:
+            title = escape(printable(heading, out.encoding))
+            drawn.add_column(title, justify="left" if text else "right", no_wrap=text, overflow="fold")
     for i, row in enumerate(table.rows):
-        texts = [escape(text.replace(" ", "\n", 1) if narrow and j >= fixed else text) for j, text in enumerate(row)]
-        drawn.add_row(*(f"[bold]{text}[/]" if (i, j) in table.best else text for j, text in enumerate(texts)))
+        texts = [text.replace(" ", "\n", 1) if narrow and j >= fixed else text for j, text in enumerate(row)]
+        if chance is not None and row[chance]:
+            texts[TEXT_COLUMNS - 1] += f"\nchance {float(row[chance]):.2f}"
+        texts = [escape(printable(text, out.encoding)) for text in texts]
+        texts = [f"[bold]{text}[/]" if (i, j) in table.best else text for j, text in enumerate(texts)]
+        drawn.add_row(*(text for j, text in enumerate(texts) if j != chance))
     out.print(drawn)
     for line in [*table.sentences, *table.notes]:
-        out.print(line, soft_wrap=True, markup=False)
+        out.print(printable(line, out.encoding), soft_wrap=True, markup=False)
     if any(report["active_parameters"] != report["parameters"] for report in reports):
         for report in reports:  # with experts, the compute per token does not follow from the number of parameters
             total, active, flops = (

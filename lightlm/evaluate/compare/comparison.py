@@ -13,7 +13,8 @@ import numpy as np
 from lightlm.evaluate.compare import paired
 from lightlm.evaluate.compare.paired import Difference
 from lightlm.evaluate.results.documents import Document, Value
-from lightlm.evaluate.results.rows import Row, rows
+from lightlm.evaluate.results.rows import ACCURACIES, Row, rows
+from lightlm.evaluate.results.truncation import UNCUT, Truncation, read_truncations
 
 NOISE = (
     "Noise is the variation from the choice of documents. A difference beyond it is significant at 5% for all these "
@@ -40,12 +41,20 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's figure on a task, and the (hash, value) of each document by its number."""
+    """A model's figure on a task.
+
+    Args:
+        documents: the (hash, value) of each document by its number.
+        truncation: how the task's requests were cut to fit the model's context.
+        chance: the accuracy that guessing reaches; None if unknown or without choices.
+    """
 
     model: str
     row: Row
     protocol: Protocol
     documents: Mapping[int, tuple[str, Value]]
+    truncation: Truncation = UNCUT
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,15 @@ class Comparison:
     notes: Sequence[str] = ()
 
     @property
+    def too_few(self) -> bool:
+        """Whether the documents are too few to tell: no outcome is significant, or test and interval disagree."""
+        if self.difference is None or self.winner is not None:
+            return False
+        excludes_zero = not self.difference.low <= 0 <= self.difference.high
+        significant = self.difference.p_value < paired.SIGNIFICANCE
+        return self.documents < paired.FEWEST or excludes_zero != significant
+
+    @property
     def winner(self) -> int | None:
         """Return 0 if the first model is better beyond noise, 1 if the second is, else None.
 
@@ -90,26 +108,44 @@ class Comparison:
         where = f"at {self.task} {self.metric}"
         if self.difference is None:
             return f"{self.second} and {self.first} are not compared {where}: {self.reason}"
-        amount, interval, p_value, *notes = self.facts()
-        count = f"{self.documents:,} document{'s' * (self.documents != 1)}"
-        facts = ", ".join([f"95% interval {interval}", p_value, count, *notes])
+        amount, *facts = self.facts()
         if self.winner is None:
-            return f"{self.second} against {self.first}: no difference beyond noise {where} ({amount}, {facts})"
+            return f"{self.second} against {self.first}: {self.verdict} {where} ({', '.join([amount, *facts])})"
         better, worse = (self.second, self.first) if self.winner else (self.first, self.second)
-        return f"{better} is better than {worse} {where} by {amount} ({facts})"
+        return f"{better} is better than {worse} {where} by {amount} ({', '.join(facts)})"
+
+    @property
+    def verdict(self) -> str:
+        """What the comparison says without a winner."""
+        return "too few documents to tell" if self.too_few else "no difference beyond noise"
 
     def facts(self) -> list[str]:
-        """Return the better model's lead (or the second's, with a sign), its interval, the p-value and the notes."""
+        """Return the better model's lead, or how much better or worse the second is, then what supports it.
+
+        The 95% interval stands only beside a verdict that it agrees with.
+        """
         difference = self.difference
         assert difference is not None
-        sign = -1 if (self.higher_is_better is False) != (self.winner == 0) else 1
-        scale, digits = (100 * sign, 1) if self.share else (sign, 4)
+        scale, digits = (100, 1) if self.share else (1, 4)
         unit = " points" if self.share else " bits per byte" if self.metric == "bits_per_byte" else ""
-        low, high = sorted((scale * difference.low, scale * difference.high))
-        plus = "+" if self.winner is None else ""
-        p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
-        amount = f"{scale * difference.value:{plus}.{digits}f}{unit}"
-        return [amount, f"{low:.{digits}f} to {high:.{digits}f}", p_value, *self.notes]
+
+        def words(value: float, unit: str = "") -> str:
+            if self.higher_is_better is None:
+                return f"{scale * value:+.{digits}f}{unit}"
+            size = f"{abs(scale * value):.{digits}f}"
+            if self.winner is not None or not float(size):
+                return f"{size}{unit}"
+            return f"{size}{unit} {'better' if (value > 0) == self.higher_is_better else 'worse'}"
+
+        facts = [words(difference.value, unit)]
+        if not self.too_few:
+            ends = [difference.low, difference.high]
+            if self.winner is not None or ends[0] <= 0 <= ends[1]:
+                ends = sorted(ends, key=abs) if self.winner is not None else ends
+                facts.append(f"95% interval {words(ends[0])} to {words(ends[1])}")
+            facts.append("p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}")
+        count = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        return [*facts, count, *self.notes]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `--json`."""
@@ -124,6 +160,8 @@ class Comparison:
             "p_value_holm": self.p_value,
             "method": self.difference.method,
             "beyond_noise": self.winner is not None,
+            "higher_is_better": self.higher_is_better,
+            "too_few_documents": self.too_few,
             "better": None if self.winner is None else (self.first, self.second)[self.winner],
         }
 
@@ -144,6 +182,7 @@ def answers_of(
     bos = facts.get("bos")
     before = bos.get("before_contexts") if isinstance(bos, dict) else None
     precedes = None if before is None else "yes" if before else "no"
+    truncations, chances = read_truncations(facts), facts.get("chances") or {}
     found = []
     for row in rows(dict(results)):
         version, shots = (results.get(key, {}).get(row.task) for key in ("versions", "n-shot"))
@@ -153,7 +192,9 @@ def answers_of(
             for document in by_task.get(row.task, ())
             if row.metric in document.metrics
         }
-        found.append(Answers(model, row, protocol, values))
+        cut = truncations.get(row.task, UNCUT)
+        chance = chances.get(row.task) if row.metric.startswith(ACCURACIES) else None
+        found.append(Answers(model, row, protocol, values, cut, chance))
     return found
 
 
@@ -180,6 +221,9 @@ def compare(first: Answers, second: Answers) -> Comparison:
     share = bool((w_N == 1).all() and min(x_N.min(), y_N.min()) >= 0 and max(x_N.max(), y_N.max()) <= 1)
     settings = [("", ours.dtype, theirs.dtype), ("BOS ", ours.bos, theirs.bos)]
     notes = [f"{what}{a} against {b}" for what, a, b in settings if None not in (a, b) and a != b]
+    if first.truncation.cut or second.truncation.cut:
+        shares = (f"{one.truncation.cut / max(1, one.truncation.requests):.0%}" for one in (first, second))
+        notes.append(f"{' and '.join(shares)} of requests cut")
     difference = paired.difference(x_N, y_N, w_N, form)
     return Comparison(*about, len(numbers), difference, difference.p_value, share=share, notes=notes)
 
@@ -215,11 +259,12 @@ def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
     """Return the comparisons in words: a sentence per winner, then one per pair of models and reason for the others."""
     found = [comparison.sentence() for comparison in comparisons if comparison.winner is not None]
-    alike: dict[tuple[str, str, str], list[Comparison]] = {}
+    alike: dict[tuple[str, str, str, bool], list[Comparison]] = {}
     for comparison in comparisons:
         if comparison.winner is None:
-            alike.setdefault((comparison.first, comparison.second, comparison.reason), []).append(comparison)
-    for (first, second, reason), group in alike.items():
+            key = (comparison.first, comparison.second, comparison.reason, comparison.too_few)
+            alike.setdefault(key, []).append(comparison)
+    for (first, second, reason, _), group in alike.items():
         names = [f"{one.task} {one.metric}" for one in group]
         if len(group) == 1:
             found.append(group[0].sentence())
@@ -227,5 +272,5 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
             found.append(f"{second} and {first} are not compared at {', '.join(names)}: {reason}")
         else:
             facts = (f"{name} ({', '.join(one.facts())})" for name, one in zip(names, group, strict=True))
-            found.append(f"{second} against {first}: no difference beyond noise at {'; '.join(facts)}")
+            found.append(f"{second} against {first}: {group[0].verdict} at {'; '.join(facts)}")
     return found

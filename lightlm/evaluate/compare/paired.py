@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
 SIGNIFICANCE = 0.05
+FEWEST = 6  # documents: fewer are not significant even if all agree, because p is at least 2 / 2^n
 _BATCH = 2_000_000  # numbers drawn at a time: 16 MB of indices
 
 # The g of lm-eval's aggregations that are made of sums: mean, bits_per_byte, and the perplexities.

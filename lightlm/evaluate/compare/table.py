@@ -1,13 +1,29 @@
 """The table of scores as data. The CLI renders it with rich, the report as HTML."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lightlm.evaluate.compare.baselines import Baseline, Legend
+from lightlm.evaluate.compare.chance import chance_of
 from lightlm.evaluate.compare.comparison import NOISE, Answers, Comparison, sentences
-from lightlm.evaluate.results.rows import Row
+from lightlm.evaluate.results.rows import ACCURACIES, Row
 
 TEXT_COLUMNS = 2  # task and metric; the others hold numbers
+ARROWS = {True: " ↑", False: " ↓", None: ""}  # by `higher_is_better`, as lm-eval draws them
+ARROW_NOTE = "↑ higher is better, ↓ lower is better."
+
+# The meaning of metrics, by the beginning of their names; the longest that fits counts.
+MEANINGS = {
+    "bits_per_byte": "bits that the model needs for a byte of text",
+    "byte_perplexity": "2 to the power of bits_per_byte",
+    "word_perplexity": "e to the power of the loss per word",
+    "perplexity": "e to the power of the loss per answer",
+    "acc": "share of documents whose right answer is the most likely one",
+    "acc_norm": "acc with each answer's likelihood divided by its characters",
+    "acc_bytes": "acc with each answer's likelihood divided by its bytes",
+    "acc_mutual_info": "acc with each answer's likelihood divided by that without the question",
+    "exact_match": "share of documents answered word for word",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,8 @@ class ScoreTable:
         rows: texts by column.
         best: (row, column) of figures that are better beyond noise.
         sentences: the comparisons in words.
-        notes: what noise means, and the legend of published figures.
+        notes: what noise means, cut prompts, the meaning of metrics, and the legend of published figures.
+        figures_from: the first column with figures of a model.
     """
 
     columns: list[str]
@@ -60,6 +77,7 @@ class ScoreTable:
     best: set[tuple[int, int]]
     sentences: list[str]
     notes: list[str]
+    figures_from: int
 
 
 def count_documents(score: Score) -> str:
@@ -85,20 +103,65 @@ def score_table(
 ) -> ScoreTable:
     """Build the table. With two models, a figure that is better beyond noise is marked as best."""
     figures = list(models) if len(models) > 1 else ["Value ± Stderr"]
+    chances = [_chance(line) for line in lines]
+    with_chance = any(chances)
     winners = {(one.task, one.metric): one.winner for one in comparisons} if len(models) == 2 else {}
     legend = Legend()
     rows: list[list[str]] = []
     best = set()
-    for line in lines:
+    for line, chance in zip(lines, chances, strict=True):
         winner = winners.get((line.task, line.metric))
         if winner is not None and len(line.scores) == 2:
-            best.add((len(rows), TEXT_COLUMNS + 1 + winner))
+            best.add((len(rows), TEXT_COLUMNS + 1 + with_chance + winner))
         score = next(iter(line.scores.values()))
         shots = score.answers.protocol.num_fewshot
         published = [baseline.find(line.task, line.metric) for baseline in baselines]
         cells = [str(line.scores.get(number, "")) for number in range(len(models))]
         cells += [legend.cell(found[0], shots, score.limit) if found else "–" for found in published]
-        rows.append([line.task, line.metric, line.documents, *cells])
-    columns = ["Task", "Metric", "Documents", *figures, *(baseline.name for baseline in baselines)]
+        metric = line.metric + ARROWS[score.row.higher_is_better]
+        rows.append([line.task, metric, line.documents, *([chance] if with_chance else []), *cells])
+    columns = ["Task", "Metric", "Documents", *(["Chance"] if with_chance else []), *figures]
+    columns += [baseline.name for baseline in baselines]
     notes = [NOISE] if any(comparison.difference for comparison in comparisons) else []
-    return ScoreTable(columns, rows, best, sentences(comparisons), notes + legend.lines(baselines))
+    notes += [*_truncations(lines, models), *_meanings(lines), *unmatched(baselines, lines)]
+    return ScoreTable(
+        columns, rows, best, sentences(comparisons), notes + legend.lines(baselines), TEXT_COLUMNS + 1 + with_chance
+    )
+
+
+def _chance(line: Line) -> str:
+    """Return the accuracy that guessing reaches, by the known tasks or by the number of choices; empty if unknown."""
+    if not line.metric.startswith(ACCURACIES):
+        return ""
+    known = chance_of(line.task)
+    chance = known.value if known else next(iter(line.scores.values())).answers.chance
+    return "" if chance is None else f"{chance:.4f}"
+
+
+def _truncations(lines: Iterable[Line], models: Sequence[str]) -> list[str]:
+    """Return a sentence per model and task whose requests were cut."""
+    found: dict[str, None] = {}
+    for line in lines:
+        for number, score in line.scores.items():
+            if score.answers.truncation.cut:
+                who = f"{models[number]}: " if len(models) > 1 else ""
+                shots = score.answers.protocol.num_fewshot
+                found.setdefault(who + score.answers.truncation.sentence(line.task, shots))
+    return [f"{sentence}." for sentence in found]
+
+
+def _meanings(lines: Iterable[Line]) -> list[str]:
+    """Return what the metrics of these lines mean, and which way is better."""
+    metrics = dict.fromkeys(line.metric.partition(" ")[0] for line in lines)
+    known = [f"{metric}: {MEANINGS[metric]}" for metric in metrics if metric in MEANINGS]
+    return [" ".join([ARROW_NOTE, *(f"{text}." for text in known)])] if metrics else []
+
+
+def unmatched(baselines: Sequence[Baseline], lines: Sequence[Line]) -> list[str]:
+    """Return a sentence per baseline that has no published figure for any of these lines."""
+    found = []
+    for baseline in baselines:
+        if not any(baseline.find(line.task, line.metric) for line in lines):
+            tasks = ", ".join(dict.fromkeys(figure.task for figure in baseline.figures))
+            found.append(f"{baseline.name} has no published figure for these tasks; it has some for {tasks}.")
+    return found

@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lightlm.checkpoint import LoadedModel
 from lightlm.errors import LightLMError
 from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.results.truncation import Truncation
 
 if TYPE_CHECKING:
     from lightlm.train.distributed import World
@@ -28,8 +29,8 @@ _GROUP = 32  # most requests with one context that one process answers together
 T = TypeVar("T")
 
 
-class StoppedError(Exception):
-    """A process was asked to stop, so all do."""
+class StoppedError(BaseException):
+    """A process was asked to stop, so all do. Like KeyboardInterrupt, it is not the failure of a task."""
 
 
 class PeerFailedError(LightLMError):
@@ -122,15 +123,17 @@ class SharedLightLM(LightLM):
                 end += 1
             mine = [index for group in groups[begin:end][rank::size] for index in group]
             started = time.perf_counter()
+            before, self._truncation = self._truncation, Truncation()
             given = answer([requests[index] for index in mine]) if mine else []
-            content = dict(zip(mine, given, strict=True)), time.perf_counter() - started
+            content = dict(zip(mine, given, strict=True)), time.perf_counter() - started, self._truncation
             everyones = self._exchange.round(f"{kind} {begin}", content)
-            for theirs, _ in everyones:
+            for theirs, _, _ in everyones:
                 answers |= theirs
             self._finished(len(answers) / len(requests))
+            self._truncation = sum((cut for *_, cut in everyones), start=before)
             begin = end
             # Equal in all processes, because all have all times.
-            budget = min(4 * budget, characters * _ROUND_SECONDS / max(1e-3, *(took for _, took in everyones)))
+            budget = min(4 * budget, characters * _ROUND_SECONDS / max(1e-3, *(took for _, took, _ in everyones)))
         return [answers[index] for index in range(len(requests))]
 
 

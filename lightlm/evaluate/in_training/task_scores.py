@@ -13,6 +13,7 @@ from lightlm.evaluate.in_training.sharing import Exchange, SharedLightLM, Stoppe
 from lightlm.evaluate.results.rows import rows
 from lightlm.evaluate.runner import run_tasks
 from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks.checks import describe
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.patches import quiet
 from lightlm.model.transformer import Transformer
@@ -40,10 +41,12 @@ class TaskScores:
 
     def __init__(self, section: EvalSection, data: DataFolder, peers: "World", note: Callable[[str], object]) -> None:
         self._tokenizer, self._peers = data.tokenizer, peers
+        self._cut: set[str] = set()  # tasks whose cut prompts are noted
+        self._note = note if peers.is_writer else lambda message: None
         settings = Settings(list(section.tasks), section.limit, data=str(data.path), data_dir=section.data_dir)
 
         def load() -> None:
-            self._tasks = Tasks(settings, note if peers.is_writer else lambda message: None)
+            self._tasks = Tasks(settings, self._note)
             with quiet():
                 self._tasks.load(self._tasks.names)
 
@@ -60,6 +63,8 @@ class TaskScores:
     ) -> dict[str, float] | None:
         """Return every metric of every task and group, as `task/metric`; leaves the model in evaluation mode.
 
+        A task that fails is left out and noted. How prompts were cut is noted once.
+
         All processes must call this, each with the whole model. All get the figures, or all an error.
 
         Args:
@@ -68,6 +73,7 @@ class TaskScores:
             finished: receives the finished share every few seconds.
 
         Raises:
+            DataError: all tasks failed.
             PeerFailedError: the evaluation failed in another process.
         """
         exchange = Exchange(self._peers, stop)
@@ -76,7 +82,13 @@ class TaskScores:
         results_everywhere = mock.patch.dict(os.environ, LOCAL_RANK="0")
         try:
             with exchange.broadcasting_failure(), results_everywhere:
-                document = run_tasks(lm, self._tasks, bootstrap_iters=0)
+                outcome = run_tasks(lm, self._tasks, bootstrap_iters=0, around=exchange.broadcasting_failure)
         except StoppedError:
             return None
-        return {f"{row.task}/{row.metric.replace(' ', '')}": row.value for row in rows(document)}
+        if outcome.failed:
+            self._note(f"eval.tasks at {path.name}: {describe(outcome.failed)}")
+        for task, cut in outcome.truncated.items():
+            if cut.cut and task not in self._cut:
+                self._cut.add(task)
+                self._note(f"eval.tasks: {cut.sentence(task, outcome.results['n-shot'].get(task))}")
+        return {f"{row.task}/{row.metric.replace(' ', '')}": row.value for row in rows(outcome.results)}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+ACCURACIES = ("acc", "exact_match")  # beginnings of the metrics that guessing among choices can reach
+
 
 @dataclass(frozen=True)
 class Row:

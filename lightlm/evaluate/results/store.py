@@ -4,6 +4,7 @@
 <name>.meta.json             settings, model, data, machine and versions, which lm-eval's format has no place for
 <name>.documents.jsonl       each document's figures (see `documents.py`)
 <name>.samples_<task>.jsonl  prompts and answers in lm-eval's format, with --log-samples
+<name>.partial.json          the finished tasks, while others are being scored; it remains if the process is killed
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 
 from lightlm import files
 from lightlm.checkpoint import LoadedModel
+from lightlm.evaluate.results import documents
 from lightlm.evaluate.settings import Settings
 from lightlm.machine import environment
 from lightlm.runs import run_of
@@ -57,11 +59,25 @@ def out_file(out: Path, settings: Settings, name: str) -> Path:
     return out if out.suffix == ".json" else out / f"{re.sub(r'[/:]', '_', name)}_{file_stem(settings)}.json"
 
 
-def write(path: Path, results: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write lm-eval's results to `path`, and the facts and versions to `<name>.meta.json`."""
+def progress_file(path: Path) -> Path:
+    """Return the file for the tasks that are finished while others are being scored."""
+    return path.with_suffix(".partial.json")
+
+
+def remove_progress(path: Path) -> None:
+    """Remove what was written to `progress_file(path)`."""
+    for name in (partial := progress_file(path), partial.with_suffix(".meta.json"), documents.documents_file(partial)):
+        name.unlink(missing_ok=True)
+
+
+def write(
+    path: Path, results: dict[str, Any], facts: dict[str, Any], scored: Iterable[documents.Document] = ()
+) -> None:
+    """Write lm-eval's results to `path`, and beside it the facts and versions, and the documents' figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, json.dumps(results, indent=2, default=_plain, ensure_ascii=False) + "\n")
     files.write_text(path.with_suffix(".meta.json"), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    documents.write(documents.documents_file(path), scored)
 
 
 def write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

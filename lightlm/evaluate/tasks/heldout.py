@@ -7,7 +7,7 @@ examples (lightlm/evaluate/tasks/cloze.py) depend on a vocabulary.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ HELDOUT, CLOZE = "heldout", "heldout_cloze"
 # Limits of what the cloze reads of a validation split, to keep decoding and cutting to a few seconds.
 _CLOZE_DOCUMENTS = 4000
 _CLOZE_BYTES = 8_000_000
+
+
+class NoRunError(DataError):
+    """A model does not belong to a run, so there is no data that it was trained on here."""
 
 
 class TooFewDocumentsError(DataError):
@@ -95,43 +99,63 @@ def _beginnings(folder: DataFolder) -> list[str]:
     return [text.encode()[:size].decode(errors="ignore") for text in decoded]
 
 
+def without_companions(names: Iterable[str]) -> list[str]:
+    """Return tasks without a cloze that comes with heldout."""
+    listed = list(names)
+    return [name for name in listed if name != CLOZE or HELDOUT not in listed]
+
+
 def common_folder(models: Sequence[str | Path | None], data: str | None = None) -> Path:
     """Return the data folder on which all these models are scored: `data` if given, else that of their runs.
 
+    Models that belong to no run, such as Hugging Face folders, are scored on the data of the others.
+
     Raises:
         UsageError: their runs were trained on different folders, so their figures cannot be compared.
-        DataError: a model does not belong to a run whose recipe names a data set.
+        DataError: no model belongs to a run, or a run's recipe names no data set.
     """
     if data:
         return resolve_dataset(data)
-    folders = [dataset_of(model) for model in models]
-    for model, folder in zip(models, folders, strict=True):
+    folders: dict[str | Path | None, Path] = {}
+    strangers = []
+    for model in models:
+        try:
+            folders[model] = dataset_of(model)
+        except NoRunError as error:
+            strangers.append(error)
+    if not folders:
+        raise strangers[0]
+    for model, folder in folders.items():
         if not folder.is_dir():
             raise DataError(
                 f"the task {HELDOUT} needs the data that {model or 'the newest run'} was trained on, and there is no "
                 f"folder {folder}; if it has moved, say where it is with --data DIR"
             )
-    for model, folder in zip(models[1:], folders[1:], strict=True):
-        if folder.resolve() != folders[0].resolve():
+    (first, expected), *others = folders.items()
+    for model, folder in others:
+        if folder.resolve() != expected.resolve():
             raise UsageError(
-                f"the task {HELDOUT} would score {models[0]} on {folders[0]} and {model} on {folder}, the data of "
+                f"the task {HELDOUT} would score {first} on {expected} and {model} on {folder}, the data of "
                 "their runs, which cannot be compared; choose one data folder for all with --data DIR"
             )
-    return folders[0]
+    return expected
 
 
 def dataset_of(model: str | Path | None) -> Path:
     """Return the data folder of a model's run, from its recipe.
 
     Raises:
-        DataError: the model does not belong to a run whose recipe names a data set, or the recipe cannot be read.
+        NoRunError: the model does not belong to a run with a recipe.
+        DataError: the recipe names no data set, or cannot be read.
     """
     path = RUNS / "latest"
+    advice = "give a prepared data folder with --data"
     try:
         path = ((run_of(Path(model)) if model else None) or find_run(model)) / "recipe.yaml"
         return resolve_dataset(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["dataset"])
     except (LightLMError, OSError):
         reason = f"{model or path} does not belong to a run with a recipe"
+        raise NoRunError(f"the task {HELDOUT} needs text: {reason}; {advice}") from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
         reason = f"{path} names no data set under data.dataset ({' '.join(str(error).split())})"
-    raise DataError(f"the task {HELDOUT} needs text: {reason}; give a prepared data folder with --data")
+        raise DataError(f"the task {HELDOUT} needs text: {reason}; {advice}") from None

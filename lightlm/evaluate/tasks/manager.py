@@ -12,8 +12,9 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager, _factory
 
 from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors, offline
-from lightlm.errors import DataError, UsageError
+from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks.checks import describe, explain, reason_of
 from lightlm.evaluate.tasks.data_sets import DataSets, Need, unreadable
 from lightlm.evaluate.tasks.heldout import CLOZE, HELDOUT, TooFewDocumentsError, load_cloze
 from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache, warn
@@ -40,6 +41,46 @@ class _Describer(_factory.TaskFactory):
         return _Described({key: value for key, value in config.items() if key in known})
 
 
+class _Builder(_factory.TaskFactory):
+    """lm-eval's factory that notes the tasks it cannot build, instead of stopping at the first.
+
+    Args:
+        failed: receives (task, reason, whether its data could not be read).
+    """
+
+    def __init__(self, meta: dict[str, Any], failed: list[tuple[str, str, bool]]) -> None:
+        super().__init__(meta=meta)
+        self._failed = failed
+
+    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Task:
+        try:
+            return super()._build_task(entry, overrides)
+        except (ImportError, LightLMError):
+            raise
+        except Exception as error:
+            name = (overrides or {}).get("task", entry.name)
+            self._failed.append((name, reason_of(error), isinstance(error, hub_errors())))
+            return _Described({"task": name})
+
+    def configurable(self) -> type[ConfigurableTask]:
+        """Return the class for tasks in YAML, which stay incomplete when they fail."""
+        failed = self._failed
+
+        class Explained(ConfigurableTask):
+            def __init__(self, *args: Any, config: dict[str, Any], **options: Any) -> None:
+                try:
+                    super().__init__(*args, config=config, **options)
+                except (ImportError, LightLMError):
+                    raise
+                except Exception as error:
+                    if self.config is None:
+                        self._config = TaskConfig(task=config["task"])
+                    unread = not hasattr(self, "dataset") and isinstance(error, hub_errors())
+                    failed.append((config["task"], explain(self, error), unread))
+
+        return Explained
+
+
 class Tasks(TaskManager):
     """lm-eval's tasks and ours, and the names chosen among them. The task `heldout` adds its cloze.
 
@@ -55,7 +96,7 @@ class Tasks(TaskManager):
     """
 
     def __init__(self, settings: Settings, note: Callable[[str], object] = warn) -> None:
-        self.settings, self._note, self._noted = settings, note, set[str]()
+        self.settings, self._report, self._noted = settings, note, set[str]()
         self._lm: TemplateLM | None = None
         self.data_sets = DataSets(find_data_dir(settings.data_dir))
         folders = [TASKS]
@@ -92,30 +133,48 @@ class Tasks(TaskManager):
             return sorted(matches)
         raise unknown_task(name, self.all_tasks)
 
-    def for_model(self, lm: TemplateLM, path: Path) -> None:
-        """Set the model that the tasks are for, as lm-eval's own command does."""
+    def note(self, message: str) -> None:
+        """Report a note, each once."""
+        if message not in self._noted:
+            self._noted.add(message)
+            self._report(message)
+
+    def for_model(self, lm: TemplateLM, path: Path, data: Path | None = None) -> None:
+        """Set the model that the tasks are for, as lm-eval's own command does, and the data folder of heldout."""
         self._lm, self._about_model["pretrained"] = lm, str(path)
+        if data is not None:
+            self._about_model["data"] = str(data.resolve())
 
     def load(self, task_list: Sequence[str]) -> Any:
         """Build tasks as lm-eval's `load` does, without a cloze that the data or the model does not allow.
 
         Raises:
-            DataError: data sets cannot be read (the message lists all), or a task needs a package that is missing.
+            DataError: tasks cannot be built (the message lists all, with the data sets that cannot be read), or a task
+                needs a package that is missing.
         """
         names = list(task_list)
         if self._cloze_optional and CLOZE in names and (problem := self._cloze_problem()):
             names.remove(CLOZE)
-            if problem not in self._noted:
-                self._noted.add(problem)
-                self._note(problem)
-        needs = self.needs()
-        with self._reading():
-            try:
-                with self._without_retries(needs), self.data_sets.in_use():
-                    return super().load(names)
-            except hub_errors():
-                self.require_data()
-                raise
+            self.note(problem)
+        needs, failed = self.needs(), list[tuple[str, str, bool]]()
+        builder = _Builder(self._about_model, failed)
+        with (
+            self._reading(),
+            mock.patch.object(self, "_factory", builder),
+            mock.patch.object(_factory, "ConfigurableTask", builder.configurable()),
+            self._without_retries(needs),
+            self.data_sets.in_use(),
+        ):
+            loaded = super().load(names)
+        if failed:
+            problems = {task: reason for task, reason, _ in failed}
+            if any(unread for *_, unread in failed) and (missing := self._missing()):
+                unread_tasks = {task for need, _ in missing for task in need.tasks}
+                others = {task: reason for task, reason in problems.items() if task not in unread_tasks}
+                error = unreadable(missing, self.settings, self.data_sets.folder)
+                raise DataError("\n".join([str(error), *([describe(others)] if others else [])]))
+            raise DataError(describe(problems))
+        return loaded
 
     def _cloze_problem(self) -> str:
         """Return why the cloze is left out, or an empty text."""
@@ -178,6 +237,12 @@ class Tasks(TaskManager):
         Raises:
             DataError: some cannot be read; see also `needs`.
         """
+        if missing := self._missing():
+            self.load(self.foreign)  # raises, with what else is wrong with the tasks
+            raise unreadable(missing, self.settings, self.data_sets.folder)
+
+    def _missing(self) -> list[tuple[Need, str]]:
+        """Return the data sets that cannot be read, each with the reason."""
         missing = []
         with quiet(), self._without_retries(needs := self.needs()):
             for need in needs:
@@ -185,8 +250,7 @@ class Tasks(TaskManager):
                     self.data_sets.load(need.path, need.name, **need.options)
                 except hub_errors() as error:
                     missing.append((need, first_line(error)))
-        if missing:
-            raise unreadable(missing, self.settings, self.data_sets.folder)
+        return missing
 
     def _without_retries(self, needs: list[Need]) -> contextlib.AbstractContextManager[object]:
         """Make `datasets` use its cache at once if the Hub does not answer; otherwise it retries for 30 s."""

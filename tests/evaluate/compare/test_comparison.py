@@ -1,6 +1,7 @@
 """Comparisons of two models' scores on the same documents."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from lightlm.evaluate.compare.comparison import Answers, Protocol, compare, compare_all, sentences
 from lightlm.evaluate.results.documents import Document, documents_file, of_samples, read, write
 from lightlm.evaluate.results.rows import Row
+from lightlm.evaluate.results.truncation import Truncation
 
 SAME = Protocol(version=1.0, num_fewshot=0, dtype="float32", bos="yes")
 
@@ -40,7 +42,8 @@ def test_the_better_model_comes_first_whichever_was_named_first():
 def test_a_small_difference_is_not_called_better():
     found = compare(accuracy("a", RIGHT), accuracy("b", CLOSE))
     assert found.winner is None
-    assert found.sentence().startswith("b against a: no difference beyond noise at quiz acc (+1.0 points, 95% interval")
+    assert found.sentence().startswith("b against a: no difference beyond noise at quiz acc (1.0 points better, 95%")
+    assert " worse to " in found.sentence()
 
 
 def test_fewer_bits_per_byte_are_better():
@@ -54,6 +57,29 @@ def test_fewer_bits_per_byte_are_better():
     assert " bits per byte (95% interval 0.13" in found.sentence()
     assert found.difference is not None
     assert found.difference.value == pytest.approx((sum(first) - sum(second)) / sum(sizes) / math.log(2))
+
+
+def test_a_difference_is_better_or_worse_in_words_and_never_by_its_sign():
+    found = compare(bits("a", [-10.0] * 8, [20] * 8), bits("b", [-11.0] * 4 + [-9.5] * 4, [20] * 8))
+    assert found.winner is None
+    assert " at heldout bits_per_byte (0.0180 bits per byte worse, 95% interval " in found.sentence()
+    assert found.to_dict()["difference"] > 0  # more bits are worse
+    assert found.to_dict()["higher_is_better"] is False
+
+
+def test_too_few_documents_are_said_to_be_too_few_without_an_interval():
+    for count in (1, 5):
+        found = compare(bits("a", [-10.0] * count, [20] * count), bits("b", [-11.0] * count, [20] * count))
+        assert found.sentence().startswith("b against a: too few documents to tell at heldout bits_per_byte (")
+        assert "interval" not in found.sentence()
+        assert found.to_dict()["too_few_documents"]
+
+
+def test_cut_prompts_are_named_beside_a_comparison():
+    first, second = accuracy("a", RIGHT), accuracy("b", BETTER)
+    cut = replace(second, truncation=Truncation(200, 50, 500, 20))
+    assert "0% and 25% of requests cut" in compare(first, cut).sentence()
+    assert "cut" not in compare(first, second).sentence()
 
 
 def test_two_forms_of_one_figure_are_compared_once():
@@ -78,7 +104,7 @@ def test_among_many_comparisons_each_must_be_the_clearer():
     assert found[3].p_value == pytest.approx(10 * 2 / 2**8)
     [line] = sentences(found)
     assert line.startswith("b against a: no difference beyond noise at quiz0 acc (")
-    assert "quiz3 acc (+21.1 points" in line
+    assert "quiz3 acc (21.1 points better, p = 0.078, 38 documents)" in line  # its interval would say otherwise
 
 
 @pytest.mark.parametrize(

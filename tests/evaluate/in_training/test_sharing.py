@@ -18,6 +18,7 @@ from lightlm.evaluate.in_training import task_scores as during_training
 from lightlm.evaluate.in_training.sharing import Exchange, PeerFailedError, SharedLightLM
 from lightlm.evaluate.in_training.task_scores import TaskScores
 from lightlm.evaluate.results.rows import rows
+from lightlm.evaluate.results.truncation import Truncation
 from lightlm.evaluate.runner import run_tasks
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks import manager
@@ -93,11 +94,13 @@ def fail(*_, **__):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes the Linux way")
 def test_two_processes_score_as_one_and_share_trouble(workspace):
     (metrics, notes, troubles), (_, _, others) = together(2, run_and_quarrel)
-    assert not notes
+    cut, without_one = notes
+    assert "heldout_cloze: the beginning of" in cut  # once, though there were several evaluations
+    assert without_one == "eval.tasks at here: the task heldout_cloze cannot be scored: process 1 of 2: no room"
     shared = {key.removeprefix("eval/"): value for key, value in metrics[-1].items() if key.startswith("eval/")}
     path = checkpoint.newest_checkpoint(Path("runs/shared"))
     loaded = checkpoint.load_model(path, torch.device("cpu"))
-    single = rows(run_tasks(LightLM(loaded), Tasks(Settings(["heldout"], LIMIT, data="data/tiny"))))
+    single = rows(run_tasks(LightLM(loaded), Tasks(Settings(["heldout"], LIMIT, data="data/tiny"))).results)
     assert {f"{row.task}/{row.metric}" for row in single} == shared.keys()
     for row in single:
         exact = row.task == "heldout_cloze"
@@ -108,8 +111,9 @@ def test_two_processes_score_as_one_and_share_trouble(workspace):
     assert others[0] is None
     assert "different examples" in different
     assert "different examples" in others[1]
-    assert failed == late == "process 1 of 2: no room"
-    assert others[2:] == ["no room", "no room"]
+    assert failed == others[2]  # what the other task gave
+    assert failed.keys() == {"heldout/bits_per_byte", "heldout/byte_perplexity"}
+    assert (late, others[3]) == ("process 1 of 2: no room", "no room")
 
 
 def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
@@ -120,8 +124,8 @@ def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
     monkeypatch.setattr(sharing, "_FIRST_ROUND", 1.0)
     monkeypatch.setattr(sharing, "_ROUND_SECONDS", 0.0)
     tasks, stop = Tasks(Settings(["heldout", "quiz.yaml"])), threading.Event()
-    shared = rows(run_tasks(SharedLightLM(loaded, Exchange(World(), stop)), tasks, bootstrap_iters=0))
-    for ours, other in zip(shared, rows(run_tasks(LightLM(loaded), tasks)), strict=True):
+    shared = rows(run_tasks(SharedLightLM(loaded, Exchange(World(), stop)), tasks, bootstrap_iters=0).results)
+    for ours, other in zip(shared, rows(run_tasks(LightLM(loaded), tasks).results), strict=True):
         assert (ours.task, ours.metric, ours.documents) == (other.task, other.metric, other.documents)
         assert ours.value == pytest.approx(other.value, rel=1e-6)
 
@@ -156,7 +160,7 @@ def test_generated_answers_are_shared_too(tmp_path, monkeypatch):
         rank, size = 0, 2
 
         def gather(self, value):
-            other = type(value)(value.position, ({1: "b", 3: "d"}, 0.1))
+            other = type(value)(value.position, ({1: "b", 3: "d"}, 0.1, Truncation(2, 1, 5, 5)))
             return [value, other]
 
     loaded = write_world(tmp_path)
@@ -166,3 +170,4 @@ def test_generated_answers_are_shared_too(tmp_path, monkeypatch):
     lm = SharedLightLM(LoadedModel(loaded.model, loaded.tokenizer, loaded.path), Exchange(Two(), threading.Event()))
     requests = [type("Request", (), {"args": (text, {"until": ["."]})})() for text in "ABCD"]
     assert lm.generate_until(requests) == ["a", "b", "c", "d"]
+    assert lm.truncation == Truncation(2, 1, 5, 5)  # of the other process

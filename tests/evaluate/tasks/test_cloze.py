@@ -193,7 +193,7 @@ def log_likelihood(loaded: LoadedModel, context: str, ending: str) -> float:
 
 
 def test_scores_are_those_of_a_hand_computation(world: LoadedModel) -> None:
-    document = run_tasks(LightLM(world), Tasks(Settings(["heldout"], limit=12, data="long")))
+    document = run_tasks(LightLM(world), Tasks(Settings(["heldout"], limit=12, data="long"))).results
     figures = {(row.task, row.metric): row for row in results.rows(document)}
     right = {"acc": 0, "acc_norm": 0, "acc_mutual_info": 0}
     for row in heldout.load_cloze(data="long")["validation"].to_list()[:12]:
@@ -218,7 +218,7 @@ def test_where_there_is_no_cloze_heldout_goes_without(world: LoadedModel, tmp_pa
     notes: list[str] = []
     tasks = Tasks(Settings(["heldout"], data="small/data/tiny"), notes.append)
     for _ in range(2):
-        assert run_tasks(LightLM(world), tasks)["results"].keys() == {"heldout"}
+        assert run_tasks(LightLM(world), tasks).results["results"].keys() == {"heldout"}
     [note] = notes
     assert "heldout_cloze" in note
     assert "--val-fraction" in note
@@ -226,5 +226,5 @@ def test_where_there_is_no_cloze_heldout_goes_without(world: LoadedModel, tmp_pa
         run_tasks(LightLM(world), Tasks(Settings(["heldout_cloze"], data="small/data/tiny")))
     short = LoadedModel(tiny_model(world.tokenizer, max_seq_len=16), world.tokenizer, world.path)
     tasks = Tasks(Settings(["heldout"], limit=2, data="long"), notes.append)
-    assert run_tasks(LightLM(short), tasks)["results"].keys() == {"heldout"}
+    assert run_tasks(LightLM(short), tasks).results["results"].keys() == {"heldout"}
     assert "16" in notes[1]

@@ -61,13 +61,13 @@ def bits_per_byte(loaded: LoadedModel, texts: list[str]) -> float:
 
 
 def test_heldout_is_bits_per_byte_on_the_runs_own_validation_documents(world: LoadedModel) -> None:
-    document = run_tasks(LightLM(world), Tasks(Settings(["heldout"], limit=1)))
+    document = run_tasks(LightLM(world), Tasks(Settings(["heldout"], limit=1))).results
     figures = {row.metric: row for row in rows(document)}
     expected = bits_per_byte(world, DOCUMENTS[:1])
     assert figures["bits_per_byte"].value == pytest.approx(expected, rel=1e-5)
     assert figures["byte_perplexity"].value == pytest.approx(2**expected, rel=1e-5)
     assert figures["bits_per_byte"].documents == 1
-    full = rows(run_tasks(LightLM(world), Tasks(Settings(["heldout"]))))
+    full = rows(run_tasks(LightLM(world), Tasks(Settings(["heldout"]))).results)
     assert full[0].documents == len(DOCUMENTS)
 
 
@@ -77,7 +77,7 @@ def test_heldout_without_a_run_needs_a_data_folder(world: LoadedModel) -> None:
         run_tasks(stranger, Tasks(Settings(["heldout"])))
     with pytest.raises(DataError, match="nowhere"):
         run_tasks(stranger, Tasks(Settings(["heldout"], data="nowhere")))
-    assert rows(run_tasks(stranger, Tasks(Settings(["heldout"], data="tiny"))))
+    assert rows(run_tasks(stranger, Tasks(Settings(["heldout"], data="tiny"))).results)
 
 
 @pytest.mark.parametrize("recipe", [b"a: [", b"\xff", b"- a", b"", b"data: x", b"data: {dataset: 5}"])
@@ -116,13 +116,13 @@ def test_an_unreachable_hub_is_not_retried(world: LoadedModel, monkeypatch: pyte
     with pytest.raises(DataError, match=r"(?s)nobody/nothing.*no answer from http://127\.0\.0\.1:9.*HF_HUB_OFFLINE"):
         Tasks(Settings(["quiz.yaml", "far.yaml"])).load(["far.yaml"])
     assert not datasets.config.HF_HUB_OFFLINE
-    assert run_tasks(LightLM(world), Tasks(Settings(["quiz.yaml"])))["results"]  # local data need no Hub
+    assert run_tasks(LightLM(world), Tasks(Settings(["quiz.yaml"]))).results["results"]  # local data need no Hub
 
 
 def test_results_are_lm_evals_own_document_beside_a_file_of_facts(world: LoadedModel, tmp_path: Path) -> None:
     settings = Settings(["quiz.yaml"], num_fewshot=0, limit=4)
     tasks = Tasks(settings)
-    document = run_tasks(LightLM(world), tasks)
+    document = run_tasks(LightLM(world), tasks).results
     path = store.result_file(world, settings, None)
     assert path == tmp_path / "runs" / "demo" / "eval" / "step_000007_quiz_0shot_limit4.json"
     facts = store.provenance(world, store.hash_weights(world), tasks.data_sets.origins, torch.device("cpu"))

@@ -72,7 +72,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
 
 
 def scores(loaded: LoadedModel, *tasks: str, **settings: int) -> dict:
-    return run_tasks(LightLM(loaded), Tasks(Settings(list(tasks), include_path="mine", **settings)))
+    return run_tasks(LightLM(loaded), Tasks(Settings(list(tasks), include_path="mine", **settings))).results
 
 
 def test_a_group_a_tag_and_a_glob_are_the_tasks_in_them(world: LoadedModel) -> None:

@@ -1,0 +1,109 @@
+"""How a task wants its answers generated: lm-eval's `generation_kwargs`, with the meaning of every key."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from lightlm.errors import UsageError
+from lightlm.generate.sampling import GREEDY, Sampling
+
+_MAX_NEW_TOKENS = 256  # lm-eval's default if a task sets none
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one setting
+_KNOWN = {"until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks", "max_length"}
+
+# Settings of transformers and vLLM that LightLM lacks, each with the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "early_stopping": (False,),
+    "length_penalty": (1,),
+    "diversity_penalty": (0,),
+    "penalty_alpha": (0,),
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "use_cache": (True, False),
+    "skip_special_tokens": (True,),
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Settings of a task's answers.
+
+    Args:
+        stops: an answer ends before the first of these texts. Each may contain special tokens.
+        new_tokens: most tokens of an answer; prompts are cut to leave room for them.
+        max_length: most tokens of prompt and answer, in place of `new_tokens`; None: no such limit.
+        ignored: settings that LightLM does not support, as `num_beams: 4`.
+    """
+
+    stops: tuple[str, ...]
+    new_tokens: int
+    max_length: int | None
+    sampling: Sampling
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Generation":
+        """Read `generation_kwargs`.
+
+        As in transformers, answers are greedy without `do_sample` or a temperature, and `top_k: 0` is off.
+
+        Raises:
+            UsageError: a value has the wrong type or is out of its range.
+        """
+        given = {key: value for key, value in settings.items() if value is not None}
+        try:
+            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, _MAX_NEW_TOKENS))
+            stops = kwargs["until"]
+            if not all(isinstance(stop, str) for stop in stops):
+                raise UsageError(f"generation_kwargs: until: {stops!r} is not a list of texts")
+            max_length = int(kwargs["max_length"]) if "max_length" in kwargs else None
+            new_tokens = kwargs["max_gen_toks"]
+            if max_length is not None and not any(name in given for name in _LENGTHS):
+                new_tokens = 1
+            sampling = GREEDY
+            if kwargs.get("do_sample"):
+                top_k = int(kwargs.get("top_k", 0))
+                temperature, top_p = (float(kwargs.get(key, 1.0)) for key in ("temperature", "top_p"))
+                sampling = Sampling(temperature, top_k if top_k > 0 else None, top_p)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"generation_kwargs: {error}") from None
+        if new_tokens < 1 or (max_length is not None and max_length < 1):
+            raise UsageError("generation_kwargs: an answer must have at least 1 token")
+        ignored = [
+            f"{key}: {value}"
+            for key, value in kwargs.items()
+            if key not in _KNOWN and not (key in _NEUTRAL and value in _NEUTRAL[key])
+        ]
+        return cls(tuple(filter(None, stops)), new_tokens, max_length, sampling, tuple(ignored))
+
+    def room(self, context: int) -> int:
+        """Return the most prompt tokens in a context of this size.
+
+        Raises:
+            UsageError: the context does not hold a prompt token beside the answer.
+        """
+        if self.new_tokens >= context:
+            raise UsageError(
+                f"it asks for {self.new_tokens:,} new tokens, but the model's context holds only {context:,} with the "
+                "prompt; lower max_gen_toks in its generation_kwargs, or use a model with a longer context"
+            )
+        return context - self.new_tokens
+
+    def limit(self, prompt: int) -> int:
+        """Return the most tokens of the answer to a prompt of this length; at least 1."""
+        return self.new_tokens if self.max_length is None else max(1, self.max_length - prompt)

@@ -1,0 +1,235 @@
+"""Mistakes in tasks are named before anything is scored, and a failing task costs only its own results."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from lm_eval.api.instance import Instance
+from typer.testing import CliRunner, Result
+
+from lightlm.cli.evaluate import evaluate
+from lightlm.errors import DataError, LightLMError, UsageError
+from lightlm.evaluate import runner
+from lightlm.evaluate.generation import Generation
+from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.tasks import index
+from lightlm.generate.engine import generate
+from lightlm.generate.sampling import GREEDY, Sampling
+from tests.evaluate.tiny_run import tiny_model, write_world
+
+app = typer.Typer()
+app.command()(evaluate)
+
+CHOICES = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {folder}/d.jsonl, validation: {folder}/d.jsonl}}, cache_dir: {folder}/cache}}
+training_split: train
+validation_split: validation
+doc_to_text: "{{{{q}}}}"
+output_type: multiple_choice
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: "{{{{a}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """runs/demo, and a function that writes the task `own` in t/: its documents, and changes to its text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(index, "stock_tasks", dict)  # skips lm-eval's index: 5 s
+    write_world(tmp_path)
+    Path("t").mkdir()
+
+    def task(name: str = "own", docs: list[dict] | None = None, **changes: str) -> None:
+        rows = docs or [{"q": f"What is {n}?", "c": ["red", "blue"], "a": 0} for n in range(3)]
+        folder = tmp_path / "t" / name
+        folder.mkdir()
+        (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = CHOICES.format(name=name, folder=folder.as_posix())
+        lines = [line for line in text.strip().splitlines() if line.partition(":")[0] not in changes]
+        lines += [f"{key}: {value}" for key, value in changes.items() if value]
+        (folder / f"{name}.yaml").write_text("\n".join(lines))
+
+    return task
+
+
+def run(*arguments: str, tasks: str = "own") -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["--tasks", tasks, "--include-path", "t", *arguments])
+
+
+GENERATED = {"output_type": "generate_until", "doc_to_choice": "", "doc_to_target": "red",
+             "metric_list": "[{metric: exact_match}]"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({}, ["--num-fewshot", "5"], "it has 3 examples for its prompts, but 5 were asked for"),
+        ({**GENERATED, "generation_kwargs": "{max_gen_toks: 40}"}, [], "40 new tokens, but the model's context holds"),
+        ({**GENERATED, "generation_kwargs": "{top_p: 2, do_sample: true}"}, [], "top-p must be above 0"),
+        ({**GENERATED, "generation_kwargs": "{max_gen_toks: many}"}, [], "generation_kwargs: "),
+        ({"metric_list": "[{metric: accc, aggregation: mean, higher_is_better: true}]"}, [], "no metric 'accc'"),
+        ({"metric_list": "[{metric: accc}]"}, [], "no metric 'accc'"),
+        ({"metric_list": "[{metric: bleu}]"}, [], "bleu is not computed for output_type multiple_choice"),
+        ({"validation_split": "dev"}, [], "its data has no split 'dev'; it has train, validation"),
+        ({"doc_to_text": '"{{question}}"'}, [], "'question' is undefined"),
+        ({"filter_list": "[{name: x, filter: [{function: nothing}]}]"}, [], "there is no filter 'nothing'"),
+        ({"doc_to_target": "7"}, [], "document 0: the target 7 is not one of its 2 choices"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_known_before_anything_is_scored(
+    write: Callable[..., None], monkeypatch: pytest.MonkeyPatch, changes: dict, arguments: list[str], words: str
+) -> None:
+    for method in ("_score", "_generate"):
+        monkeypatch.setattr(LightLM, method, lambda *_, **__: pytest.fail("a task was scored"))
+    write(**changes)
+    done = run(*arguments)
+    assert isinstance(done.exception, DataError), done.exception
+    assert str(done.exception).startswith("the task own cannot be scored: ")
+    assert words in str(done.exception)
+
+
+def test_the_mistakes_of_all_tasks_are_one_message_with_their_documents(write: Callable[..., None]) -> None:
+    good = {"q": "What?", "c": ["red", "blue"], "a": 0}
+    write("first", [good, {**good, "c": ["red", ""]}, {**good, "c": ["", "red"]}], target_delimiter='""')
+    write("second", [good, {**good, "a": 2}])
+    done = run(tasks="heldout,first,second")
+    message = str(done.exception)
+    assert "2 tasks cannot be scored:" in message
+    assert (
+        "first: document 1: its choices ['red', ''] include an empty text; check doc_to_choice (and 1 other" in message
+    )
+    assert "second: document 1: the target 2 is not one of its 2 choices" in message
+    assert not Path("runs/demo/eval").exists()
+
+
+def test_a_task_that_fails_costs_only_its_own_results(
+    write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("first")
+    write("second")
+    run(tasks="first,second")
+    both = Path("runs/demo/eval/step_000007_first+second.json")
+    before = both.read_bytes()
+    scored = LightLM._loglikelihood_tokens
+
+    def failing(self: LightLM, requests: list, **options: object) -> list:
+        if self._task == "first: ":
+            raise MemoryError("no room")
+        return scored(self, requests, **options)
+
+    monkeypatch.setattr(LightLM, "_loglikelihood_tokens", failing)
+    done = run("--json", tasks="first,second")
+    assert isinstance(done.exception, LightLMError)
+    assert str(done.exception) == "the task first cannot be scored: MemoryError: no room"
+    [model] = json.loads(done.stdout)["models"]
+    assert {row["task"] for row in model["results"]} == {"second"}
+    assert model["failed"] == {"first": "MemoryError: no room"}
+    assert Path(model["file"]).name == "step_000007_second.json"
+    assert both.read_bytes() == before  # the results of all tasks are not replaced
+
+
+def test_a_document_whose_answer_cannot_be_judged_is_named(write: Callable[..., None]) -> None:
+    write("first")
+    Path("t/own").mkdir()
+    judge = "def judge(doc, results):\n    return {'acc': 1 / (doc['a'] - 2)}\n"
+    Path("t/own/judge.py").write_text(judge)
+    text = Path("t/first/first.yaml").read_text().replace("task: first", "task: own").replace("t/first/d", "t/own/d")
+    Path("t/own/own.yaml").write_text(text + "\nprocess_results: !function judge.judge\n")
+    docs = [{"q": "What?", "c": ["red", "blue", "no"], "a": n} for n in range(3)]
+    Path("t/own/d.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    done = run(tasks="first,own")
+    assert "the task own cannot be scored: document 2: ZeroDivisionError" in str(done.exception)
+    assert "first" in done.stdout
+
+
+def test_an_interruption_keeps_the_finished_tasks(write: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    write("first")
+    write("second")
+    monkeypatch.setattr(runner, "_SAVE_SECONDS", 0.0)
+    scored, kept = LightLM._loglikelihood_tokens, []
+
+    def interrupted(self: LightLM, requests: list, **options: object) -> list:
+        if self._task == "second: ":
+            kept.extend(path.name for path in Path("runs/demo/eval").glob("*.partial.json"))  # if it were killed
+            raise KeyboardInterrupt
+        return scored(self, requests, **options)
+
+    monkeypatch.setattr(LightLM, "_loglikelihood_tokens", interrupted)
+    done = run(tasks="first,second")
+    assert done.exit_code == 130
+    assert "interrupted; the scores are those of the finished tasks" in done.stderr
+    assert kept == ["step_000007_first+second.partial.json"]
+    names = {path.name.partition(".")[0] for path in Path("runs/demo/eval").iterdir()}
+    assert names == {"step_000007_first"}
+
+
+def test_cut_prompts_are_counted_in_table_and_facts(write: Callable[..., None]) -> None:
+    write(docs=[{"q": f"{n} cats sat on the mat. " * 30, "c": ["red", "blue"], "a": 0} for n in range(3)])
+    done = run("--num-fewshot", "1")
+    assert "own: the beginning of 6 of 6 requests was cut to fit the model's context" in " ".join(done.stdout.split())
+    [path] = Path("runs/demo/eval").glob("*.meta.json")
+    facts = json.loads(path.read_text())
+    cut = facts["truncated"]["own"]
+    assert (cut["requests"], cut["cut"]) == (6, 6)
+    assert cut["tokens"] <= 6 * cut["most"]
+    assert facts["chances"] == {"own": 0.5}
+
+
+def test_settings_of_generation_have_a_meaning_or_are_named(write: Callable[..., None]) -> None:
+    write(**GENERATED, generation_kwargs="{until: ['.'], max_gen_toks: 4, num_beams: 4, repetition_penalty: 1.3}")
+    done = run()
+    assert done.exit_code == 0, done.exception
+    assert done.stderr.count("num_beams: 4, repetition_penalty: 1.3 is not supported and ignored") == 1
+    for neutral in ({"top_k": 0}, {"num_beams": 1}, {"top_k": 50}, {"repetition_penalty": 1.0}, {"use_cache": True}):
+        found = Generation.of({"until": ["."], "do_sample": False, **neutral})
+        assert (found.sampling, found.ignored, found.new_tokens) == (GREEDY, (), 256)
+    drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    assert Generation.of({**drawn, "top_k": 0}).sampling == Sampling(0.7, None, 0.9)
+    assert Generation.of({**drawn, "top_k": 5, "max_new_tokens": 3}).new_tokens == 3
+    assert Generation.of({"max_length": 30}).limit(20) == 10
+    with pytest.raises(UsageError, match="until"):
+        Generation.of({"until": [3]})
+
+
+def test_a_special_token_among_the_stop_strings_ends_an_answer_as_in_lm_evals_hf(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    from lightlm.checkpoint import LoadedModel
+    from lightlm.convert.huggingface.folder import export_huggingface
+    from lightlm.convert.load import load_pretrained
+    from lightlm.device import pick_device, pick_dtype
+    from tests.evaluate.tiny_run import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    export_huggingface(LoadedModel(tiny_model(tokenizer), tokenizer, Path("tiny")), tmp_path / "hf")
+    lm = LightLM(str(tmp_path / "hf"), device="cpu", dtype="float32")
+    prompt, free = "The cat", {"until": [], "max_gen_toks": 8, "do_sample": False}
+    [completion] = generate(lm.model, [lm.tok_encode(prompt)], 8, GREEDY)
+    ids = completion.ids
+    # The third token becomes a special one, which decoding leaves out.
+    path = tmp_path / "hf" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    [old] = [name for name, index in vocabulary.items() if index == ids[2]]
+    vocabulary["<|stop|>"] = vocabulary.pop(old)
+    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]]
+    content["model"]["merges"] = [pair for pair in pairs if old not in (*pair, "".join(pair))]
+    content["added_tokens"].append(
+        {"id": ids[2], "content": "<|stop|>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+    )  # fmt: skip
+    path.write_text(json.dumps(content), encoding="utf-8")
+    target = pick_device("cpu")
+    lm = LightLM(load_pretrained(str(tmp_path / "hf"), target, pick_dtype("float32", target)))
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=1)
+    stopped = [Instance("generate_until", {}, (prompt, {**free, "until": ["<|stop|>"]}), 0)]
+    assert lm.generate_until(stopped) == theirs.generate_until(stopped)
+    going_on = [Instance("generate_until", {}, (prompt, {**free, "until": ["<|other|>"]}), 0)]
+    assert len(lm.generate_until(stopped)[0]) < len(lm.generate_until(going_on)[0])
