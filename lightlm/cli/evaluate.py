@@ -161,6 +161,7 @@ def evaluate(
         _note("interrupted; " + ("the scores are those of the finished tasks" if finished else "no task was finished"))
     if evaluations:
         _print(evaluations, baselines, limit, as_json)
+        _refresh_reports(evaluations)
     if problems:
         raise LightLMError("\n".join(problems))
     if interruption is not None:
@@ -185,6 +186,24 @@ def _print(evaluations: "list[Evaluation]", baselines: "list[Baseline]", limit: 
     facts = [done.facts for done in evaluations]
     lines = score_lines([[Score(None, limit, answer) for answer in model] for model in answers])
     print_scores(score_table(lines, [fact["model"] for fact in facts], comparisons, baselines), facts)
+
+
+def _refresh_reports(evaluations: "list[Evaluation]") -> None:
+    """Show the scores in the pages of their runs. They are stored already, so a failure is only a note."""
+    from lightlm.runs import run_of
+
+    runs = (run_of(Path(done.facts["path"])) for done in evaluations if done.file is not None)
+    for run in dict.fromkeys(filter(None, runs)):
+        try:
+            with console.status("Drawing the report ..."):
+                from lightlm.report.build import refresh_report
+
+                page = refresh_report(run)
+        except Exception as error:
+            _note(f"{run}: the report does not show the scores yet ({error}); try `lightlm report {run}`")
+            continue
+        if page is not None:
+            console.print(f"Scores are in {page}", markup=False, soft_wrap=True)
 
 
 def _note_data(models: "Sequence[str | Path | None]", folder: Path, data: str | None) -> None:

@@ -51,6 +51,15 @@ def write_report(runs: Sequence[Path], out: Path | None = None, baselines: Seque
     return Report(folder / "report.html", paths, records, comparisons)
 
 
+def refresh_report(run: Path) -> Path | None:
+    """Write a run's page anew, with the scores measured since; return it, or None if the run has no page.
+
+    Raises:
+        CheckpointError: as `write_report`.
+    """
+    return write_report([run]).page if (run / "report.html").is_file() else None
+
+
 def comparison_folder(records: Sequence[Record]) -> Path:
     """Return `runs/compare-a-b`; with many runs, only the first few are in the name."""
     names = [record.path.resolve().name for record in records]

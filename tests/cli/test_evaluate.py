@@ -16,6 +16,7 @@ from lightlm.evaluate import runner
 from lightlm.evaluate.tasks import manager
 from lightlm.quantities import format_quantity
 from tests.evaluate.tiny_run import write_world
+from tests.report.run_folder import rows
 
 app = typer.Typer()
 app.command()(evaluate)
@@ -48,6 +49,20 @@ def test_the_newest_run_is_scored_and_the_results_lie_in_it(world: Path) -> None
     assert facts["bos"]["without_context"]["token"] == "<|endoftext|>"
     assert facts["data_sets"] == {"json": {"from": "files", "revision": None}}
     assert facts["working_directory_commit"] is None
+
+
+def test_scores_enter_the_page_that_the_run_has(world: Path) -> None:
+    run = Path("runs/demo")
+    assert "report.html" not in CliRunner().invoke(app, ["--tasks", "quiz.yaml"]).stderr  # no page, and none is made
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
+    (run / "report.html").write_text("old")
+    done = CliRunner().invoke(app, ["--tasks", "quiz.yaml"])
+    assert "Scores are in runs/demo/report.html" in done.stderr
+    assert "acc_norm" in (run / "report.html").read_text()
+    (run / "metrics.jsonl").write_text("damaged}\n")
+    done = CliRunner().invoke(app, ["--tasks", "quiz.yaml"])
+    assert done.exit_code == 0
+    assert "the report does not show the scores yet" in " ".join(done.stderr.split())
 
 
 def test_a_token_before_prompts_gives_other_scores_in_a_file_of_its_own(world: Path) -> None:
