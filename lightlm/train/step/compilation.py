@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lightlm.errors import RecipeError
+from lightlm.model.fused import has_slow_mkl
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 
@@ -16,7 +17,7 @@ from lightlm.recipe import Recipe
 _CPU_FLOPS = 5e14
 
 
-def compiles(recipe: Recipe, model: Transformer, device: torch.device) -> bool:
+def compiles(recipe: Recipe, model: Transformer, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether to compile: as the recipe says; for `auto`, on CUDA, and on a CPU in long runs.
 
     The answer depends on the recipe and the machine, not on a measurement, so that a run is repeatable. The run's
@@ -34,6 +35,8 @@ def compiles(recipe: Recipe, model: Transformer, device: torch.device) -> bool:
     if wanted != "auto":
         return wanted
     if device.type == "cpu":
+        if dtype == torch.float32 and has_slow_mkl():  # compiled blocks would take MKL's products
+            return False
         long = model.flops_per_token(recipe.seq_len) * recipe.train.tokens >= _CPU_FLOPS
         return long and sys.platform == "linux" and _has_compiler()
     return device.type == "cuda"
