@@ -18,8 +18,8 @@ from common import make_parser
 from measure import dense_config, dtype_name, load_shape, machine_facts, seconds_of
 from torch import Tensor
 
+from lightlm.data.folder import DataFolder
 from lightlm.data.loader import BatchLoader
-from lightlm.data.shards import DataFolder
 from lightlm.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer

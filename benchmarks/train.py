@@ -5,17 +5,28 @@
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/train.py --recipe gpt2-124m --sequences 4 --length 1024 --nanogpt nanoGPT \\
         --contestants "lightlm,transformers,nanogpt compiled"
+    python benchmarks/train.py --isa amx,avx512_bf16,avx512,avx2                 # as on older CPUs
 
 Prints JSON: tokens per second and peak memory of each contestant, and LightLM's speed over each other's. A step is
 forward, backward, clipping and AdamW. Speeds are medians over rounds, with the slowest and the fastest round. nanoGPT
 trains as its train.py does: with its own optimizer settings and its vocabulary of 50,304. If a contestant runs both
 plain and compiled, ratios use the faster of the two. All contestants hold their memory at the same time: 5 to 8 GB each
 for these shapes.
+
+With --isa, the contest runs once per level of instructions, in processes that may not use better ones, and names those
+that the CPU lacks. oneDNN obeys ONEDNN_MAX_CPU_ISA, torch's own kernels and torch.compile ATEN_CPU_CAPABILITY. MKL,
+which multiplies in fp32, obeys MKL_ENABLE_INSTRUCTIONS on Intel's CPUs only; on AMD's it runs AVX2 at every level.
 """
 
 import argparse
+import json
+import os
+import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import report
@@ -71,13 +82,74 @@ def nanogpt(options: argparse.Namespace, device: torch.device, suffix: str) -> C
     return model, lambda tokens: run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1], optimizer
 
 
+@dataclass(frozen=True)
+class Level:
+    """A level of instructions: what torch calls the CPU's feature, and the values that hold the libraries to it."""
+
+    feature: str
+    onednn: str
+    aten: str
+    mkl: str
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "ONEDNN_MAX_CPU_ISA": self.onednn,
+            "ATEN_CPU_CAPABILITY": self.aten,
+            "MKL_ENABLE_INSTRUCTIONS": self.mkl,
+        }
+
+
+LEVELS = {
+    "amx": Level("amx_bf16", "DEFAULT", "avx512", "AVX512"),
+    "avx512_bf16": Level("avx512_bf16", "AVX512_CORE_BF16", "avx512", "AVX512"),
+    "avx512": Level("avx512_f", "AVX512_CORE", "avx512", "AVX512"),
+    "avx2": Level("avx2", "AVX2", "avx2", "AVX2"),
+}
+
+
+def compare_levels(names: list[str], arguments: list[str]) -> dict[str, Any]:
+    """Run this benchmark at each level that the CPU has; return the results, and the levels that it lacks."""
+    has = torch.cpu.get_capabilities()
+    levels: dict[str, Any] = {}
+    for name in names:
+        level = LEVELS[name]
+        if not has.get(level.feature):
+            levels[name] = f"not measured: this CPU lacks {level.feature}"
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "result.json"
+            command = [sys.executable, __file__, *arguments, "--out", str(out)]
+            subprocess.run(command, env=os.environ | level.environment(), stdout=subprocess.DEVNULL, check=True)
+            levels[name] = {"environment": level.environment(), **json.loads(out.read_text(encoding="utf-8"))}
+    features = sorted({level.feature for level in LEVELS.values() if has.get(level.feature)})
+    return {"cpu": has.get("cpu_name"), "features": features, "levels": levels}
+
+
 CONTESTANTS: dict[str, Builder] = {"lightlm": lightlm, "transformers": transformers, "nanogpt": nanogpt}
+
+
+def _without(arguments: list[str], *options: str) -> list[str]:
+    """Return the arguments without these options and their values."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in options:
+            next(rest, None)
+        elif argument.partition("=")[0] not in options:
+            kept.append(argument)
+    return kept
 
 
 def main() -> None:
     parser = contest_parser(__doc__, recipe="demo", contestants="lightlm,transformers")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--isa", help=f"levels of instructions to compare, of {','.join(LEVELS)}")
     options = parser.parse_args()
+    if options.isa is not None:
+        names = options.isa.split(",")
+        if unknown := sorted(set(names) - set(LEVELS)):
+            parser.error(f"--isa: unknown level {', '.join(unknown)}; choose from {', '.join(LEVELS)}")
+        report(compare_levels(names, _without(sys.argv[1:], "--isa", "--out")), options.out)
+        return
     seconds, peaks = compete(options, CONTESTANTS)
     report(summary(options, seconds, peaks), options.out)
 

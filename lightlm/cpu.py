@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightlm.model.fused import product
 from lightlm.threads import THREADS_VARIABLE, cores
 
 _ROWS, _ROUNDS = 128, 5
@@ -57,9 +58,9 @@ def _products(dtype: torch.dtype, x_ND: Tensor, weight_FD: Tensor, grad_NF: Tens
     x, weight, grad = (part.to(dtype) for part in (x_ND, weight_FD, grad_NF))
 
     def run() -> None:
-        torch.mm(x, weight.T)
-        torch.mm(grad, weight)
-        torch.mm(grad.T, x)
+        product(x, weight.T)
+        product(grad, weight)
+        product(grad.T, x)
 
     return run
 
@@ -141,7 +142,7 @@ def _layer(width: int) -> Callable[[], None]:
     x_ND, up_FD, down_DF = torch.ones(_LAYER_ROWS, width), torch.ones(3 * width, width), torch.ones(width, 3 * width)
 
     def run() -> None:
-        torch.mm(F.silu(torch.mm(x_ND, up_FD.T)), down_DF.T).add_(x_ND)
+        product(F.silu(product(x_ND, up_FD.T)), down_DF.T).add_(x_ND)
 
     return run
 

@@ -10,7 +10,7 @@ _PARTS = {
     "weights": "weights, fp32",
     "gradients": "gradients, fp32",
     "optimizer": "optimizer state",
-    "weight_copies": "16-bit copies of weights",
+    "weight_copies": "copies of weights",
     "activations": "activations of a micro-batch",
     "logits": "logits and the head's gradients",
     "backward": "backward pass of one layer",

@@ -1,14 +1,16 @@
-"""Hand-written gradients for mixed-precision training on a CPU, where memory traffic costs more than arithmetic.
+"""Hand-written gradients for training on a CPU, in fp32 or in bf16 autocast.
 
-Each function computes what the plain operations in `norms.py`, `attention.py` and `mlp.py` compute under autocast, to
-rounding, in fewer passes over memory. Norms and activations return bf16, where autocast would cast fp32 once for every
+Each function computes what the plain operations in `norms.py`, `attention.py` and `mlp.py` compute, to rounding, in
+fewer passes over memory. Under autocast, norms and activations return bf16, where plain ones cast fp32 once for every
 product. Layers that share an input become one product. What is cheap to recompute is not saved. Parameters stay
-separate; only their bf16 copies are joined. benchmarks/train.py measures the gain.
+separate; only copies of them are joined. Products in fp32 take the faster of torch's two libraries (`product`).
+benchmarks/train.py measures the gain.
 
 Shapes: B batch, T positions, N = B T tokens, D features in, F features out, H query heads, G key/value heads, K head
 size.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,22 +26,47 @@ _copies: dict[tuple[int, ...], Tensor] | None = None
 
 
 def applies(x: Tensor) -> bool:
-    """Return whether x is in a pass with gradients on a CPU under bf16 autocast.
+    """Return whether x is in a pass with gradients on a CPU, in fp32 or under bf16 autocast.
 
     Not inside torch.compile, which fuses the plain operations itself.
     """
-    return (
-        x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and not torch.compiler.is_compiling()
-    )
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == torch.float32
+
+
+def precision() -> torch.dtype:
+    """Return the precision of products where `applies`."""
+    return torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+@functools.cache
+def has_slow_mkl() -> bool:
+    """Return whether fp32 products are faster in oneDNN than in MKL, which is torch's choice.
+
+    MKL has AVX-512 code only for Intel. On one core of a Zen 5, it reaches 110 GFLOP/s and oneDNN 240
+    (docs/decisions/fused-cpu-layers.md). The answer follows from the machine and not from a measurement, so that a run
+    is repeatable.
+    """
+    name = str(torch.cpu.get_capabilities().get("cpu_name", ""))
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and name.startswith("AMD") and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def product(a_NK: Tensor, b_KM: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """Return a b + bias, a new (N, M) tensor, without a graph. Views such as transposes are not copied."""
+    if has_slow_mkl() and a_NK.dtype == torch.float32 and a_NK.device.type == "cpu":
+        # torch.compile's own name for oneDNN's product; it takes (M, K).
+        linear: Tensor = torch.ops.mkldnn._linear_pointwise(a_NK, b_KM.T, bias_M, "none", [], "")
+        return linear
+    return torch.mm(a_NK, b_KM) if bias_M is None else torch.addmm(bias_M, a_NK, b_KM)
 
 
 @contextmanager
 def kept_weight_copies() -> Iterator[None]:
-    """Context manager that reuses bf16 copies of weights across micro-batches. No weight may change inside it."""
+    """Context manager that reuses copies of weights across micro-batches. No weight may change inside it."""
     global _copies
     _copies = {}
     try:
@@ -50,13 +77,15 @@ def kept_weight_copies() -> Iterator[None]:
 
 @torch.no_grad()
 def joined_copy(parameters: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Return a bf16 copy of the parameters, joined along a dimension."""
+    """Return a copy of the parameters in the precision of products, joined along a dimension; one in fp32 is itself."""
+    if len(parameters) == 1 and precision() == parameters[0].dtype:
+        return parameters[0].detach()
     key = tuple(id(parameter) for parameter in parameters)
     if _copies is not None and key in _copies:
         return _copies[key]
     sizes = [parameter.shape[dim] for parameter in parameters]
     shape = [*parameters[0].shape[:dim], sum(sizes), *parameters[0].shape[dim + 1 :]]
-    copy = torch.empty(shape, dtype=torch.bfloat16)
+    copy = torch.empty(shape, dtype=precision())
     for part, parameter in zip(copy.split(sizes, dim), parameters, strict=True):
         part.copy_(parameter)
     if _copies is not None:
@@ -78,19 +107,19 @@ def add_(total: Tensor, part: Tensor, *, first: bool = False) -> None:
 
 
 def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """Return the joined outputs (..., F1 + F2 + ...) in bf16 of layers that share the input x (..., D)."""
+    """Return the joined outputs (..., F1 + F2 + ...) of layers that share the input x (..., D)."""
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return _Linear.apply(x, joined_copy(weights), joined_copy(biases) if biases else None, *weights, *biases)
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b from bf16 copies. `parameters` are passed only to receive the gradients."""
+    """x W^T + b from copies of the weights. `parameters` are passed only to receive the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_FD: Tensor, bias_F: Tensor | None, *parameters: Tensor) -> Tensor:
-        x_ND = x.to(torch.bfloat16).flatten(0, -2)
-        out_NF = torch.mm(x_ND, weight_FD.T) if bias_F is None else torch.addmm(bias_F, x_ND, weight_FD.T)
+        x_ND = x.to(weight_FD.dtype).flatten(0, -2)
+        out_NF = product(x_ND, weight_FD.T, bias_F)
         ctx.save_for_backward(x_ND, weight_FD)
         ctx.weight_rows = [len(parameter) for parameter in parameters if parameter.ndim == 2]
         ctx.has_bias = bias_F is not None
@@ -101,15 +130,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weight_FD = ctx.saved_tensors
         grad_NF = grad.flatten(0, -2)
-        grad_x = torch.mm(grad_NF, weight_FD).view(*grad.shape[:-1], -1)
+        grad_x = product(grad_NF, weight_FD).view(*grad.shape[:-1], -1)
         grad_biases: tuple[Tensor, ...] = ()
         if ctx.has_bias:
             grad_biases = torch.mv(grad_NF.T, grad_NF.new_ones(len(grad_NF))).float().split(ctx.weight_rows)
-        return grad_x, None, None, *torch.mm(grad_NF.T, x_ND).float().split(ctx.weight_rows), *grad_biases
+        return grad_x, None, None, *product(grad_NF.T, x_ND).float().split(ctx.weight_rows), *grad_biases
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """x (..., D) of any precision -> x / sqrt(mean(x^2) + eps) * weight in bf16, computed in fp32."""
+    """x (..., D) of any precision -> x / sqrt(mean(x^2) + eps) * weight in that of products, computed in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -117,17 +146,17 @@ class RMSNormFunction(torch.autograd.Function):
         scale = _inverse_rms(full, eps)
         weight_D = weight_D.float()  # bf16 where FSDP gathers it
         ctx.save_for_backward(x, weight_D, scale)
-        return (full * scale).mul_(weight_D).to(torch.bfloat16)
+        return (full * scale).mul_(weight_D).to(precision())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
         normed_ND = (x * scale).flatten(0, -2)
-        grad_ND = grad.to(torch.float32, copy=True).flatten(0, -2)
+        grad_ND = grad.float().flatten(0, -2)
         product_ND = grad_ND * normed_ND
         mean_N1 = (product_ND @ (weight_D / len(weight_D)))[:, None]
-        grad_x = grad_ND.mul_(weight_D).addcmul_(normed_ND, mean_N1, value=-1).mul_(scale.flatten(0, -2))
+        grad_x = (grad_ND * weight_D).addcmul_(normed_ND, mean_N1, value=-1).mul_(scale.flatten(0, -2))
         return grad_x.view_as(x).to(x.dtype), product_ND.sum(0), None
 
 
@@ -158,7 +187,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 class HeadsFunction(torch.autograd.Function):
-    """Joined projections (B, T, (H + 2G) K) -> queries (B, T, H, K), keys and values (B, T, G, K), all bf16.
+    """Joined projections (B, T, (H + 2G) K) -> queries (B, T, H, K), keys and values (B, T, G, K).
 
     Queries and keys are normalized if weights are given, and rotated if cos and sin (B or 1, T, K) are.
     """
@@ -175,10 +204,10 @@ class HeadsFunction(torch.autograd.Function):
             weight_HK = torch.cat((q_weight_K.expand(num_heads, -1), k_weight_K.expand(num_kv_heads, -1))).float()
             qk = qk.float()
             scale = _inverse_rms(qk, norm_eps)
-            qk = qk.mul_(scale).mul_(weight_HK)
+            qk = (qk * scale).mul_(weight_HK)
         if cos is not None and sin is not None:
             qk = _rotate(qk, cos, sin, 1)
-        qk = qk.to(torch.bfloat16)
+        qk = qk.to(joined.dtype)
         ctx.save_for_backward(joined if scale is not None else None, scale, weight_HK, cos, sin)
         ctx.num_heads = num_heads
         q, k = qk.split((num_heads, num_kv_heads), dim=2)

@@ -133,7 +133,7 @@ def set_up(
         model = checkpoint.load_model(resume_from, device).model
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
-    compiled = compiles(recipe, model, device, note)
+    compiled = compiles(recipe, model, device, dtype, note)
     resolved = {"threads": threads, "compile": compiled, "dtype": str(dtype).removeprefix("torch.")}
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=resolved)})
     if recipe.train.parallel == "fsdp" and world.size == 1:

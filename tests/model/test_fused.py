@@ -1,4 +1,4 @@
-"""The hand-written CPU path and the plain one compute the same, to the rounding of bf16."""
+"""The hand-written CPU path and the plain one compute the same, to the rounding of their precision."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightlm.model import fused
+from lightlm.train.step import loss
 from lightlm.train.step.loss import token_loss
 from tests.shapes import SHAPES, build
 
@@ -18,9 +19,9 @@ def gradients(model, *, dtype=None, plain=False):
         if plain:
             patch.setattr(fused, "applies", lambda x: False)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            loss = token_loss(model, INPUTS, TARGETS)
-        (loss / TARGETS.numel()).backward()
-    return loss.item(), {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+            total = token_loss(model, INPUTS, TARGETS)
+        (total / TARGETS.numel()).backward()
+    return total.item(), {name: parameter.grad.double() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -36,6 +37,35 @@ def test_fused_training_is_as_exact_as_plain_autocast(name):
         size = expected.norm()
         assert (ours[key] - expected).norm() <= 1.5 * (plain[key] - expected).norm() + 0.01 * size, key
     assert any(not torch.equal(ours[key], plain[key]) for key in exact), "the fused path did not run"
+
+
+@pytest.mark.parametrize("slow_mkl", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_fused_training_in_fp32_is_as_exact_as_plain(name, slow_mkl, monkeypatch):
+    if slow_mkl and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
+    for module in (fused, loss):
+        monkeypatch.setattr(module, "has_slow_mkl", lambda: slow_mkl)
+    monkeypatch.setitem(loss._CHUNK, "cpu", 16)  # two chunks
+    model = build(name)
+    exact_loss, exact = gradients(copy.deepcopy(model).double())
+    _, plain = gradients(copy.deepcopy(model), plain=True)
+    fused_loss, ours = gradients(model)
+    assert fused_loss == pytest.approx(exact_loss, rel=1e-6)
+    for key, expected in exact.items():
+        size = expected.norm()
+        assert (ours[key] - expected).norm() <= 1.5 * (plain[key] - expected).norm() + 2e-6 * size, key
+    assert any(not torch.equal(ours[key], plain[key]) for key in exact), "the fused path did not run"
+
+
+def test_precisions_that_it_does_not_know_take_the_plain_operations():
+    assert fused.applies(torch.ones(1))
+    assert not fused.applies(torch.ones(1, dtype=torch.float64))
+    assert not fused.applies(torch.ones(1, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.float16):
+        assert not fused.applies(torch.ones(1))
+    with torch.no_grad():
+        assert not fused.applies(torch.ones(1))
 
 
 def test_gradients_are_fp32_and_dense():

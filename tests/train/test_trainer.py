@@ -354,18 +354,23 @@ def test_automatic_micro_batches_fit_a_gpus_memory(monkeypatch):
 
 def test_compiling_on_a_cpu_waits_for_a_run_that_pays(monkeypatch):
     cpu, model = torch.device("cpu"), Transformer(dataclasses.replace(load_recipe("tiny.yaml").model, vocab_size=320))
+    bf16 = torch.bfloat16
     monkeypatch.setattr(compilation, "_has_compiler", lambda: True)
+    monkeypatch.setattr(compilation, "has_slow_mkl", lambda: True)
     monkeypatch.setattr(compilation.sys, "platform", "linux")
     short = load_recipe("tiny.yaml")
     long = load_recipe("tiny.yaml", ["train.tokens=100B"])
-    assert not compilation.compiles(short, model, cpu)
-    assert compilation.compiles(long, model, cpu)
-    assert compilation.compiles(short, model, torch.device("cuda"))
-    assert not compilation.compiles(load_recipe("tiny.yaml", ["train.compile=false"]), model, torch.device("cuda"))
+    assert not compilation.compiles(short, model, cpu, bf16)
+    assert compilation.compiles(long, model, cpu, bf16)
+    assert not compilation.compiles(long, model, cpu, torch.float32), "its blocks would take the slow products"
+    assert compilation.compiles(short, model, torch.device("cuda"), bf16)
+    assert not compilation.compiles(
+        load_recipe("tiny.yaml", ["train.compile=false"]), model, torch.device("cuda"), bf16
+    )
     monkeypatch.setattr(compilation, "_has_compiler", lambda: False)
-    assert not compilation.compiles(long, model, cpu)
+    assert not compilation.compiles(long, model, cpu, bf16)
     with pytest.raises(RecipeError, match=r"needs a C\+\+ compiler"):
-        compilation.compiles(load_recipe("tiny.yaml", ["train.compile=true"]), model, cpu)
+        compilation.compiles(load_recipe("tiny.yaml", ["train.compile=true"]), model, cpu, bf16)
 
 
 def test_the_runs_recipe_keeps_whether_it_was_compiled(whole_run):

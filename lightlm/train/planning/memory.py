@@ -1,5 +1,7 @@
 """Memory of training and inference by part, counted from shapes before anything is built."""
 
+import re
+
 import torch
 
 from lightlm.model.transformer import Transformer
@@ -28,21 +30,31 @@ def training_parts(
     """
     config, mixed, tokens = model.config, dtype != torch.float32, sequences * recipe.seq_len
     parameters, recompute = model.num_parameters()["total"], recipe.train.activation_checkpointing
-    fused = compiles(recipe, model, device) or (device.type == "cpu" and dtype == torch.bfloat16)
-    products = sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
+    compiled, on_cpu = compiles(recipe, model, device, dtype), device.type == "cpu"
+    if mixed:
+        copies = 2 * sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
+    else:
+        copies = 4 * _joined(model) if on_cpu and not compiled else 0
     accumulates = recipe.batch_sequences > sequences  # the head's gradient then exists twice
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": optimizer_bytes(model, recipe.optimizer),
-        "weight_copies": 2 * products if mixed else 0,
-        "activations": tokens * activation_bytes(config, mixed=mixed, fused=fused, recompute=recompute)
+        "weight_copies": copies,
+        "activations": tokens * activation_bytes(config, mixed=mixed, fused=compiled or on_cpu, recompute=recompute)
         + mask_bytes(config, recipe.seq_len, mixed=mixed),
         "logits": head_loss_bytes(
             tokens, config.hidden_size, config.vocab_size, device.type, dtype, accumulates=accumulates
         ),
         "backward": tokens * backward_bytes(config, mixed=mixed) + expert_gradient_bytes(config, mixed=mixed),
     }
+
+
+def _joined(model: Transformer) -> int:
+    """Return the number of weights that are copied only to join layers which share an input."""
+    names = {"q_proj", "k_proj", "v_proj"} | ({"gate_proj", "up_proj"} if model.config.mlp == "swiglu" else set())
+    joined = re.compile(rf"\b({'|'.join(sorted(names))})\b|experts\.(gate|up)_proj")
+    return sum(p.numel() for name, p in model.blocks.named_parameters() if joined.search(name))
 
 
 def inference_parts(model: Transformer) -> dict[str, int]:

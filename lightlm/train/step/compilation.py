@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lightlm.errors import RecipeError
+from lightlm.model.fused import has_slow_mkl
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 
@@ -21,7 +22,11 @@ _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs, Volta's, that Triton generates c
 
 
 def compiles(
-    recipe: Recipe, model: Transformer, device: torch.device, note: Callable[[str], None] = lambda message: None
+    recipe: Recipe,
+    model: Transformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    note: Callable[[str], None] = lambda message: None,
 ) -> bool:
     """Return whether to compile: as the recipe says; for `auto`, on CUDA, and on a CPU in long runs.
 
@@ -46,6 +51,8 @@ def compiles(
     if wanted != "auto":
         return wanted
     if device.type == "cpu":
+        if dtype == torch.float32 and has_slow_mkl():  # compiled blocks would take MKL's products
+            return False
         long = model.flops_per_token(recipe.seq_len) * recipe.train.tokens >= _CPU_FLOPS
         return long and sys.platform == "linux" and _has_compiler()
     if lacks:

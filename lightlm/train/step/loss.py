@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightlm.model.fused import add_
+from lightlm.model.fused import add_, has_slow_mkl, product
 from lightlm.model.moe import Routing
 from lightlm.model.transformer import Transformer
 
@@ -48,18 +48,21 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor) -> Tensor:
         with torch.autocast(x_ND.device.type, enabled=False):
             loss, *grads = _head_loss(x_ND, master_VD, targets_N, with_gradients=any(ctx.needs_input_grad))
-        ctx.save_for_backward(*grads)
+        ctx.grads = grads  # not saved for backward, which would keep a reference: see there
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_x_ND, grad_weight_VD = ctx.saved_tensors
+        # Nothing else may refer to the weight's gradient: autograd then adds a tied table's sparse part in place.
+        (grad_x_ND, grad_weight_VD), ctx.grads = ctx.grads, None
         return grad_x_ND * grad_loss, grad_weight_VD.mul_(grad_loss), None
 
 
 def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradients: bool) -> tuple[Tensor, ...]:
     """Return the summed loss and, `with_gradients`, the gradients of x and of the weight."""
+    if x_ND.device.type == "cpu" and x_ND.dtype == master_VD.dtype == torch.float32:
+        return _full_head_loss(x_ND, master_VD, targets_N, with_gradients=with_gradients)
     vocab_size = len(master_VD)
     weight_WD = _padded(master_VD, x_ND.dtype)
     rows = min(_CHUNK[x_ND.device.type], len(x_ND))
@@ -84,6 +87,30 @@ def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradi
     return (loss, grad_x_ND, grad_weight_VD) if with_gradients else (loss,)
 
 
+def _full_head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, with_gradients: bool) -> tuple[Tensor, ...]:
+    """Compute `_head_loss` in fp32 on a CPU, where nothing needs a copy: neither the weight nor the softmax's input."""
+    rows = min(_CHUNK["cpu"], len(x_ND))
+    losses_N = x_ND.new_empty(len(x_ND))
+    grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), None
+    for start in range(0, len(x_ND), rows):
+        chunk = slice(start, start + rows)
+        x_RD, targets_R = x_ND[chunk], targets_N[chunk]
+        logits_RV = product(x_RD, weight_VD.T)
+        losses_N[chunk] = _softmax_(logits_RV, targets_R)
+        if with_gradients:
+            logits_RV[torch.arange(len(x_RD)), targets_R] = torch.expm1(-losses_N[chunk])
+            grad_x_ND[chunk] = product(logits_RV, weight_VD)
+            if grad_weight_VD is None:
+                grad_weight_VD = product(logits_RV.T, x_RD)
+            elif has_slow_mkl():
+                grad_weight_VD += product(logits_RV.T, x_RD)
+            else:
+                grad_weight_VD.addmm_(logits_RV.T, x_RD)
+        del logits_RV  # before the next chunk's
+    loss = losses_N.sum()
+    return (loss, grad_x_ND, grad_weight_VD) if grad_weight_VD is not None else (loss,)
+
+
 def head_loss_bytes(
     tokens: int, hidden_size: int, vocab_size: int, device_type: str, dtype: torch.dtype, *, accumulates: bool
 ) -> int:
@@ -93,6 +120,10 @@ def head_loss_bytes(
         accumulates: the weight already has a gradient, so the new one takes memory of its own.
     """
     rows, element = min(_CHUNK[device_type], tokens), dtype.itemsize
+    earlier = 4 * vocab_size * hidden_size if accumulates else 0
+    if device_type == "cpu" and dtype == torch.float32:
+        product_bytes = 4 * vocab_size * hidden_size if tokens > rows and has_slow_mkl() else 0
+        return 4 * rows * vocab_size + product_bytes + 8 * hidden_size * tokens + earlier
     padded = -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     softmax_rows = max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS) if device_type == "cpu" else rows
     return (
@@ -100,7 +131,7 @@ def head_loss_bytes(
         + 4 * softmax_rows * vocab_size
         + 2 * element * padded * hidden_size  # the weight's copy, and its gradient from one chunk
         + 2 * element * tokens * hidden_size  # x and its gradient
-        + (4 * vocab_size * hidden_size if accumulates else 0)
+        + earlier
     )
 
 
@@ -116,13 +147,16 @@ def _softmax_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     """Replace logits by their softmax and return the loss of each row. Both are computed in fp32."""
     rows, vocab_size = logits_RV.shape
     size = max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS) if logits_RV.device.type == "cpu" else rows
-    full_SV = logits_RV.new_empty(size, vocab_size, dtype=torch.float32)
+    copied = logits_RV.dtype != torch.float32
+    full_SV = logits_RV.new_empty(size, vocab_size, dtype=torch.float32) if copied else logits_RV
     losses_R = logits_RV.new_empty(rows, dtype=torch.float32)
     for start in range(0, rows, size):
         part, targets = logits_RV[start : start + size], targets_R[start : start + size, None]
-        full = full_SV[: len(part)].copy_(part)
+        full = full_SV[: len(part)].copy_(part) if copied else part
         target, peak = full.gather(1, targets), full.amax(-1, keepdim=True)
         total = full.sub_(peak).exp_().sum(-1, keepdim=True)
         losses_R[start : start + size] = (total.log() + peak - target)[:, 0]
-        part.copy_(full.mul_(1.0 / total))
+        full.mul_(1.0 / total)
+        if copied:
+            part.copy_(full)
     return losses_R

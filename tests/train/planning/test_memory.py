@@ -8,13 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightlm.model import experts
+from lightlm.model import experts, fused
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.optim.registry import read_section
+from lightlm.train.planning import memory
 from lightlm.train.planning.memory import inference_parts, optimizer_bytes
-from lightlm.train.step import activations
+from lightlm.train.step import activations, loss
 from lightlm.train.step.activations import activation_bytes, backward_bytes, mask_bytes
 from lightlm.train.step.loss import token_loss
 from tests.shapes import SHAPES
@@ -66,7 +67,7 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     # The balance loss of a sequence keeps two numbers for each expert.
     rel = 1e-3 if config.num_experts else 1e-6
     expected = a_token + indices_of_rows(config)
-    assert activation_bytes(config, mixed=mixed, fused=mixed) == pytest.approx(expected, rel=rel)
+    assert activation_bytes(config, mixed=mixed, fused=True) == pytest.approx(expected, rel=rel)
 
 
 @pytest.mark.usefixtures("unpadded")
@@ -132,9 +133,31 @@ def test_the_peak_of_a_pass_and_what_recomputation_saves_of_it(experts_each, dty
     mixed, counted = dtype != torch.float32, []
     for recompute, at_least in ((False, 0.9), (True, 0.6)):
         measured = (peak_bytes(config, 24, dtype, recompute) - peak_bytes(config, 8, dtype, recompute)) / (16 * 64)
-        counted.append(activation_bytes(config, mixed=mixed, fused=mixed, recompute=recompute))
+        counted.append(activation_bytes(config, mixed=mixed, fused=True, recompute=recompute))
         assert at_least < measured / (counted[-1] + backward_bytes(config, mixed=mixed)) < 1.02
     assert counted[1] < counted[0] / 2
+
+
+@pytest.mark.parametrize("tokens", [16, 32])
+@pytest.mark.parametrize("slow_mkl", [False, True])
+def test_the_peak_of_the_head_in_fp32(slow_mkl, tokens, monkeypatch):
+    monkeypatch.setattr(loss, "has_slow_mkl", lambda: slow_mkl)
+    monkeypatch.setitem(loss._CHUNK, "cpu", 16)
+    x_ND, weight_VD = torch.randn(tokens, 64, requires_grad=True), torch.randn(2048, 64, requires_grad=True)
+    with Peak() as peak:
+        loss._HeadLoss.apply(x_ND, weight_VD, torch.zeros(tokens, dtype=torch.long))
+    weight_and_gradient = 2 * weight_VD.nbytes  # which are counted elsewhere
+    counted = loss.head_loss_bytes(tokens, 64, 2048, "cpu", torch.float32, accumulates=False)
+    assert peak.peak == pytest.approx(counted + weight_and_gradient, rel=0.02)
+
+
+def test_copies_that_join_layers_are_counted():
+    for config in SHAPES.values():
+        model = Transformer(config)
+        with fused.kept_weight_copies():
+            model.hidden_states(torch.zeros(1, 8, dtype=torch.long))
+            copied = sum(copy.numel() for copy in fused._copies.values())
+        assert memory._joined(model) == copied, config
 
 
 def test_rows_are_padded_as_assumed():
