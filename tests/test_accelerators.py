@@ -63,12 +63,15 @@ def test_compilation_falls_back_with_a_note(cuda, monkeypatch, lacking):
     words = {"capability": "7.0 or later (this one has 6.1)", "triton": "triton", "compiler": "a C compiler"}[lacking]
     notes = []
     recipe, gpu = load_recipe("demo"), torch.device("cuda")
-    assert compilation.compiles(recipe, None, gpu, notes.append) is False
+    assert compilation.compiles(recipe, None, gpu, torch.bfloat16, notes.append) is False
     assert len(notes) == 1
     assert words in notes[0]
     with pytest.raises(RecipeError, match=r"set train\.compile=false"):
-        compilation.compiles(load_recipe("demo", ["train.compile=true"]), None, gpu)
-    assert compilation.compiles(load_recipe("demo", ["train.compile=false"]), None, gpu, notes.append) is False
+        compilation.compiles(load_recipe("demo", ["train.compile=true"]), None, gpu, torch.bfloat16)
+    assert (
+        compilation.compiles(load_recipe("demo", ["train.compile=false"]), None, gpu, torch.bfloat16, notes.append)
+        is False
+    )
     assert len(notes) == 1
 
 
@@ -78,7 +81,7 @@ def test_a_complete_gpu_machine_compiles(cuda, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     notes = []
-    assert compilation.compiles(load_recipe("demo"), None, torch.device("cuda"), notes.append) is True
+    assert compilation.compiles(load_recipe("demo"), None, torch.device("cuda"), torch.bfloat16, notes.append) is True
     assert notes == []
 
 
