@@ -11,7 +11,7 @@ def cautious_decay_(parameter: Tensor, update: Tensor, rate: float) -> None:
 
     The two tensors have the same shape.
     """
-    agreeing = (update * parameter).ge_(0)  # 1 or 0 in the parameter's own dtype
+    agreeing = (update * parameter >= 0).to(parameter.dtype)  # not ge_: torch 2.11 cannot shard it
     parameter.addcmul_(parameter, agreeing, value=-rate)
 
 
