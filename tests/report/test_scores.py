@@ -60,7 +60,7 @@ def test_only_a_difference_beyond_noise_is_bold_and_called_better(runs, tmp_path
     write_scores(runs[1], {"winogrande": 130, "piqa": 103})
     text = page_of(runs, tmp_path)
     assert "second is better than first at winogrande acc by 15.0 points (95% interval 10.0 to 20.0, p &lt;" in text
-    assert "second against first: no difference beyond noise at piqa acc (+1.5 points" in text
+    assert "second against first: no difference beyond noise at piqa acc (1.5 points better, 95%" in text
     assert text.count('class="best"') == 1
     assert '<td class="best">0.6500 ± 0.0338 (step 5)</td>' in text
 
@@ -94,8 +94,8 @@ def test_figures_with_examples_in_the_prompt_are_a_line_of_their_own(runs, tmp_p
     write_scores(runs[0], {"piqa": 100})
     write_scores(runs[0], {"piqa": 120}, shots=5)
     text = page_of(runs[:1], tmp_path)
-    assert "<td>200</td><td>0.5000 ±" in text
-    assert "<td>200, 5-shot</td><td>0.6000 ±" in text
+    assert "<td>200</td><td>0.5000</td><td>0.5000 ±" in text
+    assert "<td>200, 5-shot</td><td>0.5000</td><td>0.6000 ±" in text
 
 
 def test_another_precision_is_noted(runs):
