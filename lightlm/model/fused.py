@@ -64,6 +64,17 @@ def product(a_NK: Tensor, b_KM: Tensor, bias_M: Tensor | None = None) -> Tensor:
     return torch.mm(a_NK, b_KM) if bias_M is None else torch.addmm(bias_M, a_NK, b_KM)
 
 
+def batched_product(a_ENK: Tensor, b_EKM: Tensor, out_ENM: Tensor | None = None) -> Tensor:
+    """Return the products of E pairs of matrices (E, N, M), as `product` does for one."""
+    if not (has_slow_mkl() and a_ENK.dtype == torch.float32 and a_ENK.device.type == "cpu"):
+        return torch.bmm(a_ENK, b_EKM) if out_ENM is None else torch.bmm(a_ENK, b_EKM, out=out_ENM)
+    if out_ENM is None:
+        out_ENM = a_ENK.new_empty(len(a_ENK), a_ENK.shape[1], b_EKM.shape[2])
+    for a_NK, b_KM, out_NM in zip(a_ENK, b_EKM, out_ENM, strict=True):
+        out_NM.copy_(product(a_NK, b_KM))
+    return out_ENM
+
+
 @contextmanager
 def kept_weight_copies() -> Iterator[None]:
     """Context manager that reuses copies of weights across micro-batches. No weight may change inside it."""
