@@ -4,8 +4,8 @@ import os
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 # Rounds that a thread of GNU's OpenMP, which torch's Linux packages bring, waits for work before it sleeps. Its own
-# 300,000 take the core from whatever shares it: docs/results.md, "Threads beside other processes".
-_SPINS = 1_000
+# 300,000 take the core from whatever shares it (docs/decisions/fused-cpu-layers.md, "Threads").
+_SPINS = 3_000
 
 
 def cores() -> int:

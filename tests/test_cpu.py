@@ -147,7 +147,7 @@ def test_waiting_threads_sleep_early_unless_told_otherwise(given, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     threads.bound_spinning()
-    assert int(os.environ.get("GOMP_SPINCOUNT", 0)) == (7 if "GOMP_SPINCOUNT" in given else 0 if given else 1000)
+    assert int(os.environ.get("GOMP_SPINCOUNT", 0)) == (7 if "GOMP_SPINCOUNT" in given else 0 if given else 3000)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 
 
@@ -157,4 +157,4 @@ def test_the_command_line_bounds_spinning_before_torch_starts():
     )
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "1000 False"
+    assert done.stdout.splitlines()[-1] == "3000 False"

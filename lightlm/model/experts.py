@@ -188,10 +188,10 @@ class _Rows:
         """Return (R, O): each row times its expert's (I, O) weight."""
         out_RO = x_RI.new_empty(len(x_RI), weights_EIO.shape[2])
         num_experts, end = len(weights_EIO), len(weights_EIO) * self.batched
-        torch.bmm(
+        fused.batched_product(
             x_RI[:end].view(num_experts, self.batched, x_RI.shape[1]),
             weights_EIO,
-            out=out_RO[:end].view(num_experts, self.batched, out_RO.shape[1]),
+            out_RO[:end].view(num_experts, self.batched, out_RO.shape[1]),
         )
         for expert, start, stop in self.beyond:
             torch.mm(x_RI[start:stop], weights_EIO[expert], out=out_RO[start:stop])
@@ -200,7 +200,7 @@ class _Rows:
     def weight_gradient(self, grad_RO: Tensor, x_RI: Tensor, num_experts: int) -> Tensor:
         """Return the gradients (E, O, I) of the experts' (O, I) weights."""
         end = num_experts * self.batched
-        grad_EOI = torch.bmm(
+        grad_EOI = fused.batched_product(
             grad_RO[:end].view(num_experts, self.batched, grad_RO.shape[1]).mT,
             x_RI[:end].view(num_experts, self.batched, x_RI.shape[1]),
         )

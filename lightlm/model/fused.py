@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 _PIECE = 1 << 18  # elements that `add_` adds at a time: 1 MB in fp32
 
+_ONEDNN_SIZE = 16  # least rows and columns: one register; oneDNN refuses empty matrices
+
 _copies: dict[tuple[int, ...], Tensor] | None = None
 
 
@@ -55,13 +57,28 @@ def has_slow_mkl() -> bool:
     return libraries and name.startswith("AMD") and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
+def _takes_onednn(a: Tensor) -> bool:
+    return a.dtype == torch.float32 and a.device.type == "cpu" and has_slow_mkl()
+
+
 def product(a_NK: Tensor, b_KM: Tensor, bias_M: Tensor | None = None) -> Tensor:
     """Return a b + bias, a new (N, M) tensor, without a graph. Views such as transposes are not copied."""
-    if has_slow_mkl() and a_NK.dtype == torch.float32 and a_NK.device.type == "cpu":
+    if _takes_onednn(a_NK) and min(*a_NK.shape, b_KM.shape[1]) >= _ONEDNN_SIZE:
         # torch.compile's own name for oneDNN's product; it takes (M, K).
         linear: Tensor = torch.ops.mkldnn._linear_pointwise(a_NK, b_KM.T, bias_M, "none", [], "")
         return linear
     return torch.mm(a_NK, b_KM) if bias_M is None else torch.addmm(bias_M, a_NK, b_KM)
+
+
+def batched_product(a_ENK: Tensor, b_EKM: Tensor, out_ENM: Tensor | None = None) -> Tensor:
+    """Return the products of E pairs of matrices (E, N, M), as `product` does for one."""
+    if not _takes_onednn(a_ENK):
+        return torch.bmm(a_ENK, b_EKM) if out_ENM is None else torch.bmm(a_ENK, b_EKM, out=out_ENM)
+    if out_ENM is None:
+        out_ENM = a_ENK.new_empty(len(a_ENK), a_ENK.shape[1], b_EKM.shape[2])
+    for a_NK, b_KM, out_NM in zip(a_ENK, b_EKM, out_ENM, strict=True):
+        out_NM.copy_(product(a_NK, b_KM))
+    return out_ENM
 
 
 @contextmanager
