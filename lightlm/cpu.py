@@ -95,8 +95,8 @@ def use_threads(wanted: int | str, note: Callable[[str], None], width: int = WID
     threads = fastest_threads(most, width, slices) if wanted == "auto" else int(wanted)
     if wanted == "auto" and threads < most:
         note(
-            f"computing with {threads} of {most} threads, which is faster now: other processes use the cores; "
-            f"set {THREADS_VARIABLE} to decide yourself"
+            f"computing with {threads} of {most} threads, which is faster now: the model is small, or other processes "
+            f"use the cores; set {THREADS_VARIABLE} to decide yourself"
         )
     torch.set_num_threads(threads)
     return threads
