@@ -19,11 +19,11 @@ from lightlm.threads import THREADS_VARIABLE, cores
 
 _ROWS, _ROUNDS = 128, 5
 WIDTH = 512  # features of a product whose model is not known; and the most that are measured
-# A bf16 product must be this much faster than an fp32 one. docs/decisions/fused-cpu-layers.md has the steps of whole
-# models: bf16 wins each that it wins by products. Near a draw fp32 is taken, which is more exact.
+# A bf16 product must be this much faster than an fp32 one: near a draw fp32 is taken, which is more exact.
 _LEAST_GAIN = 1.1
-# A CPU without any bf16 instructions may take 100 times as long (oneDNN's reference code on AVX2): one try is enough.
-_HOPELESS = 4.0
+# A CPU without bf16 instructions may take 100 times as long (oneDNN's reference code on AVX2): three tries are enough,
+# and one is not, because another process may have had the core meanwhile.
+_HOPELESS, _TRIES = 4.0, 3
 
 _LAYER_ROWS = 512  # tokens of the layer that numbers of threads are measured with
 _SLICE_SECONDS, _SLICES = 0.05, 8  # measured at a time, and how often, for each number of threads
@@ -49,7 +49,7 @@ def bf16_gain(width: int = WIDTH) -> float:
             run()
             if round_number:  # the first call of a shape builds its kernel
                 best[dtype] = min(best[dtype], time.perf_counter() - started)
-        if best[torch.bfloat16] > _HOPELESS * best[torch.float32]:
+        if round_number >= _TRIES and best[torch.bfloat16] > _HOPELESS * best[torch.float32]:
             break
     return best[torch.float32] / best[torch.bfloat16]
 

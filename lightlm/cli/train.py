@@ -179,7 +179,7 @@ class _Request:
 def _check(request: _Request) -> None:
     """Find a missing recipe, run or data folder and a wrong setting before torch is imported, which takes seconds."""
     from lightlm.choices import check_device
-    from lightlm.data.folder import read_manifest, resolve_dataset
+    from lightlm.data.folder import check_data_of_run, read_manifest, resolve_dataset
     from lightlm.recipe import load_recipe, load_run_recipe
     from lightlm.runs import RECIPE, find_run, run_folder
 
@@ -200,8 +200,11 @@ def _check(request: _Request) -> None:
         from lightlm.evaluate.tasks import references
 
         references.check_names(parsed.eval.tasks)
-    if run is not None or not request.dry_run:
-        read_manifest(resolve_dataset(parsed.data.dataset))
+    folder = resolve_dataset(parsed.data.dataset)
+    if run is not None:
+        check_data_of_run(folder, run)
+    elif not request.dry_run:
+        read_manifest(folder)
 
 
 def _silently(note: str) -> None:

@@ -97,6 +97,15 @@ class DataFolder:
         return texts
 
 
+def check_data_of_run(folder: Path, run: Path) -> None:
+    """Raise DataError if the data folder of a run that is to be resumed does not exist."""
+    if not folder.is_dir():
+        raise DataError(
+            f"There is no data folder {folder}, on which {run} was trained. If the folder has moved, say where it is: "
+            f"lightlm train --resume {shlex.quote(str(run))} data.dataset=PATH"
+        )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a data folder, without checking its shards. Raises DataError with the command to run."""
     command = prepare_command(folder)

@@ -11,6 +11,7 @@ from unittest import mock
 from lm_eval import evaluator
 from lm_eval.loggers import EvaluationTracker
 
+from lightlm import files
 from lightlm.checkpoint import LoadedModel
 from lightlm.evaluate.compare.comparison import Answers, answers_of
 from lightlm.evaluate.harness import LightLM
@@ -192,6 +193,9 @@ def evaluate_model(
             if log_samples:
                 store.write_samples(file, samples)
             store.remove_progress(place(settings) or file)
+        except files.DiskFullError as error:
+            problems.append(str(error))
+            file = None
         except OSError as error:
             problems.append(f"the results of {name} could not be stored: {error.strerror}: {error.filename or file}")
             file = None

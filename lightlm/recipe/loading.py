@@ -18,11 +18,12 @@ Note = Callable[[str], None]
 def load_recipe(reference: str | Path, overrides: Sequence[str] = (), note: Note = warn) -> Recipe:
     """Read a recipe by its path or by the name of a shipped one, and apply `key=value` overrides.
 
-    Settings of the file that lose their effect by an override are left out; `note` receives a message for each.
+    Settings of the file that lose their effect by an override are left out, and of two overrides of one key the last
+    one counts; `note` receives a message for each.
 
     Raises:
         RecipeError: the recipe does not exist, or has mistakes; the message lists all of them.
-        UsageError: an override does not have the form key=value, or two set the same key.
+        UsageError: an override does not have the form key=value.
     """
     return _load(find_recipe(reference, note), overrides, note, earlier=False)
 
@@ -55,8 +56,8 @@ def _load(path: Path, overrides: Sequence[str], note: Note, *, earlier: bool) ->
     given: dict[str, str] = {}
     for override in overrides:
         key = _apply_override(values, override)
-        if again := next((text for other, text in given.items() if f"{other}.".startswith(f"{key}.")), None):
-            raise UsageError(f"'{again}' and '{override}' set the same key; keep one")
+        for other in [other for other in given if f"{other}.".startswith(f"{key}.")]:
+            note(f"'{given.pop(other)}' has no effect: '{override}' comes later")
         given[key] = override
         origins[key] = f"override {override}"
     # The length of the decay belongs to the shape that it was written for: 20% is the end of wsd, but the beginning of

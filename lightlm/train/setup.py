@@ -1,6 +1,5 @@
 """The parts of a run, built from its recipe: training, the planning probe and `--dry-run` share them."""
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from lightlm import checkpoint, cpu
-from lightlm.data.folder import DataFolder, prepare_command, resolve_dataset
+from lightlm.data.folder import DataFolder, check_data_of_run, prepare_command, resolve_dataset
 from lightlm.data.loader import BatchLoader
 from lightlm.data.shards import TokenStream
 from lightlm.device import describe, keep_freed_memory, training_dtype
@@ -186,11 +185,8 @@ def open_data(recipe: Recipe, *, required: bool = True, resumed: Path | None = N
         DataError: the folder is missing or damaged.
     """
     folder = resolve_dataset(recipe.data.dataset)
-    if resumed is not None and required and not folder.is_dir():
-        raise DataError(
-            f"There is no data folder {folder}, on which {resumed} was trained. If the folder has moved, say where "
-            f"it is: lightlm train --resume {shlex.quote(str(resumed))} data.dataset=PATH"
-        )
+    if required and resumed is not None:
+        check_data_of_run(folder, resumed)
     return DataFolder.open(folder) if required or folder.is_dir() else None
 
 

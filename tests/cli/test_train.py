@@ -208,7 +208,7 @@ def test_auto_resume_does_not_write_into_a_folder_that_is_not_a_run(lightlm, wor
 def test_prompts_with_markup_are_printed_as_they_are(lightlm, workspace):
     outcome = lightlm("train", "tiny.yaml", "train.tokens=256", 'eval.prompts=["[/b] hi"]', "--name", "markup")
     assert outcome.code == 0
-    assert "[/b] hi" in outcome.stdout
+    assert "sample: [/b] hi" in outcome.stderr
 
 
 def test_a_file_where_a_folder_should_be_is_one_message(lightlm, tmp_path, monkeypatch, workspace):

@@ -87,14 +87,15 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Hub() as hub:
         hub.add(REPO, make_fineweb_edu(tmp_path / "served", texts(300)))
+        (tmp_path / "served-gpt2").mkdir()
+        train_tokenizer(texts(100), 320).save(tmp_path / "served-gpt2" / "tokenizer.json")
+        hub.add("openai-community/gpt2", tmp_path / "served-gpt2", kind="models")
         use(hub, tmp_path / "cache", monkeypatch)
         yield write_stand_ins(tmp_path)
 
 
 def write_stand_ins(tmp_path):
     write_hellaswag(tmp_path / "Rowan" / "hellaswag")
-    (tmp_path / "gpt2").mkdir()
-    train_tokenizer(texts(100), 320).save(tmp_path / "gpt2" / "tokenizer.json")
     (tmp_path / "recipes").mkdir()
     for name in ("moe", "lightlm", "demo"):
         write_recipe(tmp_path / "recipes" / f"{name}.yaml", name)
@@ -130,6 +131,8 @@ def run_all(run, lines):
             continue
         program, *arguments = shlex.split(line, comments=True)
         assert program == "lightlm", line
+        if arguments[:2] == ["runs", "rm"]:  # asks, and these runs do not exist here
+            continue
         if arguments[0] == "plan":
             arguments.append("--no-probe")  # of 135M parameters: minutes
         # train:8192 finds no 8,192 entries in a small corpus, which is allowed, and takes what there is.
@@ -170,7 +173,7 @@ def test_readme_is_short_and_names_no_page_that_is_missing():
 
 def test_the_readmes_make_targets_exist():
     makefile = README.with_name("Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"`?make (\w+)", README.read_text(encoding="utf-8"))
+    targets = re.findall(r"`?make ([\w-]+)", README.read_text(encoding="utf-8"))
     assert {"demo", "test", "check"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

@@ -354,7 +354,7 @@ def test_active_parameters_are_a_dense_models_of_the_same_width():
         ({"num_experts": -1}, "num_experts: must be at least 0"),
         ({"num_shared_experts": -1}, "num_shared_experts: must be at least 0"),
         ({"moe_intermediate_size": -1}, "moe_intermediate_size: must be at least 0"),
-        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor: must be above 0"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor: must be a number above 0"),
         ({"mlp": "gelu"}, "mlp: experts are swiglu networks, is gelu"),
         ({"bias": True}, "bias: experts and their router have no biases"),
         ({"num_experts_per_tok": 1}, "norm_topk_prob: must be false with one expert per token"),
@@ -380,7 +380,7 @@ def test_impossible_mixtures_are_refused(change, message):
 def test_settings_of_experts_need_experts(setting):
     dense = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, max_seq_len=16)
     [key] = setting
-    assert replace(dense, **setting).problems() == [(key, "has no effect without num_experts")]
+    assert replace(dense, **setting).problems() == [(key, "has no effect without model.num_experts; leave it out")]
 
 
 def test_resolving_twice_is_resolving_once():

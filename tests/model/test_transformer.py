@@ -141,7 +141,7 @@ def test_flops_follow_the_formula():
         ({"num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads 4"),
         ({"head_dim": 7}, "head_dim: must be even"),
         ({"num_layers": 0}, "num_layers: must be at least 1"),
-        ({"norm_eps": 0}, "norm_eps: must be above 0"),
+        ({"norm_eps": 0}, "norm_eps: must be a number above 0"),
         ({"vocab_size": 0}, "vocab_size: must be set"),
     ],
 )

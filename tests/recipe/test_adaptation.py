@@ -139,7 +139,7 @@ def test_every_field_of_a_model_has_an_effect_or_is_known_to_have_none():
     [
         ("model.dropout=0.1", "models here have no dropout"),
         ("model.dropouts=0.1", "valid are num_layers"),
-        ("train.heads=3", "valid are tokens"),
+        ("train.hats=3", "valid are tokens"),
         ("model.heads=3", "did you mean model.num_heads?"),
         ("train.batch=3", "did you mean train.batch_tokens?"),
         ("optimizer.learning_rate=3", "did you mean optimizer.lr?"),

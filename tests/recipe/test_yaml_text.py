@@ -154,15 +154,27 @@ def test_what_is_no_finite_number_is_refused(key, number):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.seed=1", "train.seed=2"], "'train.seed=1' and 'train.seed=2' set the same key"),
-        (["schedule.warmup=1%", "schedule={name: wsd}"], "set the same key"),
         (["optimizer={lr: 1, lr: 2}"], "lr is given twice"),
         (["optimizer.lr=[1"], "not valid YAML"),
     ],
 )
-def test_overrides_that_contradict_each_other_are_refused(overrides, message):
+def test_an_override_that_is_no_yaml_is_refused(overrides, message):
     with pytest.raises(UsageError, match=message):
         load_recipe("demo", overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["train.seed=1", "train.seed=2"], "'train.seed=1' has no effect: 'train.seed=2' comes later"),
+        (["schedule.warmup=1%", "schedule={name: wsd}"], "'schedule.warmup=1%' has no effect"),
+    ],
+)
+def test_the_last_of_two_overrides_counts_and_the_other_is_named(overrides, note):
+    notes = []
+    recipe = load_recipe("demo", overrides, notes.append)
+    assert recipe == load_recipe("demo", overrides[1:])
+    assert [message for message in notes if note in message]
 
 
 def test_an_override_may_change_a_key_of_a_section_given_before():

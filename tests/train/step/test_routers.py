@@ -1,5 +1,6 @@
 """How routers are trained: the selection bias, and losses that only the gradients know."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -199,7 +200,9 @@ def test_the_validation_loss_is_the_cross_entropy_alone():
         tokens = torch.from_numpy(np.array(val, dtype=np.int64))
         with torch.no_grad():
             logits = trainer.model(tokens[:-1].view(-1, 32))
-        measured.append((trainer._validate()["val_loss"], F.cross_entropy(logits.flatten(0, 1), tokens[1:]).item()))
+        measured.append(
+            (trainer._validate(threading.Event())["val_loss"], F.cross_entropy(logits.flatten(0, 1), tokens[1:]).item())
+        )
 
     for index, coefficients in enumerate(((), ("moe.balance_loss_coef=10", "moe.z_loss_coef=10"))):
         routed_run(f"validated-{index}", *SIGMOID, "train.tokens=256", *coefficients, edit=validated)
@@ -232,7 +235,7 @@ def test_the_objective_is_counted_in_tokens():
         ((*SOFTMAX, "moe.bias_update_rate=0.1"), "moe.bias_update_rate: has no effect with model.router=softmax"),
         ((*SOFTMAX, "moe.bias_update_rate=0"), "moe.bias_update_rate: has no effect with model.router=softmax"),
         ((*SIGMOID, "moe.z_loss_coef=-1"), "moe.z_loss_coef: .*greater than or equal to 0"),
-        (("model.router=softmax",), "model.router: has no effect without num_experts"),
+        (("model.router=softmax",), "model.router: has no effect without model.num_experts"),
         ((*SIGMOID, "moe.rate=1"), "moe.rate"),
     ],
 )
