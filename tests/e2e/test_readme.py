@@ -130,6 +130,8 @@ def run_all(run, lines):
             run_processes(line)
             continue
         program, *arguments = shlex.split(line, comments=True)
+        if program == "cd":  # `cd "$(lightlm runs path)"`
+            continue
         assert program == "lightlm", line
         if arguments[:2] == ["runs", "rm"]:  # asks, and these runs do not exist here
             continue
