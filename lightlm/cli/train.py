@@ -179,7 +179,7 @@ class _Request:
 def _check(request: _Request) -> None:
     """Find a missing recipe, run or data folder and a wrong setting before torch is imported, which takes seconds."""
     from lightlm.choices import check_device
-    from lightlm.data.folder import check_data_of_run, read_manifest, resolve_dataset
+    from lightlm.data.folder import check_data_of_run, check_prepared, resolve_dataset
     from lightlm.recipe import load_recipe, load_run_recipe
     from lightlm.runs import RECIPE, find_run, run_folder
 
@@ -204,7 +204,7 @@ def _check(request: _Request) -> None:
     if run is not None:
         check_data_of_run(folder, run)
     elif not request.dry_run:
-        read_manifest(folder)
+        check_prepared(folder)
 
 
 def _silently(note: str) -> None:

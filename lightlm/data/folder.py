@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from lightlm.data.foreign import read_foreign
+from lightlm.data.foreign import foreign_splits, read_foreign
 from lightlm.data.shards import Manifest, ShardEntry, Split, TokenStream, open_shard, streams_of, token_dtype
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
@@ -104,6 +104,12 @@ def check_data_of_run(folder: Path, run: Path) -> None:
             f"There is no data folder {folder}, on which {run} was trained. If the folder has moved, say where it is: "
             f"lightlm train --resume {shlex.quote(str(run))} data.dataset=PATH"
         )
+
+
+def check_prepared(folder: Path) -> None:
+    """Raise DataError with the command to run if a data folder was not prepared, without opening its shards."""
+    if not foreign_splits(folder):
+        read_manifest(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -25,12 +25,7 @@ def read_foreign(folder: Path) -> tuple[Manifest, dict[Split, TokenStream], Toke
     The manifest says what is known without reading all shards: documents and bytes of text are not counted. Raises
     DataError where a shard and the tokenizer do not match.
     """
-    splits: dict[str, Split] = {
-        match[0]: "val" if match[1] == "val" else "train"
-        for match in map(_NAME.fullmatch, sorted(path.name for path in folder.glob("*.bin")))
-        if match
-    }
-    if not splits or (folder / "manifest.json").exists():
+    if not (splits := foreign_splits(folder)):
         return None
     shards = {name: open_shard(folder / name) for name in splits}
     tokenizer = _tokenizer(folder, shards)
@@ -55,6 +50,14 @@ def read_foreign(folder: Path) -> tuple[Manifest, dict[Split, TokenStream], Toke
         text_bytes=dict.fromkeys(SPLITS, 0),
     )
     return manifest, streams_of(manifest, shards), tokenizer
+
+
+def foreign_splits(folder: Path) -> dict[str, Split]:
+    """Return the split of each shard by its file name; none for a folder of other files, or one with a manifest."""
+    if (folder / "manifest.json").exists():
+        return {}
+    matches = map(_NAME.fullmatch, sorted(path.name for path in folder.glob("*.bin")))
+    return {match[0]: "val" if match[1] == "val" else "train" for match in matches if match}
 
 
 def _tokenizer(folder: Path, shards: dict[str, np.ndarray]) -> Tokenizer:

@@ -10,6 +10,7 @@ import pytest
 
 from lightlm.data.folder import DataFolder
 from lightlm.errors import DataError
+from tests.cli.runner import Runner
 from tests.train.watch import start
 
 
@@ -52,6 +53,14 @@ def test_shards_built_by_hand_train(by_hand: Path, workspace: Path, monkeypatch:
     assert watch.metrics[0]["loss"] == pytest.approx(math.log(320), rel=0.03)
     assert watch.metrics[-1]["val_loss"] < watch.metrics[0]["loss"] - 0.5
     assert watch.metrics[-1]["val_bpb"] > 0
+
+
+def test_the_command_takes_shards_without_a_manifest(
+    by_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(by_hand.parent.parent)
+    outcome = Runner(monkeypatch, capsys)("train", "tiny.yaml", "data.dataset=llmc", "train.tokens=512")
+    assert outcome.code == 0, outcome.stderr
 
 
 def test_the_documents_are_those_of_the_folder_they_came_from(by_hand: Path, workspace: Path) -> None:
