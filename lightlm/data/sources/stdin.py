@@ -20,6 +20,7 @@ from lightlm.files import clear_errors
 
 SPEC, NAME = "-", "stdin"
 BLOCK_BYTES = 1 << 20
+_JSON = re.compile(r'\s*(\{|(\[\s*)+([{"]|\]\s*\Z))')
 
 
 class StandardInput(LocalSource):
@@ -77,11 +78,11 @@ def standard_input(folder: Path, text_column: str, row_filter: Filter | None = N
 def suffix_for(head: bytes) -> str:
     """Return the suffix of a file with content that begins so.
 
-    Parquet and compression are known by their signatures. Text is JSON where it begins with a brace, or with a bracket
-    and a brace: [{. All other text is one document.
+    Parquet and compression are known by their signatures. Text is JSON where it begins with a brace, or with
+    brackets and a brace or a quote: [{ or [". All other text is one document.
     """
     if head.startswith(b"PAR1"):
         return ".parquet"
     packed = compression_of(head) or ""
     text = first_text(head, packed)
-    return (".jsonl" if re.match(r"\s*(\{|\[\s*\{)", text) else ".txt") + packed
+    return (".jsonl" if _JSON.match(text) else ".txt") + packed
