@@ -6,12 +6,15 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
 from lightlm.data.readers.opening import first_text
 from lightlm.data.readers.recognition import compression_of
+from lightlm.data.readers.texts import BadRecord, Omitted, Stream, Texts, Unit
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import FileCounts
 from lightlm.data.sources.local import LocalSource
@@ -32,8 +35,27 @@ class StandardInput(LocalSource):
         self.revision = self.fingerprint = f"xxh3 {digest}"
         self.file_counts = FileCounts()
 
+    def units(self) -> Iterator[Unit]:
+        for unit in super().units():
+            yield replace(unit, texts=partial(_without_copy, str(self._root), unit.texts))
+
     def check_unchanged(self) -> None:
         """Return: the copy is this process's own."""
+
+
+def _without_copy(copy: str, stream: Stream, bad: BadRecord) -> Iterator[Texts]:
+    """Yield the texts of a stream; its errors name standard input in place of the copy, which is removed."""
+
+    def named(error: DataError) -> DataError:
+        if not isinstance(error, Omitted):
+            error.args = (str(error).replace(copy, "standard input"),)
+        return error
+
+    try:
+        yield from stream(lambda error: bad(named(error)))
+    except DataError as error:
+        named(error)
+        raise
 
 
 @contextlib.contextmanager

@@ -169,3 +169,11 @@ def test_standard_input_is_told_by_its_content(
 )
 def test_an_array_in_a_pipe_is_never_taken_as_prose(content: bytes, suffix: str) -> None:
     assert suffix_for(content) == suffix
+
+
+def test_a_mistake_in_a_pipe_names_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy is gone when the message is read."""
+    for content, words in ((b'["a b"]', "standard input, line 1: a JSON object"), (b"a\0b", "standard input: a NUL")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        with standard_input(tmp_path / "out", "text") as source, pytest.raises(DataError, match=words):
+            read(source)
