@@ -4,6 +4,7 @@ Nothing heavy is imported here or at the top of a command's file, so that `light
 """
 
 import sys
+from itertools import zip_longest
 from typing import Annotated, NoReturn
 
 import typer
@@ -65,7 +66,7 @@ app.add_typer(runs, name="runs")
 def with_resume_value(arguments: list[str]) -> list[str]:
     """Give a bare `--resume` its value, the newest run: typer has no options with an optional value."""
     filled: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="-"):
         filled.append(argument)
         if argument == "--resume" and (following.startswith("-") or is_override(following)):
             filled.append(NEWEST)

@@ -17,8 +17,9 @@ from rich.console import Console
 
 # Of several processes, only the first prints.
 _silent = os.environ.get("RANK", "0") != "0"
-console = Console(stderr=True, highlight=False, quiet=_silent)
-out = Console(highlight=False, quiet=_silent)
+# A text such as train:100: is no emoji.
+console = Console(stderr=True, highlight=False, emoji=False, quiet=_silent)
+out = Console(highlight=False, emoji=False, quiet=_silent)
 
 
 class _Unfailing(io.RawIOBase):

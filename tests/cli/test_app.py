@@ -36,6 +36,18 @@ def test_wrong_usage_exits_with_2(lightlm, arguments):
     assert "Traceback" not in outcome.stderr
 
 
+def test_no_argument_is_answered_with_the_commands(lightlm):
+    outcome = lightlm()
+    assert outcome.code == 2
+    assert "prepare-data" in outcome.stdout
+
+
+def test_messages_repeat_what_was_given_letter_for_letter(lightlm):
+    """Colons around a word must not become an emoji."""
+    outcome = lightlm("prepare-data", "pydocs", "--tokenizer", "train:100")
+    assert "train:100: write the number of entries" in outcome.stderr
+
+
 def test_python_dash_m_is_the_same_command():
     result = subprocess.run([sys.executable, "-m", "lightlm", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"lightlm {package.__version__}\n"

@@ -1,6 +1,7 @@
 """Mistakes in tasks are named before anything is scored, and a failing task costs only its own results."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,25 @@ def test_what_is_wrong_with_a_task_is_known_before_anything_is_scored(
     assert isinstance(done.exception, DataError), done.exception
     assert str(done.exception).startswith("the task own cannot be scored: ")
     assert words in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", r"a data set cannot be read:\n  json  for own: it holds no documents: .*d\.jsonl"),
+        (
+            '{"q": "a", "c": ["red", "blue"], "a": 0}\n{"q": "b", "c": [], "a": 0}\n',
+            "own cannot be scored: document 1: doc_to_choice gives no choices",
+        ),
+    ],
+    ids=["no documents", "no choices"],
+)
+def test_documents_without_what_they_need_are_named(write: Callable[..., None], content: str, words: str) -> None:
+    write()
+    Path("t/own/d.jsonl").write_text(content)
+    done = run()
+    assert isinstance(done.exception, DataError), done.exception
+    assert re.search(words, str(done.exception)), done.exception
 
 
 def test_the_mistakes_of_all_tasks_are_one_message_with_their_documents(write: Callable[..., None]) -> None:

@@ -143,11 +143,18 @@ def _warn(manifest: Manifest) -> None:
     """Print how the result differs from the request."""
     from lightlm.cli.console import console
     from lightlm.data.coverage import describe_loss
+    from lightlm.data.prepare.blocks import HOLDS_NUL
 
     for message in manifest.bad[:LISTED]:
         console.print(f"Left out: {message}", markup=False, soft_wrap=True)
     if len(manifest.bad) > LISTED:
         console.print(f"... {len(manifest.bad) - LISTED:,} more of these are in manifest.json under `bad`.")
+    if nul := manifest.flagged.get(HOLDS_NUL):
+        console.print(
+            f"Warning: the data has {nul:,} document{'s' * (nul != 1)} {HOLDS_NUL}, which text does not have: "
+            "its encoding may have been taken for another, for example UTF-16 for Latin-1. Check the source.",
+            soft_wrap=True,
+        )
     if lost := describe_loss(manifest.lost):
         console.print(f"The data lacks text that the tokenizer does not know: {lost}.", soft_wrap=True)
     if manifest.listed:

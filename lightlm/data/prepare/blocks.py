@@ -27,6 +27,7 @@ BLANK, UNREADABLE = "blank", "unreadable"
 # Documents that are counted, because a search does not cover them.
 TOO_LARGE = f"above {LARGE_BYTES >> 20} MB, not searched for evaluation sets"
 ONLY_EXACT = f"above {LARGE_BYTES >> 20} MB, only searched for exact duplicates"
+HOLDS_NUL = "with NUL characters"  # escaped in JSON or in Parquet; mostly UTF-16 that was read as something else
 LISTED = 100  # messages about bad records that a block keeps; all are counted
 
 HASHES = 2**32
@@ -135,8 +136,17 @@ class BlockReader:
             if wanted:
                 self._left_out.add(LeftOut(flagged={cause: 1}, listed=[f"{document}: {cause}"]), LISTED)
 
+    def _note_nul(self, texts: pyarrow.Array) -> None:
+        """Count the texts with NUL characters, which are kept."""
+        offsets, data = buffers_of(texts)
+        nul = np.flatnonzero(data[offsets[0] : offsets[-1]] == 0) + offsets[0]
+        if nul.size:
+            holders = np.unique(np.searchsorted(offsets, nul, side="right"))
+            self._left_out.add(LeftOut(flagged={HOLDS_NUL: holders.size}), 0)
+
     def _filtered(self, unit: str, first: int, texts: Texts) -> Texts:
         causes: dict[int, str] = {}
+        self._note_nul(texts.array)
         for document_filter in self._job.filters:
             found = document_filter(unit, first, texts.array)
             listed = [f"{unit}, document {first + index}: {cause}" for index, cause in sorted(found.items())]

@@ -1,5 +1,6 @@
 """The files below a folder, and those of them that are not read, by suffix."""
 
+import errno
 import os
 import re
 from collections import Counter
@@ -53,15 +54,25 @@ class FolderWalk:
                     for entry in entries:
                         path = folder / entry.name
                         if entry.name.startswith("."):
-                            self.left_out["hidden folder" if entry.is_dir() else "hidden file"] += 1
+                            self.left_out["hidden folder" if _is_folder(entry) else "hidden file"] += 1
                         elif entry.is_dir(follow_symlinks=False):
                             waiting.append(Entry(path, linked))
-                        elif entry.is_dir():
+                        elif _is_folder(entry):
                             links.append(Entry(path, linked=True))
                         else:
                             yield Entry(path, linked)
             except OSError as error:
                 raise DataError(f"{folder}: this folder cannot be read ({error.strerror})") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether it is a folder or leads to one; a link that leads to itself does not."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _identity(folder: Path) -> tuple[int, int]:

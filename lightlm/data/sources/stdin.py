@@ -6,12 +6,15 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
 from lightlm.data.readers.opening import first_text
 from lightlm.data.readers.recognition import compression_of
+from lightlm.data.readers.texts import BadRecord, Omitted, Stream, Texts, Unit
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import FileCounts
 from lightlm.data.sources.local import LocalSource
@@ -20,6 +23,7 @@ from lightlm.files import clear_errors
 
 SPEC, NAME = "-", "stdin"
 BLOCK_BYTES = 1 << 20
+_JSON = re.compile(r'\s*(\{|(\[\s*)+([{"]|\]\s*\Z))')
 
 
 class StandardInput(LocalSource):
@@ -31,8 +35,27 @@ class StandardInput(LocalSource):
         self.revision = self.fingerprint = f"xxh3 {digest}"
         self.file_counts = FileCounts()
 
+    def units(self) -> Iterator[Unit]:
+        for unit in super().units():
+            yield replace(unit, texts=partial(_without_copy, str(self._root), unit.texts))
+
     def check_unchanged(self) -> None:
         """Return: the copy is this process's own."""
+
+
+def _without_copy(copy: str, stream: Stream, bad: BadRecord) -> Iterator[Texts]:
+    """Yield the texts of a stream; its errors name standard input in place of the copy, which is removed."""
+
+    def named(error: DataError) -> DataError:
+        if not isinstance(error, Omitted):
+            error.args = (str(error).replace(copy, "standard input"),)
+        return error
+
+    try:
+        yield from stream(lambda error: bad(named(error)))
+    except DataError as error:
+        named(error)
+        raise
 
 
 @contextlib.contextmanager
@@ -77,11 +100,11 @@ def standard_input(folder: Path, text_column: str, row_filter: Filter | None = N
 def suffix_for(head: bytes) -> str:
     """Return the suffix of a file with content that begins so.
 
-    Parquet and compression are known by their signatures. Text is JSON where it begins with a brace, or with a bracket
-    and a brace: [{. All other text is one document.
+    Parquet and compression are known by their signatures. Text is JSON where it begins with a brace, or with
+    brackets and a brace or a quote: [{ or [". All other text is one document.
     """
     if head.startswith(b"PAR1"):
         return ".parquet"
     packed = compression_of(head) or ""
     text = first_text(head, packed)
-    return (".jsonl" if re.match(r"\s*(\{|\[\s*\{)", text) else ".txt") + packed
+    return (".jsonl" if _JSON.match(text) else ".txt") + packed

@@ -183,12 +183,18 @@ def _replaced(task: Task, method: str, function: Callable[..., Any]) -> Iterator
 
 
 def build_requests(task: Task, limit: int | None, findings: Findings) -> bool:
-    """Build the requests of a task, as lm-eval's `evaluate` does, and return whether that worked."""
+    """Build the requests of a task, as lm-eval's `evaluate` does, and return whether that worked.
+
+    A document without a request is a problem: lm-eval would stop at it once everything is scored.
+    """
     done, construct = 0, task.construct_requests
+    without: list[int] = []
 
     def counting(*args: Any, **options: Any) -> Any:
         nonlocal done
         built = construct(*args, **options)
+        if built == []:
+            without.append(done)
         done += 1
         return built
 
@@ -198,7 +204,11 @@ def build_requests(task: Task, limit: int | None, findings: Findings) -> bool:
     except Exception as error:
         findings.problems.append((task.task_name, f"document {done}: {reason_of(error)}"))
         return False
-    return True
+    if without:
+        why = "doc_to_choice gives no choices" if task.OUTPUT_TYPE == "multiple_choice" else "it asks nothing"
+        more = _and_others(len(without) - 1)
+        findings.problems.append((task.task_name, f"document {without[0]}: {why}{more}"))
+    return not without
 
 
 @contextlib.contextmanager
@@ -258,13 +268,17 @@ def check_requests(task: Task, lm: TemplateLM, findings: Findings) -> float | No
     for kind, found in wrong.items():
         first, text = found[0]
         others = len(found) - 1
-        more = f" (and {others:,} other document{'s' * (others != 1)})" if others else ""
+        more = _and_others(others)
         # lm-eval's own tasks run as they are: documents without a right answer are wrong for every model.
         if kind == "target" and _is_stock(task) and others + 1 < len(seen):
             findings.notes.append(f"{task.task_name}: document {first}: {text}{more}; it counts as wrong")
         else:
             findings.problems.append((task.task_name, f"document {first}: {text}{more}"))
     return sum(chances) / len(chances) if chances else None
+
+
+def _and_others(count: int) -> str:
+    return f" (and {count:,} other document{'s' * (count != 1)})" if count else ""
 
 
 def _add(wrong: dict[str, list[tuple[int, str]]], kind: str, number: int, text: str) -> None:

@@ -93,7 +93,11 @@ class DataSets:
         key = repr((path, name, more, sorted(options.items())))
         if key not in self._loaded:
             place = self.local(path)
-            found = load_dataset(str(place.resolve()) if place else path, name, *more, **options)
+            try:
+                found = load_dataset(str(place.resolve()) if place else path, name, *more, **options)
+            except StopIteration as error:  # how `datasets` meets a file without a row
+                files = f": {options['data_files']}" if "data_files" in options else ""
+                raise ValueError(f"it holds no documents{files}") from error
             self._loaded[key] = found
             origin, revision = "files" if path in _FORMATS else "hub", None
             if place:

@@ -169,3 +169,14 @@ def test_a_cut_is_tried_before_it_is_trusted(tmp_path: Path, tiny_sizes: None) -
     folder = DataFolder.open(tmp_path / "out")
     (found,) = folder.split("train").documents()
     assert found.tolist() == made.encode(text).ids
+
+
+def test_documents_with_nul_characters_are_counted(tmp_path: Path, tokenizer: str) -> None:
+    """In JSON and Parquet they are valid, and mostly UTF-16 that was taken for another encoding."""
+    damaged = "words".encode("utf-16-le").decode()
+    rows = [damaged, "good words", "end\0", *make_texts(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        made = prepare(str(tmp_path / name), tokenizer, tmp_path / f"out {name}")
+        assert made.flagged == {blocks.HOLDS_NUL: 2}

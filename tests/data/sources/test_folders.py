@@ -12,7 +12,7 @@ import pytest
 from lightlm.data.prepare.run import prepare
 from lightlm.data.sources.folder_walk import kind_of
 from lightlm.data.sources.local import LocalSource
-from lightlm.data.sources.stdin import standard_input
+from lightlm.data.sources.stdin import standard_input, suffix_for
 from lightlm.errors import DataError
 from tests.corpus import read_unit, texts, write_jsonl
 
@@ -53,10 +53,16 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
     (root / "again").symlink_to("sub")  # a real folder in the tree comes first
     (root / "sub" / "up").symlink_to("..")
     (root / "zz").symlink_to(tmp_path / "other" / "deep")
+    (root / "itself").symlink_to("itself")
+    (root / ".itself").symlink_to(".itself")
     source = LocalSource(root, "text")
     assert read(source) == ["a", "c", "d", "b"]
     assert "2 of them in linked folders" in source.description
-    assert source.file_counts.left_out == {"link to a folder that is read elsewhere": 3}
+    assert source.file_counts.left_out == {
+        "link to a folder that is read elsewhere": 3,
+        "broken link": 1,
+        "hidden file": 1,
+    }
 
 
 @needs_links
@@ -148,3 +154,26 @@ def test_standard_input_is_told_by_its_content(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     with standard_input(tmp_path / "out", "text") as source:
         assert read(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix"),
+    [
+        (b'["a b", "c d"]', ".jsonl"),
+        (b'[[{"text": "a b"}]]', ".jsonl"),
+        (b" [ ]\n", ".jsonl"),
+        (b"[] milk\n[x] bread", ".txt"),
+        (b"[1, 2] say so", ".txt"),
+    ],
+    ids=range(5),
+)
+def test_an_array_in_a_pipe_is_never_taken_as_prose(content: bytes, suffix: str) -> None:
+    assert suffix_for(content) == suffix
+
+
+def test_a_mistake_in_a_pipe_names_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy is gone when the message is read."""
+    for content, words in ((b'["a b"]', "standard input, line 1: a JSON object"), (b"a\0b", "standard input: a NUL")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        with standard_input(tmp_path / "out", "text") as source, pytest.raises(DataError, match=words):
+            read(source)
