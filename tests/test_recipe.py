@@ -258,3 +258,11 @@ def test_spans_are_shares_or_tokens():
     for bad in ("120%", "x%", "-1"):
         with pytest.raises(ValueError, match="write a"):
             span_tokens(bad, 10)
+
+
+@pytest.mark.parametrize("written", ["mine", "mine.yml", "mine.json"])
+def test_a_recipe_named_without_its_ending_is_suggested(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"did you mean mine\.yaml\?"):
+        load_recipe(written)
