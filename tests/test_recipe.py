@@ -134,6 +134,10 @@ evals: {}
         ("model.num_kv_heads=3", "3 does not divide num_heads 4"),
         ("train.tokens=0", "train.tokens: should be greater than or equal to 1, not 0"),
         ("train.tokens=1e400", "write a whole number"),
+        ("train.tokens=1.5", "train.tokens: 1.5 is not a whole number  ["),
+        ("train=3", "train: should be a section with keys of its own, not 3"),
+        ("train.seed=99999999999999999999", "train.seed: should be less than 9223372036854775808"),
+        ("schedule.warmup=0.02", "schedule.warmup: write a share of the run such as 2%"),
         ("schedule.warmup=2M", "schedule.warmup: warmup 2M and decay 20% exceed"),
         (
             "tracking.backends=[wanbd]",
@@ -166,7 +170,6 @@ evals: {}
         ),
         ("optimizer.name=adam", "optimizer.name: should be 'adamw' or 'muon', not 'adam'"),
         ("name=../escape", "name: string should match pattern"),
-        ("train=3", "train: "),
         ("model=[1]", "model: "),
     ],
 )
@@ -255,3 +258,11 @@ def test_spans_are_shares_or_tokens():
     for bad in ("120%", "x%", "-1"):
         with pytest.raises(ValueError, match="write a"):
             span_tokens(bad, 10)
+
+
+@pytest.mark.parametrize("written", ["mine", "mine.yml", "mine.json"])
+def test_a_recipe_named_without_its_ending_is_suggested(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"did you mean mine\.yaml\?"):
+        load_recipe(written)

@@ -85,9 +85,11 @@ def main() -> None:
     try:
         _run(sys.argv[1:])
     except SystemExit as ended:
-        lost = None if ended.code or sys.argv[1:2] in _RESULTS_ARE_FILES else lost_output()
-        if lost is not None:
-            _fail(f"standard output could not be written: {lost.strerror}", 1)
+        if not ended.code and (lost := lost_output()) is not None:
+            text = f"standard output could not be written: {lost.strerror}"
+            if sys.argv[1:2] not in _RESULTS_ARE_FILES:
+                _fail(text, 1)
+            console.print(f"Note: {escape(text)}", soft_wrap=True)
         raise
 
 

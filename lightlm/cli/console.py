@@ -107,6 +107,8 @@ def print_table(
 
     Columns numbered in `right` are right-aligned; these and those in `whole` never wrap.
     """
+    from rich.cells import cell_len
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -116,4 +118,9 @@ def print_table(
     for i, column in enumerate(table.columns):
         column.justify, column.overflow = "right" if i in right else "left", "fold"
         column.no_wrap = i in right or i in whole
-    out.print(table)
+        if column.no_wrap:
+            column.min_width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+    # Where the terminal is narrower than the unwrapped columns, it wraps lines; rich would cut off their ends.
+    least = Measurement.get(out, out.options.update(max_width=10_000), table).minimum
+    table.width = least if least > out.width else table.width
+    out.print(table, crop=False)

@@ -86,8 +86,8 @@ def train(
         raise UsageError("name a recipe, for example `lightlm train recipes/demo.yaml`, or --resume a run")
 
     if max_minutes is not None:
-        if max_minutes <= 0 or resume is not None:
-            why = "a resumed run keeps its tokens" if resume is not None else "it must be above 0"
+        if not 0 < max_minutes < float("inf") or resume is not None:
+            why = "a resumed run keeps its tokens" if resume is not None else "it must be a number above 0"
             raise UsageError(f"--max-minutes {max_minutes:g}: {why}")
         if nproc > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UsageError("--max-minutes times the steps of one process; leave it out, and give train.tokens")

@@ -133,6 +133,7 @@ def find_recipe(reference: str | Path, note: Note = warn) -> Path:
         raise RecipeError(f"{path} is a folder, not a recipe{run if (path / 'recipe.yaml').is_file() else ''}")
     if path.parent in (Path("."), Path("recipes")) and path.suffix == ".yaml" and path.stem in shipped:
         return shipped[path.stem]
-    close = nearest(path.stem, shipped)
+    endings = (path.with_name(f"{path.name}.yaml"), path.with_suffix(".yaml"), path.with_suffix(".yml"))
+    close = next((file for file in endings if file.is_file()), None) or nearest(path.stem, shipped)
     hint = f"did you mean {close}? " if close else ""
     raise RecipeError(f"no recipe at {path}: no such file, and LightLM ships {', '.join(shipped)}; {hint}".rstrip("; "))

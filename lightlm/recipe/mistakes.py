@@ -17,6 +17,7 @@ from lightlm.recipe.renamed import ELSEWHERE, RENAMED
 from lightlm.recipe.schema import EARLIER_RUN, NO_EFFECT, Problem, Recipe
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_NO_SECTION = ("model_type", "model_attributes_type", "dataclass_type", "dict_type")
 _LEAVE_OUT = "; leave it out"
 
 
@@ -97,8 +98,10 @@ def _describe(entry: Any) -> Problem:
     if entry["type"] in ("missing", "missing_argument"):
         return key, "is missing"
     message = entry["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
+    if entry["type"] in _NO_SECTION:
+        message = "should be a section with keys of its own"
     given = entry["input"]
-    if isinstance(given, str | int | float | bool):
+    if isinstance(given, str | int | float | bool) and not message.startswith(str(given) or " "):
         message = f"{message}, not {given!r}"
     if entry["type"] == "literal_error":
         close = difflib.get_close_matches(str(given), re.findall(r"'(.*?)'", entry["ctx"]["expected"]), n=1)

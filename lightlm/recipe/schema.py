@@ -34,9 +34,9 @@ def span_tokens(span: str, total: int) -> int:
     Raises:
         ValueError: the span is neither, or the share is not between 0 and 100%.
     """
-    if not span.endswith("%"):
-        return parse_quantity(span)
     try:
+        if not span.endswith("%"):
+            return parse_quantity(span)
         share = float(span[:-1])
     except ValueError:
         share = -1.0
@@ -135,7 +135,7 @@ class TrainSection(Section):
     """Tokens per training sequence. 0 takes model.max_seq_len."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Sequences per device and forward pass. `auto` fits them to the device's memory."""
-    seed: int = 1337
+    seed: int = Field(default=1337, ge=-(2**63), lt=2**63)
     """Seed of the initial weights, the data order and the samples."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""

@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
+from lightlm.cli import console
 from tests.corpus import make_workspace
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="/dev/full and pseudo-terminals")
@@ -101,3 +103,19 @@ def test_a_pipe_that_another_program_made_non_blocking_gets_everything():
     with open(ours) as reader:
         assert len(reader.read()) == 300_001
     assert writer.wait(10) == 0
+
+
+def test_a_table_in_a_narrow_terminal_loses_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setattr(console, "out", Console())
+    console.print_table([["a-run", "1,234,567", "3.1415"]], "run", "tokens", "loss", right=(1, 2), whole=(0,))
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("a-run", "1,234,567", "3.1415"))
+
+
+def test_json_that_could_not_be_written_is_noted(folder, full):
+    done = subprocess.run(
+        command(*SHORT, "--name", "lost", "--json"), cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0
+    assert "Note: standard output could not be written: No space left" in done.stderr

@@ -249,6 +249,7 @@ def test_a_time_limit_shortens_a_new_run_and_says_so(lightlm, workspace, monkeyp
     more = lightlm("train", "--resume", "limited", "train.tokens=3584")
     assert more.code == 0
     lightlm("train", "--resume", "limited", "--max-minutes", "1").assert_one_message("a resumed run keeps its tokens")
+    lightlm("train", "tiny.yaml", "--max-minutes", "nan").assert_one_message("it must be a number above 0")
     lightlm(*command, "--nproc", "2").assert_one_message("--max-minutes times the steps of one process")
 
 
