@@ -123,6 +123,8 @@ def compete(
     Args:
         builders: by the first word of a contestant's name.
     """
+    # Measured once: processes that start at the same time disturb each other's measurement.
+    options.dtype = dtype_name(pick_dtype(options.dtype, pick_device(options.device)))
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     pipes: dict[str, Connection] = {}
     for name in options.contestants.split(","):
