@@ -70,8 +70,8 @@ def test_a_new_run_refuses_a_rewarmup():
 
 
 def test_a_run_that_continues_as_planned_says_nothing():
-    start(*SHORT, name="plain", watch=Recorder(terminate_at=12))
-    _, watch = resume("plain")
+    start(*SHORT, name="as-planned", watch=Recorder(terminate_at=12))
+    _, watch = resume("as-planned")
     assert about_the_rate(watch) == []
 
 

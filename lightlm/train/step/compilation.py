@@ -18,6 +18,7 @@ from lightlm.recipe import Recipe
 # On a CPU, compiling takes most of a minute and then saves an eighth of a step of `lightlm` (benchmarks/train.py
 # --contestants "lightlm,lightlm compiled"). These are the FLOPs of 10 minutes at 0.8 TFLOP/s.
 _CPU_FLOPS = 5e14
+_TORCH = Path(torch.__file__).parent
 _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs, Volta's, that Triton generates code for
 
 
@@ -43,6 +44,11 @@ def compiles(
     lacks = _lacks(device) if device.type == "cuda" and wanted is not False else ""
     if wanted is True and lacks:
         raise RecipeError(f"train.compile=true needs {lacks}, which this machine lacks; set train.compile=false")
+    if wanted is True and device.type == "cpu" and not _can_link():
+        raise RecipeError(
+            f"train.compile=true needs torch in a folder without blanks in its path, because torch.compile's linker stops "
+            f"at them; it is in {_TORCH}. Move the virtual environment, or set train.compile=false"
+        )
     if wanted is True and device.type == "cpu" and not _has_compiler():
         raise RecipeError(
             "train.compile=true needs a C++ compiler (g++ or clang++) and Python's headers, which this machine lacks; "
@@ -54,7 +60,7 @@ def compiles(
         if dtype == torch.float32 and has_slow_mkl():  # compiled blocks would take MKL's products
             return False
         long = model.flops_per_token(recipe.seq_len) * recipe.train.tokens >= _CPU_FLOPS
-        return long and sys.platform == "linux" and _has_compiler()
+        return long and sys.platform == "linux" and _has_compiler() and _can_link()
     if lacks:
         note(f"training is not compiled, and slower for it: that needs {lacks}")
     return device.type == "cuda" and not lacks
@@ -72,6 +78,11 @@ def _lacks(device: torch.device) -> str:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc", "cl")), None)
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     return "" if compiler and headers.exists() else "a C compiler and Python's headers (on Debian: gcc and python3-dev)"
+
+
+def _can_link() -> bool:
+    """Return whether torch's libraries are where its C++ linker finds them."""
+    return not any(map(str.isspace, str(_TORCH)))
 
 
 def _has_compiler() -> bool:
