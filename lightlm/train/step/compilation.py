@@ -46,8 +46,8 @@ def compiles(
         raise RecipeError(f"train.compile=true needs {lacks}, which this machine lacks; set train.compile=false")
     if wanted is True and device.type == "cpu" and not _can_link():
         raise RecipeError(
-            f"train.compile=true needs torch in a folder without blanks in its path, because torch.compile's linker stops "
-            f"at them; it is in {_TORCH}. Move the virtual environment, or set train.compile=false"
+            f"train.compile=true needs torch in a folder without blanks in its path: torch.compile's linker stops at "
+            f"them; it is in {_TORCH}. Move the virtual environment, or set train.compile=false"
         )
     if wanted is True and device.type == "cpu" and not _has_compiler():
         raise RecipeError(
