@@ -4,6 +4,7 @@ Neither depends on the micro-batch or on the number of processes, so that a run 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lightlm.quantities import format_quantity
@@ -176,6 +177,17 @@ def note_on_idle_end(recipe: Recipe) -> str | None:
         f"the learning rate is 0 from {format_quantity(end)} of {format_quantity(recipe.train.tokens)} tokens on: "
         f"schedule.decay is {recipe.schedule.decay} with {recipe.schedule.name}; schedule.decay=null fills the run"
     )
+
+
+def notes_on_short_spans(recipe: Recipe) -> Iterator[str]:
+    """Yield a warning for a warmup or decay of fewer tokens than a batch, which may be meant as percent or steps."""
+    for key in ("warmup", "decay"):
+        span = getattr(recipe.schedule, key)
+        if span and not span.endswith("%") and 0 < span_tokens(span, 1) < recipe.train.batch_tokens:
+            yield (
+                f"schedule.{key} {span} means {span_tokens(span, 1):,} tokens, less than one batch of "
+                f"{recipe.train.batch_tokens:,}; for a share of the run write {key}=2%"
+            )
 
 
 def note_on_repeats(tokens: int, data_tokens: int) -> str | None:

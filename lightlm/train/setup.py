@@ -29,6 +29,7 @@ from lightlm.train.schedules import (
     note_on_idle_end,
     note_on_repeats,
     note_on_resume,
+    notes_on_short_spans,
 )
 from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import Gradients, check_shares, micro_batch_size
@@ -149,6 +150,9 @@ def set_up(
             _note_schedule(recipe, resume_from, progress, note)
     elif recipe.schedule.warms_up_again and recipe.schedule.rewarmup_from is None:
         raise RecipeError("schedule.rewarmup is for a run that resumes from a checkpoint; leave it out of a new run")
+    else:
+        for text in notes_on_short_spans(recipe):
+            note(text)
     if data:
         stream = data.split("train")
     else:  # random tokens of one global batch: the cost of a step does not depend on what they say

@@ -10,7 +10,7 @@ from torch import equal
 from lightlm import checkpoint
 from lightlm.errors import RecipeError
 from lightlm.recipe import load_recipe, load_run_recipe
-from lightlm.train.schedules import learning_rate_factor
+from lightlm.train.schedules import learning_rate_factor, notes_on_short_spans
 from tests.train.watch import Recorder, resume, start
 
 SHORT = ("tiny.yaml", "eval.every=0", "eval.prompts=[]", "checkpoint.every=1280")  # 20 steps
@@ -105,3 +105,10 @@ def test_data_read_too_often_is_named_at_the_start(workspace):
     tokens = len(DataFolder.open(workspace / "data/tiny").split("train"))
     _, watch = start(*SHORT, f"train.tokens={20 * tokens}", name="repeats", watch=Recorder(terminate_at=1))
     assert any("20 times" in note for note in watch.notes)
+
+
+@pytest.mark.parametrize(("override", "named"), [("schedule.decay=20", True), ("schedule.warmup=20%", False)])
+def test_a_span_below_a_batch_is_named_with_its_tokens(override, named):
+    notes = list(notes_on_short_spans(load_recipe("demo", [override])))
+    assert len(notes) == named
+    assert all("20 tokens, less than one batch of 4,096" in note and "decay=2%" in note for note in notes)
