@@ -315,7 +315,7 @@ def _choose(
 
 
 def _new_run(request: _Request, default: str, display: "TrainingDisplay", held: contextlib.ExitStack) -> Path:
-    """Create the folder of a new run; say so if the run of that name is unfinished, which the user may have meant."""
+    """Create the folder of a new run; name the newest unfinished one of that name, which the user may have meant."""
     from lightlm.recipe import load_run_recipe
     from lightlm.runs import new_run, run_folder
     from lightlm.runs.listing import STATES_TO_RESUME, summarize
@@ -323,13 +323,19 @@ def _new_run(request: _Request, default: str, display: "TrainingDisplay", held: 
 
     name = request.name or default
     run = held.enter_context(new_run(name, exact=request.exact, overwrite=request.overwrite))
-    if run != (first := run_folder(name)) and (found := summarize(first)) and found.state in STATES_TO_RESUME:
-        with contextlib.suppress(LightLMError):  # the recipe of another version
-            steps = found.step + batch_plan(load_run_recipe(first)).remaining(found.tokens or 0)[0]
-            display.note(
-                f"{first} is at step {found.step:,} of {steps:,}; resume it with `lightlm train --resume {name}`. "
-                f"This run is {run}"
-            )
+    if run == run_folder(name):
+        return run
+    number = int(run.name.rpartition("-")[2])  # the claimed name is name-2, name-3, ...
+    earlier = [*(run.with_name(f"{name}-{n}") for n in range(number - 1, 1, -1)), run_folder(name)]
+    for folder in earlier:
+        if (found := summarize(folder)) and found.state in STATES_TO_RESUME:
+            with contextlib.suppress(LightLMError):  # the recipe of another version
+                steps = found.step + batch_plan(load_run_recipe(folder)).remaining(found.tokens or 0)[0]
+                display.note(
+                    f"{folder} is at step {found.step:,} of {steps:,}; resume it with `lightlm train --resume "
+                    f"{folder.name}`. This run is {run}"
+                )
+            break
     return run
 
 

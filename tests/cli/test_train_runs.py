@@ -119,6 +119,11 @@ def test_an_unfinished_run_of_the_name_is_mentioned(lightlm, run):
     shutil.rmtree("runs/copy-2")
     edit(run, "train", tokens=1280)
     assert "is at step" not in lightlm("train", *SHORT, "name=copy").stderr
+    edit(Path("runs/copy-2"), "train", tokens=2560)
+    outcome = lightlm("train", *SHORT, "name=copy")
+    assert "resume it with `lightlm train --resume copy-2`. This run is runs/copy-3" in " ".join(outcome.stderr.split())
+    shutil.rmtree("runs/copy-2")
+    shutil.rmtree("runs/copy-3")
 
 
 def test_moved_data_is_named_anew(lightlm, run, workspace):
