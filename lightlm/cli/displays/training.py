@@ -84,8 +84,9 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
             f"{processes}{facts['device']}, {facts['dtype']}{resumed}"
         )
         growing = f"{facts['first_batch_tokens']:,} to " if facts["first_batch_tokens"] < facts["batch_tokens"] else ""
+        epochs = f"{facts['epochs']:,.0f}" if facts["epochs"] >= 10 else f"{facts['epochs']:.2g}"
         self._log(
-            f"{tokens} tokens ({facts['epochs']:.2g} epochs of {escape(facts['data'])}) in "
+            f"{tokens} tokens ({epochs} epochs of {escape(facts['data'])}) in "
             f"{facts['steps']:,} steps of {growing}{facts['batch_tokens']:,}: "
             f"{facts['accumulation']} x {facts['micro_batch']} sequences{' per process' if processes else ''}"
         )

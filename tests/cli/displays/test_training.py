@@ -270,3 +270,11 @@ def test_the_command_draws_in_a_terminal_and_keeps_standard_output_clean(folder)
     assert b"\x1b" not in done.stdout
     assert b"\x1b[2K" in received
     assert b"5/5" in received
+
+
+@pytest.mark.parametrize(("epochs", "shown"), [(0.413, "0.41 epochs"), (3.0, "3 epochs"), (347.2, "347 epochs")])
+def test_epochs_are_a_plain_number(epochs, shown):
+    stream = io.StringIO()
+    with TrainingDisplay(Console(file=stream, width=200)) as display:
+        display.start(FACTS | {"epochs": epochs})
+    assert f"({shown} of data/pydocs)" in stream.getvalue()
