@@ -22,7 +22,8 @@ _NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is larger than the file system or a limit (ulimit -f) allows",
 }
-_NUMBER = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)  # in the messages of safetensors, tokenizers, pyarrow
+# In the messages of safetensors (older ones print Rust's structure), tokenizers and pyarrow.
+_NUMBER = re.compile(r"(?:os error|errno|Os \{ code:) (\d+)", re.IGNORECASE)
 # What torch.save and numpy's tofile say when a write fails; they give no reason.
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|requested and \d+ written")
 

@@ -98,6 +98,7 @@ def test_a_folder_set_aside_by_a_kill_comes_back(tmp_path):
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (Exception('Error: IoError(Os { code: 28, kind: StorageFull, message: "No space left" })'), "the disk is full"),
         (OSError("Error writing bytes to file. Detail: [errno 28] No space left on device"), "the disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "probably full"),
         (OSError("2000000 requested and 0 written"), "probably full"),
