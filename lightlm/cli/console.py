@@ -17,7 +17,7 @@ from rich.console import Console
 
 # Of several processes, only the first prints.
 _silent = os.environ.get("RANK", "0") != "0"
-# A text such as train:100: is no emoji.
+# A text such as train:100: is not an emoji.
 console = Console(stderr=True, highlight=False, emoji=False, quiet=_silent)
 out = Console(highlight=False, emoji=False, quiet=_silent)
 

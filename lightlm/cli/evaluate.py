@@ -161,6 +161,7 @@ def evaluate(
         _note("interrupted; " + ("the scores are those of the finished tasks" if finished else "no task was finished"))
     if evaluations:
         _print(evaluations, baselines, limit, as_json)
+    if interruption is None:
         _refresh_reports(evaluations)
     if problems:
         raise LightLMError("\n".join(problems))

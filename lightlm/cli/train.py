@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lightlm.cli.console import console, out, print_json
+from lightlm.cli.console import console
 from lightlm.cli.launch import launch, report_once
 from lightlm.errors import LightLMError, UsageError
 
@@ -20,10 +19,8 @@ if TYPE_CHECKING:
     from lightlm.data.folder import DataFolder
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
-    from lightlm.train.trainer import Result, Trainer
 
 NEWEST = "runs/latest"  # the value of a bare --resume
-_PROMPT_WORDS = 4  # of the suggested prompt
 
 
 def is_override(argument: str) -> bool:
@@ -214,6 +211,7 @@ def _silently(note: str) -> None:
 def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> bool:
     """Train in one process; return whether it was interrupted. `held` keeps the lock of the run."""
     from lightlm.cli.displays.preparation import validation_note
+    from lightlm.cli.displays.run import draw_report, print_plan, print_result
     from lightlm.cli.displays.training import TrainingDisplay
     from lightlm.convert.huggingface.layouts import export_target
     from lightlm.train.observe.observers import Observers
@@ -241,7 +239,7 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
             evaluator = TaskScores(setup.recipe.eval, data, world, display.note)
     if request.dry_run:
         planned = run or Path("runs") / (request.name or parsed.name)
-        _print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)
+        print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)
         return False
     # The run folder appears once recipe and data are known to fit.
     run = world.from_writer(lambda: run or _new_run(request, parsed.name, display, held))
@@ -252,9 +250,9 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
         if result.interrupted:
             how = f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}"
             console.print(how, soft_wrap=True, markup=False)
-        page = _draw_report(trainer, display) if world.is_writer else None
+        page = draw_report(trainer, display) if world.is_writer else None
     if world.is_writer:
-        _report(result, trainer, page, request.as_json)
+        print_result(result, trainer, page, request.as_json)
     return result.interrupted
 
 
@@ -337,66 +335,3 @@ def _new_run(request: _Request, default: str, display: "TrainingDisplay", held: 
                 )
             break
     return run
-
-
-def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    if as_json:
-        print_json(facts)
-        return
-    table = Table(title=f"Run {facts['name']}", show_header=False)
-    for key, value in facts.items():
-        if value is not None and (key != "active_parameters" or value != facts["parameters"]):
-            table.add_row(key.replace("_", " "), Text(_in_words(value)))
-    out.print(table)
-
-
-def _in_words(value: Any) -> str:
-    match value:
-        case bool():  # an int too
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:.3g}"
-    return str(value)
-
-
-def _draw_report(trainer: "Trainer", display: "TrainingDisplay") -> Path | None:
-    """Write the run's page and plots and return the page. The run is saved already, so a failure is only a note."""
-    display.phase("drawing the report")
-    try:
-        from lightlm.report.build import write_report
-
-        return write_report([trainer.run_folder]).page
-    except Exception as error:
-        display.note(f"no plots were made ({error}); try `lightlm report {trainer.run_folder}`")
-        return None
-
-
-def _report(result: "Result", trainer: "Trainer", page: Path | None, as_json: bool) -> None:
-    unigram = trainer.data.manifest.unigram
-    unigram_entropy = unigram.nats_per_token if unigram else None
-    if as_json:
-        print_json(vars(result) | {"unigram_entropy": unigram_entropy, "report": page})
-        return
-    lines = [f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s"]
-    if result.val_loss is not None:
-        lines.append(f"Validation loss {result.val_loss:.4f} nats per token, {result.val_bpb:.4f} bits per byte")
-        if unigram_entropy is not None:
-            lines.append(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats per token")
-    if page is not None:
-        lines.append(f"Plots and page: {page}")
-    if not result.interrupted:
-        lines.append("Next: " + "; ".join(_next_commands(trainer)))
-    out.print("\n".join(lines), soft_wrap=True, markup=False)
-
-
-def _next_commands(trainer: "Trainer") -> list[str]:
-    """Return commands to try on a finished run. The prompt is the beginning of a text of its own data."""
-    words = trainer.data.beginnings(1)[0].split()[:_PROMPT_WORDS]
-    prompt = shlex.quote(" ".join(words).replace("\N{REPLACEMENT CHARACTER}", "") or "Hello")
-    held_out = ["lightlm eval --tasks heldout"] if len(trainer.data.split("val")) else []
-    return [*held_out, f"lightlm generate {prompt}", "lightlm convert"]

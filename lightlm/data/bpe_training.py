@@ -2,7 +2,7 @@
 
 The library's trainer does not return to Python for seconds, so neither Ctrl-C nor SIGTERM would end it, nor can a
 thread that runs it be ended. So a child process (`python -m lightlm.data.bpe_training`) trains on a large sample. It is
-killed where it is no longer wanted.
+killed when a signal ends the command.
 """
 
 import contextlib

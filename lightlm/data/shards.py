@@ -139,7 +139,7 @@ class Manifest(BaseModel):
         """The size of a validation split whose loss says little, in words; empty for a larger one, or none.
 
         The loss per token differs by some 0.4 nats between documents and 3 between tokens, so 10 documents and 20,000
-        tokens give a mean that is known to about 0.1 and 0.02. A source of few documents is judged by tokens alone.
+        tokens give a mean that is known to about 0.1 and 0.02. A source of few documents is judged only by tokens.
         """
         tokens, documents = self.tokens("val"), self.documents("val")
         few_documents = 0 < documents < MIN_VAL_DOCUMENTS and self.documents("train") >= 10 * MIN_VAL_DOCUMENTS

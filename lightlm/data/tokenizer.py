@@ -222,7 +222,7 @@ class Tokenizer:
 
     @functools.cached_property
     def word_based(self) -> bool:
-        """Whether whole words are looked up, so that characters alone say nothing about them."""
+        """Whether whole words are looked up, so that single characters say nothing about them."""
         return (self.content.get("model") or {}).get("type") in ("WordPiece", "WordLevel")
 
     @functools.cached_property

@@ -40,7 +40,7 @@ class Listing:
         builder: the builder of `datasets` for the files: parquet, json, csv, text, ...
         options: the arguments of the builder, from the README.
         files: path in the repository and size in bytes of each file, in their order.
-        left_out: the repository's other files by suffix: of other splits and configurations, and what is no data.
+        left_out: the repository's other files by suffix: of other splits and configurations, and files without data.
     """
 
     repo: str
