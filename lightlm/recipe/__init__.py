@@ -3,16 +3,14 @@
 from lightlm.recipe.loading import find_recipe, load_recipe, load_run_recipe, recipes_folder, shipped_recipes
 from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.renamed import with_new_names
-from lightlm.recipe.schema import (
-    NAME_PATTERN,
-    CheckpointSection,
-    EvalSection,
-    Recipe,
-    ScheduleSection,
-    TrackingSection,
-    TrainSection,
-    span_tokens,
-)
+from lightlm.recipe.schema import Recipe
+from lightlm.recipe.sections.checkpoint import CheckpointSection
+from lightlm.recipe.sections.evaluation import EvalSection
+from lightlm.recipe.sections.quantities import span_tokens
+from lightlm.recipe.sections.schedule import ScheduleSection
+from lightlm.recipe.sections.section import NAME_PATTERN
+from lightlm.recipe.sections.tracking import TrackingSection
+from lightlm.recipe.sections.train import TrainSection
 
 __all__ = [
     "NAME_PATTERN",

@@ -13,8 +13,10 @@ from lightlm.errors import RecipeError
 from lightlm.model.config import ModelConfig
 from lightlm.names import nearest
 from lightlm.optim.registry import DEFAULT, OPTIMIZERS
+from lightlm.optim.section import NO_EFFECT, Problem
 from lightlm.recipe.renamed import ELSEWHERE, RENAMED
-from lightlm.recipe.schema import EARLIER_RUN, NO_EFFECT, Problem, Recipe
+from lightlm.recipe.schema import Recipe
+from lightlm.recipe.sections.section import EARLIER_RUN
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _NO_SECTION = ("model_type", "model_attributes_type", "dataclass_type", "dict_type")

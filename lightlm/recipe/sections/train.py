@@ -1,0 +1,46 @@
+"""The section `train`: length of the run, batches, device and precision."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lightlm.recipe.sections.quantities import BatchTokens, Tokens
+from lightlm.recipe.sections.section import Section
+
+
+class TrainSection(Section):
+    tokens: Annotated[Tokens, Field(ge=1)]
+    """Tokens to train on in total, rounded up to whole batches."""
+    batch_tokens: BatchTokens
+    """Tokens per global batch. K and M are powers of 1,024 here, so 512K is 2**19. The batch does not depend on the
+    number of devices: gradients accumulate."""
+    seq_len: int = Field(default=0, ge=0)
+    """Tokens per training sequence. 0 takes model.max_seq_len."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Sequences per device and forward pass. `auto` fits them to the device's memory."""
+    seed: int = Field(default=1337, ge=-(2**63), lt=2**63)
+    """Seed of the initial weights, the data order and the samples."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of matrix products. `auto` takes bfloat16 where the device is fast at it, float16 with a scaled loss on
+    CUDA before Ampere, else float32; on a CPU, a new run measures. The run's recipe.yaml keeps the answer. Weights stay
+    in float32."""
+    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Threads of a CPU, for a run of one process. `auto` measures for a second at the start, since another process on a
+    core makes fewer threads faster; the run's recipe.yaml keeps the number, because sums are rounded by it. The
+    variable OMP_NUM_THREADS decides wherever it is set, and `--nproc` shares the cores between the processes."""
+    compile: Literal["auto"] | bool = "auto"
+    """Use torch.compile. `auto` decides by device and by the length of the run."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the blocks, and compute the rest again in the backward pass: less memory, more time."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp` keeps a copy of the model in each, `fsdp` shards one model (FSDP2)."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Largest global L2 norm of the gradients. 0 does not clip."""
+    skip_spikes: bool = False
+    """Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite."""
+    spike_threshold: float = Field(default=6.0, gt=0)
+    """Robust standard deviations above the median of the last steps at which a step is a spike."""
+    spike_window: int = Field(default=128, ge=8)
+    """Steps that a step is compared with to find spikes."""
