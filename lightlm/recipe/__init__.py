@@ -6,11 +6,11 @@ from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
 from lightlm.recipe.sections.checkpoint import CheckpointSection
 from lightlm.recipe.sections.evaluation import EvalSection
-from lightlm.recipe.sections.quantities import span_tokens
 from lightlm.recipe.sections.schedule import ScheduleSection
 from lightlm.recipe.sections.section import NAME_PATTERN
 from lightlm.recipe.sections.tracking import TrackingSection
 from lightlm.recipe.sections.train import TrainSection
+from lightlm.spans import span_tokens
 
 __all__ = [
     "NAME_PATTERN",

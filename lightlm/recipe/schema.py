@@ -21,11 +21,11 @@ from lightlm.recipe.sections.checkpoint import CheckpointSection
 from lightlm.recipe.sections.data import DataSection
 from lightlm.recipe.sections.evaluation import EvalSection
 from lightlm.recipe.sections.moe import MoESection
-from lightlm.recipe.sections.quantities import span_tokens
 from lightlm.recipe.sections.schedule import ScheduleSection
 from lightlm.recipe.sections.section import NAME_PATTERN, is_earlier, refuse
 from lightlm.recipe.sections.tracking import TrackingSection
 from lightlm.recipe.sections.train import TrainSection
+from lightlm.spans import span_tokens
 
 
 class Recipe(BaseModel):
