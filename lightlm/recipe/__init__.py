@@ -1,5 +1,6 @@
 """Recipes: YAML files that describe runs, their schema, and overrides such as `optimizer.lr=1e-3`."""
 
+from lightlm.quantities import span_tokens
 from lightlm.recipe.loading import find_recipe, load_recipe, load_run_recipe, recipes_folder, shipped_recipes
 from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.renamed import with_new_names
@@ -10,7 +11,6 @@ from lightlm.recipe.sections.schedule import ScheduleSection
 from lightlm.recipe.sections.section import NAME_PATTERN
 from lightlm.recipe.sections.tracking import TrackingSection
 from lightlm.recipe.sections.train import TrainSection
-from lightlm.spans import span_tokens
 
 __all__ = [
     "NAME_PATTERN",

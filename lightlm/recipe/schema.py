@@ -17,6 +17,7 @@ from pydantic import (
 from lightlm.model.config import ModelConfig
 from lightlm.optim.registry import AnyOptimizer
 from lightlm.optim.section import NO_EFFECT, Problem
+from lightlm.quantities import span_tokens
 from lightlm.recipe.sections.checkpoint import CheckpointSection
 from lightlm.recipe.sections.data import DataSection
 from lightlm.recipe.sections.evaluation import EvalSection
@@ -25,7 +26,6 @@ from lightlm.recipe.sections.schedule import ScheduleSection
 from lightlm.recipe.sections.section import NAME_PATTERN, is_earlier, refuse
 from lightlm.recipe.sections.tracking import TrackingSection
 from lightlm.recipe.sections.train import TrainSection
-from lightlm.spans import span_tokens
 
 
 class Recipe(BaseModel):

@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
+from lightlm.quantities import Tokens
 from lightlm.recipe.sections.section import Section
-from lightlm.spans import Tokens
 
 
 class CheckpointSection(Section):

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from lightlm.quantities import Tokens
 from lightlm.recipe.sections.section import Section
-from lightlm.spans import Tokens
 
 
 class EvalSection(Section):

@@ -1,5 +1,5 @@
-"""The types are in `lightlm.spans`."""
+"""The types are in `lightlm.quantities`."""
 
-from lightlm.spans import BatchTokens, Span, Tokens, span_tokens
+from lightlm.quantities import BatchTokens, Span, Tokens, span_tokens
 
 __all__ = ["BatchTokens", "Span", "Tokens", "span_tokens"]

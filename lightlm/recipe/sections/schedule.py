@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from lightlm.optim.section import Problem
+from lightlm.quantities import BatchTokens, Span, Tokens, span_tokens
 from lightlm.recipe.sections.section import Section
-from lightlm.spans import BatchTokens, Span, Tokens, span_tokens
 
 
 class ScheduleSection(Section):

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lightlm.quantities import BatchTokens, Tokens
 from lightlm.recipe.sections.section import Section
-from lightlm.spans import BatchTokens, Tokens
 
 
 class TrainSection(Section):
