@@ -1,6 +1,6 @@
 """Recipes: YAML files that describe runs, their schema, and overrides such as `optimizer.lr=1e-3`."""
 
-from lightlm.quantities import span_tokens
+from lightlm.quantities.types import span_tokens
 from lightlm.recipe.loading import find_recipe, load_recipe, load_run_recipe, recipes_folder, shipped_recipes
 from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.renamed import with_new_names

@@ -17,7 +17,7 @@ from pydantic import (
 from lightlm.model.config import ModelConfig
 from lightlm.optim.registry import AnyOptimizer
 from lightlm.optim.section import NO_EFFECT, Problem
-from lightlm.quantities import span_tokens
+from lightlm.quantities.types import span_tokens
 from lightlm.recipe.sections.checkpoint import CheckpointSection
 from lightlm.recipe.sections.data import DataSection
 from lightlm.recipe.sections.evaluation import EvalSection

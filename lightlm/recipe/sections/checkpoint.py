@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from lightlm.quantities import Tokens
+from lightlm.quantities.types import Tokens
 from lightlm.recipe.sections.section import Section
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lightlm.quantities import Tokens
+from lightlm.quantities.types import Tokens
 from lightlm.recipe.sections.section import Section
 
 

@@ -1,5 +1,5 @@
-"""The types are in `lightlm.quantities`."""
+"""The types are in `lightlm.quantities.types`."""
 
-from lightlm.quantities import BatchTokens, Span, Tokens, span_tokens
+from lightlm.quantities.types import BatchTokens, Span, Tokens, span_tokens
 
 __all__ = ["BatchTokens", "Span", "Tokens", "span_tokens"]

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from lightlm.optim.section import Problem
-from lightlm.quantities import BatchTokens, Span, Tokens, span_tokens
+from lightlm.quantities.types import BatchTokens, Span, Tokens, span_tokens
 from lightlm.recipe.sections.section import Section
 
 

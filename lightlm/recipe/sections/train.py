@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lightlm.quantities import BatchTokens, Tokens
+from lightlm.quantities.types import BatchTokens, Tokens
 from lightlm.recipe.sections.section import Section
 
 

@@ -1,14 +1,7 @@
-"""Quantities as people write them: `10B` tokens, `512K` tokens per batch, `3_000`, `2%` of a run.
-
-`Tokens`, `BatchTokens` and `Span` are the types of recipe keys written so.
-"""
+"""Quantities as people write them: `10B` tokens, `512K` tokens per batch, `3_000`."""
 
 import re
 from decimal import Decimal
-from functools import partial
-from typing import Annotated
-
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 _POWERS = {"": 0, "k": 1, "m": 2, "b": 3, "t": 4}
 _QUANTITY = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?(?:e\+?\d{1,3})?)\s*([kmbt]?)\s*", re.IGNORECASE)
@@ -53,50 +46,3 @@ def short_form(number: float, units: tuple[tuple[str, float], ...]) -> str:
     if "e+" in text:  # beyond the largest unit
         text = f"{float(text):,.0f}"
     return ("-" if number < 0 else "") + text + name
-
-
-def span_tokens(span: str, total: int) -> int:
-    """Return the tokens in a span, which is a share of `total` (`2%`) or a quantity (`375M`).
-
-    Raises:
-        ValueError: the span is neither, or the share is not between 0 and 100%.
-    """
-    try:
-        if not span.endswith("%"):
-            return parse_quantity(span)
-        share = float(span[:-1])
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 100:  # also NaN
-        raise ValueError("write a share of the run such as 2%, or tokens such as 375M")
-    return round(total * share / 100)
-
-
-def _check_span(span: str) -> str:
-    span_tokens(span, 1)
-    return span
-
-
-def _written_as(title: str, pattern: str, minimum: int = 0) -> WithJsonSchema:
-    """Return the JSON Schema of a number that a recipe may also write as text, such as `10B` or `2%`."""
-    return WithJsonSchema(
-        {"title": title, "anyOf": [{"type": "number", "minimum": minimum}, {"type": "string", "pattern": pattern}]}
-    )
-
-
-_PATTERN = r"\d[\d_]*(\.\d+)?([eE]\d+)?[kKmMbBtT]?"
-Tokens = Annotated[
-    int, BeforeValidator(parse_quantity), Field(ge=0), _written_as("tokens, such as 10B", f"^{_PATTERN}$")
-]
-BatchTokens = Annotated[
-    int,
-    BeforeValidator(partial(parse_quantity, base=1024)),
-    Field(ge=1),
-    _written_as("tokens, such as 512K (2**19)", f"^{_PATTERN}$", 1),
-]
-Span = Annotated[
-    str,
-    BeforeValidator(str),
-    AfterValidator(_check_span),
-    _written_as("share or tokens, such as 2% or 375M", rf"^({_PATTERN}|\d+(\.\d+)?%)$"),
-]
