@@ -34,3 +34,9 @@ class ConvertError(LightLMError):
 
 class DiskFullError(LightLMError, OSError):
     """There is no room for a file: the disk is full, or a quota or limit is reached."""
+
+
+class TrainingDivergedError(LightLMError):
+    """The loss or the gradient became NaN or infinite; the same run would diverge again."""
+
+    exit_code = 3

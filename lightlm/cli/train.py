@@ -50,6 +50,9 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete runs/NAME if it exists, once recipe and data are known to fit.")
     ] = False,
+    runs_dir: Annotated[
+        Path, typer.Option("--runs-dir", metavar="DIR", help="Folder of the run's folder; only runs/ has `latest`.")
+    ] = Path("runs"),
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine: one per GPU, or CPU processes.")] = 1,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Restarts of all processes from the last checkpoint after one dies.")
@@ -63,6 +66,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the plan, train nothing.")
     ] = False,
+    with_report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Draw the run's page and plots at the end.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Train a model from a recipe: shards -> checkpoints under runs/.
@@ -89,7 +95,8 @@ def train(
         if nproc > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UsageError("--max-minutes times the steps of one process; leave it out, and give train.tokens")
 
-    request = _Request(recipe, changes, name, resume, auto_resume, overwrite, dry_run, as_json, max_minutes)
+    places = _Request(recipe, changes, name, resume, auto_resume, overwrite, runs_dir)
+    request = replace(places, dry_run=dry_run, as_json=as_json, max_minutes=max_minutes, with_report=with_report)
     if "WORLD_SIZE" not in os.environ:  # else each process would report the mistake
         _check(request)
     if nproc > 1 or max_restarts:
@@ -119,9 +126,11 @@ class _Request:
     resume: str | None
     auto_resume: bool
     overwrite: bool
-    dry_run: bool
-    as_json: bool
+    runs_dir: Path
+    dry_run: bool = False
+    as_json: bool = False
     max_minutes: float | None = None
+    with_report: bool = True
 
     @property
     def exact(self) -> bool:
@@ -130,9 +139,10 @@ class _Request:
 
     def arguments(self) -> list[str]:
         """Return the command line of this request."""
-        options = {"--name": self.name, "--resume": self.resume, "--max-minutes": self.max_minutes}
+        options: dict[str, object] = {"--name": self.name, "--resume": self.resume, "--runs-dir": self.runs_dir}
+        options["--max-minutes"] = self.max_minutes
         flags = {"--auto-resume": self.auto_resume, "--overwrite": self.overwrite, "--dry-run": self.dry_run}
-        flags["--json"] = self.as_json
+        flags |= {"--json": self.as_json, "--no-report": not self.with_report}
         return [
             *("train", *([self.recipe] if self.recipe else []), *self.changes),
             *(f"{option}={value}" for option, value in options.items() if value is not None),
@@ -146,7 +156,7 @@ class _Request:
         if self.resume is not None:
             require_unlocked(find_run(None if self.resume == NEWEST else self.resume))
         elif self.name is not None and not self.auto_resume:
-            require_free(run_folder(self.name), overwrite=self.overwrite)
+            require_free(run_folder(self.name, self.runs_dir), overwrite=self.overwrite)
 
     @contextlib.contextmanager
     def with_fixed_run(self) -> "Iterator[_Request]":
@@ -166,7 +176,7 @@ class _Request:
             if self.overwrite:
                 yield replace(self, name=name)
                 return
-            claimed = claim_folder(name)
+            claimed = claim_folder(name, self.runs_dir)
             try:
                 yield replace(self, name=claimed.name)
             finally:
@@ -189,7 +199,7 @@ def _check(request: _Request) -> None:
     else:
         assert request.recipe is not None
         parsed = load_recipe(request.recipe, request.changes, _silently)
-        folder = run_folder(request.name or parsed.name)
+        folder = run_folder(request.name or parsed.name, request.runs_dir)
         if request.auto_resume and (folder / RECIPE).is_file():
             run, parsed = folder, load_run_recipe(folder, request.changes, _silently)
     check_device(parsed.train.device)
@@ -238,7 +248,7 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
 
             evaluator = TaskScores(setup.recipe.eval, data, world, display.note)
     if request.dry_run:
-        planned = run or Path("runs") / (request.name or parsed.name)
+        planned = run or request.runs_dir / (request.name or parsed.name)
         print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)
         return False
     # The run folder appears once recipe and data are known to fit.
@@ -250,7 +260,7 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
         if result.interrupted:
             how = f"Interrupted; step {result.step} is saved. Resume with: lightlm train --resume {result.run}"
             console.print(how, soft_wrap=True, markup=False)
-        page = draw_report(trainer, display) if world.is_writer else None
+        page = draw_report(trainer, display) if world.is_writer and request.with_report else None
     if world.is_writer:
         print_result(result, trainer, page, request.as_json)
     return result.interrupted
@@ -298,7 +308,8 @@ def _choose(
         run = find_run(None if request.resume == NEWEST else request.resume)
     elif request.auto_resume:
         assert request.recipe is not None
-        named = run_folder(request.name or load_recipe(request.recipe, request.changes, _silently).name)
+        name = request.name or load_recipe(request.recipe, request.changes, _silently).name
+        named = run_folder(name, request.runs_dir)
         if (named / RECIPE).is_file():
             run = named
             display.note(f"{run} exists and is resumed with its own recipe, not {request.recipe}")
@@ -315,23 +326,24 @@ def _choose(
 def _new_run(request: _Request, default: str, display: "TrainingDisplay", held: contextlib.ExitStack) -> Path:
     """Create the folder of a new run; name the newest unfinished one of that name, which the user may have meant."""
     from lightlm.recipe import load_run_recipe
-    from lightlm.runs import new_run, run_folder
+    from lightlm.runs import RUNS, new_run, run_folder
     from lightlm.runs.listing import STATES_TO_RESUME, summarize
     from lightlm.train.schedules import batch_plan
 
     name = request.name or default
-    run = held.enter_context(new_run(name, exact=request.exact, overwrite=request.overwrite))
-    if run == run_folder(name):
+    exact, overwrite, parent = request.exact, request.overwrite, request.runs_dir
+    run = held.enter_context(new_run(name, exact=exact, overwrite=overwrite, parent=parent))
+    if run == run_folder(name, parent):
         return run
     number = int(run.name.rpartition("-")[2])  # the claimed name is name-2, name-3, ...
-    earlier = [*(run.with_name(f"{name}-{n}") for n in range(number - 1, 1, -1)), run_folder(name)]
+    earlier = [*(run.with_name(f"{name}-{n}") for n in range(number - 1, 1, -1)), run_folder(name, parent)]
     for folder in earlier:
         if (found := summarize(folder)) and found.state in STATES_TO_RESUME:
             with contextlib.suppress(LightLMError):  # the recipe of another version
                 steps = found.step + batch_plan(load_run_recipe(folder)).remaining(found.tokens or 0)[0]
                 display.note(
                     f"{folder} is at step {found.step:,} of {steps:,}; resume it with `lightlm train --resume "
-                    f"{folder.name}`. This run is {run}"
+                    f"{folder.name if parent == RUNS else folder}`. This run is {run}"
                 )
             break
     return run

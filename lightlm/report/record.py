@@ -19,7 +19,7 @@ from lightlm.machine import read_machine
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
 from lightlm.report.curves import Curves, newest, smooth
-from lightlm.train.observe.metrics import read_metrics
+from lightlm.runs.metrics import read_metrics
 from lightlm.train.schedules import batch_plan
 
 _NAMED_RESUMES = 5  # in a note

@@ -17,19 +17,19 @@ MARKER = "complete.json"  # a checkpoint folder with this file is complete
 _STEP_NAME = re.compile(r"step_(\d+)")
 
 
-def run_folder(name: str) -> Path:
-    """Return `runs/<name>`, which need not exist.
+def run_folder(name: str, parent: Path = RUNS) -> Path:
+    """Return `<parent>/<name>`, which need not exist.
 
     Raises:
         UsageError: the name is not a plain folder name.
     """
     if not re.fullmatch(NAME_PATTERN, name) or name == "latest":
         raise UsageError(f"'{name}' cannot name a run: use letters, digits, '.', '_' and '-', and not 'latest'")
-    return RUNS / name
+    return parent / name
 
 
 @contextlib.contextmanager
-def new_run(name: str, *, exact: bool, overwrite: bool = False) -> Iterator[Path]:
+def new_run(name: str, *, exact: bool, overwrite: bool = False, parent: Path = RUNS) -> Iterator[Path]:
     """Context manager that creates the folder of a new run and holds its lock (see `runs.lock`).
 
     A folder in which no run has begun when the context ends is removed.
@@ -38,19 +38,20 @@ def new_run(name: str, *, exact: bool, overwrite: bool = False) -> Iterator[Path
         exact: refuse a name that is taken, but take over a folder without a run, which a kill may have left. Otherwise
             use the first free one of `name`, `name-2`, `name-3`, ...
         overwrite: delete the run of this name first; implies `exact`.
+        parent: the folder that receives it.
 
     Raises:
         UsageError: as `run_folder`.
         CheckpointError: the name is taken, or the run to overwrite is being trained.
     """
     if exact or overwrite:
-        path = run_folder(name)
+        path = run_folder(name, parent)
         require_free(path, overwrite=overwrite)
         if (path / RECIPE).is_file():
             remove_run(path)
         path.mkdir(parents=True, exist_ok=True)
     else:
-        path = claim_folder(name)
+        path = claim_folder(name, parent)
     with locked(path):
         require_free(path)  # another process may have used the folder between its creation and its lock
         try:
@@ -59,15 +60,15 @@ def new_run(name: str, *, exact: bool, overwrite: bool = False) -> Iterator[Path
             _discard(path)
 
 
-def claim_folder(name: str) -> Path:
+def claim_folder(name: str, parent: Path = RUNS) -> Path:
     """Create the first free folder of `name`, `name-2`, ... and return it. Two processes never get the same one."""
-    path, number = run_folder(name), 1
+    path, number = run_folder(name, parent), 1
     while True:
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             number += 1
-            path = RUNS / f"{name}-{number}"
+            path = parent / f"{name}-{number}"
         else:
             return path
 

@@ -1,7 +1,6 @@
 """What `lightlm runs ls` shows of a run, read from its files within milliseconds and without torch."""
 
 import json
-import mmap
 import os
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from lightlm import files
 from lightlm.quantities import parse_quantity
 from lightlm.runs.folders import MARKER, RECIPE, RUNS, checkpoints, mark_latest, runs_here
 from lightlm.runs.lock import Holder, holder
+from lightlm.runs.metrics import METRICS, last_metrics
 
 State = Literal["training", "complete", "stopped", "interrupted", "no checkpoint", "damaged"]
 STATES_TO_RESUME = ("stopped", "interrupted")
@@ -70,7 +70,7 @@ def summarize(run: Path) -> Summary | None:
     last: dict[str, Any] = {}
     val_loss = None
     try:
-        last, val_loss = _last_metrics(run / "metrics.jsonl")
+        last, val_loss = last_metrics(run)
     except (OSError, ValueError, KeyError):
         damaged = True
     step, tokens = last.get("step", saved or 0), last.get("tokens")
@@ -89,7 +89,7 @@ def summarize(run: Path) -> Summary | None:
 
 
 def _written_by_training(run: Path) -> list[Path]:
-    paths = (run / RECIPE, run / "metrics.jsonl", run / "checkpoints")
+    paths = (run / RECIPE, run / METRICS, run / "checkpoints")
     return [path for path in paths if path.exists()] if (run / RECIPE).is_file() else []
 
 
@@ -114,29 +114,6 @@ def _saved_step(run: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     return int(newest.name.removeprefix("step_")) if whole else None
-
-
-def _last_metrics(path: Path) -> tuple[dict[str, Any], float | None]:
-    """Return the last whole line of a metrics file and the last validation loss, without reading all of it."""
-    if not path.is_file() or not path.stat().st_size:
-        return {}, None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        end = content.rfind(b"\n")  # a kill can leave half a line after it
-        if end < 0:
-            return {}, None
-        validated = content.rfind(b'"val_loss":', 0, end)
-        val_loss = _line(content, validated)["val_loss"] if validated >= 0 else None
-        return _line(content, end), val_loss
-
-
-def _line(content: mmap.mmap, position: int) -> dict[str, Any]:
-    """Return the object in the line around or before a position."""
-    end = content.find(b"\n", position)
-    start = content.rfind(b"\n", 0, position) + 1
-    values = json.loads(content[start:end])
-    if not isinstance(values, dict):
-        raise ValueError("a line is not a JSON object")
-    return values
 
 
 def disk_bytes(folder: Path) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from lightlm import checkpoint, files
 from lightlm.device import peak_flops
-from lightlm.errors import LightLMError
+from lightlm.errors import TrainingDivergedError
 from lightlm.generate.engine import sample_text
 from lightlm.machine import record_machine
 from lightlm.model.transformer import Transformer
@@ -46,10 +46,6 @@ from lightlm.train.validation import validate
 Sampler = Callable[[Transformer, str], str]
 Finished = Callable[[float], None]  # receives the finished share of an evaluation
 Evaluator = Callable[[Transformer, Path, threading.Event, Finished], dict[str, float] | None]
-
-
-class TrainingDivergedError(LightLMError):
-    """The loss or the gradient became NaN or infinite."""
 
 
 @dataclass

@@ -225,3 +225,24 @@ def test_restarted_processes_name_the_run_of_the_first_attempt(lightlm, workspac
     first, again, _ = started[1]
     assert "--overwrite" in first
     assert "--overwrite" not in again
+
+
+def test_a_run_in_another_folder_leaves_latest_alone_and_draws_nothing_if_asked(lightlm, finished):
+    before = Path("runs/latest").readlink()
+    outcome = lightlm("train", *SHORT, "--name", "aside", "--runs-dir", "elsewhere/runs", "--no-report")
+    assert outcome.code == 0, outcome.stderr
+    run = Path("elsewhere/runs/aside")
+    assert (run / "recipe.yaml").is_file()
+    assert not (run / "report.html").exists()
+    assert Path("runs/latest").readlink() == before
+    assert not Path("runs/aside").exists()
+    again = lightlm("train", *SHORT, "--name", "aside", "--runs-dir", "elsewhere/runs")
+    again.assert_one_message("elsewhere/runs/aside exists already")
+    assert lightlm("train", "--resume", "elsewhere/runs/aside").code == 0
+
+
+def test_a_run_that_diverges_has_an_exit_code_of_its_own(lightlm):
+    """`lightlm sweep` counts it as a result, not as a failure to be tried again."""
+    outcome = lightlm("train", *SHORT, "--name", "diverges", "optimizer.lr=1e30", "train.grad_clip=0")
+    assert "training diverged at step" in outcome.stderr
+    assert outcome.code == 3

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from lightlm import files
+from lightlm.runs.metrics import METRICS, read_metrics
 
 # Metrics that differ between two runs of the same recipe.
 MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_second", "mfu", "memory", "resumed"})
-_FILE = "metrics.jsonl"
 
 
 class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
@@ -31,8 +31,8 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
         self.logged_step = steps[-1]["step"] if steps else 0
         kept = [metrics for metrics in steps if metrics["step"] <= last_step]
         self.last_step = kept[-1]["step"] if kept else 0
-        files.write_text(run / _FILE, "".join(json.dumps(metrics) + "\n" for metrics in kept))
-        self._path = run / _FILE
+        files.write_text(run / METRICS, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        self._path = run / METRICS
         self._file = self._path.open("a", encoding="utf-8")
         self._resumes = last_step > 0
 
@@ -49,13 +49,6 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
     def __exit__(self, *error: object) -> None:
         with files.writing(self._path), self._file:
             os.fsync(self._file.fileno())
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the metrics of all steps of a run so far."""
-    path = run / _FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a kill can leave half a line
 
 
 def peak_memory(device: torch.device) -> int | None:
