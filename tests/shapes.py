@@ -14,12 +14,13 @@ SHAPES = {
     "gpt3": ModelConfig(**_BASE, **_GPT2, sliding_window=5),
     "llama": ModelConfig(**_BASE, num_kv_heads=2),
     "qwen3": ModelConfig(**_BASE, num_kv_heads=1, head_dim=16, qk_norm=True, tie_embeddings=False),
+    "gated": ModelConfig(**_BASE, num_kv_heads=2, head_dim=16, qk_norm=True, attention_gate=True),
     "relu2": ModelConfig(**_BASE, mlp="relu2", bias=True),
     "shared": ModelConfig(**_BASE, num_kv_heads=2, layer_sharing=2, sliding_window=7),
     "moe": ModelConfig(
         **_BASE, **_EXPERTS, num_shared_experts=1, first_k_dense=1, qk_norm=True, routed_scaling_factor=1.5
     ),
-    "softmax_moe": ModelConfig(**_BASE, **_EXPERTS, router="softmax", norm_topk_prob=False),
+    "softmax_moe": ModelConfig(**_BASE, **_EXPERTS, router="softmax", norm_topk_prob=False, attention_gate=True),
 }
 
 

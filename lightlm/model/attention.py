@@ -1,10 +1,10 @@
-"""Causal self-attention with grouped queries, optional query and key norms, and an optional band.
+"""Causal self-attention with grouped queries, optional query and key norms, an optional gate and an optional band.
 
-`Attention._project` is the only place that makes queries, keys and values, and `Attention.forward` the only place that
-uses them: plain, fused, cached and tree attention all pass through both.
+`Attention._project` is the only place that makes queries, keys, values and gates, and `Attention.forward` the only
+place that uses them: plain, fused, cached and tree attention all pass through both.
 
 Shapes: B batch, T positions in this call, S key positions, H query heads, G key/value heads, K head size,
-D hidden size.
+C = H K channels, D hidden size.
 """
 
 from collections.abc import Callable
@@ -76,6 +76,8 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
+        # With separate weights, Muon orthogonalizes queries and gates apart; Qwen3.5 stores both in one matrix.
+        self.gate_proj = nn.Linear(config.hidden_size, query_size, bias=config.bias) if config.attention_gate else None
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -89,7 +91,7 @@ class Attention(nn.Module):
             rotation: cosines and sines, each (B or 1, 1, T, K); None with learned positions.
             extend: adds the keys and values of earlier positions; None where there are none.
         """
-        q_BHTK, k_BGSK, v_BGSK = self._project(x_BTD, rotation)
+        q_BHTK, k_BGSK, v_BGSK, gate_BTC = self._project(x_BTD, rotation)
         if extend is not None:
             k_BGSK, v_BGSK = extend(k_BGSK, v_BGSK)
         grouped = self.num_kv_heads != self.num_heads
@@ -106,22 +108,29 @@ class Attention(nn.Module):
         )
         y_BTC = y_BHTK.transpose(1, 2).flatten(2)
         if fused.applies(x_BTD):
-            return fused.linear(y_BTC, self.o_proj)
+            return fused.linear(y_BTC if gate_BTC is None else fused.GateFunction.apply(y_BTC, gate_BTC), self.o_proj)
+        if gate_BTC is not None:
+            y_BTC = y_BTC * gate_BTC.sigmoid()
         return self.o_proj(y_BTC.to(x_BTD.dtype))
 
-    def _project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, H, T, K), keys and values (B, G, T, K), normalized and rotated."""
+    def _project(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return queries (B, H, T, K), keys and values (B, G, T, K), normalized and rotated, and gates (B, T, C)."""
         if fused.applies(x_BTD):
-            joined = fused.linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+            layers = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
+            joined = fused.linear(x_BTD, *filter(None, layers))
+            num_gates = 0 if self.gate_proj is None else self.num_heads
             cos, sin = (None, None) if rotation is None else (angles[:, 0] for angles in rotation)
             norm_weights = [getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm)]
-            q_BTHK, k_BTGK, v_BTGK = fused.HeadsFunction.apply(
-                joined, self.num_heads, self.num_kv_heads, self.norm_eps, *norm_weights, cos, sin
+            q_BTHK, k_BTGK, v_BTGK, *gates_BTHK = fused.HeadsFunction.apply(
+                joined, self.num_heads, self.num_kv_heads, num_gates, self.norm_eps, *norm_weights, cos, sin
             )
-            return q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+            gate_BTC = gates_BTHK[0].flatten(2) if gates_BTHK else None
+            return q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2), gate_BTC
         q_BHTK = self.q_norm(self.q_proj(x_BTD).unflatten(2, (self.num_heads, -1))).transpose(1, 2)
         k_BGTK = self.k_norm(self.k_proj(x_BTD).unflatten(2, (self.num_kv_heads, -1))).transpose(1, 2)
         v_BGTK = self.v_proj(x_BTD).unflatten(2, (self.num_kv_heads, -1)).transpose(1, 2)
         if rotation is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
-        return q_BHTK, k_BGTK, v_BGTK
+        return q_BHTK, k_BGTK, v_BGTK, None if self.gate_proj is None else self.gate_proj(x_BTD)

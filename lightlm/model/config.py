@@ -72,6 +72,11 @@ class ModelConfig:
         "ReLU (arXiv 2109.08668).",
     )
     qk_norm: bool = _key(False, "Apply RMSNorm to each query and key head before the rotation (Qwen3).")
+    attention_gate: bool = _key(
+        False,
+        "Multiply each channel of the attention's output by a sigmoid of the layer's input, before the output "
+        "projection (arXiv 2505.06708; Qwen3.5).",
+    )
     tie_embeddings: bool = _key(True, "Use the token table as the output head as well.")
     bias: bool = _key(False, "Add biases to every projection and, with layernorm, to the norms (GPT-2).")
     layer_sharing: int = _key(

@@ -34,8 +34,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 def _attention(config: ModelConfig) -> int:
     query, kv, width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size
-    weights = 2 * width * (query + kv)
-    biases = query + 2 * kv + width if config.bias else 0
+    gate = query if config.attention_gate else 0
+    weights = width * (2 * (query + kv) + gate)
+    biases = query + gate + 2 * kv + width if config.bias else 0
     return weights + biases + (2 * config.head_dim if config.qk_norm else 0)
 
 

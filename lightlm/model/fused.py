@@ -203,19 +203,42 @@ class SwiGLUFunction(torch.autograd.Function):
         return grad_both
 
 
+class GateFunction(torch.autograd.Function):
+    """y * sigmoid(gate), of y and a gate of one shape."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(y, gate)
+        return gate.sigmoid().mul_(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        y, gate = ctx.saved_tensors
+        opened = gate.sigmoid()
+        return grad * opened, torch.ops.aten.sigmoid_backward(grad * y, opened)
+
+
 class HeadsFunction(torch.autograd.Function):
     """Joined projections (B, T, (H + 2G) K) -> queries (B, T, H, K), keys and values (B, T, G, K).
 
-    Queries and keys are normalized if weights are given, and rotated if cos and sin (B or 1, T, K) are.
+    With `num_gates`, as many heads more follow and are a fourth result. Queries and keys are normalized if weights are
+    given, and rotated if cos and sin (B or 1, T, K) are.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, joined: Tensor, num_heads: int, num_kv_heads: int, norm_eps: float, *optional: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        joined: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        num_gates: int,
+        norm_eps: float,
+        *optional: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         q_weight_K, k_weight_K, cos, sin = optional
-        heads = joined.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-        qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
+        heads = joined.unflatten(-1, (num_heads + 2 * num_kv_heads + num_gates, -1))
+        qk, v, gate = heads.split((num_heads + num_kv_heads, num_kv_heads, num_gates), dim=2)
         scale = weight_HK = None
         if q_weight_K is not None and k_weight_K is not None:
             weight_HK = torch.cat((q_weight_K.expand(num_heads, -1), k_weight_K.expand(num_kv_heads, -1))).float()
@@ -228,14 +251,14 @@ class HeadsFunction(torch.autograd.Function):
         ctx.save_for_backward(joined if scale is not None else None, scale, weight_HK, cos, sin)
         ctx.num_heads = num_heads
         q, k = qk.split((num_heads, num_kv_heads), dim=2)
-        return q, k, v
+        return (q, k, v, gate) if num_gates else (q, k, v)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined, scale, weight_HK, cos, sin = ctx.saved_tensors
-        grad_heads = torch.cat((grad_q, grad_k, grad_v), dim=2)
-        grad_qk = grad_heads[:, :, : -grad_v.shape[2]]
+        grad_heads = torch.cat(grads, dim=2)
+        grad_qk = grad_heads[:, :, : grads[0].shape[2] + grads[1].shape[2]]
         grad_weights: tuple[Tensor | None, Tensor | None] = (None, None)
         turned = grad_qk if cos is None else _rotate(grad_qk, cos, sin, -1)
         if scale is not None:
@@ -248,7 +271,7 @@ class HeadsFunction(torch.autograd.Function):
             turned = turned.mul_(weight_HK).addcmul_(normed, mean, value=-1).mul_(scale)
         if turned is not grad_qk:
             grad_qk.copy_(turned)
-        return grad_heads.flatten(2), None, None, None, *grad_weights, None, None
+        return grad_heads.flatten(2), None, None, None, None, *grad_weights, None, None
 
 
 def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

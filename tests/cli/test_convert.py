@@ -212,6 +212,19 @@ def test_verify(dtype, run):
     assert back["max_logit_difference"] < 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_counts_norms_as_their_class_stores_them(dtype, run, tokenizer):
+    """Qwen3.5 stores the weight of a norm minus 1, and rounds that."""
+    pytest.importorskip("transformers")
+    gated = Transformer(replace(SHAPES["gated"], vocab_size=tokenizer.vocab_size))
+    with torch.no_grad():
+        for parameter in gated.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_model(Path("gated"), gated, tokenizer)
+    for arguments in (["gated"], ["gated-hf"]):
+        assert json.loads(invoke(*arguments, "--verify", "--dtype", dtype, "--json"))["max_logit_difference"] < 1e-5
+
+
 def test_verify_finds_a_wrong_export(run, monkeypatch):
     pytest.importorskip("transformers")
     from lightlm.convert.huggingface import folder as huggingface

@@ -10,7 +10,8 @@ from lightlm.train.step import loss
 from lightlm.train.step.loss import token_loss
 from tests.shapes import SHAPES, build
 
-INPUTS, TARGETS = torch.randint(97, (3, 10)), torch.randint(97, (3, 10))
+# Seeded: the gradient of a key's bias is 0, so its rounding has nothing to be small beside.
+INPUTS, TARGETS = torch.randint(97, (2, 3, 10), generator=torch.Generator().manual_seed(0)).unbind()
 
 
 def gradients(model, *, dtype=None, plain=False):

@@ -23,12 +23,13 @@ def reference_attention(q, k, v, window):
     return out
 
 
-@pytest.mark.parametrize("window", [0, 1, 4])
-def test_attention_matches_float64_formula(window, monkeypatch):
-    """Grouped heads and the band, seen through the model's own attention module."""
+@pytest.mark.parametrize(("window", "gated"), [(0, False), (1, False), (4, True)])
+def test_attention_matches_float64_formula(window, gated):
+    """Grouped heads, the band and the gate, seen through the model's own attention module."""
     from lightlm.model.attention import Attention, build_mask
 
-    config = ModelConfig(num_layers=1, hidden_size=24, num_heads=6, num_kv_heads=2, max_seq_len=16).resolved()
+    shape = {"num_layers": 1, "hidden_size": 24, "num_heads": 6, "num_kv_heads": 2, "max_seq_len": 16}
+    config = ModelConfig(**shape, attention_gate=gated).resolved()
     torch.manual_seed(0)
     attention = Attention(config)
     x = torch.randn(1, 11, 24)
@@ -40,6 +41,8 @@ def test_attention_matches_float64_formula(window, monkeypatch):
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         expected = reference_attention(q, k, v, window).transpose(0, 1).reshape(11, 24)
+        if gated:
+            expected = expected / (1 + torch.exp(-x[0].double() @ attention.gate_proj.weight.double().T))
         torch.testing.assert_close(y[0].double(), expected @ attention.o_proj.weight.double().T, atol=1e-6, rtol=1e-5)
 
 

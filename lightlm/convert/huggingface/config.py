@@ -26,6 +26,8 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
         values["first_k_dense_replace"] = dense_layers
     if "mlp_only_layers" in values:
         values["mlp_only_layers"] = list(range(dense_layers))
+    if layout.layer_types:
+        values["layer_types"] = ["full_attention"] * config.depth
     if config.position == "rope":
         rope = {"rope_theta": float(config.rope_theta)}
         if "partial_rotary_factor" in layout.rope:
@@ -95,7 +97,7 @@ def _problems(layout: Layout, values: dict[str, Any], rope: dict[str, Any]) -> l
     window = values.get("sliding_window", windows[model_type]) if model_type in windows else None
     if window is not None and window < values.get("max_position_embeddings", 0):
         problems.append(f"sliding_window is {window!r}, must be null or at least max_position_embeddings")
-    if banded := sorted(set(values.get("layer_types") or ()) - {"full_attention"}):
+    if banded := sorted(set(values.get("layer_types") or layout.layer_types) - {"full_attention"}):
         problems.append(f"layer_types has {', '.join(banded)}, must be full_attention throughout")
     dense = values.get("mlp_only_layers") or []
     if "mlp_only_layers" in layout.defaults and (not isinstance(dense, list) or dense != list(range(len(dense)))):

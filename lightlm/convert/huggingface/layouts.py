@@ -22,6 +22,7 @@ class Link:
     theirs: str  # `*` is the expert: they have one tensor per expert, ours is their stack
     ours: str  # several names: theirs is these, concatenated along the output
     transposed: bool = False  # GPT-2's Conv1D stores its weight (input, output)
+    by_head: bool = False  # concatenated head by head: head 0 of the first, head 0 of the second, ...
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Layout:
     links: tuple[Link, ...]
     base: str = "model."  # prefix of all weights but the head's; files saved from the bare model lack it
     bias_keys: tuple[str, ...] = ()  # their keys for ModelConfig.bias, where the class leaves the choice
+    zero_centered: bool = False  # norms multiply by 1 + weight
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
     rope: dict[str, float] = field(default_factory=dict)  # rotary settings where config.json has none
+    layer_types: tuple[str, ...] = ()  # what a missing `layer_types` means, where it is not full_attention throughout
     aliases: dict[str, str] = field(default_factory=dict)  # key -> its name in another version of transformers
     stacked_links: tuple[Link, ...] = ()  # names where experts are stacked on disk (save_original_format=False)
 
@@ -61,6 +64,10 @@ class Layout:
             elif name not in self.keys and value != (needed := self.fixed.get(name, setting.default)):
                 found[name] = f"must be {_as_yaml(needed)}" if name in self.fixed else "no equivalent in this class"
         return found
+
+    def offset(self, name: str) -> float:
+        """Return what our tensor of this name exceeds theirs by."""
+        return 1.0 if self.zero_centered and "norm" in name else 0.0
 
 
 def _as_yaml(value: Any) -> str:
@@ -94,7 +101,14 @@ _LLAMA_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
-_LLAMA_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": False, **_NO_EXPERTS}
+_LLAMA_FIXED = {
+    "norm": "rmsnorm",
+    "position": "rope",
+    "mlp": "swiglu",
+    "qk_norm": False,
+    "attention_gate": False,
+    **_NO_EXPERTS,
+}
 # LlamaConfig checks it since transformers 5, though the class itself only needs head_dim.
 _LLAMA_RULES = {
     **_RULES,
@@ -118,6 +132,12 @@ _LLAMA_LINKS = (
     Link("model.norm", "norm"),
     Link("lm_head", "lm_head"),
 )
+_GATED_LINKS = tuple(
+    replace(link, ours=f"{link.ours} blocks.{{}}.attention.gate_proj", by_head=True)
+    if "q_proj" in link.theirs
+    else link
+    for link in _LLAMA_LINKS
+)
 _GLM_LINKS = (
     *_LLAMA_LINKS,
     Link(f"model.layers.{{}}.mlp.gate.{SELECTION_BIAS}", "blocks.{}.mlp.router.selection_bias"),
@@ -134,7 +154,7 @@ _STACKED_LINKS = (
     Link("model.layers.{}.mlp.experts.down_proj", "blocks.{}.mlp.experts.down_proj"),
 )
 _MOE_KEYS = {name: name for name in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")}
-_MOE_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
+_MOE_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "attention_gate": False}
 _SIGMOID_HINT = "with router: sigmoid Glm4MoeForCausalLM has it"
 _SOFTMAX_RULES = {
     **_RULES,
@@ -153,7 +173,15 @@ _LLAMA = Layout(
     bias_keys=("attention_bias", "mlp_bias"),
 )
 _QWEN_CONSTANTS = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)}
-_GPT2_FIXED = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True, **_NO_EXPERTS}
+_GPT2_FIXED = {
+    "norm": "layernorm",
+    "position": "learned",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "attention_gate": False,
+    "bias": True,
+    **_NO_EXPERTS,
+}
 _GPT2_QKV = "blocks.{}.attention.q_proj blocks.{}.attention.k_proj blocks.{}.attention.v_proj"
 
 # `export_target` takes the first that expresses a configuration.
@@ -216,6 +244,19 @@ LAYOUTS = {
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
         constants=_QWEN_CONSTANTS,
         bias_keys=(),
+    ),
+    "qwen3_5_text": replace(  # the language model of Qwen3.5, with softmax attention in every layer
+        _LLAMA,
+        architecture="Qwen3_5ForCausalLM",
+        fixed={**_LLAMA_FIXED, "qk_norm": True, "bias": False, "attention_gate": True},
+        rules=_RULES,
+        defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 4, "head_dim": 256},
+        constants={"hidden_act": ("silu",), "attention_bias": (False,), "attn_output_gate": (True,)},
+        links=_GATED_LINKS,
+        bias_keys=(),
+        zero_centered=True,
+        rope={"partial_rotary_factor": 0.25},
+        layer_types=("linear_attention",),
     ),
     "glm4_moe": Layout(
         architecture="Glm4MoeForCausalLM",
@@ -286,7 +327,7 @@ LAYOUTS = {
 
 # The nearest class to a configuration that none expresses: the one with the fewest obstacles among the first fields,
 # then among the next, then among all.
-_DECISIVE = (("norm", "position", "mlp"), ("router",), ("num_experts",), ("qk_norm",))
+_DECISIVE = (("norm", "position", "mlp"), ("router",), ("num_experts",), ("attention_gate",), ("qk_norm",))
 
 
 @dataclass(frozen=True)

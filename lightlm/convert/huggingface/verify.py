@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.convert.huggingface.config import read_json
+from lightlm.convert.huggingface.layouts import LAYOUTS
 from lightlm.errors import ConvertError
 from lightlm.model.moe import Router
 
@@ -37,9 +39,13 @@ def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) ->
     ours = copy.deepcopy(loaded.model).cpu()
     length = min(128, ours.config.max_seq_len)
     tokens_BT = torch.randint(loaded.tokenizer.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
+    layout = LAYOUTS[read_json(folder / "config.json")["model_type"]]
     # Only parameters: `.to` would also round their table of rotary frequencies, which is not in the file.
-    for parameter in (*ours.parameters(), *theirs.parameters()):
+    for parameter in theirs.parameters():
         parameter.data = parameter.data.to(dtype).float()
+    for name, parameter in ours.named_parameters():
+        offset = layout.offset(name)
+        parameter.data = (parameter.data - offset).to(dtype).float() + offset
     if hasattr(theirs, "set_experts_implementation"):  # since transformers 5; its default refuses some widths
         theirs.set_experts_implementation("eager")
     margins: list[Tensor] = []

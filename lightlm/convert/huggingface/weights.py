@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,19 +31,21 @@ def their_state(
     model_type: str, config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the tensors of a file that the class loads, from those of our checkpoint."""
-    state = dict(state)
+    layout, state = LAYOUTS[model_type], dict(state)
     if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
         for block in filter(config.has_experts, range(config.num_layers)):
             for name in ("gate_proj", "up_proj", "down_proj"):
                 size = (config.hidden_size, 0) if name == "down_proj" else (0, config.hidden_size)
                 state[f"blocks.{block}.mlp.shared.{name}.weight"] = torch.empty(size)
     theirs = {}
-    for link in layer_links(LAYOUTS[model_type].links, config.depth, config.layer_sharing):
+    for link in layer_links(layout.links, config.depth, config.layer_sharing):
         ours = link.ours.split()
         for kind in _KINDS:
             if ours[0] + kind not in state:
                 continue
-            tensor = torch.cat([state[name + kind] for name in ours])
+            tensor = _as_one(link, [state[name + kind] for name in ours], config)
+            if offset := layout.offset(link.ours):
+                tensor = tensor - offset
             if not link.theirs.endswith(SELECTION_BIAS):
                 tensor = tensor.to(dtype)
             parts = tensor.unbind() if "*" in link.theirs else (_turned(link, tensor),)
@@ -75,9 +78,12 @@ def our_state(model_type: str, config: ModelConfig, given: dict[str, Tensor], fo
                 problems.append(f"{names[0]} and those of the other experts differ in shape")
                 continue
             tensor = torch.stack(tensors) if "*" in link.theirs else _turned(link, tensors[0])
-            # The parts are equal: gate and up are, and GPT-2 has as many key heads as query heads.
-            parts = tensor.tensor_split(len(ours), dim=1 if tensor.ndim == 3 else 0)
-            for name, part in zip(ours, parts, strict=True):
+            if link.by_head and len(tensor) % (len(ours) * config.num_heads):
+                problems.append(f"{names[0]} has {len(tensor)} rows, not {len(ours)} x {config.num_heads} heads")
+                continue
+            if offset := layout.offset(link.ours):
+                tensor = tensor + offset
+            for name, part in zip(ours, _as_several(link, tensor, len(ours), config), strict=True):
                 state[name + kind] = part.clone(memory_format=torch.contiguous_format)
     problems += [f"{name} belongs to no part of {layout.architecture}" for name in sorted(given)]
     if problems:
@@ -90,6 +96,21 @@ def _names(link: Link, kind: str, config: ModelConfig) -> list[str]:
     """Return their names of one of our tensors: one, or one for each expert."""
     name = link.theirs + kind
     return [name.replace("*", str(expert)) for expert in range(config.num_experts)] if "*" in name else [name]
+
+
+def _as_one(link: Link, tensors: list[Tensor], config: ModelConfig) -> Tensor:
+    """Return their tensor, before it is transposed, from our tensors of a link."""
+    if link.by_head:
+        return torch.stack([tensor.unflatten(0, (config.num_heads, -1)) for tensor in tensors], 1).flatten(0, 2)
+    return torch.cat(tensors)
+
+
+def _as_several(link: Link, tensor: Tensor, count: int, config: ModelConfig) -> Sequence[Tensor]:
+    """Return our `count` tensors of a link from theirs, undoing `_as_one`."""
+    if link.by_head:
+        return [part.flatten(0, 1) for part in tensor.unflatten(0, (config.num_heads, count, -1)).unbind(1)]
+    # The parts are equal: gate and up are, and GPT-2 has as many key heads as query heads.
+    return tensor.tensor_split(count, dim=1 if tensor.ndim == 3 else 0)
 
 
 def _turned(link: Link, tensor: Tensor) -> Tensor:

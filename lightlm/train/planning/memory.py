@@ -52,7 +52,8 @@ def training_parts(
 
 def _joined(model: Transformer) -> int:
     """Return the number of weights that are copied only to join layers which share an input."""
-    names = {"q_proj", "k_proj", "v_proj"} | ({"gate_proj", "up_proj"} if model.config.mlp == "swiglu" else set())
+    names = {"q_proj", "k_proj", "v_proj", "attention.gate_proj"}
+    names |= {"gate_proj", "up_proj"} if model.config.mlp == "swiglu" else set()
     joined = re.compile(rf"\b({'|'.join(sorted(names))})\b|experts\.(gate|up)_proj")
     return sum(p.numel() for name, p in model.blocks.named_parameters() if joined.search(name))
 

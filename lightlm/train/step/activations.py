@@ -58,7 +58,7 @@ def _layer(config: ModelConfig, element: int, kind: Kind, fused: bool) -> int:
     gated, copied = config.mlp == "swiglu", element == 2 and not fused
     size = _shared_size(config) if kind == "experts" else config.intermediate_size
     # Autocast copies the norm's output for each product that takes it; otherwise all products share it.
-    inputs = 3 + (1 + gated if size else 0) if copied else 2
+    inputs = 3 + config.attention_gate + (1 + gated if size else 0) if copied else 2
     if fused:
         normed = element * (queries + keys) if config.qk_norm or config.position == "rope" else 0
     else:
@@ -68,6 +68,7 @@ def _layer(config: ModelConfig, element: int, kind: Kind, fused: bool) -> int:
         + normed  # queries and keys before their norm and rotation
         + (4 * (config.num_heads + config.num_kv_heads) if config.qk_norm else 0)  # 1 / rms
         + 4 * config.num_heads  # log-sum-exp
+        + (2 * element * queries if config.attention_gate else 0)  # the gate, and the gated output
     )
     inner = element * ((3 if fused else 4) if gated else 2) * size
     if kind == "experts":

@@ -21,6 +21,7 @@ MOE = replace(LLAMA, num_experts=4, num_experts_per_tok=2)
         (replace(LLAMA, head_dim=16, layer_sharing=3), "LlamaForCausalLM"),
         (QWEN3, "Qwen3ForCausalLM"),
         (replace(QWEN3, hidden_size=34), "Qwen3ForCausalLM"),
+        (replace(QWEN3, hidden_size=34, attention_gate=True), "Qwen3_5ForCausalLM"),
         # A window that hides nothing.
         (replace(LLAMA, sliding_window=48), "LlamaForCausalLM"),
         (replace(LLAMA, sliding_window=5, full_attention_interval=1), "LlamaForCausalLM"),
@@ -51,6 +52,10 @@ def test_class(config, architecture):
         (replace(GPT2, qk_norm=True, num_kv_heads=2), ["qk_norm: true", "num_kv_heads: 2"]),
         (replace(GPT2, head_dim=16), ["head_dim: 16"]),
         (replace(QWEN3, bias=True), ["Qwen3ForCausalLM", "bias: true"]),
+        (replace(LLAMA, attention_gate=True), ["Qwen3_5ForCausalLM", "qk_norm: false (must be true)"]),
+        (replace(QWEN3, attention_gate=True, sliding_window=5), ["Qwen3_5ForCausalLM", "sliding_window: 5"]),
+        (replace(MOE, attention_gate=True), ["Glm4MoeForCausalLM", "attention_gate: true (must be false)"]),
+        (replace(GPT2, attention_gate=True), ["GPT2LMHeadModel", "attention_gate: true (must be false)"]),
         (replace(LLAMA, hidden_size=34, head_dim=8), ["num_heads: 4", "hidden_size: 34"]),
         (replace(MOE, sliding_window=5), ["Glm4MoeForCausalLM", "sliding_window: 5"]),
         (replace(MOE, num_experts=1, num_experts_per_tok=1, norm_topk_prob=False), ["num_experts: 1"]),
@@ -79,19 +84,19 @@ def test_every_field_is_placed_in_every_layout(model_type):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedConfig(ModelConfig):
+class WiderConfig(ModelConfig):
     """A configuration with a field that no layout places."""
 
-    attention_gate: bool = False
+    attention_sink: bool = False
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN3, MOE, replace(MOE, router="softmax")])
 def test_a_field_that_no_layout_places_refuses_unless_it_has_its_default(config):
-    plain = GatedConfig(**asdict(config))
+    plain = WiderConfig(**asdict(config))
     assert export_target(plain) == export_target(config)
-    refusal = export_target(replace(plain, attention_gate=True)).refusal
+    refusal = export_target(replace(plain, attention_sink=True)).refusal
     assert f"{export_target(config).architecture}, the nearest" in refusal
-    assert "cannot have attention_gate: true (no equivalent in this class)" in refusal
+    assert "cannot have attention_sink: true (no equivalent in this class)" in refusal
 
 
 def test_a_configuration_that_is_not_a_model_is_an_error():

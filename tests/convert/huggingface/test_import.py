@@ -34,6 +34,16 @@ FAMILIES = {
     ),
     "mistral": (transformers.MistralConfig, {**LLAMA, "num_key_value_heads": 2, "sliding_window": None}),
     "qwen3": (transformers.Qwen3Config, {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3.5": (
+        transformers.Qwen3_5TextConfig,
+        {
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "layer_types": ["full_attention"] * 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0},
+        },
+    ),
 }
 
 
@@ -172,7 +182,7 @@ def test_end_of_text(places, expected, folder, tokenizer, tmp_path):
         (
             "llama",
             {"model_type": "gpt_neox"},
-            ["'gpt_neox'", "glm4_moe, gpt2, llama, mistral, mixtral, qwen3, qwen3_moe"],
+            ["'gpt_neox'", "glm4_moe, gpt2, llama, mistral, mixtral, qwen3, qwen3_5_text, qwen3_moe"],
         ),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
         ("llama", {"attention_bias": True}, ["attention_bias is True", "mlp_bias is False"]),
@@ -187,6 +197,11 @@ def test_end_of_text(places, expected, folder, tokenizer, tmp_path):
         ("qwen3", {"use_sliding_window": True}, ["use_sliding_window is True"]),
         ("qwen3", {"attention_bias": True, "hidden_act": "relu"}, ["attention_bias is True", "hidden_act is 'relu'"]),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types has sliding_attention"]),
+        ("qwen3.5", {"layer_types": "DELETED"}, ["layer_types has linear_attention"]),
+        ("qwen3.5", {"layer_types": ["linear_attention", "full_attention"]}, ["layer_types has linear_attention"]),
+        ("qwen3.5", {"attn_output_gate": False}, ["attn_output_gate is False"]),
+        ("qwen3.5", {"rope_parameters": {"rope_type": "default"}}, ["partial_rotary_factor is 0.25"]),
+        ("qwen3.5", {"model_type": "qwen3_5", "vision_config": {}}, ["'qwen3_5'", "qwen3_5_text"]),
         ("gpt2", {"activation_function": "relu"}, ["activation_function is 'relu'", "gelu_new"]),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx is True"]),
         ("gpt2", {"scale_attn_weights": False}, ["scale_attn_weights is False"]),
@@ -249,4 +264,16 @@ def test_shapes_of_a_fused_weight(tokenizer, tmp_path):
     state["transformer.h.0.attn.c_attn.weight"] = torch.zeros(32, 64)
     save_file(state, path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"blocks\.0\.attention\.k_proj\.weight has shape"):
+        import_huggingface(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [(64, r"q_proj\.weight has shape \(32, 32\)"), (70, r"q_proj\.weight has 70 rows")]
+)
+def test_queries_without_their_gate(rows, message, tokenizer, tmp_path):
+    path = write(build("qwen3.5", tokenizer.vocab_size), tokenizer, tmp_path / "hf")
+    state = load_file(path / "model.safetensors")
+    state["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(rows, 32)
+    save_file(state, path / "model.safetensors")
+    with pytest.raises(LightLMError, match=message):
         import_huggingface(path)
