@@ -28,15 +28,16 @@ def validate(
     """Return `val_loss`, in nats per token, and `val_bpb`, in bits per byte, which is comparable between tokenizers.
 
     They cover the first `max_tokens` of a validation stream in windows of `seq_len`. The processes share the windows,
-    which are the same at every validation.
+    which are the same at every validation. Targets that are special tokens, such as end-of-text, are not text: they
+    count in `val_loss`, and not in `val_bpb`, as in the task heldout.
 
     Args:
-        token_bytes: UTF-8 bytes per token id, int tensor (V,); special tokens count 0.
+        token_bytes: UTF-8 bytes per token id, int tensor (V,); special tokens have 0.
         stopped: asked after each batch, in all processes together; once it answers yes, the result is None.
         finished: receives the finished share after each batch.
     """
     model, device, world = loss.model, loss.device, loss.world
-    nats, tokens, num_bytes, seen = 0.0, 0.0, 0.0, 0
+    nats, text_nats, tokens, num_bytes, seen = 0.0, 0.0, 0.0, 0.0, 0
     total = min(max_tokens, len(stream) - 1)
     batches = validation_batches(stream, seq_len, max_tokens, batch_size)
     model.eval()
@@ -45,16 +46,21 @@ def validate(
         counts = world.rank < len(one_each)
         inputs, targets = one_each[world.rank if counts else 0]
         with autocast(device, loss.dtype):
-            batch_nats = loss.evaluate(inputs.to(device), targets.to(device)).item()
+            losses_N = loss.evaluate(inputs.to(device), targets.to(device))
         if counts:
+            bytes_N = token_bytes[targets.flatten()]
+            text_losses_N = losses_N.where((bytes_N > 0).to(device), 0.0)
+            batch_nats, batch_text_nats = torch.stack([losses_N.sum(), text_losses_N.sum()]).tolist()
             nats += batch_nats
+            text_nats += batch_text_nats
             tokens += targets.numel()
-            num_bytes += int(token_bytes[targets].sum())
+            num_bytes += int(bytes_N.sum())
         seen += sum(part.numel() for _, part in one_each)
         finished(min(seen / total, 1.0))
         if stopped():
             model.train()
             return None
     model.train()
-    nats, tokens, num_bytes = world.sum(torch.tensor([nats, tokens, num_bytes], dtype=torch.float64)).tolist()
-    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(num_bytes, 1)}
+    sums = torch.tensor([nats, text_nats, tokens, num_bytes], dtype=torch.float64)
+    nats, text_nats, tokens, num_bytes = world.sum(sums).tolist()
+    return {"val_loss": nats / tokens, "val_bpb": text_nats / math.log(2) / max(num_bytes, 1)}

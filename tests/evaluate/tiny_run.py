@@ -1,6 +1,7 @@
 """Inputs of a small evaluation: a data folder, a run with an untrained checkpoint, and a quiz."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,19 @@ def tiny_model(tokenizer: Tokenizer, seed: int = 0, **shape: Any) -> Transformer
     return model.eval()
 
 
-def write_data(folder: Path, tokenizer: Tokenizer) -> None:
+def write_data(folder: Path, tokenizer: Tokenizer, documents: Sequence[str] = DOCUMENTS) -> None:
+    """A data folder with these documents in both splits, each after an end-of-text token, and one at the end."""
     folder.mkdir(parents=True)
     tokenizer.save(folder / "tokenizer.json")
-    tokens = [token for text in DOCUMENTS for token in [*tokenizer.encode(text), tokenizer.end_of_text_id]]
+    end = tokenizer.end_of_text_id
+    tokens = [end, *(token for text in documents for token in [*tokenizer.encode(text), end])]
     shards = []
     for split in ("train", "val"):
         path = folder / f"{split}_000000.bin"
         write_shard(path, np.array(tokens, dtype=np.uint16))
-        shards.append(ShardEntry(file=path.name, split=split, tokens=len(tokens), documents=3, xxh3=checksum(path)))
-    size = sum(len(text.encode()) for text in DOCUMENTS)
+        counts = {"tokens": len(tokens), "documents": len(documents)}
+        shards.append(ShardEntry(file=path.name, split=split, xxh3=checksum(path), **counts))
+    size = sum(len(text.encode()) for text in documents)
     manifest = Manifest(
         source="test",
         description="test",

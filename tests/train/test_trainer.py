@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lightlm import checkpoint
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.model.transformer import Transformer
@@ -69,14 +71,20 @@ def test_a_run_learns_and_leaves_what_the_contract_names(whole_run):
     assert (run / "samples/step_000020.txt").read_text(encoding="utf-8") == "The old...\n"
 
 
-def test_bits_per_byte_follow_from_loss_and_bytes(whole_run, workspace):
-    from lightlm.data.folder import DataFolder
-
+def test_bits_per_byte_leave_out_the_end_of_text(whole_run, workspace):
+    """Against cross-entropy in float64: end-of-text targets count in nats per token and not in bits per byte."""
     data = DataFolder.open(workspace / "data/tiny")
-    tokens = data.split("val").slice(0, 1025)
-    num_bytes = len(data.tokenizer.decode(tokens[1:]).encode())
+    tokens = torch.from_numpy(data.split("val").slice(0, 1025))
     result, _ = whole_run
-    assert result.val_bpb == pytest.approx(result.val_loss * 1024 / math.log(2) / num_bytes, rel=1e-6)
+    model = checkpoint.load_model(checkpoint.newest_checkpoint(result.run)).model.double().eval()
+    with torch.no_grad():
+        logits = model(tokens[:-1].view(-1, 32)).flatten(0, 1)
+    nats = F.cross_entropy(logits, tokens[1:], reduction="none")
+    text = tokens[1:] != data.tokenizer.end_of_text_id
+    assert (~text).sum() > 5
+    num_bytes = len(data.tokenizer.decode(tokens[1:].tolist()).encode())
+    assert result.val_loss == pytest.approx(nats.mean().item(), rel=1e-6)
+    assert result.val_bpb == pytest.approx(nats[text].sum().item() / math.log(2) / num_bytes, rel=1e-6)
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 13])

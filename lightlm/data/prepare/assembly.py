@@ -145,12 +145,16 @@ class Assembly:
     def unigram(self) -> UnigramEntropy | None:
         """Return the cross-entropy of the validation tokens under the train split's token frequencies.
 
-        Frequencies are smoothed by adding one. None without a validation split.
+        Frequencies are smoothed by adding one. None without a validation split. End-of-text tokens are not text: they
+        count per token, and not per byte, as in training's `val_loss` and `val_bpb`.
         """
         train, val = (self._writers[split] for split in SPLITS)
         tokens, text_bytes = int(val.token_counts.sum()), val.state.text_bytes
         if not tokens or not text_bytes:
             return None
         total = int(train.token_counts.sum()) + len(train.token_counts)
-        nats = -float(val.token_counts @ (np.log(train.token_counts + 1.0) - math.log(total)))
-        return UnigramEntropy(nats_per_token=nats / tokens, bits_per_byte=nats / math.log(2) / text_bytes)
+        nats_V = val.token_counts * (math.log(total) - np.log(train.token_counts + 1.0))
+        text_nats = float(nats_V.sum(where=self._tokenizer.token_bytes() > 0))
+        return UnigramEntropy(
+            nats_per_token=float(nats_V.sum()) / tokens, bits_per_byte=text_nats / math.log(2) / text_bytes
+        )

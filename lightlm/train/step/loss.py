@@ -32,10 +32,24 @@ def token_loss(
     Args:
         routings: see `Transformer.hidden_states`.
     """
+    x_ND = _head_input(model, inputs_BT, routings)
+    return _HeadLoss.apply(x_ND, model.head_weight, targets_BT.flatten())
+
+
+@torch.no_grad()
+def target_losses(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Return -ln p of each target, in nats: fp32 (N,), without gradients. `token_loss` is their sum."""
+    x_ND = _head_input(model, inputs_BT)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return _head_loss(x_ND, model.head_weight, targets_BT.flatten(), with_gradients=False)[0]
+
+
+def _head_input(model: Transformer, inputs_BT: Tensor, routings: list[Routing] | None = None) -> Tensor:
+    """Return the last hidden states as (N, D), in the precision of products."""
     x_ND = model.hidden_states(inputs_BT, routings=routings).flatten(0, 1)
     if torch.is_autocast_enabled(x_ND.device.type):
         x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
-    return _HeadLoss.apply(x_ND, model.head_weight, targets_BT.flatten())
+    return x_ND
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -47,9 +61,9 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor) -> Tensor:
         with torch.autocast(x_ND.device.type, enabled=False):
-            loss, *grads = _head_loss(x_ND, master_VD, targets_N, with_gradients=any(ctx.needs_input_grad))
+            losses_N, *grads = _head_loss(x_ND, master_VD, targets_N, with_gradients=any(ctx.needs_input_grad))
         ctx.grads = grads  # not saved for backward, which would keep a reference: see there
-        return loss
+        return losses_N.sum()
 
     @staticmethod
     @once_differentiable
@@ -60,7 +74,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradients: bool) -> tuple[Tensor, ...]:
-    """Return the summed loss and, `with_gradients`, the gradients of x and of the weight."""
+    """Return the loss of each target and, `with_gradients`, the gradients of x and of the weight by their sum."""
     if x_ND.device.type == "cpu" and x_ND.dtype == master_VD.dtype == torch.float32:
         return _full_head_loss(x_ND, master_VD, targets_N, with_gradients=with_gradients)
     vocab_size = len(master_VD)
@@ -83,8 +97,7 @@ def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradi
             torch.mm(logits, weight_WD, out=grad_x_ND[chunk])
             torch.mm(logits.T, x_RD, out=product_WD)
             add_(grad_weight_VD, product_WD[:vocab_size], first=start == 0)
-    loss = losses_N.sum()
-    return (loss, grad_x_ND, grad_weight_VD) if with_gradients else (loss,)
+    return (losses_N, grad_x_ND, grad_weight_VD) if with_gradients else (losses_N,)
 
 
 def _full_head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, with_gradients: bool) -> tuple[Tensor, ...]:
@@ -107,8 +120,7 @@ def _full_head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, with_
             else:
                 grad_weight_VD.addmm_(logits_RV.T, x_RD)
         del logits_RV  # before the next chunk's
-    loss = losses_N.sum()
-    return (loss, grad_x_ND, grad_weight_VD) if grad_weight_VD is not None else (loss,)
+    return (losses_N, grad_x_ND, grad_weight_VD) if grad_weight_VD is not None else (losses_N,)
 
 
 def head_loss_bytes(

@@ -14,7 +14,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.sharding import whole
 from lightlm.train.distributed import World
-from lightlm.train.step.loss import token_loss
+from lightlm.train.step.loss import target_losses, token_loss
 from lightlm.train.step.routers import RouterLosses, router_losses
 
 
@@ -34,7 +34,10 @@ class LossModule(nn.Module):
         self.model = model
         self.router_losses = router_losses
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> PassLoss:
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, *, each_target: bool = False) -> PassLoss | Tensor:
+        """Return the losses of a micro-batch, or with `each_target` the cross-entropy of each target, fp32 (B x T,)."""
+        if each_target:
+            return target_losses(self.model, inputs_BT, targets_BT)
         routings: list[Routing] = []
         loss = token_loss(self.model, inputs_BT, targets_BT, routings)
         if not routings:
@@ -78,8 +81,12 @@ class ParallelLoss:
         return self._root(inputs_BT, targets_BT)
 
     def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the summed cross-entropy without gradients. With FSDP all processes must call it equally often."""
-        return self._local(inputs_BT, targets_BT).loss
+        """Return the cross-entropy of each target, in nats: fp32 (B x T,), without gradients.
+
+        With FSDP all processes must call it equally often.
+        """
+        with torch.no_grad():
+            return self._local(inputs_BT, targets_BT, each_target=True)
 
     def synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward and backward pass; `last`: the last one of a batch.

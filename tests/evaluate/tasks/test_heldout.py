@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.data.folder import DataFolder
 from lightlm.data.sources.hub import client as hub
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.__main__ import with_defaults
@@ -21,7 +22,12 @@ from lightlm.evaluate.tasks import manager
 from lightlm.evaluate.tasks.heldout import dataset_of
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.references import TASKS
-from tests.evaluate.tiny_run import DOCUMENTS, write_world
+from lightlm.recipe import load_recipe
+from lightlm.train.distributed import World
+from lightlm.train.step.parallel import ParallelLoss
+from lightlm.train.validation import validate
+from tests.corpus import texts
+from tests.evaluate.tiny_run import DOCUMENTS, write_data, write_world
 
 # As if transformers were not installed, for all who import it and all who ask whether it could be.
 WITHOUT_TRANSFORMERS = """
@@ -69,6 +75,33 @@ def test_heldout_is_bits_per_byte_on_the_runs_own_validation_documents(world: Lo
     assert figures["bits_per_byte"].documents == 1
     full = rows(run_tasks(LightLM(world), Tasks(Settings(["heldout"]))).results)
     assert full[0].documents == len(DOCUMENTS)
+
+
+def test_heldout_equals_the_bits_per_byte_of_training(world: LoadedModel) -> None:
+    """Each document fills a window, so that both predict the same tokens from the same context."""
+    length = world.model.config.max_seq_len - 1  # and an end-of-text token
+    candidates = (text[:size] for text in texts(60) for size in range(len(text)))
+    documents = [text for text in candidates if len(world.tokenizer.encode(text)) == length][:20]
+    assert len(documents) == 20
+    write_data(Path("data/windows"), world.tokenizer, documents)
+    folder = DataFolder.open(Path("data/windows"))
+    loss = ParallelLoss(world.model, World(), load_recipe("demo"), torch.device("cpu"), torch.float32)
+    losses = validate(
+        loss,
+        folder.split("val"),
+        torch.from_numpy(world.tokenizer.token_bytes()),
+        seq_len=length + 1,
+        max_tokens=1_000_000,
+        batch_size=3,
+        stopped=lambda: False,
+        finished=lambda share: None,
+    )
+    assert losses is not None
+    scores = rows(run_tasks(LightLM(world), Tasks(Settings(["heldout"], data="data/windows"))).results)
+    scored = next(row for row in scores if row.metric == "bits_per_byte")
+    assert scored.documents == 20
+    assert losses["val_bpb"] == pytest.approx(scored.value, rel=1e-6)
+    assert scored.value == pytest.approx(bits_per_byte(world, documents), rel=1e-5)
 
 
 def test_heldout_without_a_run_needs_a_data_folder(world: LoadedModel) -> None:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from lightlm.train.step import loss as loss_module
-from lightlm.train.step.loss import token_loss
+from lightlm.train.step.loss import target_losses, token_loss
 from tests.shapes import build
 
 
@@ -44,3 +44,20 @@ def test_no_gradient_work_without_gradients():
     with torch.no_grad():
         loss = token_loss(build("llama"), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "moe"])
+@pytest.mark.parametrize("rows", [3, 256])
+def test_the_loss_of_each_target_matches_cross_entropy(name, rows, monkeypatch):
+    """In float64 by torch. Their fp32 sum is the training loss, bit for bit."""
+    monkeypatch.setitem(loss_module._CHUNK, "cpu", rows)
+    inputs, targets = torch.randint(97, (3, 10)), torch.randint(97, (3, 10))
+    model, reference = build(name).eval(), build(name).double().eval()
+    losses = target_losses(model, inputs, targets)
+    assert not losses.requires_grad
+    expected = F.cross_entropy(reference(inputs).flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert losses.sum().item() == token_loss(model, inputs, targets).item()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert target_losses(model, inputs, targets).sum().item() == token_loss(model, inputs, targets).item()
