@@ -11,7 +11,7 @@ import torch
 from common import make_parser
 from measure import seconds_of
 
-from lightlm.optim.orthogonal import orthogonalize
+from lightlm.optim.orthogonal import orthogonalize, polynomials
 
 MATRICES, ROUNDS = 24, 5
 
@@ -21,7 +21,7 @@ def milliseconds(matrices_NRC: torch.Tensor, per_call: int) -> float:
 
     def orthogonalize_all() -> None:
         for call in matrices_NRC.split(per_call):
-            orthogonalize(call, 5, torch.bfloat16)
+            orthogonalize(call, polynomials("newton_schulz", 5), torch.bfloat16)
 
     return 1e3 * min(seconds_of(orthogonalize_all, clock=time.process_time) for _ in range(ROUNDS))
 

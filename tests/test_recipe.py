@@ -168,7 +168,7 @@ evals: {}
             "optimizer={name: muon, lr: 0.02, update_scale: original, embedding_lr: 1e-3}",
             "optimizer.scalar_lr: is missing: with update_scale=original lr 0.02 is not a rate for AdamW",
         ),
-        ("optimizer.name=adam", "optimizer.name: should be 'adamw' or 'muon', not 'adam'"),
+        ("optimizer.name=adam", "optimizer.name: should be 'adamw', 'muon' or 'normuon', not 'adam'"),
         ("name=../escape", "name: string should match pattern"),
         ("model=[1]", "model: "),
     ],

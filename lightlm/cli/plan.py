@@ -88,7 +88,10 @@ def _print(plan: dict[str, Any]) -> None:
     }
     for title, rows in tables.items():
         print_table(rows.items(), title=title, right=[1], box=SIMPLE_HEAD, min_width=60)
-    out.print(f"Learning rate: {run['schedule']}\n", soft_wrap=True, markup=False)
+    out.print(f"Learning rate: {run['schedule']}", soft_wrap=True, markup=False)
+    for name, text in run["other_schedules"].items():
+        out.print(f"{name.capitalize()}: {text}", soft_wrap=True, markup=False)
+    out.print()
     gpus = [
         (
             row["gpu"],

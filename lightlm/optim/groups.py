@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightlm.optim.section import OptimizerSection
-
-MATRICES = "matrices"
+from lightlm.optim.section import MATRICES, OptimizerSection, StepSettings
 
 # The first pattern that fits a parameter's name decides its group. `ln_` and `wte` are Hugging Face's GPT-2.
 PATTERNS = (
@@ -33,9 +31,10 @@ def build_optimizer(model: nn.Module, section: OptimizerSection, dtype: torch.dt
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
-    """Return the trainable parameters by group, each with `name`, `params`, `lr`, `peak_lr` and `weight_decay`.
+    """Return the trainable parameters by group, each with `name`, `params`, and its learning rate and weight decay.
 
-    A group without parameters is left out.
+    `peak_lr` and `full_weight_decay` are the recipe's; `lr` and `weight_decay` those of a step. A group without
+    parameters is left out.
 
     Raises:
         ValueError: a vector has no pattern of its own; it would be taken for a matrix.
@@ -56,16 +55,22 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[s
         "scalar": (section.scalar_lr or section.lr, 0.0),
     }
     return [
-        {"name": group, "params": members[group], "lr": lr, "peak_lr": lr, "weight_decay": group_decay}
+        {"name": group, "params": members[group], "lr": lr, "peak_lr": lr}
+        | {"weight_decay": group_decay, "full_weight_decay": group_decay}
         for group, (lr, group_decay) in rates_and_decays.items()
         if group in members
     ]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's learning rate to this share of its peak."""
+def set_step(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
+    """Set what differs between steps in all groups, before a step."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * settings.lr
+        group["weight_decay"] = group["full_weight_decay"] * settings.weight_decay
+        if settings.momentum is not None and group["name"] == MATRICES:
+            group["momentum"] = settings.momentum
+        if half_life := group.get("beta2_half_life"):
+            group["betas"] = (group["betas"][0], 0.5 ** (settings.batch_tokens / half_life))
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -9,9 +9,14 @@ from pydantic_core import PydanticKnownError
 
 from lightlm.optim.adamw import AdamWSection
 from lightlm.optim.muon import MuonSection
+from lightlm.optim.normuon import NorMuonSection
 from lightlm.optim.section import OptimizerSection
 
-OPTIMIZERS: dict[str, type[OptimizerSection]] = {"adamw": AdamWSection, "muon": MuonSection}
+OPTIMIZERS: dict[str, type[OptimizerSection]] = {
+    "adamw": AdamWSection,
+    "muon": MuonSection,
+    "normuon": NorMuonSection,
+}
 DEFAULT = "adamw"
 
 

@@ -1,5 +1,6 @@
 """The part of a recipe's section `optimizer` shared by all optimizers, and what each optimizer adds."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,7 +11,26 @@ if TYPE_CHECKING:
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Problem = tuple[str, str]  # key, message
+Shape = tuple[int, ...]
+MATRICES = "matrices"  # the parameter group of the blocks' matrices; see groups.py for the others
 NO_EFFECT = "has no effect"  # begins the message of a setting that could as well be left out
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the schedules say about one step.
+
+    Attributes:
+        lr: share of each group's peak learning rate.
+        weight_decay: share of each group's weight decay.
+        momentum: of the matrices; None does not change it.
+        batch_tokens: size of the step's batch.
+    """
+
+    lr: float
+    weight_decay: float
+    momentum: float | None
+    batch_tokens: int
 
 
 class OptimizerSection(BaseModel):
@@ -47,12 +67,33 @@ class OptimizerSection(BaseModel):
         """
         raise NotImplementedError
 
-    def state_bytes(self, group: str) -> int:
-        """Return the bytes that the optimizer keeps per parameter of a group, such as `matrices`."""
+    def state_bytes(self, group: str, shape: Shape) -> int:
+        """Return the bytes that the optimizer keeps of one tensor of a group, such as `matrices`."""
         raise NotImplementedError
+
+    def momentum_at(self, tokens: float, total: int, decayed: float) -> float | None:
+        """Return the momentum at `tokens` of `total`, or None if it does not change within a run.
+
+        Args:
+            decayed: share of the learning rate's decay that is over.
+        """
+        return None
+
+    def momentum_corners(self, total: int) -> list[int]:
+        """Return the tokens at which the momentum changes its course, beside the ends of the learning rate's decay."""
+        return []
+
+    @property
+    def decays(self) -> bool:
+        """Whether any group has weight decay."""
+        return bool(self.weight_decay or self.embedding_weight_decay)
 
     def problems(self) -> list[Problem]:
         """Return the settings that do not fit together."""
+        return []
+
+    def run_problems(self, *, decays: bool, tokens: int) -> list[Problem]:
+        """Return the settings that do not fit a run of `tokens` tokens; `decays`: its learning rate has a decay."""
         return []
 
     def model_problems(self, *, tied: bool) -> list[Problem]:

@@ -95,8 +95,12 @@ class Recipe(BaseModel):
     def _check_whole(self, info: ValidationInfo) -> Self:
         """Refuse settings of different sections that do not fit together."""
         optimizer = self.optimizer.model_problems(tied=self.model.tie_embeddings)
-        found = [(f"optimizer.{key}", message) for key, message in optimizer] + self._moe_problems()
         schedule, batch, tokens = self.schedule, self.train.batch_tokens, self.train.tokens
+        optimizer += self.optimizer.run_problems(decays=schedule.name != "constant", tokens=tokens)
+        found = [(f"optimizer.{key}", message) for key, message in optimizer] + self._moe_problems()
+        if schedule.weight_decay != "constant" and not self.optimizer.decays:
+            found.append(("schedule.weight_decay", f"{NO_EFFECT} without optimizer.weight_decay; leave it out"))
+        found += [(f"schedule.{key}", message) for key, message in schedule.decay_point_problems(tokens)]
         spans = schedule.span_problems(tokens)
         found += [(f"schedule.{key}", message) for key, message in spans]
         if not spans and not is_earlier(info) and (end := schedule.idle_end(tokens)):

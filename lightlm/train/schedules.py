@@ -1,12 +1,14 @@
-"""Learning rate and batch size as pure functions of the recipe and of the tokens that a run has seen.
+"""Learning rate, weight decay, momentum and batch size as pure functions of the recipe and of the tokens seen.
 
-Neither depends on the micro-batch or on the number of processes, so that a run is the same on every machine.
+None depends on the micro-batch or on the number of processes, so that a run is the same on every machine.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from lightlm.optim.section import StepSettings
 from lightlm.quantities import format_quantity
 from lightlm.recipe import Recipe, ScheduleSection, span_tokens
 
@@ -14,13 +16,36 @@ _NEARLY = 0.01  # of the peak: the difference between two rates that matters
 _MANY_EPOCHS = 10
 
 
+def step_settings(recipe: Recipe, tokens: int, batch_tokens: int, total_tokens: int) -> StepSettings:
+    """Return what the schedules say about the batch of `batch_tokens` tokens that begins after `tokens` tokens.
+
+    A batch asks for its middle, so that neither the first nor the last has a learning rate of zero.
+    """
+    schedule, middle = recipe.schedule, tokens + batch_tokens // 2
+    return StepSettings(
+        lr=learning_rate_factor(schedule, middle, total_tokens),
+        weight_decay=weight_decay_factor(schedule, middle, total_tokens),
+        momentum=momentum(recipe, middle, total_tokens),
+        batch_tokens=batch_tokens,
+    )
+
+
+def scheduled_metrics(recipe: Recipe, settings: StepSettings) -> dict[str, float]:
+    """Return the metrics of what the recipe schedules beside the learning rate."""
+    metrics = {}
+    if recipe.schedule.weight_decay != "constant":
+        metrics["weight_decay"] = recipe.optimizer.weight_decay * settings.weight_decay
+    if settings.momentum is not None:
+        metrics["momentum"] = settings.momentum
+    return metrics
+
+
 def learning_rate_factor(schedule: ScheduleSection, tokens: int, total_tokens: int) -> float:
     """Return the share of the peak learning rate at `tokens` of `total_tokens`.
 
-    A batch asks for its middle, so that neither the first nor the last has a rate of zero. The rate rises linearly from
-    zero during the warm-up. Then, by `schedule.name`: `constant`; `wsd` is constant and decays at the end (arXiv
-    2404.06395), linearly or as 1 - sqrt (arXiv 2405.18392); `cosine` and `linear` decay over `decay` tokens and stay at
-    `min_lr_ratio` afterwards. A re-warmup multiplies this by a linear rise from zero.
+    The rate rises linearly from zero during the warm-up. Then, by `schedule.name`: `constant`; `wsd` is constant and
+    decays at the end (arXiv 2404.06395), linearly or as 1 - sqrt (arXiv 2405.18392); `cosine` and `linear` decay over
+    `decay` tokens and stay at `min_lr_ratio` afterwards. A re-warmup multiplies this by a linear rise from zero.
     """
     factor, began = _planned_factor(schedule, tokens, total_tokens), schedule.rewarmup_from
     span = span_tokens(schedule.rewarmup, total_tokens)
@@ -33,14 +58,47 @@ def _planned_factor(schedule: ScheduleSection, tokens: int, total_tokens: int) -
         return tokens / warmup
     if schedule.name == "constant":
         return 1.0
-    length = span_tokens(schedule.decay_span, total_tokens) if schedule.decay_span else total_tokens - warmup
+    begin, end = _decay_phase(schedule, total_tokens)
     if schedule.name == "wsd":
-        left = min((total_tokens - tokens) / max(length, 1), 1.0)
+        left = min((end - tokens) / max(end - begin, 1), 1.0)
         share = left if schedule.decay_shape == "linear" else 1 - math.sqrt(1 - left)
     else:
-        progress = min((tokens - warmup) / max(length, 1), 1.0)
+        progress = min((tokens - begin) / max(end - begin, 1), 1.0)
         share = (1 + math.cos(math.pi * progress)) / 2 if schedule.name == "cosine" else 1 - progress
     return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share
+
+
+def _decay_phase(schedule: ScheduleSection, total_tokens: int) -> tuple[int, int]:
+    """Return the tokens at which the learning rate's decay begins and ends; with `constant` both are the run's end."""
+    if schedule.name == "constant":
+        return total_tokens, total_tokens
+    warmup = span_tokens(schedule.warmup, total_tokens)
+    length = span_tokens(schedule.decay_span, total_tokens) if schedule.decay_span else total_tokens - warmup
+    return (total_tokens - length, total_tokens) if schedule.name == "wsd" else (warmup, warmup + length)
+
+
+def weight_decay_factor(schedule: ScheduleSection, tokens: int, total_tokens: int) -> float:
+    """Return the share of `optimizer.weight_decay` at `tokens` of `total_tokens`."""
+    if schedule.weight_decay == "constant":
+        return 1.0
+    if schedule.weight_decay == "linear":
+        return 1 - tokens / total_tokens
+    if schedule.weight_decay == "cosine":
+        return (1 + math.cos(math.pi * tokens / total_tokens)) / 2
+    points = schedule.decay_points(total_tokens)
+    if tokens < points[0][0]:
+        return points[0][1]
+    for (start, first), (end, last) in itertools.pairwise(points):
+        if start <= tokens < end:
+            return first + (last - first) * (tokens - start) / (end - start)
+    return points[-1][1]
+
+
+def momentum(recipe: Recipe, tokens: int, total_tokens: int) -> float | None:
+    """Return the matrices' momentum at `tokens` of `total_tokens`, or None if it does not change within the run."""
+    begin, end = _decay_phase(recipe.schedule, total_tokens)
+    decayed = min(max((tokens - begin) / max(end - begin, 1), 0.0), 1.0)
+    return recipe.optimizer.momentum_at(tokens, total_tokens, decayed)
 
 
 @dataclass(frozen=True)
@@ -100,40 +158,87 @@ def corner_points(recipe: Recipe) -> list[dict[str, float]]:
 
     A re-warmup begins with two points at the same tokens: before and after the fall to zero.
     """
-    plan, schedule = batch_plan(recipe), recipe.schedule
-    total = plan.remaining()[1]
-    warmup = span_tokens(schedule.warmup, total)
-    length = span_tokens(schedule.decay_span, total) if schedule.decay_span else total - warmup
-    corners = {0, warmup, total}
-    corners |= {"wsd": {total - length}, "constant": set()}.get(schedule.name, {warmup + length})
+    schedule, total = recipe.schedule, batch_plan(recipe).remaining()[1]
+    corners = {span_tokens(schedule.warmup, total), *_decay_phase(schedule, total)}
     began, again = schedule.rewarmup_from, span_tokens(schedule.rewarmup, total)
     if began is not None and again:
         corners |= {began, began + again}
-    points = []
-    for tokens in sorted(corner for corner in corners if 0 <= corner <= total):
+
+    def rates(tokens: int) -> list[float]:
         factors = [learning_rate_factor(schedule, tokens, total)]
         if tokens == began and again:
             factors.insert(0, _planned_factor(schedule, tokens, total))
-        step = plan.remaining()[0] - plan.remaining(tokens)[0]
-        points += [{"step": step, "tokens": tokens, "lr": recipe.optimizer.lr * factor} for factor in factors]
-    return points
+        return [recipe.optimizer.lr * factor for factor in factors]
+
+    return _points(recipe, corners, "lr", rates)
+
+
+def weight_decay_points(recipe: Recipe) -> list[dict[str, float]]:
+    """Return where the weight decay changes its course: `step`, `tokens`, `weight_decay`; none if it is constant."""
+    schedule, total = recipe.schedule, batch_plan(recipe).remaining()[1]
+    if schedule.weight_decay == "constant":
+        return []
+    points = schedule.decay_points(total)
+
+    def decays(tokens: int) -> list[float]:
+        # Two points at the same tokens are a jump; at more of them, those between have no effect.
+        here = [share for at, share in points if at == tokens]
+        shares = [here[0], here[-1]] if len(here) > 1 else [weight_decay_factor(schedule, tokens, total)]
+        return [recipe.optimizer.weight_decay * share for share in shares]
+
+    return _points(recipe, {at for at, _ in points}, "weight_decay", decays)
+
+
+def momentum_points(recipe: Recipe) -> list[dict[str, float]]:
+    """Return where the momentum changes its course: `step`, `tokens` and `momentum`; none if it does not."""
+    total = batch_plan(recipe).remaining()[1]
+    if momentum(recipe, 0, total) is None:
+        return []
+    corners = {*recipe.optimizer.momentum_corners(total), *_decay_phase(recipe.schedule, total)}
+    return _points(recipe, corners, "momentum", lambda tokens: [momentum(recipe, tokens, total) or 0.0])
+
+
+def _points(
+    recipe: Recipe, corners: set[int], key: str, values: Callable[[int], list[float]]
+) -> list[dict[str, float]]:
+    """Return the values at the corners within the run and at its ends; several values at one corner are jumps."""
+    plan = batch_plan(recipe)
+    steps, total = plan.remaining()
+    return [
+        {"step": steps - plan.remaining(tokens)[0], "tokens": tokens, key: value}
+        for tokens in sorted({0, total} | {corner for corner in corners if 0 < corner < total})
+        for value in values(tokens)
+    ]
 
 
 def describe_schedule(recipe: Recipe) -> str:
     """Return the corner points in words, such as `0 -> 0.003 at step 8 (30K tokens), constant to step 367 (...)`."""
-    first, *others = corner_points(recipe)
-    parts, before = [f"{first['lr']:.3g}"], first
+    shape = {"cosine": "cosine", "wsd": recipe.schedule.decay_shape}.get(recipe.schedule.name, "linear")
+    return _in_words(corner_points(recipe), "lr") + ("" if shape == "linear" else f" ({shape} decay)")
+
+
+def describe_other_schedules(recipe: Recipe) -> dict[str, str]:
+    """Return what else changes within the run, `weight decay` and `momentum`, in words as `describe_schedule` does."""
+    decays, momenta = weight_decay_points(recipe), momentum_points(recipe)
+    shape = " (cosine)" if recipe.schedule.weight_decay == "cosine" else ""
+    texts = {"weight decay": decays and _in_words(decays, "weight_decay") + shape}
+    texts["momentum"] = momenta and _in_words(momenta, "momentum")
+    return {name: text for name, text in texts.items() if text}
+
+
+def _in_words(points: Sequence[dict[str, float]], key: str) -> str:
+    first, *others = points
+    parts, before = [f"{first[key]:.3g}"], first
     for point in others:
         where = f"step {point['step']:,} ({format_quantity(point['tokens'])} tokens)"
-        if point["lr"] == before["lr"]:
+        if point["tokens"] == before["tokens"]:
+            parts.append(f", from {point[key]:.3g} again" if key == "lr" else f", then {point[key]:.3g} at once")
+        elif point[key] == before[key]:
             parts.append(f", constant to {where}")
-        elif point["tokens"] == before["tokens"]:
-            parts.append(f", from {point['lr']:.3g} again")
         else:
-            parts.append(f"{' ' if before is first else ', '}-> {point['lr']:.3g} at {where}")
+            parts.append(f"{' ' if before is first else ', '}-> {point[key]:.3g} at {where}")
         before = point
-    shape = {"cosine": "cosine", "wsd": recipe.schedule.decay_shape}.get(recipe.schedule.name, "linear")
-    return "".join(parts) + ("" if shape == "linear" else f" ({shape} decay)")
+    return "".join(parts)
 
 
 def begin_rewarmup(recipe: Recipe, tokens: int) -> Recipe:

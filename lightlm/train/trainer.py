@@ -24,7 +24,7 @@ from lightlm.errors import TrainingDivergedError
 from lightlm.generate.engine import sample_text
 from lightlm.machine import record_machine
 from lightlm.model.transformer import Transformer
-from lightlm.optim.groups import learning_rates, set_learning_rate
+from lightlm.optim.groups import learning_rates, set_step
 from lightlm.optim.state import named_state
 from lightlm.runs import mark_latest
 from lightlm.train.checkpointing.resume import Progress, pack
@@ -36,7 +36,7 @@ from lightlm.train.observe.observers import Observer
 from lightlm.train.observe.slowness import SlowSteps
 from lightlm.train.observe.spikes import judge
 from lightlm.train.rng import preserved
-from lightlm.train.schedules import learning_rate_factor
+from lightlm.train.schedules import scheduled_metrics, step_settings
 from lightlm.train.setup import Setup
 from lightlm.train.signals import stop_on_signals
 from lightlm.train.step.gradients import BatchOutcome
@@ -226,8 +226,8 @@ class Trainer:
         verdict = judge(before.spikes, outcome.loss, outcome.norm, recipe.train)
         if verdict.diverged:
             raise _DivergenceError(before.step + 1, outcome)
-        middle = before.tokens + batch_tokens // 2
-        set_learning_rate(self.optimizer, learning_rate_factor(recipe.schedule, middle, self.total_tokens))
+        settings = step_settings(recipe, before.tokens, batch_tokens, self.total_tokens)
+        set_step(self.optimizer, settings)
         if not verdict.skip:
             self.optimizer.step()
             if outcome.load_LE is not None and (rate := recipe.router_training.bias_update_rate):
@@ -252,6 +252,7 @@ class Trainer:
             "tokens": self.progress.tokens,
             "loss": outcome.loss,
             **learning_rates(self.optimizer),
+            **scheduled_metrics(recipe, settings),
             "batch_tokens": batch_tokens,
             "grad_norm": outcome.norm,
             "tokens_per_second": batch_tokens / seconds,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightlm.optim import orthogonal
-from lightlm.optim.orthogonal import Muon, orthogonalize
+from lightlm.optim.orthogonal import Muon, orthogonalize, polynomials
 from tests.optim.built import optimizer_for
 from tests.shapes import build
 
@@ -36,11 +36,13 @@ def reference(weight, gradients, *, lr, decay, momentum, nesterov, steps, origin
     return weight
 
 
-def muon(parameters, lr=0.02, decay=0.1, dtype=torch.float32, **changes):
-    settings = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "scale_rule": "match_rms_adamw", "cautious": False}
-    group = {"params": parameters, "lr": lr, "weight_decay": decay}
+def muon(
+    parameters, lr=0.02, decay=0.1, dtype=torch.float32, momentum=0.95, method="newton_schulz", kind=Muon, **changes
+):
+    group = {"params": parameters, "lr": lr, "weight_decay": decay, "momentum": momentum}
+    settings = {"nesterov": True, "scale_rule": "match_rms_adamw", "cautious": False} | changes
     others = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    return Muon([group], others, dtype=dtype, **(settings | changes))
+    return kind([group], others, dtype=dtype, steps=polynomials(method, 5), **settings)
 
 
 def train(optimizer, parameters, gradients):
@@ -99,7 +101,7 @@ def test_singular_values_land_in_newton_schulzs_band(shape, dtype):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
     matrices = u @ torch.diag_embed(s.clamp(min=0.003 * s.norm(dim=-1, keepdim=True))) @ vt
-    result = orthogonalize(matrices, 5, dtype)
+    result = orthogonalize(matrices, polynomials("newton_schulz", 5), dtype)
     assert result.dtype == dtype
     values = torch.linalg.svdvals(result.float())
     assert 0.67 < values.min() < values.max() < 1.21

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightlm.optim.groups import learning_rates, set_learning_rate
+from lightlm.optim.groups import learning_rates, set_step
+from lightlm.optim.section import StepSettings
 from tests.optim.built import optimizer_for
 from tests.shapes import build
 
@@ -34,15 +35,18 @@ def test_each_kind_of_parameter_has_its_rate_and_decay(optimizer, wrapped):
     assert found["lm_head.weight"] == "head"
     assert found["blocks.0.mlp.down_proj.weight"] == "matrices"
     assert found["norm.weight"] == "scalar"
-    set_learning_rate(built, 0.5)
+    set_step(built, StepSettings(lr=0.5, weight_decay=0.5, momentum=None, batch_tokens=1))
     assert learning_rates(built) == {"lr": 0.5, "lr_embedding": 1.0, "lr_head": 1.5, "lr_scalar": 2.0}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "matrices": 0.25, "embedding": 0.125, "head": 0.125, "scalar": 0.0,
+    }  # fmt: skip
 
 
 def test_positions_are_a_table_and_one_rate_is_logged_once():
     model = build("gpt2")
     optimizer = optimizer_for(model, lr=0.1)
     assert kinds(optimizer, model)["embed_positions.weight"] == "embedding"
-    set_learning_rate(optimizer, 0.5)
+    set_step(optimizer, StepSettings(lr=0.5, weight_decay=1.0, momentum=None, batch_tokens=1))
     assert learning_rates(optimizer) == {"lr": 0.05}
 
 

@@ -1,5 +1,6 @@
 """A new optimizer through the registry, from its recipe to a resumed run."""
 
+import math
 from typing import Literal
 
 import pytest
@@ -22,8 +23,8 @@ class SGDSection(OptimizerSection):
     def build(self, groups, dtype):
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.damping)
 
-    def state_bytes(self, group):
-        return 4
+    def state_bytes(self, group, shape):
+        return 4 * math.prod(shape)
 
 
 @pytest.fixture(autouse=True)
@@ -50,5 +51,7 @@ def test_a_plan_counts_its_state():
 def test_mistakes_name_it():
     with pytest.raises(RecipeError, match=r"optimizer.damping: has no effect with optimizer.name=adamw; leave it out"):
         load_recipe("tiny.yaml", ["optimizer.damping=0.5"])
-    with pytest.raises(RecipeError, match=r"optimizer.name: should be 'adamw', 'muon' or 'sgd', not 'sdg'; did you"):
+    with pytest.raises(
+        RecipeError, match=r"optimizer.name: should be 'adamw', 'muon', 'normuon' or 'sgd', not 'sdg'; did you"
+    ):
         load_recipe("tiny.yaml", ["optimizer.name=sdg"])

@@ -1,12 +1,39 @@
 """The section `schedule`: learning rate and batch size over the run."""
 
-from typing import Literal
+import itertools
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from lightlm.optim.section import Problem
 from lightlm.quantities.types import BatchTokens, Span, Tokens, span_tokens
 from lightlm.recipe.sections.section import Section
+
+_DECAY_SHAPES = ("constant", "linear", "cosine")
+_DECAY_POINT = {"type": "array", "prefixItems": [{"type": ["number", "string"]}, {"type": "number", "minimum": 0}]}
+
+
+def _check_decay_shape(value: Any) -> Any:
+    """Name what is allowed in one message; as a union, each member would have its own."""
+    points = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+    if value in _DECAY_SHAPES if isinstance(value, str) else value and points:
+        return value
+    raise ValueError(
+        "write constant, linear, cosine, or points such as [[0%, 1], [50%, 0.1], [100%, 1]]: where in the run, and the "
+        "share of optimizer.weight_decay there"
+    )
+
+
+WeightDecayShape = Annotated[
+    Literal["constant", "linear", "cosine"] | tuple[tuple[Span, Annotated[float, Field(ge=0)]], ...],
+    BeforeValidator(_check_decay_shape),
+    WithJsonSchema(
+        {
+            "title": "constant | linear | cosine | points, such as [[0%, 1], [100%, 0]]",
+            "anyOf": [{"enum": list(_DECAY_SHAPES)}, {"type": "array", "items": _DECAY_POINT, "minItems": 1}],
+        }
+    ),
+]
 
 
 class ScheduleSection(Section):
@@ -22,6 +49,10 @@ class ScheduleSection(Section):
     """Shape of the wsd decay. `sqrt` falls as 1 - sqrt(x) (arXiv 2405.18392)."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end of the decay, as a fraction of the peak."""
+    weight_decay: WeightDecayShape = "constant"
+    """Weight decay over the run, as a share of optimizer.weight_decay. `linear` and `cosine` fall from 1 at the start
+    to 0 at the end (nanochat's). Points, such as [[0%, 1], [13%, 1], [53%, 0.125], [100%, 1.2]], are joined by lines
+    (slowrun holds, drops and raises it). A step decays by this times its learning rate, which has its own shape."""
     rewarmup: Span = "0%"
     """In a resumed run: linear rise of the learning rate from 0 to what the schedule says, after train.tokens was
     raised behind a decay."""
@@ -61,6 +92,28 @@ class ScheduleSection(Section):
         shares = [span_tokens(span, 10**6) for span in (self.warmup, self.decay or "0%") if span.endswith("%")]
         if sum(shares) > 10**6:
             found.append(("decay", f"warmup {self.warmup} and decay {self.decay} exceed the run"))
+        return found
+
+    def decay_points(self, tokens: int) -> list[tuple[int, float]]:
+        """Return the points of weight_decay in a run of this many tokens; none if it has a name."""
+        if isinstance(self.weight_decay, str):
+            return []
+        return [(span_tokens(span, tokens), share) for span, share in self.weight_decay]
+
+    def decay_point_problems(self, tokens: int) -> list[Problem]:
+        """Return what is wrong with the order of weight_decay's points in a run of this many tokens."""
+        if isinstance(self.weight_decay, str):
+            return []
+        written = [span for span, _ in self.weight_decay]
+        ends = [span_tokens(span, tokens) for span in written]
+        found = [
+            ("weight_decay", f"point {late} comes after {early}; write the points in the order of the run")
+            for (early, late), (a, b) in zip(itertools.pairwise(written), itertools.pairwise(ends), strict=True)
+            if b < a
+        ]
+        if not found and ends[-1] > tokens:
+            message = f"point {written[-1]} lies beyond the run's {tokens:,} tokens; write shares, such as 100%"
+            found.append(("weight_decay", message))
         return found
 
     def span_problems(self, tokens: int) -> list[Problem]:

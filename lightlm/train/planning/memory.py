@@ -16,7 +16,7 @@ from lightlm.train.step.loss import head_loss_bytes
 def optimizer_bytes(model: Transformer, section: OptimizerSection) -> int:
     """Return the bytes of the optimizer's state."""
     groups = parameter_groups(model, section)
-    return sum(section.state_bytes(group["name"]) * sum(p.numel() for p in group["params"]) for group in groups)
+    return sum(section.state_bytes(group["name"], tuple(p.shape)) for group in groups for p in group["params"])
 
 
 def training_parts(

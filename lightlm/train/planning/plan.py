@@ -13,7 +13,14 @@ from lightlm.recipe import Recipe
 from lightlm.train.planning.memory import inference_parts, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
 from lightlm.train.planning.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, step_seconds
-from lightlm.train.schedules import batch_plan, corner_points, describe_schedule
+from lightlm.train.schedules import (
+    batch_plan,
+    corner_points,
+    describe_other_schedules,
+    describe_schedule,
+    momentum_points,
+    weight_decay_points,
+)
 from lightlm.train.setup import Note, fit_recipe, open_data
 from lightlm.train.step.gradients import micro_batch_size
 
@@ -47,6 +54,9 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     run |= {
         "schedule": describe_schedule(recipe),
         "learning_rates": corner_points(recipe),
+        "other_schedules": describe_other_schedules(recipe),
+        "weight_decays": weight_decay_points(recipe),
+        "momenta": momentum_points(recipe),
         "flops": flops * run["tokens"],
     }
     return {
