@@ -168,10 +168,10 @@ def test_interrupted_scheduled_runs_continue_bit_for_bit(whole):
     """At 11 of 40 steps, with a growing batch, which changes beta2."""
     result, _ = whole
     start(
-        "tiny.yaml", *SCHEDULED, "schedule.batch_warmup=60%", "schedule.batch_start=64", name="stopped",
+        "tiny.yaml", *SCHEDULED, "schedule.batch_warmup=60%", "schedule.batch_start=64", name="scheduled-stopped",
         watch=Recorder(terminate_at=11),
     )  # fmt: skip
-    after, _ = resume("stopped")
+    after, _ = resume("scheduled-stopped")
     assert comparable(read_metrics(after.run)) == comparable(read_metrics(result.run))
     states = [
         torch.load(checkpoint.newest_checkpoint(run) / "training_state.pt", weights_only=True)["optimizer"]
@@ -183,11 +183,11 @@ def test_interrupted_scheduled_runs_continue_bit_for_bit(whole):
 
 
 def test_a_longer_run_stretches_its_schedules_and_may_change_rates_but_not_the_optimizer():
-    start("tiny.yaml", *SCHEDULED, name="grown")
+    start("tiny.yaml", *SCHEDULED, name="scheduled-longer")
     with pytest.raises(RecipeError, match=r"optimizer.name cannot change in a resumed run"):
-        resume("grown", "optimizer.name=muon")
+        resume("scheduled-longer", "optimizer.name=muon")
     changes = ("train.tokens=10240", "optimizer.momentum_end=0.8", "optimizer.beta2_half_life=1K")
-    _, watch = resume("grown", *changes)
+    _, watch = resume("scheduled-longer", *changes)
     middles = [row["tokens"] - 128 for row in watch.metrics]
     expected = np.interp(middles, [2048, 8192, 10240], [0.97, 0.97, 0.8])
     assert [row["momentum"] for row in watch.metrics] == pytest.approx(list(expected))
