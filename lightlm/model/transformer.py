@@ -16,6 +16,7 @@ from lightlm.model import fused
 from lightlm.model.attention import Attention, KeysAndValues, Mask, build_mask
 from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
+from lightlm.model.dropout import BranchDropout, Dropout, drop
 from lightlm.model.experts import Experts, compute_dtype, keep_padding_uncompiled
 from lightlm.model.mlp import build_mlp
 from lightlm.model.moe import MoE, Routing
@@ -36,23 +37,40 @@ class Block(nn.Module):
         self.compiled = False  # whether torch.compile runs it in training
 
     def forward(
-        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Mask, extend: KeysAndValues | None = None
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        extend: KeysAndValues | None = None,
+        dropout: BranchDropout | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Return the output (B, T, D), and what the router did where there is one and gradients are wanted."""
         # Compiled only for training: each length of a prompt or document would be compiled anew. `extend` is left out:
         # it is bound to a layer, so torch.compile would treat each block as another function.
         if self.compiled and extend is None and torch.is_grad_enabled():
-            return _compiled_run()(self, x_BTD, rotation, mask)
-        return self._run(x_BTD, rotation, mask, extend)
+            return _compiled_run()(self, x_BTD, rotation, mask, None, dropout)
+        return self._run(x_BTD, rotation, mask, extend, dropout)
 
     def _run(
-        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Mask, extend: KeysAndValues | None = None
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        extend: KeysAndValues | None,
+        dropout: BranchDropout | None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, extend)
+        routing = None
+        y_BTD = self.attention(self.attention_norm(x_BTD), rotation, mask, extend)
+        if dropout is not None:
+            y_BTD = drop(y_BTD, dropout.keys_2BT[0], dropout.rate)
+        x_BTD = x_BTD + y_BTD
         if isinstance(self.mlp, MoE):
             y_BTD, routing = self.mlp(self.mlp_norm(x_BTD))
-            return x_BTD + y_BTD, routing
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), None
+        else:
+            y_BTD = self.mlp(self.mlp_norm(x_BTD))
+        if dropout is not None:
+            y_BTD = drop(y_BTD, dropout.keys_2BT[1], dropout.rate)
+        return x_BTD + y_BTD, routing
 
 
 @functools.cache
@@ -139,6 +157,7 @@ class Transformer(nn.Module):
         counts: list[int] | None = None,
         routings: list[Routing] | None = None,
         trees: Trees | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Return the final norm's output (B, T, D), from which `head` makes logits.
 
@@ -150,6 +169,7 @@ class Transformer(nn.Module):
                 right: it is not stored, and its output is meaningless.
             routings: a list to which each layer of experts appends what its router did, where gradients are wanted.
             trees: the form of rows that are trees; without a cache.
+            dropout: that of a training pass.
 
         Raises:
             ValueError: there are more positions than max_seq_len or than the cache holds, counts without a cache, or
@@ -189,10 +209,14 @@ class Transformer(nn.Module):
         else:
             cos, sin = rotary_table(positions_BT, config.head_dim, config.rope_theta)
             rotation = cos[:, None], sin[:, None]
+        branches: list[BranchDropout | None] = [None] * config.depth
+        if dropout is not None:
+            x_BTD = dropout.embeddings(x_BTD)
+            branches[:] = dropout.branches(config.depth, length)
         for layer in range(config.depth):
             block = self.blocks[layer // config.layer_sharing]
             extend_layer = functools.partial(extend, layer) if extend is not None else None
-            arguments = x_BTD, rotation, masks[config.window(layer)], extend_layer
+            arguments = x_BTD, rotation, masks[config.window(layer)], extend_layer, branches[layer]
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_BTD, routing = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -18,7 +18,7 @@ RENAMED = {
 
 # Names of nanoGPT and transformers, and what a recipe has in their place.
 ELSEWHERE = {
-    "dropout": "models here have no dropout; leave it out",
+    "dropout": "did you mean train.dropout?",
     "epochs": "train.tokens is the length of a run, in tokens",
     "max_iters": "train.tokens is the length of a run, in tokens",
     "max_steps": "train.tokens is the length of a run, in tokens",

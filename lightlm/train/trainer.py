@@ -260,6 +260,8 @@ class Trainer:
             "step_seconds": seconds,
             "data_seconds": self.gradients.seconds_waited - waited,
         }
+        if outcome.z_loss is not None:
+            metrics["z_loss"] = outcome.z_loss
         if self.gradients.loss_scale.active:
             metrics |= {"loss_scale": self.progress.loss_scale.scale, "overflows": self.progress.loss_scale.retries}
         if (memory := peak_memory(self.setup.device)) is not None:

@@ -137,7 +137,7 @@ def test_every_field_of_a_model_has_an_effect_or_is_known_to_have_none():
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("model.dropout=0.1", "models here have no dropout"),
+        ("model.dropout=0.1", "did you mean train.dropout?"),
         ("model.dropouts=0.1", "valid are num_layers"),
         ("train.hats=3", "valid are tokens"),
         ("model.heads=3", "did you mean model.num_heads?"),

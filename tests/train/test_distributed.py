@@ -189,17 +189,17 @@ def small_memory(monkeypatch_or_none, largest, rank=None):
     """A model whose forward pass fails, as CUDA would, for more than `largest` sequences."""
     from lightlm.train.step import parallel
 
-    plain = parallel.token_loss
+    plain = parallel.token_losses
 
-    def token_loss(model, inputs, targets, routings=None):
+    def token_losses(model, inputs, targets, routings=None, **settings):
         if model.training and len(inputs) > largest and rank in (None, int(os.environ.get("RANK", 0))):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(model, inputs, targets, routings)
+        return plain(model, inputs, targets, routings, **settings)
 
     if monkeypatch_or_none is None:
-        parallel.token_loss = token_loss
+        parallel.token_losses = token_losses
     else:
-        monkeypatch_or_none.setattr(parallel, "token_loss", token_loss)
+        monkeypatch_or_none.setattr(parallel, "token_losses", token_losses)
 
 
 def train_in_small_memory(world, name, overrides, largest, rank):

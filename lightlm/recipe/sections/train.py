@@ -38,6 +38,12 @@ class TrainSection(Section):
     """With several processes: `ddp` keeps a copy of the model in each, `fsdp` shards one model (FSDP2)."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Largest global L2 norm of the gradients. 0 does not clip."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of values set to 0 in training, in the embeddings and in the output of attention and of each feed-forward
+    network (arXiv 1706.03762): against overfitting, for several epochs on a small corpus. 0.1 is usual."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of mean(logsumexp(logits)^2), which keeps logits small. PaLM uses 1e-4 (arXiv 2204.02311). The losses
+    shown leave it out."""
     skip_spikes: bool = False
     """Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite."""
     spike_threshold: float = Field(default=6.0, gt=0)

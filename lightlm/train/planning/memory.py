@@ -36,13 +36,15 @@ def training_parts(
     else:
         copies = 4 * _joined(model) if on_cpu and not compiled else 0
     accumulates = recipe.batch_sequences > sequences  # the head's gradient then exists twice
+    activations = activation_bytes(
+        config, mixed=mixed, fused=compiled or on_cpu, recompute=recompute, dropout=recipe.train.dropout > 0
+    )
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": optimizer_bytes(model, recipe.optimizer),
         "weight_copies": copies,
-        "activations": tokens * activation_bytes(config, mixed=mixed, fused=compiled or on_cpu, recompute=recompute)
-        + mask_bytes(config, recipe.seq_len, mixed=mixed),
+        "activations": tokens * activations + mask_bytes(config, recipe.seq_len, mixed=mixed),
         "logits": head_loss_bytes(
             tokens, config.hidden_size, config.vocab_size, device.type, dtype, accumulates=accumulates
         ),

@@ -11,7 +11,9 @@ from lightlm.model.config import ModelConfig
 _PADDING = 1.15
 
 
-def activation_bytes(config: ModelConfig, *, mixed: bool, fused: bool, recompute: bool = False) -> int:
+def activation_bytes(
+    config: ModelConfig, *, mixed: bool, fused: bool, recompute: bool = False, dropout: bool = False
+) -> int:
     """Return the bytes that autograd keeps per token up to the head.
 
     Args:
@@ -20,14 +22,17 @@ def activation_bytes(config: ModelConfig, *, mixed: bool, fused: bool, recompute
             is assumed to be the same. Otherwise with plain operations as torch runs them on a CPU: an upper bound on
             CUDA, whose RMSNorm keeps less. Mixed and not fused, experts are CUDA's grouped products.
         recompute: with activation checkpointing: the blocks' inputs, and what one block computes again at the peak.
+        dropout: with its masks, one byte per value.
     """
     config = config.resolved()
     element = 2 if mixed else 4
     counts = _layers(config)
-    layers = {kind: _layer(config, element, kind, fused) for kind in counts}
+    mask = config.hidden_size * dropout
+    layers = {kind: _layer(config, element, kind, fused) + 2 * mask for kind in counts}
+    ends = mask + _norm(config, fused)
     if recompute:
-        return config.depth * 4 * config.hidden_size + max(layers.values()) + _norm(config, fused)
-    return sum(counts[kind] * layers[kind] for kind in counts) + _norm(config, fused)
+        return config.depth * 4 * config.hidden_size + max(layers.values()) + ends
+    return sum(counts[kind] * layers[kind] for kind in counts) + ends
 
 
 Kind = Literal["dense", "experts"]

@@ -27,7 +27,9 @@ from lightlm.train.step.scaling import LossScale
 _MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
 _MEMORY_SHARE = 0.6  # of free device memory that activations may take
 
-_Sums = tuple[Tensor, Tensor | None]  # loss, and tokens per expert and layer, of this process
+_Sums = tuple[
+    Tensor, Tensor | None
+]  # sums of the loss and, with one, of the z-loss, and tokens per expert and layer, of this process
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class BatchOutcome:
     norm: float  # norm of the whole gradient, before clipping
     load_LE: Tensor | None = None  # int64, on the device: tokens per expert and layer
     loads: list[list[int]] | None = None  # the same, on the host
+    z_loss: float | None = None  # mean of logsumexp(logits)^2, with `train.z_loss`
 
 
 def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
@@ -75,9 +78,11 @@ def micro_batch_size(
     tokens = _MICRO_TOKENS[device.type]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] if free is None else free
-        recompute = recipe.train.activation_checkpointing
+        recompute, dropout = recipe.train.activation_checkpointing, recipe.train.dropout > 0
         mixed = dtype != torch.float32
-        per_token = activation_bytes(recipe.model, mixed=mixed, fused=False, recompute=recompute)  # an upper bound
+        per_token = activation_bytes(  # an upper bound
+            recipe.model, mixed=mixed, fused=False, recompute=recompute, dropout=dropout
+        )
         tokens = min(tokens, int(free * _MEMORY_SHARE) // per_token)
     most = max(tokens // recipe.seq_len, 1)
     return max(size for size in _divisors(share) if size <= most)
@@ -109,11 +114,12 @@ class Gradients:
         self.loss_scale = loss_scale
         self.micro_batch, self._adjustable = micro_batch, recipe.train.micro_batch_size == "auto"
         self._clip = recipe.train.grad_clip or math.inf
+        self._with_z, self._with_dropout = recipe.train.z_loss > 0, recipe.train.dropout > 0
         self._loss, self._loader, self._note = loss, loader, note
         self._world, self._device, self._dtype = loss.world, loss.device, loss.dtype
         self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
         self.seconds_waited = 0.0  # seconds spent waiting for batches, over all steps
-        self._ahead: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._ahead: tuple[tuple[int, int], tuple[Tensor, ...]] | None = None
         self._warm = not loss.replicated
 
     def __call__(self, first: int, count: int, stop: threading.Event) -> BatchOutcome | None:
@@ -147,16 +153,17 @@ class Gradients:
             self._shrink()
         self.loss_scale.unscale(self._parameters)
         norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip))
-        loss, load_LE = sums
+        totals, load_LE = sums
         if self._world.size > 1:
-            loss = self._world.sum(loss.double())
+            totals = self._world.sum(totals.double())
         # The step's one wait for the device. Loads are below 2**24, so fp32 holds them exactly.
-        numbers = torch.stack([loss, norm.to(loss.dtype)])
+        numbers = torch.cat([norm.to(totals.dtype)[None], totals])
         if load_LE is not None:
-            numbers = torch.cat([numbers, self._world.sum(load_LE).flatten().to(loss.dtype)])
-        total, norm_value, *flat = numbers.tolist()
-        loads = None if load_LE is None else torch.tensor(flat).long().view(load_LE.shape).tolist()
-        return BatchOutcome(total / (count * self._loader.seq_len), norm_value, load_LE, loads)
+            numbers = torch.cat([numbers, self._world.sum(load_LE).flatten().to(totals.dtype)])
+        norm_value, *flat = numbers.tolist()
+        loss, *z = (total / (count * self._loader.seq_len) for total in flat[: len(totals)])
+        loads = None if load_LE is None else torch.tensor(flat[len(totals) :]).long().view(load_LE.shape).tolist()
+        return BatchOutcome(loss, norm_value, load_LE, loads, z[0] if z else None)
 
     def passes(self, count: int) -> int:
         """Return the micro-batches per process of a global batch of `count` sequences."""
@@ -172,7 +179,7 @@ class Gradients:
     def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple[_Sums | None, bool]:
         """Return (this process's sums, False), (None, True) after a signal, or (None, False) without memory."""
         parts, full = self._parts(first, count), False
-        loss, load_LE = torch.zeros((), device=self._device), None
+        totals, load_LE = torch.zeros(1 + self._with_z, device=self._device), None
         for index, (start, size) in enumerate(parts):
             # Before each pass, all processes agree whether to continue, so that none waits for another's gradients.
             stopped, full = self._world.any(stop.is_set() or self._world.abandoned, full)
@@ -183,21 +190,21 @@ class Gradients:
             if losses is None:
                 full = True
                 continue
-            loss += losses.loss.detach()
+            totals += torch.stack([losses.loss.detach(), *([losses.z] if losses.z is not None else [])])
             if losses.load_LE is not None:
                 load_LE = losses.load_LE if load_LE is None else load_LE + losses.load_LE
             if self._device.type == "cuda":  # read the next micro-batch while the GPU computes
                 following = (parts[0][0] + count, parts[0][1]) if last else parts[index + 1]
                 self._ahead = following, self._load(*following)
-        return (None if full else (loss, load_LE)), False
+        return (None if full else (totals, load_LE)), False
 
     def _pass(self, start: int, size: int, count: int, *, last: bool) -> PassLoss | None:
         """Run samples `start` to `start + size` forward and backward; return their losses, or None without memory."""
         try:
-            inputs, targets = self._batch(start, size)
+            batch = self._batch(start, size)
             with self._loss.synchronized(last):
                 with autocast(self._device, self._dtype):
-                    losses = self._loss(inputs, targets)
+                    losses = self._loss(*batch)
                 # The processes' gradients are averaged, so each is divided by its own share of the tokens.
                 mean = losses.objective / (count * self._loader.seq_len / self._world.size)
                 self.loss_scale(mean).backward()
@@ -210,7 +217,7 @@ class Gradients:
                 raise self._too_large() from error
         return None
 
-    def _batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, start: int, size: int) -> tuple[Tensor, ...]:
         if self._ahead is not None and self._ahead[0] == (start, size):
             return self._ahead[1]
         started = time.perf_counter()
@@ -218,12 +225,14 @@ class Gradients:
         self.seconds_waited += time.perf_counter() - started
         return batch
 
-    def _load(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Return samples on the device; they go to CUDA from pinned memory, asynchronously."""
-        inputs, targets = self._loader.batch(start, size)
+    def _load(self, start: int, size: int) -> tuple[Tensor, ...]:
+        """Return samples, and with dropout their numbers, on the device; to CUDA from pinned memory, asynchronously."""
+        batch: tuple[Tensor, ...] = self._loader.batch(start, size)
+        if self._with_dropout:
+            batch += (torch.arange(start, start + size),)
         if self._device.type == "cuda":
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+            batch = tuple(tensor.pin_memory() for tensor in batch)
+        return tuple(tensor.to(self._device, non_blocking=True) for tensor in batch)
 
     def _warm_up(self, first: int, count: int) -> None:
         """Run passes whose gradients are dropped, before the first step of a process.

@@ -4,12 +4,13 @@ Shapes: N tokens of a micro-batch, R tokens of a chunk, S tokens of a slice, D h
 padded to a multiple of 128.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightlm.model.dropout import Dropout
 from lightlm.model.fused import add_, has_slow_mkl, product
 from lightlm.model.moe import Routing
 from lightlm.model.transformer import Transformer
@@ -24,16 +25,39 @@ _CHUNK = {"cpu": 2048, "mps": 2048, "cuda": 4096}
 _SLICE_ELEMENTS, _SLICE_ROWS = 1 << 18, 16
 
 
+class TokenLosses(NamedTuple):
+    """Sums over the tokens of a batch, fp32 scalars."""
+
+    objective: Tensor  # what is differentiated: `loss` plus the coefficient times `z`
+    loss: Tensor  # -ln p(target), in nats
+    z: Tensor | None  # logsumexp(logits)^2; None with a coefficient of 0
+
+
+def token_losses(
+    model: Transformer,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    routings: list[Routing] | None = None,
+    *,
+    z_loss: float = 0.0,
+    dropout: Dropout | None = None,
+) -> TokenLosses:
+    """Return the cross-entropy of a batch and the z-loss of its logits (PaLM, arXiv 2204.02311, section 5).
+
+    Args:
+        routings, dropout: see `Transformer.hidden_states`.
+        z_loss: coefficient of logsumexp(logits)^2 per token.
+    """
+    x_ND = _head_input(model, inputs_BT, routings, dropout)
+    sums = _HeadLoss.apply(x_ND, model.head_weight, targets_BT.flatten(), z_loss)
+    return TokenLosses(*sums) if z_loss else TokenLosses(sums[0], sums[0], None)
+
+
 def token_loss(
     model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, routings: list[Routing] | None = None
 ) -> Tensor:
-    """Return the sum of -ln p(target) over a batch, in nats: an fp32 scalar.
-
-    Args:
-        routings: see `Transformer.hidden_states`.
-    """
-    x_ND = _head_input(model, inputs_BT, routings)
-    return _HeadLoss.apply(x_ND, model.head_weight, targets_BT.flatten())
+    """Return the sum of -ln p(target) over a batch, in nats: an fp32 scalar. See `token_losses`."""
+    return token_losses(model, inputs_BT, targets_BT, routings).loss
 
 
 @torch.no_grad()
@@ -41,12 +65,14 @@ def target_losses(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> 
     """Return -ln p of each target, in nats: fp32 (N,), without gradients. `token_loss` is their sum."""
     x_ND = _head_input(model, inputs_BT)
     with torch.autocast(x_ND.device.type, enabled=False):
-        return _head_loss(x_ND, model.head_weight, targets_BT.flatten(), with_gradients=False)[0]
+        return _head_loss(x_ND, model.head_weight, targets_BT.flatten(), 0.0, with_gradients=False)[0]
 
 
-def _head_input(model: Transformer, inputs_BT: Tensor, routings: list[Routing] | None = None) -> Tensor:
+def _head_input(
+    model: Transformer, inputs_BT: Tensor, routings: list[Routing] | None = None, dropout: Dropout | None = None
+) -> Tensor:
     """Return the last hidden states as (N, D), in the precision of products."""
-    x_ND = model.hidden_states(inputs_BT, routings=routings).flatten(0, 1)
+    x_ND = model.hidden_states(inputs_BT, routings=routings, dropout=dropout).flatten(0, 1)
     if torch.is_autocast_enabled(x_ND.device.type):
         x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
     return x_ND
@@ -55,33 +81,47 @@ def _head_input(model: Transformer, inputs_BT: Tensor, routings: list[Routing] |
 class _HeadLoss(torch.autograd.Function):
     """Linear layer and summed cross-entropy in one. The forward pass also makes the gradients, chunk by chunk.
 
-    Products run in the precision of x; the loss, the softmax and the sums of the weight's gradient are fp32.
+    Products run in the precision of x; the loss, the softmax and the sums of the weight's gradient are fp32. The
+    outputs are those of `TokenLosses`, of which only the objective has gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, z_loss: float) -> tuple[Tensor, ...]:
         with torch.autocast(x_ND.device.type, enabled=False):
-            losses_N, *grads = _head_loss(x_ND, master_VD, targets_N, with_gradients=any(ctx.needs_input_grad))
+            losses_N, lse_N, *grads = _head_loss(
+                x_ND, master_VD, targets_N, z_loss, with_gradients=any(ctx.needs_input_grad)
+            )
         ctx.grads = grads  # not saved for backward, which would keep a reference: see there
-        return losses_N.sum()
+        loss = losses_N.sum()
+        if not z_loss:
+            return (loss,)
+        z = lse_N.square().sum()
+        ctx.mark_non_differentiable(loss, z)
+        return loss + z_loss * z, loss, z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_objective: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
         # Nothing else may refer to the weight's gradient: autograd then adds a tied table's sparse part in place.
         (grad_x_ND, grad_weight_VD), ctx.grads = ctx.grads, None
-        return grad_x_ND * grad_loss, grad_weight_VD.mul_(grad_loss), None
+        return grad_x_ND * grad_objective, grad_weight_VD.mul_(grad_objective), None, None
 
 
-def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradients: bool) -> tuple[Tensor, ...]:
-    """Return the loss of each target and, `with_gradients`, the gradients of x and of the weight by their sum."""
+def _head_loss(
+    x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, z_loss: float, *, with_gradients: bool
+) -> tuple[Tensor, ...]:
+    """Return the loss and the log-sum-exp of each target's logits.
+
+    `with_gradients`, also return the gradients of x and of the weight by the sum of the losses plus `z_loss` times that
+    of the squared log-sum-exps.
+    """
     if x_ND.device.type == "cpu" and x_ND.dtype == master_VD.dtype == torch.float32:
-        return _full_head_loss(x_ND, master_VD, targets_N, with_gradients=with_gradients)
+        return _full_head_loss(x_ND, master_VD, targets_N, z_loss, with_gradients=with_gradients)
     vocab_size = len(master_VD)
     weight_WD = _padded(master_VD, x_ND.dtype)
     rows = min(_CHUNK[x_ND.device.type], len(x_ND))
     logits_RW = x_ND.new_empty(rows, len(weight_WD))
-    losses_N = torch.empty(len(x_ND), device=x_ND.device, dtype=torch.float32)
+    losses_N, lse_N = (torch.empty(len(x_ND), device=x_ND.device, dtype=torch.float32) for _ in range(2))
     if with_gradients:
         grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), torch.empty_like(master_VD)
         product_WD = torch.empty_like(weight_WD)
@@ -89,29 +129,30 @@ def _head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, *, with_gradi
         chunk = slice(start, start + rows)
         x_RD, targets_R = x_ND[chunk], targets_N[chunk]
         logits = torch.mm(x_RD, weight_WD.T, out=logits_RW[: len(x_RD)])
-        losses_N[chunk] = _softmax_(logits[:, :vocab_size], targets_R)
+        losses_N[chunk], lse_N[chunk] = _softmax_(logits[:, :vocab_size], targets_R, z_loss)
         if with_gradients:
-            # softmax - 1 at the target, computed from the loss: 1 - p would cancel where p is near 1.
-            at_targets = torch.expm1(-losses_N[chunk]).to(x_ND.dtype)
+            at_targets = _target_gradient(losses_N[chunk], lse_N[chunk], z_loss).to(x_ND.dtype)
             logits[torch.arange(len(x_RD), device=logits.device), targets_R] = at_targets
             torch.mm(logits, weight_WD, out=grad_x_ND[chunk])
             torch.mm(logits.T, x_RD, out=product_WD)
             add_(grad_weight_VD, product_WD[:vocab_size], first=start == 0)
-    return (losses_N, grad_x_ND, grad_weight_VD) if with_gradients else (losses_N,)
+    return (losses_N, lse_N, grad_x_ND, grad_weight_VD) if with_gradients else (losses_N, lse_N)
 
 
-def _full_head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, with_gradients: bool) -> tuple[Tensor, ...]:
+def _full_head_loss(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, *, with_gradients: bool
+) -> tuple[Tensor, ...]:
     """Compute `_head_loss` in fp32 on a CPU, where nothing needs a copy: neither the weight nor the softmax's input."""
     rows = min(_CHUNK["cpu"], len(x_ND))
-    losses_N = x_ND.new_empty(len(x_ND))
+    losses_N, lse_N = x_ND.new_empty(len(x_ND)), x_ND.new_empty(len(x_ND))
     grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), None
     for start in range(0, len(x_ND), rows):
         chunk = slice(start, start + rows)
         x_RD, targets_R = x_ND[chunk], targets_N[chunk]
         logits_RV = product(x_RD, weight_VD.T)
-        losses_N[chunk] = _softmax_(logits_RV, targets_R)
+        losses_N[chunk], lse_N[chunk] = _softmax_(logits_RV, targets_R, z_loss)
         if with_gradients:
-            logits_RV[torch.arange(len(x_RD)), targets_R] = torch.expm1(-losses_N[chunk])
+            logits_RV[torch.arange(len(x_RD)), targets_R] = _target_gradient(losses_N[chunk], lse_N[chunk], z_loss)
             grad_x_ND[chunk] = product(logits_RV, weight_VD)
             if grad_weight_VD is None:
                 grad_weight_VD = product(logits_RV.T, x_RD)
@@ -120,7 +161,16 @@ def _full_head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, with_
             else:
                 grad_weight_VD.addmm_(logits_RV.T, x_RD)
         del logits_RV  # before the next chunk's
-    return (losses_N, grad_x_ND, grad_weight_VD) if grad_weight_VD is not None else (losses_N,)
+    return (losses_N, lse_N, grad_x_ND, grad_weight_VD) if grad_weight_VD is not None else (losses_N, lse_N)
+
+
+def _target_gradient(losses_R: Tensor, lse_R: Tensor, z_loss: float) -> Tensor:
+    """Return the objective's gradient by the logit of each target.
+
+    It is softmax - 1, computed from the loss, since 1 - p would cancel where p is near 1, plus the z-loss's part.
+    """
+    gradient_R = torch.expm1(-losses_R)
+    return gradient_R + 2 * z_loss * lse_R * torch.exp(-losses_R) if z_loss else gradient_R
 
 
 def head_loss_bytes(
@@ -155,20 +205,25 @@ def _padded(master_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return weight_WD
 
 
-def _softmax_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    """Replace logits by their softmax and return the loss of each row. Both are computed in fp32."""
+def _softmax_(logits_RV: Tensor, targets_R: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Replace logits by the objective's gradient, target terms aside; return loss and log-sum-exp of each row, in fp32.
+
+    This gradient is the softmax times 1 + 2 z_loss logsumexp(logits).
+    """
     rows, vocab_size = logits_RV.shape
     size = max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS) if logits_RV.device.type == "cpu" else rows
     copied = logits_RV.dtype != torch.float32
     full_SV = logits_RV.new_empty(size, vocab_size, dtype=torch.float32) if copied else logits_RV
-    losses_R = logits_RV.new_empty(rows, dtype=torch.float32)
+    losses_R, lse_R = (logits_RV.new_empty(rows, dtype=torch.float32) for _ in range(2))
     for start in range(0, rows, size):
-        part, targets = logits_RV[start : start + size], targets_R[start : start + size, None]
+        chunk = slice(start, start + size)
+        part, targets = logits_RV[chunk], targets_R[chunk, None]
         full = full_SV[: len(part)].copy_(part) if copied else part
         target, peak = full.gather(1, targets), full.amax(-1, keepdim=True)
         total = full.sub_(peak).exp_().sum(-1, keepdim=True)
-        losses_R[start : start + size] = (total.log() + peak - target)[:, 0]
-        full.mul_(1.0 / total)
+        lse = total.log() + peak
+        losses_R[chunk], lse_R[chunk] = (lse - target)[:, 0], lse[:, 0]
+        full.mul_((1.0 + 2 * z_loss * lse) / total if z_loss else 1.0 / total)
         if copied:
             part.copy_(full)
-    return losses_R
+    return losses_R, lse_R

@@ -8,42 +8,55 @@ import torch
 from torch import Tensor, nn
 
 from lightlm import checkpoint
+from lightlm.model.dropout import Dropout
 from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import Router, Routing
 from lightlm.model.transformer import Transformer
-from lightlm.recipe import Recipe
+from lightlm.recipe import Recipe, TrainSection
 from lightlm.sharding import whole
 from lightlm.train.distributed import World
-from lightlm.train.step.loss import target_losses, token_loss
+from lightlm.train.step.loss import target_losses, token_losses
 from lightlm.train.step.routers import RouterLosses, router_losses
 
 
 class PassLoss(NamedTuple):
     """Results of one micro-batch."""
 
-    objective: Tensor  # what is differentiated: the loss, plus the routers' losses times the number of tokens
+    objective: (
+        Tensor  # what is differentiated: the loss, the z-loss, and the routers' losses times the number of tokens
+    )
     loss: Tensor  # the summed cross-entropy, in nats
     load_LE: Tensor | None  # tokens per expert and layer; None without experts
+    z: Tensor | None = None  # the summed logsumexp(logits)^2; None without `train.z_loss`
 
 
 class LossModule(nn.Module):
-    """`token_loss` as a module: the root that every wrapper needs."""
+    """`token_losses` as a module: the root that every wrapper needs."""
 
-    def __init__(self, model: Transformer, router_losses: RouterLosses) -> None:
+    def __init__(self, model: Transformer, router_losses: RouterLosses, train: TrainSection | None = None) -> None:
         super().__init__()
         self.model = model
         self.router_losses = router_losses
+        self.z_loss = train.z_loss if train else 0.0
+        self.dropout, self.seed = (train.dropout, train.seed) if train else (0.0, 0)
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, *, each_target: bool = False) -> PassLoss | Tensor:
-        """Return the losses of a micro-batch, or with `each_target` the cross-entropy of each target, fp32 (B x T,)."""
+    def forward(
+        self, inputs_BT: Tensor, targets_BT: Tensor, samples_B: Tensor | None = None, *, each_target: bool = False
+    ) -> PassLoss | Tensor:
+        """Return the losses of a micro-batch, or with `each_target` the cross-entropy of each target, fp32 (B x T,).
+
+        Dropout applies where `samples_B` is given, the numbers of the rows' samples in the run.
+        """
         if each_target:
             return target_losses(self.model, inputs_BT, targets_BT)
         routings: list[Routing] = []
-        loss = token_loss(self.model, inputs_BT, targets_BT, routings)
+        dropout = Dropout(self.dropout, self.seed, samples_B) if self.dropout and samples_B is not None else None
+        sums = token_losses(self.model, inputs_BT, targets_BT, routings, z_loss=self.z_loss, dropout=dropout)
         if not routings:
-            return PassLoss(loss, loss, None)
-        objective = loss + targets_BT.numel() * self.router_losses(routings)
-        return PassLoss(objective, loss.detach(), torch.stack([routing.load_E for routing in routings]))
+            return PassLoss(sums.objective, sums.loss, None, sums.z)
+        objective = sums.objective + targets_BT.numel() * self.router_losses(routings)
+        load_LE = torch.stack([routing.load_E for routing in routings])
+        return PassLoss(objective, sums.loss.detach(), load_LE, sums.z)
 
 
 class ParallelLoss:
@@ -63,7 +76,7 @@ class ParallelLoss:
         self.sharded = strategy == "fsdp" and world.size > 1
         self.replicated = strategy == "ddp" and world.size > 1
         self.world, self.device, self.dtype = world, device, dtype
-        self._local = LossModule(model, router_losses(recipe))
+        self._local = LossModule(model, router_losses(recipe), recipe.train)
         # FSDP's hooks sit between the blocks; on a CPU, all blocks are one graph, quick to compile.
         if compiled and (self.sharded or device.type == "cpu"):
             model.compile_blocks()
@@ -76,9 +89,9 @@ class ParallelLoss:
         elif self.replicated:
             self._root = _replicate(self._local, device, compiled)
 
-    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> PassLoss:
-        """Return the losses. The objective's backward pass must run inside `synchronized`."""
-        return self._root(inputs_BT, targets_BT)
+    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor, samples_B: Tensor | None = None) -> PassLoss:
+        """Return the losses of a training pass. The objective's backward pass must run inside `synchronized`."""
+        return self._root(inputs_BT, targets_BT, samples_B)
 
     def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the cross-entropy of each target, in nats: fp32 (B x T,), without gradients.

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_iter
 
 from lightlm.model import experts, fused
 from lightlm.model.config import ModelConfig
+from lightlm.model.dropout import Dropout
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.optim.registry import read_section
@@ -23,8 +24,9 @@ from tests.shapes import SHAPES
 LENGTH = 16
 
 
-def saved_bytes(config, sequences, dtype, length=LENGTH):
+def saved_bytes(config, sequences, dtype, length=LENGTH, dropout=0.0):
     """Storage of all that autograd saves in a forward pass."""
+    dropped = Dropout(dropout, 1, torch.arange(sequences)) if dropout else None
     model = Transformer(config)
     kept = {}
 
@@ -37,7 +39,7 @@ def saved_bytes(config, sequences, dtype, length=LENGTH):
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
     ):
-        output = model.hidden_states(tokens)
+        output = model.hidden_states(tokens, dropout=dropped)
     assert output.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -68,6 +70,14 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     rel = 1e-3 if config.num_experts else 1e-6
     expected = a_token + indices_of_rows(config)
     assert activation_bytes(config, mixed=mixed, fused=True) == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "shared", "gpt2"])
+def test_dropout_keeps_a_byte_per_value(name):
+    config = SHAPES[name]
+    saved = [saved_bytes(config, sequences, torch.bfloat16, dropout=0.1) for sequences in (3, 1)]
+    expected = (saved[0] - saved[1]) / (2 * LENGTH) - 8
+    assert activation_bytes(config, mixed=True, fused=True, dropout=True) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.usefixtures("unpadded")
@@ -145,7 +155,7 @@ def test_the_peak_of_the_head_in_fp32(slow_mkl, tokens, monkeypatch):
     monkeypatch.setitem(loss._CHUNK, "cpu", 16)
     x_ND, weight_VD = torch.randn(tokens, 64, requires_grad=True), torch.randn(2048, 64, requires_grad=True)
     with Peak() as peak:
-        loss._HeadLoss.apply(x_ND, weight_VD, torch.zeros(tokens, dtype=torch.long))
+        loss._HeadLoss.apply(x_ND, weight_VD, torch.zeros(tokens, dtype=torch.long), 0.0)
     weight_and_gradient = 2 * weight_VD.nbytes  # which are counted elsewhere
     counted = loss.head_loss_bytes(tokens, 64, 2048, "cpu", torch.float32, accumulates=False)
     assert peak.peak == pytest.approx(counted + weight_and_gradient, rel=0.02)

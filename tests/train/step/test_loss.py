@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from lightlm.train.step import loss as loss_module
-from lightlm.train.step.loss import target_losses, token_loss
+from lightlm.train.step.loss import target_losses, token_loss, token_losses
 from tests.shapes import build
 
 
@@ -61,3 +61,39 @@ def test_the_loss_of_each_target_matches_cross_entropy(name, rows, monkeypatch):
         assert losses.sum().item() == token_loss(model, inputs, targets).item()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert target_losses(model, inputs, targets).sum().item() == token_loss(model, inputs, targets).item()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("rows", [3, 256])
+def test_z_loss_matches_autograd_in_float64(name, rows, monkeypatch):
+    """The objective and its gradients; the loss beside it is the plain cross-entropy."""
+    monkeypatch.setitem(loss_module._CHUNK, "cpu", rows)
+    inputs, targets = torch.randint(97, (3, 10)), torch.randint(97, (3, 10))
+    model, reference = build(name), build(name).double()
+    sums = token_losses(model, inputs, targets, z_loss=0.03)
+    (sums.objective / 30).backward()
+    logits = reference(inputs).flatten(0, 1)
+    entropy = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    z = logits.logsumexp(-1).square().sum()
+    ((entropy + 0.03 * z) / 30).backward()
+    assert sums.z.item() == pytest.approx(z.item(), rel=1e-6)
+    assert sums.loss.item() == token_loss(model, inputs, targets).item()
+    assert sums.objective.item() == pytest.approx((entropy + 0.03 * z).item(), rel=1e-6)
+    assert not sums.loss.requires_grad
+    assert not sums.z.requires_grad
+    for (key, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.double(), other.grad, atol=1e-6, rtol=1e-4, msg=key)
+
+
+def test_z_loss_under_autocast_is_close(monkeypatch):
+    monkeypatch.setitem(loss_module._CHUNK, "cpu", 5)
+    inputs, targets = torch.randint(97, (4, 16)), torch.randint(97, (4, 16))
+    model, exact_model = build("qwen3"), build("qwen3")
+    exact = token_losses(exact_model, inputs, targets, z_loss=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = token_losses(model, inputs, targets, z_loss=0.1)
+    sums.objective.backward()
+    exact.objective.backward()
+    assert sums.z.item() == pytest.approx(exact.z.item(), rel=5e-3)
+    grad, expected = model.lm_head.weight.grad, exact_model.lm_head.weight.grad
+    assert (grad - expected).norm() < 0.02 * expected.norm()
