@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightlm.checkpoint import LoadedModel
-from lightlm.convert.load import load_pretrained
+from lightlm.convert.load import find_start, load_pretrained
 from lightlm.cpu import restored_threads
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare as prepare_folder
@@ -266,12 +266,14 @@ def train(
             held.enter_context(locked(run))
             parsed, run, checkpoint = reopen_run(run, overrides, observer.note)
         else:
-            parsed = load_recipe(str(recipe), overrides, observer.note)
+            parsed = load_recipe(str(recipe), overrides, observer.note, find_start)
         data = open_data(parsed, resumed=run)
         assert data is not None
         setup = set_up(parsed, data, observer.note, resume_from=checkpoint)
-        scored = parsed.eval.tasks
-        evaluator = TaskScores(setup.recipe.eval, data, setup.world, observer.note) if scored else None
+        evaluator = None
+        if parsed.eval.tasks:
+            assert setup.tokenizer is not None
+            evaluator = TaskScores(setup.recipe.eval, data, setup.tokenizer, setup.world, observer.note)
         if run is None:
             exact = name is not None
             run = held.enter_context(new_run(name or parsed.name, exact=exact, overwrite=overwrite))

@@ -211,19 +211,34 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     import torch
     from safetensors.torch import load_file
 
-    config = _read_config(folder)
-    values = {RENAMED_FIELDS.get(key, key): value for key, value in config["model"].items()}
-    if unknown := sorted(set(values) - {field.name for field in fields(ModelConfig)}):
-        raise CheckpointError(
-            f"{folder / 'config.json'} has the unknown keys {', '.join(unknown)}; "
-            f"it was written by another version of LightLM (this is {__version__})"
-        )
+    config, shape = _read_config(folder), read_shape(folder)
     # A tokenizer.json does not name the token that ends a text: that of SmolLM2-Instruct is not <|endoftext|>.
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
     tokenizer.bos_id, tokenizer.adds_bos = config.get("bos_token_id"), config.get("adds_bos", False)
     state = load_file(folder / "model.safetensors")
-    model = build_model(ModelConfig(**values), state, str(folder)).to(device=device, dtype=dtype or torch.float32)
+    model = build_model(shape, state, str(folder)).to(device=device, dtype=dtype or torch.float32)
     return LoadedModel(model.eval(), tokenizer, folder, (folder / "model.safetensors",))
+
+
+def read_shape(folder: Path) -> ModelConfig:
+    """Return the shape of a checkpoint's model, without reading its weights.
+
+    Raises:
+        CheckpointError: config.json is damaged, or of another version.
+    """
+    path, config = folder / "config.json", _read_config(folder)
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{path} is damaged: it has no section `model`")
+    values = {RENAMED_FIELDS.get(key, key): value for key, value in config["model"].items()}
+    if unknown := sorted(set(values) - {field.name for field in fields(ModelConfig)}):
+        raise CheckpointError(
+            f"{path} has the unknown keys {', '.join(unknown)}; "
+            f"it was written by another version of LightLM (this is {__version__})"
+        )
+    try:
+        return ModelConfig(**values).resolved()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not describe a model: {error}") from None
 
 
 def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Transformer:

@@ -4,6 +4,7 @@ import torch
 
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
+from lightlm.recipe import Start
 
 _BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_seq_len": 48, "vocab_size": 97}
 _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_kv_heads": 2}
@@ -22,6 +23,24 @@ SHAPES = {
     ),
     "softmax_moe": ModelConfig(**_BASE, **_EXPERTS, router="softmax", norm_topk_prob=False, attention_gate=True),
 }
+
+# The model on the Hub that the recipe `finetune` starts from.
+SMOLLM2 = ModelConfig(
+    num_layers=30,
+    hidden_size=576,
+    num_heads=9,
+    num_kv_heads=3,
+    intermediate_size=1536,
+    max_seq_len=8192,
+    vocab_size=49_152,
+    rope_theta=100_000,
+).resolved()
+
+
+def without_hub(reference: str) -> Start:
+    """What `find_start` finds on the Hub, for recipes that LightLM ships."""
+    assert reference == "HuggingFaceTB/SmolLM2-135M"
+    return Start(reference, SMOLLM2)
 
 
 def build(name: str, seed: int = 0) -> Transformer:

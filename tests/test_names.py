@@ -67,7 +67,7 @@ def test_a_recipe(said):
 
 
 def test_a_model(said, monkeypatch):
-    monkeypatch.setattr(load, "_download", lambda hub_id: Path("downloaded", hub_id))
+    monkeypatch.setattr(load, "_download", lambda hub_id, weights: Path("downloaded", hub_id))
     assert load.locate("gpt2") == Path("downloaded/openai-community/gpt2")
     assert load.is_hub_id("gpt2")
     assert said() == []

@@ -10,9 +10,11 @@ import yaml
 from lightlm.errors import RecipeError, UsageError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import CheckpointSection, load_recipe, load_run_recipe, shipped_recipes, span_tokens
+from tests.shapes import without_hub
 
 PARAMETERS = {
     "demo": 6_819_840,
+    "finetune": 134_515_008,  # SmolLM2-135M's
     "gpt2-124m": 124_439_808,
     "gpt3-125m": 125_226_240,
     "lightlm": 135_155_328,
@@ -43,7 +45,7 @@ def test_every_shipped_recipe_is_known_here():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_recipe_builds_its_parameter_count_and_opens_with_its_commands(name):
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, find_start=without_hub)
     config = dataclasses.replace(recipe.model, vocab_size=recipe.model.vocab_size or VOCABULARY[name])
     with torch.device("meta"):
         model = Transformer(config)

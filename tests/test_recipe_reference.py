@@ -19,6 +19,7 @@ from lightlm.model.config import ModelConfig
 from lightlm.recipe import load_recipe, recipes_folder, shipped_recipes
 from lightlm.recipe.reference import SCHEMA_FILE, json_schema, keys, schema_text
 from tests.cli.runner import Runner
+from tests.shapes import without_hub
 
 
 class YAML12(yaml.SafeLoader):
@@ -60,7 +61,7 @@ def test_a_shipped_recipe_names_the_schema_and_fits_it(path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n")
     jsonschema.validate(yaml.load(text, YAML12), json_schema())
-    jsonschema.validate(load_recipe(path).to_dict(), json_schema())
+    jsonschema.validate(load_recipe(path, find_start=without_hub).to_dict(), json_schema())
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,24 @@ def test_a_shipped_recipe_names_the_schema_and_fits_it(path):
 def test_an_editor_marks_what_the_recipe_refuses(key, value, allowed):
     validator = jsonschema.validators.validator_for(json_schema())(json_schema())
     assert validator.is_valid(with_override(key, value)) == allowed
+
+
+@pytest.mark.parametrize(
+    ("model", "init_from", "allowed"),
+    [
+        ({}, "runs/demo", True),
+        (None, "runs/demo", True),
+        ({"max_seq_len": 512}, "runs/demo", True),
+        (None, None, False),
+        ({"max_seq_len": 512}, None, False),
+    ],
+)
+def test_an_editor_asks_for_a_shape_unless_the_recipe_starts_from_a_model(model, init_from, allowed):
+    values = with_override("train.init_from", init_from)
+    del values["model"]
+    values |= {} if model is None else {"model": model}
+    validator = jsonschema.validators.validator_for(json_schema())(json_schema())
+    assert validator.is_valid(values) == allowed
 
 
 def test_a_key_tells_type_default_and_meaning():
@@ -116,6 +135,7 @@ def test_a_section_that_is_a_union_lists_the_keys_of_all_members(monkeypatch):
         twist: int = Field(default=3, description="Turns.")
 
     class Whole(BaseModel):
+        model: ModelConfig = Field(description="What.")
         optimizer: Plain | Fancy = Field(description="How.")
 
     monkeypatch.setattr(reference, "Recipe", Whole)

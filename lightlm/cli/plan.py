@@ -32,11 +32,12 @@ def plan(
 ) -> None:
     """Print what a recipe takes: parameters, memory by part, steps, hours. The data need not be prepared."""
     from lightlm.choices import check_device
+    from lightlm.convert.load import find_start
     from lightlm.recipe import load_recipe
 
     changes = list(overrides or []) + ([f"train.device={device}"] if device else [])
     notes: list[str] = []
-    parsed = load_recipe(recipe, changes, notes.append)
+    parsed = load_recipe(recipe, changes, notes.append, find_start)
     check_device(parsed.train.device)
     with console.status("Planning ..."):
         from lightlm.train.planning.plan import make_plan

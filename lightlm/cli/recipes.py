@@ -26,36 +26,47 @@ def _own_lines(path: Path) -> list[str]:
 @recipes.command("ls")
 def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
     """List the shipped recipes with their parameters, tokens and Hugging Face classes."""
-    from dataclasses import replace
-
-    from lightlm.convert.huggingface.layouts import export_target
-    from lightlm.model.counting import count_parameters
     from lightlm.quantities import format_quantity
-    from lightlm.recipe import load_recipe, shipped_recipes
+    from lightlm.recipe import shipped_recipes
 
-    rows: list[dict[str, Any]] = []
-    for path in shipped_recipes():
-        recipe, lines = load_recipe(path), _own_lines(path)
-        config = replace(recipe.model, vocab_size=recipe.model.vocab_size or _prepared_vocabulary(lines))
-        counts = count_parameters(config)
-        rows.append(
-            {
-                "recipe": path.stem,
-                "parameters": counts["total"],
-                "active_parameters": counts["active"],
-                "vocab_size": config.vocab_size,
-                "tokens": recipe.train.tokens,
-                "exports_to": export_target(recipe.model).architecture or "-",
-                "about": lines[0].strip("# \n"),
-            }
-        )
+    rows = [_listed(path) for path in shipped_recipes()]
     if as_json:
         print_json(rows)
         return
     shown = ("recipe", "parameters", "tokens", "exports_to", "about")
-    texts = [[format_quantity(v) if isinstance(v := row[key], int) else v for key in shown] for row in rows]
-    caption = "Parameters with the recipe's own vocabulary, or that of its prepare-data command."
+    texts = [[format_quantity(v) if isinstance(v := row[key], int) else v or "-" for key in shown] for row in rows]
+    caption = "Parameters with the recipe's own vocabulary, or that of its prepare-data command; -: the model's."
     print_table(texts, *(key.replace("_", " ") for key in shown), right=[1, 2], whole=[0, 3], caption=caption)
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """Return a recipe's entry in the list; None for what depends on the model that it starts from."""
+    from dataclasses import replace
+
+    from lightlm.convert.huggingface.layouts import export_target
+    from lightlm.model.counting import count_parameters
+    from lightlm.quantities import parse_quantity
+    from lightlm.recipe import load_recipe
+    from lightlm.recipe.yaml_text import read_sections
+
+    lines, (sections, _) = _own_lines(path), read_sections(path)
+    about = lines[0].strip("# \n")
+    if "model" not in sections:
+        of_model = dict.fromkeys(("parameters", "active_parameters", "vocab_size"))
+        tokens = parse_quantity(sections["train"]["tokens"])
+        return {"recipe": path.stem, **of_model, "tokens": tokens, "exports_to": "-", "about": about}
+    recipe = load_recipe(path)
+    config = replace(recipe.model, vocab_size=recipe.model.vocab_size or _prepared_vocabulary(lines))
+    counts = count_parameters(config)
+    return {
+        "recipe": path.stem,
+        "parameters": counts["total"],
+        "active_parameters": counts["active"],
+        "vocab_size": config.vocab_size,
+        "tokens": recipe.train.tokens,
+        "exports_to": export_target(recipe.model).architecture or "-",
+        "about": about,
+    }
 
 
 def _prepared_vocabulary(lines: list[str]) -> int:

@@ -164,7 +164,7 @@ class _Request:
 
         The folder of a new run is created, and removed at the end if no run has begun in it.
         """
-        from lightlm.recipe import load_recipe
+        from lightlm.recipe import recipe_name
         from lightlm.runs import claim_folder, discard_unstarted, find_run
 
         if self.resume == NEWEST:
@@ -172,7 +172,7 @@ class _Request:
         elif self.recipe is None or self.auto_resume or self.name is not None:
             yield self
         else:
-            name = load_recipe(self.recipe, self.changes, _silently).name
+            name = recipe_name(self.recipe, self.changes)
             if self.overwrite:
                 yield replace(self, name=name)
                 return
@@ -186,8 +186,9 @@ class _Request:
 def _check(request: _Request) -> None:
     """Find a missing recipe, run or data folder and a wrong setting before torch is imported, which takes seconds."""
     from lightlm.choices import check_device
+    from lightlm.convert.load import find_start
     from lightlm.data.folder import check_data_of_run, check_prepared, resolve_dataset
-    from lightlm.recipe import load_recipe, load_run_recipe
+    from lightlm.recipe import load_recipe, load_run_recipe, recipe_name
     from lightlm.runs import RECIPE, find_run, run_folder
 
     if not request.dry_run:
@@ -198,10 +199,11 @@ def _check(request: _Request) -> None:
         parsed = load_run_recipe(run, request.changes, _silently)
     else:
         assert request.recipe is not None
-        parsed = load_recipe(request.recipe, request.changes, _silently)
-        folder = run_folder(request.name or parsed.name, request.runs_dir)
+        folder = run_folder(request.name or recipe_name(request.recipe, request.changes), request.runs_dir)
         if request.auto_resume and (folder / RECIPE).is_file():
             run, parsed = folder, load_run_recipe(folder, request.changes, _silently)
+        else:
+            parsed = load_recipe(request.recipe, request.changes, _silently, find_start)
     check_device(parsed.train.device)
     if parsed.eval.tasks:
         from lightlm.evaluate.tasks import references
@@ -246,7 +248,8 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
         with console.status("Reading lm-eval's list of tasks ..."):
             from lightlm.evaluate.in_training.task_scores import TaskScores
 
-            evaluator = TaskScores(setup.recipe.eval, data, world, display.note)
+            assert setup.tokenizer is not None
+            evaluator = TaskScores(setup.recipe.eval, data, setup.tokenizer, world, display.note)
     if request.dry_run:
         planned = run or request.runs_dir / (request.name or parsed.name)
         print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)
@@ -270,6 +273,7 @@ def _shortened(
     recipe: "Recipe", data: "DataFolder", request: _Request, minutes: float, display: "TrainingDisplay"
 ) -> "Recipe":
     """Return the recipe, with fewer tokens if this machine needs longer than the limit for them."""
+    from lightlm.convert.load import find_start
     from lightlm.quantities import format_quantity
     from lightlm.recipe import load_recipe
     from lightlm.train.planning.probe import ProbeError
@@ -289,7 +293,7 @@ def _shortened(
         f"to end within {minutes:g} minutes (--max-minutes)"
     )
     assert request.recipe is not None
-    return load_recipe(request.recipe, [*request.changes, f"train.tokens={fit.tokens}"], _silently)
+    return load_recipe(request.recipe, [*request.changes, f"train.tokens={fit.tokens}"], _silently, find_start)
 
 
 def _choose(
@@ -299,7 +303,8 @@ def _choose(
 
     A run to train is locked first, so that its checkpoints are read after another process has written its last one.
     """
-    from lightlm.recipe import load_recipe
+    from lightlm.convert.load import find_start
+    from lightlm.recipe import load_recipe, recipe_name
     from lightlm.runs import RECIPE, find_run, locked, run_folder
     from lightlm.train.checkpointing.resume import reopen_run
 
@@ -308,7 +313,7 @@ def _choose(
         run = find_run(None if request.resume == NEWEST else request.resume)
     elif request.auto_resume:
         assert request.recipe is not None
-        name = request.name or load_recipe(request.recipe, request.changes, _silently).name
+        name = request.name or recipe_name(request.recipe, request.changes)
         named = run_folder(name, request.runs_dir)
         if (named / RECIPE).is_file():
             run = named
@@ -320,7 +325,7 @@ def _choose(
     assert request.recipe is not None
     if not request.auto_resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")
-    return load_recipe(request.recipe, request.changes, display.note), None, None
+    return load_recipe(request.recipe, request.changes, display.note, find_start), None, None
 
 
 def _new_run(request: _Request, default: str, display: "TrainingDisplay", held: contextlib.ExitStack) -> Path:

@@ -36,6 +36,9 @@ class Format(Protocol):
     def refusal(self, config: "ModelConfig") -> str:
         """Return why the format cannot hold a model of this shape, or an empty string."""
 
+    def shape(self, path: Path) -> "ModelConfig":
+        """Return the shape of a model, from its configuration alone; raise LightLMError if that is impossible."""
+
     def read(self, path: Path) -> "LoadedModel":
         """Load a model in float32 on the CPU, in evaluation mode; raise LightLMError if that is impossible."""
 
@@ -70,6 +73,12 @@ class CheckpointFolder:
 
     def refusal(self, config: "ModelConfig") -> str:
         return ""
+
+    def shape(self, path: Path) -> "ModelConfig":
+        from lightlm.checkpoint import check, read_shape
+
+        check(path, ["config.json"])
+        return read_shape(path)
 
     def read(self, path: Path) -> "LoadedModel":
         from lightlm.checkpoint import load_model

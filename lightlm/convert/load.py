@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, TypeVar
 from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.formats import format_of, reader_of
+from lightlm.convert.huggingface.config import WEIGHT_FILES
 from lightlm.data.tokenizer import NAMED_TOKENIZERS as NAMED_MODELS
-from lightlm.errors import CheckpointError, LightLMError
+from lightlm.errors import CheckpointError, LightLMError, RecipeError
 from lightlm.names import note_clash, warn
+from lightlm.recipe import Start
 from lightlm.runs import RUNS, find_run, run_names, run_of
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ T = TypeVar("T")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 _SMALL_FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", checkpoint.MARKER]
+
+_WEIGHTS = ([*WEIGHT_FILES[:2], "model-*.safetensors"], [*WEIGHT_FILES[2:], "pytorch_model-*.bin"])
 
 
 def load_pretrained(
@@ -68,10 +72,25 @@ def with_model(reference: str | Path | None, use: Callable[[Path], T]) -> T:
                 raise
 
 
-def locate(reference: str | Path | None = None) -> Path:
+def find_start(reference: str) -> Start:
+    """Return the model of `train.init_from`, which is what `load_pretrained` takes, without reading its weights.
+
+    Raises:
+        RecipeError: there is none, it is damaged, or LightLM cannot represent it.
+    """
+    try:
+        path = locate(reference, weights=False)
+        shape = reader_of(path).shape(path)
+    except LightLMError as error:
+        raise RecipeError(f"train.init_from: {error}") from None
+    return Start(reference if run_of(path) is None else path.as_posix(), shape)
+
+
+def locate(reference: str | Path | None = None, *, weights: bool = True) -> Path:
     """Return the path of the model that `load_pretrained` would load; download it first if it is a Hub id.
 
-    For a run it is the newest undamaged checkpoint, with a warning if a newer one is damaged.
+    For a run it is the newest undamaged checkpoint, with a warning if a newer one is damaged. Without `weights`, only
+    the description of a model on the Hub is downloaded.
     """
     if reference is None or Path(reference) == RUNS / "latest":
         return checkpoint.newest_checkpoint(find_run())
@@ -80,7 +99,7 @@ def locate(reference: str | Path | None = None) -> Path:
     if folder := _on_disk(reference):
         return checkpoint.newest_checkpoint(folder) if (folder / "recipe.yaml").is_file() else folder
     if is_hub_id(reference):
-        return _download(NAMED_MODELS.get(str(reference), str(reference)))
+        return _download(NAMED_MODELS.get(str(reference), str(reference)), weights)
     given = Path(reference)
     there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
     if given.is_file():
@@ -131,15 +150,13 @@ def _note_clash(name: str) -> None:
     note_clash(name, meaning, filter(_model_at, [Path(name)]))
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     """Download a model from the Hub; PyTorch files only if it has no safetensors."""
     import huggingface_hub
 
-    from lightlm.convert.huggingface.weights import WEIGHT_FILES
-
-    for weights in ([*WEIGHT_FILES[:2], "model-*.safetensors"], [*WEIGHT_FILES[2:], "pytorch_model-*.bin"]):
+    for patterns in _WEIGHTS if weights else ([],):
         try:
-            path = huggingface_hub.snapshot_download(hub_id, allow_patterns=_SMALL_FILES + weights, etag_timeout=5.0)
+            path = huggingface_hub.snapshot_download(hub_id, allow_patterns=_SMALL_FILES + patterns, etag_timeout=5.0)
         except Exception as error:  # the types depend on the version of its network library
             reason = next(iter(str(error).splitlines()), "no reason given")
             raise CheckpointError(
@@ -147,6 +164,6 @@ def _download(hub_id: str) -> Path:
                 f"({type(error).__name__}: {reason}); without a connection, "
                 "name a run, a checkpoint folder, a downloaded Hugging Face folder, or a Hub model used here before"
             ) from None
-        if any((Path(path) / name).is_file() for name in WEIGHT_FILES):
+        if any((Path(path) / name).is_file() for name in patterns):
             break
     return Path(path)

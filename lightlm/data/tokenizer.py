@@ -1,5 +1,6 @@
 """Tokenizers: a wrapper over `tokenizers` that never reads special tokens from text, loading, and training."""
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -14,9 +15,10 @@ import numpy as np
 
 from lightlm.data.bpe_training import train_bpe
 from lightlm.data.tokenizer_folder import declared_end_of_text, read_definition
-from lightlm.errors import DataError, UsageError
+from lightlm.errors import CheckpointError, DataError, UsageError
 from lightlm.files import write_bytes
 from lightlm.names import note_clash
+from lightlm.runs import checkpoints, find_run
 
 END_OF_TEXT_NAMES = (
     "<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]"
@@ -30,6 +32,9 @@ SHOWN_NAMES = 20  # special tokens that a message lists
 
 # 257 entries are the bytes and the end-of-text token; below 300 a tokenizer has hardly any merges.
 MIN_VOCAB_SIZE = 300
+
+# What two tokenizers of one model encode equally: spaces, cases, digits, scripts, accents in both normal forms.
+PROBE = "Don't  stop.\tThe\n\n\nEND of 3.14159, 2026: na\u00efve cafe\u0301 \u4f60\u597d \U0001f600 _x_==[1](2){}\r\n "
 
 PART_CHARACTERS = 200_000
 GROUP_CHARACTERS = 1_000_000  # encoded together: 150 MB of memory
@@ -111,6 +116,32 @@ class Tokenizer:
             end_of_text=end_of_text,
             declared=declared_end_of_text(path),
         )
+
+    def starting_as(self, other: "Tokenizer") -> "Tokenizer":
+        """Return this tokenizer with what `other` puts before a text: the token, and whether always."""
+        tokenizer = copy.copy(self)
+        tokenizer.bos_id, tokenizer.adds_bos = other.bos_id, other.adds_bos
+        return tokenizer
+
+    def difference(self, other: "Tokenizer") -> str:
+        """Return in what `other` encodes text otherwise, or an empty text.
+
+        Their definitions may differ in form, in truncation and padding, and in what they put around a text.
+        """
+        ours, theirs = (each._tokenizer.get_vocab(with_added_tokens=True) for each in (self, other))
+        if len(ours) != len(theirs):
+            return f"{len(ours):,} and {len(theirs):,} entries"
+        if ours != theirs:
+            moved = min(ours.items() - theirs.items(), key=lambda entry: entry[1])
+            return f"entry {moved[1]} is {moved[0]!r} and {other.name_of(moved[1])!r}"
+        if self._merges() != other._merges():
+            return "the merges differ"
+        return "" if self.encode(PROBE) == other.encode(PROBE) else f"they split {PROBE!r} differently"
+
+    def _merges(self) -> list[list[str]]:
+        """Return the merges of a BPE in order, which a definition holds as pairs or as texts with a space."""
+        merges = (self.content.get("model") or {}).get("merges") or []
+        return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
@@ -312,8 +343,27 @@ def requested_vocab_size(spec: str) -> int | None:
     return int(number)
 
 
+def tokenizer_path(spec: str) -> Path | None:
+    """Return the path of the tokenizer on this machine that `spec` names; None if it is on the Hub, or nowhere.
+
+    For a run, by path or by name, it is that of its newest checkpoint. Raises DataError if the run has none.
+    """
+    path = Path(spec)
+    if spec in NAMED_TOKENIZERS:
+        return None
+    try:
+        run = find_run(spec)
+    except CheckpointError:
+        return path if path.exists() else None
+    if run != path:
+        note_clash(spec, f"the run {run}", [path] if path.name != "latest" else [])
+    if not (saved := checkpoints(run)):
+        raise DataError(f"The run {run} has no checkpoint yet, which would hold its tokenizer; name its data folder.")
+    return saved[-1]
+
+
 def load_tokenizer(spec: str, download: Callable[[str, str], Path], end_of_text: str | None = None) -> Tokenizer:
-    """Return the tokenizer that `spec` names: `gpt2`, a Hub id, or a path that `Tokenizer.read` reads.
+    """Return the tokenizer that `spec` names: `gpt2`, a Hub id, a run, or a path that `Tokenizer.read` reads.
 
     `download(repository, hint)` returns the local folder with the tokenizer of a Hub repository; `hint` is for its
     errors (see `sources.hub.client.download_tokenizer`). `gpt2` is the Hub's even if a folder is called so (see
@@ -323,10 +373,10 @@ def load_tokenizer(spec: str, download: Callable[[str, str], Path], end_of_text:
     path = Path(spec)
     if spec in NAMED_TOKENIZERS:
         note_clash(spec, f"{NAMED_TOKENIZERS[spec]} on the Hugging Face Hub", [path])
-    elif path.exists():
-        return Tokenizer.read(path, end_of_text=end_of_text)
+    elif (found := tokenizer_path(spec)) is not None:
+        return Tokenizer.read(found, end_of_text=end_of_text)
     if path.suffix == ".json" or path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:
-        raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, or a Hub id.")
+        raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, a run, or a Hub id.")
     repo = NAMED_TOKENIZERS.get(spec, spec)
     return Tokenizer.read(download(repo, OFFLINE_HINT), origin=repo, end_of_text=end_of_text)
 

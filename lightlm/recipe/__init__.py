@@ -1,7 +1,14 @@
 """Recipes: YAML files that describe runs, their schema, and overrides such as `optimizer.lr=1e-3`."""
 
 from lightlm.quantities.types import span_tokens
-from lightlm.recipe.loading import find_recipe, load_recipe, load_run_recipe, recipes_folder, shipped_recipes
+from lightlm.recipe.loading import (
+    find_recipe,
+    load_recipe,
+    load_run_recipe,
+    recipe_name,
+    recipes_folder,
+    shipped_recipes,
+)
 from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
@@ -11,6 +18,7 @@ from lightlm.recipe.sections.schedule import ScheduleSection
 from lightlm.recipe.sections.section import NAME_PATTERN
 from lightlm.recipe.sections.tracking import TrackingSection
 from lightlm.recipe.sections.train import TrainSection
+from lightlm.recipe.start import Start
 
 __all__ = [
     "NAME_PATTERN",
@@ -18,12 +26,14 @@ __all__ = [
     "EvalSection",
     "Recipe",
     "ScheduleSection",
+    "Start",
     "TrackingSection",
     "TrainSection",
     "find_recipe",
     "load_recipe",
     "load_run_recipe",
     "parse_recipe",
+    "recipe_name",
     "recipes_folder",
     "shipped_recipes",
     "span_tokens",

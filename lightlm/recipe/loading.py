@@ -1,5 +1,6 @@
 """Read recipes from files, and apply overrides such as `optimizer.lr=1e-3`."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,44 @@ from lightlm.names import nearest, note_clash, warn
 from lightlm.recipe.mistakes import IdleSettingsError, parse_recipe
 from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
+from lightlm.recipe.sections.section import NAME_PATTERN
+from lightlm.recipe.start import FindStart
 from lightlm.recipe.yaml_text import read_sections, read_value
 
 Note = Callable[[str], None]
 
 
-def load_recipe(reference: str | Path, overrides: Sequence[str] = (), note: Note = warn) -> Recipe:
+def load_recipe(
+    reference: str | Path, overrides: Sequence[str] = (), note: Note = warn, find_start: FindStart | None = None
+) -> Recipe:
     """Read a recipe by its path or by the name of a shipped one, and apply `key=value` overrides.
 
     Settings of the file that lose their effect by an override are left out, and of two overrides of one key the last
     one counts; `note` receives a message for each.
 
+    Args:
+        find_start: finds the model of `train.init_from` (`lightlm.convert.load.find_start`), whose shape becomes the
+            section `model`. Without it, the recipe must have that section itself.
+
     Raises:
         RecipeError: the recipe does not exist, or has mistakes; the message lists all of them.
         UsageError: an override does not have the form key=value.
     """
-    return _load(find_recipe(reference, note), overrides, note, earlier=False)
+    return _load(find_recipe(reference, note), overrides, note, find_start, earlier=False)
+
+
+def recipe_name(reference: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Return the name of a recipe, without looking for the model that it starts from.
+
+    Raises:
+        RecipeError, UsageError: as `load_recipe`, but other mistakes than in the name go unnoticed.
+    """
+    path = find_recipe(reference, lambda _: None)
+    values, origins, _ = _overridden(path, overrides, lambda _: None)
+    name = values.get("name")
+    if not isinstance(name, str) or not re.match(NAME_PATTERN, name):
+        parse_recipe(values, str(path), origins)
+    return str(name)
 
 
 def load_run_recipe(run: Path, overrides: Sequence[str] = (), note: Note = warn) -> Recipe:
@@ -37,18 +60,37 @@ def load_run_recipe(run: Path, overrides: Sequence[str] = (), note: Note = warn)
         RecipeError, UsageError: as `load_recipe`.
     """
     path = run / "recipe.yaml"
-    recipe = _load(path, overrides, note, earlier=True)
+    recipe = _load(path, overrides, note, None, earlier=True)
     keys = {override.partition("=")[0].strip() for override in overrides}
     if "schedule.rewarmup" not in keys or "schedule.rewarmup_from" in keys:
         return recipe
     # A second re-warmup begins anew, but not where a restarted job gives the same overrides again.
-    before, schedule = _load(path, (), note, earlier=True), recipe.schedule
+    before, schedule = _load(path, (), note, None, earlier=True), recipe.schedule
     if (before.train.tokens, before.schedule.rewarmup) == (recipe.train.tokens, schedule.rewarmup):
         return recipe
     return recipe.model_copy(update={"schedule": schedule.model_copy(update={"rewarmup_from": None})})
 
 
-def _load(path: Path, overrides: Sequence[str], note: Note, *, earlier: bool) -> Recipe:
+def _load(path: Path, overrides: Sequence[str], note: Note, find_start: FindStart | None, *, earlier: bool) -> Recipe:
+    values, origins, given = _overridden(path, overrides, note, earlier=earlier)
+    reference = _lookup(values, "train.init_from")
+    if find_start is not None and isinstance(reference, str) and reference:
+        values = find_start(reference).complete(values, str(path), origins)
+    while True:
+        try:
+            return parse_recipe(values, str(path), origins, earlier=earlier)
+        except IdleSettingsError as error:
+            if not given or any(key in given or key.partition(".")[0] in given for key in error.idle):
+                raise
+            for key, reason in error.idle.items():
+                section, _, name = key.partition(".")
+                note(f"{key} {values[section].pop(name)} of {path} {reason}, and is left out")
+
+
+def _overridden(
+    path: Path, overrides: Sequence[str], note: Note, *, earlier: bool = False
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """Return a recipe's values with the overrides applied, where each key was given, and the overrides by key."""
     values, origins = read_sections(path)
     if earlier:
         values = with_new_names(values)
@@ -66,15 +108,7 @@ def _load(path: Path, overrides: Sequence[str], note: Note, *, earlier: bool) ->
     if "schedule.name" in given and chosen != inherited and "schedule.decay" not in given and decay is not None:
         del values["schedule"]["decay"]
         note(f"schedule.decay {decay} of {path} is that of {inherited}, and is left out with schedule.name={chosen}")
-    while True:
-        try:
-            return parse_recipe(values, str(path), origins, earlier=earlier)
-        except IdleSettingsError as error:
-            if not given or any(key in given or key.partition(".")[0] in given for key in error.idle):
-                raise
-            for key, reason in error.idle.items():
-                section, _, name = key.partition(".")
-                note(f"{key} {values[section].pop(name)} of {path} {reason}, and is left out")
+    return values, origins, given
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:

@@ -98,7 +98,7 @@ def _describe(entry: Any) -> Problem:
     if entry["type"] in _UNKNOWN:
         return key, _unknown(key)
     if entry["type"] in ("missing", "missing_argument"):
-        return key, "is missing"
+        return key, "is missing; or train.init_from names a model to start from" if key == "model" else "is missing"
     message = entry["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
     if entry["type"] in _NO_SECTION:
         message = "should be a section with keys of its own"

@@ -16,6 +16,7 @@ from lightlm.recipe.loading import recipes_folder
 from lightlm.recipe.schema import Recipe
 
 SCHEMA_FILE = "recipe.schema.json"
+_TEXT_INIT = {"init_from": {"type": "string"}}
 _LOWEST = {"minimum": "<=", "exclusiveMinimum": "<"}
 _HIGHEST = {"maximum": "<=", "exclusiveMaximum": "<"}
 Schema = dict[str, Any]
@@ -45,6 +46,11 @@ def json_schema() -> Schema:
         definition.pop("description", None)  # the docstring of a class is for programmers
         for entry in definition["properties"].values():
             entry["description"] = " ".join(entry["description"].split())  # a docstring may have several lines
+    # A recipe that starts from a model takes the section `model`, or the rest of it, from there.
+    shape = schema["$defs"]["ModelConfig"].pop("required")
+    schema["required"].remove("model")
+    starts = {"required": ["train"], "properties": {"train": {"required": ["init_from"], "properties": _TEXT_INIT}}}
+    schema |= {"if": {"not": starts}, "then": {"required": ["model"], "properties": {"model": {"required": shape}}}}
     for entry in schema["properties"].values():
         if _variants(entry, schema):
             entry.pop("default", None)  # whole sections: their keys have defaults of their own

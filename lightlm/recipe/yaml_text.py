@@ -17,7 +17,7 @@ from lightlm.errors import RecipeError, UsageError
 # Keys whose values are text even if they look like something else: a folder may be called 2024 or no.
 _SPANS = ("schedule.warmup", "schedule.rewarmup", "schedule.batch_warmup")
 _TEXTS = ("name", "data.dataset", "train.device", "tracking.project", *_SPANS)
-_TEXTS_OR_NULL = ("eval.data_dir", "schedule.decay")
+_TEXTS_OR_NULL = ("train.init_from", "eval.data_dir", "schedule.decay")
 _LISTS_OF_TEXTS = ("eval.prompts", "eval.tasks")
 TEXT_KEYS = frozenset((*_TEXTS, *_TEXTS_OR_NULL, *_LISTS_OF_TEXTS))
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}

@@ -12,6 +12,7 @@ from lightlm import checkpoint, cpu
 from lightlm.data.folder import DataFolder, check_data_of_run, prepare_command, resolve_dataset
 from lightlm.data.loader import BatchLoader
 from lightlm.data.shards import TokenStream
+from lightlm.data.tokenizer import Tokenizer
 from lightlm.device import describe, keep_freed_memory, training_dtype
 from lightlm.errors import DataError, RecipeError
 from lightlm.model.transformer import Transformer
@@ -21,6 +22,7 @@ from lightlm.recipe import Recipe, load_run_recipe
 from lightlm.runs import RECIPE, run_of
 from lightlm.train.checkpointing.resume import Progress, unpack
 from lightlm.train.distributed import World
+from lightlm.train.initial import load_initial
 from lightlm.train.schedules import (
     BatchPlan,
     batch_plan,
@@ -48,12 +50,14 @@ class Setup:
     Attributes:
         recipe: with `model.vocab_size`, `train.compile`, `train.dtype` and, on a CPU, `train.threads` filled in.
         data: None for random tokens, with which a run can be measured but not trained.
+        tokenizer: that of the data; of a model that the run starts from, also what it expects before a text.
         progress: where the run starts.
         resumed_from: the checkpoint that it continues from.
     """
 
     recipe: Recipe
     data: DataFolder | None
+    tokenizer: Tokenizer | None
     world: World
     device: torch.device
     dtype: torch.dtype
@@ -127,10 +131,15 @@ def set_up(
     elif device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32; under autocast, the few fp32 products stay exact
     torch.manual_seed(recipe.train.seed)
-    if resume_from is None:
-        model = Transformer(recipe.model).to(device)
-    else:
-        model = checkpoint.load_model(resume_from, device).model
+    loaded = None
+    if resume_from is not None:
+        loaded = checkpoint.load_model(resume_from, device)
+    elif recipe.train.init_from is not None and data is not None:  # else only a step is measured
+        loaded = load_initial(recipe, data, world, note)
+    model = Transformer(recipe.model).to(device) if loaded is None else loaded.model.to(device)
+    tokenizer = None if data is None else data.tokenizer
+    if loaded is not None and tokenizer is not None:  # it does not say what comes before a text
+        tokenizer = tokenizer.starting_as(loaded.tokenizer)
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
     compiled = compiles(recipe, model, device, dtype, note)
@@ -166,8 +175,9 @@ def set_up(
         note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
     gradients = Gradients(loss, loader, recipe, size, note, LossScale(dtype, progress.loss_scale))
     return Setup(
-        recipe, data, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress, resume_from
-    )
+        recipe, data, tokenizer, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress,
+        resume_from,
+    )  # fmt: skip
 
 
 def _note_schedule(recipe: Recipe, resume_from: Path, progress: Progress, note: Note) -> None:

@@ -90,13 +90,15 @@ class Trainer:
         evaluator: Evaluator | None = None,
     ) -> None:
         assert setup.data is not None
+        assert setup.tokenizer is not None
         self.setup, self.recipe, self.data, self.world = setup, setup.recipe, setup.data, setup.world
+        self.tokenizer = setup.tokenizer
         self.model, self.loss, self.optimizer = setup.model, setup.loss, setup.optimizer
         self.gradients, self.progress, self.total_tokens = setup.gradients, setup.progress, setup.total_tokens
         self.run_folder, self.sampler, self.evaluator = run, sampler or self._continue, evaluator
         self.observer = observer if self.world.is_writer else Observer()
         self.flops_per_token = self.model.flops_per_token(self.recipe.seq_len)
-        self.token_bytes = torch.from_numpy(self.data.tokenizer.token_bytes())
+        self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
         self.step_began = self.progress.tokens  # tokens before the last step
         self.last_validation: dict[str, float] = {}
         self.last_loss: float | None = None
@@ -126,11 +128,11 @@ class Trainer:
                     tidy(run, self.setup.resumed_from, self.observer)
                     metrics_file = stack.enter_context(MetricsFile(run, self.progress.step))
                     saver = stack.enter_context(
-                        Saver(run, self.recipe.checkpoint, self.data.tokenizer, self.model.config, self.observer)
+                        Saver(run, self.recipe.checkpoint, self.tokenizer, self.model.config, self.observer)
                     )
                 self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
                 stop = stack.enter_context(stop_on_signals(launched=self.world.launched))
-                interrupted = not self._finish_resumed_step(stop, metrics_file)
+                interrupted = not self._begin(stop, metrics_file)
                 while not (interrupted or self.done):
                     if self._step(stop):
                         if self._save_is_due():
@@ -183,6 +185,22 @@ class Trainer:
 
     def _scores_are_due(self) -> bool:
         return bool(self.recipe.eval.tasks) and (self.done or self._due(self.recipe.eval.tasks_every))
+
+    def _begin(self, stop: threading.Event, metrics_file: MetricsFile | None) -> bool:
+        """Do what comes before the first step of this process; return False after a signal, as `_finish_step`.
+
+        A run that starts from a model validates it: its metrics get a row of step 0.
+        """
+        if self.progress.step or self.recipe.train.init_from is None:
+            return self._finish_resumed_step(stop, metrics_file)
+        if (losses := self._validate(stop)) is None:
+            return False
+        if losses:
+            metrics = {"step": 0, "tokens": 0} | losses
+            if metrics_file:
+                metrics_file.write(metrics)
+            self.observer.step(metrics)
+        return True
 
     def _finish_resumed_step(self, stop: threading.Event, metrics_file: MetricsFile | None) -> bool:
         """Finish the step of the checkpoint that the run resumes from, if a kill or a signal came before its end.
@@ -352,7 +370,7 @@ class Trainer:
 
     def _continue(self, model: Transformer, prompt: str) -> str:
         recipe = self.recipe
-        return sample_text(model, self.data.tokenizer, prompt, recipe.eval.max_new_tokens, seed=recipe.train.seed)
+        return sample_text(model, self.tokenizer, prompt, recipe.eval.max_new_tokens, seed=recipe.train.seed)
 
     def _sample(self, stop: threading.Event) -> None:
         """Let the model continue the recipe's prompts. An error, such as one of memory, becomes a note."""

@@ -7,6 +7,7 @@ import pytest
 from lightlm.errors import RecipeError
 from lightlm.model.config import ModelConfig
 from lightlm.recipe import load_recipe, load_run_recipe, shipped_recipes
+from tests.shapes import without_hub
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_experts_leave_no_use_for_a_dense_width_where_no_layer_is_dense():
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
 def test_no_shipped_recipe_has_a_setting_without_effect(path):
     notes = []
-    load_recipe(path, note=notes.append)
+    load_recipe(path, note=notes.append, find_start=without_hub)
     assert notes == []
 
 
@@ -119,7 +120,7 @@ def test_the_recipe_of_an_earlier_run_keeps_its_meaning(tmp_path, old, new):
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
 def test_spans_that_exceed_a_shorter_run_name_the_shares_that_fit(path):
     try:
-        load_recipe(path, ["train.tokens=300M"])
+        load_recipe(path, ["train.tokens=300M"], find_start=without_hub)
     except RecipeError as error:
         advice = str(error).rpartition("; write ")[2].partition("  [")[0].split()
         assert advice

@@ -47,6 +47,10 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
+def _validation(metrics: dict[str, Any]) -> str:
+    return f"[bold]validation {metrics['val_loss']:.4f} ({metrics['val_bpb']:.4f} bits per byte)[/]"
+
+
 class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDisplay"]):
     """An `Observer` that prints to standard error.
 
@@ -92,6 +96,10 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         )
 
     def step(self, metrics: dict[str, Any]) -> None:
+        if not metrics["step"]:  # the model that the run starts from
+            self._last_validation = f"{metrics['val_loss']:.4f}"
+            self._log(f"before the first step  {_validation(metrics)}")
+            return
         self._recent.append((metrics["tokens"], metrics["seconds"]))
         if "moe/violation" in metrics and metrics["step"] == self._facts["first_step"] + 1:
             self._log(f"[dim]{_EXPERT_LEGEND}[/]")
@@ -100,10 +108,7 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         at = f"step {metrics['step']:>6,}"
         if "val_loss" in metrics:
             self._last_validation = f"{metrics['val_loss']:.4f}"
-            self._log(
-                f"{at}  loss {metrics['loss']:.4f}  "
-                f"[bold]validation {metrics['val_loss']:.4f} ({metrics['val_bpb']:.4f} bits per byte)[/]"
-            )
+            self._log(f"{at}  loss {metrics['loss']:.4f}  {_validation(metrics)}")
         if scores := {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}:
             parts = "  ".join(f"{escape(key)} {value:.4f}" for key, value in scores.items())
             self._log(f"{at}  [bold]{parts}[/]")

@@ -8,6 +8,13 @@ from lightlm.convert.huggingface.layouts import LAYOUTS, Layout
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
 
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
 
 def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
     """Return the shape part of a config.json that transformers 4.56 and 5 both read."""

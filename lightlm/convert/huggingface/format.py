@@ -29,6 +29,11 @@ class HuggingFaceFolder:
     def refusal(self, config: "ModelConfig") -> str:
         return export_target(config).refusal
 
+    def shape(self, path: Path) -> "ModelConfig":
+        from lightlm.convert.huggingface.config import read_config, read_json
+
+        return read_config(read_json(path / "config.json"), str(path / "config.json"))[1]
+
     def read(self, path: Path) -> "LoadedModel":
         from lightlm.convert.huggingface.folder import import_huggingface
 

@@ -10,18 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightlm.convert.huggingface.config import read_json
+from lightlm.convert.huggingface.config import WEIGHT_FILES, read_json
 from lightlm.convert.huggingface.layouts import LAYOUTS, SELECTION_BIAS, Layout, Link, layer_links
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # Causal masks in old GPT-2 files and rotary frequencies in old Llama files: constants, not weights.
 _CONSTANTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 _KINDS = (".weight", ".bias", "")  # the endings of a link's names: a module's tensors, or a tensor's full name

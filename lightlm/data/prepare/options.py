@@ -1,7 +1,6 @@
 """The options of a preparation, their ranges, and those that determine the content of the folder."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from lightlm.data.prepare.blocks import DocumentFilter
 from lightlm.data.prepare.encoders import AUTO
@@ -11,7 +10,7 @@ from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.pydocs import PYDOCS
-from lightlm.data.tokenizer import NAMED_TOKENIZERS, Tokenizer, requested_vocab_size
+from lightlm.data.tokenizer import Tokenizer, requested_vocab_size, tokenizer_path
 from lightlm.errors import UsageError
 
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
@@ -65,8 +64,8 @@ class Options:
         """
         digest, end_of_text = None, self.end_of_text
         # A local file may change under the same path.
-        if Path(self.tokenizer).exists() and self.tokenizer not in NAMED_TOKENIZERS:
-            tokenizer = Tokenizer.read(Path(self.tokenizer), end_of_text=self.end_of_text)
+        if requested_vocab_size(self.tokenizer) is None and (path := tokenizer_path(self.tokenizer)) is not None:
+            tokenizer = Tokenizer.read(path, end_of_text=self.end_of_text)
             digest = f"sha256 {tokenizer.sha256}"
             end_of_text = None if tokenizer.end_of_text_id == tokenizer.known_end_of_text_id else tokenizer.end_of_text
         return {

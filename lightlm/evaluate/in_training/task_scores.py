@@ -9,6 +9,7 @@ from unittest import mock
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.folder import DataFolder
+from lightlm.data.tokenizer import Tokenizer
 from lightlm.evaluate.in_training.sharing import Exchange, SharedLightLM, StoppedError
 from lightlm.evaluate.results.rows import rows
 from lightlm.evaluate.runner import run_tasks
@@ -30,7 +31,8 @@ class TaskScores:
 
     Args:
         section: the recipe's `eval`, with tasks and limit.
-        data: the run's data, whose folder is also that of the task heldout and its cloze.
+        data: the run's data, whose folder is that of the task heldout and its cloze.
+        tokenizer: that of the model.
         peers: the processes that share the work; each has its own scorer.
         note: called in the writer with notes about the tasks for the user.
 
@@ -39,8 +41,15 @@ class TaskScores:
         DataError: a task's data set cannot be read.
     """
 
-    def __init__(self, section: EvalSection, data: DataFolder, peers: "World", note: Callable[[str], object]) -> None:
-        self._tokenizer, self._peers = data.tokenizer, peers
+    def __init__(
+        self,
+        section: EvalSection,
+        data: DataFolder,
+        tokenizer: Tokenizer,
+        peers: "World",
+        note: Callable[[str], object],
+    ) -> None:
+        self._tokenizer, self._peers = tokenizer, peers
         self._cut: set[str] = set()  # tasks whose cut prompts are noted
         self._note = note if peers.is_writer else lambda message: None
         settings = Settings(list(section.tasks), section.limit, data=str(data.path), data_dir=section.data_dir)

@@ -18,6 +18,10 @@ class TrainSection(Section):
     """Tokens per training sequence. 0 takes model.max_seq_len."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Sequences per device and forward pass. `auto` fits them to the device's memory."""
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    """Model to start from in place of random weights: a run, a checkpoint, a Hugging Face folder or a Hub id. Only its
+    weights are taken; optimizer, schedule and data order start anew. The section `model` is taken from it as well, and
+    may be left out. null starts from random weights."""
     seed: int = Field(default=1337, ge=-(2**63), lt=2**63)
     """Seed of the initial weights, the data order and the samples."""
     device: str = "auto"

@@ -28,6 +28,7 @@ _FIXED = frozenset(
         "train.batch_tokens",
         "train.seq_len",
         "train.seed",
+        "train.init_from",
         "optimizer.name",
         "schedule.batch_warmup",
         "schedule.batch_start",

@@ -29,7 +29,7 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
         """Open the file and drop steps after `last_step`, which an interrupted run logged but did not save."""
         steps = read_metrics(run)
         self.logged_step = steps[-1]["step"] if steps else 0
-        kept = [metrics for metrics in steps if metrics["step"] <= last_step]
+        kept = [metrics for metrics in steps if metrics["step"] <= last_step and last_step]  # a start validates anew
         self.last_step = kept[-1]["step"] if kept else 0
         files.write_text(run / METRICS, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._path = run / METRICS

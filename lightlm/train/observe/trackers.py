@@ -71,7 +71,7 @@ class TensorBoard(Tracker):
         # The writer's first event lets TensorBoard drop the steps after the checkpoint.
         purge = session.first_step + 1 if session.known else None
         self._writer: Any = SummaryWriter(str(session.run / "tensorboard"), purge_step=purge)
-        self.id, self.where, self.sent = "tensorboard", f"tensorboard --logdir {session.run.parent}", 0
+        self.id, self.where, self.sent = "tensorboard", f"tensorboard --logdir {session.run.parent}", -1
         if not session.known:
             self._writer.add_text("recipe", _fenced(yaml.safe_dump(session.recipe, sort_keys=False)), 0)
 
@@ -108,7 +108,7 @@ class WandB(Tracker):
             settings=wandb.Settings(silent=True, console="off"),
         )
         # The server knows which steps it has; for an offline run only our own file does.
-        self.sent = self._run.starting_step - 1 if self._run.resumed else session.logged_step if session.known else 0
+        self.sent = self._run.starting_step - 1 if self._run.resumed else session.logged_step if session.known else -1
         offline = f"offline; wandb sync --append {session.run / 'wandb'}/offline-run-*"
         self.where = offline if self._run.offline else str(self._run.url)
 
@@ -142,7 +142,7 @@ class Trackio(Tracker):
                 session.project, session.run.name, config=session.recipe, resume=resume, embed=False
             )
         self.id, self.where = self._run.id, f"trackio show --project {session.project}"
-        self.sent = session.logged_step if session.known else 0
+        self.sent = session.logged_step if session.known else -1
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

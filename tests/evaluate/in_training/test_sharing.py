@@ -57,7 +57,7 @@ def run_and_quarrel(world):
     recipe = load_recipe("tiny.yaml", (*RECIPE, "eval.tasks=[heldout]", "train.parallel=fsdp"))
     watch = Recorder()
     data = DataFolder.open(Path("data/tiny"))
-    scores = TaskScores(recipe.eval, data, world, watch.note)
+    scores = TaskScores(recipe.eval, data, data.tokenizer, world, watch.note)
 
     trainer = make_trainer(recipe, "shared", watch, world=world, evaluator=scores)
     trainer.train()
@@ -75,7 +75,7 @@ def run_and_quarrel(world):
         stop.set()
     troubles.append(outcome(scores, stop))
     limit = recipe.eval.model_copy(update={"limit": LIMIT + second})
-    troubles.append(outcome(TaskScores(limit, data, world, watch.note)))
+    troubles.append(outcome(TaskScores(limit, data, data.tokenizer, world, watch.note)))
     if second:
         plain, SharedLightLM._loglikelihood_tokens = SharedLightLM._loglikelihood_tokens, fail
     troubles.append(outcome(scores))
@@ -139,7 +139,8 @@ def test_rounds_change_no_figure_and_a_signal_ends_them(tmp_path, monkeypatch):
 
     monkeypatch.setattr(during_training, "SharedLightLM", Counting)
     section = EvalSection(tasks=["quiz.yaml"])
-    scores = TaskScores(section, DataFolder.open(Path("data/tiny")), World(), print)
+    data = DataFolder.open(Path("data/tiny"))
+    scores = TaskScores(section, data, data.tokenizer, World(), print)
     assert scores(loaded.model, loaded.path, stop) is None
     assert len(answered) == 3  # one question of six
 
