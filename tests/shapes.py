@@ -1,5 +1,7 @@
 """Tiny models of every architecture that LightLM covers."""
 
+from dataclasses import replace
+
 import torch
 
 from lightlm.model.config import ModelConfig
@@ -22,6 +24,12 @@ SHAPES = {
         **_BASE, **_EXPERTS, num_shared_experts=1, first_k_dense=1, qk_norm=True, routed_scaling_factor=1.5
     ),
     "softmax_moe": ModelConfig(**_BASE, **_EXPERTS, router="softmax", norm_topk_prob=False, attention_gate=True),
+}
+_SCALES = {"multipliers": "both", "residual_scale": 0.8, "embedding_scale": 1.7, "base_depth": 3}
+SHAPES |= {
+    "scaled": replace(SHAPES["qwen3"], **_SCALES, tie_embeddings=True, qk_gain=1.2),
+    "scaled_gpt2": replace(SHAPES["gpt2"], **_SCALES | {"multipliers": "rows"}),
+    "scaled_moe": replace(SHAPES["moe"], **_SCALES, qk_gain=1.2),
 }
 
 # The model on the Hub that the recipe `finetune` starts from.

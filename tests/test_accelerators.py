@@ -12,7 +12,7 @@ from lightlm.errors import RecipeError, UsageError
 from lightlm.evaluate.scoring import score as scoring
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.model import attention
-from lightlm.model.trees import Trees
+from lightlm.model.decoding.trees import Trees
 from lightlm.recipe import load_recipe
 from lightlm.train.step import compilation
 from lightlm.train.step.gradients import micro_batch_size

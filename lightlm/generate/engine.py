@@ -14,7 +14,7 @@ from torch import Tensor
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.sampling import DEFAULT, Sampling, sample
-from lightlm.model.cache import KVCache
+from lightlm.model.decoding.cache import KVCache
 from lightlm.model.transformer import Transformer
 
 

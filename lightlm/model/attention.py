@@ -18,6 +18,7 @@ from lightlm.model import fused
 from lightlm.model.config import ModelConfig
 from lightlm.model.norms import RMSNorm
 from lightlm.model.rotary import rotate
+from lightlm.model.scaling import Linear
 
 # Takes one layer's new keys and values (B, G, T, K) and returns all that its queries attend to, (B, G, S, K):
 # `KVCache.update` or `Trees.prepend`, bound to the layer.
@@ -73,12 +74,12 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.norm_eps = config.norm_eps
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
+        self.q_proj = Linear(config, config.hidden_size, query_size)
+        self.k_proj = Linear(config, config.hidden_size, kv_size)
+        self.v_proj = Linear(config, config.hidden_size, kv_size)
         # With separate weights, Muon orthogonalizes queries and gates apart; Qwen3.5 stores both in one matrix.
-        self.gate_proj = nn.Linear(config.hidden_size, query_size, bias=config.bias) if config.attention_gate else None
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.bias)
+        self.gate_proj = Linear(config, config.hidden_size, query_size) if config.attention_gate else None
+        self.o_proj = Linear(config, query_size, config.hidden_size)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 

@@ -9,7 +9,10 @@ _AT_LEAST = dict.fromkeys(
     ("num_layers", "hidden_size", "num_heads", "max_seq_len", "layer_sharing", "full_attention_interval"), 1
 ) | dict.fromkeys(("vocab_size", "num_kv_heads", "head_dim", "intermediate_size", "sliding_window", "num_experts"), 0)
 _AT_LEAST |= {"num_shared_experts": 0, "moe_intermediate_size": 0, "first_k_dense": 0}
-_ABOVE_ZERO = ("norm_eps", "rope_theta", "init_std", "routed_scaling_factor")
+_AT_LEAST |= {"base_depth": 0}
+_ABOVE_ZERO = ("norm_eps", "rope_theta", "init_std", "routed_scaling_factor", "qk_gain", "embedding_scale")
+# Fields whose parameters and factors `lightlm.convert.folding` multiplies into the weights of a model without them.
+FOLDABLE_FIELDS = ("multipliers", "residual_scale", "qk_gain", "embedding_scale", "base_depth")
 # Fields that have no effect in a model without experts.
 EXPERT_FIELDS = (
     "num_experts_per_tok",
@@ -112,6 +115,29 @@ class ModelConfig:
     norm_topk_prob: bool = _key(True, "Scale the weights of the chosen experts to a sum of 1.")
     routed_scaling_factor: float = _key(1.0, "Factor on the sum of the routed experts.")
 
+    multipliers: Literal["none", "rows", "columns", "both"] = _key(
+        "none",
+        "Learnable factors, 1 at first, on the rows or columns of each matrix in the blocks, experts included (arXiv "
+        "2601.04890). They fold into the weights on export.",
+    )
+    residual_scale: float | None = _key(
+        None,
+        "Initial value of a learnable factor on each residual branch, two per block (ReZero, arXiv 2003.04887, starts "
+        "at 0). null leaves it out. It folds into the weights on export.",
+    )
+    qk_gain: float = _key(
+        1.0, "With qk_norm: initial weights of the norms of queries and keys. Attention logits grow with its square."
+    )
+    embedding_scale: float = _key(
+        1.0, "Factor on the token embeddings that enter the first block (Gemma: sqrt(hidden_size)). It folds on export."
+    )
+    base_depth: int = _key(
+        0,
+        "Layers of the model that rates and initial weights were tuned for (CompleteP, arXiv 2505.01618): residual "
+        "branches and AdamW's eps are multiplied by base_depth / layers. 0 leaves both as they are. It folds on "
+        "export.",
+    )
+
     def resolved(self) -> "ModelConfig":
         """Return the same shape with every default filled in.
 
@@ -135,6 +161,8 @@ class ModelConfig:
         """Return a (key, message) pair for everything that keeps this from being a model."""
         low = [(key, f"must be at least {least}") for key, least in _AT_LEAST.items() if getattr(self, key) < least]
         low += [(key, "must be a number above 0") for key in _ABOVE_ZERO if not 0 < getattr(self, key) < math.inf]
+        if self.residual_scale is not None and not 0 <= self.residual_scale < math.inf:
+            low.append(("residual_scale", "must be null or a number of at least 0"))
         return [(key, f"{message}, is {getattr(self, key)}") for key, message in low] or list(self._broken_rules())
 
     def _broken_rules(self) -> Iterator[tuple[str, str]]:
@@ -168,6 +196,8 @@ class ModelConfig:
         idle = {} if self.num_experts else dict.fromkeys(EXPERT_FIELDS, "without model.num_experts")
         if self.position != "rope":
             idle["rope_theta"] = f"with model.position={self.position}"
+        if not self.qk_norm:
+            idle["qk_gain"] = "without model.qk_norm"
         if not self.sliding_window:
             idle["full_attention_interval"] = "without model.sliding_window"
         elif self.full_attention_interval == 1:
@@ -191,6 +221,15 @@ class ModelConfig:
     def depth(self) -> int:
         """The number of layers that run: blocks times their repeats."""
         return self.num_layers * self.layer_sharing
+
+    @property
+    def depth_factor(self) -> float:
+        """The factor of CompleteP on residual branches and on AdamW's eps; 1 without `base_depth`."""
+        return self.base_depth / self.depth if self.base_depth else 1.0
+
+    def folded(self) -> "ModelConfig":
+        """Return the shape of the model that `lightlm.convert.folding.fold` makes: without what folds."""
+        return replace(self, **{name: getattr(ModelConfig, name) for name in FOLDABLE_FIELDS})
 
     def window(self, layer: int) -> int:
         """Return how many positions layer `layer` (0 <= layer < depth) sees, its own included; 0 means all."""

@@ -21,26 +21,44 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     if config.position == "learned":
         tables += width * config.max_seq_len
     attention = _attention(config)
-    expert = 3 * width * config.moe_intermediate_size
-    experts = config.num_experts * (expert + width) + config.num_shared_experts * expert  # with the router's rows
+    expert = _swiglu(config, config.moe_intermediate_size)
+    experts = config.num_experts * (expert + width) + _shared(config)  # with the router's rows
     total = tables + norm
     idle = 0  # experts that a token is not sent to
     for block in range(config.num_layers):
         routed = config.has_experts(block)
         total += attention + 2 * norm + (experts if routed else _dense(config))
+        total += 0 if config.residual_scale is None else 2
         idle += routed * (config.num_experts - config.num_experts_per_tok) * expert
     return {"total": total, "active": total - idle, "embedding": tables}
 
 
 def _attention(config: ModelConfig) -> int:
     query, kv, width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size
-    gate = query if config.attention_gate else 0
-    weights = width * (2 * (query + kv) + gate)
-    biases = query + gate + 2 * kv + width if config.bias else 0
+    matrices = [(query, width), (kv, width), (kv, width), (width, query)] + [(query, width)] * config.attention_gate
+    weights = sum(_matrix(config, *shape) for shape in matrices)
+    biases = query * (1 + config.attention_gate) + 2 * kv + width if config.bias else 0
     return weights + biases + (2 * config.head_dim if config.qk_norm else 0)
 
 
 def _dense(config: ModelConfig) -> int:
     width, size = config.hidden_size, config.intermediate_size
     inner = 2 if config.mlp == "swiglu" else 1  # projections into the feed-forward network
-    return (inner + 1) * width * size + (inner * size + width if config.bias else 0)
+    weights = inner * _matrix(config, size, width) + _matrix(config, width, size)
+    return weights + (inner * size + width if config.bias else 0)
+
+
+def _swiglu(config: ModelConfig, size: int) -> int:
+    return 2 * _matrix(config, size, config.hidden_size) + _matrix(config, config.hidden_size, size)
+
+
+def _shared(config: ModelConfig) -> int:
+    """Count the shared experts, one network of their joint width."""
+    size = config.num_shared_experts * config.moe_intermediate_size
+    return _swiglu(config, size) if size else 0
+
+
+def _matrix(config: ModelConfig, rows: int, columns: int) -> int:
+    """Count a matrix of a block and its multipliers."""
+    multipliers = {"none": 0, "rows": rows, "columns": columns, "both": rows + columns}[config.multipliers]
+    return rows * columns + multipliers

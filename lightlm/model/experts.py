@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lightlm.model import fused
 from lightlm.model.config import ModelConfig
+from lightlm.model.scaling import COLUMNS, ROWS, Scaled, multiplier_shapes
 
 # Which quantile of the experts' loads (tokens per expert) the batched product covers. A larger one pads more rows, a
 # smaller one leaves more rows to one product per expert. By benchmarks/experts.py 0.3 is as fast, 0.75 and 0.99 slower.
@@ -32,6 +33,9 @@ _BATCHED_QUANTILE = 0.5
 # kernel for each new shape, which takes longer than a small product.
 _UNITS_PER_EXPERT, _ROW_MULTIPLE = 8, 16
 _SINGLE_ROWS = 4  # with fewer rows per expert on average, one product per expert is faster
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Experts(nn.Module):
@@ -43,6 +47,9 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(shape))
         self.up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(shape).mT.contiguous())
+        for name in PROJECTIONS:
+            for kind, size in multiplier_shapes(config, *getattr(self, name).shape).items():
+                self.register_parameter(f"{name}_{kind}", nn.Parameter(torch.ones(size)))
 
     def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return (N, D): for each token, the sum over its experts of weight times output.
@@ -57,40 +64,47 @@ class Experts(nn.Module):
             return self._single(x_ND, ids_NK, weights_NK)
         return self._padded(x_ND, ids_NK, weights_NK)
 
+    def _scaled(self) -> list[Scaled]:
+        """Return the weights of gate, up and down with their multipliers."""
+        parts = [[getattr(self, f"{name}_{kind}", None) for kind in (ROWS, COLUMNS)] for name in PROJECTIONS]
+        return [Scaled(getattr(self, name), *factors) for name, factors in zip(PROJECTIONS, parts, strict=True)]
+
     def _grouped(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         dtype, choices = compute_dtype(x_ND), ids_NK.shape[1]
         order_R = ids_NK.flatten().argsort(stable=True)
         experts_E = torch.arange(len(self.gate_proj), device=ids_NK.device)
         ends_E = torch.searchsorted(ids_NK.flatten()[order_R], experts_E, right=True).to(torch.int32)
         x_RD = _Move.apply(x_ND.to(dtype), order_R, choices, True)
-        gate_RF = F.grouped_mm(x_RD, self.gate_proj.to(dtype).mT, offs=ends_E)
-        up_RF = F.grouped_mm(x_RD, self.up_proj.to(dtype).mT, offs=ends_E)
+        gate_EDF, up_EDF, down_EFD = (part.product().to(dtype).mT for part in self._scaled())
+        gate_RF = F.grouped_mm(x_RD, gate_EDF, offs=ends_E)
+        up_RF = F.grouped_mm(x_RD, up_EDF, offs=ends_E)
         h_RF = F.silu(gate_RF) * up_RF * weights_NK.flatten()[order_R].to(dtype)[:, None]
-        return _Move.apply(F.grouped_mm(h_RF, self.down_proj.to(dtype).mT, offs=ends_E), order_R, choices, False)
+        return _Move.apply(F.grouped_mm(h_RF, down_EFD, offs=ends_E), order_R, choices, False)
 
     def _padded(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        parameters = self.gate_proj, self.up_proj, self.down_proj
+        parts = self._scaled()
         if fused.applies(x_ND):
-            both_E2FD = fused.joined_copy(parameters[:2], dim=1)
-            down_EDF = fused.joined_copy(parameters[2:])
+            both_E2FD = fused.joined_copy(parts[:2], dim=1)
+            down_EDF = fused.joined_copy(parts[2:])
         else:
             with torch.no_grad():
-                both_E2FD = torch.cat(parameters[:2], dim=1).to(compute_dtype(x_ND))
-                down_EDF = parameters[2].to(both_E2FD.dtype)
+                both_E2FD = torch.cat([part.product() for part in parts[:2]], dim=1).to(compute_dtype(x_ND))
+                down_EDF = parts[2].product().to(both_E2FD.dtype)
         rows = _Rows.of(ids_NK, len(self.gate_proj))
-        return _PaddedExperts.apply(x_ND.to(both_E2FD.dtype), weights_NK, both_E2FD, down_EDF, rows, *parameters)
+        receivers = [part.receiver() for part in parts]
+        return _PaddedExperts.apply(x_ND.to(both_E2FD.dtype), weights_NK, both_E2FD, down_EDF, rows, *receivers)
 
     def _single(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         dtype, choices = compute_dtype(x_ND), ids_NK.shape[1]
         order_R = ids_NK.flatten().argsort(stable=True)
         x_RD = x_ND.to(dtype).index_select(0, order_R // choices)
-        y_RD = torch.empty_like(x_RD)
+        y_RD, parts = torch.empty_like(x_RD), self._scaled()
         stop = 0
         for expert, rows in itertools.groupby(sorted(ids_NK.flatten().tolist())):
             start, stop = stop, stop + len(list(rows))
             x = x_RD[start:stop]
-            gate, up, down = (part[expert].to(dtype) for part in (self.gate_proj, self.up_proj, self.down_proj))
-            torch.mm(F.silu(F.linear(x, gate)).mul_(F.linear(x, up)), down.T, out=y_RD[start:stop])
+            gate, up, down = (part.each(lambda stack: stack[expert].to(dtype)) for part in parts)  # noqa: B023
+            y_RD[start:stop] = down.linear(F.silu(gate.linear(x)).mul_(up.linear(x)))
         y_RD *= weights_NK.flatten()[order_R, None].to(dtype)
         return _sum_choices(y_RD, order_R, choices)
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lightlm.model.scaling import Linear, Scaled
 
 _PIECE = 1 << 18  # elements that `add_` adds at a time: 1 MB in fp32
 
@@ -93,18 +95,22 @@ def kept_weight_copies() -> Iterator[None]:
 
 
 @torch.no_grad()
-def joined_copy(parameters: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Return a copy of the parameters in the precision of products, joined along a dimension; one in fp32 is itself."""
-    if len(parameters) == 1 and precision() == parameters[0].dtype:
-        return parameters[0].detach()
-    key = tuple(id(parameter) for parameter in parameters)
+def joined_copy(parts: Sequence[Scaled], dim: int = 0) -> Tensor:
+    """Return a copy of weights times multipliers in the precision of products, joined along a dimension.
+
+    A single plain weight in that precision is not copied.
+    """
+    weights = [part.weight for part in parts]
+    if len(parts) == 1 and parts[0].is_plain and precision() == weights[0].dtype:
+        return weights[0].detach()
+    key = tuple(id(tensor) for part in parts for tensor in part)
     if _copies is not None and key in _copies:
         return _copies[key]
-    sizes = [parameter.shape[dim] for parameter in parameters]
-    shape = [*parameters[0].shape[:dim], sum(sizes), *parameters[0].shape[dim + 1 :]]
+    sizes = [weight.shape[dim] for weight in weights]
+    shape = [*weights[0].shape[:dim], sum(sizes), *weights[0].shape[dim + 1 :]]
     copy = torch.empty(shape, dtype=precision())
-    for part, parameter in zip(copy.split(sizes, dim), parameters, strict=True):
-        part.copy_(parameter)
+    for place, part in zip(copy.split(sizes, dim), parts, strict=True):
+        place.copy_(part.product())
     if _copies is not None:
         _copies[key] = copy
     return copy
@@ -123,11 +129,12 @@ def add_(total: Tensor, part: Tensor, *, first: bool = False) -> None:
         total[start : start + rows] += part[start : start + rows]
 
 
-def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+def linear(x: Tensor, *layers: Linear) -> Tensor:
     """Return the joined outputs (..., F1 + F2 + ...) of layers that share the input x (..., D)."""
-    weights = [layer.weight for layer in layers]
+    weights = [layer.scaled() for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return _Linear.apply(x, joined_copy(weights), joined_copy(biases) if biases else None, *weights, *biases)
+    bias_F = joined_copy([Scaled(bias) for bias in biases]) if biases else None
+    return _Linear.apply(x, joined_copy(weights), bias_F, *(weight.receiver() for weight in weights), *biases)
 
 
 class _Linear(torch.autograd.Function):

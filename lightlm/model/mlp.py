@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightlm.model import fused
 from lightlm.model.config import ModelConfig
+from lightlm.model.scaling import Linear
 
 
 class SwiGLU(nn.Module):
@@ -15,9 +16,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.bias)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.bias)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.bias)
+        self.gate_proj = Linear(config, config.hidden_size, intermediate_size)
+        self.up_proj = Linear(config, config.hidden_size, intermediate_size)
+        self.down_proj = Linear(config, intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if fused.applies(x_BTD):
@@ -32,8 +33,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.mlp
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        self.up_proj = Linear(config, config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if fused.applies(x_BTD):

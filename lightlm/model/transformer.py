@@ -14,15 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from lightlm.model import fused
 from lightlm.model.attention import Attention, KeysAndValues, Mask, build_mask
-from lightlm.model.cache import KVCache, Step
 from lightlm.model.config import ModelConfig
+from lightlm.model.decoding.cache import KVCache, Step
+from lightlm.model.decoding.trees import Trees
 from lightlm.model.dropout import BranchDropout, Dropout, drop
 from lightlm.model.experts import Experts, compute_dtype, keep_padding_uncompiled
 from lightlm.model.mlp import build_mlp
 from lightlm.model.moe import MoE, Routing
 from lightlm.model.norms import build_norm
 from lightlm.model.rotary import rotary_table
-from lightlm.model.trees import Trees
+from lightlm.model.scaling import Residual
 
 
 class Block(nn.Module):
@@ -32,8 +33,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = build_norm(config)
         self.attention = Attention(config)
+        self.attention_residual = Residual(config)
         self.mlp_norm = build_norm(config)
         self.mlp = MoE(config) if config.has_experts(index) else build_mlp(config)
+        self.mlp_residual = Residual(config)
         self.compiled = False  # whether torch.compile runs it in training
 
     def forward(
@@ -63,14 +66,14 @@ class Block(nn.Module):
         y_BTD = self.attention(self.attention_norm(x_BTD), rotation, mask, extend)
         if dropout is not None:
             y_BTD = drop(y_BTD, dropout.keys_2BT[0], dropout.rate)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = self.attention_residual(x_BTD, y_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, routing = self.mlp(self.mlp_norm(x_BTD))
         else:
             y_BTD = self.mlp(self.mlp_norm(x_BTD))
         if dropout is not None:
             y_BTD = drop(y_BTD, dropout.keys_2BT[1], dropout.rate)
-        return x_BTD + y_BTD, routing
+        return self.mlp_residual(x_BTD, y_BTD), routing
 
 
 @functools.cache
@@ -104,20 +107,25 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw normal weights of standard deviation `init_std`; set biases to 0 and norm weights to 1.
+        """Draw normal weights of standard deviation `init_std`; set biases to 0, norm weights and multipliers to 1.
 
         The two projections that write to the residual stream are scaled by 1/sqrt(2 x depth), so that the stream's
-        variance does not grow with depth (GPT-2 paper, section 2.3). Learned positions get half the standard deviation
-        of tokens (0.01 against 0.02 in OpenAI's gpt-2 code).
+        variance does not grow with depth (GPT-2 paper, section 2.3). With `base_depth` that is the depth, and the
+        branches' factor does the rest. Learned positions get half the standard deviation of tokens (0.01 against 0.02
+        in OpenAI's gpt-2 code).
         """
-        std = self.config.init_std
+        config, std = self.config, self.config.init_std
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif parameter.ndim < 2:
+            elif name.endswith("residual.scale") and config.residual_scale is not None:
+                parameter.fill_(config.residual_scale)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.fill_(config.qk_gain)
+            elif parameter.ndim < 2 or name.endswith("multipliers"):
                 parameter.fill_(1.0)
             elif name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
-                parameter.normal_(0.0, std / math.sqrt(2 * self.config.depth))
+                parameter.normal_(0.0, std / math.sqrt(2 * (config.base_depth or config.depth)))
             else:
                 parameter.normal_(0.0, std / 2 if name.startswith("embed_positions") else std)
 
@@ -125,6 +133,11 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """The (V, D) weight of the output head."""
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    @property
+    def eps_factor(self) -> float:
+        """The factor on AdamW's eps: gradients of the blocks shrink with CompleteP's factor on their branches."""
+        return self.config.depth_factor
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +216,8 @@ class Transformer(nn.Module):
         # would be another (V, D) tensor of zeros and a sum of the two.
         sparse = config.tie_embeddings and fused.applies(self.embed_tokens.weight)
         x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight, sparse=sparse)
+        if config.embedding_scale != 1:
+            x_BTD = x_BTD * config.embedding_scale
         rotation = None
         if config.position == "learned":
             x_BTD = x_BTD + self.embed_positions(positions_BT)

@@ -31,7 +31,9 @@ class AdamWSettings(OptimizerSection):
         default=None, description="betas of the token and position tables, and of a tied head. null takes betas."
     )
     head_betas: Betas | None = Field(default=None, description="betas of an untied output head. null takes betas.")
-    scalar_betas: Betas | None = Field(default=None, description="betas of norms and biases. null takes betas.")
+    scalar_betas: Betas | None = Field(
+        default=None, description="betas of norms, biases, multipliers and residual scales. null takes betas."
+    )
     beta2_half_life: Annotated[Tokens, Field(gt=0)] | None = Field(
         default=None,
         description="Tokens after which a squared gradient counts half in the second moment, where a beta2 is null: "
@@ -53,14 +55,18 @@ class AdamWSettings(OptimizerSection):
 
         from lightlm.optim.moments import VariableAdamW
 
-        groups = [group | self._moments(group["name"]) for group in groups]
-        common: dict[str, Any] = {"lr": self.lr, "eps": self.eps, "fused": True}
+        groups = [
+            {**group, **self._moments(group["name"]), "eps": self.eps * group.get("eps_factor", 1.0)}
+            for group in groups
+        ]
+        common: dict[str, Any] = {"lr": self.lr, "fused": True}
         if self.cautious or self.beta2_half_life:
             return VariableAdamW(groups, cautious=self.cautious, **common)
         return torch.optim.AdamW(groups, **common)
 
     def _moments(self, group: str) -> dict[str, Any]:
-        beta1, beta2 = getattr(self, f"{group}_betas", None) or self.betas
+        key = "scalar_betas" if group == "multipliers" else f"{group}_betas"
+        beta1, beta2 = getattr(self, key, None) or self.betas
         if beta2 is not None:
             return {"betas": (beta1, beta2)}
         return {"betas": (beta1, _BETAS[1]), "beta2_half_life": self.beta2_half_life}  # set anew before each step

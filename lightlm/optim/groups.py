@@ -13,6 +13,8 @@ PATTERNS = (
     ("*norm.weight", "scalar"),
     ("*ln_?.weight", "scalar"),
     ("*bias", "scalar"),
+    ("*residual.scale", "scalar"),
+    ("*_multipliers", "multipliers"),  # of rows and columns; those of stacked experts have two dimensions
     ("*embed_*.weight", "embedding"),  # tables of tokens and positions, and the head where it is tied
     ("*wte.weight", "embedding"),
     ("*wpe.weight", "embedding"),
@@ -33,8 +35,9 @@ def build_optimizer(model: nn.Module, section: OptimizerSection, dtype: torch.dt
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
     """Return the trainable parameters by group, each with `name`, `params`, and its learning rate and weight decay.
 
-    `peak_lr` and `full_weight_decay` are the recipe's; `lr` and `weight_decay` those of a step. A group without
-    parameters is left out.
+    `peak_lr` and `full_weight_decay` are the recipe's; `lr` and `weight_decay` those of a step. `eps_factor` is there
+    if the model's depth asks for another eps of AdamW (`Transformer.eps_factor`). A group without parameters is left
+    out.
 
     Raises:
         ValueError: a vector has no pattern of its own; it would be taken for a matrix.
@@ -53,10 +56,14 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[s
         "embedding": (section.embedding_lr or section.lr, table_decay),
         "head": (section.head_lr or section.lr, table_decay),
         "scalar": (section.scalar_lr or section.lr, 0.0),
+        "multipliers": (section.scalar_lr or section.lr, section.multiplier_weight_decay),
     }
+    eps_factor = getattr(model, "eps_factor", 1.0)
+    extra = {"eps_factor": eps_factor} if eps_factor != 1 else {}
     return [
         {"name": group, "params": members[group], "lr": lr, "peak_lr": lr}
         | {"weight_decay": group_decay, "full_weight_decay": group_decay}
+        | extra
         for group, (lr, group_decay) in rates_and_decays.items()
         if group in members
     ]

@@ -50,12 +50,20 @@ class OptimizerSection(BaseModel):
         default=None, description="Peak rate of the token and position tables, and of a tied head. null takes lr."
     )
     head_lr: Rate | None = Field(default=None, description="Peak rate of an untied output head. null takes lr.")
-    scalar_lr: Rate | None = Field(default=None, description="Peak rate of norms and biases. null takes lr.")
+    scalar_lr: Rate | None = Field(
+        default=None, description="Peak rate of norms, biases, multipliers and residual scales. null takes lr."
+    )
     weight_decay: float = Field(
-        default=0.1, ge=0, description="Decoupled weight decay of everything but norms and biases (0.1 as in GPT-3)."
+        default=0.1, ge=0, description="Decoupled weight decay of matrices, tables and head (0.1 as in GPT-3)."
     )
     embedding_weight_decay: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="Weight decay of the tables and the head. null takes weight_decay."
+    )
+    multiplier_weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight decay of model.multipliers. A little keeps pairs with equal effect, such as the rows of "
+        "up_proj and the columns of down_proj, from drifting apart (arXiv 2601.04890).",
     )
 
     def build(self, groups: list[dict[str, Any]], dtype: "torch.dtype") -> "torch.optim.Optimizer":
@@ -86,7 +94,7 @@ class OptimizerSection(BaseModel):
     @property
     def decays(self) -> bool:
         """Whether any group has weight decay."""
-        return bool(self.weight_decay or self.embedding_weight_decay)
+        return bool(self.weight_decay or self.embedding_weight_decay or self.multiplier_weight_decay)
 
     def problems(self) -> list[Problem]:
         """Return the settings that do not fit together."""

@@ -98,6 +98,8 @@ class Recipe(BaseModel):
         schedule, batch, tokens = self.schedule, self.train.batch_tokens, self.train.tokens
         optimizer += self.optimizer.run_problems(decays=schedule.name != "constant", tokens=tokens)
         found = [(f"optimizer.{key}", message) for key, message in optimizer] + self._moe_problems()
+        if self.optimizer.multiplier_weight_decay and self.model.multipliers == "none":
+            found.append(("optimizer.multiplier_weight_decay", f"{NO_EFFECT} without model.multipliers; leave it out"))
         if schedule.weight_decay != "constant" and not self.optimizer.decays:
             found.append(("schedule.weight_decay", f"{NO_EFFECT} without optimizer.weight_decay; leave it out"))
         found += [(f"schedule.{key}", message) for key, message in schedule.decay_point_problems(tokens)]

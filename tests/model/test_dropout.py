@@ -79,7 +79,7 @@ def written_out(model, tokens, dropout):
     length = tokens.shape[1]
     keep = (~masks(dropout, config.depth, length, config.hidden_size)).double() / (1 - dropout.rate)
     positions = torch.arange(length)[None]
-    x = F.embedding(tokens, model.embed_tokens.weight)
+    x = config.embedding_scale * F.embedding(tokens, model.embed_tokens.weight)
     rotation = None
     if config.position == "learned":
         x = x + model.embed_positions(positions)
@@ -90,9 +90,10 @@ def written_out(model, tokens, dropout):
     for layer in range(config.depth):
         block = model.blocks[layer // config.layer_sharing]
         mask = build_mask(positions, length, config.window(layer), fresh=True, aligned=True)
-        x = x + keep[1 + 2 * layer] * block.attention(block.attention_norm(x), rotation, mask)
+        y = block.attention(block.attention_norm(x), rotation, mask)
+        x = block.attention_residual(x, keep[1 + 2 * layer] * y)
         y = block.mlp(block.mlp_norm(x))
-        x = x + keep[2 + 2 * layer] * (y[0] if isinstance(y, tuple) else y)
+        x = block.mlp_residual(x, keep[2 + 2 * layer] * (y[0] if isinstance(y, tuple) else y))
     return model.norm(x)
 
 

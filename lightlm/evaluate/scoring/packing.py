@@ -27,7 +27,7 @@ class Request:
 
 @dataclass
 class Tree:
-    """A row: tokens in preorder (see `lightlm.model.trees`), and the columns of each request's scored outputs."""
+    """A row: tokens in preorder (`lightlm.model.decoding.trees`), and the columns of each request's scored outputs."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)

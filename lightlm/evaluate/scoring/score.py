@@ -16,9 +16,9 @@ from lightlm.device import is_out_of_memory, keep_freed_memory, release_memory
 from lightlm.errors import LightLMError
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.packing import Request, Tree, batches, plan
-from lightlm.model.cache import KVCache
+from lightlm.model.decoding.cache import KVCache
+from lightlm.model.decoding.trees import Trees
 from lightlm.model.transformer import Transformer
-from lightlm.model.trees import Trees
 
 # Columns of the head at a time, so that the logits of 1,024 positions (4 MB) stay in a CPU's caches.
 _CHUNK = 1024

@@ -35,6 +35,8 @@ def training_parts(
         copies = 2 * sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
     else:
         copies = 4 * _joined(model) if on_cpu and not compiled else 0
+    if config.multipliers != "none" and (compiled or not on_cpu):  # products with rows, and in fp32 with columns too
+        copies += (4 * (not mixed) + 4 * (config.multipliers == "both")) * _multiplied(model)
     accumulates = recipe.batch_sequences > sequences  # the head's gradient then exists twice
     activations = activation_bytes(
         config, mixed=mixed, fused=compiled or on_cpu, recompute=recompute, dropout=recipe.train.dropout > 0
@@ -53,11 +55,20 @@ def training_parts(
 
 
 def _joined(model: Transformer) -> int:
-    """Return the number of weights that are copied only to join layers which share an input."""
+    """Return the numbers that are copied only to join layers which share an input, or to multiply weights."""
     names = {"q_proj", "k_proj", "v_proj", "attention.gate_proj"}
     names |= {"gate_proj", "up_proj"} if model.config.mlp == "swiglu" else set()
+    if model.config.multipliers != "none":
+        joined = re.compile(rf"\b({'|'.join(sorted(names))})\.bias$")
+        return _multiplied(model) + sum(p.numel() for name, p in model.blocks.named_parameters() if joined.search(name))
     joined = re.compile(rf"\b({'|'.join(sorted(names))})\b|experts\.(gate|up)_proj")
     return sum(p.numel() for name, p in model.blocks.named_parameters() if joined.search(name))
+
+
+def _multiplied(model: Transformer) -> int:
+    """Return the weights that have multipliers."""
+    matrix = re.compile(r"_proj(\.weight)?$")
+    return sum(p.numel() for name, p in model.blocks.named_parameters() if matrix.search(name))
 
 
 def inference_parts(model: Transformer) -> dict[str, int]:

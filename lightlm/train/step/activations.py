@@ -78,7 +78,8 @@ def _layer(config: ModelConfig, element: int, kind: Kind, fused: bool) -> int:
     inner = element * ((3 if fused else 4) if gated else 2) * size
     if kind == "experts":
         inner += _routed(config, element, grouped=copied)
-    return 2 * _norm(config, fused) + element * inputs * config.hidden_size + attention + inner
+    branches = 0 if config.residual_scale is None else 2  # outputs that a scale multiplies
+    return 2 * _norm(config, fused) + element * (inputs + branches) * config.hidden_size + attention + inner
 
 
 def _shared_size(config: ModelConfig) -> int:

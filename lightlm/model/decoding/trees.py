@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightlm.model.cache import KVCache
+from lightlm.model.decoding.cache import KVCache
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightlm.model.trees import Trees
+from lightlm.model.decoding.trees import Trees
 from tests.shapes import SHAPES, build
 
 # 1 2 (3 4 | 3 5 | 6), then a tree of one token; children follow their parents.
