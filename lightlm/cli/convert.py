@@ -47,6 +47,14 @@ def convert(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists at --out.")] = False,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold",
+            help="Write a checkpoint whose multipliers and scales are folded into plain weights; other formats always "
+            "fold.",
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare logits and tokens with the format's own software after writing.")
     ] = False,
@@ -54,6 +62,8 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Convert a checkpoint to another format, such as a Hugging Face folder, or another format to a checkpoint.
+
+    Learned scales (model.multipliers and others) become part of the weights; --fold does that to a checkpoint.
 
     Without --out, an earlier export is replaced if none of its files has changed since. Anything else needs
     --overwrite.
@@ -72,17 +82,20 @@ def convert(
     if reader is not None and not reader.detect(source):
         raise UsageError(f"--from {reader.name}: {source} is not in that format; leave --from out to detect the format")
     reader = reader or reader_of(source)
-    writer = writer or FORMATS["hf" if reader.name == "lightlm" else "lightlm"]
-    if reader.name == writer.name:
+    writer = writer or FORMATS["hf" if reader.name == "lightlm" and not fold else "lightlm"]
+    if fold and writer.folds:
+        raise UsageError(f"--fold: a conversion to {writer.name} always folds; leave it out")
+    if reader.name == writer.name and not fold:
         other = ", ".join(known.name for known in FORMATS.values() if known.writes and known.name != reader.name)
         raise UsageError(f"--to {writer.name}: {source} is in that format already; formats to convert it to: {other}")
-    target = out_path or _default_target(model, source, writer)
+    target = out_path or _default_target(model, source, writer, fold=fold)
     _check_target(target, source, replace=overwrite or (out_path is None and _is_own_export(target)))
     import torch
 
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
+    options = {"fold": fold, "verify": verify}
     facts, source = with_model(
-        model, lambda path: (convert_model(path, reader, target, writer, getattr(torch, dtype), verify=verify), path)
+        model, lambda path: (convert_model(path, reader, target, writer, getattr(torch, dtype), **options), path)
     )
     written = sorted(target.iterdir()) if target.is_dir() else [target]
     sizes = {path.name: path.stat().st_size for path in written}
@@ -105,16 +118,17 @@ def _list_formats(*, as_json: bool) -> None:
     print_table([(name, words[reads], words[writes], makes) for name, reads, writes, makes in rows], *columns)
 
 
-def _default_target(model: str | None, source: Path, writer: Format) -> Path:
+def _default_target(model: str | None, source: Path, writer: Format, *, fold: bool) -> Path:
     """Return where to write without --out.
 
-    For a run it is `runs/RUN/hf`, with the step in the name if the checkpoint was named; else it is beside the model.
-    A format that writes a file gets `runs/RUN/RUN.gguf`.
+    For a run it is `runs/RUN/hf` or `runs/RUN/folded`, with the step in the name if the checkpoint was named; else it
+    is beside the model. A format that writes a file gets `runs/RUN/RUN.gguf`.
     """
     from lightlm.convert.load import is_hub_id
     from lightlm.runs import run_of
 
-    ending = writer.suffix or f"-{writer.name}"
+    name = "folded" if fold else writer.name
+    ending = writer.suffix or f"-{name}"
     if model is not None and is_hub_id(model):
         return Path(f"{Path(model).name}{ending}")
     run = run_of(source)
@@ -123,7 +137,7 @@ def _default_target(model: str | None, source: Path, writer: Format) -> Path:
     else:
         named = model is not None and Path(model).resolve() == source.resolve()
         step = f"-{source.name}" if named else ""
-        target = run / f"{run.name if writer.suffix else writer.name}{step}{writer.suffix}"
+        target = run / f"{run.name if writer.suffix else name}{step}{writer.suffix}"
     return target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
 
 

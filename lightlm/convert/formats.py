@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightlm.convert.huggingface.format import HuggingFaceFolder
 from lightlm.errors import ConvertError, UsageError
+from lightlm.model.config import FOLDABLE_FIELDS
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ class Format(Protocol):
     suffix: str  # how the name of the file that it writes ends, such as .gguf; empty for a folder
     reads: bool  # whether `read` is implemented
     writes: bool  # whether `write` is implemented
+    folds: bool  # whether learned scales are always folded; else `lightlm convert --fold` asks for it
     verifier: str  # the package that `verify` runs, installed by "lightlm[NAME]"; empty if LightLM has all it needs
 
     def detect(self, path: Path) -> bool:
@@ -63,6 +65,7 @@ class CheckpointFolder:
     makes = "a checkpoint folder: model.safetensors, config.json, tokenizer.json, complete.json"
     suffix = verifier = ""
     reads = writes = True
+    folds = False
 
     def detect(self, path: Path) -> bool:
         from lightlm.checkpoint import is_checkpoint
@@ -137,23 +140,53 @@ def format_named(option: str, name: str) -> Format:
 
 
 def convert_model(
-    source: Path, reader: Format, out: Path, writer: Format, dtype: "torch.dtype", *, verify: bool = False
+    source: Path,
+    reader: Format,
+    out: Path,
+    writer: Format,
+    dtype: "torch.dtype",
+    *,
+    fold: bool = False,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Convert a model, in place of what `out` is; return what `write` does, and with `verify` `max_logit_difference`.
+
+    Args:
+        fold: fold learned scales into plain weights also where the format written does not demand it.
 
     Raises:
         ConvertError: the format written cannot hold this model, or `verify` found a difference.
         LightLMError: the model cannot be read.
     """
-    ends = ((reader, source), (writer, out))
-    for known, _ in ends if verify else ():
+    for known in (reader, writer) if verify else ():
         if known.verifier and importlib.util.find_spec(known.verifier) is None:
             missing = f"--verify compares with {known.verifier}, which is not installed"
             raise ConvertError(f'{missing}: pip install "lightlm[{known.name}]"')
     loaded = reader.read(source)
+    if fold and loaded.model.config.folded() == loaded.model.config:
+        raise ConvertError(f"{source} has nothing to fold: it has none of model.{', model.'.join(FOLDABLE_FIELDS)}")
     if refusal := writer.refusal(loaded.model.config):
         raise ConvertError(f"{source} cannot be converted to {writer.name}: {refusal}")
-    facts = writer.write(loaded, out, dtype)
+    from lightlm.convert.folding import as_plain
+
+    plain = as_plain(loaded) if fold or writer.folds else loaded
+    facts = writer.write(plain, out, dtype)
     if verify:
-        facts["max_logit_difference"] = max(known.verify(loaded, path, dtype) for known, path in ends)
+        differences = reader.verify(loaded, source, dtype), writer.verify(plain, out, dtype), _check_fold(loaded, plain)
+        facts["max_logit_difference"] = max(differences)
     return facts
+
+
+def _check_fold(loaded: "LoadedModel", plain: "LoadedModel") -> float:
+    """Return the largest difference of logits that folding made; raise ConvertError if it is more than rounding."""
+    if plain is loaded:
+        return 0.0
+    from lightlm.convert.folding import TOLERANCE, largest_difference
+
+    difference, largest = largest_difference(loaded, plain)
+    if not difference <= TOLERANCE * max(largest, 1.0):
+        raise ConvertError(
+            f"{loaded.path}: folding its scales into its weights changes logits by up to {difference:.2e}, more than "
+            "rounding; do not use the conversion, and report this"
+        )
+    return difference

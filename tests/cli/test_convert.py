@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 from lightlm import files
 from lightlm.checkpoint import load_model, save_model, write_checkpoint
 from lightlm.cli.convert import convert
+from lightlm.convert import folding
 from lightlm.convert.formats import FORMATS
 from lightlm.convert.load import load_pretrained
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import CheckpointError, ConvertError, UsageError
 from lightlm.model.transformer import Transformer
+from tests.convert.models import roughen
 from tests.corpus import TINY_RECIPE
 from tests.shapes import SHAPES
 
@@ -235,11 +237,46 @@ def test_verify_finds_a_wrong_export(run, monkeypatch):
         invoke("--verify")
 
 
+def test_fold_writes_a_plain_checkpoint(run, tokenizer):
+    """It computes the same, stands beside the run's other conversions, and has nothing left to fold."""
+    config = replace(SHAPES["scaled_moe"], vocab_size=tokenizer.vocab_size)
+    trained = roughen(Transformer(config))
+    write_checkpoint(Path("runs/demo"), 30, trained.state_dict(), trained.config, tokenizer)
+    summary = json.loads(invoke("--fold", "--verify", "--json"))
+    assert summary["folder"] == str(Path("runs/demo/folded"))
+    assert summary["max_logit_difference"] < 1e-6
+    plain = load_pretrained("runs/demo/folded").model
+    assert plain.config == trained.config.folded() != trained.config
+    tokens = torch.randint(config.vocab_size, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens), trained(tokens), atol=1e-5, rtol=0)
+    with pytest.raises(ConvertError, match=r"nothing to fold: it has none of model.multipliers, model.residual_scale"):
+        invoke("runs/demo/folded", "--fold", "--out", "again")
+    with pytest.raises(UsageError, match="--fold: a conversion to hf always folds"):
+        invoke("--fold", "--to", "hf")
+    with pytest.raises(UsageError, match="folded exists already"):
+        invoke("--fold")
+    assert load_pretrained(invoke_named("runs/demo/checkpoints/step_000030", "--fold")).model.config == plain.config
+
+
+def invoke_named(model, *options):
+    return json.loads(invoke(model, *options, "--json"))["folder"]
+
+
+def test_verify_finds_a_wrong_fold(run, tokenizer, monkeypatch):
+    model = roughen(Transformer(replace(SHAPES["scaled"], vocab_size=tokenizer.vocab_size)))
+    save_model(Path("scaled"), model, tokenizer)
+    monkeypatch.setattr(folding, "_WRITERS", dict.fromkeys(folding._WRITERS, ()))
+    with pytest.raises(ConvertError, match="scaled: folding its scales into its weights changes logits by up to"):
+        invoke("scaled", "--fold", "--verify")
+
+
 class Archive:
     """A format as a newcomer would add it: a checkpoint folder packed into one file."""
 
     name, suffix, makes, verifier = "archive", ".zip", "a .zip file", ""
     reads = writes = True
+    folds = False
 
     def detect(self, path):
         return path.suffix == ".zip" and path.is_file()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from lightlm import __version__, files
 from lightlm.checkpoint import LoadedModel, build_model, clean_state
+from lightlm.convert.folding import as_plain
 from lightlm.convert.huggingface.card import model_card
 from lightlm.convert.huggingface.config import read_config, read_json, write_config
 from lightlm.convert.huggingface.layouts import SELECTION_BIAS, export_target
@@ -39,10 +40,11 @@ def export_huggingface(
     Raises:
         ConvertError: no Hugging Face class computes what this model computes, or `out` exists.
     """
-    config = loaded.model.config
-    target = export_target(config)
+    target = export_target(loaded.model.config)
     if target.refusal:
         raise ConvertError(f"{loaded.path} cannot be exported to Hugging Face: {target.refusal}")
+    loaded = as_plain(loaded)
+    config = loaded.model.config
     tokenizer, end = loaded.tokenizer, loaded.tokenizer.end_of_text_id
     bos = end if tokenizer.bos_id is None else tokenizer.bos_id
     # Without pad_token_id: it would freeze that embedding when the model is trained further.

@@ -19,7 +19,7 @@ class HuggingFaceFolder:
     name = "hf"
     makes = "a Hugging Face folder: model.safetensors, config.json, tokenizer files, README.md"
     suffix, verifier = "", "transformers"
-    reads = writes = True
+    reads = writes = folds = True
 
     def detect(self, path: Path) -> bool:
         from lightlm.checkpoint import is_checkpoint

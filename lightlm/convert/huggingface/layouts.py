@@ -1,7 +1,8 @@
 """How each Hugging Face class names its settings and its weights: one table per class, read in both directions.
 
 The tables are also an allow-list. `Layout.obstacles` refuses each ModelConfig field that a class does not place, unless
-the field has its default. Place a new field in `keys` of the classes that have it, and in `_RULES` if none does.
+the field has its default. Place a new field in `keys` of the classes that have it, and in `_RULES` if none does. Fields
+that fold (`ModelConfig.folded`) need no place: an export folds them into plain weights first.
 
 Imports nothing heavy: `train` and `recipes` ask for the `export_target` when they read a recipe.
 """
@@ -72,7 +73,7 @@ class Layout:
 
 def _as_yaml(value: Any) -> str:
     """Return a setting's value as a recipe writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _sees_everything(config: ModelConfig) -> bool:
@@ -342,10 +343,12 @@ class ExportTarget:
 def export_target(config: ModelConfig) -> ExportTarget:
     """Return the class that a configuration exports to with equal logits, or a refusal; `vocab_size` may still be 0.
 
+    Fields that fold do not count: see `lightlm.convert.folding`.
+
     Raises:
         ValueError: the configuration is not a model.
     """
-    config = config.resolved()
+    config = config.resolved().folded()
     obstacles = {model_type: layout.obstacles(config) for model_type, layout in LAYOUTS.items()}
 
     def distance(model_type: str) -> list[int]:

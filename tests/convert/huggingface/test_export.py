@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lightlm.checkpoint import LoadedModel
+from lightlm.convert.folding import as_plain
 from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface, is_untouched_export
 from lightlm.convert.huggingface.layouts import export_target
 from lightlm.convert.huggingface.verify import check_tokenizer
@@ -18,6 +21,7 @@ from lightlm.model.config import ModelConfig
 from tests.convert import models
 from tests.convert.models import loaded
 from tests.shapes import SHAPES
+from tests.trained import train
 
 transformers = pytest.importorskip("transformers")
 
@@ -104,6 +108,10 @@ def test_every_configuration_is_refused_or_equal(data, tokenizer, tmp_path_facto
         layer_sharing=pick(1, 2),
         sliding_window=pick(0, 0, 0, 4, 32),
         full_attention_interval=pick(1, 2),
+        multipliers=pick("none", "none", "rows", "both"),
+        residual_scale=pick(None, None, 0.5),
+        embedding_scale=pick(1.0, 1.0, 3.0),
+        base_depth=pick(0, 0, 4),
     )
     if kind == families[1] and pick(False, True):
         config = replace(
@@ -128,6 +136,54 @@ def test_every_configuration_is_refused_or_equal(data, tokenizer, tmp_path_facto
     else:
         export_huggingface(model, folder)
         assert difference(model.model, folder) < 1e-4
+
+
+SCALES = {
+    "multipliers": {"multipliers": "both"},
+    "residual scale": {"residual_scale": 0.7},
+    "QK gain": {"qk_gain": 1.3},
+    "embedding scale": {"embedding_scale": 5.0},
+    "base depth": {"base_depth": 5},
+    "all": {"multipliers": "both", "residual_scale": 0.7, "qk_gain": 1.3, "embedding_scale": 5.0, "base_depth": 5},
+}
+_SOFTMAX = replace(SIZED["softmax_moe"], moe_intermediate_size=16)
+CLASSES = {
+    "Qwen3ForCausalLM": replace(SIZED["qwen3"], tie_embeddings=True),
+    "LlamaForCausalLM": replace(SIZED["llama"], bias=True),
+    "GPT2LMHeadModel": SIZED["gpt2"],
+    "Glm4MoeForCausalLM": SIZED["moe"],
+    "Qwen3MoeForCausalLM": replace(_SOFTMAX, qk_norm=True),
+    "MixtralForCausalLM": replace(_SOFTMAX, norm_topk_prob=True),
+}
+
+
+def trained(config, tokenizer):
+    return LoadedModel(train(replace(config, vocab_size=tokenizer.vocab_size)), tokenizer, Path("model"))
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_learned_scales_fold_into_qwen3(scales, tokenizer, tmp_path):
+    model = trained(replace(CLASSES["Qwen3ForCausalLM"], **SCALES[scales]), tokenizer)
+    export_huggingface(model, tmp_path / "hf")
+    assert difference(model.model, tmp_path / "hf") < 1e-5
+    assert import_huggingface(tmp_path / "hf").model.config.folded() == model.model.config.folded()
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_learned_scales_fold_into_every_class(architecture, tokenizer, tmp_path):
+    config = replace(CLASSES[architecture], **SCALES["all"])
+    assert export_target(config).architecture == architecture
+    model = trained(config, tokenizer)
+    export_huggingface(model, tmp_path / "hf")
+    assert difference(model.model, tmp_path / "hf") < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_learned_scales_are_folded_before_weights_are_rounded(dtype, tokenizer, tmp_path):
+    model = trained(replace(CLASSES["Qwen3ForCausalLM"], **SCALES["all"]), tokenizer)
+    export_huggingface(model, tmp_path / "hf", dtype=dtype)
+    rounded = as_plain(model).model.to(dtype).float()
+    assert difference(rounded, tmp_path / "hf", dtype=torch.float32) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
