@@ -20,6 +20,7 @@ from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
 from lightlm.cli.runs import runs
+from lightlm.cli.sweep import sweep
 from lightlm.cli.train import NEWEST, is_override, train
 from lightlm.errors import LightLMError
 from lightlm.threads import bound_spinning
@@ -55,6 +56,7 @@ def options(
 app.command("prepare-data")(prepare_data)
 app.command("plan")(plan)
 app.command("train")(train)
+app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate", cls=PromptCommand)(generate)
 app.command("convert")(convert)

@@ -24,7 +24,7 @@ from rich.markup import escape
 from lightlm.cli.console import console
 from lightlm.errors import LightLMError
 from lightlm.threads import THREADS_VARIABLE, cores
-from lightlm.train.signals import handling
+from lightlm.train.signals import describe_signal, handling
 
 if TYPE_CHECKING:
     from lightlm.train.distributed import World
@@ -81,10 +81,7 @@ def _environment(processes: int, attempt: int, folder: Path) -> dict[str, str]:
 def _describe(code: int) -> str:
     if known := {_PEER_LOST: "lost its connection to the others", _CRASHED: "crashed"}.get(code):
         return known
-    with contextlib.suppress(ValueError):
-        hint = " (the system does this when memory runs out)" if code == -getattr(signal, "SIGKILL", 0) else ""
-        return f"was ended by {signal.Signals(-code).name}{hint}"
-    return f"was ended by signal {-code}"
+    return f"was ended by {describe_signal(-code)}"
 
 
 class _Group:

@@ -66,3 +66,12 @@ def stop_on_signals(*, launched: bool = False) -> Iterator[threading.Event]:
 
     with handling(handle):
         yield stop
+
+
+def describe_signal(number: int) -> str:
+    """Return the name of a signal that ended a process, with what it usually means."""
+    hint = " (the system does this when memory runs out)" if number == getattr(signal, "SIGKILL", 0) else ""
+    try:
+        return f"{signal.Signals(number).name}{hint}"
+    except ValueError:
+        return f"signal {number}"

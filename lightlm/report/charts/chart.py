@@ -54,6 +54,12 @@ def run_color(index: int) -> str:
     return RUNS[index % len(RUNS)][0]
 
 
+def _mean_style(run: int) -> dict[str, Any]:
+    """Return how the mean of several runs is drawn, with its error bar."""
+    bar = {"fmt": "o", "color": run_color(run), "elinewidth": 1.3, "capsize": 3, "zorder": 4}
+    return bar | {"markersize": 6, "markerfacecolor": PAPER[0], "markeredgewidth": 1.6}
+
+
 class Chart:
     """A plot with one pair of axes: fill it with `line`, `points` and so on, then `finish` and render it.
 
@@ -62,6 +68,7 @@ class Chart:
         x_label, y_label: names of the axes, with units.
         name_all: show the legend even if it has only one entry.
         height: height of the axes in inches.
+        left: width of what stands left of the axes, in inches.
         resumes: places on the x axis where training resumed; a dotted line marks each.
     """
 
@@ -74,6 +81,7 @@ class Chart:
         *,
         name_all: bool = False,
         height: float = PLOT_HEIGHT,
+        left: float = _LEFT,
         resumes: Sequence[float] = (),
     ) -> None:
         self.title, self.height, self._name_all, self._resumes = title, height, name_all, resumes
@@ -82,7 +90,7 @@ class Chart:
         self.axes.set_xlabel(x_label)
         self.axes.set_ylabel(_plain(y_label))
         self._entries: dict[str, Artist] = {}
-        self._right = _RIGHT
+        self._left, self._right = left, _RIGHT
 
     def _plot(self, label: str, x: Floats, y: Floats, **style: Any) -> None:
         known = np.isfinite(x) & np.isfinite(y)  # a line passes over the steps that lack the metric
@@ -131,6 +139,37 @@ class Chart:
         drawn = self.axes.hlines(y, *ends, colors=MUTED[0], linestyles="dashed", linewidth=1.6, zorder=3)
         self._entries.setdefault(label, drawn)
 
+    def band(self, x: Floats, low: Floats, high: Floats, run: int) -> None:
+        """Fill the range of several curves in a run's color."""
+        self.axes.fill_between(x, low, high, color=run_color(run), alpha=0.18, linewidth=0)
+
+    def dots(self, x: Floats, values: Sequence[Sequence[float]], run: int) -> None:
+        """Draw the single values behind the mean at each x."""
+        at = [place for place, column in zip(x, values, strict=True) for _ in column]
+        flat = [value for column in values for value in column]
+        self.axes.plot(at, flat, marker="o", linestyle="none", markersize=4, color=run_color(run), alpha=0.45)
+
+    def errors(self, x: Floats, means: Floats, spreads: Floats, run: int) -> None:
+        """Draw means, each with a bar of its spread unless that is NaN."""
+        style, known = _mean_style(run), np.isfinite(spreads)
+        self.axes.errorbar(x[known], means[known], spreads[known], **style)
+        self.axes.errorbar(x[~known], means[~known], **style)
+
+    def row(self, row: int, values: Sequence[float], spread: float | None, run: int) -> None:
+        """Draw values along a row, counted from the top, with their mean and its spread."""
+        self.axes.plot(values, [row] * len(values), "o", markersize=4, color=run_color(run), alpha=0.45)
+        self.axes.errorbar([float(np.mean(values))], [row], xerr=spread, **_mean_style(run))
+
+    def rows(self, names: Sequence[str]) -> None:
+        """Name the rows of `row` on the y axis."""
+        self.axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+        self.axes.set_ylim(len(names) - 0.5, -0.5)
+        self.axes.grid(False, axis="y")
+
+    def vertical(self, x: float) -> None:
+        """Draw a dashed line from top to bottom."""
+        self.axes.axvline(x, color=MUTED[0], linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
+
     def quantities(self, axis: str) -> None:
         """Write ticks such as 10M on the axis `x` or `y`."""
         chosen = self.axes.xaxis if axis == "x" else self.axes.yaxis
@@ -167,8 +206,8 @@ class Chart:
         columns = max(min(_LEGEND_CHARACTERS // widest, len(labels)), 1)
         height = _TITLE + math.ceil(len(labels) / columns) * _LEGEND_ROW + self.height + _BOTTOM
         self.figure.set_size_inches(_WIDTH, height)
-        width = _WIDTH - _LEFT - self._right
-        self.axes.set_position((_LEFT / _WIDTH, _BOTTOM / height, width / _WIDTH, self.height / height))
+        width = _WIDTH - self._left - self._right
+        self.axes.set_position((self._left / _WIDTH, _BOTTOM / height, width / _WIDTH, self.height / height))
         left = 0.16 / _WIDTH
         self.figure.suptitle(_plain(self.title), x=left, y=1 - 0.16 / height, ha="left")
         if labels:

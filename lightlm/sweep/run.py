@@ -1,0 +1,220 @@
+"""Run a sweep: contestants times seeds, in a folder where the same call resumes it.
+
+with Sweep.open(Path("sweeps/rates"), watch=watch) as sweep:
+    sweep.add([Contestant("gpt2", "gpt2.yaml"), Contestant("ours", "demo", ("optimizer.lr=2e-3",))], seeds=(1, 2, 3))
+    sweep.run()
+    results = sweep.results()
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightlm import files
+from lightlm.errors import LightLMError, UsageError
+from lightlm.recipe import Recipe, load_recipe
+from lightlm.sweep.cells import Cell, Contestant, check_needs, resolve
+from lightlm.sweep.engine import Ending, Engine, Overview, Start, Watch, environments, start_process
+from lightlm.sweep.folder import FINAL, Definition, SweepFolder
+from lightlm.sweep.machine import Machine, fitting_tokens, look_at_machine
+from lightlm.sweep.table import Results, read_results
+
+DEFAULT_METRIC, ACROSS_TOKENIZERS = "val_loss", "val_bpb"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a sweep uses its machine.
+
+    Attributes:
+        jobs: runs at a time; None is one, or one per GPU.
+        budget: seconds for this call; None is as long as it takes.
+        minutes: train every run for this time instead of its recipe's tokens.
+    """
+
+    jobs: int | None = None
+    budget: float | None = None
+    minutes: float | None = None
+
+
+NO_LIMITS = Limits()
+
+
+class Sweep:
+    """A sweep whose folder is held. See the module's example."""
+
+    def __init__(self, folder: SweepFolder, definition: Definition, limits: Limits, watch: Watch, start: Start) -> None:
+        """Take the parts of a sweep; see `open`."""
+        self.folder, self.definition = folder, definition
+        self._limits, self._watch, self._start = limits, watch, start
+        self._recipes: dict[str, Recipe] = {}
+        self._cells: dict[str, Cell] = {}
+        self._places: list[dict[str, str]] | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls,
+        path: Path,
+        limits: Limits = NO_LIMITS,
+        *,
+        overwrite: bool = False,
+        watch: Watch | None = None,
+        start: Start | None = None,
+    ) -> "Iterator[Sweep]":
+        """Context manager that gives the new or existing sweep of a folder, and keeps other processes out of it.
+
+        Args:
+            overwrite: delete the sweep that is there.
+            watch: receives what happens.
+            start: starts a run.
+
+        Raises:
+            CheckpointError: another process runs this sweep, or the folder holds something else.
+            UsageError: the sweep was made with another limit of time.
+        """
+        folder = SweepFolder(path)
+        with folder.held(overwrite=overwrite):
+            yield cls.peek(path, limits, watch=watch, start=start)
+
+    @classmethod
+    def peek(
+        cls, path: Path, limits: Limits = NO_LIMITS, *, watch: Watch | None = None, start: Start | None = None
+    ) -> "Sweep":
+        """Return the sweep of a folder, to look at it: as `open`, but it must not run."""
+        folder = SweepFolder(path)
+        definition = folder.read() or Definition(minutes=limits.minutes)
+        if definition.minutes != limits.minutes:
+            before, now = (
+                f"{minutes:g} minutes per run" if minutes else "equal tokens"
+                for minutes in (definition.minutes, limits.minutes)
+            )
+            raise UsageError(f"{folder} compares at {before}, not at {now}; {_elsewhere(folder)}")
+        return cls(folder, definition, limits, watch or Watch(), start or start_process)
+
+    def add(self, contestants: Sequence[Contestant], seeds: Sequence[int]) -> None:
+        """Add contestants with seeds to what this call runs. What the sweep has run already is not repeated.
+
+        Raises:
+            RecipeError: recipes have mistakes; the message lists those of all.
+            UsageError: a contestant of this name has other settings in this sweep.
+            LightLMError: a recipe needs a device, a task or data that is missing.
+        """
+        recipes = resolve(contestants, seeds, self._watch.note)
+        check_needs(recipes)
+        chosen = list({entry.name: entry for entry in contestants if entry.name in recipes}.values())
+        try:
+            self.definition.add(chosen, recipes, seeds)
+        except UsageError as error:
+            raise UsageError(f"{self.folder}: {error}; {_elsewhere(self.folder)}") from None
+        self._recipes |= recipes
+        cells = [Cell(entry, seed) for seed in seeds for entry in chosen]
+        self._cells |= {cell.name: cell for cell in cells}
+        if self.definition.metric is None and _tokenizers(recipes.values()) > 1:
+            self.definition.metric = ACROSS_TOKENIZERS
+
+    @property
+    def cells(self) -> list[Cell]:
+        """What this call runs, in order."""
+        return list(self._cells.values())
+
+    def overview(self) -> Overview:
+        """Return the state of all cells, with a prediction if runs are done."""
+        return self._engine().overview()
+
+    def run(self) -> Ending:
+        """Run what is left; return why it ended.
+
+        Raises:
+            LightLMError: the time of a step could not be measured, or the tokens that fit into a limit are too few.
+        """
+        self.folder.write(self.definition)
+        if all(self.folder.status(cell).state in FINAL for cell in self.cells):
+            return "complete"
+        self._prepare()
+        return self._engine().run()
+
+    def results(self, metric: str | None = None, baseline: str | None = None) -> Results:
+        """Return the table so far, and write results.json; see `read_results`."""
+        return write_results(self.folder, self.definition, metric, baseline)
+
+    def _prepare(self) -> None:
+        """Look at the machine, and fix what all runs share: the precision, and the tokens of a limit of time."""
+        if self._places is None:
+            machine = self._look_at_machine()
+            self._places = environments(self._limits.jobs or max(len(machine.gpus), 1), machine.gpus)
+            self.definition.fixed.setdefault("train.dtype", machine.dtype)
+        if self.definition.minutes is not None:
+            for name, recipe in self._recipes.items():
+                if name not in self.definition.tokens:
+                    self._watch.note(f"timing a few steps of '{name}'")
+                    tokens = fitting_tokens(recipe, self.definition.minutes, self._places[0])
+                    entry = self.definition.entries[name].contestant
+                    load_recipe(entry.recipe, [*entry.changes, f"train.tokens={tokens}"], lambda note: None)
+                    self.definition.tokens[name] = tokens
+        self.folder.write(self.definition)
+
+    def _look_at_machine(self) -> Machine:
+        recipe = next(iter(self._recipes.values()))
+        automatic = next((other for other in self._recipes.values() if other.train.dtype == "auto"), None)
+        dtype = self.definition.fixed.get("train.dtype")
+        if recipe.train.device == "cpu" and (automatic is None or dtype):
+            return Machine("cpu", (), dtype or recipe.train.dtype)
+        return look_at_machine(automatic or recipe)
+
+    def _engine(self) -> Engine:
+        tokens = {name: self.definition.tokens.get(name, recipe.train.tokens) for name, recipe in self._recipes.items()}
+        return Engine(
+            self.folder,
+            self.cells,
+            tokens,
+            changes=self._changes,
+            places=self._places,
+            budget=self._limits.budget,
+            watch=self._watch,
+            start=self._start,
+        )
+
+    def _changes(self, cell: Cell) -> list[str]:
+        """Return the overrides of a cell's run: its own, and what the sweep has fixed where its recipe says `auto`."""
+        name, changes = cell.contestant.name, cell.changes
+        if self._recipes[name].train.dtype == "auto" and (dtype := self.definition.fixed.get("train.dtype")):
+            changes.append(f"train.dtype={dtype}")
+        if (tokens := self.definition.tokens.get(name)) is not None:
+            changes.append(f"train.tokens={tokens}")
+        return changes
+
+
+def write_results(folder: SweepFolder, definition: Definition, metric: str | None, baseline: str | None) -> Results:
+    """Return the table of a sweep's runs so far, and write it to results.json; see `read_results`."""
+    chosen = metric or definition.metric or DEFAULT_METRIC
+    results = read_results(folder, definition, chosen, baseline)
+    notes = []
+    settings = [entry.settings for entry in definition.entries.values()]
+    if chosen in ("val_loss", "loss") and _tokenizers(settings) > 1:
+        notes.append(
+            f"the runs have different tokenizers, and nats per token do not compare across them; take --metric "
+            f"{ACROSS_TOKENIZERS}"
+        )
+    results = replace(results, notes=notes)
+    files.write_text(folder.path / "results.json", json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    return results
+
+
+def _tokenizers(recipes: Iterable[Recipe | dict[str, Any]]) -> int:
+    """Return how many tokenizers the data of these recipes have, as far as the folders are here."""
+    from lightlm.data.folder import read_manifest, resolve_dataset
+
+    found = set()
+    for recipe in recipes:
+        values = recipe.to_dict() if isinstance(recipe, Recipe) else recipe
+        with contextlib.suppress(LightLMError):  # shards from elsewhere, or data that has moved
+            found.add(read_manifest(resolve_dataset(values["data"]["dataset"])).tokenizer_sha256)
+    return len(found)
+
+
+def _elsewhere(folder: SweepFolder) -> str:
+    return f"start another sweep with --name {folder.path.name}-2, or delete this one with --overwrite"

@@ -1,0 +1,149 @@
+"""A whole sweep with fake runs: what is fixed for all, extended, refused."""
+
+import json
+
+import pytest
+
+from lightlm.errors import CheckpointError, UsageError
+from lightlm.runs import locked
+from lightlm.sweep import run as sweep_run
+from lightlm.sweep.cells import Contestant
+from lightlm.sweep.machine import Machine
+from lightlm.sweep.run import Limits, Sweep
+from tests.corpus import make_workspace
+from tests.sweep.fleet import TOKENS, Fleet
+
+SHORT = (f"train.tokens={TOKENS}",)
+A = Contestant("a", "tiny.yaml", SHORT, {"optimizer.lr": "1e-2"})
+B = Contestant("b", "tiny.yaml", (*SHORT, "optimizer.lr=3e-3"), {"optimizer.lr": "3e-3"})
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("sweep"), 60)
+
+
+@pytest.fixture
+def path(workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr("lightlm.sweep.engine._POLL_SECONDS", 0.001)
+    return tmp_path / "rates"
+
+
+class Instant(Fleet):
+    """Each look at a run takes it to its end."""
+
+    def start(self, arguments, environment, log):
+        self.now += 1000.0
+        process = super().start(arguments, environment, log)
+        self.now += 1000.0
+        return process
+
+
+def sweep(path, contestants, seeds=(1, 2), fleet=None, limits=None, **options):
+    fleet = fleet or Instant()
+    with Sweep.open(path, limits or Limits(), start=fleet.start, **options) as opened:
+        opened.add(contestants, seeds)
+        ending = opened.run()
+        return ending, fleet, opened.results()
+
+
+def test_a_table_of_contestants_runs_and_compares(path):
+    fleet = Instant(losses={"b_seed-1": 1.8, "b_seed-2": 1.81})
+    ending, _, results = sweep(path, [A, B], fleet=fleet)
+    assert ending == "complete"
+    assert fleet.started == [f"new {name}" for name in ("a_seed-1", "b_seed-1", "a_seed-2", "b_seed-2")]
+    assert [line.verdict for line in results.lines] == ["baseline", "better"]
+    written = json.loads((path / "results.json").read_text())
+    assert written["contestants"][1]["finals"] == {"1": 1.8, "2": 1.81}
+    assert written["contestants"][1]["changes"] == list(B.changes)
+
+
+def test_a_value_or_a_seed_more_extends_and_leaving_one_out_keeps_its_results(path):
+    sweep(path, [A], seeds=(1,))
+    _, fleet, _ = sweep(path, [A, B], seeds=(1,))
+    assert fleet.started == ["new b_seed-1"]
+    _, fleet, results = sweep(path, [B], seeds=(1, 2))
+    assert fleet.started == ["new b_seed-2"]
+    assert [(line.contestant.name, list(line.finals)) for line in results.lines] == [("a", [1]), ("b", [1, 2])]
+
+
+def test_the_same_name_with_other_settings_is_refused_unless_they_change_no_result(path):
+    sweep(path, [A])
+    before = (path / "sweep.json").read_bytes()
+    longer = Contestant("a", "tiny.yaml", ("train.tokens=2000",), A.values)
+    with pytest.raises(
+        UsageError, match=r"'a' was added with other settings: train.tokens was 1000 and is 2000; start"
+    ):
+        sweep(path, [longer])
+    assert (path / "sweep.json").read_bytes() == before
+    free = Contestant("a", "tiny.yaml", (*SHORT, "checkpoint.keep_last=1", "train.threads=1"), A.values)
+    assert sweep(path, [free])[1].started == []
+    _, fleet, _ = sweep(path, [longer], overwrite=True)
+    assert len(fleet.started) == 2
+
+
+def test_two_processes_never_share_a_sweep_and_other_folders_are_left_alone(path):
+    path.mkdir()
+    with locked(path), pytest.raises(CheckpointError, match="rates is being trained by process"):
+        sweep(path, [A])
+    (path / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="is not a sweep"):
+            sweep(path, [A], overwrite=overwrite)
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_auto_precision_is_chosen_once_for_all_runs(path, monkeypatch):
+    auto = [
+        Contestant(entry.name, entry.recipe, (*entry.changes, "train.dtype=auto"), entry.values) for entry in (A, B)
+    ]
+    for answer in ("bfloat16", "float32"):
+        monkeypatch.setattr(sweep_run, "look_at_machine", lambda recipe, dtype=answer: Machine("cpu", (), dtype))
+        _, fleet, _ = sweep(path, auto, seeds=(1,) if answer == "bfloat16" else (1, 2))
+        assert [arguments.count("train.dtype=bfloat16") for arguments in fleet.arguments] == [1, 1]
+
+
+def test_gpus_run_one_each(path, monkeypatch):
+    monkeypatch.setattr(sweep_run, "look_at_machine", lambda recipe: Machine("cuda", ("0", "1"), "bfloat16"))
+    on_cuda = [Contestant(entry.name, entry.recipe, (*entry.changes, "train.device=cuda"), {}) for entry in (A, B)]
+    _, fleet, _ = sweep(path, on_cuda, seeds=(1,))
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in fleet.environments] == ["0", "1"]
+
+
+def test_equal_time_measures_each_contestant_once_and_gives_all_seeds_the_same_tokens(path, monkeypatch):
+    asked = []
+
+    def fitting(recipe, minutes, environment):
+        asked.append(recipe.optimizer.lr)
+        return 2000 if recipe.optimizer.lr == 1e-2 else 3000
+
+    monkeypatch.setattr(sweep_run, "fitting_tokens", fitting)
+    _, fleet, _ = sweep(path, [A], seeds=(1,), limits=Limits(minutes=2))
+    _, again, _ = sweep(path, [A, B], limits=Limits(minutes=2))
+    assert asked == [1e-2, 3e-3]
+    lengths = {arguments[-3].removeprefix("--name="): arguments[-4] for arguments in fleet.arguments + again.arguments}
+    assert lengths["a_seed-1"] == lengths["a_seed-2"] == "train.tokens=2000"
+    assert lengths["b_seed-1"] == lengths["b_seed-2"] == "train.tokens=3000"
+    with pytest.raises(UsageError, match="compares at 2 minutes per run, not at equal tokens"):
+        sweep(path, [A])
+
+
+def test_different_tokenizers_are_compared_by_bits_per_byte(path, workspace):
+    from lightlm.data.prepare.run import prepare
+
+    if not (workspace / "data/other").exists():
+        prepare(str(workspace / "tiny.jsonl"), "train:300", workspace / "data/other", val_fraction=0.1)
+    other = Contestant("other", "tiny.yaml", (*SHORT, "data.dataset=other"), {})
+    with Sweep.open(path, start=Instant().start) as opened:
+        opened.add([A, other], [1])
+        assert opened.definition.metric == "val_bpb"
+        opened.run()
+        assert "nats per token do not compare across them" in opened.results("loss").notes[0]
+
+
+def test_a_damaged_definition_is_named(path):
+    sweep(path, [A])
+    (path / "sweep.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"sweep\.json is damaged or of another version"):
+        sweep(path, [A])
