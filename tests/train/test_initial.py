@@ -159,7 +159,8 @@ def test_the_shipped_recipe_trains_any_model(whole):
     recipe = load_recipe("finetune", [*overrides, *small, *quiet], find_start=find_start)
     watch = Recorder()
     assert make_trainer(recipe, "shipped", watch).train().step == 20
-    assert watch.metrics[-1]["val_loss"] < watch.metrics[0]["val_loss"] == whole[0]["val_loss"]
+    assert watch.metrics[0]["val_loss"] == pytest.approx(whole[0]["val_loss"], rel=1e-5)  # in other batches
+    assert watch.metrics[-1]["val_loss"] < watch.metrics[0]["val_loss"]
 
 
 def test_texts_may_be_longer_than_the_models(whole):
