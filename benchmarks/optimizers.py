@@ -1,4 +1,4 @@
-"""Time of an optimizer step: AdamW, Muon, and both with cautious decay, for the weights of a recipe.
+"""Time of an optimizer step: AdamW, Muon and NorMuon, and their variants, for the weights of a recipe.
 
     python benchmarks/optimizers.py                       # the demo's shape
     python benchmarks/optimizers.py --recipe lightlm --out benchmarks/results/optimizers-lightlm-cpu.json
@@ -26,8 +26,12 @@ from lightlm.train.step.loss import token_loss
 SETTINGS = {
     "adamw": {"name": "adamw"},
     "adamw, cautious": {"name": "adamw", "cautious": True},
+    "adamw, half-life": {"name": "adamw", "beta2_half_life": "10M"},
     "muon": {"name": "muon"},
     "muon, cautious": {"name": "muon", "cautious": True},
+    "muon, polar_express": {"name": "muon", "orthogonalization": "polar_express"},
+    "normuon": {"name": "normuon"},
+    "normuon, polar_express": {"name": "normuon", "orthogonalization": "polar_express"},
 }
 
 

@@ -200,6 +200,15 @@ def test_a_runs_speed_is_read_beside_the_processes_that_made_it(tmp_path):
     assert [record.summary()["device"] for record in read_records([one, eight])] == ["H100", "8 x H100"]
 
 
+def test_scheduled_settings_are_drawn_as_they_are(tmp_path):
+    metrics = [row | {"momentum": 0.9 + 0.001 * row["step"]} for row in rows(9)]
+    records = read_records([write_run(tmp_path / "plain", rows(9)), write_run(tmp_path / "scheduled", metrics)])
+    charts = {plot.name: plot.chart for plot in draw_plots(records)}
+    assert "weight_decay" not in charts
+    (line,) = charts["momentum"].axes.lines
+    assert list(line.get_ydata()) == [row["momentum"] for row in metrics]
+
+
 def test_resumes_are_marked_and_named(tmp_path):
     metrics = rows(40)
     metrics[9] |= {"resumed": True}

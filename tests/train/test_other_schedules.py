@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lightlm.errors import RecipeError
 from lightlm.recipe import ScheduleSection, load_recipe
 from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.schedules import describe_other_schedules, step_settings, weight_decay_factor
+from tests.train.group import together, train_together
 from tests.train.watch import Recorder, comparable, resume, start
 
 NORMUON = (
@@ -23,6 +25,7 @@ NORMUON = (
 )
 HOLD_DROP_RAISE = "[[0%, 1], [13%, 1], [53%, 0.125], [100%, 1.16]]"
 SCHEDULED = [f"optimizer={NORMUON}", f"schedule.weight_decay={HOLD_DROP_RAISE}"]
+GROWING = ("schedule.batch_warmup=60%", "schedule.batch_start=64")
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +153,7 @@ def test_other_schedules_in_words():
 def whole(workspace):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        return start("tiny.yaml", *SCHEDULED, "schedule.batch_warmup=60%", "schedule.batch_start=64", name="scheduled")
+        return start("tiny.yaml", *SCHEDULED, *GROWING, name="scheduled")
 
 
 def test_a_run_logs_what_its_schedules_say(whole):
@@ -167,10 +170,7 @@ def test_a_run_logs_what_its_schedules_say(whole):
 def test_interrupted_scheduled_runs_continue_bit_for_bit(whole):
     """At 11 of 40 steps, with a growing batch, which changes beta2."""
     result, _ = whole
-    start(
-        "tiny.yaml", *SCHEDULED, "schedule.batch_warmup=60%", "schedule.batch_start=64", name="scheduled-stopped",
-        watch=Recorder(terminate_at=11),
-    )  # fmt: skip
+    start("tiny.yaml", *SCHEDULED, *GROWING, name="scheduled-stopped", watch=Recorder(terminate_at=11))
     after, _ = resume("scheduled-stopped")
     assert comparable(read_metrics(after.run)) == comparable(read_metrics(result.run))
     states = [
@@ -180,6 +180,18 @@ def test_interrupted_scheduled_runs_continue_bit_for_bit(whole):
     assert states[0].keys() == states[1].keys()
     for name, state in states[0].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(states[1][name][k])) for k, v in state.items()), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks processes the Linux way")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one_and_resume(whole, workspace, monkeypatch, parallel):
+    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
+    name, overrides = f"scheduled-{parallel}", (*SCHEDULED, *GROWING, f"train.parallel={parallel}")
+    (first_rows, _, interrupted), _ = together(2, train_together, name, overrides, 25)
+    (last_rows, _, _), _ = together(2, train_together, name, (), None, 0, True)
+    assert interrupted
+    for row, expected in zip(first_rows + last_rows, whole[1].metrics, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=2e-5)
 
 
 def test_a_longer_run_stretches_its_schedules_and_may_change_rates_but_not_the_optimizer():

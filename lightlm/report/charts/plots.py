@@ -36,6 +36,8 @@ def _all_plots(records: Sequence[Record], baselines: Sequence[Baseline]) -> Iter
     yield _loss(records, "loss_log", "Loss, the whole run", TOKENS, "Logarithmic in tokens.", whole=True)
     yield _marks(records, "val_bpb", "Validation, bits per byte", "bits per byte", "Comparable across tokenizers.")
     yield _learning_rates(records)
+    yield _scheduled(records, "weight_decay", "Weight decay", "share per unit of learning rate")
+    yield _scheduled(records, "momentum", "Momentum", "momentum of the matrices")
     yield _gradient_norm(records)
     speed = "Training steps only, without validation and saving."
     yield _measured(records, "throughput", "Throughput", "tokens per second", _column("tokens_per_second"), speed)
@@ -114,6 +116,14 @@ def _learning_rates(records: Sequence[Record]) -> Plot:
     else:
         chart.axes.set_ylim(0, max(peaks) * 1.15)
     return Plot("learning_rate", "Rates at the middle of each batch, by parameter group where they differ.", chart)
+
+
+def _scheduled(records: Sequence[Record], key: str, title: str, unit: str) -> Plot:
+    """Plot a metric that only runs with a schedule of it have, as it is."""
+    chart = empty_chart(records, title, unit)
+    for i, record in enumerate(records):
+        chart.line(record.name, record.curves.tokens, record.curves.column(key), i)
+    return Plot(key, "At the middle of each batch.", chart)
 
 
 def _gradient_norm(records: Sequence[Record]) -> Plot:
