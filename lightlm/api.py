@@ -205,7 +205,8 @@ def prepare(
     Args:
         source: `pydocs`, a named data set, `hf:org/name`, a file or a folder, as for `lightlm prepare-data`.
         out: the folder to write; None is `data/NAME`.
-        tokenizer: `train:N`, `gpt2`, a Hub id or a tokenizer.json; None is the source's default.
+        tokenizer: `train:N`, `gpt2`, a model (a run, a folder or a Hub id) or a tokenizer.json; None is the source's
+            default.
         max_tokens: stop after the document that reaches this many tokens; text such as "1B" also works.
         val_fraction: share of documents for validation; None is the source's default.
         text_column: the column or JSON key with the text.

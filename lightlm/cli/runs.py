@@ -35,10 +35,14 @@ def list_runs(as_json: Annotated[bool, typer.Option("--json", help="Print one JS
     if not found:
         console.print(f"No runs in {RUNS.absolute()}", markup=False, soft_wrap=True)
         return
-    headings = ("run", "state", "step", "tokens", "loss", "val loss", "size", "age")
+    headings = ["run", "state", "step", "tokens", "loss", "val loss", "size", "age"]
     from rich.box import SIMPLE_HEAD
 
     table = [_row(run) for run in found]
+    if any(run.init_from for run in found):
+        headings.append("started from")
+        for row, run in zip(table, found, strict=True):
+            row.append(run.init_from or "")
     print_table(table, *headings, right=range(2, 8), whole=[0], box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 

@@ -29,6 +29,7 @@ class Summary:
         trainer: the process that trains it.
         step: the last one logged, or that of the newest checkpoint if it logged none.
         target_tokens: `train.tokens` of its recipe.
+        init_from: the model that it started from, `train.init_from` of its recipe; None without one.
         loss, val_loss: the last ones measured.
         size: bytes on disk, without what links lead to.
         modified: when it last wrote metrics or a checkpoint, in seconds since 1970.
@@ -40,6 +41,7 @@ class Summary:
     step: int
     tokens: int | None
     target_tokens: int | None
+    init_from: str | None
     loss: float | None
     val_loss: float | None
     size: int
@@ -64,7 +66,7 @@ def summarize(run: Path) -> Summary | None:
         modified = max(path.stat().st_mtime for path in _written_by_training(run))
     except (OSError, ValueError):
         return None
-    trainer, target = holder(run), _target_tokens(run)
+    trainer, (target, init_from) = holder(run), _recipe_facts(run)
     saved = _saved_step(run)
     damaged = target is None or saved is None
     last: dict[str, Any] = {}
@@ -85,7 +87,8 @@ def summarize(run: Path) -> Summary | None:
         state = "interrupted"
     elif target is not None and tokens is not None and tokens >= target:
         state = "complete"
-    return Summary(run, state, trainer, step, tokens, target, last.get("loss"), val_loss, disk_bytes(run), modified)
+    loss = last.get("loss")
+    return Summary(run, state, trainer, step, tokens, target, init_from, loss, val_loss, disk_bytes(run), modified)
 
 
 def _written_by_training(run: Path) -> list[Path]:
@@ -93,14 +96,14 @@ def _written_by_training(run: Path) -> list[Path]:
     return [path for path in paths if path.exists()] if (run / RECIPE).is_file() else []
 
 
-def _target_tokens(run: Path) -> int | None:
-    """Return `train.tokens` of the run's recipe; None if it cannot be read."""
+def _recipe_facts(run: Path) -> tuple[int | None, str | None]:
+    """Return `train.tokens` and `train.init_from` of the run's recipe; None if it cannot be read."""
     try:
         text = (run / RECIPE).read_text(encoding="utf-8")
         values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return parse_quantity(values["train"]["tokens"])
+        return parse_quantity(values["train"]["tokens"]), values["train"].get("init_from")
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
-        return None
+        return None, None
 
 
 def _saved_step(run: Path) -> int | None:

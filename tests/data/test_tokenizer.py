@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,3 +204,57 @@ def test_a_hub_tokenizer_offline_says_what_works(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"no-such-org/tokenizer.*HF_HUB_OFFLINE.*train:8192"):
         load_tokenizer("no-such-org/tokenizer", download_tokenizer)
+
+
+def redefined(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
+    """The same tokenizer in another form of tokenizer.json."""
+    definition = json.dumps(tokenizer.content | changes, indent=7, ensure_ascii=True).encode()
+    return Tokenizer(definition, origin="redefined")
+
+
+def test_a_tokenizer_equals_itself_in_every_form() -> None:
+    merges = TRAINED.content["model"]["merges"]
+    joined = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    pairs = [merge.split(" ") for merge in joined]
+    truncation = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    begin = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    for form in ({"model": TRAINED.content["model"] | {"merges": each}} for each in (joined, pairs)):
+        assert TRAINED.difference(redefined(TRAINED, **form)) == ""
+    assert TRAINED.difference(redefined(TRAINED, truncation=truncation, post_processor=begin)) == ""
+
+
+def test_a_tokenizer_differs_in_what_it_encodes_otherwise() -> None:
+    vocabulary, merges = TRAINED.content["model"]["vocab"], TRAINED.content["model"]["merges"]
+    names = sorted(vocabulary, key=vocabulary.get)
+    swapped = vocabulary | {names[10]: 11, names[11]: 10}
+    assert TRAINED.difference(train_tokenizer(TEXTS, 300)) == f"{TRAINED.vocab_size:,} and 300 entries"
+    moved = redefined(TRAINED, model=TRAINED.content["model"] | {"vocab": swapped})
+    assert TRAINED.difference(moved) == f"entry 10 is {names[10]!r} and {names[11]!r}"
+    reordered = redefined(TRAINED, model=TRAINED.content["model"] | {"merges": [merges[1], merges[0], *merges[2:]]})
+    assert TRAINED.difference(reordered) == "the merges differ"
+    lowered = redefined(TRAINED, normalizer={"type": "Lowercase"})
+    assert TRAINED.difference(lowered).startswith("they split ")
+
+
+def test_the_tokenizer_of_a_run_is_its_newest_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step, tokenizer in ((1, train_tokenizer(TEXTS, 300)), (2, TRAINED)):
+        folder = Path(f"runs/demo/checkpoints/step_{step:06d}")
+        folder.mkdir(parents=True)
+        tokenizer.save(folder / "tokenizer.json")
+        (folder / "config.json").write_text(json.dumps({"end_of_text_id": 7}))
+        (folder / "complete.json").touch()
+    Path("runs/demo/recipe.yaml").touch()
+    Path("runs/latest").symlink_to("demo")
+    for spec in ("demo", "runs/demo", "runs/latest", "latest", "runs/demo/checkpoints/step_000002"):
+        loaded = load_tokenizer(spec, download_tokenizer)
+        assert (loaded.sha256, loaded.end_of_text_id) == (TRAINED.sha256, 7)
+    Path("runs/fresh").mkdir()
+    Path("runs/fresh/recipe.yaml").touch()
+    with pytest.raises(DataError, match="runs/fresh has no checkpoint yet"):
+        load_tokenizer("fresh", download_tokenizer)

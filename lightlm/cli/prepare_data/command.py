@@ -30,7 +30,11 @@ def prepare_data(
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="gpt2|HUB_ID|PATH|train:N", help="Default: gpt2; for pydocs train:8192.")
+        str | None,
+        typer.Option(
+            metavar="gpt2|MODEL|PATH|train:N",
+            help="That of a run, a model folder or a Hub id; a file; or a new one. Default: gpt2; pydocs: train:8192.",
+        ),
     ] = None,
     eot: Annotated[
         str | None,

@@ -10,10 +10,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from lightlm import __version__
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.folder import read_manifest, resolve_dataset
+from lightlm.data.tokenizer import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import LightLMError
 from lightlm.quantities import format_quantity
 from lightlm.recipe import Recipe, load_run_recipe
 from lightlm.runs import run_of
+
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 _PAGE = """---
 {metadata}
@@ -58,6 +61,7 @@ def model_card(loaded: LoadedModel, out: Path, *, architecture: str, parameters:
         pipeline_tag="text-generation",
         license="unknown",
         tags=["lightlm"],
+        base_model=_base_on_hub(recipe),
         datasets=_hub_data(recipe) or None,
         model_name=loaded.name,
         eval_results=results or None,
@@ -98,7 +102,16 @@ def _origin(recipe: Recipe | None) -> Iterator[str]:
         revision = f", revision {manifest.revision}" if manifest.revision and not local else ""
         size = format_quantity(manifest.tokens("train"))
         yield f"Training data: `{source}` ({manifest.description}{revision}), {size} tokens."
+    if recipe.train.init_from is not None:
+        yield f"Finetuned from `{recipe.train.init_from}`."
     yield f"Recipe: `{recipe.name}`, {format_quantity(recipe.train.tokens)} training tokens in all."
+
+
+def _base_on_hub(recipe: Recipe | None) -> str | None:
+    """Return the id on the Hub of the model that the run started from; None if it started from another place."""
+    start = None if recipe is None else recipe.train.init_from
+    name = NAMED_MODELS.get(start, start) if start else ""
+    return name if re.fullmatch(_HUB_ID, name) and not Path(name).exists() else None
 
 
 def _hub_data(recipe: Recipe | None) -> list[str]:
@@ -109,7 +122,7 @@ def _hub_data(recipe: Recipe | None) -> list[str]:
         source = read_manifest(resolve_dataset(recipe.data.dataset)).source
     except LightLMError:
         return []
-    found = re.match(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", source)
+    found = re.match(rf"(?:hf://)?({_HUB_ID})", source)
     return [found[1]] if found and not Path(source).exists() else []
 
 
