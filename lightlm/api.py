@@ -302,7 +302,7 @@ def evaluate(
 
     Args:
         model: what `load` takes, or a loaded model, which keeps its device and precision.
-        tasks: lm-eval's tasks, groups or globs, and `heldout`; a list, or text separated by commas.
+        tasks: lm-eval's tasks, groups or globs, `heldout`, and `open_slm`; a list, or text separated by commas.
         limit: documents per task; None is all.
         num_fewshot: examples in the prompt; None is each task's default.
         batch_size: sequences in a batch, or `auto`.
@@ -324,7 +324,7 @@ def evaluate(
     own, further, sets = (None if folder is None else str(folder) for folder in (data, include_path, data_dir))
     chosen = Tasks(Settings(names, limit, num_fewshot, own, further, sets, dtype=dtype))
     chosen.require_data()
-    loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=dtype))._loaded
+    loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=chosen.dtype))._loaded
     done = evaluate_model(
         loaded, chosen, loaded.name, lambda settings: result_file(loaded, settings, None), batch_size=str(batch_size)
     )

@@ -29,7 +29,11 @@ def evaluate(
         typer.Argument(metavar="MODEL", help="Runs, checkpoints, model folders or Hub ids; default is the newest run."),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(metavar="T1,T2", help="lm-eval's tasks, groups or globs, and heldout (bits per byte, cloze).")
+        str,
+        typer.Option(
+            metavar="T1,T2",
+            help="lm-eval's tasks, groups or globs; ours: heldout (bits per byte, cloze), open_slm, small_lm.",
+        ),
     ] = "heldout",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per task, for a quick look.")] = None,
     num_fewshot: Annotated[
@@ -106,20 +110,17 @@ def evaluate(
         from lightlm.device import pick_device, pick_dtype
         from lightlm.evaluate.results.store import out_file, result_file
         from lightlm.evaluate.runner import evaluate_model
-        from lightlm.evaluate.tasks.heldout import common_folder
         from lightlm.evaluate.tasks.manager import Tasks
         from lightlm.runs import run_of
 
         target = pick_device(device)
         if target.type == "cpu":
             use_threads("auto", _note, slices=FEW_SLICES)
-        precision = pick_dtype(dtype, target)
         chosen = Tasks(settings, _note)
+        precision = pick_dtype(chosen.dtype, target)
         status.update("Reading the tasks' data ...")
         chosen.require_data()
-    folder = None
-    if chosen.read_data:
-        folder = common_folder([] if data else located, data)  # reports different folders
+    if (folder := chosen.find_data([] if data else located, data)) is not None:  # reports different folders
         _note_data(located, folder, data)
     for model in located:
         locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored

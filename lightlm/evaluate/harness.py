@@ -105,12 +105,27 @@ class LightLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        room = self.max_length + 1  # the last token is only predicted
-        self._truncation += Truncation.of(len(context) + len(answer) - room for _, context, answer in requests)
-        scores = self._score([(context, continuation) for _, context, continuation in requests], "scoring answers")
+        scores = self._score_answers([(context, continuation) for _, context, continuation in requests])
         for (texts, _, _), answer in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return scores
+
+    def loglikelihood_apart(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, int]]:
+        """Return each answer's log-likelihood and number of tokens.
+
+        Context and answer are encoded apart and without special tokens, as ArithMark-3 asks (see
+        lightlm/evaluate/tasks/arithmark.py). lm-eval's `loglikelihood` encodes them together.
+        """
+        encode = self.loaded.tokenizer.encode
+        pairs = [(encode(context), encode(answer)) for context, answer in (request.args for request in requests)]
+        scores = self._score_answers(pairs)
+        return [(nats, len(answer)) for (nats, _), (_, answer) in zip(scores, pairs, strict=True)]
+
+    def _score_answers(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Score token ids of (context, answer), and count the contexts whose beginning does not fit."""
+        room = self.max_length + 1  # the last token is only predicted
+        self._truncation += Truncation.of(len(context) + len(answer) - room for context, answer in pairs)
+        return self._score(pairs, "scoring answers")
 
     @contextlib.contextmanager
     def _bar(self, total: int, description: str) -> Iterator[Callable[[int], None]]:

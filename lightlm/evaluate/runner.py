@@ -16,11 +16,11 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.evaluate.compare.comparison import Answers, answers_of
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.one_by_one import Around, OneByOne
-from lightlm.evaluate.results import documents, store
+from lightlm.evaluate.results import board, documents, store
 from lightlm.evaluate.results.truncation import Truncation
 from lightlm.evaluate.settings import BOS, Settings
 from lightlm.evaluate.tasks.checks import describe
-from lightlm.evaluate.tasks.heldout import common_folder, without_companions
+from lightlm.evaluate.tasks.heldout import without_companions
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.patches import compiled_once, quiet
 
@@ -71,9 +71,13 @@ def run_tasks(
     path = lm.loaded.path
     tasks.for_model(lm, path, data)
     tracker = EvaluationTracker()
-    arguments = {"pretrained": str(path), "dtype": str(lm.model.embed_tokens.weight.dtype).removeprefix("torch.")}
+    dtype = str(lm.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    arguments = {"pretrained": str(path), "dtype": dtype}
+    off_protocol: list[str] = []
 
     def outcome(results: dict[str, Any]) -> Outcome:
+        if tasks.board:
+            off_protocol[:] = board.add_index(results, dtype, tasks.settings.bos)
         return Outcome(results, each.failed, each.truncated, each.chances, each.interruption)
 
     each = OneByOne(tasks.note, around, lambda results: on_done(outcome(results)))
@@ -95,7 +99,10 @@ def run_tasks(
     results["task_hashes"] = {}
     results.update(asdict(tracker.general_config_tracker))
     results["config"]["model"] = results["model_source"] = "lightlm"
-    return outcome(results)
+    final = outcome(results)
+    if off_protocol:
+        tasks.note(f"{board.BOARD} is not scored as on the leaderboard: {', '.join(off_protocol)}")
+    return final
 
 
 @dataclass(frozen=True)
@@ -147,8 +154,8 @@ def evaluate_model(
     started = saved = time.monotonic()
     weights = store.hash_weights(loaded)  # before a run that is being trained deletes them
     lm = LightLM(loaded, batch_size=batch_size, add_bos_token=BOS[tasks.settings.bos])
-    if tasks.read_data and data is None:
-        data = common_folder([loaded.path], tasks.settings.data)
+    if data is None:
+        data = tasks.find_data([loaded.path], tasks.settings.data)
     counts, settings = loaded.model.num_parameters(), tasks.settings
 
     def facts_of(outcome: Outcome) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Signals that ask a command to end: Ctrl-C, SIGTERM, a closed terminal (SIGHUP), and Windows' Ctrl-Break."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,10 +36,13 @@ def interrupted_by_signals() -> Iterator[None]:
     """Context manager and decorator in which the other signals interrupt at once, as Ctrl-C does.
 
     Only the first one does: systemd and closing terminals send two, and the second must not interrupt the cleanup.
+    Processes forked meanwhile end without a traceback: a library's pool of workers ends them by SIGTERM.
     """
-    received = []
+    received, owner = [], os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
         received.append(number)
         if len(received) == 1:
             raise KeyboardInterrupt

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightlm.evaluate.compare.table import ScoreTable
 
 _WIDE = 110  # columns of a terminal; in a narrower one, many figures break before their standard errors
+_LONG_METRIC = 18
 _NARROW_FIGURES = 3  # figures per row that fit unbroken in a narrow terminal
 
 
@@ -49,6 +50,8 @@ def print_scores(table: "ScoreTable", reports: Sequence[dict[str, Any]]) -> None
             drawn.add_column(title, justify="left" if text else "right", no_wrap=text, overflow="fold")
     for i, row in enumerate(table.rows):
         texts = [text.replace(" ", "\n", 1) if narrow and j >= fixed else text for j, text in enumerate(row)]
+        if out.width < _WIDE and len(texts[TEXT_COLUMNS - 1]) > _LONG_METRIC:  # "exact_match (flexible-extract)"
+            texts[TEXT_COLUMNS - 1] = texts[TEXT_COLUMNS - 1].replace(" (", "\n(", 1)
         if chance is not None and row[chance]:
             texts[TEXT_COLUMNS - 1] += f"\nchance {float(row[chance]):.2f}"
         texts = [escape(printable(text, out.encoding)) for text in texts]

@@ -21,6 +21,7 @@ _LEVELS = {
     "openbookqa": _FOUR,
     "sciq": _FOUR,
     "heldout_cloze": _FOUR,
+    "arithmark_3": _FOUR,
     "piqa": _TWO,
     "winogrande": _TWO,
     # Guessing reaches 0.5, but small models often give the same answer to all questions.

@@ -13,7 +13,7 @@ import numpy as np
 from lightlm.evaluate.compare import paired
 from lightlm.evaluate.compare.paired import Difference
 from lightlm.evaluate.results.documents import Document, Value
-from lightlm.evaluate.results.rows import ACCURACIES, Row, rows
+from lightlm.evaluate.results.rows import ACCURACIES, Row, folded_tasks, leaf_tasks, rows
 from lightlm.evaluate.results.truncation import UNCUT, Truncation, read_truncations
 
 NOISE = (
@@ -47,6 +47,7 @@ class Answers:
         documents: the (hash, value) of each document by its number.
         truncation: how the task's requests were cut to fit the model's context.
         chance: the accuracy that guessing reaches; None if unknown or without choices.
+        folded: tables and comparisons show a group that the task belongs to instead.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Answers:
     documents: Mapping[int, tuple[str, Value]]
     truncation: Truncation = UNCUT
     chance: float | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def answers_of(
         facts: the content of `<name>.meta.json`.
     """
     by_task = {task: list(group) for task, group in groupby(documents, lambda document: document.task)}
+    folded = folded_tasks(results)
     dtype = facts.get("dtype") or (results.get("config") or {}).get("model_dtype")
     # Which token comes before contexts depends on the tokenizer, so only whether one does is compared.
     bos = facts.get("bos")
@@ -187,14 +190,19 @@ def answers_of(
     for row in rows(dict(results)):
         version, shots = (results.get(key, {}).get(row.task) for key in ("versions", "n-shot"))
         protocol = Protocol(version, shots, str(dtype).removeprefix("torch.") if dtype else None, precedes)
+        # A group that stands for its tasks has their documents, numbered anew.
+        members = [task for task in leaf_tasks(results, row.task) if task in folded]
+        scored = [document for task in members or [row.task] for document in by_task.get(task, ())]
         values = {
-            document.doc_id: (document.doc_hash, document.metrics[row.metric])
-            for document in by_task.get(row.task, ())
+            number if members else document.doc_id: (document.doc_hash, document.metrics[row.metric])
+            for number, document in enumerate(scored)
             if row.metric in document.metrics
         }
+        if members and len(values) == len(scored):
+            row = replace(row, documents=len(values) or None)
         cut = truncations.get(row.task, UNCUT)
         chance = chances.get(row.task) if row.metric.startswith(ACCURACIES) else None
-        found.append(Answers(model, row, protocol, values, cut, chance))
+        found.append(Answers(model, row, protocol, values, cut, chance, row.task in folded))
     return found
 
 
@@ -236,7 +244,9 @@ def _columns(values: Sequence[Value]) -> tuple[paired.Floats, paired.Floats]:
 
 
 def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
-    """Compare each model with the first, for every figure that both have. Groups are skipped in favor of their tasks.
+    """Compare each model with the first, for every figure that both have.
+
+    Groups are skipped in favor of their tasks, except large ones (`folded_tasks`).
 
     Many comparisons give some small p-values by chance, so Holm's method adjusts them: of two runs that differed only
     in their seed, one of 12 figures had p = 0.012.
@@ -248,7 +258,7 @@ def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
         for answers in models[0]:
             task, metric = key = answers.row.task, answers.row.metric
             repeated = (task, _SAME_FIGURES.get(metric)) in metrics
-            if key in others and answers.row.documents is not None and not repeated:
+            if key in others and answers.row.documents is not None and not (repeated or answers.folded):
                 found.append(compare(answers, others[key]))
     tested = [i for i, comparison in enumerate(found) if comparison.difference]
     for i, p_value in zip(tested, paired.holm([found[i].p_value for i in tested]), strict=True):

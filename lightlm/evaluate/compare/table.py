@@ -20,6 +20,10 @@ MEANINGS = {
     "perplexity": "e to the power of the loss per answer",
     "acc": "share of documents whose right answer is the most likely one",
     "acc_norm": "acc with each answer's likelihood divided by its characters",
+    "acc_tokens": "acc with each answer's likelihood divided by its tokens",
+    "acc_ties": "acc with a tie counted as half",
+    "index": "the Open SLM Leaderboard's; 0 is guessing, 100 is perfect",
+    "part_index": "the index without ArithMark-3, which the leaderboard does not have",
     "acc_bytes": "acc with each answer's likelihood divided by its bytes",
     "acc_mutual_info": "acc with each answer's likelihood divided by that without the question",
     "exact_match": "share of documents answered word for word",
@@ -86,10 +90,13 @@ def count_documents(score: Score) -> str:
 
 
 def score_lines(models: Sequence[Sequence[Score]], describe: Callable[[Score], str] = count_documents) -> list[Line]:
-    """Return a line per task, metric and description of its documents; of equal scores of a model the last counts."""
+    """Return a line per task, metric and description of its documents; of equal scores of a model the last counts.
+
+    The tasks of large groups are left out in favor of the group.
+    """
     lines: dict[tuple[str, str, str], Line] = {}
     for number, scores in enumerate(models):
-        for score in scores:
+        for score in (score for score in scores if not score.answers.folded):
             key = (score.row.task, score.row.metric, describe(score))
             lines.setdefault(key, Line(*key)).scores[number] = score
     return list(lines.values())

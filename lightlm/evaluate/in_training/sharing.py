@@ -104,6 +104,9 @@ class SharedLightLM(LightLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return self._share(requests, super().loglikelihood)
 
+    def loglikelihood_apart(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, int]]:
+        return self._share(requests, super().loglikelihood_apart)
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         return self._share(requests, super().loglikelihood_rolling)
 

@@ -117,24 +117,34 @@ class DataSets:
             yield
 
 
+def why_missing(reason: str) -> str:
+    """Return the reason why a data set cannot be read, in words for users."""
+    if "OfflineModeIsEnabled" not in reason:
+        return reason
+    # The user's setting: the `offline` context, which LightLM itself enters, has ended.
+    cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no answer from {constants.ENDPOINT}"
+    return f"{cause}, and it is not in the cache"
+
+
+def fetch_command(settings: Settings, folder: Path | str | None = None) -> str:
+    """Return the command that fetches the data of these tasks, into a folder or the Hub's cache."""
+    command = f"lightlm eval --prefetch {shlex.quote(','.join(settings.tasks))}"
+    command += f" --include-path {shlex.quote(settings.include_path)}" if settings.include_path else ""
+    return command + (f" --data-dir {shlex.quote(str(folder))}" if folder else "")
+
+
 def unreadable(missing: list[tuple[Need, str]], settings: Settings, folder: Path | None) -> DataError:
     """Return the error for missing data sets: each with its tasks and reason, then how to fetch them into a cache."""
     head = "a data set cannot be read" if len(missing) == 1 else f"{len(missing)} data sets cannot be read"
     lines = [head + (f", not even from {folder}:" if folder else ":")]
     for need, reason in missing:
-        if "OfflineModeIsEnabled" in reason:
-            # The user's setting: the `offline` context, which LightLM itself enters, has ended.
-            cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no answer from {constants.ENDPOINT}"
-            reason = f"{cause}, and it is not in the cache"
-        lines.append(f"  {need.title}  for {', '.join(need.tasks)}: {reason}")
+        lines.append(f"  {need.title}  for {', '.join(need.tasks)}: {why_missing(reason)}")
     place = shlex.quote(str(folder or "DIR"))
-    command = f"  lightlm eval --prefetch {shlex.quote(','.join(settings.tasks))}"
-    command += f" --include-path {shlex.quote(settings.include_path)}" if settings.include_path else ""
     advice = [
         "With a connection, fetch them once into the Hub's cache, then set HF_HUB_OFFLINE=1:",
-        command,
+        f"  {fetch_command(settings)}",
         f"or fetch them into a folder, then give --data-dir {place} or set {DATA_DIR_VARIABLE}={place}:",
-        f"{command} --data-dir {place}",
+        f"  {fetch_command(settings, folder or 'DIR')}",
         "The task heldout needs no download.",
     ]
     return DataError("\n".join(lines if all(need.reads_files for need, _ in missing) else lines + advice))

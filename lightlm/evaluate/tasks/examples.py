@@ -5,9 +5,9 @@ from typing import Any
 
 from lightlm.errors import UsageError
 from lightlm.evaluate.settings import Settings
-from lightlm.evaluate.tasks.heldout import HELDOUT
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.patches import quiet
+from lightlm.evaluate.tasks.references import HELDOUT
 
 
 def scored_examples(names: Sequence[str]) -> dict[str, list[list[str]]]:

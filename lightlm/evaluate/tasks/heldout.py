@@ -17,9 +17,8 @@ from datasets import Dataset
 from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate.tasks import cloze
+from lightlm.evaluate.tasks.references import CLOZE, HELDOUT
 from lightlm.runs import RUNS, find_run, run_of
-
-HELDOUT, CLOZE = "heldout", "heldout_cloze"
 
 # Limits of what the cloze reads of a validation split, to keep decoding and cutting to a few seconds.
 _CLOZE_DOCUMENTS = 4000

@@ -13,14 +13,17 @@ from lm_eval.tasks import TaskManager, _factory
 
 from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors, offline
 from lightlm.errors import DataError, LightLMError, UsageError
+from lightlm.evaluate.results import board
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks.checks import describe, explain, reason_of
-from lightlm.evaluate.tasks.data_sets import DataSets, Need, unreadable
-from lightlm.evaluate.tasks.heldout import CLOZE, HELDOUT, TooFewDocumentsError, load_cloze
+from lightlm.evaluate.tasks.data_sets import DataSets, Need, fetch_command, unreadable, why_missing
+from lightlm.evaluate.tasks.heldout import NoRunError, TooFewDocumentsError, common_folder, load_cloze
 from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache, warn
 from lightlm.evaluate.tasks.patches import quiet
-from lightlm.evaluate.tasks.references import OURS as _OURS
-from lightlm.evaluate.tasks.references import TASKS, find_data_dir, unknown_task
+from lightlm.evaluate.tasks.references import CLOZE, HELDOUT, SELECTIONS, TASKS, find_data_dir, unknown_task
+from lightlm.evaluate.tasks.references import SELF_CONTAINED as _OURS
+
+_BLIMP_TIES = "blimp_ties"  # scores BLiMP's own tasks with another metric beside theirs
 
 
 class _Described(ConfigurableTask):
@@ -88,7 +91,9 @@ class Tasks(TaskManager):
         note: called once with each note for the user.
 
     Attributes:
-        names: the chosen tasks.
+        names: the chosen tasks. Those that a selection such as `open_slm` may miss leave it, with a note, once their
+            data cannot be read.
+        board: whether the leaderboard's index is asked for.
 
     Raises:
         UsageError: a name matches no task, heldout is to have examples in its prompt, or a folder
@@ -106,7 +111,16 @@ class Tasks(TaskManager):
         self._about_model = {"pretrained": ""} | ({"data": settings.data} if settings.data else {})
         with index_from_cache(include_stock=not set(settings.tasks) <= _OURS):
             super().__init__(include_path=folders, metadata=self._about_model)
-        self.names = [match for name in settings.tasks for match in self._match(name)]
+        chosen = [SELECTIONS[name] for name in settings.tasks if name in SELECTIONS]
+        self.board = any(set(board.PARTS) <= set(selection.tasks) for selection in chosen)
+        self.names = list(dict.fromkeys(match for name in settings.tasks for match in self._match(name)))
+        if _BLIMP_TIES in self.names:  # with it come the others' figures
+            self.names = [name for name in self.names if name == _BLIMP_TIES or not name.startswith("blimp")]
+        # Optional in all selections that have them, and not named by themselves.
+        required = {task for selection in chosen for task in selection.tasks if task not in selection.optional}
+        required.update(match for name in settings.tasks if name not in SELECTIONS for match in self._match(name))
+        self._optional = [name for name in self.names if name not in required]
+        self._left_out = set[str]()
         self._cloze_optional = HELDOUT in self.names and CLOZE not in self.names
         if self._cloze_optional:
             self.names.insert(self.names.index(HELDOUT) + 1, CLOZE)
@@ -123,10 +137,47 @@ class Tasks(TaskManager):
 
     @property
     def foreign(self) -> list[str]:
-        """The chosen names without ours, which get their data from the model's run."""
-        return [name for name in self.names if name not in _OURS]
+        """The chosen names without those that get their data from the model's run."""
+        return [name for name in self.names if name not in (HELDOUT, CLOZE)]
+
+    @property
+    def dtype(self) -> str:
+        """The precision to load models in: what the settings say, and the leaderboard's instead of `auto`."""
+        return board.DTYPE if self.board and self.settings.dtype == "auto" else self.settings.dtype
+
+    def find_data(self, models: Sequence[str | Path | None], data: str | None = None) -> Path | None:
+        """Return the folder of heldout's documents for these models (see `common_folder`); None if none is needed.
+
+        Raises:
+            UsageError: the models' runs have different folders.
+            DataError: there is no folder, unless heldout may be left out.
+        """
+        if not self.read_data:
+            return None
+        try:
+            return common_folder(models, data)
+        except NoRunError as error:
+            if HELDOUT not in self._optional:
+                raise
+            self._leave_out(HELDOUT, str(error))
+            return None
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        """Score the other tasks without this one, which is optional, and say so."""
+        self._left_out |= {name, CLOZE} if name == HELDOUT else {name}
+        self.names = [other for other in self.names if other not in self._left_out]
+        self.note(f"{', '.join(self.settings.tasks)}: {name} is left out: {reason}")
+
+    def _leave_out_unreadable(self) -> None:
+        """Leave out optional tasks whose data cannot be read."""
+        for name in [name for name in self.names if name in self._optional and name != HELDOUT]:
+            if missing := next(self._unread([name]), None):
+                (need, reason), command = missing, fetch_command(self.settings, self.data_sets.folder)
+                self._leave_out(name, f"{need.title}: {why_missing(reason)}; with a connection, `{command}` fetches it")
 
     def _match(self, name: str) -> list[str]:
+        if name in SELECTIONS:
+            return list(SELECTIONS[name].tasks)
         if name.endswith(".yaml") and Path(name).is_file():
             return [name]
         if matches := self.match_tasks([name]):
@@ -152,7 +203,8 @@ class Tasks(TaskManager):
             DataError: tasks cannot be built (the message lists all, with the data sets that cannot be read), or a task
                 needs a package that is missing.
         """
-        names = list(task_list)
+        self._leave_out_unreadable()
+        names = [name for name in task_list if name not in self._left_out]
         if self._cloze_optional and CLOZE in names and (problem := self._cloze_problem()):
             names.remove(CLOZE)
             self.note(problem)
@@ -191,8 +243,8 @@ class Tasks(TaskManager):
             f"{CLOZE} is left out: its endings have up to {longest} tokens, the model's context {self._lm.max_length}"
         )
 
-    def needs(self) -> list[Need]:
-        """Return the data sets that the tasks read, each once, without loading any.
+    def needs(self, names: Sequence[str] | None = None) -> list[Need]:
+        """Return the data sets that the tasks read, each once, without loading any. None: those of all chosen tasks.
 
         Data that a task makes itself, such as heldout, or fetches with code of its own are not included.
 
@@ -206,7 +258,7 @@ class Tasks(TaskManager):
             mock.patch.object(self, "_factory", _Describer(meta=self._about_model)),
             mock.patch.object(_factory, "ConfigurableTask", _Described),
         ):
-            tasks = super().load(self.names)["tasks"]
+            tasks = super().load(self.names if names is None else list(names))["tasks"]
         for task_name, task in tasks.items():
             config, source = task.config, task.source
             path = config.dataset_path or getattr(source, "DATASET_PATH", None)
@@ -237,20 +289,25 @@ class Tasks(TaskManager):
         Raises:
             DataError: some cannot be read; see also `needs`.
         """
+        self._leave_out_unreadable()
         if missing := self._missing():
             self.load(self.foreign)  # raises, with what else is wrong with the tasks
             raise unreadable(missing, self.settings, self.data_sets.folder)
 
     def _missing(self) -> list[tuple[Need, str]]:
         """Return the data sets that cannot be read, each with the reason."""
-        missing = []
-        with quiet(), self._without_retries(needs := self.needs()):
-            for need in needs:
+        return list(self._unread(self.names))
+
+    def _unread(self, names: Sequence[str]) -> Iterator[tuple[Need, str]]:
+        needs = self.needs(names)
+        for need in needs:
+            with quiet(), self._without_retries(needs):
                 try:
                     self.data_sets.load(need.path, need.name, **need.options)
+                    continue
                 except hub_errors() as error:
-                    missing.append((need, first_line(error)))
-        return missing
+                    reason = first_line(error)
+            yield need, reason
 
     def _without_retries(self, needs: list[Need]) -> contextlib.AbstractContextManager[object]:
         """Make `datasets` use its cache at once if the Hub does not answer; otherwise it retries for 30 s."""

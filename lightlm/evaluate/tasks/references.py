@@ -9,16 +9,35 @@ import importlib.util
 import json
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import xxhash
 
 from lightlm.errors import UsageError
+from lightlm.evaluate.results.board import ARITHMARK, BOARD, PARTS
 from lightlm.evaluate.settings import Settings
 
+
+@dataclass(frozen=True)
+class Selection:
+    """Tasks under one name. Args: optional: those that are left out, with a note, if their data cannot be read."""
+
+    tasks: tuple[str, ...]
+    optional: frozenset[str]
+
+
+HELDOUT, CLOZE = "heldout", "heldout_cloze"
+_BESIDE_BOARD = ("blimp_ties", "lambada_openai", HELDOUT)  # what the index does not show: language, not arithmetic
+SELECTIONS = {
+    BOARD: Selection(tuple(PARTS), frozenset([ARITHMARK])),
+    "small_lm": Selection((*PARTS, *_BESIDE_BOARD), frozenset([ARITHMARK, *_BESIDE_BOARD])),
+}
+
 TASKS = Path(__file__).parent / "yaml"  # ours, for lm-eval's TaskManager(include_path=...)
-OURS = frozenset(path.stem for path in TASKS.glob("*.yaml"))
+OURS = frozenset([*(path.stem for path in TASKS.glob("*.yaml")), *SELECTIONS])
+SELF_CONTAINED = frozenset([HELDOUT, CLOZE, ARITHMARK])  # those of ours that use none of lm-eval's tasks
 DATA_DIR_VARIABLE = "LIGHTLM_EVAL_DATA"
 
 

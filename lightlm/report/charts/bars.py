@@ -16,7 +16,7 @@ from lightlm.report.record import Record
 from lightlm.report.scores import score_lines, widest
 
 # The first of these that a task has is drawn; heldout_cloze tells small models apart by mutual information.
-_METRICS = ("acc_mutual_info", "acc_norm", "acc", "exact_match")
+_METRICS = ("acc_mutual_info", "acc_tokens", "acc_ties", "acc_norm", "acc", "exact_match")
 _IN_A_CHART = 6  # tasks, whose names fit below their bars
 _GROUP = 0.84  # width of a task's bars and marks; neighboring tasks are 1 apart
 _BARS = 0.74  # share of that width for the bars if published scores stand to their right
