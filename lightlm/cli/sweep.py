@@ -11,6 +11,7 @@ from lightlm.errors import UsageError
 if TYPE_CHECKING:
     from lightlm.sweep.engine import Ending, Overview
     from lightlm.sweep.table import Results
+    from lightlm.sweep.values import Range
 
 _NAME_KEYS = 4  # swept keys in a sweep's default name
 
@@ -24,7 +25,8 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="key=a,b,c",
-            help="Values to try, such as optimizer.lr=1e-3,3e-3; with one value, a change of all runs.",
+            help="Values to try, such as optimizer.lr=1e-3,3e-3; with one value, a change of all runs. With --search "
+            "also ranges: optimizer.lr=1e-4..1e-2.",
         ),
     ] = None,
     seeds: Annotated[
@@ -43,6 +45,10 @@ def sweep(
     minutes: Annotated[
         float | None,
         typer.Option(metavar="M", help="Train each run for about M minutes, in place of train.tokens."),
+    ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Draw N combinations by optuna instead of running all of a grid."),
     ] = None,
     metric: Annotated[
         str | None, typer.Option(metavar="KEY", help="Metric of metrics.jsonl to compare [default: val_loss].")
@@ -75,7 +81,7 @@ def sweep(
         raise UsageError(f"--minutes {minutes:g}: it must be a number above 0")
 
     from lightlm.cli.displays.sweep import SweepDisplay
-    from lightlm.sweep.cells import choose_seeds, grid
+    from lightlm.sweep.cells import choose_seeds, contestant, grid
     from lightlm.sweep.run import Limits, Sweep
     from lightlm.sweep.values import read_duration, read_settings
 
@@ -87,23 +93,55 @@ def sweep(
     if minutes is not None and "train.tokens" in lists:
         raise UsageError("--minutes and train.tokens both set the length of a run; leave one out")
     chosen_seeds = choose_seeds(recipe, lists, seeds)
-    contestants = grid(recipe, lists)
-    path = _folder(name, recipe, [key for key, values in lists.items() if len(values) > 1])
+    space = _space(lists, search=search is not None)
+    fixed = [f"{key}={values[0]}" for key, values in lists.items() if key not in space]
+    contestants = [contestant(recipe, {}, fixed)] if search else grid(recipe, lists)
+    path = _folder(name, recipe, [*space, *(["search"] if search else [])])
     limits, display = Limits(jobs, seconds, minutes), SweepDisplay()
     if dry_run:
         planned = Sweep.peek(path, limits, watch=display)
         planned.add(contestants, chosen_seeds)
         _print_plan(path, planned.overview(), as_json)
         return
-    with Sweep.open(path, limits, overwrite=overwrite, watch=display) as opened:
-        opened.add(contestants, chosen_seeds)
-        with display:
+    with Sweep.open(path, limits, overwrite=overwrite, watch=display) as opened, display:
+        if search:
+            from lightlm.sweep.search import run_search
+
+            ending = run_search(opened, recipe, space, fixed, chosen_seeds, search, metric)
+        else:
+            opened.add(contestants, chosen_seeds)
             ending = opened.run()
+        display.stop()
         results = opened.results(metric, baseline)
         plots = _draw(results)
         overview = opened.overview()
-    _print(results, plots, as_json)
+    _print(results, plots, as_json, best_first=search is not None)
     _conclude(path, ending, overview)
+
+
+def _space(settings: "dict[str, list[str]]", *, search: bool) -> "dict[str, Range | list[str]]":
+    """Return what varies: the keys with several values, and those with a range.
+
+    Raises:
+        UsageError: a range is given without a search, a range is empty or in a list, or a search has nothing to vary.
+    """
+    from lightlm.sweep.values import read_range
+
+    space: dict[str, Range | list[str]] = {}
+    for key, values in settings.items():
+        try:
+            ranges = [found for value in values if (found := read_range(value)) is not None]
+        except ValueError as error:
+            raise UsageError(f"{key}: {error}") from None
+        if ranges and not search:
+            raise UsageError(f"{key}={values[0]} is a range; add --search N to draw from it, or list its values")
+        if ranges and len(values) > 1:
+            raise UsageError(f"{key}={','.join(values)}: give one range, or a list of values")
+        if ranges or len(values) > 1:
+            space[key] = ranges[0] if ranges else list(dict.fromkeys(values))
+    if search and not space:
+        raise UsageError("--search needs something to vary, such as optimizer.lr=1e-4..1e-2")
+    return space
 
 
 def _folder(name: str | None, recipe: str, keys: list[str]) -> Path:
@@ -145,13 +183,13 @@ def _draw(results: "Results") -> dict[str, str]:
         return {}
 
 
-def _print(results: "Results", plots: dict[str, str], as_json: bool) -> None:
+def _print(results: "Results", plots: dict[str, str], as_json: bool, *, best_first: bool = False) -> None:
     if as_json:
         print_json(results.to_dict() | {"plots": plots})
         return
     from lightlm.cli.displays.sweep import print_results
 
-    print_results(results, plots, best_first=False)
+    print_results(results, plots, best_first=best_first)
 
 
 def _conclude(path: Path, ending: "Ending", overview: "Overview") -> None:

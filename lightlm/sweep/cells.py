@@ -112,7 +112,7 @@ def resolve(contestants: Sequence[Contestant], seeds: Sequence[int], note: Calla
     """Return each contestant's recipe by name, with the first seed. Of equal ones, the first stays, with a note.
 
     Raises:
-        UsageError: there is no contestant, or two have one name.
+        UsageError: there is no contestant, or two different ones have one name.
         RecipeError: recipes have mistakes; the message lists those of all.
     """
     if not contestants or not seeds:
@@ -120,7 +120,10 @@ def resolve(contestants: Sequence[Contestant], seeds: Sequence[int], note: Calla
     recipes: dict[str, Recipe] = {}
     mistakes: dict[str, None] = {}
     names: dict[str, str] = {}
+    seen: dict[str, Contestant] = {}
     for entry in contestants:
+        if seen.setdefault(entry.name, entry) != entry:
+            raise UsageError(f"two contestants are named '{entry.name}'; rename one")
         folder = Cell(entry, 0).name.casefold()
         if folder in names and names[folder] != entry.name:
             raise UsageError(f"the runs of '{names[folder]}' and '{entry.name}' would have one name; rename one")

@@ -8,6 +8,7 @@ with Sweep.open(Path("sweeps/rates"), watch=watch) as sweep:
 
 import contextlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,8 +49,9 @@ class Sweep:
 
     def __init__(self, folder: SweepFolder, definition: Definition, limits: Limits, watch: Watch, start: Start) -> None:
         """Take the parts of a sweep; see `open`."""
-        self.folder, self.definition = folder, definition
-        self._limits, self._watch, self._start = limits, watch, start
+        self.folder, self.definition, self.watch = folder, definition, watch
+        self._limits, self._start = limits, start
+        self._ends = None if limits.budget is None else time.monotonic() + limits.budget
         self._recipes: dict[str, Recipe] = {}
         self._cells: dict[str, Cell] = {}
         self._places: list[dict[str, str]] | None = None
@@ -103,7 +105,7 @@ class Sweep:
             UsageError: a contestant of this name has other settings in this sweep.
             LightLMError: a recipe needs a device, a task or data that is missing.
         """
-        recipes = resolve(contestants, seeds, self._watch.note)
+        recipes = resolve(contestants, seeds, self.watch.note)
         check_needs(recipes)
         chosen = list({entry.name: entry for entry in contestants if entry.name in recipes}.values())
         try:
@@ -115,6 +117,11 @@ class Sweep:
         self._cells |= {cell.name: cell for cell in cells}
         if self.definition.metric is None and _tokenizers(recipes.values()) > 1:
             self.definition.metric = ACROSS_TOKENIZERS
+
+    @property
+    def jobs(self) -> int:
+        """How many runs there are at a time; 1 until the first call of `run` has looked at the machine."""
+        return len(self._places) if self._places else self._limits.jobs or 1
 
     @property
     def cells(self) -> list[Cell]:
@@ -150,7 +157,7 @@ class Sweep:
         if self.definition.minutes is not None:
             for name, recipe in self._recipes.items():
                 if name not in self.definition.tokens:
-                    self._watch.note(f"timing a few steps of '{name}'")
+                    self.watch.note(f"timing a few steps of '{name}'")
                     tokens = fitting_tokens(recipe, self.definition.minutes, self._places[0])
                     entry = self.definition.entries[name].contestant
                     load_recipe(entry.recipe, [*entry.changes, f"train.tokens={tokens}"], lambda note: None)
@@ -173,8 +180,8 @@ class Sweep:
             tokens,
             changes=self._changes,
             places=self._places,
-            budget=self._limits.budget,
-            watch=self._watch,
+            budget=None if self._ends is None else self._ends - time.monotonic(),
+            watch=self.watch,
             start=self._start,
         )
 

@@ -39,6 +39,10 @@ class SweepDisplay(Watch, contextlib.AbstractContextManager["SweepDisplay"]):
         self._live: Live | None = None
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Remove the live table."""
         if self._live is not None:
             self._live.stop()
             self._live = None
