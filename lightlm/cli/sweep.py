@@ -101,7 +101,7 @@ def sweep(
     if dry_run:
         planned = Sweep.peek(path, limits, watch=display)
         planned.add(contestants, chosen_seeds)
-        _print_plan(path, planned.overview(), as_json)
+        _print_plan(path, planned.overview(), search or 0, as_json)
         return
     with Sweep.open(path, limits, overwrite=overwrite, watch=display) as opened, display:
         if search:
@@ -217,11 +217,11 @@ def _conclude(path: Path, ending: "Ending", overview: "Overview") -> None:
         raise typer.Exit(1)
 
 
-def _print_plan(path: Path, overview: "Overview", as_json: bool) -> None:
-    """Print the runs of a sweep and their states."""
+def _print_plan(path: Path, overview: "Overview", draws: int, as_json: bool) -> None:
+    """Print the runs of a sweep and their states; those of a search are not known yet."""
     if as_json:
         runs = [{"name": row.cell.name, "state": row.state, "changes": row.cell.changes} for row in overview.rows]
-        print_json({"folder": str(path), "runs": runs, "seconds_left": overview.left})
+        print_json({"folder": str(path), "runs": runs, "draws": draws, "seconds_left": overview.left})
         return
     from rich.box import SIMPLE_HEAD
 
@@ -231,4 +231,5 @@ def _print_plan(path: Path, overview: "Overview", as_json: bool) -> None:
     print_table(rows, "run", "state", "changes", whole=[0, 1], box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     left = overview.count("waiting", "interrupted", "failed")
     time = f"about {duration(overview.left)}" if overview.left else "`lightlm plan` measures the time of one"
-    out.print(f"{left} of {len(overview.rows)} runs to go in {path}; {time}", soft_wrap=True, markup=False)
+    then = f", then {draws} draws" if draws else ""
+    out.print(f"{left} of {len(overview.rows)} runs to go in {path}{then}; {time}", soft_wrap=True, markup=False)

@@ -23,6 +23,7 @@ from lightlm.runs.metrics import METRICS, last_metrics
 from lightlm.sweep.cells import Cell, Contestant
 
 SWEEPS = Path("sweeps")
+_FILE = "sweep.json"  # a folder with this file is a sweep
 State = Literal["waiting", "running", "done", "diverged", "failed", "interrupted"]
 STATES: tuple[State, ...] = get_args(State)
 # How a process may have ended. A done or diverged run is never repeated; the others are tried again.
@@ -149,6 +150,8 @@ class SweepFolder:
     def held(self, *, overwrite: bool = False) -> Iterator[None]:
         """Context manager that creates the folder and keeps other sweeps out of it.
 
+        A folder in which no sweep has begun when the context ends is removed.
+
         Args:
             overwrite: delete the sweep that is there.
 
@@ -165,12 +168,17 @@ class SweepFolder:
             files.remove_folder(self.path)
         self.runs.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
-            yield
+            try:
+                yield
+            finally:
+                if not (self.path / _FILE).is_file() and self._is_sweep():
+                    with contextlib.suppress(OSError):  # Windows deletes no folder whose lock is open
+                        files.remove_folder(self.path)
 
     def _is_sweep(self) -> bool:
         """Return whether the folder is a sweep's, or holds at most what the start of one leaves when it is killed."""
         entries = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
-        return (self.path / "sweep.json").is_file() or set(entries) <= {"runs"}
+        return (self.path / _FILE).is_file() or (set(entries) <= {"runs"} and not any(self.runs.glob("*")))
 
     def read(self) -> Definition | None:
         """Return what the sweep runs, or None for a new one.
@@ -178,7 +186,7 @@ class SweepFolder:
         Raises:
             CheckpointError: sweep.json cannot be read.
         """
-        path = self.path / "sweep.json"
+        path = self.path / _FILE
         if not path.is_file():
             return None
         try:
@@ -190,9 +198,7 @@ class SweepFolder:
             ) from None
 
     def write(self, definition: Definition) -> None:
-        files.write_text(
-            self.path / "sweep.json", json.dumps(definition.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        )
+        files.write_text(self.path / _FILE, json.dumps(definition.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
     def run(self, cell: Cell) -> Path:
         """Return the folder of a cell's run, which need not exist."""
@@ -257,9 +263,9 @@ def find_sweep(reference: str) -> SweepFolder:
         UsageError: there is none.
     """
     for path in (SWEEPS / reference, Path(reference)):
-        if (path / "sweep.json").is_file():
+        if (path / _FILE).is_file():
             return SweepFolder(path)
-    there = ", ".join(sorted(path.parent.name for path in SWEEPS.glob("*/sweep.json"))) or "none"
+    there = ", ".join(sorted(path.parent.name for path in SWEEPS.glob(f"*/{_FILE}"))) or "none"
     raise UsageError(f"no sweep at {SWEEPS / reference}; sweeps here: {there}")
 
 

@@ -53,6 +53,9 @@ SHORT = (*GRID, "train.tokens=1000")
         (("tiny.yaml", "--minutes", "0"), ("--minutes 0: it must be",)),
         (("tiny.yaml", "--minutes", "2", "train.tokens=1M"), ("both set the length",)),
         (("tiny.yaml", "--name", "a/b"), ("--name a/b",)),
+        (("tiny.yaml", "optimizer.lr=1e-3..1e-2"), ("is a range; add --search N",)),
+        (("tiny.yaml", "optimizer.lr=1e-2..1e-3", "--search", "3"), ("is an empty range",)),
+        (("tiny.yaml", "optimizer.lr=1e-3", "--search", "3"), ("--search needs something to vary",)),
         (("tinny.yaml", "optimizer.lr=1,2"), ("no recipe at tinny.yaml",)),
         (("--show", "nothing"), ("no sweep at sweeps/nothing",)),
         (("tiny.yaml", "--show", "nothing"), ("takes no recipe",)),
@@ -61,7 +64,22 @@ SHORT = (*GRID, "train.tokens=1000")
 def test_a_mistake_is_one_message_and_leaves_nothing(lightlm, fleet, arguments, parts):
     lightlm("sweep", *arguments).assert_one_message(*parts)
     assert fleet.started == []
-    assert not list(Path("sweeps").glob("*/sweep.json"))
+    assert not list(Path("sweeps").glob("*"))
+
+
+def test_a_search_without_optuna_says_how_to_get_it(lightlm, fleet, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    outcome = lightlm("sweep", *SHORT[:1], *SHORT[2:], "optimizer.lr=1e-3..1e-2", "--search", "3")
+    outcome.assert_one_message("--search needs optuna: pip install 'lightlm[search]'")
+
+
+def test_a_search_prints_the_best_first(lightlm, fleet):
+    pytest.importorskip("optuna", reason="optuna is not installed: pip install 'lightlm[search]'")
+    outcome = lightlm("sweep", *SHORT[:1], *SHORT[2:], "optimizer.lr=1e-3..1e-2", "--search", "3", "--json")
+    document = json.loads(outcome.stdout)
+    assert document["contestants"][0]["name"] == "recipe"
+    assert len(document["contestants"]) == 4
+    assert document["folder"] == "sweeps/tiny-lr-search"
 
 
 def test_a_dry_run_lists_the_runs_and_makes_nothing(lightlm, fleet):
