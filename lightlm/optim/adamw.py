@@ -34,7 +34,7 @@ class AdamWSettings(OptimizerSection):
     scalar_betas: Betas | None = Field(
         default=None, description="betas of norms, biases, multipliers and residual scales. null takes betas."
     )
-    beta2_half_life: Annotated[Tokens, Field(gt=0)] | None = Field(
+    beta2_half_life: Annotated[Tokens, Field(gt=0, le=10**15)] | None = Field(
         default=None,
         description="Tokens after which a squared gradient counts half in the second moment, where a beta2 is null: "
         "beta2 = 0.5 ** (tokens of the step's batch / beta2_half_life). It keeps its meaning in any batch size (arXiv "
