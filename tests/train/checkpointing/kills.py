@@ -30,9 +30,11 @@ from tests.train.watch import comparable
 
 REMOVALS = ("os.rename", "os.remove", "os.rmdir")  # about ten a save: the folder, the pointer, the pruned checkpoint
 OPERATIONS = (*REMOVALS, "os.mkdir", "os.symlink", "open")  # about thirty
-# 24 steps, a checkpoint every 2, a milestone every 8, validation every 12.
+# 24 steps, a checkpoint every 2, a milestone every 8, validation every 12. The optimizer has all kinds of state.
 RECIPE = (
     "tiny.yaml",
+    "optimizer={name: normuon, lr: 1e-2, momentum_start: 0.85, momentum_end: 0.9, beta2_half_life: 2K}",
+    "schedule.weight_decay=cosine",
     "train.tokens=6144",
     "checkpoint.every=512",
     "checkpoint.keep_every=2048",
