@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.choices import check_weights
 from lightlm.convert.load import find_start, load_pretrained
 from lightlm.cpu import restored_threads
 from lightlm.data.folder import DataFolder
@@ -173,7 +174,9 @@ class Model:
         return [TextScore(total, len(ids) - 1, len(text.encode())) for total, ids, text in facts]
 
 
-def load(model: PathLike | None = None, *, device: str = "auto", dtype: str = "float32") -> Model:
+def load(
+    model: PathLike | None = None, *, device: str = "auto", dtype: str = "float32", weights: str | None = None
+) -> Model:
     """Load a model.
 
     Args:
@@ -181,13 +184,16 @@ def load(model: PathLike | None = None, *, device: str = "auto", dtype: str = "f
             newest run's newest checkpoint.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` (bfloat16 where it is fast).
+        weights: `ema` or `raw`, the average or the last weights of a run with `train.ema`; None is the average if any.
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
         ConvertError: a Hugging Face model that LightLM cannot represent.
     """
+    check_weights(weights)
     target = pick_device(device)
-    return Model(load_pretrained(None if model is None else str(model), target, pick_dtype(dtype, target)))
+    name = None if model is None else str(model)
+    return Model(load_pretrained(name, target, pick_dtype(dtype, target), weights))
 
 
 def prepare(

@@ -1,7 +1,10 @@
 """The checkpoint folder: its format, and how to write, check and load it.
 
-    checkpoints/step_000100/model.safetensors config.json tokenizer.json [training_state.pt] complete.json
+    checkpoints/step_000100/model.safetensors config.json tokenizer.json
+                            [raw.safetensors] [training_state.pt] complete.json
     checkpoints/latest -> step_000100
+
+With `train.ema`, `model.safetensors` is the average of the weights, and `raw.safetensors` the last ones.
 
 `complete.json` is written last and lists every file's size and xxh3 checksum: a folder without it is not a checkpoint.
 Importing this module is cheap, because its functions import torch: a missing checkpoint is reported at once.
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
     from lightlm.model.transformer import Transformer
 
 TRAINING_STATE = "training_state.pt"
-_MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
+MODEL_WEIGHTS, RAW_WEIGHTS = "model.safetensors", "raw.safetensors"
+_MODEL_FILES = (MODEL_WEIGHTS, "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # DistributedDataParallel's and torch.compile's prefixes
 
@@ -115,12 +119,19 @@ def write_checkpoint(
     config: ModelConfig,
     tokenizer: Tokenizer,
     training_state: dict[str, Any] | None = None,
+    raw: dict[str, Tensor] | None = None,
     *,
     milestone: bool = False,
 ) -> Path:
-    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path. A milestone is never pruned."""
+    """Write `checkpoints/step_...` of a run, point `latest` to it and return its path. A milestone is never pruned.
+
+    Args:
+        raw: the last weights, where `weights` is an average.
+    """
     path = run / "checkpoints" / step_name(step)
     with files.new_folder(path, overwrite=True) as folder:
+        if raw is not None:
+            _save_weights(raw, folder / RAW_WEIGHTS)
         _fill(folder, weights, config, tokenizer, training_state, milestone)
     files.point_to(path.parent / "latest", path.name)
     return path
@@ -143,11 +154,10 @@ def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, *, overwrit
 def _fill(
     folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, state: Any, milestone: bool
 ) -> None:
-    """Write a checkpoint's files, then its marker."""
+    """Write a checkpoint's files, then its marker, which lists all files in the folder."""
     import torch
-    from safetensors.torch import save_file
 
-    save_file(clean_state(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    _save_weights(weights, folder / MODEL_WEIGHTS)
     values = {"model_type": "lightlm", "lightlm_version": __version__, "end_of_text_id": tokenizer.end_of_text_id}
     values["model"] = config.to_dict()
     if tokenizer.bos_id is not None or tokenizer.adds_bos:  # an imported model's
@@ -160,6 +170,12 @@ def _fill(
     marker: dict[str, Any] = {"milestone": True} if milestone else {}
     marker["files"] = {file.name: {"bytes": file.stat().st_size, "xxh3": files.checksum(file)} for file in listed}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(clean_state(weights), path, metadata={"format": "pt"})
 
 
 def clean_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,11 +195,7 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
             f"{folder} is not a complete checkpoint: {MARKER} is missing, so writing it was interrupted; "
             "use another checkpoint of the run, or delete this folder"
         )
-    try:
-        entries = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        listing = {name: (entry["bytes"], entry["xxh3"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is not a list of files") from None
+    listing = _listing(folder)
     if unlisted := [name for name in names or _MODEL_FILES if name not in listing]:
         raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it does not list {unlisted[0]}")
     for name in names or listing:
@@ -198,16 +210,45 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
             raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {MARKER}")
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+def _listing(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size and checksum of each file that a complete checkpoint's marker lists."""
+    try:
+        entries = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        return {name: (entry["bytes"], entry["xxh3"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpointError(f"{folder / MARKER} is damaged: it is not a list of files") from None
+
+
+def has_average(folder: Path) -> bool:
+    """Return whether a checkpoint holds an average of the weights beside the last ones."""
+    return (folder / MARKER).is_file() and RAW_WEIGHTS in _listing(folder)
+
+
+def load_weights(folder: Path, name: str = MODEL_WEIGHTS) -> dict[str, Tensor]:
+    """Verify and load a file of weights."""
+    check(folder, [name])
+    from safetensors.torch import load_file
+
+    return load_file(folder / name)
+
+
+def load_model(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: str | None = None,
+) -> LoadedModel:
     """Verify and load a checkpoint folder of LightLM's own format; the model is in evaluation mode.
 
     Args:
         dtype: precision of the weights; float32 unless given.
+        weights: `ema` or `raw`, for a checkpoint that has both; None is the average where there is one.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, or its weights do not fit its configuration.
     """
-    check(folder, _MODEL_FILES)
+    file = RAW_WEIGHTS if weights == "raw" else MODEL_WEIGHTS
+    check(folder, (file, *_MODEL_FILES[1:]))
     import torch
     from safetensors.torch import load_file
 
@@ -215,9 +256,16 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     # A tokenizer.json does not name the token that ends a text: that of SmolLM2-Instruct is not <|endoftext|>.
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
     tokenizer.bos_id, tokenizer.adds_bos = config.get("bos_token_id"), config.get("adds_bos", False)
-    state = load_file(folder / "model.safetensors")
-    model = build_model(shape, state, str(folder)).to(device=device, dtype=dtype or torch.float32)
-    return LoadedModel(model.eval(), tokenizer, folder, (folder / "model.safetensors",))
+    model = build_model(shape, load_file(folder / file), str(folder)).to(device=device, dtype=dtype or torch.float32)
+    return LoadedModel(model.eval(), tokenizer, folder, (folder / file,))
+
+
+def no_average(path: Path) -> CheckpointError:
+    """Return the error for a choice of weights where there is one set of them."""
+    return CheckpointError(
+        f"{path} holds one set of weights; only checkpoints of a run with train.ema hold two, an average and the last "
+        "ones. Leave out the choice of weights"
+    )
 
 
 def read_shape(folder: Path) -> ModelConfig:

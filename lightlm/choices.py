@@ -1,10 +1,11 @@
-"""Names of devices and precisions, checked without torch: a wrong one is reported before torch is imported."""
+"""Names of devices, precisions and weights, checked without torch: a wrong one is reported before torch is imported."""
 
 import re
 
 from lightlm.errors import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("ema", "raw")  # of a checkpoint with two sets: the average of the weights, and the last ones
 _DEVICE = re.compile(r"auto|(cpu|mps)(:0)?|cuda(:\d+)?")
 
 
@@ -18,3 +19,9 @@ def check_dtype(name: str) -> None:
     """Raise UsageError unless this is `auto` or the name of a precision."""
     if name != "auto" and name not in DTYPES:
         raise UsageError(f"unknown dtype '{name}'; use auto, {', '.join(DTYPES)}")
+
+
+def check_weights(name: str | None) -> None:
+    """Raise UsageError unless this is None or names weights."""
+    if name is not None and name not in WEIGHTS:
+        raise UsageError(f"--weights {name}: use {' or '.join(WEIGHTS)}")

@@ -1,12 +1,13 @@
 """`lightlm convert`: models between LightLM's checkpoints and other formats."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lightlm.cli.console import console, out, print_json, print_table
-from lightlm.convert.formats import FORMATS, Format, convert_model, format_named, format_of, reader_of
+from lightlm.convert.formats import FORMATS, Format, convert_model, format_named, format_of, read_model, reader_of
 from lightlm.errors import UsageError
 
 _READ = ", ".join(known.name for known in FORMATS.values() if known.reads)
@@ -46,6 +47,17 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")] = "float32",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ema|raw",
+            help="Average or last weights of a run with train.ema. [dim]Default: ema[/]",
+            show_default=False,
+        ),
+    ] = None,
+    average: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Write the mean of the run's newest N checkpoints.")
+    ] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists at --out.")] = False,
     fold: Annotated[
         bool,
@@ -73,11 +85,12 @@ def convert(
         return
     writer = format_named("--to", to) if to is not None else None
     reader = format_named("--from", from_) if from_ is not None else None
-    from lightlm.choices import DTYPES
+    from lightlm.choices import DTYPES, check_weights
     from lightlm.convert.load import locate, with_model
 
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: unknown precision; use {', '.join(DTYPES)}")
+    check_weights(weights)
     source = locate(model)
     if reader is not None and not reader.detect(source):
         raise UsageError(f"--from {reader.name}: {source} is not in that format; leave --from out to detect the format")
@@ -85,21 +98,33 @@ def convert(
     writer = writer or FORMATS["hf" if reader.name == "lightlm" and not fold else "lightlm"]
     if fold and writer.folds:
         raise UsageError(f"--fold: a conversion to {writer.name} always folds; leave it out")
-    if reader.name == writer.name and not fold:
+    variant = (f"-average{average}" if average > 1 else "") + (f"-{weights}" if weights else "")
+    if variant and reader.name != "lightlm":
+        raise UsageError(f"--average and --weights are for a run of LightLM; {source} is in the format {reader.name}")
+    if reader.name == writer.name and not fold and not variant:
         other = ", ".join(known.name for known in FORMATS.values() if known.writes and known.name != reader.name)
         raise UsageError(f"--to {writer.name}: {source} is in that format already; formats to convert it to: {other}")
-    target = out_path or _default_target(model, source, writer, fold=fold)
+    target = out_path or _default_target(model, source, writer, "folded" if fold else writer.name, variant)
     _check_target(target, source, replace=overwrite or (out_path is None and _is_own_export(target)))
     import torch
 
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
-    options = {"fold": fold, "verify": verify}
-    facts, source = with_model(
-        model, lambda path: (convert_model(path, reader, target, writer, getattr(torch, dtype), **options), path)
+    read = None
+    if average > 1:
+        from lightlm.convert.average import load_average
+
+        read = partial(load_average, count=average, weights=weights)
+    elif weights is not None:
+        read = partial(read_model, weights=weights)
+    precision = getattr(torch, dtype)
+    write = partial(
+        convert_model, reader=reader, out=target, writer=writer, dtype=precision, fold=fold, verify=verify, read=read
     )
+    facts, source = with_model(model, lambda path: (write(path), path))
     written = sorted(target.iterdir()) if target.is_dir() else [target]
     sizes = {path.name: path.stat().st_size for path in written}
     summary = {"source": str(source), "folder": str(target), "format": writer.name, "dtype": dtype, **facts}
+    summary |= {"weights": weights, "average": average}
     summary |= {"files": sizes, "bytes": sum(sizes.values())}
     if as_json:
         print_json(summary)
@@ -118,17 +143,20 @@ def _list_formats(*, as_json: bool) -> None:
     print_table([(name, words[reads], words[writes], makes) for name, reads, writes, makes in rows], *columns)
 
 
-def _default_target(model: str | None, source: Path, writer: Format, *, fold: bool) -> Path:
+def _default_target(model: str | None, source: Path, writer: Format, name: str, variant: str) -> Path:
     """Return where to write without --out.
 
     For a run it is `runs/RUN/hf` or `runs/RUN/folded`, with the step in the name if the checkpoint was named; else it
     is beside the model. A format that writes a file gets `runs/RUN/RUN.gguf`.
+
+    Args:
+        name: that of the folder.
+        variant: names weights that are not the model's own.
     """
     from lightlm.convert.load import is_hub_id
     from lightlm.runs import run_of
 
-    name = "folded" if fold else writer.name
-    ending = writer.suffix or f"-{name}"
+    ending = f"{variant}{writer.suffix}" if writer.suffix else f"-{name}{variant}"
     if model is not None and is_hub_id(model):
         return Path(f"{Path(model).name}{ending}")
     run = run_of(source)
@@ -136,7 +164,7 @@ def _default_target(model: str | None, source: Path, writer: Format, *, fold: bo
         target = source.resolve().with_name(f"{source.stem if source.is_file() else source.resolve().name}{ending}")
     else:
         named = model is not None and Path(model).resolve() == source.resolve()
-        step = f"-{source.name}" if named else ""
+        step = (f"-{source.name}" if named else "") + variant
         target = run / f"{run.name if writer.suffix else name}{step}{writer.suffix}"
     return target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
 

@@ -40,6 +40,10 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples in the prompt; default is each task's own.")
     ] = None,
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Sequences per batch.")] = "auto",
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="ema|raw", help="Average or last weights of a run with train.ema."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 (auto, where it is fast), float32 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     data: Annotated[
@@ -93,16 +97,21 @@ def evaluate(
     references: list[str | None] = [*models, *further] if models else [None, *further]
     if out_path is not None:
         _check_out(out_path, len(references))
-    settings = Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype)
+    settings = Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype, weights)
     batch_sequences(batch_size)
     from lightlm import choices
+    from lightlm.convert.formats import require_average
     from lightlm.convert.load import is_hub_id, load_pretrained, locate
     from lightlm.evaluate.tasks import references as named
 
     choices.check_device(device)
     choices.check_dtype(dtype)
+    choices.check_weights(weights)
     named.check(settings)
     located = [name if name is not None and is_hub_id(name) else locate(name) for name in references]
+    for found in located if weights is not None else ():
+        if isinstance(found, Path):
+            require_average(found)
     # All that needs neither torch nor lm-eval is checked by now: importing them takes seconds.
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
     with console.status("Reading lm-eval's list of tasks ...") as status:
@@ -133,7 +142,7 @@ def evaluate(
     interruption: BaseException | None = None
     for reference, model, name in zip(references, located, _names(located), strict=True):
         try:
-            loaded = load_pretrained(reference, target, precision)
+            loaded = load_pretrained(reference, target, precision, weights)
             if run_of(loaded.path) is not None and loaded.path.resolve() != Path(model).resolve():
                 name = loaded.name  # the run has saved another checkpoint meanwhile
             console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)

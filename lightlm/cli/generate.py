@@ -60,23 +60,35 @@ def generate(
         typer.Option(help="Draw from the fewest tokens with this total probability. [dim]Default: 0.95[/]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ema|raw",
+            help="Average or last weights of a run with train.ema. [dim]Default: ema[/]",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Continue a text with a model. The text streams to the terminal."""
     from lightlm import choices
+    from lightlm.convert.formats import require_average
     from lightlm.convert.load import is_hub_id, load_pretrained, locate
     from lightlm.generate.sampling import DEFAULT, Sampling
 
     choices.check_device(device)
     choices.check_dtype(dtype)
+    choices.check_weights(weights)
     prompt = _checked(_standard_input() if prompt == "-" else prompt)
     sampling = Sampling(
         DEFAULT.temperature if temperature is None else temperature, top_k, DEFAULT.top_p if top_p is None else top_p
     )
     if checkpoint is None or not is_hub_id(checkpoint):
-        locate(checkpoint)
+        path = locate(checkpoint)
+        if weights is not None:
+            require_average(path)
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.cpu import FEW_SLICES, use_threads
     from lightlm.device import pick_device, pick_dtype
@@ -88,7 +100,7 @@ def generate(
     if dtype == "auto" and target.type == "cpu":
         # One token at a time, bf16 is slower even with AVX512-BF16: 10 tokens/s against 26 (SmolLM2-135M, 2 threads).
         dtype = "float32"
-    loaded = load_pretrained(checkpoint, target, pick_dtype(dtype, target))
+    loaded = load_pretrained(checkpoint, target, pick_dtype(dtype, target), weights)
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
     engine.check([ids], max_new_tokens, model.config.max_seq_len)

@@ -14,6 +14,7 @@ _PARTS = {
     "activations": "activations of a micro-batch",
     "logits": "logits and the head's gradients",
     "backward": "backward pass of one layer",
+    "ema": "average of the weights (train.ema)",
     "gaps": "gaps between these parts, a tenth",
     "checkpoint_copy": "copy for saving",
     "process": "Python and torch",

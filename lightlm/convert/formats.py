@@ -7,6 +7,7 @@ torch and their own libraries inside their methods.
 
 import copy
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,6 +129,29 @@ def reader_of(path: Path) -> Format:
     return found
 
 
+def read_model(path: Path, weights: str | None = None) -> "LoadedModel":
+    """Load the model at a path in float32 on the CPU.
+
+    Args:
+        weights: which of a checkpoint's two sets of weights; see `lightlm.checkpoint.load_model`.
+    """
+    reader = reader_of(path)
+    if weights is None:
+        return reader.read(path)
+    from lightlm.checkpoint import load_model
+
+    require_average(path)
+    return load_model(path, weights=weights)
+
+
+def require_average(path: Path) -> None:
+    """Raise CheckpointError unless a model has two sets of weights to choose from. Imports no torch."""
+    from lightlm.checkpoint import has_average, no_average
+
+    if reader_of(path).name != "lightlm" or not has_average(path):
+        raise no_average(path)
+
+
 def format_named(option: str, name: str) -> Format:
     """Return the format that --from (which reads) or --to (which writes) names; raise UsageError if there is none."""
     usable = [known for known in FORMATS.values() if (known.reads if option == "--from" else known.writes)]
@@ -148,11 +172,13 @@ def convert_model(
     *,
     fold: bool = False,
     verify: bool = False,
+    read: "Callable[[Path], LoadedModel] | None" = None,
 ) -> dict[str, Any]:
     """Convert a model, in place of what `out` is; return what `write` does, and with `verify` `max_logit_difference`.
 
     Args:
         fold: fold learned scales into plain weights also where the format written does not demand it.
+        read: loads other weights from `source` than the reader does.
 
     Raises:
         ConvertError: the format written cannot hold this model, or `verify` found a difference.
@@ -162,7 +188,7 @@ def convert_model(
         if known.verifier and importlib.util.find_spec(known.verifier) is None:
             missing = f"--verify compares with {known.verifier}, which is not installed"
             raise ConvertError(f'{missing}: pip install "lightlm[{known.name}]"')
-    loaded = reader.read(source)
+    loaded = (read or reader.read)(source)
     if fold and loaded.model.config.folded() == loaded.model.config:
         raise ConvertError(f"{source} has nothing to fold: it has none of model.{', model.'.join(FOLDABLE_FIELDS)}")
     if refusal := writer.refusal(loaded.model.config):
@@ -172,7 +198,8 @@ def convert_model(
     plain = as_plain(loaded) if fold or writer.folds else loaded
     facts = writer.write(plain, out, dtype)
     if verify:
-        differences = reader.verify(loaded, source, dtype), writer.verify(plain, out, dtype), _check_fold(loaded, plain)
+        differences = [writer.verify(plain, out, dtype), _check_fold(loaded, plain)]
+        differences += [reader.verify(loaded, source, dtype)] if read is None else []
         facts["max_logit_difference"] = max(differences)
     return facts
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel
-from lightlm.convert.formats import format_of, reader_of
+from lightlm.convert.formats import format_of, read_model, reader_of
 from lightlm.convert.huggingface.config import WEIGHT_FILES
 from lightlm.data.tokenizer import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import CheckpointError, LightLMError, RecipeError
@@ -36,7 +36,10 @@ _WEIGHTS = ([*WEIGHT_FILES[:2], "model-*.safetensors"], [*WEIGHT_FILES[2:], "pyt
 
 
 def load_pretrained(
-    reference: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    reference: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: str | None = None,
 ) -> LoadedModel:
     """Load a model in evaluation mode. The `path` of a model from the Hub is its id.
 
@@ -46,13 +49,14 @@ def load_pretrained(
             checkpoint of `runs/latest`. A bare name means a run, then a row of `NAMED_MODELS`, then a folder here, with
             a note where two of them exist (see `lightlm.names`). A path takes precedence over a Hub id.
         dtype: precision of the weights; float32 unless given.
+        weights: `ema` or `raw`, for a checkpoint that holds both; None is the average where there is one.
 
     Raises:
         CheckpointError: nothing is found there (the message lists what was tried), it is damaged, or the Hub
             cannot be reached.
         ConvertError: LightLM cannot represent the model.
     """
-    loaded = with_model(reference, lambda path: reader_of(path).read(path))
+    loaded = with_model(reference, lambda path: read_model(path, weights))
     loaded.model.to(device=device, dtype=dtype)  # None keeps the readers' float32
     return replace(loaded, path=Path(reference)) if reference is not None and is_hub_id(reference) else loaded
 

@@ -20,6 +20,7 @@ class Settings:
         data_dir: a folder with data sets, laid out like the Hub; None uses LIGHTLM_EVAL_DATA if it is set.
         bos: whether a beginning-of-text token precedes contexts: a key of `BOS` (see `LightLM`).
         dtype: the requested precision of the models, for the names of result files.
+        chosen_weights: `ema` or `raw` of a run with `train.ema`, likewise; None is the models' own.
 
     Raises:
         UsageError: no task is given, or `bos` is unknown.
@@ -33,6 +34,7 @@ class Settings:
     data_dir: str | None = None
     bos: str = "auto"
     dtype: str = "auto"
+    chosen_weights: str | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:

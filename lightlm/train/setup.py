@@ -18,7 +18,7 @@ from lightlm.errors import DataError, RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.optim.state import load_named_state
-from lightlm.recipe import Recipe, load_run_recipe
+from lightlm.recipe import Recipe, load_run_recipe, span_tokens
 from lightlm.runs import RECIPE, run_of
 from lightlm.train.checkpointing.resume import Progress, unpack
 from lightlm.train.distributed import World
@@ -33,6 +33,7 @@ from lightlm.train.schedules import (
     note_on_resume,
     notes_on_short_spans,
 )
+from lightlm.train.step.averaging import WeightAverage
 from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import Gradients, check_shares, micro_batch_size
 from lightlm.train.step.parallel import ParallelLoss
@@ -53,6 +54,7 @@ class Setup:
         tokenizer: that of the data; of a model that the run starts from, also what it expects before a text.
         progress: where the run starts.
         resumed_from: the checkpoint that it continues from.
+        average: with `train.ema`.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Setup:
     batches: BatchPlan
     progress: Progress
     resumed_from: Path | None
+    average: WeightAverage | None
 
     @property
     def total_tokens(self) -> int:
@@ -133,7 +136,8 @@ def set_up(
     torch.manual_seed(recipe.train.seed)
     loaded = None
     if resume_from is not None:
-        loaded = checkpoint.load_model(resume_from, device)
+        last = "raw" if checkpoint.has_average(resume_from) else None
+        loaded = checkpoint.load_model(resume_from, device, weights=last)
     elif recipe.train.init_from is not None and data is not None:  # else only a step is measured
         loaded = load_initial(recipe, data, world, note)
     model = Transformer(recipe.model).to(device) if loaded is None else loaded.model.to(device)
@@ -174,10 +178,22 @@ def set_up(
     if given not in ("auto", size):
         note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
     gradients = Gradients(loss, loader, recipe, size, note, LossScale(dtype, progress.loss_scale))
+    average = _average(recipe, loss, progress, resume_from)
+    progress = replace(progress, averaged_from=average.began if average else None)
     return Setup(
         recipe, data, tokenizer, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress,
-        resume_from,
+        resume_from, average,
     )  # fmt: skip
+
+
+def _average(recipe: Recipe, loss: ParallelLoss, progress: Progress, resume_from: Path | None) -> WeightAverage | None:
+    """Return the average of the weights with `train.ema`: the checkpoint's, or a new one that begins here."""
+    if not recipe.train.averages:
+        return None
+    half_life = max(span_tokens(recipe.train.ema, recipe.train.tokens), 1)
+    if resume_from is None or progress.averaged_from is None:
+        return WeightAverage(loss, half_life, progress.tokens)
+    return WeightAverage(loss, half_life, progress.averaged_from, checkpoint.load_weights(resume_from))
 
 
 def _note_schedule(recipe: Recipe, resume_from: Path, progress: Progress, note: Note) -> None:

@@ -95,6 +95,7 @@ class Trainer:
         self.tokenizer = setup.tokenizer
         self.model, self.loss, self.optimizer = setup.model, setup.loss, setup.optimizer
         self.gradients, self.progress, self.total_tokens = setup.gradients, setup.progress, setup.total_tokens
+        self.average = setup.average
         self.run_folder, self.sampler, self.evaluator = run, sampler or self._continue, evaluator
         self.observer = observer if self.world.is_writer else Observer()
         self.flops_per_token = self.model.flops_per_token(self.recipe.seq_len)
@@ -250,6 +251,8 @@ class Trainer:
             self.optimizer.step()
             if outcome.load_LE is not None and (rate := recipe.router_training.bias_update_rate):
                 move_selection_biases(self.model, outcome.load_LE, rate)
+        if self.average is not None:
+            self.average.update(before.tokens + batch_tokens, batch_tokens)
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.step_began = before.tokens
@@ -260,6 +263,7 @@ class Trainer:
             before.seconds + seconds,
             verdict.history,
             loss_scale=self.gradients.loss_scale.state,
+            averaged_from=before.averaged_from,
         )
         self.last_loss = outcome.loss if math.isfinite(outcome.loss) else self.last_loss
         if verdict.history.in_a_row == 1:
@@ -317,14 +321,25 @@ class Trainer:
     def _evaluate(self, stop: threading.Event) -> dict[str, float] | None:
         """Do the evaluations that are due after this step: samples, validation loss, and scores of `eval.tasks`.
 
+        With `train.ema` they are those of the average; the last weights only get a validation loss of their own.
+
         Returns:
             Their metrics, or None if a signal came before the end.
         """
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            metrics = self._evaluate_weights(stop)
+        if metrics is None or self.average is None or "val_loss" not in metrics:
+            return metrics
+        raw = self._validate(stop, "validating the last weights")
+        return None if raw is None else metrics | {"val_loss_raw": raw["val_loss"]}
+
+    def _evaluate_weights(self, stop: threading.Event) -> dict[str, float] | None:
         metrics: dict[str, float] = {}
         if self.done or self._due(self.recipe.eval.every):
             self._sample(stop)
             if self._stopped(stop) or (losses := self._validate(stop)) is None:
                 return None
+            self.last_validation = losses or self.last_validation
             metrics |= losses
         if self._scores_are_due():
             if (scores := self._score_tasks(stop)) is None:
@@ -332,11 +347,11 @@ class Trainer:
             metrics |= scores
         return metrics
 
-    def _validate(self, stop: threading.Event) -> dict[str, float] | None:
+    def _validate(self, stop: threading.Event, phase: str = "validating") -> dict[str, float] | None:
         if not len(stream := self.data.split("val")):
             return {}
-        with self._phase("validating") as finished:
-            losses = validate(
+        with self._phase(phase) as finished:
+            return validate(
                 self.loss,
                 stream,
                 self.token_bytes,
@@ -346,8 +361,6 @@ class Trainer:
                 stopped=lambda: self._stopped(stop),
                 finished=finished,
             )
-        self.last_validation = losses or self.last_validation
-        return losses
 
     def _score_tasks(self, stop: threading.Event) -> dict[str, float] | None:
         """Return the scores of `eval.tasks`, or None after a signal.
@@ -401,8 +414,10 @@ class Trainer:
         if saver is None and not self.loss.sharded:
             return
         with self._phase("saving a checkpoint"):
-            weights = self.loss.whole_model().state_dict()
+            weights, raw = self.loss.whole_model().state_dict(), None
+            if self.average is not None:
+                weights, raw = self.average.state(), weights
             state = pack(self.progress, named_state(self.model, self.optimizer), self.data, self.recipe)
             if saver is not None:
                 milestone = self._due(self.recipe.checkpoint.keep_every)
-                saver.save(self.progress.step, weights, state, milestone=milestone, wait=wait)
+                saver.save(self.progress.step, weights, state, raw, milestone=milestone, wait=wait)

@@ -143,3 +143,15 @@ def test_every_shipped_recipe_can_be_planned(lightlm, folder):
     for name in ("gpt2-124m", "gpt3-125m", "mobilellm-ls-125m"):
         plan = json.loads(lightlm("plan", name, "--no-probe", "--json").stdout)
         assert plan["run"]["tokens"] >= load_recipe(name).train.tokens
+
+
+def test_an_average_of_the_weights_is_counted_here_and_in_the_copy_that_a_save_takes(lightlm, folder):
+    plain, averaged = (
+        json.loads(lightlm("plan", "tiny.yaml", *more, "--no-probe", "--json").stdout)
+        for more in ((), ("train.ema=10%",))
+    )
+    before, after = plain["machine"]["memory"], averaged["machine"]["memory"]
+    assert "ema" not in before
+    assert after["ema"] == 4 * averaged["model"]["parameters"]
+    assert after["checkpoint_copy"] - before["checkpoint_copy"] == after["ema"]
+    assert averaged["run"]["validation_tokens"] == 2 * plain["run"]["validation_tokens"]

@@ -36,6 +36,7 @@ def file_stem(settings: Settings) -> str:
     stem += "" if settings.num_fewshot is None else f"_{settings.num_fewshot}shot"
     stem += {"auto": "", "yes": "_bos", "no": "_nobos"}[settings.bos]
     stem += "" if settings.dtype == "auto" else f"_{settings.dtype}"
+    stem += "" if settings.chosen_weights is None else f"_{settings.chosen_weights}"
     stem += "" if settings.data is None else f"_{Path(settings.data).resolve().name}"
     return stem + ("" if settings.limit is None else f"_limit{settings.limit}")
 

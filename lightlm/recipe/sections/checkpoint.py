@@ -16,4 +16,5 @@ class CheckpointSection(Section):
     keep_every: Tokens = 0
     """Training tokens between checkpoints that are never deleted. 0 keeps none for good."""
     asynchronous: bool = True
-    """Write checkpoints in the background while training continues, from a copy in memory of 12 bytes per parameter."""
+    """Write checkpoints in the background while training continues, from a copy in memory of 12 bytes per parameter,
+    16 with train.ema."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lightlm.quantities.types import BatchTokens, Tokens
+from lightlm.quantities.types import BatchTokens, Span, Tokens, span_tokens
 from lightlm.recipe.sections.section import Section
 
 
@@ -48,9 +48,17 @@ class TrainSection(Section):
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of mean(logsumexp(logits)^2), which keeps logits small. PaLM uses 1e-4 (arXiv 2204.02311). The losses
     shown leave it out."""
+    ema: Span = "0%"
+    """Half-life of an exponential moving average of the weights, a share of train.tokens or tokens. It is what the run
+    validates, samples, scores and exports; checkpoints also hold the last weights. 0% keeps no average."""
     skip_spikes: bool = False
     """Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite."""
     spike_threshold: float = Field(default=6.0, gt=0)
     """Robust standard deviations above the median of the last steps at which a step is a spike."""
     spike_window: int = Field(default=128, ge=8)
     """Steps that a step is compared with to find spikes."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether the run keeps an average of its weights."""
+        return span_tokens(self.ema, 10**18) > 0

@@ -47,6 +47,7 @@ class Progress:
     spikes: SpikeHistory = field(default_factory=SpikeHistory)  # empty in older checkpoints
     row: dict[str, Any] = field(default_factory=dict)  # the last step's metrics before its evaluation, likewise
     loss_scale: ScaleState = field(default_factory=ScaleState)  # likewise; see train/step/scaling.py
+    averaged_from: int | None = None  # tokens at which the average of the weights began; None without `train.ema`
 
 
 def data_identity(data: DataFolder) -> str:

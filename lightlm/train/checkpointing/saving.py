@@ -49,6 +49,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         step: int,
         weights: dict[str, Tensor],
         training_state: dict[str, Any],
+        raw: dict[str, Tensor] | None = None,
         *,
         milestone: bool = False,
         wait: bool = False,
@@ -57,6 +58,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
 
         Args:
             weights: by parameter name, on any device.
+            raw: the last weights, where `weights` is an average.
             training_state: nested dictionaries and lists of tensors and plain values, on any device.
             milestone: never prune this checkpoint.
             wait: return once it is complete; a state on the CPU is not copied.
@@ -68,8 +70,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         if (self._run / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER).is_file():
             return
         at_once = wait or not self._settings.asynchronous
-        weights, training_state = _on_cpu((weights, training_state), copy=not at_once)
-        self._pending = step, self._writer.submit(self._write, step, weights, training_state, milestone)
+        weights, training_state, raw = _on_cpu((weights, training_state, raw), copy=not at_once)
+        self._pending = step, self._writer.submit(self._write, step, weights, training_state, raw, milestone)
         if at_once:
             self._wait()
 
@@ -107,13 +109,20 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
                 "a higher checkpoint.every would avoid that"
             )
 
-    def _write(self, step: int, weights: dict[str, Tensor], training: dict[str, Any], milestone: bool) -> list[str]:
+    def _write(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        training: dict[str, Any],
+        raw: dict[str, Tensor] | None,
+        milestone: bool,
+    ) -> list[str]:
         """Write and prune, in the writer's thread; return problems that leave the checkpoint complete."""
         # Metrics first: after a power failure they reach as far as the checkpoint, which holds its own step's row.
         if (metrics := self._run / "metrics.jsonl").exists():
             files.sync_file(metrics)
         checkpoint.write_checkpoint(
-            self._run, step, weights, self._config, self._tokenizer, training, milestone=milestone
+            self._run, step, weights, self._config, self._tokenizer, training, raw, milestone=milestone
         )
         try:
             prune(self._run, self._settings.keep_last)

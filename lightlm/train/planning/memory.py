@@ -41,10 +41,12 @@ def training_parts(
     activations = activation_bytes(
         config, mixed=mixed, fused=compiled or on_cpu, recompute=recompute, dropout=recipe.train.dropout > 0
     )
+    average = {"ema": 4 * parameters} if recipe.train.averages else {}
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": optimizer_bytes(model, recipe.optimizer),
+        **average,
         "weight_copies": copies,
         "activations": tokens * activations + mask_bytes(config, recipe.seq_len, mixed=mixed),
         "logits": head_loss_bytes(

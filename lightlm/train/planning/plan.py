@@ -82,14 +82,15 @@ def run_sizes(recipe: Recipe, data: DataFolder | None) -> dict[str, Any]:
     validation_tokens = min(recipe.eval.tokens, len(data.split("val"))) if data else recipe.eval.tokens
     steps, tokens = batch_plan(recipe).remaining()
     batch_tokens = recipe.batch_sequences * recipe.seq_len
-    # Validations come at each step that reaches a multiple of eval.every, and at the last step.
+    # Validations come at each step that reaches a multiple of eval.every, and at the last step. With train.ema, each is
+    # one of the average and one of the last weights.
     validations = (tokens - batch_tokens) // recipe.eval.every + 1 if recipe.eval.every else 1
     return {
         "tokens": tokens,
         "steps": steps,
         "batch_tokens": batch_tokens,
         "validations": validations if validation_tokens else 0,
-        "validation_tokens": validations * validation_tokens,
+        "validation_tokens": validations * validation_tokens * (1 + recipe.train.averages),
     }
 
 
@@ -131,7 +132,9 @@ def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: boo
     parts = training_parts(recipe, model, device, dtype, sequences)
     # The host's copy that a run saves from. The last save of a run makes none.
     saves = any(0 < every < run["tokens"] for every in (recipe.checkpoint.every, recipe.checkpoint.keep_every))
-    copy = parts["weights"] + parts["optimizer"] if saves and recipe.checkpoint.asynchronous else 0
+    copy = (
+        parts["weights"] + parts["optimizer"] + parts.get("ema", 0) if saves and recipe.checkpoint.asynchronous else 0
+    )
     if device.type == "cpu":
         # With a GPU, the copy and the process take memory of the host instead.
         base = measured.process_memory if measured else process_memory()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,8 @@ def _measure(recipe: Recipe, base: int | None) -> Probe:
         clipping = _seconds(lambda: torch.nn.utils.clip_grad_norm_(parameters, clip), device)
         passes.append(both - clipping)
         updates.append(clipping + _seconds(optimizer.step, device))
+        if (average := setup.average) is not None:
+            updates[-1] += _seconds(partial(average.update, 1, 1), device)
         if gradients.passes(recipe.batch_sequences) == 1:
             # Otherwise a pass adds to existing gradients, as most passes of a longer step do.
             optimizer.zero_grad(set_to_none=True)

@@ -115,6 +115,14 @@ class ParallelLoss:
         """Return whether a pass inside `synchronized(last)` waits for other processes."""
         return self.sharded or (self.replicated and last)
 
+    def forget_gathered_weights(self) -> None:
+        """Drop what FSDP has gathered, because the shards have changed. Its last group stays gathered after a pass."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self._local.modules() if self.sharded else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def whole_model(self) -> Transformer:
         """Return the unsharded model, for saving and generating. With FSDP it is a copy: all processes must call."""
         if not self.sharded:
