@@ -78,6 +78,8 @@ class MuonSettings(AdamWSettings):
         default = type(self).model_fields["momentum_warmup"].default
         if self.momentum_start is None and self.momentum_warmup != default:
             found.append(("momentum_warmup", f"{NO_EFFECT} without momentum_start; leave it out"))
+        if self.momentum_start is not None and span_tokens(self.momentum_warmup, 10**18) == 0:
+            found.append(("momentum_start", f"{NO_EFFECT} with a momentum_warmup of 0; leave it out"))
         return found
 
     def model_problems(self, *, tied: bool) -> list[Problem]:
@@ -91,7 +93,7 @@ class MuonSettings(AdamWSettings):
     def run_problems(self, *, decays: bool, tokens: int) -> list[Problem]:
         found = super().run_problems(decays=decays, tokens=tokens)
         if self.momentum_end is not None and not decays:
-            found.append(("momentum_end", f"{NO_EFFECT} with schedule.name=constant, which has no decay; leave it out"))
+            found.append(("momentum_end", f"{NO_EFFECT} without a decay of the learning rate; leave it out"))
         if self.momentum_start is not None and span_tokens(self.momentum_warmup, tokens) > tokens:
             message = f"{self.momentum_warmup} exceeds the run's {tokens:,} tokens; write a share: 10%"
             found.append(("momentum_warmup", message))

@@ -96,7 +96,7 @@ class Recipe(BaseModel):
         """Refuse settings of different sections that do not fit together."""
         optimizer = self.optimizer.model_problems(tied=self.model.tie_embeddings)
         schedule, batch, tokens = self.schedule, self.train.batch_tokens, self.train.tokens
-        optimizer += self.optimizer.run_problems(decays=schedule.name != "constant", tokens=tokens)
+        optimizer += self.optimizer.run_problems(decays=schedule.decays, tokens=tokens)
         found = [(f"optimizer.{key}", message) for key, message in optimizer] + self._moe_problems()
         if self.optimizer.multiplier_weight_decay and self.model.multipliers == "none":
             found.append(("optimizer.multiplier_weight_decay", f"{NO_EFFECT} without model.multipliers; leave it out"))

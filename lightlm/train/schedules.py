@@ -285,14 +285,16 @@ def note_on_idle_end(recipe: Recipe) -> str | None:
 
 
 def notes_on_short_spans(recipe: Recipe) -> Iterator[str]:
-    """Yield a warning for a warmup or decay of fewer tokens than a batch, which may be meant as percent or steps."""
-    for key in ("warmup", "decay"):
-        span = getattr(recipe.schedule, key)
-        if span and not span.endswith("%") and 0 < span_tokens(span, 1) < recipe.train.batch_tokens:
-            yield (
-                f"schedule.{key} {span} means {span_tokens(span, 1):,} tokens, less than one batch of "
-                f"{recipe.train.batch_tokens:,}; for a share of the run write {key}=2%"
-            )
+    """Yield a warning for spans of fewer tokens than a batch, which may be meant as percent or steps."""
+    schedule, batch = recipe.schedule, recipe.train.batch_tokens
+    spans = {"schedule.warmup": schedule.warmup, "schedule.decay": schedule.decay}
+    spans["optimizer.momentum_warmup"] = getattr(recipe.optimizer, "momentum_warmup", None)
+    if not isinstance(schedule.weight_decay, str):
+        spans["schedule.weight_decay: point"] = schedule.weight_decay[-1][0]
+    for key, span in spans.items():
+        if span and not span.endswith("%") and 0 < span_tokens(span, 1) < batch:
+            means = f"{key} {span} means {span_tokens(span, 1):,} tokens, less than one batch of {batch:,}"
+            yield f"{means}; write a share of the run as 2%"
 
 
 def note_on_repeats(tokens: int, data_tokens: int) -> str | None:

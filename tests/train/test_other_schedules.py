@@ -92,7 +92,15 @@ def test_momentum_rises_at_the_start_and_follows_the_rates_decay():
         ),
         (
             ["optimizer={name: muon, lr: 1e-3, momentum_end: 0.9}", "schedule={name: constant}"],
-            "optimizer.momentum_end: has no effect with schedule.name=constant",
+            "optimizer.momentum_end: has no effect without a decay of the learning rate",
+        ),
+        (
+            ["optimizer={name: muon, lr: 1e-3, momentum_end: 0.9}", "schedule.decay=0%"],
+            "optimizer.momentum_end: has no effect without a decay of the learning rate",
+        ),
+        (
+            ["optimizer={name: muon, lr: 1e-3, momentum_start: 0.9, momentum_warmup: 0%}"],
+            "optimizer.momentum_start: has no effect with a momentum_warmup of 0",
         ),
         (
             ["optimizer={name: muon, lr: 1e-3, momentum_warmup: 5%}"],

@@ -107,8 +107,16 @@ def test_data_read_too_often_is_named_at_the_start(workspace):
     assert any("20 times" in note for note in watch.notes)
 
 
-@pytest.mark.parametrize(("override", "named"), [("schedule.decay=20", True), ("schedule.warmup=20%", False)])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("schedule.decay=20", True),
+        ("schedule.warmup=20%", False),
+        ("schedule.weight_decay=[[0, 1], [20, 0.1]]", True),
+        ("optimizer={name: muon, lr: 1e-3, momentum_start: 0.85, momentum_warmup: 20}", True),
+    ],
+)
 def test_a_span_below_a_batch_is_named_with_its_tokens(override, named):
     notes = list(notes_on_short_spans(load_recipe("demo", [override])))
     assert len(notes) == named
-    assert all("20 tokens, less than one batch of 4,096" in note and "decay=2%" in note for note in notes)
+    assert all("20 tokens, less than one batch of 4,096" in note and "as 2%" in note for note in notes)

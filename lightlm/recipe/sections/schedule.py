@@ -10,7 +10,12 @@ from lightlm.quantities.types import BatchTokens, Span, Tokens, span_tokens
 from lightlm.recipe.sections.section import Section
 
 _DECAY_SHAPES = ("constant", "linear", "cosine")
-_DECAY_POINT = {"type": "array", "prefixItems": [{"type": ["number", "string"]}, {"type": "number", "minimum": 0}]}
+_DECAY_POINT = {
+    "type": "array",
+    "prefixItems": [{"type": ["number", "string"]}, {"type": "number", "minimum": 0}],
+    "minItems": 2,
+    "maxItems": 2,
+}
 
 
 def _check_decay_shape(value: Any) -> Any:
@@ -67,6 +72,11 @@ class ScheduleSection(Section):
     def decay_span(self) -> str | None:
         """Length of the decay; None is all that remains after the warmup."""
         return self.decay or ("20%" if self.name == "wsd" else None)
+
+    @property
+    def decays(self) -> bool:
+        """Whether the learning rate has a decay."""
+        return self.name != "constant" and span_tokens(self.decay_span or "100%", 10**18) > 0
 
     @property
     def warms_batch_up(self) -> bool:
