@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightlm import files
+from lightlm.convert.load import find_start
 from lightlm.errors import LightLMError, UsageError
 from lightlm.recipe import Recipe, load_recipe
 from lightlm.sweep.cells import Cell, Contestant, check_needs, resolve
@@ -160,7 +161,7 @@ class Sweep:
                     self.watch.note(f"timing a few steps of '{name}'")
                     tokens = fitting_tokens(recipe, self.definition.minutes, self._places[0])
                     entry = self.definition.entries[name].contestant
-                    load_recipe(entry.recipe, [*entry.changes, f"train.tokens={tokens}"], lambda note: None)
+                    load_recipe(entry.recipe, [*entry.changes, f"train.tokens={tokens}"], lambda note: None, find_start)
                     self.definition.tokens[name] = tokens
         self.folder.write(self.definition)
 

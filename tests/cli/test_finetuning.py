@@ -83,6 +83,13 @@ def test_a_shipped_recipe_of_another_shape_says_what_to_do(lightlm):
     assert json.loads(lightlm("train", "demo", "train.init_from=base", *small).stdout)["parameters"] == 28_832
 
 
+def test_a_sweep_takes_the_shape_from_the_model_too(lightlm):
+    grid = ("sweep", "further.yaml", "optimizer.lr=1e-4,1e-3", "data.dataset=tiny", "--dry-run")
+    outcome = lightlm(*grid)
+    assert outcome.code == 0, outcome
+    lightlm(*grid, "model.num_layers=3").assert_one_message("model.num_layers: 3, but 2 in the model")
+
+
 def test_a_recipe_without_a_shape_says_what_is_missing(lightlm):
     outcome = lightlm("train", "further.yaml", "train.init_from=null")
     outcome.assert_one_message("model: is missing; or train.init_from names a model to start from")
