@@ -86,7 +86,7 @@ def batches_of(options: argparse.Namespace, device: torch.device) -> Iterator[Te
         _, config = shape(options)
         while True:
             yield torch.randint(config.vocab_size, shape_BT, device=device)
-    loader = BatchLoader(DataFolder.open(options.data).split("train"), options.length, 0)
+    loader = BatchLoader({"data": DataFolder.open(options.data).split("train")}, options.length, 0)
     for start in itertools.count(0, options.sequences):
         inputs, targets = loader.batch(start, options.sequences)
         yield torch.cat([inputs, targets[:, -1:]], dim=1).to(device)

@@ -46,7 +46,7 @@ def main() -> None:
     batch = recipe.batch_sequences * recipe.seq_len
     overrides = [
         *options.overrides,
-        f"data.dataset={resolve_dataset(recipe.data.dataset).resolve()}",
+        f"data.dataset={resolve_dataset(recipe.data.main).resolve()}",
         f"train.tokens={options.steps * batch}",
         f"checkpoint.every={options.steps // 2 * batch}",
         "eval.every=0",

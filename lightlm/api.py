@@ -280,7 +280,7 @@ def train(
         evaluator = None
         if parsed.eval.tasks:
             assert setup.tokenizer is not None
-            evaluator = TaskScores(setup.recipe.eval, data, setup.tokenizer, setup.world, observer.note)
+            evaluator = TaskScores(setup.recipe.eval, data.main, setup.tokenizer, setup.world, observer.note)
         if run is None:
             exact = name is not None
             run = held.enter_context(new_run(name or parsed.name, exact=exact, overwrite=overwrite))

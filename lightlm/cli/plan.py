@@ -67,6 +67,7 @@ def _print(plan: dict[str, Any]) -> None:
         "steps": f"{run['steps']:,}",
         "tokens per batch": f"{run['batch_tokens']:,}",
         "validations": f"{run['validations']:,}, {format_quantity(run['validation_tokens'])} tokens in total",
+        **{f"read of {part['name']}": _source(part) for part in run["sources"]},
         "FLOPs in total": f"{run['flops']:.3g}",
     }
     tables = {f"Plan of {plan['recipe']}": facts}
@@ -115,6 +116,16 @@ def _print(plan: dict[str, Any]) -> None:
     )
     for note in plan["notes"]:
         out.print(f"Note: {note}", soft_wrap=True, markup=False)
+
+
+def _source(part: dict[str, Any]) -> str:
+    """Return what a run reads of a folder, such as `7M tokens, 1.4 epochs of 5M`."""
+    from lightlm.quantities import format_quantity
+
+    read = f"{format_quantity(part['tokens'])} tokens"
+    if part["epochs"] is None:
+        return f"{read}, not prepared yet"
+    return f"{read}, {part['epochs']:.2g} epochs of {format_quantity(part['train_tokens'])}"
 
 
 def _bytes(size: float) -> str:

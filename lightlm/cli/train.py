@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightlm.cli.displays.training import TrainingDisplay
-    from lightlm.data.folder import DataFolder
+    from lightlm.data.training_data import TrainingData
     from lightlm.recipe import Recipe
     from lightlm.train.distributed import World
 
@@ -187,7 +187,8 @@ def _check(request: _Request) -> None:
     """Find a missing recipe, run or data folder and a wrong setting before torch is imported, which takes seconds."""
     from lightlm.choices import check_device
     from lightlm.convert.load import find_start
-    from lightlm.data.folder import check_data_of_run, check_prepared, resolve_dataset
+    from lightlm.data.folder import check_data_of_run, check_prepared
+    from lightlm.data.training_data import folder_paths
     from lightlm.recipe import load_recipe, load_run_recipe, recipe_name
     from lightlm.runs import RECIPE, find_run, run_folder
 
@@ -209,11 +210,11 @@ def _check(request: _Request) -> None:
         from lightlm.evaluate.tasks import references
 
         references.check_names(parsed.eval.tasks)
-    folder = resolve_dataset(parsed.data.dataset)
+    folders = folder_paths(parsed.data.sources).values()
     if run is not None:
-        check_data_of_run(folder, run)
+        check_data_of_run(folders, run, parsed.data.key)
     elif not request.dry_run:
-        check_prepared(folder)
+        check_prepared(folders)
 
 
 def _silently(note: str) -> None:
@@ -241,15 +242,16 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
     if request.max_minutes is not None and run is None and data is not None:
         parsed = _shortened(parsed, data, request, request.max_minutes, display)
     setup = set_up(parsed, data, display.note, world, checkpoint)
-    if data is not None and (small := validation_note(data.manifest)):
-        display.note(small)
+    for name, folder in data.folders.items() if data is not None else ():
+        if small := validation_note(folder.manifest):
+            display.note(small if len(parsed.data.sources) == 1 else f"{name}: {small}")
     evaluator = None
     if data is not None and parsed.eval.tasks:
         with console.status("Reading lm-eval's list of tasks ..."):
             from lightlm.evaluate.in_training.task_scores import TaskScores
 
             assert setup.tokenizer is not None
-            evaluator = TaskScores(setup.recipe.eval, data, setup.tokenizer, world, display.note)
+            evaluator = TaskScores(setup.recipe.eval, data.main, setup.tokenizer, world, display.note)
     if request.dry_run:
         planned = run or request.runs_dir / (request.name or parsed.name)
         print_plan({"name": parsed.name, "run": str(planned), **setup.facts()}, request.as_json)
@@ -270,7 +272,7 @@ def _train(world: "World", request: _Request, held: contextlib.ExitStack) -> boo
 
 
 def _shortened(
-    recipe: "Recipe", data: "DataFolder", request: _Request, minutes: float, display: "TrainingDisplay"
+    recipe: "Recipe", data: "TrainingData", request: _Request, minutes: float, display: "TrainingDisplay"
 ) -> "Recipe":
     """Return the recipe, with fewer tokens if this machine needs longer than the limit for them."""
     from lightlm.convert.load import find_start

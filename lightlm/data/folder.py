@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -97,19 +98,30 @@ class DataFolder:
         return texts
 
 
-def check_data_of_run(folder: Path, run: Path) -> None:
-    """Raise DataError if the data folder of a run that is to be resumed does not exist."""
-    if not folder.is_dir():
-        raise DataError(
-            f"There is no data folder {folder}, on which {run} was trained. If the folder has moved, say where it is: "
-            f"lightlm train --resume {shlex.quote(str(run))} data.dataset=PATH"
-        )
+def check_data_of_run(folders: Iterable[Path], run: Path, key: str) -> None:
+    """Raise DataError if a data folder of a run that is to be resumed does not exist; `key` names the folders."""
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if not missing:
+        return
+    value = {"data.mix": "'{PATH: WEIGHT, ...}'", "data.stages": "'[...]'"}.get(key, "PATH")
+    same = "" if key == "data.dataset" else " (with the same weights, in the same order)"
+    raise DataError(
+        f"There is no data folder {', '.join(missing)}, on which {run} was trained. If the folder has moved, say where "
+        f"it is: lightlm train --resume {shlex.quote(str(run))} {key}={value}{same}"
+    )
 
 
-def check_prepared(folder: Path) -> None:
-    """Raise DataError with the command to run if a data folder was not prepared, without opening its shards."""
-    if not foreign_splits(folder):
-        read_manifest(folder)
+def check_prepared(folders: Iterable[Path]) -> None:
+    """Raise DataError with the commands to run if data folders were not prepared, without opening their shards."""
+    failed = []
+    for folder in folders:
+        try:
+            if not foreign_splits(folder):
+                read_manifest(folder)
+        except DataError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0] if len(failed) == 1 else DataError("\n".join(map(str, failed)))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -11,6 +11,7 @@ from lightlm.names import nearest, note_clash, warn
 from lightlm.recipe.mistakes import IdleSettingsError, parse_recipe
 from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
+from lightlm.recipe.sections.data import SOURCES
 from lightlm.recipe.sections.section import NAME_PATTERN
 from lightlm.recipe.start import FindStart
 from lightlm.recipe.yaml_text import read_sections, read_value
@@ -102,6 +103,7 @@ def _overridden(
             note(f"'{given.pop(other)}' has no effect: '{override}' comes later")
         given[key] = override
         origins[key] = f"override {override}"
+    _keep_one_source(values.get("data"), given, path, note)
     # The length of the decay belongs to the shape that it was written for: 20% is the end of wsd, but the beginning of
     # cosine, which would leave most of the run at a rate of 0.
     chosen, decay = _lookup(values, "schedule.name"), _lookup(values, "schedule.decay")
@@ -109,6 +111,17 @@ def _overridden(
         del values["schedule"]["decay"]
         note(f"schedule.decay {decay} of {path} is that of {inherited}, and is left out with schedule.name={chosen}")
     return values, origins, given
+
+
+def _keep_one_source(data: Any, given: dict[str, str], path: Path, note: Note) -> None:
+    """Leave out what the file's section `data` trains on, if an override names something by another of its keys."""
+    chosen = {key.split(".")[1]: text for key, text in given.items() if key.startswith("data.")}
+    overridden = [key for key in SOURCES if key in chosen]
+    if not overridden or not isinstance(data, dict):
+        return
+    for key in SOURCES:
+        if key not in chosen and data.pop(key, None) is not None:
+            note(f"data.{key} of {path} is left out: '{chosen[overridden[0]]}' replaces it")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:

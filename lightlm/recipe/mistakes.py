@@ -16,11 +16,13 @@ from lightlm.optim.registry import DEFAULT, OPTIMIZERS
 from lightlm.optim.section import NO_EFFECT, Problem
 from lightlm.recipe.renamed import ELSEWHERE, RENAMED
 from lightlm.recipe.schema import Recipe
+from lightlm.recipe.sections.data import Stage
 from lightlm.recipe.sections.section import EARLIER_RUN
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _NO_SECTION = ("model_type", "model_attributes_type", "dataclass_type", "dict_type")
 _LEAVE_OUT = "; leave it out"
+_NESTED = (("data", "mix"), ("data", "stages"))  # keys whose values have keys of their own
 
 
 class IdleSettingsError(RecipeError):
@@ -94,7 +96,8 @@ def _describe(entry: Any) -> Problem:
     """Return a pydantic error as (dotted key, message in plain words)."""
     # Below section and key, a location holds positions in lists and the type names of union members.
     location = entry["loc"]
-    key = ".".join(str(part) for part in [*location[:2], *(part for part in location[2:] if isinstance(part, int))])
+    inner = [part for part in location[2:] if isinstance(part, int) or location[:2] in _NESTED]
+    key = ".".join(str(part) for part in [*location[:2], *inner])
     if entry["type"] in _UNKNOWN:
         return key, _unknown(key)
     if entry["type"] in ("missing", "missing_argument"):
@@ -114,8 +117,9 @@ def _describe(entry: Any) -> Problem:
 def _unknown(key: str) -> str:
     if key in RENAMED:
         return f"renamed to {RENAMED[key]}"
-    keys = {name: list(types) for name, types in _types().items()}
+    keys = {name: list(types) for name, types in _types().items()} | {"data.stages": list(Stage.model_fields)}
     section, _, name = key.rpartition(".")
+    section = re.sub(r"\.\d+$", "", section)  # the number of a stage
     if name in ELSEWHERE:
         return f"unknown key; {ELSEWHERE[name]}"
     valid = keys.get(section, list(keys))

@@ -105,6 +105,7 @@ class Recipe(BaseModel):
         found += [(f"schedule.{key}", message) for key, message in schedule.decay_point_problems(tokens)]
         spans = schedule.span_problems(tokens)
         found += [(f"schedule.{key}", message) for key, message in spans]
+        found += [(f"data.{key}", message) for key, message in self.data.span_problems(tokens)]
         if not spans and not is_earlier(info) and (end := schedule.idle_end(tokens)):
             rest = f"{schedule.decay} of {schedule.name} leaves the last {1 - end / tokens:.0%} of the run at rate 0"
             found.append(("schedule.decay", f"{rest}; leave it out to fill the run, or set schedule.min_lr_ratio"))

@@ -15,10 +15,11 @@ import yaml
 from lightlm.errors import RecipeError, UsageError
 
 # Keys whose values are text even if they look like something else: a folder may be called 2024 or no.
-_SPANS = ("schedule.warmup", "schedule.rewarmup", "schedule.batch_warmup")
-_TEXTS = ("name", "data.dataset", "train.device", "tracking.project", *_SPANS)
+_SPANS = ("schedule.warmup", "schedule.rewarmup", "schedule.batch_warmup", "data.stages.until")
+_TEXTS = ("name", "data.dataset", "data.stages.dataset", "train.device", "tracking.project", *_SPANS)
 _TEXTS_OR_NULL = ("train.init_from", "eval.data_dir", "schedule.decay")
 _LISTS_OF_TEXTS = ("eval.prompts", "eval.tasks")
+_FOLDERS = ("data.mix", "data.stages.mix")  # their keys are names of folders
 TEXT_KEYS = frozenset((*_TEXTS, *_TEXTS_OR_NULL, *_LISTS_OF_TEXTS))
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _INVISIBLE = {"\t": "a tab", "\xa0": "a non-breaking space", "\u200b": "a zero-width space"}
@@ -142,14 +143,22 @@ def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int, int]]:
 
 
 def _mark_texts(node: yaml.Node | None, path: str = "") -> None:
-    """Give the values of `TEXT_KEYS` the tag of text; null stays null."""
+    """Give the values of `TEXT_KEYS` and the names of folders the tag of text; null stays null."""
     if path in TEXT_KEYS:
         for scalar in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if isinstance(scalar, yaml.ScalarNode) and scalar.tag != _TAG + "null":
                 scalar.tag = _TAG + "str"
-    elif isinstance(node, yaml.MappingNode) and path.count(".") < 1:
+    elif isinstance(node, yaml.MappingNode) and path in _FOLDERS:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = _TAG + "str"
+    elif isinstance(node, yaml.MappingNode) and path.count(".") < 2:
         for key, value in node.value:
             _mark_texts(value, f"{path}.{key.value}".lstrip("."))
+    elif isinstance(node, yaml.SequenceNode) and path == "data.stages":
+        for stage in node.value:
+            if isinstance(stage, yaml.MappingNode):
+                _mark_texts(stage, path)
 
 
 def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -157,7 +157,8 @@ def check_needs(recipes: Mapping[str, Recipe]) -> None:
         LightLMError: something is missing; the message says how to get it.
     """
     from lightlm.choices import check_device
-    from lightlm.data.folder import check_prepared, resolve_dataset
+    from lightlm.data.folder import check_prepared
+    from lightlm.data.training_data import folder_paths
 
     for device in {recipe.train.device for recipe in recipes.values()}:
         check_device(device)
@@ -165,8 +166,8 @@ def check_needs(recipes: Mapping[str, Recipe]) -> None:
         from lightlm.evaluate.tasks import references
 
         references.check_names(tasks)
-    for dataset in dict.fromkeys(recipe.data.dataset for recipe in recipes.values()):
-        check_prepared(resolve_dataset(dataset))
+    folders = [path for recipe in recipes.values() for path in folder_paths(recipe.data.sources).values()]
+    check_prepared(dict.fromkeys(folders))
 
 
 def _lines(error: LightLMError) -> list[str]:

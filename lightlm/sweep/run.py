@@ -215,12 +215,14 @@ def write_results(folder: SweepFolder, definition: Definition, metric: str | Non
 def _tokenizers(recipes: Iterable[Recipe | dict[str, Any]]) -> int:
     """Return how many tokenizers the data of these recipes have, as far as the folders are here."""
     from lightlm.data.folder import read_manifest, resolve_dataset
+    from lightlm.recipe.sections.data import DataSection
 
     found = set()
     for recipe in recipes:
         values = recipe.to_dict() if isinstance(recipe, Recipe) else recipe
         with contextlib.suppress(LightLMError):  # shards from elsewhere, or data that has moved
-            found.add(read_manifest(resolve_dataset(values["data"]["dataset"])).tokenizer_sha256)
+            data = DataSection.model_validate(values["data"])
+            found.add(read_manifest(resolve_dataset(data.main)).tokenizer_sha256)
     return len(found)
 
 

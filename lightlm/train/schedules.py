@@ -1,4 +1,4 @@
-"""Learning rate, weight decay, momentum and batch size as pure functions of the recipe and of the tokens seen.
+"""Learning rate, weight decay, momentum, batch size and sources as pure functions of the recipe and of the tokens seen.
 
 None depends on the micro-batch or on the number of processes, so that a run is the same on every machine.
 """
@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from lightlm.data.mixture import SourceOrder, Stage, shares_of
 from lightlm.optim.section import StepSettings
 from lightlm.quantities import format_quantity
 from lightlm.recipe import Recipe, ScheduleSection, span_tokens
@@ -151,6 +152,20 @@ def batch_plan(recipe: Recipe) -> BatchPlan:
     else:
         stages.append((0, full))
     return BatchPlan(tuple(stages), recipe.seq_len, recipe.train.tokens)
+
+
+def source_order(recipe: Recipe) -> SourceOrder:
+    """Return the order of the recipe's sources. Like a decay, a stage has its share of the run in whole batches."""
+    total, names = batch_plan(recipe).remaining()[1], recipe.data.sources
+    return SourceOrder(
+        [
+            Stage(
+                None if until is None else -(-span_tokens(until, total) // recipe.seq_len),
+                shares_of([weights.get(name, 0.0) for name in names]),
+            )
+            for until, weights in recipe.data.parts
+        ]
+    )
 
 
 def corner_points(recipe: Recipe) -> list[dict[str, float]]:
@@ -297,12 +312,15 @@ def notes_on_short_spans(recipe: Recipe) -> Iterator[str]:
             yield f"{means}; write a share of the run as 2%"
 
 
-def note_on_repeats(tokens: int, data_tokens: int) -> str | None:
-    """Return a warning if a run of `tokens` tokens reads its data more than ten times."""
+def note_on_repeats(tokens: int, data_tokens: int, source: str | None = None) -> str | None:
+    """Return a warning if a run reads `tokens` tokens of its data, or of a source, more than ten times."""
     if tokens <= _MANY_EPOCHS * max(data_tokens, 1):
         return None
+    what = f"its {format_quantity(data_tokens)} tokens of data"
+    if source is not None:
+        what = f"the {format_quantity(data_tokens)} tokens of {source}"
     return (
-        f"the run reads its {format_quantity(data_tokens)} tokens of data {tokens / max(data_tokens, 1):,.0f} times. "
+        f"the run reads {what} {tokens / max(data_tokens, 1):,.0f} times. "
         "Beyond about 4 times, repeated text teaches less and less (arXiv 2305.16264), and the model learns it by "
         "heart: the validation loss may rise. Prepare more data, or lower train.tokens"
     )

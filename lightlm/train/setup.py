@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from lightlm import checkpoint, cpu
-from lightlm.data.folder import DataFolder, check_data_of_run, prepare_command, resolve_dataset
+from lightlm.data.folder import check_data_of_run, prepare_command
 from lightlm.data.loader import BatchLoader
+from lightlm.data.mixture import ONE_SOURCE
 from lightlm.data.shards import TokenStream
 from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.training_data import TrainingData, folder_paths
 from lightlm.device import describe, keep_freed_memory, training_dtype
 from lightlm.errors import DataError, RecipeError
 from lightlm.model.transformer import Transformer
@@ -32,6 +34,7 @@ from lightlm.train.schedules import (
     note_on_repeats,
     note_on_resume,
     notes_on_short_spans,
+    source_order,
 )
 from lightlm.train.step.averaging import WeightAverage
 from lightlm.train.step.compilation import compiles
@@ -58,7 +61,7 @@ class Setup:
     """
 
     recipe: Recipe
-    data: DataFolder | None
+    data: TrainingData | None
     tokenizer: Tokenizer | None
     world: World
     device: torch.device
@@ -81,6 +84,7 @@ class Setup:
     def facts(self) -> dict[str, Any]:
         """Return the sizes of the run, for displays and `--dry-run`; None for what only the data says."""
         recipe, parameters, data = self.recipe, self.model.num_parameters(), self.data
+        samples = self.total_tokens // recipe.seq_len
         return {
             "parameters": parameters["total"],
             "active_parameters": parameters["active"],
@@ -88,8 +92,8 @@ class Setup:
             "device": describe(self.device),
             "processes": self.world.size,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "data": str(resolve_dataset(recipe.data.dataset)),
-            "train_tokens": len(data.split("train")) if data else None,
+            "data": ", ".join(map(str, folder_paths(recipe.data.sources).values())),
+            "train_tokens": data.tokens("train") if data else None,
             "tokens": self.total_tokens,
             "steps": self.progress.step + self.batches.remaining(self.progress.tokens)[0],
             "schedule": describe_schedule(recipe),
@@ -99,12 +103,30 @@ class Setup:
             "micro_batch": self.gradients.micro_batch,
             "accumulation": self.gradients.passes(recipe.batch_sequences),
             "compile": recipe.train.compile,
-            "epochs": self.total_tokens / recipe.seq_len / self.loader.num_samples if data else None,
+            "epochs": self.loader.epochs(samples)[0] if data and not data.mixed else None,
+            "sources": self.sources(samples) if data and data.mixed else None,
         }
+
+    @property
+    def last_shares(self) -> dict[str, float]:
+        """The share of each source in the last stage."""
+        assert self.data is not None
+        return dict(zip(self.data.folders, map(float, self.loader.order.stages[-1].shares), strict=True))
+
+    def sources(self, samples: int) -> list[dict[str, Any]]:
+        """Return name, tokens and epochs of each source in the run's first `samples` sequences."""
+        assert self.data is not None
+        counts = self.loader.order.counts(samples).tolist()
+        return [
+            {"name": name, "train_tokens": len(stream), "tokens": count * self.recipe.seq_len, "epochs": epochs}
+            for (name, stream), count, epochs in zip(
+                self.data.streams("train").items(), counts, self.loader.epochs(samples), strict=True
+            )
+        ]
 
 
 def set_up(
-    recipe: Recipe, data: DataFolder | None, note: Note, world: World | None = None, resume_from: Path | None = None
+    recipe: Recipe, data: TrainingData | None, note: Note, world: World | None = None, resume_from: Path | None = None
 ) -> Setup:
     """Build all parts of a run. Each process of a run calls this with the same arguments.
 
@@ -139,7 +161,7 @@ def set_up(
         last = "raw" if checkpoint.has_average(resume_from) else None
         loaded = checkpoint.load_model(resume_from, device, weights=last)
     elif recipe.train.init_from is not None and data is not None:  # else only a step is measured
-        loaded = load_initial(recipe, data, world, note)
+        loaded = load_initial(recipe, data.main, world, note)
     model = Transformer(recipe.model).to(device) if loaded is None else loaded.model.to(device)
     tokenizer = None if data is None else data.tokenizer
     if loaded is not None and tokenizer is not None:  # it does not say what comes before a text
@@ -167,11 +189,12 @@ def set_up(
         for text in notes_on_short_spans(recipe):
             note(text)
     if data:
-        stream = data.split("train")
+        streams, order = data.streams("train"), source_order(recipe)
     else:  # random tokens of one global batch: the cost of a step does not depend on what they say
         generator = np.random.default_rng(recipe.train.seed)
-        stream = TokenStream([generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)], 0)
-    loader = BatchLoader(stream, recipe.seq_len, recipe.train.seed)
+        tokens = generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)
+        streams, order = {"random tokens": TokenStream([tokens], 0)}, ONE_SOURCE
+    loader = BatchLoader(streams, recipe.seq_len, recipe.train.seed, order, shift_windows=recipe.data.shift_windows)
     given = recipe.train.micro_batch_size
     # Free memory may differ between devices: the smallest size serves all.
     size = min(world.gather(micro_batch_size(recipe, device, world.size, dtype=dtype)))
@@ -205,22 +228,22 @@ def _note_schedule(recipe: Recipe, resume_from: Path, progress: Progress, note: 
         note(text)
 
 
-def open_data(recipe: Recipe, *, required: bool = True, resumed: Path | None = None) -> DataFolder | None:
-    """Open the recipe's data folder. If it is not `required` and does not exist, return None.
+def open_data(recipe: Recipe, *, required: bool = True, resumed: Path | None = None) -> TrainingData | None:
+    """Open the recipe's data folders. If they are not `required` and one does not exist, return None.
 
     Args:
         resumed: the run that continues on this data, for messages.
 
     Raises:
-        DataError: the folder is missing or damaged.
+        DataError: a folder is missing or damaged, or their tokenizers differ.
     """
-    folder = resolve_dataset(recipe.data.dataset)
+    paths = folder_paths(recipe.data.sources)
     if required and resumed is not None:
-        check_data_of_run(folder, resumed)
-    return DataFolder.open(folder) if required or folder.is_dir() else None
+        check_data_of_run(paths.values(), resumed, recipe.data.key)
+    return TrainingData.open(recipe.data) if required or all(path.is_dir() for path in paths.values()) else None
 
 
-def fit_recipe(recipe: Recipe, data: DataFolder | None, note: Note) -> Recipe:
+def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
     """Return the recipe with the data's vocabulary, or with an assumed one before the data is prepared.
 
     Raises:
@@ -232,22 +255,33 @@ def fit_recipe(recipe: Recipe, data: DataFolder | None, note: Note) -> Recipe:
     if not wanted:
         recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
     if data is None:
-        folder = resolve_dataset(recipe.data.dataset)
+        missing = [path for path in folder_paths(recipe.data.sources).values() if not path.is_dir()]
+        commands = "; ".join(map(prepare_command, missing))
         assumed = "" if wanted else f" Until then, a vocabulary of {ASSUMED_VOCABULARY:,} (GPT-2's) is assumed."
-        note(f"{folder} is not prepared yet. Make it with: {prepare_command(folder)}.{assumed}")
+        names = ", ".join(map(str, missing))
+        note(f"{names} {'is' if len(missing) == 1 else 'are'} not prepared yet. Make it with: {commands}.{assumed}")
         return recipe
     if 0 < wanted < given:
         raise DataError(
-            f"recipe {recipe.name} has model.vocab_size {wanted}, but the tokenizer of {data.path} has "
+            f"recipe {recipe.name} has model.vocab_size {wanted}, but the tokenizer of {data.main.path} has "
             f"{given} entries; prepare the data with a tokenizer that fits (for example --tokenizer train:{wanted}) "
             f"or set model.vocab_size={given}"
         )
     if wanted > given:
         note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")
-    if text := note_on_repeats(recipe.train.tokens, len(data.split("train"))):
-        note(text)
-    if not len(data.split("val")):
-        note(f"{data.path} has no validation split: there will be no validation loss")
+    counts = source_order(recipe).counts(batch_plan(recipe).remaining()[1] // recipe.seq_len).tolist()
+    repeats = False
+    for (name, stream), count in zip(data.streams("train").items(), counts, strict=True):
+        repeats = repeats or count > (len(stream) - 1) // recipe.seq_len
+        tokens = count * recipe.seq_len if data.mixed else recipe.train.tokens
+        if text := note_on_repeats(tokens, len(stream), name if data.mixed else None):
+            note(text)
+    if recipe.data.shift_windows and not repeats:
+        note("data.shift_windows has no effect: the run reads no text twice")
+    for folder in data.folders.values():
+        if not len(folder.split("val")):
+            rest = "it has no part in the validation loss" if data.mixed else "there will be no validation loss"
+            note(f"{folder.path} has no validation split: {rest}")
     for prompt in recipe.eval.prompts:
         length = len(data.tokenizer.encode(prompt))
         if length > recipe.model.max_seq_len:

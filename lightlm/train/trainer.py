@@ -284,6 +284,8 @@ class Trainer:
         }
         if outcome.z_loss is not None:
             metrics["z_loss"] = outcome.z_loss
+        if self.data.mixed:
+            metrics |= {f"tokens/{part['name']}": part["tokens"] for part in self.setup.sources(self.progress.samples)}
         if self.gradients.loss_scale.active:
             metrics |= {"loss_scale": self.progress.loss_scale.scale, "overflows": self.progress.loss_scale.retries}
         if (memory := peak_memory(self.setup.device)) is not None:
@@ -348,12 +350,14 @@ class Trainer:
         return metrics
 
     def _validate(self, stop: threading.Event, phase: str = "validating") -> dict[str, float] | None:
-        if not len(stream := self.data.split("val")):
+        streams = {name: stream for name, stream in self.data.streams("val").items() if len(stream)}
+        if not streams:
             return {}
         with self._phase(phase) as finished:
             return validate(
                 self.loss,
-                stream,
+                streams,
+                self.setup.last_shares,
                 self.token_bytes,
                 seq_len=self.recipe.seq_len,
                 max_tokens=self.recipe.eval.tokens,

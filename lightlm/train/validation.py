@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +14,27 @@ from lightlm.device import autocast
 from lightlm.train.step.parallel import ParallelLoss
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Sums:
+    """What a validation stream adds up to."""
+
+    nats: float
+    text_nats: float  # of tokens that are text
+    tokens: float
+    num_bytes: float
+
+    def metrics(self, name: str = "") -> dict[str, float]:
+        per_byte = self.text_nats / math.log(2) / max(self.num_bytes, 1)
+        return {f"val_loss{name}": self.nats / self.tokens, f"val_bpb{name}": per_byte}
+
+    def per_token(self, weight: float) -> list[float]:
+        return [weight * value / self.tokens for value in (self.nats, self.text_nats, self.tokens, self.num_bytes)]
+
+
 def validate(
     loss: ParallelLoss,
-    stream: TokenStream,
+    streams: Mapping[str, TokenStream],
+    weights: Mapping[str, float],
     token_bytes: Tensor,
     *,
     seq_len: int,
@@ -31,11 +49,48 @@ def validate(
     which are the same at every validation. Targets that are special tokens, such as end-of-text, are not text: they
     count in `val_loss`, and not in `val_bpb`, as in the task heldout.
 
+    Several streams share `max_tokens` equally. `val_loss/NAME` and `val_bpb/NAME` are theirs, and `val_loss` and
+    `val_bpb` are what a text mixed by `weights` would have.
+
     Args:
+        weights: shares of tokens by name; if those of all streams are 0, the streams count equally.
         token_bytes: UTF-8 bytes per token id, int tensor (V,); special tokens have 0.
         stopped: asked after each batch, in all processes together; once it answers yes, the result is None.
         finished: receives the finished share after each batch.
     """
+    found: dict[str, _Sums] = {}
+    for number, (name, stream) in enumerate(streams.items()):
+
+        def part_finished(share: float, before: int = number) -> None:
+            finished((before + share) / len(streams))
+
+        tokens = max(max_tokens // len(streams), 1)
+        sums = _validate(loss, stream, token_bytes, seq_len, tokens, batch_size, stopped, part_finished)
+        if sums is None:
+            return None
+        found[name] = sums
+    if len(weights) == 1:
+        return next(iter(found.values())).metrics()
+    equal = not any(weights[name] for name in found)
+    mixed = [sums.per_token(1.0 if equal else weights[name]) for name, sums in found.items()]
+    metrics = _Sums(*map(sum, zip(*mixed, strict=True))).metrics()
+    for name, sums in found.items():
+        metrics |= sums.metrics(f"/{name}")
+    return metrics
+
+
+@torch.no_grad()
+def _validate(
+    loss: ParallelLoss,
+    stream: TokenStream,
+    token_bytes: Tensor,
+    seq_len: int,
+    max_tokens: int,
+    batch_size: int,
+    stopped: Callable[[], bool],
+    finished: Callable[[float], None],
+) -> _Sums | None:
+    """Return the sums of one stream, or None once `stopped` answers yes."""
     model, device, world = loss.model, loss.device, loss.world
     nats, text_nats, tokens, num_bytes, seen = 0.0, 0.0, 0.0, 0.0, 0
     total = min(max_tokens, len(stream) - 1)
@@ -62,5 +117,4 @@ def validate(
             return None
     model.train()
     sums = torch.tensor([nats, text_nats, tokens, num_bytes], dtype=torch.float64)
-    nats, text_nats, tokens, num_bytes = world.sum(sums).tolist()
-    return {"val_loss": nats / tokens, "val_bpb": text_nats / math.log(2) / max(num_bytes, 1)}
+    return _Sums(*world.sum(sums).tolist())

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightlm.data.loader import BatchLoader, permute, validation_batches
+from lightlm.data.mixture import SourceOrder, Stage, shares_of
 from lightlm.data.shards import TokenStream
 from lightlm.errors import DataError
 
@@ -47,8 +48,7 @@ def test_the_order_never_changes_between_versions() -> None:
 
 
 def test_an_epoch_sees_every_window_once_with_targets_shifted_by_one() -> None:
-    loader = BatchLoader(stream_of(103), seq_len=4, seed=3)
-    assert loader.num_samples == 25
+    loader = BatchLoader({"a": stream_of(103)}, seq_len=4, seed=3)
     inputs, targets = loader.batch(0, 25)
     assert inputs.dtype == torch.int64
     assert inputs.shape == (25, 4)
@@ -61,8 +61,8 @@ def test_an_epoch_sees_every_window_once_with_targets_shifted_by_one() -> None:
 
 @given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=8), restart=st.integers(0, 40))
 def test_samples_do_not_depend_on_batch_sizes_or_restarts(parts: list[int], restart: int) -> None:
-    whole = BatchLoader(stream_of(50), 4, seed=7).batch(0, restart + sum(parts))
-    loader = BatchLoader(stream_of(50), 4, seed=7)  # as after a restart: it has not seen the samples before
+    whole = BatchLoader({"a": stream_of(50)}, 4, seed=7).batch(0, restart + sum(parts))
+    loader = BatchLoader({"a": stream_of(50)}, 4, seed=7)  # as after a restart: it has not seen the samples before
     starts = itertools.accumulate(parts, initial=restart)
     pieces = [loader.batch(start, count) for start, count in zip(starts, parts, strict=False)]
     for index in (0, 1):
@@ -70,15 +70,59 @@ def test_samples_do_not_depend_on_batch_sizes_or_restarts(parts: list[int], rest
 
 
 def test_ranks_that_each_take_their_part_see_the_global_batch() -> None:
-    loader = BatchLoader(stream_of(100), 4, seed=7)
+    loader = BatchLoader({"a": stream_of(100)}, 4, seed=7)
     parts = [loader.batch(start, 2)[0] for start in (14, 10, 12)]  # in whatever order they come
     assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), loader.batch(10, 6)[0])
 
 
+def windows(loader: BatchLoader, start: int, count: int) -> list[int]:
+    """The first token of each window, which says where the window stands."""
+    return loader.batch(start, count)[0][:, 0].tolist()
+
+
+def test_each_source_of_a_mixture_is_read_as_if_alone() -> None:
+    """The first source exactly as by a run on it; the others in an order of their own."""
+    order = SourceOrder([Stage(60, shares_of([2, 1])), Stage(None, shares_of([0, 1]))])
+    mixed = BatchLoader({"a": stream_of(103), "b": stream_of(83)}, 4, 7, order)
+    numbers, _ = order.locate(np.arange(120))
+    inputs, targets = mixed.batch(0, 120)
+    assert torch.equal(targets, inputs + 1)
+    alone = BatchLoader({"a": stream_of(103)}, 4, 7).batch(0, 40)[0]
+    assert torch.equal(inputs[numbers == 0], alone)
+    others = inputs[numbers == 1][:, 0].tolist()
+    assert len(others) == 80
+    for epoch in range(4):  # 20 windows each
+        assert sorted(others[20 * epoch : 20 * epoch + 20]) == list(range(0, 80, 4))
+    assert others[:20] != windows(BatchLoader({"b": stream_of(83)}, 4, 7), 0, 20)
+    assert mixed.epochs(120) == [40 / 25, 4.0]
+    parts = [mixed.batch(start, 7)[0] for start in range(0, 119, 7)]
+    assert torch.equal(torch.cat(parts), inputs[:119])
+
+
+@given(count=st.integers(5, 120), seq_len=st.integers(1, 4), seed=st.integers(0, 9))
+def test_shifted_windows_begin_elsewhere_in_each_epoch_and_lose_at_most_one(
+    count: int, seq_len: int, seed: int
+) -> None:
+    plain = BatchLoader({"a": stream_of(count)}, seq_len, seed)
+    shifted = BatchLoader({"a": stream_of(count)}, seq_len, seed, shift_windows=True)
+    first = (count - 1) // seq_len
+    later = max(first - 1, 1)
+    assert windows(shifted, 0, first) == windows(plain, 0, first)
+    offsets = set()
+    for epoch in range(20):
+        starts = sorted(windows(shifted, first + epoch * later, later))
+        offsets.add(starts[0])
+        assert starts == list(range(starts[0], starts[0] + later * seq_len, seq_len))
+        assert starts[-1] + seq_len < count
+    assert max(offsets) <= seq_len
+    assert len(offsets) > 1 or seq_len == 1 or first == 1
+    assert shifted.epochs(first + 3 * later) == [4.0]
+
+
 def test_too_few_tokens_are_refused_with_the_numbers() -> None:
-    assert BatchLoader(stream_of(9), 8, seed=0).num_samples == 1
+    assert BatchLoader({"a": stream_of(9)}, 8, seed=0).epochs(1) == [1.0]
     with pytest.raises(DataError, match=r"8 tokens.* 9"):
-        BatchLoader(stream_of(8), 8, seed=0)
+        BatchLoader({"a": stream_of(8)}, 8, seed=0)
 
 
 def test_validation_windows_are_the_first_ones_in_order() -> None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from lightlm.errors import RecipeError, UsageError
 from lightlm.recipe import Recipe, load_recipe
+from lightlm.recipe.sections.data import Stage
 from lightlm.recipe.yaml_text import TEXT_KEYS, read_sections, read_value
 
 RECIPE = """\
@@ -126,13 +127,16 @@ def test_words_that_yaml_reads_as_something_else_stay_text(written):
 def test_every_text_of_the_schema_is_known_as_one():
     def is_text(annotation):
         inner = typing.get_args(annotation)
-        return annotation is str or (typing.get_origin(annotation) is not typing.Literal and any(map(is_text, inner)))
+        return annotation is str or (
+            typing.get_origin(annotation) not in (typing.Literal, dict) and any(map(is_text, inner))
+        )
 
     found = {"name"}
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and name != "optimizer":
             keys = field.annotation.model_fields.items()
             found |= {f"{name}.{key}" for key, inner in keys if is_text(inner.annotation)}
+    found |= {f"data.stages.{key}" for key, inner in Stage.model_fields.items() if is_text(inner.annotation)}
     assert found == TEXT_KEYS | {"schedule.weight_decay"}  # its points are shares or numbers of tokens
 
 

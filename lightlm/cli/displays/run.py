@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightlm.cli.console import out, print_json
-from lightlm.cli.displays.training import TrainingDisplay
+from lightlm.cli.displays.training import TrainingDisplay, describe_source
 from lightlm.train.trainer import Result, Trainer
 
 _PROMPT_WORDS = 4  # of the suggested prompt
@@ -20,7 +20,9 @@ def print_plan(facts: dict[str, Any], as_json: bool) -> None:
         print_json(facts)
         return
     table = Table(title=f"Run {facts['name']}", show_header=False)
-    for key, value in facts.items():
+    sources = facts.get("sources") or ()
+    shown = facts | {"sources": None} | {f"source {part['name']}": describe_source(part) for part in sources}
+    for key, value in shown.items():
         if value is not None and (key != "active_parameters" or value != facts["parameters"]):
             table.add_row(key.replace("_", " "), Text(_in_words(value)))
     out.print(table)
@@ -51,16 +53,19 @@ def draw_report(trainer: Trainer, display: TrainingDisplay) -> Path | None:
 
 def print_result(result: Result, trainer: Trainer, page: Path | None, as_json: bool) -> None:
     """Print how a run ended, where its page is, and what to do next; or one JSON document."""
-    unigram = trainer.data.manifest.unigram
+    unigram = None if trainer.data.mixed else trainer.data.main.manifest.unigram
     unigram_entropy = unigram.nats_per_token if unigram else None
     if as_json:
-        print_json(vars(result) | {"unigram_entropy": unigram_entropy, "report": page})
+        sources = trainer.setup.sources(trainer.progress.samples) if trainer.data.mixed else None
+        print_json(vars(result) | {"unigram_entropy": unigram_entropy, "sources": sources, "report": page})
         return
     lines = [f"Run {result.run}: step {result.step:,}, {result.tokens:,} tokens, {result.seconds:.0f} s"]
     if result.val_loss is not None:
         lines.append(f"Validation loss {result.val_loss:.4f} nats per token, {result.val_bpb:.4f} bits per byte")
         if unigram_entropy is not None:
             lines.append(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats per token")
+    for part in trainer.setup.sources(trainer.progress.samples) if trainer.data.mixed else ():
+        lines.append(f"Source {part['name']}: {describe_source(part)}")
     if page is not None:
         lines.append(f"Plots and page: {page}")
     if not result.interrupted:
@@ -70,7 +75,7 @@ def print_result(result: Result, trainer: Trainer, page: Path | None, as_json: b
 
 def _next_commands(trainer: Trainer) -> list[str]:
     """Return commands to try on a finished run. The prompt is the beginning of a text of its own data."""
-    words = trainer.data.beginnings(1)[0].split()[:_PROMPT_WORDS]
+    words = trainer.data.main.beginnings(1)[0].split()[:_PROMPT_WORDS]
     prompt = shlex.quote(" ".join(words).replace("\N{REPLACEMENT CHARACTER}", "") or "Hello")
-    held_out = ["lightlm eval --tasks heldout"] if len(trainer.data.split("val")) else []
+    held_out = ["lightlm eval --tasks heldout"] if len(trainer.data.main.split("val")) else []
     return [*held_out, f"lightlm generate {prompt}", "lightlm convert"]

@@ -51,6 +51,16 @@ def _validation(metrics: dict[str, Any]) -> str:
     return f"[bold]validation {metrics['val_loss']:.4f} ({metrics['val_bpb']:.4f} bits per byte)[/]"
 
 
+def _epochs(number: float) -> str:
+    return f"{number:,.0f} epochs" if number >= 10 else f"{number:.2g} epochs"
+
+
+def describe_source(part: dict[str, Any]) -> str:
+    """Return what a run reads of one source (`Setup.sources`), such as `7M tokens, 1.4 epochs of 5M`."""
+    tokens, size = format_quantity(part["tokens"]), format_quantity(part["train_tokens"])
+    return f"{tokens} tokens, {_epochs(part['epochs'])} of {size}"
+
+
 class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDisplay"]):
     """An `Observer` that prints to standard error.
 
@@ -88,12 +98,16 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
             f"{processes}{facts['device']}, {facts['dtype']}{resumed}"
         )
         growing = f"{facts['first_batch_tokens']:,} to " if facts["first_batch_tokens"] < facts["batch_tokens"] else ""
-        epochs = f"{facts['epochs']:,.0f}" if facts["epochs"] >= 10 else f"{facts['epochs']:.2g}"
+        what = f"of {escape(facts['data'])}"
+        if not facts.get("sources"):
+            what = f"({_epochs(facts['epochs'])} {what})"
         self._log(
-            f"{tokens} tokens ({epochs} epochs of {escape(facts['data'])}) in "
+            f"{tokens} tokens {what} in "
             f"{facts['steps']:,} steps of {growing}{facts['batch_tokens']:,}: "
             f"{facts['accumulation']} x {facts['micro_batch']} sequences{' per process' if processes else ''}"
         )
+        for part in facts.get("sources") or ():
+            self._log(f"{escape(part['name'])}: {describe_source(part)}")
 
     def step(self, metrics: dict[str, Any]) -> None:
         if not metrics["step"]:  # the model that the run starts from
@@ -109,6 +123,9 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         if "val_loss" in metrics:
             self._last_validation = f"{metrics['val_loss']:.4f}"
             self._log(f"{at}  loss {metrics['loss']:.4f}  {_validation(metrics)}")
+            losses = [(key.removeprefix("val_loss/"), metrics[key]) for key in metrics if key.startswith("val_loss/")]
+            if losses:
+                self._log(f"{at}  validation of {'  '.join(f'{escape(name)} {value:.4f}' for name, value in losses)}")
         if scores := {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}:
             parts = "  ".join(f"{escape(key)} {value:.4f}" for key, value in scores.items())
             self._log(f"{at}  [bold]{parts}[/]")
@@ -117,7 +134,7 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
             self._draw()
         elif self._line_is_due(metrics):
             self._printed = time.monotonic()
-            cells = self._cells(metrics) + self._expert_cells(metrics)
+            cells = self._cells(metrics) + self._source_cells(metrics) + self._expert_cells(metrics)
             self._log("  ".join(f"{key} {value}" for key, value in cells))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -191,21 +208,31 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
             cells.append(("memory", f"{metrics['memory'] / 2**30:.2f} GiB"))
         return [*cells, ("elapsed", _clock(metrics["seconds"])), ("left", _clock(left / speed) if speed else "-")]
 
+    def _source_cells(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+        """Return the tokens and epochs of each source of a mixture so far."""
+        parts = [(part, metrics[f"tokens/{part['name']}"]) for part in self._facts.get("sources") or ()]
+        return [
+            (part["name"], f"{format_quantity(tokens)} ({_epochs(tokens / part['train_tokens'])})")
+            for part, tokens in parts
+        ]
+
     def _expert_cells(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         """Return the cells on the balance of experts, none for a dense model."""
         newest = self._layers | metrics
         return [(name, f"{newest[key]:{spec}}") for name, key, spec in _EXPERT_CELLS if key in newest]
 
     def _tables(self, metrics: dict[str, Any]) -> Table | Group:
-        """Return the live line, and a second one for a mixture of experts."""
-        table = self._table(self._cells(metrics), _LEAST_IMPORTANT)
+        """Return the live line, one for a mixture of sources, and one for a mixture of experts."""
+        tables = [self._table(self._cells(metrics), _LEAST_IMPORTANT)]
+        if sources := self._source_cells(metrics):
+            tables.append(self._table(sources, tuple(name for name, _ in reversed(sources))))
         if not (cells := self._expert_cells(metrics)):
-            return table
+            return tables[0] if len(tables) == 1 else Group(*tables)
         if "moe/layer_violation" in self._layers and "utf" in self._console.encoding.lower():
             top = len(_LEVELS) - 1
             bars = (_LEVELS[min(int(value * len(_LEVELS)), top)] for value in self._layers["moe/layer_violation"])
             cells.append(("by layer", "".join(bars)))
-        return Group(table, self._table(cells, _LEAST_IMPORTANT_OF_EXPERTS))
+        return Group(*tables, self._table(cells, _LEAST_IMPORTANT_OF_EXPERTS))
 
     def _table(self, cells: list[tuple[str, str]], least_important: tuple[str, ...]) -> Table:
         for key in least_important:

@@ -90,12 +90,12 @@ def _origin(recipe: Recipe | None) -> Iterator[str]:
     if recipe is None:
         yield "Training data and recipe: unknown to LightLM."
         return
-    folder = resolve_dataset(recipe.data.dataset)
-    try:
-        manifest = read_manifest(folder)
-    except LightLMError:  # the data was moved, or is in a format without a manifest
-        yield f"Training data: `{folder.as_posix()}`."
-    else:
+    for folder in map(resolve_dataset, recipe.data.sources):
+        try:
+            manifest = read_manifest(folder)
+        except LightLMError:  # the data was moved, or is in a format without a manifest
+            yield f"Training data: `{folder.as_posix()}`."
+            continue
         # A local path tells readers of a published card nothing: its last part is enough.
         local = Path(manifest.source).is_absolute() or Path(manifest.source).exists()
         source = Path(manifest.source).name if local else manifest.source
@@ -115,15 +115,16 @@ def _base_on_hub(recipe: Recipe | None) -> str | None:
 
 
 def _hub_data(recipe: Recipe | None) -> list[str]:
-    """Return the data set's id on the Hub, if the data comes from there."""
-    if recipe is None:
-        return []
-    try:
-        source = read_manifest(resolve_dataset(recipe.data.dataset)).source
-    except LightLMError:
-        return []
-    found = re.match(rf"(?:hf://)?({_HUB_ID})", source)
-    return [found[1]] if found and not Path(source).exists() else []
+    """Return the ids on the Hub of the data sets that come from there."""
+    names = []
+    for folder in map(resolve_dataset, recipe.data.sources if recipe else ()):
+        try:
+            source = read_manifest(folder).source
+        except LightLMError:
+            continue
+        found = re.match(rf"(?:hf://)?({_HUB_ID})", source)
+        names += [found[1]] if found and not Path(source).exists() else []
+    return names
 
 
 def _scores(run: Path, step: str) -> Iterator[EvalResult]:

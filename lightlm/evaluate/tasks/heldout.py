@@ -18,6 +18,7 @@ from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate.tasks import cloze
 from lightlm.evaluate.tasks.references import CLOZE, HELDOUT
+from lightlm.recipe.sections.data import DataSection
 from lightlm.runs import RUNS, find_run, run_of
 
 # Limits of what the cloze reads of a validation split, to keep decoding and cutting to a few seconds.
@@ -141,7 +142,7 @@ def common_folder(models: Sequence[str | Path | None], data: str | None = None) 
 
 
 def dataset_of(model: str | Path | None) -> Path:
-    """Return the data folder of a model's run, from its recipe.
+    """Return the data folder of a model's run, from its recipe; of a mixture, its main one (`DataSection.main`).
 
     Raises:
         NoRunError: the model does not belong to a run with a recipe.
@@ -151,10 +152,11 @@ def dataset_of(model: str | Path | None) -> Path:
     advice = "give a prepared data folder with --data"
     try:
         path = ((run_of(Path(model)) if model else None) or find_run(model)) / "recipe.yaml"
-        return resolve_dataset(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["dataset"])
+        section = DataSection.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
+        return resolve_dataset(section.main)
     except (LightLMError, OSError):
         reason = f"{model or path} does not belong to a run with a recipe"
         raise NoRunError(f"the task {HELDOUT} needs text: {reason}; {advice}") from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
-        reason = f"{path} names no data set under data.dataset ({' '.join(str(error).split())})"
+        reason = f"{path} names no data set under data ({' '.join(str(error).split())})"
         raise DataError(f"the task {HELDOUT} needs text: {reason}; {advice}") from None

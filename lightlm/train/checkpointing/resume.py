@@ -15,20 +15,24 @@ import xxhash
 
 from lightlm import checkpoint
 from lightlm.data.folder import DataFolder
+from lightlm.data.training_data import TrainingData
 from lightlm.errors import CheckpointError, DataError, RecipeError
-from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, with_new_names
+from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, span_tokens, with_new_names
 from lightlm.runs import RECIPE, find_run
 from lightlm.train.observe.spikes import SpikeHistory
+from lightlm.train.schedules import batch_plan, source_order
 from lightlm.train.step.scaling import ScaleState
 
 # Settings that fix a run's weights, batches or optimizer state: a resumed run cannot change them, nor any of `model`.
-# `data.dataset` may change, because a run also remembers the content of its data.
+# What `data` names may change, because a run also remembers the content of its data; the order of the sequences that it
+# has read may not (`_check_past`).
 _FIXED = frozenset(
     {
         "train.batch_tokens",
         "train.seq_len",
         "train.seed",
         "train.init_from",
+        "data.shift_windows",
         "optimizer.name",
         "schedule.batch_warmup",
         "schedule.batch_start",
@@ -50,36 +54,49 @@ class Progress:
     averaged_from: int | None = None  # tokens at which the average of the weights began; None without `train.ema`
 
 
-def data_identity(data: DataFolder) -> str:
+def data_identity(folder: DataFolder) -> str:
     """Return a hash of the checksums of tokenizer and shards; folders with the same one give the same batches."""
-    parts = [data.manifest.tokenizer_sha256, *(f"{shard.file} {shard.xxh3}" for shard in data.manifest.shards)]
+    parts = [folder.manifest.tokenizer_sha256, *(f"{shard.file} {shard.xxh3}" for shard in folder.manifest.shards)]
     return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
 
 
-def pack(progress: Progress, optimizer: dict[str, Any], data: DataFolder, recipe: Recipe) -> dict[str, Any]:
+def _identities(data: TrainingData) -> list[str]:
+    return [data_identity(folder) for folder in data.folders.values()]
+
+
+def pack(progress: Progress, optimizer: dict[str, Any], data: TrainingData, recipe: Recipe) -> dict[str, Any]:
     """Return the training state of a checkpoint; `recipe` is what the run was trained with."""
     return {
         "progress": asdict(progress),
         "optimizer": optimizer,
         "rng": torch.get_rng_state(),
-        "data": data_identity(data),
+        "data": _identities(data),
         "recipe": recipe.to_dict(),
     }
 
 
-def unpack(folder: Path, data: DataFolder) -> tuple[Progress, dict[str, Any]]:
+def unpack(folder: Path, data: TrainingData) -> tuple[Progress, dict[str, Any]]:
     """Return a checkpoint's progress and optimizer state, and restore torch's random generator.
 
     Raises:
         CheckpointError: the checkpoint holds only weights, or its state cannot be read.
-        DataError: `data` is not the run's data.
+        DataError: `data` is not the run's data. It may have further folders at its end.
     """
     checkpoint.check(folder, [checkpoint.TRAINING_STATE])
     state = _read(folder)
-    if state["data"] != data_identity(data):
+    before: list[str] = [state["data"]] if isinstance(state["data"], str) else state["data"]  # earlier versions: one
+    paths = [part.path for part in data.folders.values()]
+    for path, old, new in zip(paths, before, _identities(data), strict=False):
+        if old != new:
+            raise DataError(
+                f"{path} is not the data that {folder} was trained on: its tokenizer or shards differ; restore the old "
+                "folder, name the folder that holds the same data with data.dataset=PATH, or start a new run"
+                + (". The folders of a mixture must stay in their order" if len(before) > 1 else "")
+            )
+    if len(paths) < len(before):
         raise DataError(
-            f"{data.path} is not the data that {folder} was trained on: its tokenizer or shards differ; restore the "
-            "old folder, name the folder that holds the same data with data.dataset=PATH, or start a new run"
+            f"{folder} was trained on {len(before)} folders, and the recipe names {len(paths)}; name them all, in "
+            "their order"
         )
     torch.set_rng_state(state["rng"])
     progress = dict(state["progress"])
@@ -141,6 +158,8 @@ def reopen_run(
         else:
             before = recorded
     _follow_changes(before, recipe, run, since, overrides, warn)
+    if saved is not None:
+        _check_past(before, recipe, run, _read(saved, mmap=True)["progress"]["samples"])
     return recipe, run, saved
 
 
@@ -173,6 +192,25 @@ def _follow_changes(
         )
     if edited := [text for key, text in changed.items() if key not in overridden]:
         warn(f"the recipe has changed and is followed: {'; '.join(edited)}")
+
+
+def _check_past(before: Recipe, now: Recipe, run: Path, samples: int) -> None:
+    """Refuse a recipe with another order of the `samples` sequences that the run has read.
+
+    The future may change: a run may get a stage that it did not begin with.
+    """
+    if source_order(before).same_until(source_order(now), samples):
+        return
+    tokens = samples * before.seq_len
+    advice = "begin changes of the mixture later"
+    if before.data.parts == now.data.parts:  # train.tokens has moved the stages
+        total = batch_plan(before).remaining()[1]
+        ends = [f"{span_tokens(until, total)}" for until, _ in before.data.parts if until is not None]
+        advice = f"a share of the run moves with train.tokens: write `until` in tokens ({', '.join(ends)})"
+    raise RecipeError(
+        f"{now.data.key} would give other sources to the {tokens:,} tokens that {run} has read; {advice}, "
+        "or start a new run instead"
+    )
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lightlm.data.folder import DataFolder
+from lightlm.data.training_data import TrainingData, folder_paths
 from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype, training_dtype
 from lightlm.errors import UsageError
 from lightlm.model.transformer import Transformer
@@ -19,6 +20,7 @@ from lightlm.train.schedules import (
     describe_other_schedules,
     describe_schedule,
     momentum_points,
+    source_order,
     weight_decay_points,
 )
 from lightlm.train.setup import Note, fit_recipe, open_data
@@ -58,6 +60,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "weight_decays": weight_decay_points(recipe),
         "momenta": momentum_points(recipe),
         "flops": flops * run["tokens"],
+        "sources": _sources(recipe, run["tokens"]),
     }
     return {
         "recipe": recipe.name,
@@ -77,9 +80,12 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     }
 
 
-def run_sizes(recipe: Recipe, data: DataFolder | None) -> dict[str, Any]:
+def run_sizes(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
     """Return the tokens, steps and validations of a new run."""
-    validation_tokens = min(recipe.eval.tokens, len(data.split("val"))) if data else recipe.eval.tokens
+    validation_tokens = recipe.eval.tokens
+    if data:
+        streams = [stream for stream in data.streams("val").values() if len(stream)]
+        validation_tokens = sum(min(recipe.eval.tokens // len(streams), len(stream)) for stream in streams)
     steps, tokens = batch_plan(recipe).remaining()
     batch_tokens = recipe.batch_sequences * recipe.seq_len
     # Validations come at each step that reaches a multiple of eval.every, and at the last step. With train.ema, each is
@@ -92,6 +98,17 @@ def run_sizes(recipe: Recipe, data: DataFolder | None) -> dict[str, Any]:
         "validations": validations if validation_tokens else 0,
         "validation_tokens": validations * validation_tokens * (1 + recipe.train.averages),
     }
+
+
+def _sources(recipe: Recipe, tokens: int) -> list[dict[str, Any]]:
+    """Return what a run reads of each folder; size and epochs of one that is not prepared are None."""
+    counts = source_order(recipe).counts(tokens // recipe.seq_len).tolist()
+    rows = []
+    for (name, path), count in zip(folder_paths(recipe.data.sources).items(), counts, strict=True):
+        size = len(DataFolder.open(path).split("train")) if path.is_dir() else None
+        read = count * recipe.seq_len
+        rows.append({"name": name, "tokens": read, "train_tokens": size, "epochs": read / size if size else None})
+    return rows
 
 
 def run_seconds(probe: Probe, recipe: Recipe, run: dict[str, Any]) -> float:

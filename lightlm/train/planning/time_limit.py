@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightlm.data.folder import DataFolder
+from lightlm.data.training_data import TrainingData
 from lightlm.recipe import Recipe
 from lightlm.train.planning.plan import run_seconds, run_sizes
 from lightlm.train.planning.probe import Probe, run_probe
@@ -27,7 +27,7 @@ class Fit:
     tokens_per_second: float
 
 
-def fit_time(recipe: Recipe, data: DataFolder, minutes: float) -> Fit:
+def fit_time(recipe: Recipe, data: TrainingData, minutes: float) -> Fit:
     """Run a few steps of the recipe in a process of their own, and return how much of it fits into the limit.
 
     Raises:
@@ -37,7 +37,7 @@ def fit_time(recipe: Recipe, data: DataFolder, minutes: float) -> Fit:
     return fit_probe(run_probe(recipe), recipe, data, minutes)
 
 
-def fit_probe(probe: Probe, recipe: Recipe, data: DataFolder, minutes: float) -> Fit:
+def fit_probe(probe: Probe, recipe: Recipe, data: TrainingData, minutes: float) -> Fit:
     """Return how much of the recipe fits into the limit, at the speed of this probe."""
 
     def seconds(tokens: int) -> float:
