@@ -8,6 +8,8 @@ from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import GREEDY
+from lightlm.train.step.parallel import LossModule
+from lightlm.train.step.routers import RouterLosses
 from tests.corpus import make_workspace
 from tests.shapes import SHAPES, build
 from tests.train.watch import Recorder, comparable, resume, start
@@ -51,6 +53,24 @@ def test_no_attention_falls_back_to_the_plain_one(name, dtype):
         model(tokens)
         model(tokens, cache)
         model(tokens[:, :1], cache)
+
+
+@pytest.mark.parametrize("name", ["gpt3", "gated", "shared"])  # masks, and blocks of keys with and without a band
+@pytest.mark.parametrize("compiled", [False, True])
+def test_documents_are_those_of_the_cpu(name, compiled):
+    tokens = torch.randint(12, (2, 49), generator=torch.Generator().manual_seed(0))
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        module = LossModule(build(name).to(device), RouterLosses(), separator=3)
+        if compiled and device == "cuda":
+            module.compile()
+        result = module(tokens[:, :-1].to(device), tokens[:, 1:].contiguous().to(device))
+        result.objective.backward()
+        losses.append(result.loss.item())
+        gradients.append([parameter.grad.cpu() for parameter in module.parameters()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.usefixtures("_in_workspace")

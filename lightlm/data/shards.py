@@ -189,6 +189,14 @@ class TokenStream:
             out[place : place + len(part)] = part
         return out
 
+    def holds_documents(self) -> bool:
+        """Return whether an end-of-text token separates two documents, in other words whether more follows one."""
+        block = 1 << 20
+        return any(
+            (self.slice(start, min(block, len(self) - 1 - start)) == self.end_of_text_id).any()
+            for start in range(0, len(self) - 1, block)
+        )
+
     def documents(self) -> Iterator[np.ndarray]:
         """Yield the int64 token ids of each document, without the end-of-text token.
 

@@ -7,12 +7,14 @@ Shapes: B batch, T positions in this call, S key positions, H query heads, G key
 C = H K channels, D hidden size.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lightlm.model import fused
 from lightlm.model.config import ModelConfig
@@ -24,15 +26,20 @@ from lightlm.model.scaling import Linear
 # `KVCache.update` or `Trees.prepend`, bound to the layer.
 KeysAndValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+FLEX_HEAD_DIM = 16  # the least size of a head that `flex_attention` takes on CUDA
+
 
 @dataclass(frozen=True)
 class Mask:
-    """The mask arguments of `scaled_dot_product_attention`."""
+    """Which keys the queries see: arguments of `scaled_dot_product_attention`, unless documents or blocks are given."""
 
     # (B or 1, 1, T, S): True where a query may see a key, or floats that are added to the scores.
     # None where `is_causal` says everything.
-    allowed: Tensor | None
-    is_causal: bool
+    allowed: Tensor | None = None
+    is_causal: bool = False
+    # The lengths of the documents, row after row, each with the mask inside it: every document is attended to alone.
+    documents: tuple[tuple[int, "Mask"], ...] = ()
+    blocks: BlockMask | None = None  # for `flex_attention`
 
 
 def attends_in_groups(device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
@@ -66,6 +73,52 @@ def build_mask(positions_BT: Tensor, num_keys: int, window: int, *, fresh: bool,
     return Mask(allowed_BTS[:, None], is_causal=False)
 
 
+def offsets_in_documents(tokens_BT: Tensor, separator: int) -> Tensor:
+    """Return each token's offset in its document (B, T), which begins with the separator or with its row."""
+    columns_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    return columns_T - torch.where(tokens_BT == separator, columns_T, 0).cummax(1).values
+
+
+def build_document_mask(offsets_BT: Tensor, window: int, *, dtype: torch.dtype, head_dim: int, compiled: bool) -> Mask:
+    """Return the mask of tokens that see their own document, from fresh rows without padding.
+
+    A CPU computes each document alone, and compiled code on CUDA skips blocks of foreign keys. Otherwise all scores are
+    computed, and foreign ones are hidden.
+
+    Args:
+        offsets_BT: see `offsets_in_documents`.
+        window: as in `build_mask`.
+        dtype: precision of queries and keys.
+        compiled: torch.compile runs the attention.
+    """
+    num_rows, length = offsets_BT.shape
+    if offsets_BT.device.type == "cpu" and not compiled:
+        starts = (offsets_BT.flatten() == 0).nonzero().flatten().tolist()
+        lengths = [end - start for start, end in itertools.pairwise([*starts, num_rows * length])]
+        inside = {
+            size: build_mask(torch.arange(size)[None], size, window, fresh=True, aligned=True) for size in set(lengths)
+        }
+        return Mask(documents=tuple((size, inside[size]) for size in lengths))
+    reach_BT = offsets_BT.clamp(max=window - 1) if window else offsets_BT
+    if offsets_BT.device.type == "cuda" and compiled and head_dim >= FLEX_HEAD_DIM:
+        return Mask(blocks=_blocks(reach_BT))
+    columns_T = torch.arange(length, device=offsets_BT.device)
+    distance_TT = columns_T[:, None] - columns_T
+    hidden_BTT = (distance_TT < 0) | (distance_TT > reach_BT[:, :, None])
+    bias_BTT = torch.zeros(hidden_BTT.shape, dtype=dtype, device=offsets_BT.device)
+    return Mask(bias_BTT.masked_fill_(hidden_BTT, float("-inf"))[:, None])
+
+
+def _blocks(reach_BT: Tensor) -> BlockMask:
+    """Return the mask of queries that see so many positions before their own."""
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key <= reach_BT[row, query])
+
+    num_rows, length = reach_BT.shape
+    return create_block_mask(sees, num_rows, None, length, length, device=reach_BT.device)
+
+
 class Attention(nn.Module):
     """Multi-head attention of one layer (arXiv 1706.03762) with grouped queries (arXiv 2305.13245)."""
 
@@ -95,18 +148,7 @@ class Attention(nn.Module):
         q_BHTK, k_BGSK, v_BGSK, gate_BTC = self._project(x_BTD, rotation)
         if extend is not None:
             k_BGSK, v_BGSK = extend(k_BGSK, v_BGSK)
-        grouped = self.num_kv_heads != self.num_heads
-        if grouped and not attends_in_groups(k_BGSK.device.type, k_BGSK.dtype, masked=mask.allowed is not None):
-            k_BGSK, v_BGSK = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k_BGSK, v_BGSK))
-            grouped = False
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK.to(k_BGSK.dtype),
-            k_BGSK,
-            v_BGSK.to(k_BGSK.dtype),
-            attn_mask=mask.allowed,
-            is_causal=mask.is_causal,
-            enable_gqa=grouped,
-        )
+        y_BHTK = _attend(q_BHTK.to(k_BGSK.dtype), k_BGSK, v_BGSK.to(k_BGSK.dtype), mask)
         y_BTC = y_BHTK.transpose(1, 2).flatten(2)
         if fused.applies(x_BTD):
             return fused.linear(y_BTC if gate_BTC is None else fused.GateFunction.apply(y_BTC, gate_BTC), self.o_proj)
@@ -135,3 +177,30 @@ class Attention(nn.Module):
         if rotation is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
         return q_BHTK, k_BGTK, v_BGTK, None if self.gate_proj is None else self.gate_proj(x_BTD)
+
+
+def _attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor:
+    """Return the attention of each query head over the keys and values that the mask shows, (B, H, T, K)."""
+    num_heads, num_kv_heads = q_BHTK.shape[1], k_BGSK.shape[1]
+    grouped = num_heads != num_kv_heads
+    if mask.documents:
+        lengths = [length for length, _ in mask.documents]
+        # (B T, H or G, K), cut into documents of (1, H or G, L, K)
+        qs, ks, vs = (
+            [x.transpose(0, 1)[None] for x in x_BHTK.transpose(1, 2).flatten(0, 1).split(lengths)]
+            for x_BHTK in (q_BHTK, k_BGSK, v_BGSK)
+        )
+        parts = [
+            _attend(q, k, v, inside)[0].transpose(0, 1)
+            for q, k, v, (_, inside) in zip(qs, ks, vs, mask.documents, strict=True)
+        ]
+        return torch.cat(parts).unflatten(0, (len(q_BHTK), -1)).transpose(1, 2)
+    if mask.blocks is not None:
+        y_BHTK: Tensor = flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask.blocks, enable_gqa=grouped)
+        return y_BHTK
+    if grouped and not attends_in_groups(k_BGSK.device.type, k_BGSK.dtype, masked=mask.allowed is not None):
+        k_BGSK, v_BGSK = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k_BGSK, v_BGSK))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped
+    )

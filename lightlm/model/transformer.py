@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightlm.model import fused
-from lightlm.model.attention import Attention, KeysAndValues, Mask, build_mask
+from lightlm.model.attention import Attention, KeysAndValues, Mask, build_document_mask, build_mask
 from lightlm.model.config import ModelConfig
 from lightlm.model.decoding.cache import KVCache, Step
 from lightlm.model.decoding.trees import Trees
@@ -171,6 +171,7 @@ class Transformer(nn.Module):
         routings: list[Routing] | None = None,
         trees: Trees | None = None,
         dropout: Dropout | None = None,
+        offsets_BT: Tensor | None = None,
     ) -> Tensor:
         """Return the final norm's output (B, T, D), from which `head` makes logits.
 
@@ -183,6 +184,8 @@ class Transformer(nn.Module):
             routings: a list to which each layer of experts appends what its router did, where gradients are wanted.
             trees: the form of rows that are trees; without a cache.
             dropout: that of a training pass.
+            offsets_BT: keeps attention inside documents (see `offsets_in_documents`), and begins learned positions anew
+                in each; for rows without a cache that are no trees. Rotary positions run on: only distances matter.
 
         Raises:
             ValueError: there are more positions than max_seq_len or than the cache holds, counts without a cache, or
@@ -211,7 +214,10 @@ class Transformer(nn.Module):
             if length > config.max_seq_len:
                 raise ValueError(f"{length} positions given, max_seq_len is {config.max_seq_len}")
             positions_BT = torch.arange(length, device=tokens_BT.device)[None]
-            masks = {window: build_mask(positions_BT, length, window, fresh=True, aligned=True) for window in windows}
+            if offsets_BT is None:
+                masks = {w: build_mask(positions_BT, length, w, fresh=True, aligned=True) for w in windows}
+            else:
+                masks = self._document_masks(offsets_BT, windows)
         # With a tied head the table's gradient is dense anyway. A sparse part is added to it in place; a dense part
         # would be another (V, D) tensor of zeros and a sum of the two.
         sparse = config.tie_embeddings and fused.applies(self.embed_tokens.weight)
@@ -220,7 +226,7 @@ class Transformer(nn.Module):
             x_BTD = x_BTD * config.embedding_scale
         rotation = None
         if config.position == "learned":
-            x_BTD = x_BTD + self.embed_positions(positions_BT)
+            x_BTD = x_BTD + self.embed_positions(positions_BT if offsets_BT is None else offsets_BT)
         else:
             cos, sin = rotary_table(positions_BT, config.head_dim, config.rope_theta)
             rotation = cos[:, None], sin[:, None]
@@ -241,6 +247,17 @@ class Transformer(nn.Module):
         if cache is not None and step is not None:
             cache.commit(step)
         return self.norm(x_BTD)
+
+    def _document_masks(self, offsets_BT: Tensor, windows: set[int]) -> dict[int, Mask]:
+        """Return the mask of each window."""
+        compiled = torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and any(block.compiled for block in self.blocks.children())
+        )
+        dtype, head_dim = compute_dtype(self.embed_tokens.weight), self.config.head_dim
+        return {
+            window: build_document_mask(offsets_BT, window, dtype=dtype, head_dim=head_dim, compiled=compiled)
+            for window in windows
+        }
 
     def num_parameters(self) -> dict[str, int]:
         """Return parameter counts.

@@ -173,7 +173,8 @@ def set_up(
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=resolved)})
     if recipe.train.parallel == "fsdp" and world.size == 1:
         note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
-    loss = ParallelLoss(model, world, recipe, device, dtype)
+    separator = data.end_of_text_id if data else 0  # of random tokens, any
+    loss = ParallelLoss(model, world, recipe, device, dtype, separator if recipe.data.document_mask else None)
     optimizer = build_optimizer(model, recipe.optimizer, dtype)
     progress = Progress()
     if resume_from is not None:
@@ -248,7 +249,8 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
 
     Raises:
         DataError: the recipe's vocabulary is smaller than the tokenizer's.
-        RecipeError: a prompt of `eval.prompts` does not fit the model's context.
+        RecipeError: a prompt of `eval.prompts` does not fit the model's context, or the data holds one document
+            without an end, and `data.document_mask` is set.
     """
     wanted = recipe.model.vocab_size
     given = data.tokenizer.vocab_size if data else ASSUMED_VOCABULARY
@@ -282,6 +284,12 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
         if not len(folder.split("val")):
             rest = "it has no part in the validation loss" if data.mixed else "there will be no validation loss"
             note(f"{folder.path} has no validation split: {rest}")
+    if recipe.data.document_mask and not any(stream.holds_documents() for stream in data.streams("train").values()):
+        names = ", ".join(str(folder.path) for folder in data.folders.values())
+        raise RecipeError(
+            "data.document_mask has no effect: nothing follows an end-of-text token (id "
+            f"{data.end_of_text_id}) in the train split of {names}; leave it out"
+        )
     for prompt in recipe.eval.prompts:
         length = len(data.tokenizer.encode(prompt))
         if length > recipe.model.max_seq_len:

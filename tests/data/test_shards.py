@@ -187,3 +187,14 @@ def test_the_suggested_share_is_enough_and_at_most_a_tenth() -> None:
     assert with_validation(1, 7_157, 231, 1_400_000).suggested_val_fraction == 0.09
     assert with_validation(1, 14, 199, 2_800).suggested_val_fraction == 0.1
     assert with_validation(40, 19_999, 4_000, 4_000_000).suggested_val_fraction == 0.01
+
+
+@pytest.mark.parametrize(
+    ("end", "length", "several"),
+    [(0, 5, True), (3, 5, True), (4, 5, False), (None, 5, False), (1 << 20, 1_048_580, True)],
+)
+def test_documents_are_found_where_more_follows_an_end(end: int | None, length: int, several: bool) -> None:
+    tokens = np.ones(length, np.uint16)
+    if end is not None:
+        tokens[end] = 9
+    assert TokenStream([tokens[:3], tokens[3:]], 9).holds_documents() is several

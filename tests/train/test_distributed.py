@@ -143,7 +143,10 @@ def test_sharded_and_plain_runs_resume_each_other(runs):
 
 SHAPES = [
     ("model.layer_sharing=2", "model.tie_embeddings=true", "model.attention_gate=true"),
-    ("model.tie_embeddings=false", "model.norm=layernorm", "model.position=learned", "model.bias=true"),
+    (
+        *("model.tie_embeddings=false", "model.norm=layernorm", "model.position=learned", "model.bias=true"),
+        "data.document_mask=true",
+    ),
 ]
 
 

@@ -80,6 +80,9 @@ class DataSection(Section):
     shift_windows: bool = False
     """Cut a folder's text into sequences at another offset in each epoch but the first, so that a repeated text does
     not begin and end at the same places."""
+    document_mask: bool = False
+    """Let no token attend to another document than its own, in training and validation. A document begins with the
+    end-of-text token that separates it from the one before."""
 
     def idle(self) -> dict[str, str]:
         return {key: "unless given" for key in SOURCES if getattr(self, key) is None}

@@ -8,7 +8,13 @@ from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import parameter_groups
 from lightlm.optim.section import OptimizerSection
 from lightlm.recipe import Recipe
-from lightlm.train.step.activations import activation_bytes, backward_bytes, expert_gradient_bytes, mask_bytes
+from lightlm.train.step.activations import (
+    activation_bytes,
+    backward_bytes,
+    document_mask_bytes,
+    expert_gradient_bytes,
+    mask_bytes,
+)
 from lightlm.train.step.compilation import compiles
 from lightlm.train.step.loss import head_loss_bytes
 
@@ -42,13 +48,17 @@ def training_parts(
         config, mixed=mixed, fused=compiled or on_cpu, recompute=recompute, dropout=recipe.train.dropout > 0
     )
     average = {"ema": 4 * parameters} if recipe.train.averages else {}
+    masks = mask_bytes(config, recipe.seq_len, mixed=mixed)
+    if recipe.data.document_mask:
+        way = {"mixed": mixed, "compiled": compiled, "recompute": recompute}
+        masks = document_mask_bytes(config, recipe.seq_len, sequences, device_type=device.type, **way)
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": optimizer_bytes(model, recipe.optimizer),
         **average,
         "weight_copies": copies,
-        "activations": tokens * activations + mask_bytes(config, recipe.seq_len, mixed=mixed),
+        "activations": tokens * activations + masks,
         "logits": head_loss_bytes(
             tokens, config.hidden_size, config.vocab_size, device.type, dtype, accumulates=accumulates
         ),

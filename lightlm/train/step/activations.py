@@ -5,6 +5,7 @@ Shapes: D hidden size, F intermediate size, H query heads, G key/value heads, K 
 
 from typing import Literal
 
+from lightlm.model.attention import FLEX_HEAD_DIM
 from lightlm.model.config import ModelConfig
 
 # Rows of experts on a CPU per choice of a token, with the padding of loads that vary by a fifth of their mean.
@@ -49,6 +50,24 @@ def mask_bytes(config: ModelConfig, seq_len: int, *, mixed: bool) -> int:
     """Return the bytes of the banded layers' masks, (T, T) each in the precision of queries; sequences share them."""
     banded = sum(0 < config.window(layer) < seq_len for layer in range(config.depth))
     return banded * (2 if mixed else 4) * seq_len**2
+
+
+def document_mask_bytes(
+    config: ModelConfig, seq_len: int, sequences: int, *, mixed: bool, device_type: str, compiled: bool, recompute: bool
+) -> int:
+    """Return the bytes that `data.document_mask` adds to the activations, the banded layers' masks included.
+
+    See `build_document_mask` for its ways. One document may fill each sequence.
+    """
+    windows = [config.window(layer) for layer in range(config.depth)]
+    element, scores = 2 if mixed else 4, sequences * seq_len**2
+    if device_type == "cpu" and not compiled:
+        banded = sum(0 < window < seq_len for window in windows)
+        joined = sequences * seq_len * config.num_heads * config.head_dim  # the outputs of all documents
+        return element * ((1 if recompute else config.depth) * joined + banded * scores)
+    if device_type == "cuda" and compiled and config.head_dim >= FLEX_HEAD_DIM:
+        return 0
+    return element * len(set(windows)) * scores
 
 
 def _norm(config: ModelConfig, fused: bool) -> int:

@@ -41,38 +41,37 @@ def token_losses(
     *,
     z_loss: float = 0.0,
     dropout: Dropout | None = None,
+    offsets_BT: Tensor | None = None,
 ) -> TokenLosses:
     """Return the cross-entropy of a batch and the z-loss of its logits (PaLM, arXiv 2204.02311, section 5).
 
     Args:
-        routings, dropout: see `Transformer.hidden_states`.
+        routings, dropout, offsets_BT: see `Transformer.hidden_states`.
         z_loss: coefficient of logsumexp(logits)^2 per token.
     """
-    x_ND = _head_input(model, inputs_BT, routings, dropout)
+    x_ND = _head_input(model, inputs_BT, routings=routings, dropout=dropout, offsets_BT=offsets_BT)
     sums = _HeadLoss.apply(x_ND, model.head_weight, targets_BT.flatten(), z_loss)
     return TokenLosses(*sums) if z_loss else TokenLosses(sums[0], sums[0], None)
 
 
-def token_loss(
-    model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, routings: list[Routing] | None = None
-) -> Tensor:
+def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, offsets_BT: Tensor | None = None) -> Tensor:
     """Return the sum of -ln p(target) over a batch, in nats: an fp32 scalar. See `token_losses`."""
-    return token_losses(model, inputs_BT, targets_BT, routings).loss
+    return token_losses(model, inputs_BT, targets_BT, offsets_BT=offsets_BT).loss
 
 
 @torch.no_grad()
-def target_losses(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+def target_losses(
+    model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, offsets_BT: Tensor | None = None
+) -> Tensor:
     """Return -ln p of each target, in nats: fp32 (N,), without gradients. `token_loss` is their sum."""
-    x_ND = _head_input(model, inputs_BT)
+    x_ND = _head_input(model, inputs_BT, offsets_BT=offsets_BT)
     with torch.autocast(x_ND.device.type, enabled=False):
         return _head_loss(x_ND, model.head_weight, targets_BT.flatten(), 0.0, with_gradients=False)[0]
 
 
-def _head_input(
-    model: Transformer, inputs_BT: Tensor, routings: list[Routing] | None = None, dropout: Dropout | None = None
-) -> Tensor:
+def _head_input(model: Transformer, inputs_BT: Tensor, **options: Any) -> Tensor:
     """Return the last hidden states as (N, D), in the precision of products."""
-    x_ND = model.hidden_states(inputs_BT, routings=routings, dropout=dropout).flatten(0, 1)
+    x_ND = model.hidden_states(inputs_BT, **options).flatten(0, 1)
     if torch.is_autocast_enabled(x_ND.device.type):
         x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
     return x_ND

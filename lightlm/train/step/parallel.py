@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlm import checkpoint
+from lightlm.model.attention import offsets_in_documents
 from lightlm.model.dropout import Dropout
 from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import Router, Routing
@@ -31,10 +32,21 @@ class PassLoss(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """`token_losses` as a module: the root that every wrapper needs."""
+    """`token_losses` as a module: the root that every wrapper needs.
 
-    def __init__(self, model: Transformer, router_losses: RouterLosses, train: TrainSection | None = None) -> None:
+    Args:
+        separator: the token at which a document begins, to keep attention inside documents.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        router_losses: RouterLosses,
+        train: TrainSection | None = None,
+        separator: int | None = None,
+    ) -> None:
         super().__init__()
+        self.separator = separator
         self.model = model
         self.router_losses = router_losses
         self.z_loss = train.z_loss if train else 0.0
@@ -47,11 +59,13 @@ class LossModule(nn.Module):
 
         Dropout applies where `samples_B` is given, the numbers of the rows' samples in the run.
         """
+        offsets_BT = None if self.separator is None else offsets_in_documents(inputs_BT, self.separator)
         if each_target:
-            return target_losses(self.model, inputs_BT, targets_BT)
+            return target_losses(self.model, inputs_BT, targets_BT, offsets_BT)
         routings: list[Routing] = []
         dropout = Dropout(self.dropout, self.seed, samples_B) if self.dropout and samples_B is not None else None
-        sums = token_losses(self.model, inputs_BT, targets_BT, routings, z_loss=self.z_loss, dropout=dropout)
+        settings: dict[str, Any] = {"z_loss": self.z_loss, "dropout": dropout, "offsets_BT": offsets_BT}
+        sums = token_losses(self.model, inputs_BT, targets_BT, routings, **settings)
         if not routings:
             return PassLoss(sums.objective, sums.loss, None, sums.z)
         objective = sums.objective + targets_BT.numel() * self.router_losses(routings)
@@ -66,17 +80,24 @@ class ParallelLoss:
         recipe: `train.parallel=ddp` keeps a copy of everything in each process; `fsdp` shards parameters, gradients and
             optimizer state (FSDP2). With one process, both are the plain model. `train.compile` is true or false.
         dtype: the precision of matrix products, in which FSDP gathers the blocks' weights.
+        separator: see `LossModule`.
     """
 
     def __init__(
-        self, model: Transformer, world: World, recipe: Recipe, device: torch.device, dtype: torch.dtype
+        self,
+        model: Transformer,
+        world: World,
+        recipe: Recipe,
+        device: torch.device,
+        dtype: torch.dtype,
+        separator: int | None = None,
     ) -> None:
         strategy, compiled = recipe.train.parallel, recipe.train.compile is True
         self.model = model
         self.sharded = strategy == "fsdp" and world.size > 1
         self.replicated = strategy == "ddp" and world.size > 1
         self.world, self.device, self.dtype = world, device, dtype
-        self._local = LossModule(model, router_losses(recipe), recipe.train)
+        self._local = LossModule(model, router_losses(recipe), recipe.train, separator)
         # FSDP's hooks sit between the blocks; on a CPU, all blocks are one graph, quick to compile.
         if compiled and (self.sharded or device.type == "cpu"):
             model.compile_blocks()

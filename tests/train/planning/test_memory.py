@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightlm.model import experts, fused
+from lightlm.model import experts, fused, transformer
+from lightlm.model.attention import build_document_mask, offsets_in_documents
 from lightlm.model.config import ModelConfig
 from lightlm.model.dropout import Dropout
 from lightlm.model.transformer import Transformer
@@ -17,15 +18,15 @@ from lightlm.optim.registry import read_section
 from lightlm.train.planning import memory
 from lightlm.train.planning.memory import inference_parts, optimizer_bytes
 from lightlm.train.step import activations, loss
-from lightlm.train.step.activations import activation_bytes, backward_bytes, mask_bytes
+from lightlm.train.step.activations import activation_bytes, backward_bytes, document_mask_bytes, mask_bytes
 from lightlm.train.step.loss import token_loss
 from tests.shapes import SHAPES
 
 LENGTH = 16
 
 
-def saved_bytes(config, sequences, dtype, length=LENGTH, dropout=0.0):
-    """Storage of all that autograd saves in a forward pass."""
+def saved_bytes(config, sequences, dtype, length=LENGTH, dropout=0.0, ends=None):
+    """Storage of all that autograd saves in a forward pass; `ends`: of documents that are attended to alone."""
     dropped = Dropout(dropout, 1, torch.arange(sequences)) if dropout else None
     model = Transformer(config)
     kept = {}
@@ -39,7 +40,11 @@ def saved_bytes(config, sequences, dtype, length=LENGTH, dropout=0.0):
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
     ):
-        output = model.hidden_states(tokens, dropout=dropped)
+        offsets = None
+        if ends is not None:
+            begins = torch.isin(torch.arange(length), torch.tensor(ends)).int().expand(sequences, -1)
+            offsets = offsets_in_documents(begins, 1)
+        output = model.hidden_states(tokens, dropout=dropped, offsets_BT=offsets)
     assert output.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -189,6 +194,28 @@ def test_banded_layers_keep_a_mask_each():
     extra = saved_bytes(config, 1, torch.bfloat16, 48) - saved_bytes(whole, 1, torch.bfloat16, 48)
     assert mask_bytes(config, 48, mixed=True) == pytest.approx(extra, rel=1e-6)
     assert mask_bytes(whole, 48, mixed=True) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt3"])
+@pytest.mark.parametrize(("compiled", "ends"), [(False, []), (False, [20, 30]), (True, [20, 30])])
+def test_masks_of_documents(name, compiled, ends, monkeypatch):
+    """One document fills each sequence at worst; with banded layers, its mask is then as large as the sequence's."""
+    monkeypatch.setattr(
+        transformer,
+        "build_document_mask",
+        lambda *args, **kw: build_document_mask(*args, **{**kw, "compiled": compiled}),
+    )
+    config = SHAPES[name].resolved()
+    masks = {"mixed": True, "device_type": "cpu", "compiled": compiled, "recompute": False}
+    counted = document_mask_bytes(config, 48, 3, **masks)
+    without = saved_bytes(replace(config, sliding_window=0), 3, torch.bfloat16, 48)
+    extra = saved_bytes(config, 3, torch.bfloat16, 48, ends=ends) - without
+    if name == "gpt3":  # the same positions in all sequences before, now each its own
+        extra -= 2 * 48 * 8
+    if ends and not compiled and name == "gpt3":
+        assert 0 < extra < counted
+    else:
+        assert counted == pytest.approx(extra, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
