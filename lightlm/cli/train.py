@@ -214,7 +214,7 @@ def _check(request: _Request) -> None:
     if run is not None:
         check_data_of_run(folders, run, parsed.data.key)
     elif not request.dry_run:
-        check_prepared(folders)
+        check_prepared(folders, parsed.train.init_from)
 
 
 def _silently(note: str) -> None:

@@ -111,22 +111,25 @@ def check_data_of_run(folders: Iterable[Path], run: Path, key: str) -> None:
     )
 
 
-def check_prepared(folders: Iterable[Path]) -> None:
-    """Raise DataError with the commands to run if data folders were not prepared, without opening their shards."""
+def check_prepared(folders: Iterable[Path], tokenizer: str | None = None) -> None:
+    """Raise DataError with the commands to run if data folders were not prepared, without opening their shards.
+
+    `tokenizer` names the one that they need, if not the default.
+    """
     failed = []
     for folder in folders:
         try:
             if not foreign_splits(folder):
-                read_manifest(folder)
+                read_manifest(folder, tokenizer)
         except DataError as error:
             failed.append(error)
     if failed:
         raise failed[0] if len(failed) == 1 else DataError("\n".join(map(str, failed)))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, tokenizer: str | None = None) -> Manifest:
     """Return the manifest of a data folder, without checking its shards. Raises DataError with the command to run."""
-    command = prepare_command(folder)
+    command = prepare_command(folder, tokenizer)
     if not folder.is_dir():
         raise DataError(f"There is no data folder {folder}. Make it with: {command}")
     path = folder / "manifest.json"
@@ -166,11 +169,12 @@ def dataset_reference(folder: Path) -> str:
     return path if "/" in path else f"./{path}"
 
 
-def prepare_command(folder: Path) -> str:
-    """Return the command that makes a data folder."""
+def prepare_command(folder: Path, tokenizer: str | None = None) -> str:
+    """Return the command that makes a data folder, with this tokenizer or the default one."""
+    chosen = "" if tokenizer is None else f" --tokenizer {shlex.quote(tokenizer)}"
     if folder.parent.name == "data":
-        return f"lightlm prepare-data {shlex.quote(folder.name)}"
-    return f"lightlm prepare-data SOURCE --out {shlex.quote(str(folder))}"
+        return f"lightlm prepare-data {shlex.quote(folder.name)}{chosen}"
+    return f"lightlm prepare-data SOURCE --out {shlex.quote(str(folder))}{chosen}"
 
 
 def _checked_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> np.ndarray:

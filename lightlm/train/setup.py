@@ -1,5 +1,6 @@
 """The parts of a run, built from its recipe: training, the planning probe and `--dry-run` share them."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -258,16 +259,17 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
         recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
     if data is None:
         missing = [path for path in folder_paths(recipe.data.sources).values() if not path.is_dir()]
-        commands = "; ".join(map(prepare_command, missing))
+        commands = "; ".join(prepare_command(path, recipe.train.init_from) for path in missing)
         assumed = "" if wanted else f" Until then, a vocabulary of {ASSUMED_VOCABULARY:,} (GPT-2's) is assumed."
         names = ", ".join(map(str, missing))
         note(f"{names} {'is' if len(missing) == 1 else 'are'} not prepared yet. Make it with: {commands}.{assumed}")
         return recipe
     if 0 < wanted < given:
+        start, fit = recipe.train.init_from, f"a tokenizer that fits (for example --tokenizer train:{wanted}) or set "
+        advice = f"{fit}model.vocab_size={given}" if start is None else f"the model's: --tokenizer {shlex.quote(start)}"
         raise DataError(
-            f"recipe {recipe.name} has model.vocab_size {wanted}, but the tokenizer of {data.main.path} has "
-            f"{given} entries; prepare the data with a tokenizer that fits (for example --tokenizer train:{wanted}) "
-            f"or set model.vocab_size={given}"
+            f"{start or f'recipe {recipe.name}'} has model.vocab_size {wanted}, but the tokenizer of {data.main.path} "
+            f"has {given} entries; prepare the data with {advice}"
         )
     if wanted > given:
         note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")

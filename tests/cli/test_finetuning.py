@@ -37,7 +37,12 @@ def _in_workspace(workspace, monkeypatch):
 
 
 def test_from_a_run_to_another(lightlm, monkeypatch):
+    lightlm("train", "further.yaml").assert_one_message(
+        "There is no data folder data/again",
+        "lightlm prepare-data again --tokenizer runs/base/checkpoints/step_000010",
+    )
     planned = lightlm("plan", "further.yaml", "--no-probe", "--json")
+    assert "--tokenizer runs/base/" in json.loads(planned.stdout)["notes"][0]
     assert json.loads(planned.stdout)["model"]["parameters"] == 28_832
     prepared = lightlm("prepare-data", "tiny.jsonl", "--tokenizer", "base", "--out", "data/again", "--json")
     assert json.loads(prepared.stdout)["vocab_size"] == 320

@@ -169,6 +169,13 @@ def test_texts_may_be_longer_than_the_models(whole):
     assert load_pretrained("longer").model.config.max_seq_len == 64
 
 
+def test_it_starts_from_the_average_of_the_weights_where_there_is_one():
+    _, averaged = train("averaged", "train.ema=10%", "train.tokens=1024")
+    metrics = train("from-average", "train.init_from=averaged", "train.ema=10%", "train.tokens=512")[1].metrics
+    assert averaged.metrics[-1]["val_loss"] != averaged.metrics[-1]["val_loss_raw"]
+    assert metrics[0]["val_loss"] == averaged.metrics[-1]["val_loss"]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_model_of_transformers_trains_and_opens_there_again(family, optimizer, tmp_path):
@@ -225,6 +232,13 @@ def test_another_tokenizer_is_refused_with_the_command():
     assert "the tokenizer of data/other is not that of runs/base/checkpoints/step_000020" in message
     assert "lightlm prepare-data SOURCE --tokenizer runs/base/checkpoints/step_000020" in message
     assert not Path("runs/mixed-up").exists()
+
+
+def test_a_larger_tokenizer_is_refused_with_the_command_too():
+    """By `plan` as well, which does not read weights."""
+    prepare(str(write_jsonl(Path("larger.jsonl"), 100)), "train:330", "data/larger", val_fraction=0.1)
+    with pytest.raises(DataError, match=r"has 330 entries; prepare the data with the model's: --tokenizer runs/base/"):
+        train("mixed-up", "data.dataset=larger")
 
 
 def test_data_prepared_with_the_models_tokenizer_fit():
