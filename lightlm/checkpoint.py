@@ -3,6 +3,7 @@
     checkpoints/step_000100/model.safetensors config.json tokenizer.json
                             [raw.safetensors] [training_state.pt] complete.json
     checkpoints/latest -> step_000100
+    checkpoints/best -> step_000080, with `checkpoint.keep_best`
 
 With `train.ema`, `model.safetensors` is the average of the weights, and `raw.safetensors` the last ones.
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lightlm.model.transformer import Transformer
 
 TRAINING_STATE = "training_state.pt"
+BEST = "best"
 MODEL_WEIGHTS, RAW_WEIGHTS = "model.safetensors", "raw.safetensors"
 _MODEL_FILES = (MODEL_WEIGHTS, "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
@@ -135,6 +137,17 @@ def write_checkpoint(
         _fill(folder, weights, config, tokenizer, training_state, milestone)
     files.point_to(path.parent / "latest", path.name)
     return path
+
+
+def mark_best(path: Path) -> None:
+    """Point the run's `best` to this complete checkpoint, which is not pruned while it does."""
+    files.point_to(path.parent / BEST, path.name)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """Return the checkpoint that the run's `best` points to, or None without one."""
+    target = files.follow(run / "checkpoints" / BEST)
+    return target if target is not None and (target / MARKER).is_file() else None
 
 
 def is_milestone(checkpoint: Path) -> bool:

@@ -133,8 +133,8 @@ def _on_disk(reference: str | Path) -> Path | None:
 
 
 def _model_at(given: Path) -> Path | None:
-    # runs/latest and checkpoints/latest are links, or text files where links are not allowed.
-    path = (files.follow(given) if given.name == "latest" else None) or given
+    # runs/latest, checkpoints/latest and checkpoints/best are links, or text files where links are not allowed.
+    path = (files.follow(given) if given.name in ("latest", checkpoint.BEST) else None) or given
     return path if (path / "recipe.yaml").is_file() or format_of(path) else None
 
 

@@ -103,6 +103,10 @@ class Recipe(BaseModel):
         if schedule.weight_decay != "constant" and not self.optimizer.decays:
             found.append(("schedule.weight_decay", f"{NO_EFFECT} without optimizer.weight_decay; leave it out"))
         found += [(f"schedule.{key}", message) for key, message in schedule.decay_point_problems(tokens)]
+        if not self.eval.every:  # the one validation, at the end, has no other to compare with
+            idle = f"{NO_EFFECT} without eval.every; leave it out"
+            given = {"train.patience": self.train.patience, "checkpoint.keep_best": self.checkpoint.keep_best}
+            found += [(key, idle) for key, value in given.items() if value]
         spans = schedule.span_problems(tokens)
         found += [(f"schedule.{key}", message) for key, message in spans]
         found += [(f"data.{key}", message) for key, message in self.data.span_problems(tokens)]

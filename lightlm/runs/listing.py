@@ -85,7 +85,7 @@ def summarize(run: Path) -> Summary | None:
         state = "no checkpoint"
     elif saved < step:
         state = "interrupted"
-    elif target is not None and tokens is not None and tokens >= target:
+    elif last.get("stopped_early") or (target is not None and tokens is not None and tokens >= target):
         state = "complete"
     loss = last.get("loss")
     return Summary(run, state, trainer, step, tokens, target, init_from, loss, val_loss, disk_bytes(run), modified)

@@ -45,6 +45,11 @@ from lightlm.train.step.scaling import LossScale
 
 ASSUMED_VOCABULARY = 50_257  # GPT-2's, if neither the recipe nor prepared data names one
 
+_NEED_VALIDATION: dict[str, Callable[[Recipe], bool]] = {
+    "train.patience": lambda recipe: recipe.train.patience is not None,
+    "checkpoint.keep_best": lambda recipe: recipe.checkpoint.keep_best,
+}
+
 Note = Callable[[str], None]  # receives a message that the user should read
 
 
@@ -291,6 +296,13 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
         raise RecipeError(
             "data.document_mask has no effect: nothing follows an end-of-text token (id "
             f"{data.end_of_text_id}) in the train split of {names}; leave it out"
+        )
+    wanting = [key for key, wants in _NEED_VALIDATION.items() if wants(recipe)]
+    if wanting and not any(len(folder.split("val")) for folder in data.folders.values()):
+        where = " and ".join(str(folder.path) for folder in data.folders.values())
+        raise RecipeError(
+            f"{' and '.join(wanting)} need a validation loss, and {where} has no validation split; leave them out, "
+            "or prepare the data with a --val-fraction"
         )
     for prompt in recipe.eval.prompts:
         length = len(data.tokenizer.encode(prompt))

@@ -66,6 +66,9 @@ class Result:
     loss: float | None
     val_loss: float | None
     val_bpb: float | None
+    stopped_early: bool = False  # by `train.patience`
+    best_val_loss: float | None = None
+    best_step: int | None = None
 
 
 class Trainer:
@@ -96,6 +99,7 @@ class Trainer:
         self.model, self.loss, self.optimizer = setup.model, setup.loss, setup.optimizer
         self.gradients, self.progress, self.total_tokens = setup.gradients, setup.progress, setup.total_tokens
         self.average = setup.average
+        self.best = self.progress.best  # with the last step's validation, once that is done
         self.run_folder, self.sampler, self.evaluator = run, sampler or self._continue, evaluator
         self.observer = observer if self.world.is_writer else Observer()
         self.flops_per_token = self.model.flops_per_token(self.recipe.seq_len)
@@ -133,17 +137,17 @@ class Trainer:
                     )
                 self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
                 stop = stack.enter_context(stop_on_signals(launched=self.world.launched))
-                interrupted = not self._begin(stop, metrics_file)
-                while not (interrupted or self.done):
+                interrupted = not self._begin(stop, metrics_file, saver)
+                while not (interrupted or self.ended):
                     if self._step(stop):
                         if self._save_is_due():
                             self._save(saver, wait=self._evaluation_is_due())
-                        interrupted = not self._finish_step(stop, metrics_file)
+                        interrupted = not self._finish_step(stop, metrics_file, saver)
                     else:
                         interrupted = True
                     if saver:
                         saver.report()
-                if interrupted:
+                if interrupted or self.stopped_early:
                     self._save(saver, wait=True)
                 # No process leaves before the writer's last files are complete: a launcher would end the writer.
                 # Signals are still handled here, since a launcher may repeat one late.
@@ -159,12 +163,26 @@ class Trainer:
             loss=self.last_loss,
             val_loss=self.last_validation.get("val_loss"),
             val_bpb=self.last_validation.get("val_bpb"),
+            stopped_early=self.stopped_early and not interrupted,
+            best_val_loss=self.best.val_loss,
+            best_step=self.best.step or None,
         )
 
     @property
     def done(self) -> bool:
         """Whether the run has seen all its tokens."""
         return self.progress.tokens >= self.recipe.train.tokens
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last validations bring the run to its end before it has seen all its tokens."""
+        patience = self.recipe.train.patience
+        return not self.done and patience is not None and self.best.validations_since >= patience
+
+    @property
+    def ended(self) -> bool:
+        """Whether no step is left."""
+        return self.done or self.stopped_early
 
     def _due(self, every: int) -> bool:
         """Return whether the last step crossed a multiple of `every` tokens."""
@@ -185,48 +203,59 @@ class Trainer:
         return self.done or self._due(self.recipe.eval.every) or self._scores_are_due()
 
     def _scores_are_due(self) -> bool:
-        return bool(self.recipe.eval.tasks) and (self.done or self._due(self.recipe.eval.tasks_every))
+        return bool(self.recipe.eval.tasks) and (self.ended or self._due(self.recipe.eval.tasks_every))
 
-    def _begin(self, stop: threading.Event, metrics_file: MetricsFile | None) -> bool:
+    def _begin(self, stop: threading.Event, metrics_file: MetricsFile | None, saver: Saver | None) -> bool:
         """Do what comes before the first step of this process; return False after a signal, as `_finish_step`.
 
         A run that starts from a model validates it: its metrics get a row of step 0.
         """
         if self.progress.step or self.recipe.train.init_from is None:
-            return self._finish_resumed_step(stop, metrics_file)
+            return self._finish_resumed_step(stop, metrics_file, saver)
         if (losses := self._validate(stop)) is None:
             return False
         if losses:
+            self.last_validation = losses
             metrics = {"step": 0, "tokens": 0} | losses
             if metrics_file:
                 metrics_file.write(metrics)
             self.observer.step(metrics)
         return True
 
-    def _finish_resumed_step(self, stop: threading.Event, metrics_file: MetricsFile | None) -> bool:
+    def _finish_resumed_step(
+        self, stop: threading.Event, metrics_file: MetricsFile | None, saver: Saver | None
+    ) -> bool:
         """Finish the step of the checkpoint that the run resumes from, if a kill or a signal came before its end.
 
         Returns:
             False after a signal, as `_finish_step`.
         """
         row = self.progress.row  # empty for a new run, and in checkpoints of older versions
-        finished = not row or self.world.from_writer(
-            lambda: metrics_file is not None and metrics_file.last_step == row["step"]
-        )
-        if finished:
+        last = self.world.from_writer(lambda: metrics_file.last if metrics_file else {}) if row else {}
+        if not row or last.get("step") == row["step"]:
+            self._follow_best(last)
+            self._keep_best(last, saver)
             if self.done:
                 self.observer.note(f"{self.run_folder} is complete; raise train.tokens to train it further")
+            elif self.stopped_early:
+                self.observer.note(
+                    f"{self.run_folder} stopped early: {self.best.validations_since} validations since its best, of "
+                    f"step {self.best.step}; raise train.patience, or set it to null, to train it further"
+                )
             return True
         self.step_began = row["tokens"] - row["batch_tokens"]
         self.last_loss = row["loss"] if math.isfinite(row["loss"]) else None
-        return self._finish_step(stop, metrics_file)
+        return self._finish_step(stop, metrics_file, saver)
 
-    def _finish_step(self, stop: threading.Event, metrics_file: MetricsFile | None) -> bool:
+    def _finish_step(self, stop: threading.Event, metrics_file: MetricsFile | None, saver: Saver | None) -> bool:
         """Do what is due after an update and write the step's metrics; return False if a signal came before."""
         found = self._evaluate(stop)
         if found is None:
             return False
+        self._keep_best(found, saver)
         metrics = self.progress.row | found
+        if self.stopped_early:
+            metrics["stopped_early"] = True
         if metrics_file:
             metrics_file.write(metrics)
         self.observer.step(metrics)
@@ -263,6 +292,7 @@ class Trainer:
             before.seconds + seconds,
             verdict.history,
             loss_scale=self.gradients.loss_scale.state,
+            best=self.best,
             averaged_from=before.averaged_from,
         )
         self.last_loss = outcome.loss if math.isfinite(outcome.loss) else self.last_loss
@@ -342,6 +372,7 @@ class Trainer:
             if self._stopped(stop) or (losses := self._validate(stop)) is None:
                 return None
             self.last_validation = losses or self.last_validation
+            self._follow_best(losses)
             metrics |= losses
         if self._scores_are_due():
             if (scores := self._score_tasks(stop)) is None:
@@ -412,7 +443,19 @@ class Trainer:
         samples.parent.mkdir(exist_ok=True)
         files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
 
-    def _save(self, saver: Saver | None, *, wait: bool) -> None:
+    def _follow_best(self, metrics: dict[str, Any]) -> None:
+        """Compare the last step's validation loss, if it has one, with the best before it."""
+        if "val_loss" in metrics:
+            # One process decides for all whether the run ends.
+            best, step = self.progress.best, self.progress.step
+            self.best = self.world.from_writer(lambda: best.after(step, metrics["val_loss"]))
+
+    def _keep_best(self, metrics: dict[str, Any], saver: Saver | None) -> None:
+        """Save the last step if its validation loss is the best so far."""
+        if self.recipe.checkpoint.keep_best and "val_loss" in metrics and self.best.step == self.progress.step:
+            self._save(saver, wait=False, best=True)
+
+    def _save(self, saver: Saver | None, *, wait: bool, best: bool = False) -> None:
         """Save the last completed step. All processes gather a sharded run; one of them writes."""
         self.saved_at = time.monotonic()
         if saver is None and not self.loss.sharded:
@@ -424,4 +467,4 @@ class Trainer:
             state = pack(self.progress, named_state(self.model, self.optimizer), self.data, self.recipe)
             if saver is not None:
                 milestone = self._due(self.recipe.checkpoint.keep_every)
-                saver.save(self.progress.step, weights, state, raw, milestone=milestone, wait=wait)
+                saver.save(self.progress.step, weights, state, raw, milestone=milestone, best=best, wait=wait)

@@ -66,6 +66,11 @@ def print_result(result: Result, trainer: Trainer, page: Path | None, as_json: b
             lines.append(f"Unigram entropy of the corpus {unigram_entropy:.4f} nats per token")
     for part in trainer.setup.sources(trainer.progress.samples) if trainer.data.mixed else ():
         lines.append(f"Source {part['name']}: {describe_source(part)}")
+    if result.stopped_early:
+        lines.append(f"Stopped early: {trainer.recipe.train.patience} validations without a new best (train.patience)")
+    if trainer.recipe.checkpoint.keep_best and result.best_step is not None:
+        best = (result.run / "checkpoints" / "best").as_posix()
+        lines.append(f"Best validation loss {result.best_val_loss:.4f} at step {result.best_step:,}: {best}")
     if page is not None:
         lines.append(f"Plots and page: {page}")
     if not result.interrupted:

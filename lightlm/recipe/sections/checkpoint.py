@@ -15,6 +15,8 @@ class CheckpointSection(Section):
     """Newest checkpoints to keep. With 1 there is no older one to fall back on if a disk damages it."""
     keep_every: Tokens = 0
     """Training tokens between checkpoints that are never deleted. 0 keeps none for good."""
+    keep_best: bool = False
+    """Also save the step of each new lowest validation loss, and keep the newest of these as checkpoints/best."""
     asynchronous: bool = True
     """Write checkpoints in the background while training continues, from a copy in memory of 12 bytes per parameter,
     16 with train.ema."""

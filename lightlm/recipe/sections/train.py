@@ -51,6 +51,8 @@ class TrainSection(Section):
     ema: Span = "0%"
     """Half-life of an exponential moving average of the weights, a share of train.tokens or tokens. It is what the run
     validates, samples, scores and exports; checkpoints also hold the last weights. 0% keeps no average."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Validations in a row without a new lowest loss after which the run ends (early stopping). null never does."""
     skip_spikes: bool = False
     """Drop the update of a step whose loss or gradient norm is a spike, NaN or infinite."""
     spike_threshold: float = Field(default=6.0, gt=0)

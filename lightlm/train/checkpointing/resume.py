@@ -19,6 +19,7 @@ from lightlm.data.training_data import TrainingData
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, span_tokens, with_new_names
 from lightlm.runs import RECIPE, find_run
+from lightlm.train.observe.improvement import Best
 from lightlm.train.observe.spikes import SpikeHistory
 from lightlm.train.schedules import batch_plan, source_order
 from lightlm.train.step.scaling import ScaleState
@@ -51,6 +52,7 @@ class Progress:
     spikes: SpikeHistory = field(default_factory=SpikeHistory)  # empty in older checkpoints
     row: dict[str, Any] = field(default_factory=dict)  # the last step's metrics before its evaluation, likewise
     loss_scale: ScaleState = field(default_factory=ScaleState)  # likewise; see train/step/scaling.py
+    best: Best = field(default_factory=Best)  # before the last step's validation, likewise
     averaged_from: int | None = None  # tokens at which the average of the weights began; None without `train.ema`
 
 
@@ -102,7 +104,8 @@ def unpack(folder: Path, data: TrainingData) -> tuple[Progress, dict[str, Any]]:
     progress = dict(state["progress"])
     spikes = SpikeHistory(**progress.pop("spikes", {}))
     scale = ScaleState(**progress.pop("loss_scale", {}))
-    return Progress(**progress, spikes=spikes, loss_scale=scale), state["optimizer"]
+    best = Best(**progress.pop("best", {}))
+    return Progress(**progress, spikes=spikes, loss_scale=scale, best=best), state["optimizer"]
 
 
 def check_resumable(folder: Path) -> None:

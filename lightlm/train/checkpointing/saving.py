@@ -52,6 +52,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         raw: dict[str, Tensor] | None = None,
         *,
         milestone: bool = False,
+        best: bool = False,
         wait: bool = False,
     ) -> None:
         """Save the state after `step`, unless it is saved already. The tensors may change once this returns.
@@ -61,17 +62,22 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             raw: the last weights, where `weights` is an average.
             training_state: nested dictionaries and lists of tensors and plain values, on any device.
             milestone: never prune this checkpoint.
+            best: point the run's `best` to this checkpoint.
             wait: return once it is complete; a state on the CPU is not copied.
 
         Raises:
             CheckpointError: this save or the previous one could not be written.
         """
         self._wait(report_long=not wait)
-        if (self._run / "checkpoints" / checkpoint.step_name(step) / checkpoint.MARKER).is_file():
+        path = self._run / "checkpoints" / checkpoint.step_name(step)
+        if (path / checkpoint.MARKER).is_file():
+            if best:
+                checkpoint.mark_best(path)
+                prune(self._run, self._settings.keep_last)
             return
         at_once = wait or not self._settings.asynchronous
         weights, training_state, raw = _on_cpu((weights, training_state, raw), copy=not at_once)
-        self._pending = step, self._writer.submit(self._write, step, weights, training_state, raw, milestone)
+        self._pending = step, self._writer.submit(self._write, step, weights, training_state, raw, milestone, best)
         if at_once:
             self._wait()
 
@@ -116,14 +122,17 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         training: dict[str, Any],
         raw: dict[str, Tensor] | None,
         milestone: bool,
+        best: bool,
     ) -> list[str]:
         """Write and prune, in the writer's thread; return problems that leave the checkpoint complete."""
         # Metrics first: after a power failure they reach as far as the checkpoint, which holds its own step's row.
         if (metrics := self._run / "metrics.jsonl").exists():
             files.sync_file(metrics)
-        checkpoint.write_checkpoint(
+        path = checkpoint.write_checkpoint(
             self._run, step, weights, self._config, self._tokenizer, training, raw, milestone=milestone
         )
+        if best:
+            checkpoint.mark_best(path)
         try:
             prune(self._run, self._settings.keep_last)
         except OSError as error:
@@ -143,9 +152,10 @@ def _on_cpu(value: Any, *, copy: bool) -> Any:
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Delete all complete checkpoints except milestones and the newest `keep_last`."""
+    """Delete all complete checkpoints except milestones, the best one and the newest `keep_last`."""
+    best = checkpoint.best_checkpoint(run)
     for path in checkpoint.checkpoints(run)[:-keep_last]:
-        if not checkpoint.is_milestone(path):
+        if not checkpoint.is_milestone(path) and (best is None or path.name != best.name):
             files.remove_folder(path)
 
 
@@ -166,3 +176,5 @@ def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:
         observer.note(f"{path} is renamed to {renamed.name}")
     if resumed is not None:
         files.point_to(run / "checkpoints" / "latest", resumed.name)
+    if checkpoint.best_checkpoint(run) is None:  # it was damaged: the run finds its best step again
+        (run / "checkpoints" / checkpoint.BEST).unlink(missing_ok=True)

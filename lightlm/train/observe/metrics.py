@@ -21,8 +21,8 @@ MEASURED = frozenset({"seconds", "step_seconds", "data_seconds", "tokens_per_sec
 class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
     """`metrics.jsonl` of a run, open for appending.
 
-    `logged_step` is the last step that the file held before it was cut, `last_step` the last one it was opened with;
-    0 for none.
+    `logged_step` is the last step that the file held before it was cut, 0 for none. `last` is the row of the last step
+    that it was opened with, empty for none.
     """
 
     def __init__(self, run: Path, last_step: int) -> None:
@@ -30,7 +30,7 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
         steps = read_metrics(run)
         self.logged_step = steps[-1]["step"] if steps else 0
         kept = [metrics for metrics in steps if metrics["step"] <= last_step and last_step]  # a start validates anew
-        self.last_step = kept[-1]["step"] if kept else 0
+        self.last: dict[str, Any] = kept[-1] if kept else {}
         files.write_text(run / METRICS, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._path = run / METRICS
         self._file = self._path.open("a", encoding="utf-8")

@@ -148,7 +148,9 @@ def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: boo
     sequences = measured.micro_batch if measured else micro_batch_size(recipe, device, free=free, dtype=dtype)
     parts = training_parts(recipe, model, device, dtype, sequences)
     # The host's copy that a run saves from. The last save of a run makes none.
-    saves = any(0 < every < run["tokens"] for every in (recipe.checkpoint.every, recipe.checkpoint.keep_every))
+    settings = recipe.checkpoint
+    spans = (settings.every, settings.keep_every, recipe.eval.every if settings.keep_best else 0)
+    saves = any(0 < every < run["tokens"] for every in spans)
     copy = (
         parts["weights"] + parts["optimizer"] + parts.get("ema", 0) if saves and recipe.checkpoint.asynchronous else 0
     )

@@ -30,7 +30,7 @@ from tests.train.watch import comparable
 
 REMOVALS = ("os.rename", "os.remove", "os.rmdir")  # about ten a save: the folder, the pointer, the pruned checkpoint
 OPERATIONS = (*REMOVALS, "os.mkdir", "os.symlink", "open")  # about thirty
-# 24 steps, a checkpoint every 2, a milestone every 8, validation every 12. The optimizer has all kinds of state.
+# 24 steps, a checkpoint every 2, a milestone every 8, validation every 3. The optimizer has all kinds of state.
 RECIPE = (
     "tiny.yaml",
     "optimizer={name: normuon, lr: 1e-2, momentum_start: 0.85, momentum_end: 0.9, beta2_half_life: 2K}",
@@ -38,7 +38,10 @@ RECIPE = (
     "train.tokens=6144",
     "checkpoint.every=512",
     "checkpoint.keep_every=2048",
-    "eval.every=3072",
+    "eval.every=768",
+    "checkpoint.keep_best=true",
+    "train.ema=25%",
+    "train.dropout=0.1",
 )
 
 
@@ -179,6 +182,8 @@ class Harness:
         complete = checkpoint.checkpoints(self.folder / "runs" / name)
         for path in complete:
             checkpoint.check(path)
+        best = self.folder / "runs" / name / "checkpoints" / checkpoint.BEST
+        assert not best.is_symlink() or (best / "complete.json").is_file(), f"{best} leads to no checkpoint"
         step = int(complete[-1].name.removeprefix("step_")) if complete else -1
         assert step >= newest, f"{name} lost its checkpoint of step {newest}: {complete}"
         return step
@@ -207,16 +212,23 @@ def differences(run: Path, whole: Path) -> list[str]:
     for path in checkpoint.checkpoints(whole):
         ours = run / "checkpoints" / path.name
         pairs = [
-            (load_file(folder / "model.safetensors"), torch.load(folder / "training_state.pt", weights_only=True))
+            (
+                load_file(folder / "model.safetensors"),
+                load_file(folder / "raw.safetensors"),
+                torch.load(folder / "training_state.pt", weights_only=True),
+            )
             for folder in (ours, path)
         ]
-        for _, state in pairs:
+        for *_, state in pairs:
             del state["progress"]["seconds"], state["recipe"]
             [state["progress"]["row"]] = comparable([state["progress"]["row"]])
         found += [f"{path.name}{place}" for place in _unequal(*pairs, "")]
     for sample in (whole / "samples").iterdir():
         if sample.read_text() != (run / "samples" / sample.name).read_text():
             found.append(sample.name)
+    first, second = ((folder / "checkpoints" / checkpoint.BEST).resolve().name for folder in (run, whole))
+    if first != second:
+        found.append(f"best is {first} instead of {second}")
     lines, expected = (_metrics(folder) for folder in (run, whole))
     if [m["step"] for m in lines] != [m["step"] for m in expected]:
         found.append(f"metrics of steps {[m['step'] for m in lines]}")
