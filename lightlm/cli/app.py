@@ -26,7 +26,7 @@ from lightlm.errors import LightLMError
 from lightlm.threads import bound_spinning
 
 # What these print is in the files that they write, too: they succeed also where standard output cannot be written.
-_RESULTS_ARE_FILES = (["train"], ["prepare-data"])
+_RESULTS_ARE_FILES = (["train"], ["sweep"], ["prepare-data"])
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -110,6 +110,7 @@ def sweep(
             ending = run_search(opened, recipe, space, fixed, chosen_seeds, search, metric)
         else:
             opened.add(contestants, chosen_seeds)
+            opened.check_baseline(baseline)
             ending = opened.run()
         display.stop()
         results = opened.results(metric, baseline)

@@ -103,7 +103,7 @@ def choose_seeds(recipe: str, settings: dict[str, list[str]], count: int | None)
     if not seeds:
         try:
             first = [f"{key}={values[0]}" for key, values in settings.items()]
-            seeds = (load_recipe(recipe, first, _silently, find_start).train.seed,)
+            seeds = (read_recipe(recipe, first).train.seed,)
         except (RecipeError, UsageError):
             seeds = (0,)  # `resolve` reports the mistakes of all recipes at once
     return tuple(range(seeds[0], seeds[0] + (count or 1)))
@@ -133,7 +133,7 @@ def resolve(contestants: Sequence[Contestant], seeds: Sequence[int], note: Calla
             continue
         names[folder] = entry.name
         try:
-            found = load_recipe(entry.recipe, Cell(entry, seeds[0]).changes, _silently, find_start)
+            found = read_recipe(entry.recipe, Cell(entry, seeds[0]).changes)
         except (RecipeError, UsageError) as error:
             mistakes |= dict.fromkeys(_lines(error))
             continue
@@ -146,7 +146,7 @@ def resolve(contestants: Sequence[Contestant], seeds: Sequence[int], note: Calla
         count = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "1 mistake"
         raise RecipeError(f"{count} in the recipes of this sweep; nothing has run:\n" + "\n".join(mistakes))
     for seed in seeds[1:]:
-        load_recipe(contestants[0].recipe, Cell(contestants[0], seed).changes, _silently, find_start)
+        read_recipe(contestants[0].recipe, Cell(contestants[0], seed).changes)
     return recipes
 
 
@@ -176,5 +176,6 @@ def _lines(error: LightLMError) -> list[str]:
     return rest.splitlines() if rest else [f"  {heading}"]
 
 
-def _silently(note: str) -> None:
-    """Drop a note that the run itself prints."""
+def read_recipe(recipe: str, changes: Sequence[str]) -> Recipe:
+    """Read a recipe as its run will, which prints the notes."""
+    return load_recipe(recipe, changes, lambda note: None, find_start)

@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from lightlm import files
 from lightlm.quantities import parse_quantity
-from lightlm.report.charts.chart import PLOT_HEIGHT, Chart
+from lightlm.report.charts.chart import PLOT_HEIGHT, Chart, compute_unit
 from lightlm.report.curves import Curves, Floats, focus, smooth
 from lightlm.sweep.cells import short_keys
 from lightlm.sweep.table import Line, Results
@@ -133,30 +133,40 @@ def _label(metric: str) -> str:
 
 
 def _learning_curves(results: Results) -> dict[str, Chart]:
-    """Return the curves over tokens, and those over time if that differs."""
-    chosen = [line.contestant.name for line in results.best_first() if results.curves[line.contestant.name]][:_CURVES]
-    chosen = [line.contestant.name for line in results.lines if line.contestant.name in chosen]
+    """Return the curves over tokens, and those over compute and time if they differ."""
+    with_runs = [line.contestant.name for line in results.best_first() if results.curves[line.contestant.name]]
+    chosen = [line.contestant.name for line in results.lines if line.contestant.name in with_runs[:_CURVES]]
     if not chosen:
         return {}
-    runs = [run for name in chosen for run in results.curves[name].values()]
-    metric: str | None = results.metric
-    if not all(np.isfinite(run.column(results.metric)).sum() > 1 for run in runs):
-        metric = None  # measured at the end only: the training loss has a curve
+    runs = [(name, run) for name in chosen for run in results.curves[name].values() if len(run)]
+    # A metric that is measured at the end only has no curve; the training loss has one.
+    metric = results.metric if all(_values(run, results.metric) > 1 for _, run in runs) else None
     unit = _label(metric or "loss") + ("" if metric else ", smoothed")
-    more = f", the best {_CURVES}" if len(chosen) < len([line for line in results.lines if line.finals]) else ""
+    more = f", the best {_CURVES}" if len(chosen) < len(with_runs) else ""
 
-    def chart(title: str, x_label: str, x: Callable[[Curves], Floats]) -> Chart:
+    def chart(over: str, x_label: str, x: Callable[[str, Curves], Floats]) -> Chart:
         bundles = [
-            Bundle(name, [_curve(run, x(run), metric) for run in results.curves[name].values()]) for name in chosen
+            Bundle(name, [_curve(run, x(name, run), metric) for run in results.curves[name].values()])
+            for name in chosen
         ]
-        return curves_chart(f"{results.folder.name}: {title}{more}", bundles, x_label, unit)
+        return curves_chart(f"{results.folder.name}: learning curves{over}{more}", bundles, x_label, unit)
 
-    charts = {"curves": chart("learning curves", "training tokens", lambda run: run.tokens)}
+    charts = {"curves": chart("", "training tokens", lambda name, run: run.tokens)}
     charts["curves"].quantities("x")
-    speeds = [run.seconds[-1] / run.tokens[-1] for run in runs if len(run) and np.isfinite(run.seconds[-1])]
+    costs = [results.flops.get(name) for name in chosen]
+    if None not in costs and len(set(costs)) > 1:
+        size, name_of_unit = compute_unit(max(results.flops[name] * run.tokens[-1] for name, run in runs))
+        charts["curves_over_compute"] = chart(
+            " over compute", f"training {name_of_unit}", lambda name, run: run.tokens * results.flops[name] / size
+        )
+    speeds = [run.seconds[-1] / run.tokens[-1] for _, run in runs if np.isfinite(run.seconds[-1])]
     if speeds and max(speeds) > _MEASURED * min(speeds):
-        charts["curves_over_time"] = chart("learning curves over time", "training time (s)", lambda run: run.seconds)
+        charts["curves_over_time"] = chart(" over time", "training time (s)", lambda name, run: run.seconds)
     return charts
+
+
+def _values(run: Curves, metric: str) -> int:
+    return int(np.isfinite(run.column(metric)).sum())
 
 
 def _curve(run: Curves, x: Floats, metric: str | None) -> tuple[Floats, Floats]:

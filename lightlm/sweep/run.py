@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from lightlm import files
-from lightlm.convert.load import find_start
 from lightlm.errors import LightLMError, UsageError
-from lightlm.recipe import Recipe, load_recipe
-from lightlm.sweep.cells import Cell, Contestant, check_needs, resolve
+from lightlm.recipe import Recipe
+from lightlm.sweep.cells import Cell, Contestant, check_needs, read_recipe, resolve
 from lightlm.sweep.engine import Ending, Engine, Overview, Start, Watch, environments, start_process
 from lightlm.sweep.folder import FINAL, Definition, SweepFolder
 from lightlm.sweep.machine import Machine, fitting_tokens, look_at_machine
-from lightlm.sweep.table import Results, read_results
+from lightlm.sweep.table import Results, find_baseline, read_results
 
 DEFAULT_METRIC, ACROSS_TOKENIZERS = "val_loss", "val_bpb"
 
@@ -145,6 +144,10 @@ class Sweep:
         self._prepare()
         return self._engine().run()
 
+    def check_baseline(self, baseline: str | None) -> None:
+        """Raise UsageError if no contestant has this name or value."""
+        find_baseline(baseline, [entry.contestant for entry in self.definition.entries.values()])
+
     def results(self, metric: str | None = None, baseline: str | None = None) -> Results:
         """Return the table so far, and write results.json; see `read_results`."""
         return write_results(self.folder, self.definition, metric, baseline)
@@ -161,7 +164,7 @@ class Sweep:
                     self.watch.note(f"timing a few steps of '{name}'")
                     tokens = fitting_tokens(recipe, self.definition.minutes, self._places[0])
                     entry = self.definition.entries[name].contestant
-                    load_recipe(entry.recipe, [*entry.changes, f"train.tokens={tokens}"], lambda note: None, find_start)
+                    read_recipe(entry.recipe, [*entry.changes, f"train.tokens={tokens}"])
                     self.definition.tokens[name] = tokens
         self.folder.write(self.definition)
 
@@ -189,6 +192,8 @@ class Sweep:
     def _changes(self, cell: Cell) -> list[str]:
         """Return the overrides of a cell's run: its own, and what the sweep has fixed where its recipe says `auto`."""
         name, changes = cell.contestant.name, cell.changes
+        if (start := self._recipes[name].train.init_from) is not None:  # not a newer checkpoint of that run
+            changes.append(f"train.init_from={start}")
         if self._recipes[name].train.dtype == "auto" and (dtype := self.definition.fixed.get("train.dtype")):
             changes.append(f"train.dtype={dtype}")
         if (tokens := self.definition.tokens.get(name)) is not None:

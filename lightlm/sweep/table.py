@@ -5,17 +5,19 @@ and the order of the data, so that much of its effect cancels. Its interval and 
 the p-values of all comparisons are adjusted together (Holm 1979). Shapes: S seeds.
 """
 
+import contextlib
 import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lightlm.errors import UsageError
+from lightlm.errors import LightLMError, UsageError
+from lightlm.recipe import load_run_recipe
 from lightlm.report.curves import Curves, Floats
 from lightlm.runs.metrics import read_metrics
 from lightlm.sweep.cells import Contestant
@@ -94,6 +96,7 @@ class Results:
 
     Attributes:
         curves: the metrics of each run that is done, by contestant and seed.
+        flops: of training on one token, by contestant, if models differ; else empty.
         notes: what a reader should know before trusting the table.
     """
 
@@ -102,7 +105,8 @@ class Results:
     baseline: str
     lines: list[Line]
     curves: dict[str, dict[int, Curves]]
-    notes: list[str]
+    flops: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def more_is_better(self) -> bool:
@@ -142,7 +146,7 @@ def read_results(
         UsageError: no contestant has this name, or no run has this metric.
     """
     entries = definition.entries
-    first = _find(baseline, [entry.contestant for entry in entries.values()])
+    first = find_baseline(baseline, [entry.contestant for entry in entries.values()])
     states = {name: {cell.seed: folder.status(cell).state for cell in entry.cells()} for name, entry in entries.items()}
     curves = {
         name: {
@@ -167,10 +171,37 @@ def read_results(
         verdict = _verdict(name == first, list(states[name].values()), finals[name], paired, more_is_better(metric))
         tokens, seconds = (_mean([run.last(key) for run in curves[name].values()]) for key in ("tokens", "seconds"))
         lines.append(Line(entry.contestant, finals[name], states[name], tokens, seconds, paired, verdict))
-    return Results(folder.path, metric, first, lines, curves, list(notes))
+    return Results(folder.path, metric, first, lines, curves, _flops(folder, definition), list(notes))
 
 
-def _find(baseline: str | None, contestants: Sequence[Contestant]) -> str:
+def _flops(folder: SweepFolder, definition: Definition) -> dict[str, float]:
+    """Return the operations of training on one token, by contestant; nothing if all models are of one shape."""
+    shapes = [
+        (entry.settings.get("model"), entry.settings["train"].get("seq_len")) for entry in definition.entries.values()
+    ]
+    if all(shape == shapes[0] for shape in shapes):
+        return {}
+    import torch
+
+    from lightlm.model.transformer import Transformer
+
+    found = {}
+    for name, entry in definition.entries.items():
+        for cell in entry.cells():
+            if folder.status(cell).state == "done":
+                with contextlib.suppress(LightLMError), torch.device("meta"):  # the recipe of another version
+                    recipe = load_run_recipe(folder.run(cell), (), lambda note: None)
+                    found[name] = float(Transformer(recipe.model).flops_per_token(recipe.seq_len))
+                break
+    return found
+
+
+def find_baseline(baseline: str | None, contestants: Sequence[Contestant]) -> str:
+    """Return the contestant of this name, or with this as its only value; the first for None.
+
+    Raises:
+        UsageError: there is none.
+    """
     if baseline is None:
         return contestants[0].name
     for entry in contestants:

@@ -56,6 +56,8 @@ SHORT = (*GRID, "train.tokens=1000")
         (("tiny.yaml", "optimizer.lr=1e-3..1e-2"), ("is a range; add --search N",)),
         (("tiny.yaml", "optimizer.lr=1e-2..1e-3", "--search", "3"), ("is an empty range",)),
         (("tiny.yaml", "optimizer.lr=1e-3", "--search", "3"), ("--search needs something to vary",)),
+        (("tiny.yaml", "optimizer.lr=1e-3,1e-2", "--baseline", "2e-3"), ("--baseline 2e-3: no such contestant",)),
+        (("tiny.yaml", "optimizer.lr=1,1e-2", "train.init_from=nowhere"), ("train.init_from:",)),
         (("tinny.yaml", "optimizer.lr=1,2"), ("no recipe at tinny.yaml",)),
         (("--show", "nothing"), ("no sweep at sweeps/nothing",)),
         (("tiny.yaml", "--show", "nothing"), ("takes no recipe",)),

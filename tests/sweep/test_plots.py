@@ -1,11 +1,13 @@
 """What the plots of a sweep show."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lightlm.report.curves import Curves
+from lightlm.sweep import plots
 from lightlm.sweep.cells import Contestant, grid
 from lightlm.sweep.plots import values_chart, write_plots
 from lightlm.sweep.table import Line, Results
@@ -25,7 +27,7 @@ def results(path, settings, seeds=(1, 2)):
             )
             for seed, final in finals.items()
         }
-    return Results(Path(path), "val_loss", lines[0].contestant.name, lines, curves, [])
+    return Results(Path(path), "val_loss", lines[0].contestant.name, lines, curves)
 
 
 def test_numbers_are_an_axis_logarithmic_if_they_span_a_decade_and_other_keys_are_curves(tmp_path):
@@ -65,4 +67,26 @@ def test_files_are_written_and_time_is_drawn_where_it_differs(tmp_path):
 
 def test_without_a_finished_run_nothing_is_drawn(tmp_path):
     line = Line(Contestant("a", "demo"), {}, {1: "waiting"}, None, None, None, "baseline")
-    assert write_plots(Results(tmp_path, "val_loss", "a", [line], {"a": {}}, [])) == {}
+    assert write_plots(Results(tmp_path, "val_loss", "a", [line], {"a": {}})) == {}
+
+
+def test_compute_is_an_axis_where_models_differ(tmp_path):
+    found = results(tmp_path, ["model.num_layers=4,8"])
+    with_flops = replace(found, flops={"num_layers=4": 1e9, "num_layers=8": 2e9})
+    chart = plots._learning_curves(with_flops)["curves_over_compute"]
+    assert chart.axes.get_xlabel() == "training GFLOPs"
+    ends = [line.get_xdata()[-1] for line in chart.axes.lines if line.get_linewidth() == 1.9]
+    np.testing.assert_allclose(ends, [100, 200])  # 100 tokens each
+
+
+def test_a_metric_of_the_end_only_is_replaced_by_the_training_loss(tmp_path):
+    chart = plots._learning_curves(replace(results(tmp_path, ["optimizer.lr=1e-3,1e-2"]), metric="val_bpb"))["curves"]
+    assert chart.axes.get_ylabel() == "training loss (nats per token), smoothed"
+
+
+def test_bands_span_the_seeds(tmp_path):
+    chart = plots._learning_curves(results(tmp_path, ["optimizer.lr=1e-3,1e-2"], seeds=(1, 3)))["curves"]
+    band = chart.axes.collections[0].get_paths()[0].vertices
+    first = band[band[:, 0] == 50][:, 1]
+    assert (first.min(), first.max()) == pytest.approx((4.01, 4.03))
+    np.testing.assert_allclose(chart.axes.lines[0].get_ydata(), [4.02, 3.02])

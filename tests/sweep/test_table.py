@@ -25,7 +25,9 @@ def results(tmp_path):
     def read(values, metric="val_loss", baseline=None):
         sweep, entries = folder(tmp_path / "sweep"), {}
         for name, finals in values.items():
-            entry = Entry(Contestant(name, "demo", (), {"key": name.partition("=")[2]}), list(finals), {})
+            entry = Entry(
+                Contestant(name, "demo", (), {"key": name.partition("=")[2]}), list(finals), {"train": {}, "model": {}}
+            )
             entries[name] = entry
             for seed, value in finals.items():
                 cell = Cell(entry.contestant, seed)

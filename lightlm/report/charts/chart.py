@@ -37,6 +37,7 @@ COLOR_VARIABLES = {"--ink": INK, "--muted": MUTED, "--grid": GRID, "--paper": PA
 COLOR_VARIABLES |= {f"--run-{i}": pair for i, pair in enumerate(RUNS)}
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
 _HATCHES = ("", "///", "xxx")  # the bars' counterpart of dashed lines
+_FLOPS = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 _SHAPES = "D^svP*hX"  # markers of published scores
 
 PLOT_HEIGHT = 2.95  # inches, like the sizes below
@@ -47,6 +48,11 @@ _STYLE |= {"text.color": INK[0], "grid.color": GRID[0]}
 _STYLE |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED[0])
 # matplotlib reads its settings when it makes a figure, a tick or a file, so each of these runs in the style.
 styled = matplotlib.rc_context(_STYLE)
+
+
+def compute_unit(most: float) -> tuple[float, str]:
+    """Return the unit of operations for an axis up to `most`: its size and its name."""
+    return next(((size, unit) for size, unit in _FLOPS if most >= size), (1.0, "FLOPs"))
 
 
 def run_color(index: int) -> str:

@@ -7,13 +7,13 @@ from matplotlib.ticker import PercentFormatter
 
 from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.report.charts.bars import score_bars
+from lightlm.report.charts.chart import compute_unit
 from lightlm.report.charts.drawing import TOKENS, Axis, Plot, curve, empty_chart, highest, label
 from lightlm.report.charts.experts import expert_plots
 from lightlm.report.curves import Curves, Floats, focus
 from lightlm.report.record import Record
 
 _GIB = 2.0**30
-_FLOPS = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 _TIMES = ((3 * 3600.0, 3600.0, "h"), (180.0, 60.0, "min"))  # from this many seconds on, divide by this, for this unit
 _GROUP_STYLES = (None, (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # dashes of parameter groups
 
@@ -65,7 +65,7 @@ def _compute_axis(records: Sequence[Record]) -> Axis | None:
         return record.curves.tokens * record.parameters.get("flops_per_token", np.nan)
 
     most = highest([flops(record) for record in records])
-    size, unit = next((pair for pair in _FLOPS if most >= pair[0]), (1.0, "FLOPs"))
+    size, unit = compute_unit(most)
     return Axis(f"training {unit}", lambda record: flops(record) / size)
 
 
