@@ -19,7 +19,7 @@ _CURVES = 12  # contestants in a plot of learning curves: the best ones
 _DECADE, _THOUSAND = 10.0, 1000.0
 _TICKS = 9  # values that are ticks of their own
 _ROW = 0.3  # inches per contestant in a plot by name
-_CHARACTER = 0.075  # inches of a name's letter
+_CHARACTER = 0.1  # inches of a name's letter
 _UNITS = {"val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)"}
 _UNITS["val_bpb"] = "validation, bits per byte"
 _MEASURED = 1.02  # seconds of training that differ by less are not worth a plot of their own
@@ -113,7 +113,10 @@ def _by_name(results: Results, lines: Sequence[Line]) -> Chart:
     """Draw a row for each contestant, in the order of the table."""
     left = min(_CHARACTER * max(len(line.contestant.name) for line in lines) + 0.3, 3.4)
     height = max(_ROW * len(lines) + 0.3, PLOT_HEIGHT / 2)
-    chart = Chart(f"{results.folder.name}: {results.metric}", _label(results.metric), "", height=height, left=left)
+    title = f"{results.folder.name}: {results.metric}"
+    if any(line.std is not None for line in lines):
+        title += ", mean and standard deviation of the seeds"
+    chart = Chart(title, _label(results.metric), "", height=height, left=left)
     for row, line in enumerate(lines):
         chart.row(row, list(line.finals.values()), line.std, 0)
     first = next((line.mean for line in lines if line.contestant.name == results.baseline), None)

@@ -1,0 +1,42 @@
+"""What a sweep asks of the machine, in a process of its own."""
+
+import os
+
+import pytest
+
+from lightlm.data.folder import DataFolder
+from lightlm.errors import UsageError
+from lightlm.recipe import load_recipe
+from lightlm.sweep.machine import Machine, fitting_tokens, look_at_machine
+from tests.corpus import make_workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("machine"), 60)
+
+
+@pytest.fixture(autouse=True)
+def _in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+def test_the_precision_of_auto_is_found_and_a_given_one_kept():
+    assert look_at_machine(load_recipe("tiny.yaml")) == Machine("cpu", (), "float32")
+
+
+def test_a_missing_device_is_one_message():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(UsageError, match="device 'cuda' is not available"):
+        look_at_machine(load_recipe("tiny.yaml", ["train.device=cuda"]))
+
+
+def test_the_tokens_of_a_limit_of_time_are_whole_batches_and_may_exceed_the_recipes():
+    recipe = load_recipe("tiny.yaml", ["train.tokens=256"])
+    tokens = fitting_tokens(recipe, 10, os.environ)
+    assert tokens % 256 == 0
+    assert tokens > 2560  # ten batches take less than ten minutes anywhere
+    assert DataFolder.open("data/tiny").split("train")  # and the data is read, not made
