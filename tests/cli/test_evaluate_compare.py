@@ -87,7 +87,7 @@ def test_two_models_are_compared_in_words(world: Path) -> None:
 def test_published_figures_stand_beside_the_run(world: Path) -> None:
     done = run("demo", "--tasks", "heldout,quiz.yaml", "--compare", "GPT2,mobilellm-125m")
     [line] = [line for line in done.stdout.splitlines() if "acc_norm" in line and "hellaswag" in line]
-    assert line.split()[-4:] == ["0.3114*", "(a)", "0.389*", "(b)"]
+    assert line.split()[-4:] == ["0.389*", "(b)", "0.3114*", "(a)"]  # by tokens, unknown last
     [line] = [line for line in done.stdout.splitlines() if "bits_per_byte ↓" in line and "heldout" in line]
     assert line.split()[-2:] == ["–", "–"]
     assert "(b) MobileLLM README: MobileLLM's own script, 0-shot, metric not stated" in done.stdout
@@ -104,9 +104,20 @@ def test_many_columns_break_between_figure_and_error(world: Path, monkeypatch: p
     done = run("demo", "other", "--tasks", "quiz.yaml", "--compare", "gpt2,mobilellm-125m")
     [i] = [i for i, line in enumerate(done.stdout.splitlines()) if line.startswith(" hellaswag  acc_norm ↑")]
     line, below = done.stdout.splitlines()[i : i + 2]
-    assert line.split()[-2:] == ["0.3114*", "0.389*"]
-    assert below.split()[-2:] == ["(a)", "(b)"]
+    assert line.split()[-2:] == ["0.389*", "0.3114*"]
+    assert below.split()[-2:] == ["(b)", "(a)"]
     assert below.count("± 0.") == 2
+
+
+def test_columns_that_do_not_fit_stand_in_a_second_table(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.out, "_width", 80)
+    names = "gpt2,mobilellm-125m,smollm-135m,smollm2-135m,boris-2-preview-1,minueza-3-95m,cagliostro-v3"
+    done = run("demo", "--tasks", "quiz.yaml", "--compare", names)
+    rows = [line for line in done.stdout.splitlines() if line.startswith(" hellaswag  acc_norm ↑")]
+    _, *figures = [word for row in rows for word in row.split() if word.startswith("0.")]
+    assert figures == ["0.3014*", "0.4523*", "0.4251*", "0.427*", "0.389*", "0.4322", "0.3114*"]  # by tokens
+    assert len(rows) > 1
+    assert max(map(len, done.stdout.split("↑ higher")[0].splitlines())) <= 80
 
 
 def test_a_model_among_the_names_is_measured_here(world: Path) -> None:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lightlm.errors import UsageError
+from lightlm.evaluate.results import board
 from lightlm.evaluate.settings import split_list
+from lightlm.quantities import parse_quantity
 
 if TYPE_CHECKING:
     from lightlm.evaluate.compare.comparison import Answers
@@ -42,12 +44,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Figure:
-    """A published score. Args: task: lm-eval's name; percent: as published; metric: None if not stated."""
+    """A published score.
+
+    Args:
+        task: lm-eval's name, or `open_slm`.
+        percent: as published; the index in points.
+        metric: None if not stated.
+        computed: whether it follows from the source's other figures.
+    """
 
     task: str
     percent: float
     source: Source
     metric: str | None = None
+    computed: bool = False
+
+    @property
+    def value(self) -> float:
+        """The score as in tables: a share, or the index in points."""
+        return self.percent if self.task == board.BOARD else self.percent / 100
 
     def differences(self, num_fewshot: int | None, limit: int | None) -> list[str]:
         """Return what differs from a run of lm-eval with these settings, or is not stated."""
@@ -74,6 +89,11 @@ class Baseline:
     tokens_source: str | None = None
     note: str = ""
 
+    @property
+    def size(self) -> float:
+        """The number of tokens, infinite if unknown: tables order models by it."""
+        return parse_quantity(self.tokens) if self.tokens else float("inf")
+
     def find(self, task: str, metric: str) -> list[Figure]:
         """Return its figures for a row of results; tables show the first.
 
@@ -81,6 +101,7 @@ class Baseline:
         """
         figures = [figure for figure in self.figures if task in _TASKS.get(figure.task, (figure.task,))]
         default = "acc_norm" if task in _NORMALIZED else "acc"
+        metric = metric.removesuffix(f" ({board.OFF_PROTOCOL})")
         return [figure for figure in figures if metric == (figure.metric or default)]
 
     def to_dict(self, answers: Iterable["Answers"], limit: int | None) -> dict[str, Any]:
@@ -90,7 +111,8 @@ class Baseline:
                 "task": one.row.task,
                 "beside": one.row.metric,
                 "metric": figure.metric,
-                "value": figure.percent / 100,
+                "value": figure.value,
+                "computed": figure.computed,
                 "source": figure.source.title,
                 "url": figure.source.url,
                 "harness": figure.source.harness,
@@ -121,10 +143,11 @@ class Legend:
         about = f"{source.title}: {source.harness or 'harness not stated'}, "
         about += "examples in the prompt not stated" if shots is None else f"{shots}-shot"
         about += ", metric not stated" if figure.metric is None else ""
+        about += ", computed from its scores" if figure.computed else ""
         index = len(self._letters)
         letter = self._letters.setdefault(about, chr(ord("a") + index) if index < 26 else str(index))
-        digits = 3 if round(figure.percent, 1) == figure.percent else 4
-        return f"{figure.percent / 100:.{digits}f}{star} ({letter})"
+        digits = 2 if figure.value == figure.percent else 3 if round(figure.percent, 1) == figure.percent else 4
+        return f"{figure.value:.{digits}f}{star} ({letter})"
 
     def lines(self, baselines: Iterable[Baseline] = ()) -> list[str]:
         """Return the legend, with what is known about the baselines; empty if no cell was written."""
@@ -152,7 +175,26 @@ def load_baselines() -> list[Baseline]:
             for scores in values.pop("scores")
             for task, percent in scores["percent"].items()
         ]
+        figures += _indices(figures)
         found.append(Baseline(name, figures, tuple(values.pop("other_names", ())), **values))
+    return found
+
+
+def _indices(figures: Iterable[Figure]) -> list[Figure]:
+    """Return the leaderboard's index and the part index of each source that has the scores but not the figure."""
+    by_source: dict[Source, dict[tuple[str, str | None], float]] = {}
+    for figure in figures:
+        by_source.setdefault(figure.source, {}).setdefault((figure.task, figure.metric), figure.value)
+    found = []
+    for source, values in by_source.items():
+        scores = {
+            task: values[task, part.metric] for task, part in board.PARTS.items() if (task, part.metric) in values
+        }
+        for chosen in (scores, {task: value for task, value in scores.items() if task != board.ARITHMARK}):
+            metric = board.metric_of(chosen)
+            if metric is not None and (board.BOARD, metric) not in values:
+                values[board.BOARD, metric] = board.index(chosen)
+                found.append(Figure(board.BOARD, values[board.BOARD, metric], source, metric, computed=True))
     return found
 
 
@@ -167,7 +209,7 @@ def find_baseline(name: str) -> Baseline | None:
 
 
 def split_names(names: str) -> tuple[list[Baseline], list[str]]:
-    """Split comma-separated names into baselines and models; a name that fits both is a baseline.
+    """Split comma-separated names into baselines, by their tokens, and models; a name that fits both is a baseline.
 
     Raises:
         UsageError: a name is not a baseline, not a folder or run here, and not a Hub id.
@@ -186,4 +228,4 @@ def split_names(names: str) -> tuple[list[Baseline], list[str]]:
                 f"--compare {name}: not a model with published figures, and not a run or model folder here; {hint}"
                 f"Published figures exist for {', '.join(known)}. Name a model on the Hub as ORG/NAME"
             )
-    return list(baselines.values()), models
+    return sorted(baselines.values(), key=lambda baseline: baseline.size), models

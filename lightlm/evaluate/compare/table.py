@@ -128,7 +128,7 @@ def score_table(
         metric = line.metric + ARROWS[score.row.higher_is_better]
         rows.append([line.task, metric, line.documents, *([chance] if with_chance else []), *cells])
     columns = ["Task", "Metric", "Documents", *(["Chance"] if with_chance else []), *figures]
-    columns += [baseline.name for baseline in baselines]
+    columns += [f"{one.name}\n{one.tokens} tokens" if one.tokens else one.name for one in baselines]
     notes = [NOISE] if any(comparison.difference for comparison in comparisons) else []
     notes += [*_truncations(lines, models), *_meanings(lines), *unmatched(baselines, lines)]
     return ScoreTable(

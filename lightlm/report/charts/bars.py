@@ -54,7 +54,7 @@ def _chart(title: str, records: Sequence[Record], lines: Sequence[Line], baselin
     for number, baseline in enumerate(baselines):
         offset = _GROUP * (_BARS - 0.5 + (1 - _BARS) * (number + 0.8) / (len(baselines) + 0.3))
         figures = [(i, baseline.find(line.task, line.metric)) for i, line in enumerate(lines)]
-        if points := [(i + offset, found[0].percent / 100) for i, found in figures if found]:
+        if points := [(i + offset, found[0].value) for i, found in figures if found]:
             x, y = np.array(points).T
             chart.shapes(f"{baseline.name}, published*", x, y, number)
     chart.axes.set_xlim(-0.5, max(len(lines), 3) - 0.5)

@@ -31,7 +31,7 @@ def test_one_model_stands_beside_published_figures():
     score = {0: Score(5, None, answers)}
     lines = [Line("hellaswag", "acc_norm", "100", score), Line("other", "acc_norm", "100", score)]
     table = score_table(lines, ["a"], baselines=[find_baseline("mobilellm")])
-    assert table.columns[2:] == ["Documents", "Chance", "Value ± Stderr", "mobilellm-125m"]
+    assert table.columns[2:] == ["Documents", "Chance", "Value ± Stderr", "mobilellm-125m\n1T tokens"]
     figure = "0.6000 (step 5)"
     assert [row[3:] for row in table.rows] == [["0.2500", figure, "0.389* (a)"], ["", figure, "–"]]
     assert not table.best
