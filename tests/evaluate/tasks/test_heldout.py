@@ -88,7 +88,8 @@ def test_heldout_equals_the_bits_per_byte_of_training(world: LoadedModel) -> Non
     loss = ParallelLoss(world.model, World(), load_recipe("demo"), torch.device("cpu"), torch.float32)
     losses = validate(
         loss,
-        folder.split("val"),
+        {"windows": folder.split("val")},
+        {"windows": 1.0},
         torch.from_numpy(world.tokenizer.token_bytes()),
         seq_len=length + 1,
         max_tokens=1_000_000,
