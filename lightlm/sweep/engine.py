@@ -172,22 +172,35 @@ class Engine:
         return Row(cell, status.state, status.share, status.val_loss, seconds)
 
     def run(self) -> Ending:
-        """Run what is left; return why it ended."""
-        with handling(lambda number, frame: self._receive(number, frame)):
-            while True:
-                self._reap()
-                self._obey()
-                while not self._stopping and (slot := self._free_slot()) is not None and (row := self._next()):
-                    self._launch(row, slot)
-                if not self._running:
-                    break
-                self._look()
-                self._watch.progress(self.overview())
-                self._sleep(_POLL_SECONDS)
+        """Run what is left; return why it ended. After an error, such as a full disk, the runs save and stop."""
+        with handling(self._receive):
+            try:
+                while self._work():
+                    self._sleep(_POLL_SECONDS)
+            except BaseException:
+                self._tell_to_stop()
+                raise
         if self._over and not self._signals:
             return "budget"
         stopped = any(row.state == "interrupted" for row in self._rows.values())
         return "interrupted" if self._signals or stopped else "complete"
+
+    def _work(self) -> bool:
+        """Do what is due; return whether runs are left to wait for."""
+        self._reap()
+        self._obey()
+        while not self._stopping and (slot := self._free_slot()) is not None and (row := self._next()):
+            self._launch(row, slot)
+        if not self._running:
+            return False
+        self._look()
+        self._watch.progress(self.overview())
+        return True
+
+    def _tell_to_stop(self) -> None:
+        for entry in self._running:
+            if entry.process is not None:
+                entry.process.send_signal(_STOP)
 
     def overview(self) -> Overview:
         rows = list(self._rows.values())
@@ -212,8 +225,7 @@ class Engine:
         if (self._signals or (spent and self._running)) and not self._stopping:
             self._stopping = True
             self._running = [entry for entry in self._running if entry.process is not None]
-            for entry in self._running:
-                entry.process.send_signal(_STOP)  # type: ignore[union-attr]
+            self._tell_to_stop()
         if self._signals[1:].count(signal.SIGINT) and not self._killed:
             self._killed = True
             for entry in self._running:

@@ -22,7 +22,7 @@ _ROW = 0.3  # inches per contestant in a plot by name
 _CHARACTER = 0.1  # inches of a name's letter
 _UNITS = {"val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)"}
 _UNITS["val_bpb"] = "validation, bits per byte"
-_MEASURED = 1.02  # seconds of training that differ by less are not worth a plot of their own
+_MEASURED = 1.02  # seconds per token that differ by less are not worth a plot of their own
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _learning_curves(results: Results) -> dict[str, Chart]:
         charts["curves_over_compute"] = chart(
             " over compute", f"training {name_of_unit}", lambda name, run: run.tokens * results.flops[name] / size
         )
-    speeds = [run.seconds[-1] / run.tokens[-1] for _, run in runs if np.isfinite(run.seconds[-1])]
+    speeds = [line.seconds / line.tokens for line in results.lines if line.seconds and line.tokens]
     if speeds and max(speeds) > _MEASURED * min(speeds):
         charts["curves_over_time"] = chart(" over time", "training time (s)", lambda name, run: run.seconds)
     return charts

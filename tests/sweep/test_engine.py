@@ -7,6 +7,7 @@ import pytest
 
 from lightlm.errors import TrainingDivergedError
 from lightlm.runs import locked
+from lightlm.sweep import engine as engine_module
 from lightlm.sweep.cells import Cell, Contestant
 from lightlm.sweep.engine import Engine, Watch, environments
 from lightlm.threads import cores
@@ -177,3 +178,14 @@ def test_runs_share_the_cores_and_take_turns_on_gpus(monkeypatch):
     assert "FORCE_COLOR" not in shared[0]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert environments(2)[0]["OMP_NUM_THREADS"] == "3"
+
+
+def test_an_error_of_the_sweep_lets_its_runs_save(sweep):
+    class Broken(Recorder):
+        def ended(self, row, end, overview):
+            raise OSError("no room")
+
+    fleet = Fleet(seconds={"a_seed-1": 5.0})
+    with pytest.raises(OSError, match="no room"):
+        engine(sweep, fleet, jobs=2, watch=Broken()).run()
+    assert [process.signals for process in fleet.running] == [[engine_module._STOP]]

@@ -19,7 +19,7 @@ def results(path, settings, seeds=(1, 2)):
     lines, curves = [], {}
     for number, entry in enumerate(grid("demo", read_settings(settings))):
         finals = {seed: 3 - number / 10 + seed / 100 for seed in seeds}
-        lines.append(Line(entry, finals, dict.fromkeys(seeds, "done"), 100.0, 1.0, None, "noise"))
+        lines.append(Line(entry, finals, dict.fromkeys(seeds, "done"), 100.0, 2.0 * (1 + number), None, "noise"))
         curves[entry.name] = {
             seed: Curves(
                 {"step": s, "tokens": 50 * s, "seconds": s * (1.0 + number), "loss": 4.0, "val_loss": final + 2 - s}
@@ -63,6 +63,7 @@ def test_files_are_written_and_time_is_drawn_where_it_differs(tmp_path):
     assert sorted(paths) == ["curves", "curves_over_time", "values"]
     for path in paths.values():
         assert path.read_bytes().startswith(b"\x89PNG")
+    assert sorted(write_plots(results(tmp_path, ["optimizer.lr=1e-3"]))) == ["curves", "values"]
 
 
 def test_without_a_finished_run_nothing_is_drawn(tmp_path):
