@@ -86,18 +86,11 @@ class UnigramEntropy(BaseModel):
     bits_per_byte: float
 
 
-class MixedSource(BaseModel):
-    """One source of a mixture: the share of tokens requested and reached."""
-
-    source: str
-    share: float
-    reached: float
-    tokens: int
-    documents: int
-
-
 class Manifest(BaseModel):
-    """The content of `manifest.json`; `text_bytes` is UTF-8 bytes of text per split."""
+    """The content of `manifest.json`; `text_bytes` is UTF-8 bytes of text per split.
+
+    What an earlier version also wrote is ignored.
+    """
 
     format: Literal[1] = 1
     source: str
@@ -119,7 +112,6 @@ class Manifest(BaseModel):
     evaluation_sets: dict[str, dict[str, int]] = {}
     files_read: dict[str, int] = {}
     files_left_out: dict[str, int] = {}
-    mixture: list[MixedSource] = []
     unigram: UnigramEntropy | None = None
     lightlm_version: str = ""
     settings: dict[str, str | int | float | None] = {}

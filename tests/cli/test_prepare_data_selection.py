@@ -72,25 +72,6 @@ def test_a_filter_and_repetitions() -> None:
         run("twice.jsonl", "--filter", "score >= 3")
 
 
-def test_a_mixture() -> None:
-    made = run("--mix", "a.jsonl=0.75,b.jsonl=0.25", "--max-tokens", "2K", "--val-fraction", "0")
-    assert made["folder"] == "data/a-b"
-    first, second = ({row["text"] for row in ROWS}, set(texts(60, 8)))
-    opened = DataFolder.open("data/a-b")
-    counts, counted = [0, 0], [0, 0]
-    for ids in opened.split("train").documents():
-        text = opened.tokenizer.decode(ids)
-        assert text in first | second
-        counts[text in second] += len(ids) + 1
-        counted[text in second] += 1
-    assert 1_500 <= counts[0] < 1_900
-    assert 500 <= counts[1] < 900
-    assert [(part["share"], part["tokens"]) for part in made["mixture"]] == [(0.75, counts[0]), (0.25, counts[1])]
-    assert [part["documents"] for part in made["mixture"]] == counted
-    assert [part["reached"] for part in made["mixture"]] == [count / sum(counts) for count in counts]
-    assert [Path(part["source"]).name for part in made["mixture"]] == ["a.jsonl", "b.jsonl"]
-
-
 def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "_OURS", {"heldout", "quiz.yaml"})
     write_quiz(Path.cwd())
@@ -112,8 +93,9 @@ def test_documents_with_the_text_of_a_task(monkeypatch: pytest.MonkeyPatch) -> N
     ("arguments", "message"),
     [
         ([], "name a SOURCE"),
-        (["a.jsonl", "--mix", "a.jsonl=1,b.jsonl=1"], "exclude each other"),
-        (["--mix", "a.jsonl=1"], "at least two sources"),
+        (["--mix", "a.jsonl=0.7,b.jsonl=0.3"], "write the shares into the recipe: data"),
+        (["a.jsonl=0.7,b.jsonl=0.3"], "write the shares into the recipe: data"),
+        (["--mix", "a.jsonl=1", "--download-only"], "write the shares into the recipe: data"),
         (["a.jsonl", "--filter", "score >"], "invalid syntax at its end"),
         (["a.jsonl", "--contaminated", "flag"], "--decontaminate"),
         (["a.jsonl", "--decontaminate", "heldout"], "--decontaminate heldout"),
@@ -150,6 +132,4 @@ def test_a_download_refuses_what_says_how_to_prepare() -> None:
             run("tinystories", "--download-only", name, *([] if flag else [values.get(name, "x")]))
     with pytest.raises(UsageError, match="so --filter, --dedup would have no effect"):
         run("tinystories", "--dedup", "near", "--download-only", "--filter", "score > 1")
-    with pytest.raises(UsageError, match="give each SOURCE of --mix by itself"):
-        run("--mix", "tinystories=1,fineweb-edu=1", "--download-only")
     assert not Path("data").exists()

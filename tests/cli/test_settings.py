@@ -6,7 +6,6 @@ import pytest
 
 from lightlm.cli.app import with_resume_value
 from lightlm.cli.train import NEWEST
-from lightlm.data.prepare.mixing.schedule import parse_mix
 from lightlm.data.prepare.options import Options
 from lightlm.errors import UsageError
 from lightlm.generate.sampling import Sampling
@@ -54,7 +53,6 @@ def test_no_option_takes_what_is_no_finite_number(number):
         lambda: Sampling(temperature=value),
         lambda: Sampling(top_p=value),
         lambda: Options("gpt2", val_fraction=value).check(),
-        lambda: parse_mix(f"pydocs={number},fineweb=0.5"),
     ):
         with pytest.raises(UsageError):
             refused()

@@ -198,3 +198,10 @@ def test_documents_are_found_where_more_follows_an_end(end: int | None, length: 
     if end is not None:
         tokens[end] = 9
     assert TokenStream([tokens[:3], tokens[3:]], 9).holds_documents() is several
+
+
+def test_a_folder_that_an_earlier_version_mixed_opens(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    part = {"source": "a", "share": 0.7, "reached": 0.7, "tokens": 7, "documents": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"mixture": [part]}), encoding="utf-8")
+    assert len(DataFolder.open(folder).split("train")) == DataFolder.open(folder).verify().tokens("train") > 0

@@ -6,12 +6,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightlm.data.prepare.run import Progress
-    from lightlm.data.shards import Manifest, MixedSource
+    from lightlm.data.shards import Manifest
 
 LOG_SECONDS = 10.0
 LISTED = 5  # messages about records left out; the manifest has more
@@ -91,7 +90,6 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
             for name, found in manifest.evaluation_sets.items()
         ),
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
-        *(("mixture" * (part is manifest.mixture[0]), _mixture_row(part)) for part in manifest.mixture),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
         ("lost", describe_loss(manifest.lost)),
         ("vocabulary", f"{summary['vocab_size']:,}"),
@@ -116,15 +114,6 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
 
 def _causes(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {cause}" for cause, count in counts.items() if count)
-
-
-def _mixture_row(part: MixedSource) -> str:
-    """Return one row on a mixture's source, with its path relative to the working directory."""
-    name = part.source
-    if Path(name).is_relative_to(Path.cwd()):
-        name = Path(name).relative_to(Path.cwd()).as_posix()
-    shares = f"{part.reached:.2%} (requested {100 * part.share:.4g}%)"
-    return f"{name} {shares}, {part.tokens:,} tokens, {part.documents:,} documents"
 
 
 def validation_note(manifest: Manifest) -> str:

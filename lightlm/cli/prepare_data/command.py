@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FROM_MANIFEST = (
     "source", "description", "files_read", "files_left_out", "skipped_documents", "dropped", "flagged", "lost",
-    "mixture", "evaluation_sets", "vocab_size", "end_of_text", "end_of_text_id", "unigram",
+    "evaluation_sets", "vocab_size", "end_of_text", "end_of_text_id", "unigram",
 )  # fmt: skip
 
 
@@ -68,9 +68,7 @@ def prepare_data(
         Literal["auto", "gigatoken", "tokenizers"],
         typer.Option(metavar="auto|gigatoken|tokenizers", help="The tokenizer library; the tokens are the same."),
     ] = "auto",
-    mix: Annotated[
-        str | None, typer.Option(metavar="A=0.7,B=0.3", help="Several sources instead of SOURCE, by shares of tokens.")
-    ] = None,
+    mix: Annotated[str | None, typer.Option(hidden=True, help="Of earlier versions: refused.")] = None,
     filter_text: Annotated[
         str | None, typer.Option("--filter", metavar="EXPR", help="Read only rows such as 'score >= 3'.")
     ] = None,
@@ -100,7 +98,7 @@ def prepare_data(
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
     from lightlm.cli.console import console
     from lightlm.cli.displays.preparation import print_summary, progress_line
-    from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened
+    from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened, refuse_mixture
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.workspace import Workspace
@@ -109,11 +107,12 @@ def prepare_data(
     from lightlm.quantities import parse_quantity
     from lightlm.train.signals import interrupted_by_signals
 
+    refuse_mixture(source, mix)
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
 
         refuse_other_options(context)
-        return download_data(open_named(source, mix, text_column, None), tokenizer, as_json)
+        return download_data(open_named(source, text_column, None), tokenizer, as_json)
     chosen_engine: Engine | None = None  # threads of this process
     if engine == "ray":
         from lightlm.data.prepare.ray import RayEngine
@@ -128,13 +127,13 @@ def prepare_data(
         raise UsageError(f"--max-tokens {max_tokens}: {error}") from error
     row_filter = None if filter_text is None else Filter(filter_text)
     if verify:
-        folder = out or _finished_folder(source) or Path("data") / open_named(source, mix, text_column, row_filter).name
+        folder = out or _finished_folder(source) or Path("data") / open_named(source, text_column, row_filter).name
         manifest = DataFolder.open(folder).verify()
     else:
         sets = evaluation_sets(decontaminate, contaminated)
         with (
             interrupted_by_signals(),
-            opened(source, mix, text_column, row_filter, out) as (text_source, folder),
+            opened(source, text_column, row_filter, out) as (text_source, folder),
             progress_line() as update,
         ):
             try:

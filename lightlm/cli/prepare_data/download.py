@@ -18,8 +18,6 @@ def refuse_other_options(context: typer.Context) -> None:
 
     given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
     options = [option.opts[0] for option in context.command.params if option.name in given - set(HONORED)]
-    if "--mix" in options:
-        raise UsageError("--download-only fetches one data set: give each SOURCE of --mix by itself")
     if options:
         raise UsageError(
             f"--download-only fetches whole files and prepares nothing, so {', '.join(options)} would have no effect; "

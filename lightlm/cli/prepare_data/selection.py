@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,35 +14,43 @@ if TYPE_CHECKING:
     from lightlm.data.sources.base import Source
 
 
-def open_named(source: str | None, mix: str | None, text_column: str, row_filter: Filter | None) -> Source:
-    """Open the source that SOURCE or --mix names. Raises UsageError unless exactly one of them is given."""
-    from lightlm.data.prepare.mixing.schedule import parse_mix
-    from lightlm.data.prepare.mixing.source import MixtureSource
+_MIX = re.compile(r"[^=,]+=[\d.]+(,[^=,]+=[\d.]+)+")  # a=0.7,b=0.3
+
+
+def refuse_mixture(source: str | None, mix: str | None) -> None:
+    """Raise UsageError for a mixture of sources, which earlier versions prepared."""
+    from lightlm.errors import UsageError
+
+    if mix is not None or (source is not None and _MIX.fullmatch(source) and not Path(source).exists()):
+        raise UsageError(
+            "prepare-data takes one SOURCE; mixtures are made while training. Prepare each source by itself, with one "
+            "--tokenizer, and write the shares into the recipe: data: {mix: {A: 0.7, B: 0.3}}"
+        )
+
+
+def open_named(source: str | None, text_column: str, row_filter: Filter | None) -> Source:
+    """Open the source that SOURCE names. Raises UsageError where there is none."""
     from lightlm.data.sources.registry import open_source
     from lightlm.errors import UsageError
 
-    if source is not None and mix is not None:
-        raise UsageError(f"SOURCE {source} and --mix {mix} exclude each other; name all sources in --mix")
-    if mix is not None:
-        return MixtureSource([(open_source(spec, text_column, row_filter), share) for spec, share in parse_mix(mix)])
     if source is None:
-        raise UsageError("name a SOURCE (for example pydocs, fineweb-edu, a path), or several with --mix")
+        raise UsageError("name a SOURCE (for example pydocs, fineweb-edu, a path)")
     return open_source(source, text_column, row_filter)
 
 
 @contextlib.contextmanager
 def opened(
-    source: str | None, mix: str | None, text_column: str, row_filter: Filter | None, out: Path | None
+    source: str | None, text_column: str, row_filter: Filter | None, out: Path | None
 ) -> Iterator[tuple[Source, Path]]:
     """Give the source and the folder to write."""
     from lightlm.data.sources.stdin import NAME, SPEC, standard_input
 
-    if source == SPEC and mix is None:
+    if source == SPEC:
         folder = out or Path("data") / NAME
         with standard_input(folder, text_column, row_filter) as piped:
             yield piped, folder
         return
-    named = open_named(source, mix, text_column, row_filter)
+    named = open_named(source, text_column, row_filter)
     yield named, out or Path("data") / named.name
 
 

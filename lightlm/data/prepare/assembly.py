@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 
 from lightlm.data.prepare.encoded_block import EncodedBlock, LeftOut, block_path, read_tokens, remove_encoded_block
 from lightlm.data.prepare.writer import SplitWriter, WriterState
@@ -29,16 +28,11 @@ LISTED = 1_000  # messages about skipped records that the manifest keeps
 
 
 class AssemblyState(LeftOut):
-    """How far the assembly is: the shards hold the first `blocks` blocks, up to what the writers' states say.
-
-    `source_documents` and `source_tokens` are keyed by the number of a mixture's source.
-    """
+    """How far the assembly is: the shards hold the first `blocks` blocks, up to what the writers' states say."""
 
     blocks: int = 0
     documents: int = 0
     tokens: int = 0
-    source_documents: dict[int, int] = Field(default_factory=dict)
-    source_tokens: dict[int, int] = Field(default_factory=dict)
     writers: dict[Split, WriterState]
 
 
@@ -76,9 +70,6 @@ class Assembly:
         state.add(encoded, LISTED)
         state.blocks, state.documents = encoded.number + 1, state.documents + encoded.documents
         state.tokens += encoded.total_tokens
-        if (source := encoded.source) is not None:
-            state.source_documents[source] = state.source_documents.get(source, 0) + encoded.documents
-            state.source_tokens[source] = state.source_tokens.get(source, 0) + encoded.total_tokens
         self._unsaved.append(encoded.number)
         self._unsaved_tokens += encoded.total_tokens
         if self._unsaved_tokens >= SAVE_TOKENS:

@@ -56,14 +56,12 @@ class LeftOut(BaseModel):
 class EncodedBlock(LeftOut):
     """What an encoded block holds.
 
-    `first_unit` and `limit` identify the block that was encoded; `source` is the number of its source in a mixture.
-    `xxh3` maps the block's files to their checksums.
+    `first_unit` and `limit` identify the block that was encoded. `xxh3` maps the block's files to their checksums.
     """
 
     number: int
     first_unit: str
     limit: int | None
-    source: int | None = None
     documents: int = 0
     tokens: dict[Split, int] = Field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[Split, int] = Field(default_factory=lambda: dict.fromkeys(SPLITS, 0))

@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 from lightlm import __version__
@@ -22,7 +21,6 @@ from lightlm.data.prepare.blocks import BLANK, Block, DocumentFilter, Job, block
 from lightlm.data.prepare.encoded_block import EncodedBlock, LeftOut
 from lightlm.data.prepare.encoders import AUTO, Encoder, EncoderError, choose_encoder
 from lightlm.data.prepare.executors import Engine, ThreadEngine, read_or_encode
-from lightlm.data.prepare.mixing.source import MixtureSource
 from lightlm.data.prepare.options import SHARD_TOKENS, Options, defaults
 from lightlm.data.prepare.selection import Selector
 from lightlm.data.prepare.workspace import Setting, Workspace, different_settings
@@ -251,8 +249,9 @@ class _Preparation:
         state = assembly.state
         self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
         with contextlib.closing(assembly):
-            selects = options.dedup is not None or isinstance(source, MixtureSource)
-            blocks = self._selected(state.blocks, job, tokenizer) if selects else self._encoded(assembly, job)
+            blocks = self._encoded(assembly, job)
+            if options.dedup is not None:
+                blocks = self._selected(options.dedup, state.blocks, job, tokenizer)
             with contextlib.closing(blocks):
                 for encoded in blocks:
                     assembly.add(encoded)
@@ -262,7 +261,7 @@ class _Preparation:
             assembly.finish()
         self._check(assembly)
         check_unchanged(source)
-        counts, files = (state.source_tokens, state.source_documents), file_counts(source)
+        files = file_counts(source)
         return Manifest(
             source=source.spec,
             description=source.description,
@@ -279,7 +278,6 @@ class _Preparation:
             evaluation_sets=options.decontaminate.coverage if options.decontaminate is not None else {},
             files_read=files.read,
             files_left_out=files.left_out,
-            mixture=source.reached(*counts) if isinstance(source, MixtureSource) else [],
             unigram=assembly.unigram(),
             lightlm_version=__version__,
             settings=settings,
@@ -312,16 +310,11 @@ class _Preparation:
                 tokens += encoded.total_tokens
                 yield encoded
 
-    def _selected(self, done: int, job: Job, tokenizer: Tokenizer) -> Generator[EncodedBlock, None, None]:
-        """Yield encoded blocks of the documents that stay, where that depends on other documents."""
-        source, options = self._source, self._options
-        parts = source.parts if isinstance(source, MixtureSource) else [(source, Fraction(1))]
-        units = [blocks_of(part.units()) for part, _ in parts]
-        shares = [share for _, share in parts]
-        selector = Selector(
-            self._workspace.work, units, shares, dedup=options.dedup, max_tokens=options.max_tokens, done=done
-        )
-        return selector.select(self._engine, job, self._report, token_dtype(tokenizer.vocab_size))
+    def _selected(self, dedup: Mode, done: int, job: Job, tokenizer: Tokenizer) -> Generator[EncodedBlock, None, None]:
+        """Yield encoded blocks of the documents that stay."""
+        selector = Selector(self._workspace.work, dedup, self._options.max_tokens, done)
+        blocks = (block for block in blocks_of(self._source.units()) if block.number >= done)
+        return selector.select(blocks, self._engine, job, self._report, token_dtype(tokenizer.vocab_size))
 
     def _report(self, documents: int, text_bytes: int, tokens: int) -> None:
         with self._lock:

@@ -1,9 +1,8 @@
-"""De-duplication and mixtures in the pipeline: the folder is that of the documents that stay, however it was made."""
+"""De-duplication in the pipeline: the folder is that of the documents that stay, however it was made."""
 
 import json
 import random
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from lightlm.data.folder import DataFolder
 from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare.encoded_block import EncodedBlock
 from lightlm.data.prepare.executors import ThreadEngine
-from lightlm.data.prepare.mixing.source import MixtureSource
 from lightlm.data.prepare.run import prepare
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.registry import open_source
-from tests.corpus import read_unit, texts
+from tests.corpus import texts
 
 
 @pytest.fixture(autouse=True)
@@ -111,15 +109,6 @@ def test_a_large_document_repeats_too(tmp_path: Path, tokenizer: str, monkeypatc
     assert made.dropped == {"duplicate": 2}
 
 
-def mixture(tmp_path: Path) -> MixtureSource:
-    """Two thirds long documents, one third short ones, which are more plentiful."""
-    if not (tmp_path / "long").exists():
-        write_files(tmp_path / "long", [f"{text} {text} {n}" for n, text in enumerate(texts(60, seed=5))])
-        write_files(tmp_path / "short", [f"{text} {n}" for n, text in enumerate(texts(150, seed=6))])
-    shares = (Fraction(2, 3), Fraction(1, 3))
-    return MixtureSource([(open_source(str(tmp_path / n)), s) for n, s in zip(("long", "short"), shares, strict=True)])
-
-
 class InterruptedRunError(Exception):
     pass
 
@@ -143,8 +132,7 @@ def run_with_interruptions(source: Source, tokenizer: str, out: Path, seed: int,
     """Prepare with a failure after every few blocks, until it is done; how many there were."""
     rng, failures = random.Random(seed), 0
     while not (out / "manifest.json").exists():
-        # Later each time: before the first blocks of a mixture are in their order, several must be there.
-        engine = StoppingEngine(rng.randint(1, 3), failures + rng.randint(1, 2))
+        engine = StoppingEngine(rng.randint(1, 3), rng.randint(1, 2))
         try:
             prepare(source, tokenizer, out, engine=engine, **options)
         except InterruptedRunError:
@@ -152,15 +140,9 @@ def run_with_interruptions(source: Source, tokenizer: str, out: Path, seed: int,
     return failures
 
 
-@pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("max_tokens", [None, 2_000])
-def test_interruptions_and_workers_change_nothing(
-    mixed: bool, max_tokens: int | None, tmp_path: Path, tokenizer: str
-) -> None:
-    if mixed:
-        source: Source = mixture(tmp_path)
-    else:
-        source = open_source(str(write_files(tmp_path / "in", with_repetitions(3)[0])))
+def test_interruptions_and_workers_change_nothing(max_tokens: int | None, tmp_path: Path, tokenizer: str) -> None:
+    source = open_source(str(write_files(tmp_path / "in", with_repetitions(3)[0])))
     options: dict[str, Any] = {"dedup": "near", "max_tokens": max_tokens, "val_fraction": 0.05}
     reference = prepare(source, tokenizer, tmp_path / "reference", engine=ThreadEngine(1), **options)
     interruptions = 0
@@ -172,42 +154,6 @@ def test_interruptions_and_workers_change_nothing(
         assert made == json.loads(reference.model_dump_json())
         assert not (tmp_path / f".run{seed}.partial").exists()
     assert interruptions >= (1 if max_tokens else 5)
-
-
-def tokens_by_source(folder: Path) -> dict[str, int]:
-    """Long documents say everything twice."""
-    opened = DataFolder.open(folder)
-    counts = {"long": 0, "short": 0}
-    for ids in opened.split("train").documents():
-        words = opened.tokenizer.decode(ids).split()
-        half = len(words) // 2
-        counts["long" if words[:half] == words[half : 2 * half] else "short"] += len(ids) + 1
-    return counts
-
-
-def test_a_mixture_holds_its_shares_by_tokens(tmp_path: Path, tokenizer: str) -> None:
-    longest_document = 400
-    prepare(mixture(tmp_path), tokenizer, tmp_path / "out", val_fraction=0)
-    counts = tokens_by_source(tmp_path / "out")
-    whole = {
-        name: prepare(str(tmp_path / name), tokenizer, tmp_path / f"only_{name}", val_fraction=0) for name in counts
-    }
-    available = {name: made.tokens("train") for name, made in whole.items()}
-    end = min(available["long"] * 3 / 2, available["short"] * 3)
-    assert end / 3 * 2 <= counts["long"] < end / 3 * 2 + longest_document
-    assert end / 3 <= counts["short"] < end / 3 + longest_document
-    prepare(mixture(tmp_path), tokenizer, tmp_path / "limited", val_fraction=0, max_tokens=3_000)
-    counts = tokens_by_source(tmp_path / "limited")
-    assert 2_000 <= counts["long"] < 2_000 + longest_document
-    assert 1_000 <= counts["short"] < 1_000 + longest_document
-
-
-def test_a_tokenizer_is_trained_on_all_of_a_mixture(tmp_path: Path) -> None:
-    prepare(mixture(tmp_path), "train:300", tmp_path / "out")
-    unit = next(mixture(tmp_path).units())
-    sample = list(read_unit(unit))
-    long = sum(len(text) for text in sample if text.split()[0] == text.split()[len(text.split()) // 2])
-    assert long / sum(map(len, sample)) == pytest.approx(2 / 3, abs=0.05)
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path, tokenizer: str) -> None:

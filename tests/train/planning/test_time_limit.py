@@ -1,6 +1,6 @@
 import pytest
 
-from lightlm.data.folder import DataFolder
+from lightlm.data.training_data import TrainingData
 from lightlm.recipe import load_recipe
 from lightlm.train.planning.plan import run_seconds, run_sizes
 from lightlm.train.planning.probe import Probe
@@ -10,7 +10,7 @@ from lightlm.train.planning.time_limit import fit_probe
 @pytest.fixture
 def data(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    return DataFolder.open(workspace / "data" / "tiny")
+    return TrainingData.open(load_recipe("tiny.yaml").data)
 
 
 def probe(pass_seconds):

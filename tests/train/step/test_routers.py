@@ -196,7 +196,7 @@ def test_the_validation_loss_is_the_cross_entropy_alone():
     measured = []
 
     def validated(trainer):
-        val = trainer.data.split("val").slice(0, 1025)
+        val = trainer.data.main.split("val").slice(0, 1025)
         tokens = torch.from_numpy(np.array(val, dtype=np.int64))
         with torch.no_grad():
             logits = trainer.model(tokens[:-1].view(-1, 32))
