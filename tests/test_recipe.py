@@ -165,6 +165,11 @@ evals: {}
             "optimizer={lr: 1, weight_decay: 0, cautious: true}",
             "optimizer.cautious: has no effect without weight_decay",
         ),
+        (
+            "optimizer.multiplier_weight_decay=0.01",
+            "optimizer.multiplier_weight_decay: has no effect without model.multipliers",
+        ),
+        ("model.residual_scale=-1", "model.residual_scale: must be null or a number of at least 0, is -1"),
         ("optimizer.head_lr=1e-3", "optimizer.head_lr: has no effect with model.tie_embeddings; embedding_lr is"),
         (
             "optimizer={name: muon, lr: 0.02, update_scale: original, embedding_lr: 1e-3}",

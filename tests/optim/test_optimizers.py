@@ -50,6 +50,33 @@ def test_positions_are_a_table_and_one_rate_is_logged_once():
     assert learning_rates(optimizer) == {"lr": 0.05}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "normuon"])
+def test_learned_scales_have_their_own_group_and_the_depth_scales_eps(name):
+    """CompleteP, alpha = 1: AdamW's eps shrinks as branches do; rates and decays stay."""
+    model = build("scaled_moe")
+    settings = {"name": name, "lr": 1.0, "scalar_lr": 4.0, "multiplier_weight_decay": 0.01, "eps": 1e-6}
+    optimizer = optimizer_for(model, **settings)
+    found = kinds(optimizer, model)
+    assert found["blocks.0.mlp.up_proj.row_multipliers"] == "multipliers"
+    assert found["blocks.1.mlp.experts.up_proj_column_multipliers"] == "multipliers"
+    assert found["blocks.1.mlp_residual.scale"] == "scalar"
+    assert sum(group == "multipliers" for group in found.values()) == 2 * (2 * 4 + 3 + 2 * 3)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert (groups["multipliers"]["lr"], groups["multipliers"]["weight_decay"]) == (4.0, 0.01)
+    assert groups["matrices"]["lr"] == 1.0
+    by_adamw = [group["eps"] for group in groups.values() if name == "adamw" or group["name"] != "matrices"]
+    assert by_adamw == [pytest.approx(1.5e-6)] * len(by_adamw)  # base_depth 3, 2 layers
+    plain = optimizer_for(build("qwen3"), **settings | {"multiplier_weight_decay": 0.0})
+    assert plain.param_groups[-1]["eps"] == 1e-6
+
+
+def test_multipliers_share_the_betas_of_norms():
+    groups = optimizer_for(build("scaled"), lr=0.1, scalar_betas=[0.8, 0.9]).param_groups
+    assert {group["name"]: group["betas"] for group in groups if group["betas"] != (0.9, 0.95)} == {
+        "scalar": (0.8, 0.9), "multipliers": (0.8, 0.9)
+    }  # fmt: skip
+
+
 def test_a_vector_without_a_pattern_is_refused():
     model = build("gpt2")
     model.register_parameter("temperature", torch.nn.Parameter(torch.ones(3)))

@@ -147,11 +147,12 @@ SHAPES = [
         *("model.tie_embeddings=false", "model.norm=layernorm", "model.position=learned", "model.bias=true"),
         "data.document_mask=true",
     ),
+    ("model.multipliers=both", "model.residual_scale=0.5", "model.embedding_scale=3", "model.base_depth=1"),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["shared", "untied"])
-def test_shared_blocks_and_untied_heads_in_both_strategies(shape):
+@pytest.mark.parametrize("shape", SHAPES, ids=["shared", "untied", "scaled"])
+def test_shared_blocks_untied_heads_and_learned_scales_in_both_strategies(shape):
     name, short = shape[0].partition(".")[2].partition("=")[0], (*shape, "train.tokens=768", "eval.prompts=[]")
     _, single = start("tiny.yaml", *short, name=f"{name}-single")
     for strategy in ("ddp", "fsdp"):

@@ -17,6 +17,15 @@ from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 OVERRIDES = {
     "muon": ["optimizer.name=muon", "optimizer.lr=3e-2", "optimizer.embedding_lr=1e-2"],
     "muon-bf16": ["optimizer.name=muon", "optimizer.lr=3e-2", "train.dtype=bfloat16"],
+    "scaled": [
+        "optimizer.name=muon",
+        "optimizer.lr=3e-2",
+        "optimizer.multiplier_weight_decay=0.1",
+        "model.multipliers=both",
+        "model.residual_scale=0.5",
+        "model.base_depth=1",
+        "model.embedding_scale=3",
+    ],
     "cautious": ["optimizer.cautious=true", "optimizer.weight_decay=1"],
     "growing": ["optimizer.name=muon", "schedule.batch_warmup=60%", "schedule.batch_start=64"],
 }
