@@ -20,7 +20,9 @@ def load_average(newest: Path, count: int, weights: str | None = None) -> Loaded
     Raises:
         CheckpointError: the checkpoint belongs to no run, there are fewer, or one is damaged.
     """
-    run = run_of(newest)
+    run, here = run_of(newest), Path.cwd()
+    if run is not None and run.is_relative_to(here):  # as a user names it
+        run = run.relative_to(here)
     saved = checkpoints(run) if run is not None else []
     names = [path.name for path in saved]
     if newest.resolve().name not in names:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightlm.checkpoint import RAW_WEIGHTS
 from lightlm.errors import CheckpointError, LightLMError, UsageError
 from lightlm.evaluate.compare.comparison import answers_of
 from lightlm.evaluate.compare.table import Score
@@ -140,6 +141,8 @@ def _read_scores(run: Path, name: str, notes: list[str]) -> Iterator[Score]:
             scored = documents.read(documents.documents_file(path))
         try:
             facts = json.loads(meta.read_text(encoding="utf-8")) if meta.exists() else {}
+            if RAW_WEIGHTS in facts.get("weights", {}):  # of the last weights, beside the average that is the model
+                continue
             results = json.loads(path.read_text(encoding="utf-8"))
             answers = answers_of(name, results, scored, facts)
             limit = results.get("config", {}).get("limit")
@@ -151,7 +154,9 @@ def _read_scores(run: Path, name: str, notes: list[str]) -> Iterator[Score]:
 
 def _note_curves(curves: Curves, parameters: dict[str, int]) -> Iterator[str]:
     planned, tokens = parameters.get("planned_tokens"), int(curves.tokens[-1])
-    if planned and tokens < planned:
+    if curves.flagged("stopped_early")[-1]:
+        yield f"Ended by train.patience at {tokens:,} tokens."
+    elif planned and tokens < planned:
         yield f"Not at its end: {tokens:,} of {planned:,} tokens ({tokens / planned:.0%})."
     if len(resumed := curves.steps[curves.flagged("resumed")]):
         after = ", ".join(f"{int(step) - 1:,}" for step in resumed[:_NAMED_RESUMES])

@@ -116,3 +116,24 @@ def test_impossible_choices_are_refused(lightlm, run, arguments, message):
     if "alone" in arguments:
         assert lightlm("convert", "averaged", "--weights", "ema", "--to", "lightlm", "--out", "alone").code == 0
     lightlm(*arguments).assert_one_message(message)
+
+
+def test_the_card_has_only_scores_of_the_weights_that_are_exported(lightlm, run):
+    folder = Path("runs/averaged/eval")
+    folder.mkdir()
+    for file, task in (("model.safetensors", "piqa"), ("raw.safetensors", "winogrande")):
+        path = folder / f"step_000030_{task}.json"
+        path.write_text(json.dumps({"results": {task: {"acc,none": 0.5}}}))
+        path.with_suffix(".meta.json").write_text(json.dumps({"weights": {file: "0"}}))
+    cards = {}
+    for name, choice in (("ema", ()), ("raw", ("--weights", "raw")), ("mean", ("--average", "2"))):
+        assert lightlm("convert", "averaged", *choice, "--out", name).code == 0
+        cards[name] = (Path(name) / "README.md").read_text()
+    assert {name: [task in card for task in ("piqa", "winogrande")] for name, card in cards.items()} == {
+        "ema": [True, False],
+        "raw": [False, True],
+        "mean": [False, False],
+    }
+    assert (
+        "the mean of `runs/averaged/checkpoints/step_000020`, `runs/averaged/checkpoints/step_000030`" in cards["mean"]
+    )

@@ -167,3 +167,16 @@ def test_many_tasks_share_several_charts_evenly(runs):
 
 def test_runs_without_scores_have_no_bars(runs):
     assert not [plot for plot in draw_plots(read_records(runs)) if plot.name.startswith("scores")]
+
+
+def test_scores_of_the_last_weights_beside_an_average_are_left_out(runs, tmp_path):
+    write_scores(runs[0], {"piqa": 100})
+    write_scores(runs[0], {"winogrande": 100}, facts={"dtype": "float32", "weights": {"raw.safetensors": "0"}})
+    first, _ = read_records(runs)
+    assert [score.row.task for score in first.scores] == ["piqa"]
+
+
+def test_a_run_that_patience_ended_is_not_called_unfinished(tmp_path):
+    ended = rows(5)
+    ended[-1]["stopped_early"] = True
+    assert read_records([write_run(tmp_path / "patient", ended)])[0].notes[0].startswith("Ended by train.patience at")

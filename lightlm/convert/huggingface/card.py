@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from lightlm import __version__
-from lightlm.checkpoint import LoadedModel
+from lightlm.checkpoint import MODEL_WEIGHTS, LoadedModel
 from lightlm.data.folder import read_manifest, resolve_dataset
 from lightlm.data.tokenizer import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import LightLMError
@@ -33,7 +33,7 @@ A language model of {parameters:,} parameters, exported from LightLM {version} a
 
 ## Origin
 
-- Exported from `{source}`.
+- Exported from {source}.
 {origin}
 
 ## Scores
@@ -55,7 +55,9 @@ def model_card(loaded: LoadedModel, out: Path, *, architecture: str, parameters:
     """
     run = run_of(loaded.path)
     recipe = _recipe(run) if run else None
-    results = list(_scores(run, loaded.path.resolve().name)) if run else []
+    # The mean of several checkpoints has not been scored: results are of one of them.
+    file = loaded.weights[0].name if len(loaded.weights) == 1 else None
+    results = list(_scores(run, loaded.path.resolve().name, file)) if run and file else []
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -73,7 +75,7 @@ def model_card(loaded: LoadedModel, out: Path, *, architecture: str, parameters:
         version=__version__,
         architecture=architecture,
         path=out.as_posix(),
-        source=loaded.path.as_posix(),
+        source=_source(loaded),
         origin="\n".join(f"- {line}" for line in _origin(recipe)),
         scores=_score_table(results),
     )
@@ -127,10 +129,24 @@ def _hub_data(recipe: Recipe | None) -> list[str]:
     return names
 
 
-def _scores(run: Path, step: str) -> Iterator[EvalResult]:
-    """Yield the scores of one checkpoint in the run's `eval/`, without those of trials with --limit."""
+def _source(loaded: LoadedModel) -> str:
+    if len(loaded.weights) > 1 and run_of(loaded.path) is not None:
+        return "the mean of " + ", ".join(f"`{file.parent.as_posix()}`" for file in loaded.weights)
+    return f"`{loaded.path.as_posix()}`"
+
+
+def _scores(run: Path, step: str, file: str) -> Iterator[EvalResult]:
+    """Yield the scores of one checkpoint in the run's `eval/`, without those of trials with --limit.
+
+    Args:
+        file: the file of weights that was scored.
+    """
     for path in sorted((run / "eval").glob(f"{step}_*.json")):
         try:
+            meta = path.with_suffix(".meta.json")  # missing if another tool wrote the results
+            scored = json.loads(meta.read_text(encoding="utf-8")).get("weights") if meta.exists() else None
+            if file not in (scored or {MODEL_WEIGHTS: ""}):
+                continue
             results = json.loads(path.read_text(encoding="utf-8"))
             if "results" not in results or results.get("config", {}).get("limit") is not None:
                 continue
