@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _WIDE = 110  # columns of a terminal; in a narrower one, many figures break before their standard errors
 _LONG_METRIC = 18
-_HEADING = {False: 12, True: 8}  # columns in which the names of models are broken; narrow: as wide as "± 0.1234"
+_HEADING = {False: 14, True: 8}  # columns in which the names of models are broken; narrow: as wide as "± 0.1234"
 _BETWEEN, _MARGIN = 2, 1  # columns after each column, and before the first
 _NARROW_FIGURES = 3  # figures per row that fit unbroken in a narrow terminal
 

@@ -98,7 +98,7 @@ def add_index(results: dict[str, Any], dtype: str, bos: str) -> list[str]:
     differences = [f"{count:,} of {PARTS[task].documents:,} documents of {task}" for task, count in others.items()]
     if others == counts and len(set(counts.values())) == 1:  # by --limit
         differences = [f"{next(iter(counts.values())):,} documents per task"]
-    differences += [f"{max(shots)} examples in the prompt"] if shots != {0} else []
+    differences += [f"{max(shots)} example{'s' * (max(shots) != 1)} in the prompt"] if shots != {0} else []
     differences += [f"{dtype} instead of {DTYPE}"] if dtype != DTYPE else []
     differences += [f"--bos {bos}"] if bos != "auto" else []
     variant = OFF_PROTOCOL if differences else "none"

@@ -1,6 +1,8 @@
 """The leaderboard's tasks on small data sets of the same form."""
 
+import json
 import math
+import threading
 from pathlib import Path
 
 import datasets
@@ -9,14 +11,22 @@ import torch
 from lm_eval.tasks._index import TaskIndex
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.data.folder import DataFolder
 from lightlm.errors import DataError
+from lightlm.evaluate.compare.table import score_table
 from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.in_training.task_scores import TaskScores
 from lightlm.evaluate.results.rows import Row, rows
-from lightlm.evaluate.runner import run_tasks
+from lightlm.evaluate.results.store import result_file
+from lightlm.evaluate.runner import evaluate_model, run_tasks
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks import index
 from lightlm.evaluate.tasks.arithmark import rows as arithmark_documents
 from lightlm.evaluate.tasks.manager import Tasks
+from lightlm.recipe import EvalSection
+from lightlm.report.build import write_report
+from lightlm.report.scores import score_lines
+from lightlm.train.distributed import World
 from tests.evaluate.board_data import arithmark_rows, write_board, write_set
 from tests.evaluate.tiny_run import write_world
 
@@ -135,3 +145,27 @@ def test_blimp_counts_ties_as_half(world: LoadedModel, monkeypatch: pytest.Monke
     assert found["blimp", "acc"].value == pytest.approx(first)
     assert found["blimp_ties", "acc_ties"].value == pytest.approx(first - 1 / 3)
     assert found["blimp_ties", "acc_ties"].higher_is_better
+
+
+def test_a_training_run_gets_the_index(world: LoadedModel) -> None:
+    section = EvalSection(tasks=["open_slm"], limit=4, data_dir="evals")
+    notes: list[str] = []
+    scores = TaskScores(section, DataFolder.open(Path("data/tiny")), world.tokenizer, World(), notes.append)
+    found = [scores(world.model, Path("step_000007"), threading.Event()) for _ in range(2)]
+    assert found[0] == found[1]
+    assert {"open_slm/index(off-protocol)", "hellaswag/acc_norm", "arithmark_3/acc_tokens"} <= found[0].keys()
+    assert notes == ["open_slm is not scored as on the leaderboard: 4 documents per task"]
+
+
+def test_the_report_of_a_run_shows_the_index(world: LoadedModel) -> None:
+    run = Path("runs/demo")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 7, "tokens": 70, "loss": 3.0}) + "\n")
+    tasks = Tasks(Settings(["open_slm"], data_dir="evals"), lambda message: None)
+    done = evaluate_model(world, tasks, "demo", lambda settings: result_file(world, settings, None))
+    assert done.file is not None
+    assert done.file.name == "step_000007_open_slm.json"
+    [index_row] = [row for row in done.to_dict()["results"] if row["task"] == "open_slm"]
+    report = write_report([run])
+    table = score_table(score_lines(report.records), ["demo"])
+    assert table.rows[0][:2] == ["open_slm", "index (off-protocol) ↑"]
+    assert f"{index_row['value']:.4f} ± {index_row['stderr']:.4f}" in table.rows[0][-1]
