@@ -115,6 +115,16 @@ def test_overlaid_curves_end_where_their_runs_end(compared):
     assert validation.get_ydata().tolist() == pytest.approx([6 - 3 * 4 / 7 + 0.25])
 
 
+def test_a_mixture_has_a_validation_loss_per_folder(tmp_path):
+    metrics = [row | ({"val_loss/a": 2.0, "val_loss/b": 3.0} if "val_loss" in row else {}) for row in rows(10)]
+    plots = {plot.name: plot for plot in draw_plots(read_records([write_run(tmp_path / "run", metrics)]))}
+    lines = plots["val_loss_by_source"].chart.axes.lines
+    assert [line.get_ydata().tolist() for line in lines] == [[2.0, 2.0], [3.0, 3.0]]
+    assert "val_loss_by_source" not in {
+        plot.name for plot in draw_plots(read_records([write_run(tmp_path / "plain", rows(10))]))
+    }
+
+
 @pytest.mark.parametrize(("seconds", "label", "end"), [(100, "s", 100), (1200, "min", 20), (36_000, "h", 10)])
 def test_time_is_in_the_unit_that_the_longest_run_asks_for(tmp_path, seconds, label, end):
     metrics = [row | {"seconds": seconds * row["step"] / 4} for row in rows(4)]

@@ -35,6 +35,7 @@ def _all_plots(records: Sequence[Record], baselines: Sequence[Baseline]) -> Iter
         yield _loss(records, "loss_over_compute", "Loss over compute", compute, f"By active parameters. {zoom}")
     yield _loss(records, "loss_log", "Loss, the whole run", TOKENS, "Logarithmic in tokens.", whole=True)
     yield _marks(records, "val_bpb", "Validation, bits per byte", "bits per byte", "Comparable across tokenizers.")
+    yield _validation_by_source(records)
     yield _learning_rates(records)
     yield _scheduled(records, "weight_decay", "Weight decay", "share per unit of learning rate")
     yield _scheduled(records, "momentum", "Momentum", "momentum of the matrices")
@@ -95,6 +96,17 @@ def _marks(records: Sequence[Record], key: str, title: str, unit: str, caption: 
     for i, record in enumerate(records):
         chart.points(record.name, record.curves.tokens, record.curves.column(key), i)
     return Plot(key.replace("/", "_"), caption, chart)
+
+
+def _validation_by_source(records: Sequence[Record]) -> Plot:
+    """Plot the validation losses of the folders of a mixture."""
+    chart = empty_chart(records, "Validation by source", "nats per token")
+    for i, record in enumerate(records):
+        for number, key in enumerate(record.curves.keys("val_loss/")):
+            source = key.removeprefix("val_loss/")
+            name = source if len(records) == 1 else f"{record.name}: {source}"
+            chart.points(name, record.curves.tokens, record.curves.column(key), number if len(records) == 1 else i)
+    return Plot("val_loss_by_source", "The folders of a mixture.", chart)
 
 
 def _learning_rates(records: Sequence[Record]) -> Plot:

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ RECIPE = (
     "tiny.yaml",
     "optimizer={name: normuon, lr: 1e-2, momentum_start: 0.85, momentum_end: 0.9, beta2_half_life: 2K}",
     "schedule.weight_decay=cosine",
+    "data.stages=[{until: 55%, mix: {tiny: 0.7, twin: 0.3}}, {mix: {twin: 2, tiny: 1}}]",
+    "data.shift_windows=true",
     "train.tokens=6144",
     "checkpoint.every=512",
     "checkpoint.keep_every=2048",
@@ -88,6 +91,7 @@ class Harness:
     landed: list[str] = field(default_factory=list)  # what each kill hit
 
     def __post_init__(self) -> None:
+        shutil.copytree(self.folder / "data/tiny", self.folder / "data/twin", dirs_exist_ok=True)
         self._random = random.Random(self.seed)
         self._deck: list[str] = []
         self._context = multiprocessing.get_context("forkserver")
