@@ -87,7 +87,10 @@ def find_start(reference: str) -> Start:
         shape = reader_of(path).shape(path)
     except LightLMError as error:
         raise RecipeError(f"train.init_from: {error}") from None
-    return Start(reference if run_of(path) is None else path.as_posix(), shape)
+    # A reference that a later run of the same name does not change, such as one that is called gpt2.
+    if is_hub_id(reference):
+        return Start(NAMED_MODELS.get(reference, reference), shape)
+    return Start(f"./{path}" if _is_bare(str(path)) else path.as_posix(), shape)
 
 
 def locate(reference: str | Path | None = None, *, weights: bool = True) -> Path:

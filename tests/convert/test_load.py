@@ -9,9 +9,10 @@ import torch
 from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel, write_checkpoint
 from lightlm.convert.huggingface.folder import export_huggingface
-from lightlm.convert.load import load_pretrained, locate
-from lightlm.errors import CheckpointError, ConvertError
+from lightlm.convert.load import find_start, load_pretrained, locate
+from lightlm.errors import CheckpointError, ConvertError, RecipeError
 from lightlm.model.transformer import Transformer
+from lightlm.recipe import Start
 from tests.shapes import SHAPES
 
 
@@ -146,6 +147,44 @@ def test_hub_model_with_only_pytorch_weights(workplace, tokenizer, monkeypatch):
 def test_checkpoint_on_the_hub(workplace, tokenizer, monkeypatch):
     fake_hub(monkeypatch, workplace / "runs/first/checkpoints/step_000010", "someone/ours")
     assert same(load_pretrained("someone/ours"), tokenizer, 10)
+
+
+def test_the_start_of_a_run_is_found_without_weights(workplace, tokenizer, monkeypatch):
+    """In every form, by its config.json alone; a run is pinned to its checkpoint."""
+    export_huggingface(LoadedModel(_model(tokenizer, 7), tokenizer, Path("x")), workplace / "exported")
+    (workplace / "exported" / "model.safetensors").unlink()
+    asked = fake_hub(monkeypatch, workplace / "exported", "someone/Model-1.5M")
+    shape = _model(tokenizer, 7).config
+    pinned = "runs/first/checkpoints/step_000020"
+    for reference, name in {"first": pinned, "runs/first": pinned, pinned: pinned, "latest": None}.items():
+        assert find_start(reference) == Start(name or "runs/second/checkpoints/step_000020", shape)
+    absolute, hub_id = str(workplace / "exported"), "someone/Model-1.5M"
+    for reference, name in {"exported": "./exported", absolute: absolute, hub_id: hub_id}.items():
+        found = find_start(reference)
+        assert (found.reference, found.model.hidden_size) == (name, shape.hidden_size)
+    (patterns,) = asked
+    assert "config.json" in patterns
+    assert not any("safetensors" in pattern or "bin" in pattern for pattern in patterns)
+    fake_hub(monkeypatch, workplace / "exported", "openai-community/gpt2")
+    assert find_start("gpt2").reference == "openai-community/gpt2"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"model_type": "lightlm"}', "config.json is damaged"),
+        ('{"model_type": "bert"}', "model_type is 'bert'; LightLM reads"),
+        ('{"model_type": "llama"}', "describes a model LightLM does not have"),
+    ],
+)
+def test_a_start_that_is_no_model_is_one_message(text, problem, workplace):
+    folder = workplace / ("runs/first/checkpoints/step_000020" if problem.startswith("config") else "other")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(RecipeError) as error:
+        find_start(str(folder))
+    assert str(error.value).startswith("train.init_from: ")
+    assert problem in str(error.value)
 
 
 def test_hub_out_of_reach(workplace):
