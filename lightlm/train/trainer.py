@@ -219,7 +219,7 @@ class Trainer:
             metrics = {"step": 0, "tokens": 0} | losses
             if metrics_file:
                 metrics_file.write(metrics)
-            self.observer.step(metrics)
+            self.observer.initial(metrics)
         return True
 
     def _finish_resumed_step(

@@ -29,6 +29,9 @@ class Recorder(Observer):
     def start(self, facts):
         self.facts = facts
 
+    def initial(self, metrics):
+        self.step(metrics)
+
     def step(self, metrics):
         self.metrics.append(metrics)
         if metrics["step"] == self.terminate_at:

@@ -109,11 +109,11 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         for part in facts.get("sources") or ():
             self._log(f"{escape(part['name'])}: {describe_source(part)}")
 
+    def initial(self, metrics: dict[str, Any]) -> None:
+        self._last_validation = f"{metrics['val_loss']:.4f}"
+        self._log(f"before the first step  {_validation(metrics)}")
+
     def step(self, metrics: dict[str, Any]) -> None:
-        if not metrics["step"]:  # the model that the run starts from
-            self._last_validation = f"{metrics['val_loss']:.4f}"
-            self._log(f"before the first step  {_validation(metrics)}")
-            return
         self._recent.append((metrics["tokens"], metrics["seconds"]))
         if "moe/violation" in metrics and metrics["step"] == self._facts["first_step"] + 1:
             self._log(f"[dim]{_EXPERT_LEGEND}[/]")

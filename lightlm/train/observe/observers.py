@@ -10,6 +10,9 @@ class Observer:
     def start(self, facts: dict[str, Any]) -> None:
         """Receive the run's name, sizes, device, first step and last logged step (`Trainer.facts`)."""
 
+    def initial(self, metrics: dict[str, Any]) -> None:
+        """Receive the validation of the model that a run starts from, as in the row of step 0 of metrics.jsonl."""
+
     def step(self, metrics: dict[str, Any]) -> None:
         """Receive the metrics of a step, as in metrics.jsonl."""
 
@@ -43,5 +46,6 @@ class Observers(Observer):
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-    start, step, sample = _forwarded("start"), _forwarded("step"), _forwarded("sample")
+    start, initial = _forwarded("start"), _forwarded("initial")
+    step, sample = _forwarded("step"), _forwarded("sample")
     checkpoint, phase, note = _forwarded("checkpoint"), _forwarded("phase"), _forwarded("note")

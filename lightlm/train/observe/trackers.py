@@ -203,6 +203,9 @@ class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
                 self._note(f"{name}: {tracker.where}")
         files.write_text(run / STATE, json.dumps(known) + "\n")
 
+    def initial(self, metrics: dict[str, Any]) -> None:
+        self.step(metrics)
+
     def step(self, metrics: dict[str, Any]) -> None:
         scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float) and key != "step"}
         numbers = {key: float(value) for key, value in scalars.items() if math.isfinite(value)}
