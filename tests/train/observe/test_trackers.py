@@ -136,6 +136,29 @@ def test_tensorboard_holds_every_step_once(plain_run):
     assert comparable(metrics) == comparable(plain_run[1].metrics)
 
 
+@pytest.mark.parametrize("backend", ["tensorboard", "trackio", "wandb"])
+def test_the_loss_of_the_model_that_a_run_starts_from_is_step_zero(backend, plain_run):
+    pytest.importorskip(backend, reason="pip install 'lightlm[tracking]'")
+    overrides = ["train.init_from=untracked", "train.tokens=512"]
+    result, watch = go(f"further-{backend}", backend, overrides=overrides)
+    first = read_metrics(result.run)[0]
+    assert first == watch.metrics[0]
+    if backend == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(result.run / "tensorboard")).Reload()
+        logged = [(event.step, event.value) for event in events.Scalars("val_loss")]
+        assert logged[0] == (0, pytest.approx(first["val_loss"], rel=1e-6))
+    elif backend == "trackio":
+        with sqlite3.connect(Path(os.environ["TRACKIO_DIR"], "lightlm.db")) as base:
+            rows = base.execute("select step, metrics from metrics where run_name = 'further-trackio' order by id")
+            step, text = rows.fetchone()
+        assert (step, json.loads(text)["val_loss"]) == (0, first["val_loss"])
+    else:
+        (file,) = (result.run / "wandb").glob("offline-run-*/*.wandb")
+        assert next(row["val_loss"] for row in history(file) if row["_step"] == 0) == first["val_loss"]
+
+
 def test_trackio_holds_every_step_once(plain_run, capsys):
     pytest.importorskip("trackio", reason="pip install 'lightlm[tracking]'")
     go("other", "trackio", overrides=["tracking.project=once", "train.tokens=256"])
