@@ -51,8 +51,10 @@ class Holder:
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, doing: str = "trained") -> Iterator[None]:
     """Context manager that keeps other processes from training, replacing or deleting a run; the folder must exist.
+
+    `doing` says in messages what the process that holds it does with the folder.
 
     On a file system without locks, filelock creates `.lock` instead and deletes it at the end; where its version cannot
     do that, a warning says that nothing protects the run.
@@ -64,7 +66,7 @@ def locked(run: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=_PATIENCE, poll_interval=0.05)
     except Timeout:
-        raise RunLockedError(_refusal(run, _read_holder(run), soft=isinstance(lock, SoftFileLock))) from None
+        raise RunLockedError(_refusal(run, _read_holder(run), doing, soft=isinstance(lock, SoftFileLock))) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
@@ -96,10 +98,10 @@ def holder(run: Path) -> Holder | None:
     return None
 
 
-def require_unlocked(run: Path) -> None:
-    """Raise RunLockedError if another process trains the run."""
+def require_unlocked(run: Path, doing: str = "trained") -> None:
+    """Raise RunLockedError if another process trains the run; `doing` as in `locked`."""
     if (found := holder(run)) is not None:
-        raise RunLockedError(_refusal(run, found))
+        raise RunLockedError(_refusal(run, found, doing))
 
 
 def _read_holder(run: Path) -> Holder:
@@ -110,6 +112,6 @@ def _read_holder(run: Path) -> Holder:
         return Holder(0, "")
 
 
-def _refusal(run: Path, found: Holder, *, soft: bool = False) -> str:
+def _refusal(run: Path, found: Holder, doing: str, *, soft: bool = False) -> str:
     remove = f", or delete {run / _LOCK} if that process has ended" if soft else ""
-    return f"{run} is being trained by {found}; wait for it, or stop it first (Ctrl-C and SIGTERM save){remove}"
+    return f"{run} is being {doing} by {found}; wait for it, or stop it first (Ctrl-C and SIGTERM save){remove}"

@@ -10,6 +10,7 @@ import xxhash
 from lightlm.convert.load import find_start
 from lightlm.errors import LightLMError, RecipeError, UsageError
 from lightlm.recipe import Recipe, load_recipe
+from lightlm.sweep.values import is_range
 
 _LONGEST = 60  # characters of a contestant in the name of a run's folder
 _SEED = "train.seed"
@@ -102,7 +103,7 @@ def choose_seeds(recipe: str, settings: dict[str, list[str]], count: int | None)
         return seeds
     if not seeds:
         try:
-            first = [f"{key}={values[0]}" for key, values in settings.items()]
+            first = [f"{key}={values[0]}" for key, values in settings.items() if not is_range(values[0])]
             seeds = (read_recipe(recipe, first).train.seed,)
         except (RecipeError, UsageError):
             seeds = (0,)  # `resolve` reports the mistakes of all recipes at once

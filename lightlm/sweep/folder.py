@@ -82,12 +82,6 @@ class Definition:
     tokens: dict[str, int] = field(default_factory=dict)
     metric: str | None = None
 
-    def cells(self) -> list[Cell]:
-        """Return all cells, the first seed of every contestant first."""
-        cells = [cell for entry in self.entries.values() for cell in entry.cells()]
-        seeds = list(dict.fromkeys(cell.seed for cell in cells))
-        return sorted(cells, key=lambda cell: seeds.index(cell.seed))
-
     def add(self, contestants: Sequence[Contestant], recipes: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
         """Add contestants and seeds to those that the sweep has.
 
@@ -162,12 +156,12 @@ class SweepFolder:
         if self.path.exists() and not self._is_sweep():
             raise CheckpointError(f"{self} exists already and is not a sweep; choose another --name")
         if overwrite and self.path.exists():
-            require_unlocked(self.path)
+            require_unlocked(self.path, "run")
             for run in self.runs.glob("*"):
                 require_unlocked(run)
             files.remove_folder(self.path)
         self.runs.mkdir(parents=True, exist_ok=True)
-        with locked(self.path):
+        with locked(self.path, "run"):
             try:
                 yield
             finally:

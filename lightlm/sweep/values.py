@@ -86,6 +86,11 @@ def split_values(text: str) -> list[str]:
     return values
 
 
+def is_range(text: str) -> bool:
+    """Return whether a text has the form `low..high`."""
+    return _RANGE.fullmatch(text) is not None
+
+
 def read_range(text: str) -> Range | None:
     """Return the range `low..high`, or None for any other text.
 

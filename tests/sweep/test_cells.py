@@ -51,7 +51,7 @@ def test_seeds_come_from_the_recipe_the_option_or_the_setting():
         assert "train.seed" not in lists
         return chosen
 
-    assert seeds() == (1337,)
+    assert seeds() == seeds("optimizer.lr=1e-4..1e-2") == (1337,)
     assert seeds(count=3) == (1337, 1338, 1339)
     assert seeds("train.seed=7", count=2) == (7, 8)
     assert seeds("train.seed=5,3,5") == (5, 3)

@@ -85,7 +85,7 @@ def test_the_same_name_with_other_settings_is_refused_unless_they_change_no_resu
 
 def test_two_processes_never_share_a_sweep_and_other_folders_are_left_alone(path):
     path.mkdir()
-    with locked(path), pytest.raises(CheckpointError, match="rates is being trained by process"):
+    with locked(path), pytest.raises(CheckpointError, match="rates is being run by process"):
         sweep(path, [A])
     (path / "notes.txt").write_text("mine")
     for overwrite in (False, True):
@@ -96,7 +96,8 @@ def test_two_processes_never_share_a_sweep_and_other_folders_are_left_alone(path
 
 def test_auto_precision_is_chosen_once_for_all_runs(path, monkeypatch):
     auto = [
-        Contestant(entry.name, entry.recipe, (*entry.changes, "train.dtype=auto"), entry.values) for entry in (A, B)
+        Contestant(entry.name, entry.recipe, (*entry.changes, "train.dtype=auto", "train.device=auto"), entry.values)
+        for entry in (A, B)
     ]
     for answer in ("bfloat16", "float32"):
         monkeypatch.setattr(sweep_run, "look_at_machine", lambda recipe, dtype=answer: Machine("cpu", (), dtype))
