@@ -212,7 +212,7 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         """Return the tokens and epochs of each source of a mixture so far."""
         parts = [(part, metrics[f"tokens/{part['name']}"]) for part in self._facts.get("sources") or ()]
         return [
-            (part["name"], f"{format_quantity(tokens)} ({_epochs(tokens / part['train_tokens'])})")
+            (escape(part["name"]), f"{format_quantity(tokens)} ({_epochs(tokens / part['train_tokens'])})")
             for part, tokens in parts
         ]
 

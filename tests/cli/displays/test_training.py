@@ -278,3 +278,21 @@ def test_epochs_are_a_plain_number(epochs, shown):
     with TrainingDisplay(Console(file=stream, width=200)) as display:
         display.start(FACTS | {"epochs": epochs})
     assert f"({shown} of data/pydocs)" in stream.getvalue()
+
+
+def test_a_mixture_shows_tokens_epochs_and_losses_of_each_source():
+    sources = [
+        {"name": "web", "train_tokens": 10_000_000, "tokens": 3_000_000, "epochs": 0.3},
+        {"name": "[poems]", "train_tokens": 100_000, "tokens": 1_096_000, "epochs": 10.96},
+    ]
+    stream = io.StringIO()
+    with TrainingDisplay(Console(file=stream, width=300, highlight=False)) as display:
+        display.start(FACTS | {"epochs": None, "data": "data/web, data/[poems]", "sources": sources})
+        losses = {"val_loss": 4.5, "val_bpb": 1.8, "val_loss/web": 4.25, "val_loss/[poems]": 4.75}
+        display.step(metrics(1, **{"tokens/web": 3000, "tokens/[poems]": 1096}, **losses))
+    shown = stream.getvalue()
+    assert "4.1M tokens of data/web, data/[poems] in 1,000 steps" in shown
+    assert "web: 3M tokens, 0.3 epochs of 10M" in shown
+    assert "[poems]: 1.1M tokens, 11 epochs of 100K" in shown
+    assert "validation of web 4.2500  [poems] 4.7500" in shown
+    assert "web 3K (0.0003 epochs)  [poems] 1.1K (0.011 epochs)" in shown
