@@ -189,6 +189,23 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
+class ScaledSumFunction(torch.autograd.Function):
+    """x + scale * y, of fp32 x, y of any precision and a scale with one element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(y, scale)
+        return torch.add(x, y, alpha=scale.item())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, scale = ctx.saved_tensors
+        grad_y = torch.mul(grad, scale.item(), out=torch.empty_like(y))
+        grad_scale = torch.dot(grad.flatten(), y.to(grad.dtype).flatten())
+        return grad, grad_y, grad_scale.to(scale.dtype)[None]
+
+
 class SwiGLUFunction(torch.autograd.Function):
     """Joined gate and up (..., 2F) -> silu(gate) * up (..., F)."""
 

@@ -1,4 +1,4 @@
-"""Learnable scales of matrices and of residual branches; `convert` folds them into plain weights.
+"""Learnable scales of matrices; `convert` folds them into plain weights.
 
 Row and column multipliers (arXiv 2601.04890) make the weight rows[:, None] * weight * columns. In training, that
 product is computed once per pass or step: it has far fewer elements than the activations. Without gradients,
@@ -107,19 +107,3 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scaled().linear(x, self.bias)
-
-
-class Residual(nn.Module):
-    """Add a branch to the residual stream, times its learnable scale and the factor of CompleteP (arXiv 2505.01618)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.factor = config.depth_factor
-        # One element and not a scalar, which FSDP2 cannot shard.
-        self.scale = None if config.residual_scale is None else nn.Parameter(torch.ones(1))
-
-    def forward(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
-        """Return x + factor * scale * branch."""
-        if self.scale is not None:
-            return x_BTD + branch_BTD * (self.scale * self.factor)
-        return x_BTD + branch_BTD if self.factor == 1 else torch.add(x_BTD, branch_BTD, alpha=self.factor)

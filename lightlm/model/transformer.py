@@ -23,7 +23,24 @@ from lightlm.model.mlp import build_mlp
 from lightlm.model.moe import MoE, Routing
 from lightlm.model.norms import build_norm
 from lightlm.model.rotary import rotary_table
-from lightlm.model.scaling import Residual
+
+
+class Residual(nn.Module):
+    """Add a branch to the residual stream, times its learnable scale and the factor of CompleteP (arXiv 2505.01618)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.factor = config.depth_factor
+        # One element and not a scalar, which FSDP2 cannot shard.
+        self.scale = None if config.residual_scale is None else nn.Parameter(torch.ones(1))
+
+    def forward(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
+        """Return x + factor * scale * branch."""
+        if self.scale is None:
+            return x_BTD + branch_BTD if self.factor == 1 else torch.add(x_BTD, branch_BTD, alpha=self.factor)
+        if fused.applies(x_BTD):
+            return fused.ScaledSumFunction.apply(x_BTD, branch_BTD, self.scale * self.factor)
+        return x_BTD + branch_BTD * (self.scale * self.factor)
 
 
 class Block(nn.Module):

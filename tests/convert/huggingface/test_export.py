@@ -146,9 +146,10 @@ SCALES = {
     "base depth": {"base_depth": 5},
     "all": {"multipliers": "both", "residual_scale": 0.7, "qk_gain": 1.3, "embedding_scale": 5.0, "base_depth": 5},
 }
-_SOFTMAX = replace(SIZED["softmax_moe"], moe_intermediate_size=16)
+_SOFTMAX = replace(SIZED["softmax_moe"], attention_gate=False, moe_intermediate_size=16)
 CLASSES = {
     "Qwen3ForCausalLM": replace(SIZED["qwen3"], tie_embeddings=True),
+    "Qwen3_5ForCausalLM": replace(SIZED["qwen3"], attention_gate=True),
     "LlamaForCausalLM": replace(SIZED["llama"], bias=True),
     "GPT2LMHeadModel": SIZED["gpt2"],
     "Glm4MoeForCausalLM": SIZED["moe"],
