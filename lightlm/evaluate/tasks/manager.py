@@ -120,7 +120,7 @@ class Tasks(TaskManager):
         required = {task for selection in chosen for task in selection.tasks if task not in selection.optional}
         required.update(match for name in settings.tasks if name not in SELECTIONS for match in self._match(name))
         self._optional = [name for name in self.names if name not in required]
-        self._left_out = set[str]()
+        self._left_out, self._optional_checked = set[str](), False
         self._cloze_optional = HELDOUT in self.names and CLOZE not in self.names
         if self._cloze_optional:
             self.names.insert(self.names.index(HELDOUT) + 1, CLOZE)
@@ -169,7 +169,10 @@ class Tasks(TaskManager):
         self.note(f"{', '.join(self.settings.tasks)}: {name} is left out: {reason}")
 
     def _leave_out_unreadable(self) -> None:
-        """Leave out optional tasks whose data cannot be read."""
+        """Leave out optional tasks whose data cannot be read; checked once, since a training run loads tasks often."""
+        if self._optional_checked:
+            return
+        self._optional_checked = True
         for name in [name for name in self.names if name in self._optional and name != HELDOUT]:
             if missing := next(self._unread([name]), None):
                 (need, reason), command = missing, fetch_command(self.settings, self.data_sets.folder)
