@@ -14,6 +14,7 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
+_FORMS = ("ctx", "endings", "label"), ("expression", "options", "answer_index")
 _ENCODED_APART = "loglikelihood_apart"  # the method of LightLM's model that answers the requests
 
 
@@ -43,7 +44,14 @@ def rows(data: Dataset) -> Dataset:
 
     Args:
         data: rows of ArithMark-3 (ctx, endings, label), or of its forerunners (expression, options, answer_index).
+
+    Raises:
+        ValueError: the rows have neither form.
     """
+    if not any(set(form) <= set(data.column_names) for form in _FORMS):
+        raise ValueError(
+            f"its rows have {', '.join(data.column_names)}; they need {' or '.join(', '.join(form) for form in _FORMS)}"
+        )
     return data.map(_row, remove_columns=data.column_names)
 
 

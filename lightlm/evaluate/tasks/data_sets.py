@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import datasets
+import xxhash
 from datasets import load_dataset
 from huggingface_hub import constants
 
@@ -35,6 +36,17 @@ def commits_in(place: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return commits
+
+
+def _cache_of(place: Path) -> str:
+    """Return the folder in which `datasets` keeps what it has read from a folder, as it is now.
+
+    datasets 5.2 names it by the text of README.md, so it takes rows of a file that has changed since, or of another
+    folder with the same README.md.
+    """
+    files = [(str(file.resolve()), file.stat()) for file in sorted(place.rglob("*")) if file.is_file()]
+    state = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / xxhash.xxh3_64_hexdigest(state.encode()))
 
 
 @dataclass(frozen=True)
@@ -93,8 +105,9 @@ class DataSets:
         key = repr((path, name, more, sorted(options.items())))
         if key not in self._loaded:
             place = self.local(path)
+            where = {"cache_dir": _cache_of(place)} if place else {}
             try:
-                found = load_dataset(str(place.resolve()) if place else path, name, *more, **options)
+                found = load_dataset(str(place.resolve()) if place else path, name, *more, **where | options)
             except StopIteration as error:  # how `datasets` meets a file without a row
                 files = f": {options['data_files']}" if "data_files" in options else ""
                 raise ValueError(f"it holds no documents{files}") from error

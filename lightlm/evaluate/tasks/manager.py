@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from datasets.exceptions import DatasetGenerationError
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.config.task import TaskConfig
@@ -309,7 +310,9 @@ class Tasks(TaskManager):
                     self.data_sets.load(need.path, need.name, **need.options)
                     continue
                 except hub_errors() as error:
-                    reason = first_line(error)
+                    # `datasets` says that reading failed, and in the cause what is wrong with the file.
+                    damage = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+                    reason = first_line(damage or error)
             yield need, reason
 
     def _without_retries(self, needs: list[Need]) -> contextlib.AbstractContextManager[object]:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from datasets.exceptions import DatasetGenerationError
 from lm_eval.tasks._index import TaskIndex
 
 from lightlm.checkpoint import LoadedModel
@@ -22,6 +24,7 @@ from lightlm.evaluate.runner import evaluate_model, run_tasks
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks import index
 from lightlm.evaluate.tasks.arithmark import rows as arithmark_documents
+from lightlm.evaluate.tasks.data_sets import DataSets
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.recipe import EvalSection
 from lightlm.report.build import write_report
@@ -110,6 +113,36 @@ def test_rows_of_expressions_are_read_too() -> None:
     ]
 
 
+def test_rows_of_another_form_are_named() -> None:
+    data = datasets.Dataset.from_list([{"question": "20 + -13 =", "label": 1}])
+    with pytest.raises(ValueError, match="its rows have question, label; they need ctx, endings, label or expression"):
+        arithmark_documents(data)
+
+
+def test_the_note_says_what_is_wrong_with_a_damaged_file(world: LoadedModel) -> None:
+    (Path("evals/AxiomicLabs/Arithmark-3.0/default") / "train.jsonl").write_text('{"ctx": "1 +')
+    notes: list[str] = []
+    Tasks(Settings(["open_slm"], data_dir="evals"), notes.append).require_data()
+    assert "arithmark_3 is left out: AxiomicLabs/Arithmark-3.0: " in notes[0]
+    assert "JSON parse error" in notes[0]
+
+
+def test_data_sets_are_read_anew_when_their_folder_changes(world: LoadedModel) -> None:
+    """`datasets` knows a folder by its README.md, which stays the same here."""
+
+    def count(folder: str) -> int:
+        return len(DataSets(Path(folder)).load("baber/piqa")["validation"])
+
+    assert count("evals") == 6
+    shutil.copytree("evals", "others")
+    path = Path("evals/baber/piqa/default/validation.jsonl")
+    path.write_text("\n".join(path.read_text().splitlines()[:2]))
+    assert (count("evals"), count("others")) == (2, 6)
+    path.write_text("{")
+    with pytest.raises(DatasetGenerationError):
+        count("evals")
+
+
 def test_the_board_is_scored_in_float32_unless_told_otherwise(world: LoadedModel) -> None:
     assert Tasks(Settings(["open_slm"], data_dir="evals")).dtype == "float32"
     assert Tasks(Settings(["open_slm"], data_dir="evals", dtype="bfloat16")).dtype == "bfloat16"
@@ -168,4 +201,4 @@ def test_the_report_of_a_run_shows_the_index(world: LoadedModel) -> None:
     report = write_report([run])
     table = score_table(score_lines(report.records), ["demo"])
     assert table.rows[0][:2] == ["open_slm", "index (off-protocol) ↑"]
-    assert f"{index_row['value']:.4f} ± {index_row['stderr']:.4f}" in table.rows[0][-1]
+    assert f"{index_row['value']:.2f} ± {index_row['stderr']:.2f}" in table.rows[0][-1]
