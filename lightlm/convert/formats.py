@@ -181,7 +181,7 @@ def convert_model(
         read: loads other weights from `source` than the reader does.
 
     Raises:
-        ConvertError: the format written cannot hold this model, or `verify` found a difference.
+        ConvertError: the format written or the precision cannot hold this model, or `verify` found a difference.
         LightLMError: the model cannot be read.
     """
     for known in (reader, writer) if verify else ():
@@ -196,12 +196,26 @@ def convert_model(
     from lightlm.convert.folding import as_plain
 
     plain = as_plain(loaded) if fold or writer.folds else loaded
+    _check_range(plain, dtype)
     facts = writer.write(plain, out, dtype)
     if verify:
         differences = [writer.verify(plain, out, dtype), _check_fold(loaded, plain)]
         differences += [reader.verify(loaded, source, dtype)] if read is None else []
         facts["max_logit_difference"] = max(differences)
     return facts
+
+
+def _check_range(loaded: "LoadedModel", dtype: "torch.dtype") -> None:
+    """Raise ConvertError if a weight is too large for a precision, in which it would be infinite."""
+    import torch
+
+    largest = torch.finfo(dtype).max
+    for name, tensor in loaded.model.state_dict().items():
+        if (highest := tensor.abs().max().item()) > largest:  # false for NaN
+            raise ConvertError(
+                f"{loaded.path}: {name} has weights up to {highest:.3g}; {str(dtype).removeprefix('torch.')} holds at "
+                f"most {largest:.3g}: use --dtype bfloat16 or float32"
+            )
 
 
 def _check_fold(loaded: "LoadedModel", plain: "LoadedModel") -> float:

@@ -332,3 +332,15 @@ def test_verify_without_transformers(run, monkeypatch):
     with pytest.raises(ConvertError, match=r'pip install "lightlm\[hf\]"'):
         invoke("--verify")
     assert not Path("runs/demo/hf").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "lightlm"])
+def test_weights_beyond_float16_are_refused(to, run, tokenizer):
+    """A scale that training keeps apart may make weights that are infinite in float16."""
+    model = Transformer(replace(SHAPES["scaled"], vocab_size=tokenizer.vocab_size, embedding_scale=1e8))
+    save_model(Path("scaled"), model, tokenizer)
+    fold = ["--fold"] if to == "lightlm" else []
+    with pytest.raises(ConvertError, match=r"embed_tokens.weight has weights up to .*use --dtype bfloat16"):
+        invoke("scaled", "--dtype", "float16", "--out", "exported", *fold)
+    assert not Path("exported").exists()
+    invoke("scaled", "--dtype", "bfloat16", "--out", "exported", *fold, "--verify")
