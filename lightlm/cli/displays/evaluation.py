@@ -1,5 +1,6 @@
 """The table that `lightlm eval` prints."""
 
+import re
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,16 @@ def print_scores(table: "ScoreTable", reports: Sequence[dict[str, Any]]) -> None
             out.print(line, soft_wrap=True, markup=False)
 
 
+def _broken(name: str, width: int) -> list[str]:
+    """Return a name in lines of at most `width` columns, broken after a sign where that is possible."""
+    lines = [""]
+    for part in re.findall(r"[^-_/. ]*[-_/. ]?", name):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [piece for line in lines for piece in wrap(line, width)]
+
+
 def _drawn(table: "ScoreTable") -> "Iterator[Table]":
     """Yield the table, or several with the same rows where its columns of figures do not fit beside each other."""
     from rich import box
@@ -74,7 +85,7 @@ def _drawn(table: "ScoreTable") -> "Iterator[Table]":
     headings = list(table.columns)
     for column in range(fixed, len(headings)):
         parts = headings[column].split("\n")
-        headings[column] = "\n".join(line for part in parts for line in wrap(part, _HEADING[narrow]))
+        headings[column] = "\n".join(line for part in parts for line in _broken(part, _HEADING[narrow]))
 
     def width(column: int) -> int:
         lines = [line for row in cells for line in row[column].split("\n")]

@@ -199,7 +199,7 @@ def _indices(figures: Iterable[Figure]) -> list[Figure]:
 
 
 def find_baseline(name: str) -> Baseline | None:
-    """Return the baseline of this name; capitals and hyphens do not matter, and the size may be left out."""
+    """Return the baseline of this name or other name; capitals and hyphens do not matter."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())

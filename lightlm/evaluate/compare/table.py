@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from lightlm.evaluate.compare.baselines import Baseline, Legend
 from lightlm.evaluate.compare.chance import chance_of
 from lightlm.evaluate.compare.comparison import NOISE, Answers, Comparison, sentences
+from lightlm.evaluate.results.board import BOARD
 from lightlm.evaluate.results.rows import ACCURACIES, Row
 
 TEXT_COLUMNS = 2  # task and metric; the others hold numbers
@@ -49,8 +50,9 @@ class Score:
         return self.answers.row
 
     def __str__(self) -> str:
-        error = "" if self.row.stderr is None else f" ± {self.row.stderr:.4f}"
-        return f"{self.row.value:.4f}{error}{'' if self.step is None else f' (step {self.step:,})'}"
+        digits = 2 if self.row.task == BOARD else 4  # points, or shares
+        error = "" if self.row.stderr is None else f" ± {self.row.stderr:.{digits}f}"
+        return f"{self.row.value:.{digits}f}{error}{'' if self.step is None else f' (step {self.step:,})'}"
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def unmatched(baselines: Sequence[Baseline], lines: Sequence[Line]) -> list[str]
     found = []
     for baseline in baselines:
         if not any(baseline.find(line.task, line.metric) for line in lines):
-            tasks = ", ".join(dict.fromkeys(figure.task for figure in baseline.figures))
-            found.append(f"{baseline.name} has no published figure for these tasks; it has some for {tasks}.")
+            known = (f"{one.task} ({one.metric})" if one.task == BOARD else one.task for one in baseline.figures)
+            listed = ", ".join(dict.fromkeys(known))
+            found.append(f"{baseline.name} has no published figure for these rows; it has some for {listed}.")
     return found

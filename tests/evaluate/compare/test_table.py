@@ -44,7 +44,7 @@ def test_chance_cut_prompts_and_a_baseline_without_figures_are_told():
     assert table.rows[0][3] == "0.5000"
     cut, _, missing = table.notes
     assert cut.startswith("quiz: the beginning of 50 of 200 requests was cut to fit the model's context (10 tokens on")
-    assert missing.startswith("gpt2-124m has no published figure for these tasks; it has some for")
+    assert missing.startswith("gpt2-124m has no published figure for these rows; it has some for")
 
 
 def test_signs_that_a_stream_lacks_are_replaced():
