@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from rich.text import Text
 
 from lightlm.cli.app import app
 from lightlm.recipe.reference import keys
@@ -97,3 +98,15 @@ def test_the_site_builds_without_warnings(tmp_path):
     built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     assert (tmp_path / "site" / "reference" / "recipe" / "index.html").is_file()
+
+
+def test_no_help_text_loses_its_brackets():
+    """rich takes a word in brackets for a style, and prints nothing of it."""
+    lost = {}
+    for name, command in commands("lightlm", typer.main.get_command(app)):
+        for parameter in command.params:
+            help_text = getattr(parameter, "help", None) or ""
+            styles = {str(span.style) for span in Text.from_markup(help_text).spans} - {"dim"}
+            if styles:
+                lost[f"{name} {parameter.name}"] = styles
+    assert lost == {}

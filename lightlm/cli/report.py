@@ -11,11 +11,11 @@ from lightlm.errors import UsageError
 
 def report(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN", help="Runs by path or name [default: the newest].")
+        list[str] | None, typer.Argument(metavar="RUN", help="Runs by path or name. [dim]Default: the newest[/]")
     ] = None,
     out_path: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Folder [default: the run's; for several runs runs/compare-A-B]."),
+        typer.Option("--out", metavar="DIR", help="Folder. [dim]Default: the run's; for several runs/compare-A-B[/]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that exists at --out.")] = False,
     compare: Annotated[

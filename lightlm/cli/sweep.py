@@ -30,13 +30,13 @@ def sweep(
         ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Seeds per value, from the recipe's on [default: 1].")
+        int | None, typer.Option(min=1, metavar="N", help="Seeds per value, from the recipe's on. [dim]Default: 1[/]")
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Folder under sweeps/; recipe and keys unless given. An existing one resumes.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Runs at a time [default: 1, or one per GPU].")
+        int | None, typer.Option(min=1, metavar="N", help="Runs at a time. [dim]Default: 1, or one per GPU[/]")
     ] = None,
     budget: Annotated[
         str | None,
@@ -51,10 +51,10 @@ def sweep(
         typer.Option(min=1, metavar="N", help="Draw N combinations by optuna instead of running all of a grid."),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Metric of metrics.jsonl to compare [default: val_loss].")
+        str | None, typer.Option(metavar="KEY", help="Metric of metrics.jsonl to compare. [dim]Default: val_loss[/]")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(metavar="VALUE", help="What the others are compared with [default: the first].")
+        str | None, typer.Option(metavar="VALUE", help="What the others are compared with. [dim]Default: the first[/]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the sweep of this name first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all recipes and list the runs; run none.")] = False,
@@ -65,7 +65,7 @@ def sweep(
 ) -> None:
     """Train a recipe with every combination of values and seeds, and compare the results.
 
-    The same command resumes a sweep that was stopped; a value or seed more extends it. Runs, table and plots are in
+    The same command resumes a sweep that was stopped; another value or seed extends it. Runs, table and plots are in
     sweeps/NAME.
     """
     if show is not None:

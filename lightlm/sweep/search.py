@@ -1,7 +1,7 @@
 """A search beyond a grid: optuna's TPE draws values from ranges and lists, and learns from the runs that are done.
 
 The sweep's folder is the only record. Each draw comes from a new study that is told all trials so far, so that a search
-that was killed goes on from what its runs have found.
+that was killed continues from what its runs have found.
 """
 
 import math
