@@ -58,10 +58,10 @@ class Dropout:
 
 def drop(x_BTD: Tensor, keys_BT: Tensor, rate: float) -> Tensor:
     """Set a share `rate` of the values to 0 and divide the others by 1 - rate."""
-    # MurmurHash3's finalizer (Appleby, 2008) of a counter per channel that begins at the row's key. Its last step is
-    # left out: it changes only the low bits. Shifts of int32 copy the sign, so each is masked.
-    channels_D = torch.arange(x_BTD.shape[-1], device=x_BTD.device, dtype=torch.int32) * _signed(0x9E3779B9, 32)
-    bits_BTD = keys_BT[..., None] + channels_D
+    # MurmurHash3's finalizer (Appleby, 2008) of a counter over the channels that begins at the row's key. Its last step
+    # is left out: it changes only the low bits. Shifts of int32 copy the sign, so each is masked. The counter's step is
+    # 1, because a large one overflows in the C++ of torch.compile, whose behavior is then undefined.
+    bits_BTD = keys_BT[..., None] + torch.arange(x_BTD.shape[-1], device=x_BTD.device, dtype=torch.int32)
     bits_BTD ^= (bits_BTD >> 16) & 0xFFFF
     bits_BTD *= _signed(0x85EBCA6B, 32)
     bits_BTD ^= (bits_BTD >> 13) & 0x7FFFF

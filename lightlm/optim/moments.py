@@ -37,7 +37,9 @@ class VariableAdamW(torch.optim.AdamW):
                         cautious_decay_(parameter, direction, group["lr"] * group["weight_decay"])
                 group["weight_decay"] = 0.0
             if group.get("beta2_half_life") and parameters:
-                passed += [(p, self._half_lives(p) - math.log2(group["betas"][1])) for p in parameters]
+                beta2 = group["betas"][1]  # 0 where the batch has more half-lives than float64 can hold
+                added = -math.log2(beta2) if beta2 else math.inf
+                passed += [(p, self._half_lives(p) + added) for p in parameters]
                 self._correct_bias(group, parameters[0], passed[-1][1])
         super().step()
         for group, values in zip(self.param_groups, given, strict=True):

@@ -302,7 +302,7 @@ def note_on_idle_end(recipe: Recipe) -> str | None:
 def notes_on_short_spans(recipe: Recipe) -> Iterator[str]:
     """Yield a warning for spans of fewer tokens than a batch, which may be meant as percent or steps."""
     schedule, batch = recipe.schedule, recipe.train.batch_tokens
-    spans = {"schedule.warmup": schedule.warmup, "schedule.decay": schedule.decay}
+    spans = {"schedule.warmup": schedule.warmup, "schedule.decay": schedule.decay, "train.ema": recipe.train.ema}
     spans["optimizer.momentum_warmup"] = getattr(recipe.optimizer, "momentum_warmup", None)
     if not isinstance(schedule.weight_decay, str):
         spans["schedule.weight_decay: point"] = schedule.weight_decay[-1][0]
@@ -310,6 +310,12 @@ def notes_on_short_spans(recipe: Recipe) -> Iterator[str]:
         if span and not span.endswith("%") and 0 < span_tokens(span, 1) < batch:
             means = f"{key} {span} means {span_tokens(span, 1):,} tokens, less than one batch of {batch:,}"
             yield f"{means}; write a share of the run as 2%"
+    half_life = getattr(recipe.optimizer, "beta2_half_life", None)
+    if half_life and half_life < batch:
+        yield (
+            f"optimizer.beta2_half_life is {half_life:,} tokens, less than one batch of {batch:,}: the second moment "
+            "follows single gradients; write tokens of many batches, such as 10M"
+        )
 
 
 def note_on_repeats(tokens: int, data_tokens: int, source: str | None = None) -> str | None:

@@ -1,6 +1,7 @@
 """Masks against numpy's integers, their statistics, and a training pass against one with the masks written out."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def reference_mask(rate, seed, sample, site, length, channels):
         key = mix(np.array([seed * 0x9E3779B97F4A7C15 % 2**64], dtype=np.uint64))
         key = mix(key + np.uint64(sample))
         rows = mix(key + np.uint64(site << 32) + np.arange(length, dtype=np.uint64)) >> np.uint64(32)
-        bits = rows.astype(np.uint32)[:, None] + np.arange(channels, dtype=np.uint32) * np.uint32(0x9E3779B9)
+        bits = rows.astype(np.uint32)[:, None] + np.arange(channels, dtype=np.uint32)
         bits ^= bits >> np.uint32(16)
         bits *= np.uint32(0x85EBCA6B)
         bits ^= bits >> np.uint32(13)
@@ -123,6 +124,17 @@ def test_fused_layers_and_plain_ones_drop_the_same(name, monkeypatch):
     assert low_loss == pytest.approx(exact_loss, rel=5e-3)
     for key, expected in exact.items():
         assert (ours[key] - expected).norm() < 1e-5 * expected.norm() + 1e-6, key
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a C++ compiler")
+def test_compiled_blocks_have_the_same_gradients():
+    """That of a residual scale sums over all values that a mask leaves: torch.compile makes masks in its loops."""
+    plain, compiled, dropout = build("scaled"), build("scaled"), Dropout(0.2, 5, SAMPLES)
+    compiled.compile_blocks()
+    (loss, expected), (compiled_loss, found) = gradients(plain, dropout), gradients(compiled, dropout)
+    assert compiled_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "shared", "moe"])

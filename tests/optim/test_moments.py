@@ -117,6 +117,19 @@ def test_saved_state_continues_bit_for_bit_and_may_take_another_half_life():
     assert changed.state[other.embed_tokens.weight]["half_lives"] == pytest.approx((sum(BATCHES) + 500) / HALF_LIFE)
 
 
+def test_a_batch_of_thousands_of_half_lives_has_only_its_own_squares_in_the_second_moment():
+    """0.5 ** (4096 / 1) is 0 in float64."""
+    model = build("gpt2")
+    optimizer = optimizer_for(model, lr=0.5, weight_decay=0.0, betas=[0.0, None], beta2_half_life=1)
+    before = model.embed_tokens.weight.detach().clone()
+    (gradients,) = random_gradients(model, 1)
+    for _ in range(2):
+        take_steps(model, optimizer, [gradients], [4096])
+    gradient = model.embed_tokens.weight.grad
+    moved = before - model.embed_tokens.weight
+    assert torch.allclose(moved[gradient.abs() > 1e-5], gradient.sign()[gradient.abs() > 1e-5], atol=2e-3)
+
+
 def test_a_run_that_had_a_fixed_beta2_continues_without_a_correction():
     """Its second moment is settled: the divisor is 1."""
     weight = torch.nn.Parameter(torch.zeros(1))

@@ -60,13 +60,6 @@ def test_masks_do_not_depend_on_how_a_batch_is_computed(override, metrics):
     assert [m["z_loss"] for m in other.metrics] == pytest.approx([m["z_loss"] for m in metrics], rel=1e-5)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a C++ compiler")
-def test_compiled_blocks_drop_the_same():
-    short = ("tiny.yaml", *BOTH, "train.tokens=512", "eval.every=0")
-    plain, compiled = start(*short, name="uncompiled")[1], start(*short, "train.compile=true", name="compiled")[1]
-    assert_close(compiled.metrics, plain.metrics)
-
-
 def test_a_micro_batch_halved_for_memory_drops_the_same(metrics, monkeypatch):
     small_memory(monkeypatch, 3)
     _, other = start("tiny.yaml", *BOTH, "train.micro_batch_size=auto", name="regularized-halved")

@@ -114,9 +114,17 @@ def test_data_read_too_often_is_named_at_the_start(workspace):
         ("schedule.warmup=20%", False),
         ("schedule.weight_decay=[[0, 1], [20, 0.1]]", True),
         ("optimizer={name: muon, lr: 1e-3, momentum_start: 0.85, momentum_warmup: 20}", True),
+        ("train.ema=20", True),
     ],
 )
 def test_a_span_below_a_batch_is_named_with_its_tokens(override, named):
     notes = list(notes_on_short_spans(load_recipe("demo", [override])))
     assert len(notes) == named
     assert all("20 tokens, less than one batch of 4,096" in note and "as 2%" in note for note in notes)
+
+
+def test_a_half_life_below_a_batch_is_named():
+    for half_life, named in (("4095", True), ("4096", False)):
+        notes = list(notes_on_short_spans(load_recipe("demo", [f"optimizer.beta2_half_life={half_life}"])))
+        assert len(notes) == named
+        assert all("optimizer.beta2_half_life is 4,095 tokens, less than one batch of 4,096" in n for n in notes)
