@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightlm.checkpoint import build_model
 from lightlm.convert.folding import fold
+from lightlm.model.config import FOLDABLE_FIELDS
 from tests.shapes import SHAPES
 from tests.trained import train
 
@@ -71,6 +72,10 @@ def test_any_combination_folds_exactly(data):
     assert largest_difference(model, torch.float64) < 1e-12 or config.num_experts
     assert largest_difference(model, torch.float64) < 1e-6  # routers round their scores to float32
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_foldable_field_is_tried_above():
+    assert set(FOLDABLE_FIELDS) == set(FEATURES["all"]) - {"qk_norm"}
 
 
 def test_a_plain_model_is_returned_as_it_is():

@@ -59,6 +59,18 @@ def test_the_error_is_the_spread_over_drawn_documents(left_out: tuple[str, ...])
     assert standard_error(scores, DOCUMENTS) == pytest.approx(spread, rel=0.04)
 
 
+def test_the_error_of_few_documents_is_that_of_lm_eval() -> None:
+    """lm-eval divides the variance of a task's documents by their number minus 1."""
+    answers = {task: np.arange(5 + n) % 3 == 0 for n, task in enumerate(PARTS)}
+    scores = {task: float(right.mean()) for task, right in answers.items()}
+    hellaswag, easy, challenge, piqa, arithmark = (
+        100 * right.std(ddof=1) / np.sqrt(len(right)) for right in answers.values()
+    )
+    points = [hellaswag / 0.75, easy / 2 / 0.75, challenge / 2 / 0.75, piqa / 0.5, 0.65 * arithmark / 0.75]
+    counts = {task: len(right) for task, right in answers.items()}
+    assert standard_error(scores, counts) == pytest.approx(float(np.linalg.norm(points)) / 3.65)
+
+
 def test_one_document_per_task_has_no_error() -> None:
     assert standard_error(scores_of((43, 58, 30, 68, 39)), dict.fromkeys(PARTS, 1)) is None
 
