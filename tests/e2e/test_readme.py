@@ -26,10 +26,19 @@ from tests.hub_data import REPO, make_fineweb_edu, use
 README = Path(__file__).parents[2] / "README.md"
 GUIDES = README.parent / "docs" / "guides"
 
-# Commands in the guides that need what no stand-in gives.
+# Commands that need what no stand-in gives.
 NEEDS_MORE = (
     "hf:org/name",  # a name to fill in
     "SmolLM2-135M",  # the Hub
+    "--weights",  # a run with train.ema
+    "open_slm",  # the tasks' data
+    "small_lm",
+    "--fold",  # a model with scales
+    "--average",  # more checkpoints
+    "--show",  # a sweep that has run
+    "--search",  # optuna
+    "pip install",
+    "sweeps/",  # a sweep that has run
     "--download-only",
     "HF_HUB_OFFLINE=1",
     "-m lightlm.evaluate",  # another program
@@ -44,9 +53,12 @@ def commands(page):
     return [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()]
 
 
+def runnable(page):
+    return [line for line in commands(page) if not any(need in line.partition(" #")[0] for need in NEEDS_MORE)]
+
+
 def guide_commands(name):
-    lines = commands(GUIDES / f"{name}.md")
-    return [line for line in lines if not any(need in line.partition(" #")[0] for need in NEEDS_MORE)]
+    return runnable(GUIDES / f"{name}.md")
 
 
 def write_hellaswag(folder):
@@ -137,6 +149,8 @@ def run_all(run, lines):
             continue
         if arguments[0] == "plan":
             arguments.append("--no-probe")  # of 135M parameters: minutes
+        if arguments[0] == "sweep":
+            arguments.append("--dry-run")  # tests/cli/test_sweep.py runs real ones
         # train:8192 finds no 8,192 entries in a small corpus, which is allowed, and takes what there is.
         outcome = run(*arguments)
         assert outcome.code == 0, (line, outcome.stderr)
@@ -146,8 +160,8 @@ def run_all(run, lines):
 
 @pytest.mark.timeout(600)
 def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
-    ran = run_all(Runner(monkeypatch, capsys), commands(README))
-    assert ran == {"prepare-data", "plan", "train", "eval", "generate", "convert", "report", "recipes"}
+    ran = run_all(Runner(monkeypatch, capsys), runnable(README))
+    assert ran == {"prepare-data", "plan", "train", "eval", "generate", "convert", "report", "recipes", "sweep"}
     latest = json.loads((stand_ins / "runs/moe/hf/config.json").read_text())
     assert latest["architectures"] == ["Glm4MoeForCausalLM"]
     assert (stand_ins / "runs/books/eval").is_dir()
@@ -161,7 +175,7 @@ def test_the_guides_commands_run(stand_ins, monkeypatch, capsys):
     run_all(run, ["lightlm prepare-data pydocs --tokenizer train:512 --max-tokens 100K"])
     run_all(run, guide_commands("recipes") + guide_commands("training") + ["lightlm train recipes/moe.yaml"])
     run_all(run, guide_commands("evaluation") + guide_commands("generation") + guide_commands("conversion"))
-    run_all(run, guide_commands("clusters"))
+    run_all(run, guide_commands("clusters") + guide_commands("sweeps") + guide_commands("finetuning"))
     assert list((stand_ins / "runs/moe/eval").glob("*hellaswag*.json"))
     assert (stand_ins / "demo-hf" / "config.json").is_file()
 

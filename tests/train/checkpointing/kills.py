@@ -217,13 +217,12 @@ def differences(run: Path, whole: Path) -> list[str]:
         ours = run / "checkpoints" / path.name
         pairs = [
             (
-                load_file(folder / "model.safetensors"),
-                load_file(folder / "raw.safetensors"),
+                {file.name: load_file(file) for file in folder.glob("*.safetensors")},
                 torch.load(folder / "training_state.pt", weights_only=True),
             )
             for folder in (ours, path)
         ]
-        for *_, state in pairs:
+        for _, state in pairs:
             del state["progress"]["seconds"], state["recipe"]
             [state["progress"]["row"]] = comparable([state["progress"]["row"]])
         found += [f"{path.name}{place}" for place in _unequal(*pairs, "")]
