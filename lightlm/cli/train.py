@@ -187,7 +187,7 @@ def _check(request: _Request) -> None:
     """Find a missing recipe, run or data folder and a wrong setting before torch is imported, which takes seconds."""
     from lightlm.choices import check_device
     from lightlm.convert.load import find_start
-    from lightlm.data.folder import check_data_of_run, check_prepared
+    from lightlm.data.folder import check_data_of_run, check_prepared, prepared_beside
     from lightlm.data.training_data import folder_paths
     from lightlm.recipe import load_recipe, load_run_recipe, recipe_name
     from lightlm.runs import RECIPE, find_run, run_folder
@@ -214,7 +214,9 @@ def _check(request: _Request) -> None:
     if run is not None:
         check_data_of_run(folders, run, parsed.data.key)
     elif not request.dry_run:
-        check_prepared(folders, parsed.train.init_from)
+        prepared = prepared_beside(folders)
+        tokenizer = parsed.train.init_from or (str(prepared / "tokenizer.json") if prepared else None)
+        check_prepared(folders, tokenizer)
 
 
 def _silently(note: str) -> None:

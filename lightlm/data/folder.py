@@ -17,6 +17,7 @@ from lightlm.errors import DataError
 from lightlm.files import checksum
 
 SHOWN_TOKENS = 60  # of each document that `beginnings` shows
+_PREPARED = ("manifest.json", "tokenizer.json")
 SEARCH_TOKENS = 1 << 20  # a longer document is shown from its middle
 
 
@@ -125,6 +126,11 @@ def check_prepared(folders: Iterable[Path], tokenizer: str | None = None) -> Non
             failed.append(error)
     if failed:
         raise failed[0] if len(failed) == 1 else DataError("\n".join(map(str, failed)))
+
+
+def prepared_beside(folders: Iterable[Path]) -> Path | None:
+    """Return the first of a recipe's folders that is prepared: the others need its tokenizer. None if there is none."""
+    return next((path for path in folders if all((path / name).is_file() for name in _PREPARED)), None)
 
 
 def read_manifest(folder: Path, tokenizer: str | None = None) -> Manifest:

@@ -1,5 +1,6 @@
 """Read recipes from files, and apply overrides such as `optimizer.lr=1e-3`."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -127,17 +128,24 @@ def _keep_one_source(data: Any, given: dict[str, str], path: Path, note: Note) -
 def _apply_override(values: dict[str, Any], override: str) -> str:
     """Set the dotted key of `key=value` in nested `values`, reading the value as YAML, and return the key."""
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
+    outer, mix, name = key.strip().partition(".mix.")
+    parts = [*outer.split("."), *(["mix", name] if mix else [])]  # a folder's name may have dots
     if not separator or not all(parts):
         raise UsageError(f"'{override}' is not an override; write key=value, for example optimizer.lr=1e-3")
-    value, section = read_value(".".join(parts), text), values
-    for part in parts[:-1]:
-        child = section.get(part)
-        if not isinstance(child, dict | None):
+    value = read_value(".".join(parts), text)
+    section: Any = values
+    for part, following in itertools.pairwise(parts):
+        place: Any = int(part) if isinstance(section, list) else part
+        child = section[place] if isinstance(section, list) else section.get(place)
+        if isinstance(child, list):
+            if not following.isdecimal() or int(following) >= len(child):
+                raise UsageError(f"'{override}': {part} is a list; its entries are {part}.0 to {part}.{len(child) - 1}")
+        elif not isinstance(child, dict | None):
             raise UsageError(f"'{override}': {part} is a value, not a section")
-        section[part] = dict(child or {})  # a copy: with an alias in YAML, two sections are one object
-        section = section[part]
-    section[parts[-1]] = value
+        # A copy: with an alias in YAML, two sections are one object.
+        section[place] = list(child) if isinstance(child, list) else dict(child or {})
+        section = section[place]
+    section[int(parts[-1]) if isinstance(section, list) else parts[-1]] = value
     return ".".join(parts)
 
 

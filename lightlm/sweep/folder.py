@@ -184,7 +184,10 @@ class SweepFolder:
         if not path.is_file():
             return None
         try:
-            return Definition.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            definition = Definition.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            if not definition.entries:
+                raise ValueError("it lists no runs")
+            return definition
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is damaged or of another version ({error!r}); choose another --name, or start over with "

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightlm.errors import RecipeError, UsageError
-from lightlm.sweep.cells import Contestant, contestant
+from lightlm.sweep.cells import Contestant, contestant, read_recipe
 from lightlm.sweep.engine import Ending
 from lightlm.sweep.run import Sweep
 from lightlm.sweep.table import Results
@@ -35,6 +35,7 @@ def run_search(
         RecipeError: the recipe has mistakes, or no draw gives a recipe without.
     """
     require_optuna()
+    _check_space(recipe, space, fixed)
     base = contestant(recipe, {}, fixed)
     earlier = [entry.contestant for entry in sweep.definition.entries.values() if entry.contestant.name != base.name]
     sweep.add([base, *earlier], seeds)
@@ -57,6 +58,19 @@ def require_optuna() -> None:
         import optuna  # noqa: F401
     except ImportError:
         raise UsageError("--search needs optuna: pip install 'lightlm[search]'") from None
+
+
+def _check_space(recipe: str, space: Space, fixed: Sequence[str]) -> None:
+    """Raise RecipeError if no draw gives a valid recipe, as with an unknown key, before the baseline is trained."""
+    problem: RecipeError | None = None
+    for seed in range(_ATTEMPTS):
+        try:
+            read_recipe(recipe, contestant(recipe, draw(space, (), seed), fixed).changes)
+            return
+        except RecipeError as error:
+            problem = error
+    assert problem is not None
+    raise problem
 
 
 def _scores(results: Results) -> list[tuple[Mapping[str, str], float]]:

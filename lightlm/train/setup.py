@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightlm import checkpoint, cpu
-from lightlm.data.folder import check_data_of_run, prepare_command
+from lightlm.data.folder import check_data_of_run, prepare_command, prepared_beside, read_manifest
 from lightlm.data.loader import BatchLoader
 from lightlm.data.mixture import ONE_SOURCE
 from lightlm.data.shards import TokenStream
@@ -259,15 +259,19 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
             without an end, and `data.document_mask` is set.
     """
     wanted = recipe.model.vocab_size
-    given = data.tokenizer.vocab_size if data else ASSUMED_VOCABULARY
+    paths = list(folder_paths(recipe.data.sources).values())
+    prepared = None if data else prepared_beside(paths)
+    assumed = ASSUMED_VOCABULARY if prepared is None else read_manifest(prepared).vocab_size
+    given = data.tokenizer.vocab_size if data else assumed
     if not wanted:
         recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
     if data is None:
-        missing = [path for path in folder_paths(recipe.data.sources).values() if not path.is_dir()]
-        commands = "; ".join(prepare_command(path, recipe.train.init_from) for path in missing)
-        assumed = "" if wanted else f" Until then, a vocabulary of {ASSUMED_VOCABULARY:,} (GPT-2's) is assumed."
+        missing = [path for path in paths if not path.is_dir()]
+        tokenizer = recipe.train.init_from or (str(prepared / "tokenizer.json") if prepared else None)
+        commands = "; ".join(prepare_command(path, tokenizer) for path in missing)
+        until = f" Until then, a vocabulary of {assumed:,} ({prepared or 'GPT-2'}'s) is assumed." if not wanted else ""
         names = ", ".join(map(str, missing))
-        note(f"{names} {'is' if len(missing) == 1 else 'are'} not prepared yet. Make it with: {commands}.{assumed}")
+        note(f"{names} {'is' if len(missing) == 1 else 'are'} not prepared yet. Make it with: {commands}.{until}")
         return recipe
     if 0 < wanted < given:
         start, fit = recipe.train.init_from, f"a tokenizer that fits (for example --tokenizer train:{wanted}) or set "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightlm.errors import RecipeError
+from lightlm.errors import RecipeError, UsageError
 from lightlm.recipe import load_recipe
 
 
@@ -75,6 +75,22 @@ def test_what_a_run_trains_on_is_named_once(tmp_path):
     assert load_recipe(path, ["data.mix.a=0"], notes.append).data.sources == ["b/c"]
     with pytest.raises(RecipeError, match=r"data\.mix: excludes data\.dataset"):
         load_recipe(path, ["data.dataset=x", "data.mix={a: 1}"])
+
+
+def test_overrides_reach_into_stages_and_names_with_dots(tmp_path):
+    path = tmp_path / "staged.yaml"
+    stages = "data.stages=[{until: 50%, mix: {a: 1, ../b.v2: 1}}, {dataset: c}]"
+    path.write_text(load_recipe("demo", [stages], lambda note: None).to_yaml(), encoding="utf-8")
+    changes = ["data.stages.0.until=80%", "data.stages.0.mix.../b.v2=3", "data.stages.1.dataset=d"]
+    assert load_recipe(path, changes).data.parts == [("80%", {"a": 1.0, "../b.v2": 3.0}), (None, {"d": 1.0})]
+    assert load_recipe("demo", ["data.mix.a.1=2"], lambda note: None).data.sources == ["a.1"]
+    for key in ("2.until", "-1.until", "last.until", "x"):
+        with pytest.raises(UsageError, match=r"stages is a list; its entries are stages\.0 to stages\.1"):
+            load_recipe(path, [f"data.stages.{key}=3"])
+    with pytest.raises(
+        RecipeError, match=r"data\.stages\.0\.until: write a share.*override data\.stages\.0\.until=soon"
+    ):
+        load_recipe(path, ["data.stages.0.until=soon"])
 
 
 def test_names_of_folders_are_text(tmp_path):

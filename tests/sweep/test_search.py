@@ -125,8 +125,14 @@ def test_draws_that_give_no_recipe_are_passed_over(path):
     space = {"model.num_heads": ["4", "5"], "optimizer.lr": Range(1e-3, 1e-2, whole=False)}  # 5 does not divide 32
     _, results = search(path, Instant(), 4, space=space)
     assert [line.contestant.values["model.num_heads"] for line in results.lines[1:]] == ["4"] * 4
-    with pytest.raises(RecipeError, match="num_heads"):
-        search(path.with_name("none"), Instant(), 2, space={"model.num_heads": ["5", "7"]})
+
+
+@pytest.mark.parametrize("space", [{"model.num_heads": ["5", "7"]}, {"optimizer.lrr": Range(1e-4, 1e-2, whole=False)}])
+def test_a_space_without_a_valid_recipe_is_refused_before_the_baseline_runs(path, space):
+    fleet = Instant()
+    with pytest.raises(RecipeError, match=r"num_heads|optimizer\.lrr: unknown key"):
+        search(path.with_name("none"), fleet, 2, space=space)
+    assert not fleet.started
 
 
 def test_without_optuna_one_message_says_how_to_get_it(path, monkeypatch):

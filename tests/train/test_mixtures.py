@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -129,6 +130,11 @@ def test_what_a_run_has_read_cannot_change_and_what_comes_can(whole, workspace):
         reopen("data.mix={tiny: 0.5, poems: 0.5}")
     with pytest.raises(RecipeError, match=r"data\.shift_windows cannot change"):
         reopen("data.shift_windows=true")
+    notes: list[str] = []
+    reopen_run("runs/longer", ["data.stages.0.until=4096", "train.tokens=10240"], notes.append)
+    with pytest.raises(RecipeError, match=r"data\.mix would give other sources"):
+        reopen_run("runs/longer", ["data.mix.poems=1"], notes.append)
+    assert not [note for note in notes if "has changed and is followed" in note]
     fixed = STAGES.replace("3296", "4096")
     assert reopen(fixed, "train.tokens=10240").train.tokens == 10240
     shutil.copytree("data/tiny", "moved", dirs_exist_ok=True)
@@ -194,5 +200,7 @@ def test_a_plan_says_what_is_repeated_before_all_is_prepared(workspace):
     assert (poems["tokens"], nope["tokens"]) == (38400, 12800)
     assert poems["epochs"] == 38400 / len(DataFolder.open("data/poems").split("train"))
     assert nope["epochs"] is None
-    assert any("data/nope is not prepared yet" in note for note in plan["notes"])
+    assert plan["model"]["vocab_size"] == DataFolder.open("data/poems").manifest.vocab_size
+    command = r"data/nope is not prepared yet.* prepare-data nope --tokenizer data/poems/tokenizer\.json"
+    assert any(re.match(command, note) for note in plan["notes"])
     assert math.isclose(sum(part["tokens"] for part in plan["run"]["sources"]), plan["run"]["tokens"])

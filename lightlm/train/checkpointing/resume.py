@@ -18,6 +18,7 @@ from lightlm.data.folder import DataFolder
 from lightlm.data.training_data import TrainingData
 from lightlm.errors import CheckpointError, DataError, RecipeError
 from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, span_tokens, with_new_names
+from lightlm.recipe.sections.data import SOURCES
 from lightlm.runs import RECIPE, find_run
 from lightlm.train.observe.improvement import Best
 from lightlm.train.observe.spikes import SpikeHistory
@@ -181,7 +182,10 @@ def _follow_changes(
     old, new = _settings(before), _settings(now)
     if not now.model.vocab_size:  # it comes from the data, whose content is checked
         new["model.vocab_size"] = old.get("model.vocab_size")
-    overridden = {override.partition("=")[0].strip() for override in overrides}
+    # `data.stages.0.until=1M` changes `data.stages`, which replaces `data.mix` and `data.dataset`.
+    overridden = {".".join(override.partition("=")[0].strip().split(".")[:2]) for override in overrides}
+    if overridden & (sources := {f"data.{key}" for key in SOURCES}):
+        overridden |= sources
     changed = {
         key: f"{key} is {_written(new.get(key))} in {'an override' if key in overridden else run / RECIPE}, "
         f"{_written(old.get(key))} in {since}"
