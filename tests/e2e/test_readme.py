@@ -175,7 +175,7 @@ def test_the_guides_commands_run(stand_ins, monkeypatch, capsys):
     run_all(run, ["lightlm prepare-data pydocs --tokenizer train:512 --max-tokens 100K"])
     run_all(run, guide_commands("recipes") + guide_commands("training") + ["lightlm train recipes/moe.yaml"])
     run_all(run, guide_commands("evaluation") + guide_commands("generation") + guide_commands("conversion"))
-    run_all(run, guide_commands("clusters") + guide_commands("sweeps") + guide_commands("finetuning"))
+    run_all(run, guide_commands("clusters") + guide_commands("sweeps"))
     assert list((stand_ins / "runs/moe/eval").glob("*hellaswag*.json"))
     assert (stand_ins / "demo-hf" / "config.json").is_file()
 
