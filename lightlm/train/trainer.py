@@ -239,8 +239,8 @@ class Trainer:
                 self.observer.note(f"{self.run_folder} is complete; raise train.tokens to train it further")
             elif self.stopped_early:
                 self.observer.note(
-                    f"{self.run_folder} stopped early: {self.best.validations_since} validations since its best, of "
-                    f"step {self.best.step}; raise train.patience, or set it to null, to train it further"
+                    f"{self.run_folder} stopped early: no validation since step {self.best.step} was better; "
+                    "raise train.patience, or set it to null, to train it further"
                 )
             return True
         self.step_began = row["tokens"] - row["batch_tokens"]

@@ -67,7 +67,9 @@ def print_result(result: Result, trainer: Trainer, page: Path | None, as_json: b
     for part in trainer.setup.sources(trainer.progress.samples) if trainer.data.mixed else ():
         lines.append(f"Source {part['name']}: {describe_source(part)}")
     if result.stopped_early:
-        lines.append(f"Stopped early: {trainer.recipe.train.patience} validations without a new best (train.patience)")
+        patience = trainer.recipe.train.patience
+        validations = "validation" if patience == 1 else "validations"
+        lines.append(f"Stopped early: {patience} {validations} without a new best (train.patience)")
     if trainer.recipe.checkpoint.keep_best and result.best_step is not None:
         best = (result.run / "checkpoints" / "best").as_posix()
         lines.append(f"Best validation loss {result.best_val_loss:.4f} at step {result.best_step:,}: {best}")
