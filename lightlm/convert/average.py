@@ -26,11 +26,12 @@ def load_average(newest: Path, count: int, weights: str | None = None) -> Loaded
     saved = checkpoints(run) if run is not None else []
     names = [path.name for path in saved]
     if newest.resolve().name not in names:
-        raise CheckpointError(f"{newest} is no checkpoint of a run, so there are none to average; name a run")
+        raise CheckpointError(f"{newest} is not a checkpoint of a run, so there are none to average; name a run")
     until = saved[: names.index(newest.resolve().name) + 1]
     if len(until) < count:
         raise CheckpointError(
-            f"{run} has {len(until)} of {count} checkpoints to average: {', '.join(path.name for path in until)}; "
+            f"{run} has {len(until)} of {count} checkpoints to average up to {until[-1].name}: "
+            f"{', '.join(path.name for path in until)}; "
             f"average fewer, or train with checkpoint.keep_last={count} (or keep_every) and a checkpoint.every"
         )
     chosen = until[-count:]

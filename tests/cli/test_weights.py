@@ -100,10 +100,13 @@ def test_generate_reads_the_weights_asked_for(lightlm, run):
     [
         (("convert", "plain", "--weights", "ema"), "plain/checkpoints/step_000030 holds one set of weights"),
         (("convert", "plain", "--weights", "raw"), "only checkpoints of a run with train.ema hold two"),
-        (("convert", "plain", "--average", "3"), "has 2 of 3 checkpoints to average: step_000020, step_000030"),
+        (
+            ("convert", "plain", "--average", "3"),
+            "has 2 of 3 checkpoints to average up to step_000030: step_000020, step_000030",
+        ),
         (("convert", "averaged", "--weights", "last"), "--weights last: use ema or raw"),
         (("convert", "hf", "--average", "2"), "--average and --weights are for a run of LightLM"),
-        (("convert", "alone", "--average", "2"), "is no checkpoint of a run"),
+        (("convert", "alone", "--average", "2"), "is not a checkpoint of a run"),
         (("generate", "The", "--checkpoint", "hf", "--weights", "raw"), "hf holds one set of weights"),
         (("generate", "The", "--weights", "both"), "--weights both: use ema or raw"),
         (("eval", "plain", "--weights", "raw"), "holds one set of weights"),
@@ -134,6 +137,10 @@ def test_the_card_has_only_scores_of_the_weights_that_are_exported(lightlm, run)
         "raw": [False, True],
         "mean": [False, False],
     }
+    assert "Exported from `runs/averaged/checkpoints/step_000030`" in cards["ema"]
+    assert (
+        "Exported from the last weights, not their average, of `runs/averaged/checkpoints/step_000030`" in cards["raw"]
+    )
     assert (
         "the mean of `runs/averaged/checkpoints/step_000020`, `runs/averaged/checkpoints/step_000030`" in cards["mean"]
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from lightlm import __version__
-from lightlm.checkpoint import MODEL_WEIGHTS, LoadedModel
+from lightlm.checkpoint import MODEL_WEIGHTS, RAW_WEIGHTS, LoadedModel
 from lightlm.data.folder import read_manifest, resolve_dataset
 from lightlm.data.tokenizer import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import LightLMError
@@ -130,9 +130,10 @@ def _hub_data(recipe: Recipe | None) -> list[str]:
 
 
 def _source(loaded: LoadedModel) -> str:
+    last = "the last weights, not their average, of " if loaded.weights[0].name == RAW_WEIGHTS else ""
     if len(loaded.weights) > 1 and run_of(loaded.path) is not None:
-        return "the mean of " + ", ".join(f"`{file.parent.as_posix()}`" for file in loaded.weights)
-    return f"`{loaded.path.as_posix()}`"
+        return f"the mean of {last}" + ", ".join(f"`{file.parent.as_posix()}`" for file in loaded.weights)
+    return f"{last}`{loaded.path.as_posix()}`"
 
 
 def _scores(run: Path, step: str, file: str) -> Iterator[EvalResult]:
