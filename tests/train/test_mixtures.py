@@ -163,6 +163,11 @@ def test_a_stage_and_a_decay_begin_at_the_same_token(workspace):
     )
     counts = source_order(recipe).counts(5120 // 32)  # 5,000 tokens are 20 batches of 256
     assert counts.tolist() == [128, 32]  # the decay is 20% of the same 5,120
+    later = recipe.data.model_copy(
+        update={"stages": [recipe.data.stages[0].model_copy(update={"until": "4097"}), recipe.data.stages[1]]}
+    )
+    counts = source_order(recipe.model_copy(update={"data": later})).counts(5120 // 32)
+    assert counts.tolist() == [129, 31]  # a sequence belongs to the stage in which it begins
 
 
 def test_folders_that_cannot_be_mixed_are_refused(workspace):
