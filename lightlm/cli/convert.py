@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lightlm.cli.console import console, out, print_json, print_table
+from lightlm.cli.generate import WeightsOption
 from lightlm.convert.formats import FORMATS, Format, convert_model, format_named, format_of, read_model, reader_of
 from lightlm.errors import UsageError
 
@@ -47,14 +48,7 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")] = "float32",
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ema|raw",
-            help="Average or last weights of a run with train.ema. [dim]Default: ema[/]",
-            show_default=False,
-        ),
-    ] = None,
+    weights: WeightsOption = None,
     average: Annotated[
         int, typer.Option(metavar="N", min=1, help="Write the mean of the run's newest N checkpoints.")
     ] = 1,

@@ -11,6 +11,7 @@ import typer
 
 from lightlm.cli.console import console, print_json
 from lightlm.cli.displays.evaluation import print_scores
+from lightlm.cli.generate import WeightsOption
 from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.settings import Settings, batch_sequences, split_list
@@ -40,10 +41,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples in the prompt; default is each task's own.")
     ] = None,
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Sequences per batch.")] = "auto",
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="ema|raw", help="Average or last weights of a run with train.ema."),
-    ] = None,
+    weights: WeightsOption = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 (auto, where it is fast), float32 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     data: Annotated[

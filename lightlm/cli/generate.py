@@ -12,6 +12,14 @@ from typer.core import TyperCommand
 from lightlm.cli.console import console, print_json
 from lightlm.errors import UsageError
 
+WeightsOption = Annotated[  # also of `convert` and `eval`
+    str | None,
+    typer.Option(
+        metavar="ema|raw",
+        help="Average or last weights of a run with train.ema. [dim]Default: ema[/]",
+        show_default=False,
+    ),
+]
 _SENTENCE = re.compile(r"-[^=]*\s")  # begins with a dash, and has a blank where an option's name has none
 
 
@@ -60,14 +68,7 @@ def generate(
         typer.Option(help="Draw from the fewest tokens with this total probability. [dim]Default: 0.95[/]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ema|raw",
-            help="Average or last weights of a run with train.ema. [dim]Default: ema[/]",
-            show_default=False,
-        ),
-    ] = None,
+    weights: WeightsOption = None,
     dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
