@@ -166,10 +166,10 @@ def test_an_average_begins_and_ends_when_a_resumed_run_asks_for_it(averaged):
     for name, tensor in saved("late").items():
         expected = sum(size * step[name].double() for size, step in zip(sizes, weights[6:], strict=True))
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
-    start("tiny.yaml", *EMA, name="early", watch=Recorder(terminate_at=6))
-    _, rest = resume("early", "train.ema=0%")
-    assert same(saved("early"), weights[-1])
-    assert not checkpoint.has_average(checkpoint.newest_checkpoint(RUNS / "early"))
+    start("tiny.yaml", *EMA, name="averaged-early", watch=Recorder(terminate_at=6))
+    _, rest = resume("averaged-early", "train.ema=0%")
+    assert same(saved("averaged-early"), weights[-1])
+    assert not checkpoint.has_average(checkpoint.newest_checkpoint(RUNS / "averaged-early"))
     assert "val_loss_raw" not in rest.metrics[-1]
 
 

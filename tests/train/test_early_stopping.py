@@ -79,7 +79,7 @@ def test_patience_ends_a_run_which_is_then_complete():
     further, watched = resume("patient", "train.patience=null")
     assert (further.step, further.stopped_early, further.best_step) == (10, False, 8)
     assert (saved("patient"), best("patient")) == ([8, 10], 8)
-    whole = start("tiny.yaml", *BEST, name="impatient")[1].metrics
+    whole = start("tiny.yaml", *BEST, name="patience-whole")[1].metrics
     assert [m["loss"] for m in read_metrics(RUNS / "patient")] == [m["loss"] for m in whole]
 
 

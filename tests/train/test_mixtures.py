@@ -55,7 +55,7 @@ def whole(workspace):
     """An uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        return start("tiny.yaml", *SHORT, name="whole")[1]
+        return start("tiny.yaml", *SHORT, name="mixture-whole")[1]
 
 
 def weights(name):
@@ -98,7 +98,7 @@ def test_a_run_stopped_before_or_after_a_stage_resumes_bit_for_bit(whole, step):
     assert before[0].interrupted
     after = resume(f"runs/{name}")
     assert comparable(before[1].metrics + after[1].metrics) == comparable(whole.metrics)
-    first, second = weights(name), weights("whole")
+    first, second = weights(name), weights("mixture-whole")
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -121,9 +121,9 @@ def test_a_dataset_of_a_recipe_gives_the_losses_of_a_mix_of_one(whole):
 
 def test_what_a_run_has_read_cannot_change_and_what_comes_can(whole, workspace):
     def reopen(*overrides):
-        return reopen_run("runs/longer", overrides, lambda note: None)[0]
+        return reopen_run("runs/mixture-longer", overrides, lambda note: None)[0]
 
-    start("tiny.yaml", STAGES.replace("3296", "80%"), "eval.every=0", name="longer")
+    start("tiny.yaml", STAGES.replace("3296", "80%"), "eval.every=0", name="mixture-longer")
     with pytest.raises(RecipeError, match=r"data\.stages would .* write `until` in tokens \(4096\)"):
         reopen("train.tokens=10240")
     with pytest.raises(RecipeError, match="begin changes of the mixture later"):
@@ -131,19 +131,19 @@ def test_what_a_run_has_read_cannot_change_and_what_comes_can(whole, workspace):
     with pytest.raises(RecipeError, match=r"data\.shift_windows cannot change"):
         reopen("data.shift_windows=true")
     notes: list[str] = []
-    reopen_run("runs/longer", ["data.stages.0.until=4096", "train.tokens=10240"], notes.append)
+    reopen_run("runs/mixture-longer", ["data.stages.0.until=4096", "train.tokens=10240"], notes.append)
     with pytest.raises(RecipeError, match=r"data\.mix would give other sources"):
-        reopen_run("runs/longer", ["data.mix.poems=1"], notes.append)
+        reopen_run("runs/mixture-longer", ["data.mix.poems=1"], notes.append)
     assert not [note for note in notes if "has changed and is followed" in note]
     fixed = STAGES.replace("3296", "4096")
     assert reopen(fixed, "train.tokens=10240").train.tokens == 10240
     shutil.copytree("data/tiny", "moved", dirs_exist_ok=True)
     moved = STAGES.replace("tiny", "./moved").replace("3296", "80%")
     further = fixed.replace("{mix: {tiny: 1, poems: 3}}", "{until: 90%, mix: {tiny: 1, poems: 3}}, {dataset: poems}")
-    assert resume("runs/longer", moved)[0].step == 20
-    assert resume("runs/longer", further, "train.tokens=10240", "eval.every=0")[0].step == 40
+    assert resume("runs/mixture-longer", moved)[0].step == 20
+    assert resume("runs/mixture-longer", further, "train.tokens=10240", "eval.every=0")[0].step == 40
     with pytest.raises(DataError, match="is not the data"):
-        resume("runs/longer", further.replace("tiny", "?").replace("poems", "tiny").replace("?", "poems"))
+        resume("runs/mixture-longer", further.replace("tiny", "?").replace("poems", "tiny").replace("?", "poems"))
 
 
 def test_a_run_on_one_dataset_can_end_on_a_mixture(whole):

@@ -130,7 +130,9 @@ def _hub_data(recipe: Recipe | None) -> list[str]:
 
 
 def _source(loaded: LoadedModel) -> str:
-    last = "the last weights, not their average, of " if loaded.weights[0].name == RAW_WEIGHTS else ""
+    last = (
+        "the last weights, not their average, of " if any(file.name == RAW_WEIGHTS for file in loaded.weights) else ""
+    )
     if len(loaded.weights) > 1 and run_of(loaded.path) is not None:
         return f"the mean of {last}" + ", ".join(f"`{file.parent.as_posix()}`" for file in loaded.weights)
     return f"{last}`{loaded.path.as_posix()}`"
