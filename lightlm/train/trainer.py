@@ -11,7 +11,6 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,31 +20,23 @@ import torch
 from lightlm import checkpoint, files
 from lightlm.device import peak_flops
 from lightlm.errors import TrainingDivergedError
-from lightlm.generate.engine import sample_text
 from lightlm.machine import record_machine
-from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import learning_rates, set_step
 from lightlm.optim.state import named_state
 from lightlm.runs import mark_latest
 from lightlm.train.checkpointing.resume import Progress, pack
 from lightlm.train.checkpointing.saving import Saver, tidy
-from lightlm.train.distributed import PeerLostError
+from lightlm.train.evaluations import Evaluations, Evaluator, Sampler
 from lightlm.train.observe.expert_loads import load_metrics
 from lightlm.train.observe.metrics import MetricsFile, peak_memory
 from lightlm.train.observe.observers import Observer
 from lightlm.train.observe.slowness import SlowSteps
 from lightlm.train.observe.spikes import judge
-from lightlm.train.rng import preserved
 from lightlm.train.schedules import scheduled_metrics, step_settings
 from lightlm.train.setup import Setup
 from lightlm.train.signals import stop_on_signals
 from lightlm.train.step.gradients import BatchOutcome
 from lightlm.train.step.routers import move_selection_biases
-from lightlm.train.validation import validate
-
-Sampler = Callable[[Transformer, str], str]
-Finished = Callable[[float], None]  # receives the finished share of an evaluation
-Evaluator = Callable[[Transformer, Path, threading.Event, Finished], dict[str, float] | None]
 
 
 @dataclass
@@ -100,10 +91,10 @@ class Trainer:
         self.gradients, self.progress, self.total_tokens = setup.gradients, setup.progress, setup.total_tokens
         self.average = setup.average
         self.best = self.progress.best  # with the last step's validation, once that is done
-        self.run_folder, self.sampler, self.evaluator = run, sampler or self._continue, evaluator
+        self.run_folder = run
         self.observer = observer if self.world.is_writer else Observer()
+        self.evaluations = Evaluations(setup, run, self.observer, sampler, evaluator)
         self.flops_per_token = self.model.flops_per_token(self.recipe.seq_len)
-        self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
         self.step_began = self.progress.tokens  # tokens before the last step
         self.last_validation: dict[str, float] = {}
         self.last_loss: float | None = None
@@ -212,7 +203,7 @@ class Trainer:
         """
         if self.progress.step or self.recipe.train.init_from is None:
             return self._finish_resumed_step(stop, metrics_file, saver)
-        if (losses := self._validate(stop)) is None:
+        if (losses := self.evaluations.losses(stop)) is None:
             return False
         if losses:
             self.last_validation = losses
@@ -337,19 +328,6 @@ class Trainer:
             "or train.dtype=float32"
         )
 
-    def _stopped(self, stop: threading.Event) -> bool:
-        """Return whether a signal to any process asks all to stop; all processes call this together."""
-        return self.world.any(stop.is_set() or self.world.abandoned)[0]
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[Finished]:
-        """Context manager that tells the observer what the block does, and gives a function for its progress."""
-        self.observer.phase(name)
-        try:
-            yield lambda share: self.observer.phase(name, share)
-        finally:
-            self.observer.phase("")
-
     def _evaluate(self, stop: threading.Event) -> dict[str, float] | None:
         """Do the evaluations that are due after this step: samples, validation loss, and scores of `eval.tasks`.
 
@@ -362,86 +340,23 @@ class Trainer:
             metrics = self._evaluate_weights(stop)
         if metrics is None or self.average is None or "val_loss" not in metrics:
             return metrics
-        raw = self._validate(stop, "validating the last weights")
+        raw = self.evaluations.losses(stop, "validating the last weights")
         return None if raw is None else metrics | {"val_loss_raw": raw["val_loss"]}
 
     def _evaluate_weights(self, stop: threading.Event) -> dict[str, float] | None:
         metrics: dict[str, float] = {}
         if self.done or self._due(self.recipe.eval.every):
-            self._sample(stop)
-            if self._stopped(stop) or (losses := self._validate(stop)) is None:
+            self.evaluations.samples(stop, self.progress.step)
+            if (losses := self.evaluations.losses(stop)) is None:
                 return None
             self.last_validation = losses or self.last_validation
             self._follow_best(losses)
             metrics |= losses
         if self._scores_are_due():
-            if (scores := self._score_tasks(stop)) is None:
+            if (scores := self.evaluations.scores(stop, self.progress.step)) is None:
                 return None
             metrics |= scores
         return metrics
-
-    def _validate(self, stop: threading.Event, phase: str = "validating") -> dict[str, float] | None:
-        streams = {name: stream for name, stream in self.data.streams("val").items() if len(stream)}
-        if not streams:
-            return {}
-        with self._phase(phase) as finished:
-            return validate(
-                self.loss,
-                streams,
-                self.setup.last_shares,
-                self.token_bytes,
-                seq_len=self.recipe.seq_len,
-                max_tokens=self.recipe.eval.tokens,
-                batch_size=self.gradients.micro_batch,
-                stopped=lambda: self._stopped(stop),
-                finished=finished,
-            )
-
-    def _score_tasks(self, stop: threading.Event) -> dict[str, float] | None:
-        """Return the scores of `eval.tasks`, or None after a signal.
-
-        Any error of a task becomes a note, so that training continues.
-        """
-        if self.evaluator is None:
-            return {}
-        model, step = self.loss.whole_model(), self.progress.step
-        path = self.run_folder / "checkpoints" / checkpoint.step_name(step)
-        try:
-            with self._phase(f"scoring {', '.join(self.recipe.eval.tasks)}") as finished, preserved(model):
-                scores = self.evaluator(model, path, stop, finished)
-        except PeerLostError:
-            raise
-        except Exception as error:
-            self.observer.note(f"eval.tasks could not be scored at step {step}: {error}")
-            return {}
-        return None if scores is None else {f"eval/{task}": value for task, value in scores.items()}
-
-    def _continue(self, model: Transformer, prompt: str) -> str:
-        recipe = self.recipe
-        return sample_text(model, self.tokenizer, prompt, recipe.eval.max_new_tokens, seed=recipe.train.seed)
-
-    def _sample(self, stop: threading.Event) -> None:
-        """Let the model continue the recipe's prompts. An error, such as one of memory, becomes a note."""
-        if not self.recipe.eval.prompts:
-            return
-        model = self.loss.whole_model()
-        if not self.world.is_writer:
-            return
-        step, texts = self.progress.step, []
-        try:
-            with self._phase("sampling"):
-                for prompt in self.recipe.eval.prompts:
-                    if stop.is_set():
-                        return
-                    text = self.sampler(model, prompt)
-                    texts.append(prompt + text)
-                    self.observer.sample(step, prompt, text)
-        except Exception as error:
-            self.observer.note(f"eval.prompts could not be continued at step {step}: {error}")
-            return
-        samples = self.run_folder / "samples" / f"{checkpoint.step_name(step)}.txt"
-        samples.parent.mkdir(exist_ok=True)
-        files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
 
     def _follow_best(self, metrics: dict[str, Any]) -> None:
         """Compare the last step's validation loss, if it has one, with the best before it."""
@@ -460,7 +375,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         if saver is None and not self.loss.sharded:
             return
-        with self._phase("saving a checkpoint"):
+        with self.observer.during("saving a checkpoint"):
             weights, raw = self.loss.whole_model().state_dict(), None
             if self.average is not None:
                 weights, raw = self.average.state(), weights

@@ -86,7 +86,7 @@ def test_training_holds_the_lock_to_its_end_and_reading_needs_none(lightlm, work
         seen.append(holder(Path("runs/locked")) is not None)
         return "..."
 
-    monkeypatch.setattr("lightlm.train.trainer.sample_text", sample)
+    monkeypatch.setattr("lightlm.train.evaluations.sample_text", sample)
     lightlm("train", "tiny.yaml", "train.tokens=512", "--name", "locked")
     assert seen == [True]
     run = workspace / "runs/locked"

@@ -75,7 +75,7 @@ def test_training_is_not_changed_and_validation_is_of_the_average(averaged):
     # A run that only validates the exported weights finds the same loss.
     trainer = make_trainer(load_recipe("tiny.yaml", SHORT), "revalidated", Recorder())
     trainer.model.load_state_dict(saved("averaged"))
-    assert trainer._validate(threading.Event())["val_loss"] == result.val_loss
+    assert trainer.evaluations.losses(threading.Event())["val_loss"] == result.val_loss
 
 
 def test_samples_and_tasks_see_the_average():

@@ -1,7 +1,11 @@
 """`Observer`, the interface of whatever follows a run: the live display, the experiment trackers, or nothing."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+Finished = Callable[[float], None]  # receives the finished share of a phase
 
 
 class Observer:
@@ -27,6 +31,15 @@ class Observer:
 
         A long phase reports its progress many times.
         """
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[Finished]:
+        """Context manager that tells `phase` what the block does, and gives a function for its progress."""
+        self.phase(name)
+        try:
+            yield lambda share: self.phase(name, share)
+        finally:
+            self.phase("")
 
     def note(self, message: str) -> None:
         """Receive a message for the user, for example about a setting without effect."""

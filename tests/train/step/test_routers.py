@@ -201,7 +201,10 @@ def test_the_validation_loss_is_the_cross_entropy_alone():
         with torch.no_grad():
             logits = trainer.model(tokens[:-1].view(-1, 32))
         measured.append(
-            (trainer._validate(threading.Event())["val_loss"], F.cross_entropy(logits.flatten(0, 1), tokens[1:]).item())
+            (
+                trainer.evaluations.losses(threading.Event())["val_loss"],
+                F.cross_entropy(logits.flatten(0, 1), tokens[1:]).item(),
+            )
         )
 
     for index, coefficients in enumerate(((), ("moe.balance_loss_coef=10", "moe.z_loss_coef=10"))):
