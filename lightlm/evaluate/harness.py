@@ -9,6 +9,9 @@ with all of its arguments. In Python, import `lightlm.evaluate.harness` before c
 """
 
 import contextlib
+import math
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +33,24 @@ from lightlm.evaluate.scoring.score import score
 from lightlm.generate.engine import TextStream, generate
 
 _SEED = 1234  # lm-eval's default torch seed
+_LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
+
+
+class _Lines:
+    """Progress where no bar can be drawn, such as a log file: a line on standard error each minute."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total, self._done = name, total, 0
+        self._began = self._printed = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._printed >= _LINE_SECONDS and self._done:
+            self._printed = now
+            left = (now - self._began) * (self._total / self._done - 1)
+            share = f"{self._done:,} of {self._total:,} ({self._done / self._total:.0%})"
+            print(f"{self._name}: {share}, about {math.ceil(left / 60)} min left", file=sys.stderr, flush=True)
 
 
 @register_model("lightlm")
@@ -46,7 +67,7 @@ class LightLM(TemplateLM):
         add_bos_token: whether the beginning-of-text token precedes every context. None follows the tokenizer of an
             imported model, and adds no token for LightLM's own models. As in lm-eval's `hf`.
         batch_size: sequences per batch, or `auto` for a number of positions that suits the device.
-        show_progress: draw bars on a terminal; leave out beside another live display.
+        show_progress: draw bars on a terminal, and else print a line each minute; leave out beside another display.
 
     Raises:
         LightLMError: the model cannot be loaded.
@@ -129,11 +150,14 @@ class LightLM(TemplateLM):
 
     @contextlib.contextmanager
     def _bar(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
-        """Draw a bar on standard error and yield the function that advances it; draw nothing without a terminal."""
+        """Context manager that gives the function to advance a bar on standard error; without a terminal, lines."""
         console = Console(stderr=True)
+        if self._show_progress and not console.is_terminal:
+            lines = _Lines(f"{self._task}{description}", total)
+            yield lines.advance
+            return
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        hidden = not (self._show_progress and console.is_terminal)
-        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not self._show_progress) as progress:
             task = progress.add_task(f"{self._task}{description}", total=total)
             yield lambda count: progress.advance(task, count)
 

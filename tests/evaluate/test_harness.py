@@ -10,7 +10,7 @@ from lm_eval.api.registry import get_model
 from lightlm.checkpoint import LoadedModel
 from lightlm.device import pick_dtype
 from lightlm.errors import LightLMError, UsageError
-from lightlm.evaluate.harness import LightLM
+from lightlm.evaluate.harness import LightLM, _Lines
 from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer, write_world
 
 CONTEXTS = [("The cat sat", " on the mat"), ("The cat sat ", "after"), ("", "naïve"), ("The cat " * 30, "ran faster")]
@@ -111,3 +111,24 @@ def test_scores_are_finite_in_bfloat16(lm: LightLM) -> None:
     for (coarse, _), (fine, _) in zip(low.loglikelihood(pairs), lm.loglikelihood(pairs), strict=True):
         assert math.isfinite(coarse)
         assert coarse == pytest.approx(fine, rel=0.05)
+
+
+def test_progress_without_a_terminal_is_a_line_each_minute(monkeypatch, capsys) -> None:
+    clock = iter([0.0, 30.0, 90.0, 100.0, 200.0])
+    monkeypatch.setattr("lightlm.evaluate.harness.time.monotonic", lambda: next(clock))
+    lines = _Lines("hellaswag: scoring answers", 4000)
+    for count in (500, 500, 500, 500):
+        lines.advance(count)
+    assert capsys.readouterr().err.splitlines() == [
+        "hellaswag: scoring answers: 1,000 of 4,000 (25%), about 5 min left",
+        "hellaswag: scoring answers: 2,000 of 4,000 (50%), about 4 min left",
+    ]
+
+
+def test_a_harness_prints_its_progress_unless_told_not_to(lm: LightLM, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("lightlm.evaluate.harness._LINE_SECONDS", 0.0)
+    requests = instances("loglikelihood", CONTEXTS)
+    lm.loglikelihood(requests)
+    assert "scoring answers: 4 of 4 (100%)" in capsys.readouterr().err
+    LightLM(lm.loaded, show_progress=False).loglikelihood(requests)
+    assert capsys.readouterr().err == ""
