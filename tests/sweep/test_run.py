@@ -12,6 +12,7 @@ from lightlm.sweep.machine import Machine
 from lightlm.sweep.run import Limits, Sweep
 from tests.corpus import make_workspace
 from tests.sweep.fleet import TOKENS, Fleet
+from tests.train.watch import start
 
 SHORT = (f"train.tokens={TOKENS}",)
 A = Contestant("a", "tiny.yaml", SHORT, {"optimizer.lr": "1e-2"})
@@ -103,6 +104,15 @@ def test_auto_precision_is_chosen_once_for_all_runs(path, monkeypatch):
         monkeypatch.setattr(sweep_run, "look_at_machine", lambda recipe, dtype=answer: Machine("cpu", (), dtype))
         _, fleet, _ = sweep(path, auto, seeds=(1,) if answer == "bfloat16" else (1, 2))
         assert [arguments.count("train.dtype=bfloat16") for arguments in fleet.arguments] == [1, 1]
+
+
+def test_all_runs_start_from_the_checkpoint_that_a_run_had_when_the_sweep_began(path):
+    start("tiny.yaml", "train.tokens=512", "eval.every=0", name="origin")
+    tuned = Contestant("tuned", "tiny.yaml", (*SHORT, "train.init_from=origin"), {})
+    _, fleet, _ = sweep(path, [A, tuned], seeds=(1,))
+    pinned = "train.init_from=runs/origin/checkpoints/step_000002"
+    assert [pinned in arguments for arguments in fleet.arguments] == [False, True]
+    assert fleet.arguments[1].index(pinned) > fleet.arguments[1].index("train.init_from=origin")  # the last one counts
 
 
 def test_gpus_run_one_each(path, monkeypatch):
