@@ -14,7 +14,7 @@ from lightlm import __version__, files
 from lightlm.cli.console import console, guard_streams, lost_output
 from lightlm.cli.convert import convert
 from lightlm.cli.evaluate import evaluate
-from lightlm.cli.generate import PromptCommand, generate
+from lightlm.cli.generate.command import PromptCommand, generate
 from lightlm.cli.plan import plan
 from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.cli.recipes import recipes

@@ -11,7 +11,7 @@ import typer
 
 from lightlm.cli.console import console, print_json
 from lightlm.cli.displays.evaluation import print_scores
-from lightlm.cli.generate import WeightsOption
+from lightlm.cli.generate.command import WeightsOption
 from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.settings import Settings, batch_sequences, split_list

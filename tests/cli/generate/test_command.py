@@ -5,7 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lightlm.cli.generate import PromptCommand, generate
+from lightlm.cli.generate.command import PromptCommand, generate
 from lightlm.errors import LightLMError, UsageError
 from tests.evaluate.tiny_run import write_world
 
