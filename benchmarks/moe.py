@@ -27,9 +27,10 @@ from measure import dense_config
 from safetensors.torch import save_file
 
 from lightlm.convert.huggingface.config import write_config
-from lightlm.convert.huggingface.layouts import export_target
-from lightlm.convert.huggingface.weights import their_state
+from lightlm.convert.huggingface.layouts import LAYOUTS, export_target
+from lightlm.convert.huggingface.weights import with_shared_experts
 from lightlm.convert.load import load_pretrained
+from lightlm.convert.renaming import their_state
 from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
@@ -100,11 +101,10 @@ def settle(options: argparse.Namespace) -> list[float]:
     values = write_config(target, config.resolved())
     (options.folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    save_file(
-        their_state(target, config.resolved(), state, torch.float32),
-        options.folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    if not config.num_shared_experts:
+        state = with_shared_experts(config, state, width=0)
+    theirs = their_state(LAYOUTS[target], config.resolved(), state)
+    save_file(theirs, options.folder / "model.safetensors", metadata={"format": "pt"})
     return violations
 
 

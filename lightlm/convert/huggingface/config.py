@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightlm.convert.huggingface.layouts import LAYOUTS, Layout
+from lightlm.convert.huggingface.layouts import LAYOUTS
+from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
 

@@ -16,8 +16,9 @@ from lightlm.checkpoint import LoadedModel, build_model, clean_state
 from lightlm.convert.folding import as_plain
 from lightlm.convert.huggingface.card import model_card
 from lightlm.convert.huggingface.config import read_config, read_json, write_config
-from lightlm.convert.huggingface.layouts import SELECTION_BIAS, export_target
-from lightlm.convert.huggingface.weights import our_state, read_weights, their_state, weight_files
+from lightlm.convert.huggingface.layouts import LAYOUTS, SELECTION_BIAS, export_target
+from lightlm.convert.huggingface.weights import only_weights, read_weights, weight_files, with_shared_experts
+from lightlm.convert.renaming import our_state, their_state
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.data.tokenizer_folder import token_content
 from lightlm.errors import ConvertError, DataError
@@ -50,7 +51,10 @@ def export_huggingface(
     # Without pad_token_id: it would freeze that embedding when the model is trained further.
     ids = {"bos_token_id": bos, "eos_token_id": end}
     values = write_config(target.model_type, config) | {"dtype": str(dtype).removeprefix("torch.")} | ids
-    state = their_state(target.model_type, config, clean_state(loaded.model.state_dict()), dtype)
+    ours = clean_state(loaded.model.state_dict())
+    if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
+        ours = with_shared_experts(config, ours, width=0)
+    state = their_state(LAYOUTS[target.model_type], config, ours, dtype)
     parameters = sum(tensor.numel() for name, tensor in state.items() if not name.endswith(SELECTION_BIAS))
     try:
         with files.new_folder(out, overwrite=overwrite) as folder:
@@ -93,7 +97,8 @@ def import_huggingface(folder: Path) -> LoadedModel:
     values = read_json(folder / "config.json")
     model_type, config = read_config(values, str(folder / "config.json"))
     tokenizer = _read_tokenizer(folder, values, config.vocab_size)
-    state = our_state(model_type, config, read_weights(folder), folder)
+    layout = LAYOUTS[model_type]
+    state = our_state(layout, config, only_weights(layout, config, read_weights(folder), folder), folder)
     return LoadedModel(build_model(config, state, str(folder)).eval(), tokenizer, folder, weight_files(folder))
 
 

@@ -1,79 +1,17 @@
-"""How each Hugging Face class names its settings and its weights: one table per class, read in both directions.
+"""How each Hugging Face class names its settings and its weights: one layout per class.
 
-The tables are also an allow-list. `Layout.obstacles` refuses each ModelConfig field that a class does not place, unless
-the field has its default. Place a new field in `keys` of the classes that have it, and in `_RULES` if none does. Fields
-that fold (`ModelConfig.folded`) need no place: an export folds them into plain weights first.
+Place a new field in `keys` of the classes that have it, and in `_RULES` if none does. Fields that fold
+(`ModelConfig.folded`) need no place: an export folds them into plain weights first.
 
 Imports nothing heavy: `train` and `recipes` ask for the `export_target` when they read a recipe.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
+from lightlm.convert.layouts import Layout, Link, Rule, nearest_layout
 from lightlm.model.config import EXPERT_FIELDS, ModelConfig
 
 SELECTION_BIAS = "e_score_correction_bias"  # a buffer of sigmoid routers, fp32 in every file
-
-
-@dataclass(frozen=True)
-class Link:
-    """One of their modules and ours that hold the same weights, or one tensor by its full name; `{}` is the layer."""
-
-    theirs: str  # `*` is the expert: they have one tensor per expert, ours is their stack
-    ours: str  # several names: theirs is these, concatenated along the output
-    transposed: bool = False  # GPT-2's Conv1D stores its weight (input, output)
-    by_head: bool = False  # concatenated head by head: head 0 of the first, head 0 of the second, ...
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which values of a ModelConfig field a class expresses, beyond what its config.json keys say."""
-
-    accepts: Callable[[ModelConfig], bool]  # of a resolved configuration
-    requirement: str = ""  # for the refusal; other fields may be named in braces
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A Hugging Face class as a set of names; `keys`, `fixed` and `rules` together place every ModelConfig field."""
-
-    architecture: str
-    keys: dict[str, str]  # ModelConfig field -> their key, which expresses every value
-    fixed: dict[str, Any]  # ModelConfig field -> the value that it has in every model of this class
-    rules: dict[str, Rule]  # ModelConfig field -> which values the class expresses without a key, or in spite of one
-    defaults: dict[str, Any]  # their keys that may be missing (in files of older versions), and what that means
-    constants: dict[str, tuple[Any, ...]]  # their keys that must hold one of these; missing means the first
-    links: tuple[Link, ...]
-    base: str = "model."  # prefix of all weights but the head's; files saved from the bare model lack it
-    bias_keys: tuple[str, ...] = ()  # their keys for ModelConfig.bias, where the class leaves the choice
-    zero_centered: bool = False  # norms multiply by 1 + weight
-    written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
-    rope: dict[str, float] = field(default_factory=dict)  # rotary settings where config.json has none
-    layer_types: tuple[str, ...] = ()  # what a missing `layer_types` means, where it is not full_attention throughout
-    aliases: dict[str, str] = field(default_factory=dict)  # key -> its name in another version of transformers
-    stacked_links: tuple[Link, ...] = ()  # names where experts are stacked on disk (save_original_format=False)
-
-    def obstacles(self, config: ModelConfig) -> dict[str, str]:
-        """Return the fields that keep a resolved configuration from this class, each with what the class requires."""
-        found = {}
-        for setting in fields(config):
-            name, value = setting.name, getattr(config, setting.name)
-            if name in self.rules:
-                if not self.rules[name].accepts(config):
-                    found[name] = self.rules[name].requirement.format(**vars(config))
-            elif name not in self.keys and value != (needed := self.fixed.get(name, setting.default)):
-                found[name] = f"must be {_as_yaml(needed)}" if name in self.fixed else "no equivalent in this class"
-        return found
-
-    def offset(self, name: str) -> float:
-        """Return what our tensor of this name exceeds theirs by."""
-        return 1.0 if self.zero_centered and "norm" in name else 0.0
-
-
-def _as_yaml(value: Any) -> str:
-    """Return a setting's value as a recipe writes it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _sees_everything(config: ModelConfig) -> bool:
@@ -326,11 +264,6 @@ LAYOUTS = {
 }
 
 
-# The nearest class to a configuration that none expresses: the one with the fewest obstacles among the first fields,
-# then among the next, then among all.
-_DECISIVE = (("norm", "position", "mlp"), ("router",), ("num_experts",), ("attention_gate",), ("qk_norm",))
-
-
 @dataclass(frozen=True)
 class ExportTarget:
     """The Hugging Face class that computes what a model computes, or the reason why there is none."""
@@ -341,31 +274,9 @@ class ExportTarget:
 
 
 def export_target(config: ModelConfig) -> ExportTarget:
-    """Return the class that a configuration exports to with equal logits, or a refusal; `vocab_size` may still be 0.
-
-    Fields that fold do not count: see `lightlm.convert.folding`.
-
-    Raises:
-        ValueError: the configuration is not a model.
-    """
-    config = config.resolved().folded()
-    obstacles = {model_type: layout.obstacles(config) for model_type, layout in LAYOUTS.items()}
-
-    def distance(model_type: str) -> list[int]:
-        found = obstacles[model_type].keys()
-        return [len(found & set(names)) for names in _DECISIVE] + [len(found)]
-
-    nearest = min(LAYOUTS, key=distance)
+    """Return the class that a configuration exports to with equal logits, or a refusal; see `nearest_layout`."""
+    nearest, obstacles = nearest_layout(LAYOUTS, config)
     architecture = LAYOUTS[nearest].architecture
-    if not obstacles[nearest]:
-        return ExportTarget(architecture, nearest)
-    listed = [f"{name}: {_as_yaml(getattr(config, name))} ({reason})" for name, reason in obstacles[nearest].items()]
-    return ExportTarget(refusal=f"{architecture}, the nearest Hugging Face class, cannot have {', '.join(listed)}")
-
-
-def layer_links(links: Iterable[Link], depth: int, repeats: int = 1) -> Iterator[Link]:
-    """Yield the links of `depth` layers, with their numbers; our block i is their layers i x repeats and following."""
-    for link in links:
-        for layer in range(depth if "{}" in link.theirs else 1):
-            ours = link.ours.replace("{}", str(layer // repeats))
-            yield replace(link, theirs=link.theirs.format(layer), ours=ours)
+    if obstacles:
+        return ExportTarget(refusal=f"{architecture}, the nearest Hugging Face class, cannot have {obstacles}")
+    return ExportTarget(architecture, nearest)

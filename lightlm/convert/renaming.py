@@ -1,0 +1,101 @@
+"""Rename the tensors of a model between a layout's names and ours, and join, split, turn and stack them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightlm.convert.layouts import Layout, Link, layer_links
+from lightlm.errors import ConvertError
+from lightlm.model.config import ModelConfig
+from lightlm.model.transformer import Transformer
+
+_KINDS = (".weight", ".bias", "")  # the endings of a link's names: a module's tensors, or a tensor's full name
+
+
+def their_state(
+    layout: Layout, config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Return the tensors under their names, from those of our model; a selection bias keeps its precision."""
+    theirs = {}
+    for link in layer_links(layout.links, config.depth, config.layer_sharing):
+        ours = link.ours.split()
+        for kind in _KINDS:
+            if ours[0] + kind not in state:
+                continue
+            tensor = _as_one(link, [state[name + kind] for name in ours], config)
+            if offset := layout.offset(link.ours):
+                tensor = tensor - offset
+            if not link.ours.endswith("selection_bias"):
+                tensor = tensor.to(dtype)
+            parts = tensor.unbind() if "*" in link.theirs else (_turned(link, tensor),)
+            # A copy for each repeated block: a safetensors file cannot hold one tensor under two names.
+            for name, part in zip(_names(link, kind, config), parts, strict=True):
+                theirs[name] = part.clone(memory_format=torch.contiguous_format)
+    return theirs
+
+
+def our_state(layout: Layout, config: ModelConfig, given: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Return the tensors of our model in float32; raise ConvertError if some are missing, left over or differ.
+
+    Args:
+        given: tensors under their names; it is emptied.
+        where: the file or folder, for messages.
+    """
+    stacked = any(name.endswith(".experts.gate_up_proj") for name in given)
+    with torch.device("meta"):
+        wanted = Transformer(config).state_dict().keys()
+    state: dict[str, Tensor] = {}
+    problems = []
+    for link in layer_links(layout.stacked_links if stacked else layout.links, config.num_layers):
+        ours = link.ours.split()
+        for kind in _KINDS:
+            if ours[0] + kind not in wanted:
+                continue
+            names = _names(link, kind, config)
+            if missing := [name for name in names if name not in given]:
+                problems += [f"{name} is missing" for name in missing]
+                continue
+            tensors = [given.pop(name).float() for name in names]
+            if len({tensor.shape for tensor in tensors}) > 1:
+                problems.append(f"{names[0]} and those of the other experts differ in shape")
+                continue
+            tensor = torch.stack(tensors) if "*" in link.theirs else _turned(link, tensors[0])
+            if link.by_head and len(tensor) % (len(ours) * config.num_heads):
+                problems.append(f"{names[0]} has {len(tensor)} rows, not {len(ours)} x {config.num_heads} heads")
+                continue
+            if offset := layout.offset(link.ours):
+                tensor = tensor + offset
+            for name, part in zip(ours, _as_several(link, tensor, len(ours), config), strict=True):
+                state[name + kind] = part.clone(memory_format=torch.contiguous_format)
+    problems += [f"{name} belongs to no part of {layout.architecture}" for name in sorted(given)]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ConvertError(f"the weights in {where} do not fit its configuration: {'; '.join(problems[:5])}{more}")
+    return state
+
+
+def _names(link: Link, kind: str, config: ModelConfig) -> list[str]:
+    """Return their names of one of our tensors: one, or one for each expert."""
+    name = link.theirs + kind
+    return [name.replace("*", str(expert)) for expert in range(config.num_experts)] if "*" in name else [name]
+
+
+def _as_one(link: Link, tensors: list[Tensor], config: ModelConfig) -> Tensor:
+    """Return their tensor, before it is transposed, from our tensors of a link."""
+    if link.by_head:
+        return torch.stack([tensor.unflatten(0, (config.num_heads, -1)) for tensor in tensors], 1).flatten(0, 2)
+    return torch.cat(tensors)
+
+
+def _as_several(link: Link, tensor: Tensor, count: int, config: ModelConfig) -> Sequence[Tensor]:
+    """Return our `count` tensors of a link from theirs, undoing `_as_one`."""
+    if link.by_head:
+        return [part.flatten(0, 1) for part in tensor.unflatten(0, (config.num_heads, count, -1)).unbind(1)]
+    # The parts are equal: gate and up are, and GPT-2 has as many key heads as query heads.
+    return tensor.tensor_split(count, dim=1 if tensor.ndim == 3 else 0)
+
+
+def _turned(link: Link, tensor: Tensor) -> Tensor:
+    return tensor.t() if link.transposed and tensor.ndim == 2 else tensor
