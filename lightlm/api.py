@@ -127,7 +127,10 @@ class Model:
             raise UsageError(f"count must be at least 1, is {count}")
         end = self.tokenizer.end_of_text_id
         ids = self.tokenizer.encode(prompt) or [end]
-        completions = generate(self.transformer, [ids], max_new_tokens, sampling, seed, {end}, num_samples=count)
+        size = self.tokenizer.vocab_size
+        completions = generate(
+            self.transformer, [ids], max_new_tokens, sampling, seed, {end}, num_samples=count, vocab_size=size
+        )
         return [self.tokenizer.decode(completion.ids) for completion in completions]
 
     @torch.no_grad()

@@ -222,7 +222,16 @@ class LightLM(TemplateLM):
             counts[row] += 1
             return counts[row] == most[row] or any(stop in seen[row] for stop in stops)
 
-        generate(self.model, starts, max(most), generation.sampling, seed, {self.eot_token_id}, ends)
+        generate(
+            self.model,
+            starts,
+            max(most),
+            generation.sampling,
+            seed,
+            {self.eot_token_id},
+            ends,
+            vocab_size=tokenizer.vocab_size,
+        )
         return [
             postprocess_generated_text(text + stream.flush(), stops, None)
             for text, stream in zip(texts, streams, strict=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import LightLMError, UsageError
-from lightlm.generate.sampling import DEFAULT, Sampling, sample
+from lightlm.generate.sampling import DEFAULT, Sampling
+from lightlm.generate.sampling.draw import Row, sample
 from lightlm.model.decoding.cache import KVCache
 from lightlm.model.transformer import Transformer
 
@@ -37,6 +38,7 @@ def generate(
     stop_ids: Collection[int] = (),
     on_token: Callable[[int, int], bool | None] | None = None,
     num_samples: int = 1,
+    vocab_size: int | None = None,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
@@ -46,25 +48,30 @@ def generate(
         stop_ids: tokens that end a row, usually end-of-text.
         on_token: called as on_token(row, token) for each new token; a true answer ends the row.
         num_samples: continuations of each prompt, which is read once.
+        vocab_size: the tokenizer's; ids at or above it are never drawn. None allows all ids of the model.
 
     Returns:
         One completion per row: all samples of the first prompt, then those of the next.
 
     Raises:
         LightLMError: a prompt is empty or longer than the model's context.
-        UsageError: max_new_tokens is below 1.
+        UsageError: max_new_tokens is below 1, or `sampling` names an id that does not exist.
     """
     check(prompts, max_new_tokens, model.config.max_seq_len)
+    sampling.check_ids(vocab_size or model.config.vocab_size)
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
     logits_BV = prefill(model, prompts, cache)
     if num_samples > 1:
         cache.select([row for row in range(len(prompts)) for _ in range(num_samples)])
         logits_BV = logits_BV.repeat_interleave(num_samples, dim=0)
     completions = [Completion() for _ in range(len(prompts) * num_samples)]
-    generators = [row_generator(seed, row) for row in range(len(completions))]
+    rows = [
+        Row(sampling, row_generator(seed, row), prompts[row // num_samples], completion.ids, stop_ids)
+        for row, completion in enumerate(completions)
+    ]
     active = list(range(len(completions)))  # the row of each line of the cache
     while True:
-        tokens = sample(logits_BV, sampling, [generators[row] for row in active])
+        tokens = sample(logits_BV, [rows[row] for row in active], vocab_size)
         remaining = []
         for line, (row, token) in enumerate(zip(active, tokens, strict=True)):
             completion = completions[row]
@@ -101,7 +108,8 @@ def sample_text(
     was_training = model.training
     model.eval()
     try:
-        [completion] = generate(model, [ids], max_new_tokens, sampling, seed, {tokenizer.end_of_text_id})
+        end = {tokenizer.end_of_text_id}
+        [completion] = generate(model, [ids], max_new_tokens, sampling, seed, end, vocab_size=tokenizer.vocab_size)
     finally:
         model.train(was_training)
     return tokenizer.decode(completion.ids)

@@ -119,7 +119,9 @@ def generate(
     write(prompt)
     started = time.perf_counter()
     end = {tokenizer.end_of_text_id}
-    samples = engine.generate(model, [ids], max_new_tokens, sampling, seed, end, on_token, num_samples)
+    samples = engine.generate(
+        model, [ids], max_new_tokens, sampling, seed, end, on_token, num_samples, tokenizer.vocab_size
+    )
     seconds = time.perf_counter() - started
     write(stream.flush() + "\n")
     texts = [tokenizer.decode(sample.ids) for sample in samples]

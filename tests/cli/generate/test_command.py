@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 
 from lightlm.cli.generate.command import PromptCommand, generate
 from lightlm.errors import LightLMError, UsageError
+from lightlm.generate.sampling import DEFAULT
 from tests.evaluate.tiny_run import write_world
 
 app = typer.Typer()
@@ -44,7 +46,7 @@ def test_the_seed_decides_and_more_samples_leave_the_first_alone() -> None:
     three = run_json("The cat", "--max-new-tokens", "6", "--seed", "5", "--num-samples", "3")
     assert three["samples"][0] == one["samples"][0]
     assert run_json("The cat", "--max-new-tokens", "6", "--seed", "6")["samples"] != one["samples"]
-    assert three["sampling"] == {"temperature": 0.8, "top_k": None, "top_p": 0.95}
+    assert three["sampling"] == json.loads(json.dumps(asdict(DEFAULT)))
 
 
 def test_samples_are_printed_one_after_the_other() -> None:
