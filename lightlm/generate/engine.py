@@ -1,21 +1,11 @@
-"""Text from a model: prefill the prompts once, then decode one token per row and step with the key/value cache.
-
-Shapes: B rows, T prompt positions, V vocabulary.
-"""
+"""Text from a model: continue prompts, all in one batch."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Literal
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.errors import LightLMError, UsageError
+from lightlm.generate.batch import Batch, FinishReason, Request
 from lightlm.generate.sampling import DEFAULT, Sampling
-from lightlm.generate.sampling.draw import Row, sample
-from lightlm.model.decoding.cache import KVCache
 from lightlm.model.transformer import Transformer
 
 
@@ -24,11 +14,9 @@ class Completion:
     """The new tokens of one row, without the stop token, and why it ended."""
 
     ids: list[int] = field(default_factory=list)
-    # A stop token or `on_token` ended it, it has max_new_tokens, or the model's context is full.
-    finish_reason: Literal["stop", "length", "context"] = "length"
+    finish_reason: FinishReason = "length"
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -57,43 +45,28 @@ def generate(
         LightLMError: a prompt is empty or longer than the model's context.
         UsageError: max_new_tokens is below 1, or `sampling` names an id that does not exist.
     """
-    check(prompts, max_new_tokens, model.config.max_seq_len)
-    sampling.check_ids(vocab_size or model.config.vocab_size)
-    cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
-    logits_BV = prefill(model, prompts, cache)
-    if num_samples > 1:
-        cache.select([row for row in range(len(prompts)) for _ in range(num_samples)])
-        logits_BV = logits_BV.repeat_interleave(num_samples, dim=0)
-    completions = [Completion() for _ in range(len(prompts) * num_samples)]
-    rows = [
-        Row(sampling, row_generator(seed, row), prompts[row // num_samples], completion.ids, stop_ids)
-        for row, completion in enumerate(completions)
+    if not prompts:
+        return []
+    requests = [
+        Request(prompt, max_new_tokens, sampling, seed, index * num_samples + number, stop_ids)
+        for index, prompt in enumerate(prompts)
+        for number in range(num_samples)
     ]
-    active = list(range(len(completions)))  # the row of each line of the cache
-    while True:
-        tokens = sample(logits_BV, [rows[row] for row in active], vocab_size)
-        remaining = []
-        for line, (row, token) in enumerate(zip(active, tokens, strict=True)):
-            completion = completions[row]
-            if token in stop_ids:
-                completion.finish_reason = "stop"
+    batch = Batch(model, len(requests), vocab_size=vocab_size)
+    completions = dict(zip(batch.join(requests), (Completion() for _ in requests), strict=True))
+    rows = {handle: row for row, handle in enumerate(completions)}
+    while batch:
+        for token in batch.step():
+            completion = completions[token.handle]
+            if token.finish_reason is not None:
+                completion.finish_reason = token.finish_reason
+            if token.finish_reason == "stop":
                 continue
-            completion.ids.append(token)
-            if on_token is not None and on_token(row, token):
+            completion.ids.append(token.id)
+            if on_token is not None and on_token(rows[token.handle], token.id):
                 completion.finish_reason = "stop"
-            elif len(completion.ids) == max_new_tokens:
-                continue
-            elif cache.lengths[line] == model.config.max_seq_len:
-                completion.finish_reason = "context"
-            else:
-                remaining.append(line)
-        if not remaining:
-            return completions
-        if len(remaining) < len(active):
-            cache.select(remaining)
-            active = [active[line] for line in remaining]
-        tokens_B1 = torch.tensor([[tokens[line]] for line in remaining], device=model.device)
-        logits_BV = model(tokens_B1, cache)[:, -1]
+                batch.leave(token.handle)
+    return list(completions.values())
 
 
 def sample_text(
@@ -117,32 +90,8 @@ def sample_text(
 
 def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int) -> None:
     """Raise what `generate` raises for such a request, before any work."""
-    if max_new_tokens < 1:
-        raise UsageError(f"max-new-tokens must be at least 1, is {max_new_tokens}")
-    if not prompts or not all(prompts):
-        raise LightLMError("a prompt has no tokens; start from the end-of-text token instead")
-    longest = max(map(len, prompts))
-    if longest > max_seq_len:
-        raise LightLMError(
-            f"the prompt has {longest:,} tokens, the model's context holds {max_seq_len:,}; shorten the prompt"
-        )
-
-
-def prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Tensor:
-    """Read the prompts into the cache and return the logits (B, V) of each one's next token."""
-    counts = [len(prompt) for prompt in prompts]
-    tokens_BT = torch.zeros(len(prompts), max(counts), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)] = torch.tensor(prompt)
-    x_BTD = model.hidden_states(tokens_BT.to(model.device), cache, counts)
-    last_B = torch.tensor(counts, device=x_BTD.device) - 1
-    return model.head(x_BTD[torch.arange(len(prompts), device=x_BTD.device), last_B])
-
-
-def row_generator(seed: int, row: int) -> torch.Generator:
-    """Return a row's own generator. Unlike with seed + row, (seed, row) and (seed + 1, row - 1) differ."""
-    mixed = np.random.SeedSequence([seed % 2**64, row]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed) >> 1)  # torch takes seeds below 2**63
+    for prompt in prompts:
+        Request(prompt, max_new_tokens).check_length(max_seq_len)
 
 
 class TextStream:

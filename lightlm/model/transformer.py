@@ -168,7 +168,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
         """Return an empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""
-        max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)
+        max_len = min(self.config.max_seq_len if max_len is None else max_len, self.config.max_seq_len)
         dtype = compute_dtype(self.embed_tokens.weight)
         return KVCache(self.config, batch_size, max_len, device=self.device, dtype=dtype)
 

@@ -24,20 +24,33 @@ class Step:
 
 
 class KVCache:
-    """Preallocated keys and values (depth, B, H, slots, K) of every layer, with one length per row.
+    """Keys and values (depth, B, H, slots, K) of every layer, with one length per row.
 
     Slot p of a row holds position p. Prompts of different lengths are padded on the right: a padding column is never
     written, and the causal mask hides every slot that a row has not reached.
+
+    Rows may be added and removed; `reserve` makes room for them.
     """
 
     def __init__(
         self, config: ModelConfig, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (config.depth, batch_size, config.num_kv_heads, max_len, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        # `keys` and `values` are the rows in use, the first ones of these.
+        self._all_keys = torch.zeros(shape, device=device, dtype=dtype)
+        self._all_values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
-        self.max_len = max_len
+        self._limit = config.max_seq_len
+        self._view()
+
+    def _view(self) -> None:
+        self.keys = self._all_keys[:, : len(self.lengths)]
+        self.values = self._all_values[:, : len(self.lengths)]
+
+    @property
+    def max_len(self) -> int:
+        """The number of slots of each row."""
+        return self.keys.shape[3]
 
     def begin(self, batch_size: int, num_columns: int, counts: list[int] | None) -> Step:
         """Reserve slots for a chunk of `num_columns` columns. The first counts[b] columns of row b are tokens.
@@ -82,6 +95,52 @@ class KVCache:
     def select(self, rows: list[int]) -> None:
         """Keep only these rows, in this order. A repeated row is copied, to sample a prompt many times."""
         index = torch.tensor(rows, device=self.keys.device)
-        self.keys = self.keys.index_select(1, index)
-        self.values = self.values.index_select(1, index)
+        self._all_keys = self.keys.index_select(1, index)
+        self._all_values = self.values.index_select(1, index)
         self.lengths = [self.lengths[row] for row in rows]
+        self._view()
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """The rows and slots that memory is reserved for."""
+        return self._all_keys.shape[1], self._all_keys.shape[3]
+
+    def reserve(self, num_rows: int, num_slots: int) -> None:
+        """Make room for so many rows and slots in all. Less than there is changes nothing.
+
+        Raises:
+            ValueError: the model's max_seq_len is less.
+        """
+        if num_slots > self._limit:
+            raise ValueError(f"{num_slots} positions are needed, max_seq_len is {self._limit}")
+        room = max(num_rows, self.room[0]), max(num_slots, self.room[1])
+        if room == self.room:
+            return
+        rows, used = len(self.lengths), max(self.lengths, default=0)
+        for name in ("_all_keys", "_all_values"):
+            old = getattr(self, name)
+            depth, _, heads, _, size = old.shape
+            new = old.new_zeros(depth, room[0], heads, room[1], size)
+            new[:, :rows, :, :used] = old[:, :rows, :, :used]
+            setattr(self, name, new)
+        self._view()
+
+    def append(self, other: "KVCache", row: int) -> None:
+        """Copy a row of another cache of the same model behind the last row, for which there must be room."""
+        length = other.lengths[row]
+        self.lengths.append(length)
+        self._view()
+        self.keys[:, -1, :, :length] = other.keys[:, row, :, :length]
+        self.values[:, -1, :, :length] = other.values[:, row, :, :length]
+
+    def remove(self, row: int) -> None:
+        """Remove a row; the last row takes its place. Without rows, memory is freed."""
+        last, length = len(self.lengths) - 1, self.lengths[-1]
+        if row != last:
+            self.keys[:, row, :, :length] = self.keys[:, last, :, :length]
+            self.values[:, row, :, :length] = self.values[:, last, :, :length]
+            self.lengths[row] = length
+        self.lengths.pop()
+        if not self.lengths:
+            self._all_keys, self._all_values = (x[:, :0, :, :0].clone() for x in (self._all_keys, self._all_values))
+        self._view()
