@@ -83,7 +83,7 @@ def adjusted(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
 def draw(probs_BC: Tensor, ids_BC: Tensor, generators: Sequence[torch.Generator | None]) -> list[int]:
     """Draw one id per row in proportion to `probs_BC`, with one number from each CPU generator."""
     draws_B = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
-    cumulative_BC = probs_BC.cumsum(-1)
+    cumulative_BC = probs_BC.cumsum(-1, dtype=torch.float64)
     # The first candidate whose cumulative mass exceeds the draw. A candidate of mass 0 is never the first.
     chosen_B1 = (cumulative_BC <= draws_B[:, None] * cumulative_BC[:, -1:]).sum(-1, keepdim=True)
     drawn: list[int] = ids_BC.gather(-1, chosen_B1.clamp(max=probs_BC.shape[-1] - 1))[:, 0].tolist()

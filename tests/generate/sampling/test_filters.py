@@ -45,7 +45,7 @@ def reference(logits: np.ndarray, sampling: Sampling) -> list[float]:
 @settings(max_examples=150, deadline=None)
 def test_top_k_and_top_p_leave_the_distribution_of_the_formula(logits: np.ndarray, sampling: Sampling) -> None:
     masses = np.cumsum(reference(logits, Sampling(sampling.temperature, sampling.top_k, 1.0)))
-    assume(np.abs(masses - sampling.top_p).min() > 1e-9)  # else rounding decides whether one token more is needed
+    assume(np.abs(masses - sampling.top_p).min() > 1e-6)  # else rounding decides whether one token more is needed
     found, expected = distribution(logits, sampling), reference(logits, sampling)
     assert np.count_nonzero(found) == len(expected)
     assert sorted(found, reverse=True)[: len(expected)] == pytest.approx(expected, abs=1e-9)
