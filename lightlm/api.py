@@ -37,7 +37,9 @@ from lightlm.evaluate.settings import Settings, split_list
 from lightlm.evaluate.tasks.index import warn
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.generate.engine import generate
+from lightlm.generate.prompts import encode_prompt
 from lightlm.generate.sampling import DEFAULT, Sampling
+from lightlm.generate.text import text_of
 from lightlm.model.config import ModelConfig
 from lightlm.quantities import parse_quantity
 from lightlm.recipe import load_recipe
@@ -125,13 +127,12 @@ class Model:
         """Return `count` different continuations of one prompt, which is read once. See `generate`."""
         if count < 1:
             raise UsageError(f"count must be at least 1, is {count}")
-        end = self.tokenizer.end_of_text_id
-        ids = self.tokenizer.encode(prompt) or [end]
-        size = self.tokenizer.vocab_size
+        ids, size = encode_prompt(self.tokenizer, prompt), self.tokenizer.vocab_size
+        ends = self.tokenizer.end_ids
         completions = generate(
-            self.transformer, [ids], max_new_tokens, sampling, seed, {end}, num_samples=count, vocab_size=size
+            self.transformer, [ids], max_new_tokens, sampling, seed, ends, num_samples=count, vocab_size=size
         )
-        return [self.tokenizer.decode(completion.ids) for completion in completions]
+        return [text_of(self.tokenizer, ids, completion.ids) for completion in completions]
 
     @torch.no_grad()
     def logits(self, text: str | Sequence[int]) -> Tensor:
@@ -159,8 +160,7 @@ class Model:
         """
         if isinstance(texts, str):
             raise UsageError("score takes a list of texts; for one text write score([text])")
-        start = self.tokenizer.end_of_text_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
-        before = self.tokenizer.prefix_ids if self.tokenizer.adds_bos else []
+        start, before = self.tokenizer.start_id, self.tokenizer.context_ids
         length = self.config.max_seq_len
         windows, owners = [], []
         encoded = [[start, *before, *self.tokenizer.encode(text)] for text in texts]

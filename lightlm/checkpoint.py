@@ -1,9 +1,13 @@
 """The checkpoint folder: its format, and how to write, check and load it.
 
     checkpoints/step_000100/model.safetensors config.json tokenizer.json
+                            [tokenizer_config.json] [generation_config.json]
                             [raw.safetensors] [training_state.pt] complete.json
     checkpoints/latest -> step_000100
     checkpoints/best -> step_000080, with `checkpoint.keep_best`
+
+A model that began with an imported one keeps what its files say about special tokens, its chat template and generation
+in tokenizer_config.json and generation_config.json, as transformers names and writes them.
 
 With `train.ema`, `model.safetensors` is the average of the weights, and `raw.safetensors` the last ones.
 
@@ -23,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightlm import __version__, files
 from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer_folder import SETTINGS
 from lightlm.errors import CheckpointError
 from lightlm.model.config import RENAMED_FIELDS, ModelConfig
 from lightlm.runs import MARKER, checkpoints, run_of, step_name
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 
 TRAINING_STATE = "training_state.pt"
 BEST = "best"
+GENERATION = "generation_config.json"
 MODEL_WEIGHTS, RAW_WEIGHTS = "model.safetensors", "raw.safetensors"
 _MODEL_FILES = (MODEL_WEIGHTS, "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
@@ -177,6 +183,9 @@ def _fill(
         values |= {"bos_token_id": tokenizer.bos_id, "adds_bos": tokenizer.adds_bos}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
+    for name, said in ((SETTINGS, tokenizer.settings), (GENERATION, tokenizer.generation_config)):
+        if said:
+            (folder / name).write_text(json.dumps(dict(said), indent=2) + "\n", encoding="utf-8")
     if state is not None:
         torch.save(state, folder / TRAINING_STATE)
     listed = sorted(folder.iterdir())
@@ -262,13 +271,17 @@ def load_model(
     """
     file = RAW_WEIGHTS if weights == "raw" else MODEL_WEIGHTS
     check(folder, (file, *_MODEL_FILES[1:]))
+    said = [name for name in (SETTINGS, GENERATION) if name in _listing(folder)]
+    if said:
+        check(folder, said)
     import torch
     from safetensors.torch import load_file
 
     config, shape = _read_config(folder), read_shape(folder)
     # A tokenizer.json does not name the token that ends a text: that of SmolLM2-Instruct is not <|endoftext|>.
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
-    tokenizer.bos_id, tokenizer.adds_bos = config.get("bos_token_id"), config.get("adds_bos", False)
+    settings, generation = (_read_json(folder / name) if name in said else {} for name in (SETTINGS, GENERATION))
+    tokenizer = tokenizer.used_as(config.get("bos_token_id"), config.get("adds_bos", False), settings, generation)
     model = build_model(shape, load_file(folder / file), str(folder)).to(device=device, dtype=dtype or torch.float32)
     return LoadedModel(model.eval(), tokenizer, folder, (folder / file,))
 
@@ -331,10 +344,14 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Tr
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object")
-    return config
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return values

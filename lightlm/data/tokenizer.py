@@ -1,4 +1,4 @@
-"""Tokenizers: a wrapper over `tokenizers` that never reads special tokens from text, loading, and training."""
+"""Tokenizers: a wrapper over `tokenizers` that reads special tokens in a text only on request, loading, training."""
 
 import copy
 import functools
@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Tokenizer:
     """Text to token ids and back.
 
     Adds no special tokens. One spelled out inside a text (a web page about GPT-2 that contains `<|endoftext|>`) is
-    ordinary characters: the end-of-text id appears only where a document ends.
+    ordinary characters unless the caller asks: the end-of-text id appears only where a document ends.
     """
 
     # The token that an imported model expects before a text. Our own models are trained with end-of-text there.
@@ -77,6 +77,9 @@ class Tokenizer:
         except Exception as error:  # `tokenizers` raises bare Exception for every malformed definition
             raise DataError(f"{origin} is not a tokenizer.json that `tokenizers` can read: {error}") from error
         self.definition = definition
+        # What an imported model's files say about prompts and answers; empty for our own models.
+        self.settings: Mapping[str, Any] = {}  # see `tokenizer_folder.read_settings`
+        self.generation_config: Mapping[str, Any] = {}  # transformers' generation_config.json
         self._tokenizer.encode_special_tokens = True
         # Definitions for BERT-like models cut every text at 512 tokens; a corpus must not be cut.
         self._tokenizer.no_truncation()
@@ -117,11 +120,43 @@ class Tokenizer:
             declared=declared_end_of_text(path),
         )
 
-    def starting_as(self, other: "Tokenizer") -> "Tokenizer":
-        """Return this tokenizer with what `other` puts before a text: the token, and whether always."""
+    def used_as(
+        self,
+        bos_id: int | None,
+        adds_bos: bool,
+        settings: Mapping[str, Any],
+        generation_config: Mapping[str, Any],
+    ) -> "Tokenizer":
+        """Return this tokenizer with what an imported model's files say about its use. See the attributes."""
         tokenizer = copy.copy(self)
-        tokenizer.bos_id, tokenizer.adds_bos = other.bos_id, other.adds_bos
+        tokenizer.bos_id, tokenizer.adds_bos = bos_id, adds_bos
+        tokenizer.settings, tokenizer.generation_config = settings, generation_config
         return tokenizer
+
+    def used_like(self, other: "Tokenizer") -> "Tokenizer":
+        """Return this tokenizer with what `other` knows of its model: beginnings and ends of texts, chat template."""
+        return self.used_as(other.bos_id, other.adds_bos, other.settings, other.generation_config)
+
+    @property
+    def start_id(self) -> int:
+        """The context of a text without one: an imported model's beginning-of-text token, else end-of-text.
+
+        In LightLM's training data each document follows end-of-text.
+        """
+        return self.end_of_text_id if self.bos_id is None else self.bos_id
+
+    @property
+    def context_ids(self) -> list[int]:
+        """The tokens before every context, as an imported model's tokenizer adds them; none for our own models."""
+        return self.prefix_ids if self.adds_bos else []
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: end-of-text, and those that an imported model's files name."""
+        named = self.generation_config.get("eos_token_id")
+        ends = [*(named if isinstance(named, list) else [named]), self.id_of(self.settings.get("eos_token"))]
+        known = (end for end in ends if isinstance(end, int) and not isinstance(end, bool))
+        return frozenset({self.end_of_text_id, *(end for end in known if 0 <= end < self.vocab_size)})
 
     def difference(self, other: "Tokenizer") -> str:
         """Return in what `other` encodes text otherwise, or an empty text.
@@ -146,6 +181,20 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
         return self.encode_batch([text])[0]
+
+    def encode_special(self, text: str) -> list[int]:
+        """Return the token ids of a text in which the characters of a special token mean that token."""
+        try:
+            return self._parser.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # as in `encode_batch`
+            raise DataError(f"The tokenizer cannot encode {text[:40]!r}: {error}") from error
+
+    @functools.cached_property
+    def _parser(self) -> Any:
+        """A copy that reads special tokens from text: changing the setting of one would disturb other threads."""
+        parser = copy.deepcopy(self._tokenizer)
+        parser.encode_special_tokens = False
+        return parser
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text. All cores work on texts and on the parts of long ones."""

@@ -12,6 +12,7 @@ from lightlm.errors import DataError
 
 DEFINITION, VOCABULARY, MERGES, ADDED = "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"
 SETTINGS, SPECIAL_TOKENS, MANIFEST = "tokenizer_config.json", "special_tokens_map.json", "manifest.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 WITHOUT_DEFINITION = (VOCABULARY, MERGES, ADDED)
 
 # Where a folder names its end-of-text token, by id or in characters, in the order in which they are asked.
@@ -97,6 +98,29 @@ def token_content(token: Any) -> str | None:
     """Return the characters of a special token, which may be written as an object with its flags."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what a folder's files say about special tokens and the chat template, for those that are named.
+
+    The keys are those of transformers' tokenizer_config.json: `bos_token` and other roles, with the characters of the
+    token or None, and `chat_template`. Of several templates it is the one named default. Raises DataError where a file
+    is damaged.
+    """
+    settings = _read_json(folder / SETTINGS)
+    named = _read_json(folder / SPECIAL_TOKENS) | settings
+    kept: dict[str, Any] = {role: token_content(named[role]) for role in _SPECIAL_ROLES if role in named}
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if (folder / CHAT_TEMPLATE).is_file():  # transformers prefers it, too
+        try:
+            template = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{folder / CHAT_TEMPLATE} cannot be read: {error}") from error
+    return kept | ({"chat_template": template} if isinstance(template, str) else {})
 
 
 def _build(folder: Path) -> bytes:

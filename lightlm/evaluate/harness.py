@@ -30,7 +30,8 @@ from lightlm.evaluate.generation import Generation
 from lightlm.evaluate.results.truncation import Truncation
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
-from lightlm.generate.engine import TextStream, generate
+from lightlm.generate.engine import generate
+from lightlm.generate.text import TextStream
 
 _SEED = 1234  # lm-eval's default torch seed
 _LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
@@ -96,7 +97,7 @@ class LightLM(TemplateLM):
         tokenizer = self.loaded.tokenizer
         self.prefix_ids: list[int] = []  # before every context
         if tokenizer.adds_bos if add_bos_token is None else add_bos_token:
-            self.prefix_ids = tokenizer.prefix_ids if tokenizer.adds_bos else [self.prefix_token_id]
+            self.prefix_ids = tokenizer.context_ids or [self.prefix_token_id]
 
     @property
     def eot_token_id(self) -> int:
@@ -104,12 +105,8 @@ class LightLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The context of a text without one: an imported model's beginning-of-text token, else end-of-text.
-
-        In LightLM's training data each document follows end-of-text.
-        """
-        tokenizer = self.loaded.tokenizer
-        return tokenizer.end_of_text_id if tokenizer.bos_id is None else tokenizer.bos_id
+        """The context of a text without one; see `Tokenizer.start_id`."""
+        return self.loaded.tokenizer.start_id
 
     @property
     def max_length(self) -> int:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.generate.batch import Batch, FinishReason, Request
+from lightlm.generate.prompts import encode_prompt
 from lightlm.generate.sampling import DEFAULT, Sampling
+from lightlm.generate.text import text_of
 from lightlm.model.transformer import Transformer
 
 
@@ -77,49 +79,18 @@ def sample_text(
     An empty prompt starts from end-of-text. Torch's global generators stay untouched, and the model returns to the mode
     (training or evaluation) it was in. Errors are those of `generate`.
     """
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+    ids = encode_prompt(tokenizer, prompt)
     was_training = model.training
     model.eval()
     try:
-        end = {tokenizer.end_of_text_id}
-        [completion] = generate(model, [ids], max_new_tokens, sampling, seed, end, vocab_size=tokenizer.vocab_size)
+        ends, size = tokenizer.end_ids, tokenizer.vocab_size
+        [completion] = generate(model, [ids], max_new_tokens, sampling, seed, ends, vocab_size=size)
     finally:
         model.train(was_training)
-    return tokenizer.decode(completion.ids)
+    return text_of(tokenizer, ids, completion.ids)
 
 
 def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int) -> None:
     """Raise what `generate` raises for such a request, before any work."""
     for prompt in prompts:
         Request(prompt, max_new_tokens).check_length(max_seq_len)
-
-
-class TextStream:
-    """Turn tokens into text as they come, without splitting characters.
-
-    One character may take several tokens. Tokens that end inside a character (they decode to a trailing U+FFFD) wait
-    for the rest of it or for `flush`. All pieces joined equal `tokenizer.decode` of all tokens.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        # Decoded before the new tokens, because a sentencepiece vocabulary drops the space at the start of a text.
-        self._context: list[int] = []
-        self._pending: list[int] = []
-
-    def push(self, token: int) -> str:
-        """Return the text that this token completes; it may be empty."""
-        self._pending.append(token)
-        return self._take(whole=True)
-
-    def flush(self) -> str:
-        """Return the text still waiting, after the last token."""
-        return self._take(whole=False)
-
-    def _take(self, *, whole: bool) -> str:
-        known = self._tokenizer.decode(self._context)
-        text = self._tokenizer.decode(self._context + self._pending)[len(known) :]
-        if not text or (whole and text.endswith("\ufffd")):
-            return ""
-        self._context, self._pending = self._pending, []
-        return text

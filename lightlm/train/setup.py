@@ -171,7 +171,7 @@ def set_up(
     model = Transformer(recipe.model).to(device) if loaded is None else loaded.model.to(device)
     tokenizer = None if data is None else data.tokenizer
     if loaded is not None and tokenizer is not None:  # it does not say what comes before a text
-        tokenizer = tokenizer.starting_as(loaded.tokenizer)
+        tokenizer = tokenizer.used_like(loaded.tokenizer)
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
     compiled = compiles(recipe, model, device, dtype, note)

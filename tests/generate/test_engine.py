@@ -1,11 +1,9 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.errors import LightLMError, UsageError
-from lightlm.generate.engine import TextStream, generate, sample_text
+from lightlm.generate.engine import generate, sample_text
 from lightlm.generate.sampling import GREEDY, Sampling
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
@@ -102,22 +100,3 @@ def test_sample_text_leaves_mode_and_global_randomness_alone(tokenizer: Tokenize
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_streamed_text_is_the_decoded_text_and_never_half_a_character(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in ids]
-    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids) == text
-    if "�" not in text:
-        assert not any("�" in piece for piece in pieces)
-
-
-@given(st.lists(st.integers(1, 398), max_size=30))
-@settings(max_examples=200, deadline=None)
-def test_broken_characters_stream_as_they_decode(tokenizer: Tokenizer, ids: list[int]) -> None:
-    ids = [token for token in ids if token < tokenizer.vocab_size]
-    stream = TextStream(tokenizer)
-    assert "".join(stream.push(token) for token in ids) + stream.flush() == tokenizer.decode(ids)

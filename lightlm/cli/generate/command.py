@@ -94,6 +94,8 @@ def generate(
     from lightlm.cpu import FEW_SLICES, use_threads
     from lightlm.device import pick_device, pick_dtype
     from lightlm.generate import engine
+    from lightlm.generate.prompts import encode_prompt
+    from lightlm.generate.text import TextStream, text_of
 
     target = pick_device(device)
     if target.type == "cpu":
@@ -103,9 +105,9 @@ def generate(
         dtype = "float32"
     loaded = load_pretrained(checkpoint, target, pick_dtype(dtype, target), weights)
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+    ids = encode_prompt(tokenizer, prompt)
     engine.check([ids], max_new_tokens, model.config.max_seq_len)
-    stream = engine.TextStream(tokenizer)
+    stream = TextStream(tokenizer, ids)
 
     def write(text: str) -> None:
         if not as_json:
@@ -118,13 +120,12 @@ def generate(
 
     write(prompt)
     started = time.perf_counter()
-    end = {tokenizer.end_of_text_id}
     samples = engine.generate(
-        model, [ids], max_new_tokens, sampling, seed, end, on_token, num_samples, tokenizer.vocab_size
+        model, [ids], max_new_tokens, sampling, seed, tokenizer.end_ids, on_token, num_samples, tokenizer.vocab_size
     )
     seconds = time.perf_counter() - started
     write(stream.flush() + "\n")
-    texts = [tokenizer.decode(sample.ids) for sample in samples]
+    texts = [text_of(tokenizer, ids, sample.ids) for sample in samples]
     for text in texts[1:]:
         write(f"\n---\n{prompt}{text}\n")
     if as_json:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightlm import __version__, files
-from lightlm.checkpoint import LoadedModel, build_model, clean_state
+from lightlm.checkpoint import GENERATION, LoadedModel, build_model, clean_state
 from lightlm.convert.folding import as_plain
 from lightlm.convert.huggingface.card import model_card
 from lightlm.convert.huggingface.config import read_config, read_json, write_config
@@ -20,7 +20,7 @@ from lightlm.convert.huggingface.layouts import LAYOUTS, SELECTION_BIAS, export_
 from lightlm.convert.huggingface.weights import only_weights, read_weights, weight_files, with_shared_experts
 from lightlm.convert.renaming import our_state, their_state
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.data.tokenizer_folder import token_content
+from lightlm.data.tokenizer_folder import SETTINGS, read_settings
 from lightlm.errors import ConvertError, DataError
 
 RECORD = "lightlm_export.json"  # lists the files that an export wrote, so that a later export may replace them
@@ -48,8 +48,12 @@ def export_huggingface(
     config = loaded.model.config
     tokenizer, end = loaded.tokenizer, loaded.tokenizer.end_of_text_id
     bos = end if tokenizer.bos_id is None else tokenizer.bos_id
+    ends = [end, *sorted(tokenizer.end_ids - {end})]
     # Without pad_token_id: it would freeze that embedding when the model is trained further.
-    ids = {"bos_token_id": bos, "eos_token_id": end}
+    ids = {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else end}
+    generation = dict(tokenizer.generation_config) or ids | {"pad_token_id": end}
+    if not tokenizer.end_ids <= set(_as_list(generation.get("eos_token_id"))):
+        generation |= {"eos_token_id": ids["eos_token_id"]}
     values = write_config(target.model_type, config) | {"dtype": str(dtype).removeprefix("torch.")} | ids
     ours = clean_state(loaded.model.state_dict())
     if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
@@ -60,7 +64,7 @@ def export_huggingface(
         with files.new_folder(out, overwrite=overwrite) as folder:
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
             _write_json(folder / "config.json", values)
-            _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
+            _write_json(folder / GENERATION, generation)
             _write_tokenizer(folder, tokenizer, bos, config.max_seq_len)
             card = model_card(loaded, out, architecture=target.architecture, parameters=parameters)
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -126,28 +130,37 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int, max_seq_len: 
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / SETTINGS, settings | dict(tokenizer.settings))
 
 
 def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.read(folder)
+        tokenizer, settings = Tokenizer.read(folder), read_settings(folder)
     except DataError as error:
         raise ConvertError(str(error)) from None
-    settings = read_json(folder / "tokenizer_config.json")
     if tokenizer.vocab_size > vocab_size:
         raise ConvertError(
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, config.json's vocab_size is {vocab_size}: "
             "the tokenizer belongs to another model; replace it with the model's own"
         )
     # Beginning of text, as `AutoTokenizer`: where no tokenizer file names it, the id in config.json.
-    naming = [values for values in (settings, read_json(folder / "special_tokens_map.json")) if "bos_token" in values]
-    if naming:
-        tokenizer.bos_id = tokenizer.id_of(token_content(naming[0]["bos_token"]))
+    bos_id = None
+    if "bos_token" in settings:
+        bos_id = tokenizer.id_of(settings["bos_token"])
     elif isinstance(bos := config.get("bos_token_id"), int) and 0 <= bos < tokenizer.vocab_size:
-        tokenizer.bos_id = bos
-    tokenizer.adds_bos = bool(tokenizer.prefix_ids)
-    return tokenizer
+        bos_id = bos
+    return tokenizer.used_as(bos_id, bool(tokenizer.prefix_ids), settings, _read_generation(folder, config))
+
+
+def _read_generation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the folder's generation_config.json; without one, what transformers takes from config.json for it."""
+    if (folder / GENERATION).is_file():
+        return read_json(folder / GENERATION)
+    return {"eos_token_id": config["eos_token_id"]} if isinstance(config.get("eos_token_id"), list) else {}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -79,6 +79,6 @@ def check_tokenizer(loaded: LoadedModel, folder: Path) -> None:
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(folder)(SAMPLE, verbose=False)["input_ids"]
-    ours = [*(loaded.tokenizer.prefix_ids if loaded.tokenizer.adds_bos else ()), *loaded.tokenizer.encode(SAMPLE)]
+    ours = [*loaded.tokenizer.context_ids, *loaded.tokenizer.encode(SAMPLE)]
     if theirs != ours:
         raise ConvertError(f"{folder}: AutoTokenizer encodes a sample text as {theirs}, LightLM as {ours}")

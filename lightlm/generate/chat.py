@@ -1,0 +1,148 @@
+"""Chat templates: how an imported model expects a conversation to be written.
+
+A template is a program in Jinja that comes with a model from anywhere, so it runs in a sandbox: it sees the messages,
+the names of the special tokens and a few functions, and reaches nothing else. It may still waste time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightlm.data.tokenizer import Tokenizer
+from lightlm.errors import LightLMError, UsageError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+# Around characters that are to be read as plain text. Unicode reserves both for a program's inside.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+MARKED = f"{_OPEN}(.*?){_CLOSE}"
+
+# What a template may call; the other functions that Jinja offers are of no use in one.
+_GLOBALS = ("range", "namespace")
+NO_TEMPLATE = "the model has no chat template: it continues texts and knows no turns; leave out the conversation"
+
+
+class ChatTemplate:
+    """Write conversations as one model expects them.
+
+    Args:
+        source: the template, in Jinja as transformers reads it.
+        special_tokens: what the template may call `bos_token`, `eos_token` and so on.
+
+    Raises:
+        LightLMError: the template is not valid Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self._template = _compiled(source)
+        self._special_tokens = special_tokens
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
+        """Return the template of a tokenizer's model. Raises UsageError if it has none."""
+        source = tokenizer.settings.get("chat_template")
+        if source is None:
+            raise UsageError(NO_TEMPLATE)
+        roles = {role: token for role, token in tokenizer.settings.items() if role != "chat_template"}
+        return cls(source, {role: token for role, token in roles.items() if isinstance(token, str)})
+
+    def render(self, messages: Sequence[dict[str, Any]], *, plain: Collection[str] = (), answer: bool = True) -> str:
+        """Return the text of a conversation.
+
+        Args:
+            messages: each with `role` and `content`; see `check_messages`.
+            plain: texts in messages to put between marks, see `MARKED`.
+            answer: whether the beginning of the model's answer follows.
+
+        Raises:
+            UsageError: a message is malformed.
+            LightLMError: the template refuses the messages, or fails.
+        """
+        check_messages(messages)
+        given: Any = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if plain:
+            given = _marked(given, re.compile("|".join(map(re.escape, sorted(plain, key=len, reverse=True)))))
+        try:
+            return self._template.render(
+                messages=given, tools=None, documents=None, add_generation_prompt=answer, **self._special_tokens
+            )
+        except Exception as error:  # whatever a template does wrong
+            kind = (
+                "" if type(error).__name__ in ("TemplateError", "TemplateRuntimeError") else f"{type(error).__name__}: "
+            )
+            raise LightLMError(f"the model's chat template does not take these messages: {kind}{error}") from None
+
+
+def check_messages(messages: Any) -> None:
+    """Raise UsageError unless these are messages: a list of objects with the texts `role` and `content`."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UsageError('messages is not a list such as [{"role": "user", "content": "Hello"}]')
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise UsageError(f'message {number} is not an object such as {{"role": "user", "content": "Hello"}}')
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise UsageError(f"message {number}: {key} is missing or not a text")
+
+
+def without_marks(text: str) -> str:
+    """Return a rendered conversation as it reads, without the marks of `render`."""
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+def _marked(value: Any, plain: re.Pattern[str]) -> Any:
+    """Return messages in which each match of `plain` stands between marks."""
+    if isinstance(value, str):
+        return plain.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", without_marks(value))
+    if isinstance(value, dict):
+        return {key: _marked(inner, plain) for key, inner in value.items()}
+    return [_marked(inner, plain) for inner in value] if isinstance(value, list) else value
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> Template:
+    """Compile a template for the variables and functions that transformers gives it."""
+    from jinja2 import TemplateError, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag around an answer, which marks it for training on it; its content is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def as_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.globals = {name: environment.globals[name] for name in _GLOBALS} | {
+        "dict": lambda *values, **named: dict(*values, **named),  # the class itself has more than a template needs
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
+    environment.filters["tojson"] = as_json  # Jinja's own escapes characters for HTML
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise LightLMError(f"the model's chat template is not valid in line {error.lineno}: {error.message}") from None
