@@ -20,16 +20,19 @@ class TextStream:
     Args:
         prompt_ids: the tokens before the answer.
         stops: the stop strings.
+        free_tokens: in the text of so many tokens, stop strings are not looked for.
 
     Raises:
         UsageError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), stops: Sequence[str] = (), free_tokens: int = 0
+    ) -> None:
         if "" in stops:
             raise UsageError("a stop string is empty; leave it out")
         self.stop: str | None = None  # the stop string that ended the text
-        self._tokenizer, self._stops = tokenizer, stops
+        self._tokenizer, self._stops, self._free_tokens = tokenizer, stops, free_tokens
         self._context = list(prompt_ids)  # decoded before the tokens that follow
         self._known = tokenizer.decode(self._context)
         self._pending: list[int] = []
@@ -41,6 +44,9 @@ class TextStream:
         if self.stop is not None:
             return ""
         self._pending.append(token)
+        if self._free_tokens:
+            self._free_tokens -= 1
+            return self._decode(whole=True)
         self._hold(self._decode(whole=True), visible=True)
         if self._stops:
             self._hold(self._tokenizer.special_tokens.get(token, ""), visible=False)

@@ -123,3 +123,11 @@ def test_after_a_stop_nothing_follows() -> None:
     assert (stream.flush(), stream.stop) == ("", "cat")
     with pytest.raises(UsageError, match="empty"):
         TextStream(tokenizer, (), ["a", ""])
+
+
+def test_the_first_tokens_may_hold_a_stop_string() -> None:
+    tokenizer = tokenizer_of("byte-level")
+    ids = tokenizer.encode("the cat sat on the cat")
+    free = len(tokenizer.encode("the cat"))
+    stream = TextStream(tokenizer, (), ["cat"], free_tokens=free)
+    assert "".join(map(stream.push, ids)) == "the cat sat on the "

@@ -1,0 +1,44 @@
+from typing import Any
+
+import pytest
+
+from lightlm.errors import UsageError
+from lightlm.generate.sampling import Sampling
+from lightlm.generate.settings import Settings, changeable
+
+
+def test_settings_change_by_their_names_in_json() -> None:
+    values = {
+        "temperature": 1,
+        "top_k": None,
+        "stop": "\n",
+        "seed": 7,
+        "logit_bias": {"5": -100},
+        "sliding_window": True,
+    }
+    expected = Settings(Sampling(1.0, None, logit_bias=((5, -100.0),)), seed=7, stop=("\n",), sliding_window=True)
+    assert Settings(Sampling(0.5, 40)).changed(values) == expected
+    assert Settings().changed({"stop": ["a", "b"]}).stop == ("a", "b")
+    assert Settings().changed({}) == Settings()
+    assert {"temperature", "min_p", "max_new_tokens", "stop"} <= changeable().keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temprature": 1}, "no setting temprature; do you mean temperature"),
+        ({"temperature": "hot"}, "temperature must be a number, is 'hot'"),
+        ({"temperature": True}, "temperature must be a number"),
+        ({"top_k": 1.5}, "top-k must be a whole number"),
+        ({"top_p": 2}, "top-p must be above 0"),
+        ({"max_new_tokens": 0}, "max-new-tokens must be at least 1"),
+        ({"stop": 5}, "stop must be a text or a list of texts"),
+        ({"stop": ""}, "stop string is empty"),
+        ({"logit_bias": {"a": 1}}, "'a' is not an id"),
+        ({"logit_bias": [1]}, "logit-bias must be an object"),
+        ({"sliding_window": 1}, "sliding-window must be true or false"),
+    ],
+)
+def test_a_wrong_value_is_named(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Settings().changed(values)
