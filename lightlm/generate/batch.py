@@ -45,7 +45,7 @@ class Request:
 
     Raises:
         LightLMError: the prompt has no tokens.
-        UsageError: max_new_tokens is below 1.
+        UsageError: max_new_tokens is below 1 or the sampling's min_new_tokens.
     """
 
     ids: Sequence[int]
@@ -59,6 +59,9 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max-new-tokens must be at least 1, is {self.max_new_tokens}")
+        if self.max_new_tokens < self.sampling.min_new_tokens:
+            least, most = self.sampling.min_new_tokens, self.max_new_tokens
+            raise UsageError(f"min-new-tokens is {least}, above max-new-tokens, which is {most}")
         if not self.ids:
             raise LightLMError("a prompt has no tokens; start from the end-of-text token instead")
 

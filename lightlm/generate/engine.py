@@ -7,6 +7,7 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.generate.batch import Batch, FinishReason, Request
 from lightlm.generate.prompts import encode_prompt
 from lightlm.generate.sampling import DEFAULT, Sampling
+from lightlm.generate.sampling.draw import LogProbs
 from lightlm.generate.text import text_of
 from lightlm.model.transformer import Transformer
 
@@ -17,6 +18,7 @@ class Completion:
 
     ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason = "length"
+    log_probs: list[LogProbs] = field(default_factory=list)  # one for each of `ids`, if asked for
 
 
 def generate(
@@ -29,6 +31,7 @@ def generate(
     on_token: Callable[[int, int], bool | None] | None = None,
     num_samples: int = 1,
     vocab_size: int | None = None,
+    logprobs: int = 0,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
@@ -39,18 +42,19 @@ def generate(
         on_token: called as on_token(row, token) for each new token; a true answer ends the row.
         num_samples: continuations of each prompt, which is read once.
         vocab_size: the tokenizer's; ids at or above it are never drawn. None allows all ids of the model.
+        logprobs: of how many most likely tokens the log-probability is returned at each position; 0 returns none.
 
     Returns:
         One completion per row: all samples of the first prompt, then those of the next.
 
     Raises:
         LightLMError: a prompt is empty or longer than the model's context.
-        UsageError: max_new_tokens is below 1, or `sampling` names an id that does not exist.
+        UsageError: max_new_tokens is below 1 or min_new_tokens, or `sampling` names an id that does not exist.
     """
     if not prompts:
         return []
     requests = [
-        Request(prompt, max_new_tokens, sampling, seed, index * num_samples + number, stop_ids)
+        Request(prompt, max_new_tokens, sampling, seed, index * num_samples + number, stop_ids, logprobs)
         for index, prompt in enumerate(prompts)
         for number in range(num_samples)
     ]
@@ -65,6 +69,8 @@ def generate(
             if token.finish_reason == "stop":
                 continue
             completion.ids.append(token.id)
+            if token.log_probs is not None:
+                completion.log_probs.append(token.log_probs)
             if on_token is not None and on_token(rows[token.handle], token.id):
                 completion.finish_reason = "stop"
                 batch.leave(token.handle)

@@ -4,13 +4,31 @@ import re
 import sys
 import time
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from lightlm.cli.console import console, print_json
+from lightlm.cli.generate.options import (
+    FrequencyPenaltyOption,
+    LogitBiasOption,
+    MinNewTokensOption,
+    MinPOption,
+    NoRepeatNgramOption,
+    PresencePenaltyOption,
+    RepetitionPenaltyOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    TypicalPOption,
+    read_sampling,
+)
 from lightlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightlm.data.tokenizer import Tokenizer
+    from lightlm.generate.engine import Completion
 
 WeightsOption = Annotated[  # also of `convert` and `eval`
     str | None,
@@ -57,15 +75,20 @@ def generate(
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Number of continuations of the prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per continuation.")] = 200,
-    temperature: Annotated[
-        float | None, typer.Option(help="Divides the logits; 0 takes the most likely token. [dim]Default: 0.8[/]")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from the k most likely tokens. [dim]Default: all tokens[/]")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Draw from the fewest tokens with this total probability. [dim]Default: 0.95[/]"),
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    typical_p: TypicalPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    frequency_penalty: FrequencyPenaltyOption = None,
+    presence_penalty: PresencePenaltyOption = None,
+    no_repeat_ngram: NoRepeatNgramOption = None,
+    logit_bias: LogitBiasOption = None,
+    min_new_tokens: MinNewTokensOption = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --json: log-probabilities of each token and of the N most likely.", metavar="N"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
     weights: WeightsOption = None,
@@ -77,28 +100,40 @@ def generate(
     from lightlm import choices
     from lightlm.convert.formats import require_average
     from lightlm.convert.load import is_hub_id, load_pretrained, locate
-    from lightlm.generate.sampling import DEFAULT, Sampling
 
     choices.check_device(device)
     choices.check_dtype(dtype)
     choices.check_weights(weights)
     prompt = _checked(_standard_input() if prompt == "-" else prompt)
-    sampling = Sampling(
-        DEFAULT.temperature if temperature is None else temperature, top_k, DEFAULT.top_p if top_p is None else top_p
+    sampling = read_sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        no_repeat_ngram=no_repeat_ngram,
+        logit_bias=logit_bias,
+        min_new_tokens=min_new_tokens,
     )
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs needs --json, which prints them")
     if checkpoint is None or not is_hub_id(checkpoint):
         path = locate(checkpoint)
         if weights is not None:
             require_average(path)
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.cpu import FEW_SLICES, use_threads
-    from lightlm.device import pick_device, pick_dtype
+    from lightlm.device import keep_freed_memory, pick_device, pick_dtype
     from lightlm.generate import engine
     from lightlm.generate.prompts import encode_prompt
     from lightlm.generate.text import TextStream, text_of
 
     target = pick_device(device)
     if target.type == "cpu":
+        keep_freed_memory()
         use_threads("auto", lambda message: console.print(f"Note: {message}", markup=False), slices=FEW_SLICES)
     if dtype == "auto" and target.type == "cpu":
         # One token at a time, bf16 is slower even with AVX512-BF16: 10 tokens/s against 26 (SmolLM2-135M, 2 threads).
@@ -107,6 +142,7 @@ def generate(
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = encode_prompt(tokenizer, prompt)
     engine.check([ids], max_new_tokens, model.config.max_seq_len)
+    sampling.check_ids(tokenizer.vocab_size)
     stream = TextStream(tokenizer, ids)
 
     def write(text: str) -> None:
@@ -121,7 +157,16 @@ def generate(
     write(prompt)
     started = time.perf_counter()
     samples = engine.generate(
-        model, [ids], max_new_tokens, sampling, seed, tokenizer.end_ids, on_token, num_samples, tokenizer.vocab_size
+        model,
+        [ids],
+        max_new_tokens,
+        sampling,
+        seed,
+        tokenizer.end_ids,
+        on_token,
+        num_samples,
+        tokenizer.vocab_size,
+        logprobs or 0,
     )
     seconds = time.perf_counter() - started
     write(stream.flush() + "\n")
@@ -136,7 +181,11 @@ def generate(
                 "prompt": prompt,
                 "seed": seed,
                 "sampling": asdict(sampling),
-                "samples": [{"text": text, **vars(sample)} for text, sample in zip(texts, samples, strict=True)],
+                "samples": [
+                    {"text": text, "ids": sample.ids, "finish_reason": sample.finish_reason}
+                    | ({"logprobs": _log_probs(tokenizer, sample)} if logprobs else {})
+                    for text, sample in zip(texts, samples, strict=True)
+                ],
             }
         )
     for number, sample in enumerate(samples, 1):
@@ -145,6 +194,19 @@ def generate(
             console.print(f"Sample {number} ended early: the model's context of {context:,} tokens is full.")
     tokens = sum(len(sample.ids) for sample in samples)
     console.print(f"[dim]{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s[/]")
+
+
+def _log_probs(tokenizer: "Tokenizer", sample: "Completion") -> list[dict[str, Any]]:
+    """Return each token with its log-probability and the most likely tokens at its place, named as in OpenAI's API."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.special_tokens.get(token) or tokenizer.decode([token])
+        return {"id": token, "token": text, "logprob": logprob}
+
+    return [
+        entry(token, found.chosen) | {"top_logprobs": [entry(*pair) for pair in found.top]}
+        for token, found in zip(sample.ids, sample.log_probs, strict=True)
+    ]
 
 
 def _standard_input() -> str:

@@ -48,7 +48,7 @@ def penalize_counts(logits_V: Tensor, new: Sequence[int], frequency: float, pres
     """Subtract `frequency` for each occurrence of an id in the answer, and `presence` once (OpenAI's API)."""
     ids, counts = np.unique(np.asarray(new, dtype=np.int64), return_counts=True)
     known = ids < len(logits_V)
-    logits_V[torch.from_numpy(ids[known])] -= torch.from_numpy(frequency * counts[known] + presence)
+    logits_V[torch.from_numpy(ids[known])] -= torch.from_numpy(frequency * counts[known] + presence).to(logits_V.dtype)
 
 
 def repeating_tokens(ids: Sequence[int], size: int) -> list[int]:

@@ -69,11 +69,11 @@ def sample(logits_BV: Tensor, rows: Sequence[Row], vocab_size: int | None = None
 
 
 def adjusted(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Return the logits after bias, penalties and bans: the same tensor if no row has any, else a float64 CPU copy."""
+    """Return the logits after bias, penalties and bans: the same tensor if no row has any, else a copy on the CPU."""
     lines = [line for line, row in enumerate(rows) if row.sampling.adjusts]
     if not lines:
         return logits_BV
-    logits_BV = logits_BV.to("cpu", torch.float64, copy=True)
+    logits_BV = logits_BV.to("cpu", torch.promote_types(logits_BV.dtype, torch.float32), copy=True)
     for line in lines:
         row = rows[line]
         adjust(logits_BV[line], row.sampling, row.prompt, row.new, row.stop_ids)

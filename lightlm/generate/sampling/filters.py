@@ -20,9 +20,7 @@ def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     logits are equal, no more tokens stay than the settings ask for. The logits (200 KB per row at 50k tokens) are
     copied to the CPU, so all devices draw from the same generators.
     """
-    logits_BV = logits_BV.cpu()
-    if logits_BV.dtype != torch.float64:
-        logits_BV = logits_BV.float()
+    logits_BV = logits_BV.to("cpu", torch.promote_types(logits_BV.dtype, torch.float32))
     vocab_size = logits_BV.shape[-1]
     if sampling.top_k is not None:
         top_BC, ids_BC = logits_BV.topk(min(sampling.top_k, vocab_size))

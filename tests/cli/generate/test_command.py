@@ -6,6 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import lightlm
 from lightlm.cli.generate.command import PromptCommand, generate
 from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.sampling import DEFAULT
@@ -47,6 +48,38 @@ def test_the_seed_decides_and_more_samples_leave_the_first_alone() -> None:
     assert three["samples"][0] == one["samples"][0]
     assert run_json("The cat", "--max-new-tokens", "6", "--seed", "6")["samples"] != one["samples"]
     assert three["sampling"] == json.loads(json.dumps(asdict(DEFAULT)))
+
+
+def test_every_setting_of_sampling_has_an_option_that_reaches_it() -> None:
+    given = {
+        "temperature": 1.5,
+        "top_k": 30,
+        "top_p": 0.8,
+        "min_p": 0.01,
+        "typical_p": 0.9,
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.3,
+        "presence_penalty": -0.4,
+        "no_repeat_ngram": 2,
+        "logit_bias": [[3, 2.5], [4, -100.0]],
+        "min_new_tokens": 3,
+    }
+    assert set(given) == set(asdict(DEFAULT))
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "logit_bias"]
+    document = run_json("The cat", "--max-new-tokens=4", "--logit-bias=3=2.5", "--logit-bias=4=-100", *arguments)
+    assert document["sampling"] == given
+
+
+def test_logprobs_are_those_that_the_model_gives_to_the_text() -> None:
+    [sample] = run_json("The cat", "--max-new-tokens=5", "--logprobs=2", "--temperature=2")["samples"]
+    model = lightlm.load()
+    ids = [*model.tokenizer.encode("The cat"), *sample["ids"]]
+    expected_TV = model.logits(ids).log_softmax(-1)
+    for place, (token, entry) in enumerate(zip(sample["ids"], sample["logprobs"], strict=True)):
+        row_V = expected_TV[len(ids) - len(sample["ids"]) + place - 1]
+        assert entry["logprob"] == pytest.approx(float(row_V[token]), abs=1e-4)
+        assert [top["id"] for top in entry["top_logprobs"]] == row_V.topk(2).indices.tolist()
+        assert entry["token"] == model.tokenizer.decode([token])
 
 
 def test_samples_are_printed_one_after_the_other() -> None:
@@ -95,6 +128,10 @@ def test_a_full_context_is_told() -> None:
     ("arguments", "kind", "words"),
     [
         (["x", "--temperature", "-1"], UsageError, "temperature"),
+        (["x", "--logit-bias", "5:1"], UsageError, "--logit-bias 5:1: write a token id and a number"),
+        (["x", "--logit-bias", "99999=1"], UsageError, "token id 99999"),
+        (["x", "--min-new-tokens", "300"], UsageError, "min-new-tokens is 300, above max-new-tokens"),
+        (["x", "--logprobs", "2"], UsageError, "--json"),
         (["caf\udcff"], UsageError, "not valid UTF-8 at character 4"),
         (["x", "--device", "abacus"], UsageError, "abacus"),
         (["The cat ran " * 40], LightLMError, "context holds 40"),
