@@ -96,7 +96,7 @@ def sample_text(
     return text_of(tokenizer, ids, completion.ids)
 
 
-def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int) -> None:
+def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int, sampling: Sampling = DEFAULT) -> None:
     """Raise what `generate` raises for such a request, before any work."""
     for prompt in prompts:
-        Request(prompt, max_new_tokens).check_length(max_seq_len)
+        Request(prompt, max_new_tokens, sampling).check_length(max_seq_len)

@@ -141,7 +141,7 @@ def generate(
     loaded = load_pretrained(checkpoint, target, pick_dtype(dtype, target), weights)
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = encode_prompt(tokenizer, prompt)
-    engine.check([ids], max_new_tokens, model.config.max_seq_len)
+    engine.check([ids], max_new_tokens, model.config.max_seq_len, sampling)
     sampling.check_ids(tokenizer.vocab_size)
     stream = TextStream(tokenizer, ids)
 
