@@ -20,6 +20,7 @@ from lightlm.cli.prepare_data.command import prepare_data
 from lightlm.cli.recipes import recipes
 from lightlm.cli.report import report
 from lightlm.cli.runs import runs
+from lightlm.cli.serve import serve
 from lightlm.cli.sweep import sweep
 from lightlm.cli.train import NEWEST, is_override, train
 from lightlm.errors import LightLMError
@@ -59,6 +60,7 @@ app.command("train")(train)
 app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate", cls=PromptCommand)(generate)
+app.command("serve")(serve)
 app.command("convert")(convert)
 app.command("report")(report)
 app.add_typer(recipes, name="recipes")
