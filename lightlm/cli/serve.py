@@ -67,7 +67,7 @@ def serve(
             require_average(path)
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.cpu import FEW_SLICES, use_threads
-    from lightlm.device import pick_device, pick_dtype
+    from lightlm.device import keep_freed_memory, pick_device, pick_dtype
     from lightlm.serve.app import Service
     from lightlm.serve.loop import Limits
     from lightlm.serve.server import GRACE_SECONDS, listen, serving, url_of
@@ -75,7 +75,10 @@ def serve(
     listening = listen(host, port)
     target = pick_device(device)
     if target.type == "cpu":
+        keep_freed_memory()
         use_threads("auto", lambda message: console.print(f"Note: {message}", markup=False), slices=FEW_SLICES)
+    if dtype == "auto" and target.type == "cpu":
+        dtype = "float32"  # as in `lightlm generate`
     loaded = load_pretrained(model, target, pick_dtype(dtype, target), weights)
     service = Service(loaded, Limits(batch_size, max_queue, timeout), access)
     with stop_on_signals() as stop, serving(service, listening) as running:

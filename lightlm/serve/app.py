@@ -44,7 +44,7 @@ class Service:
 
     def __init__(self, loaded: LoadedModel, limits: Limits, access: Access) -> None:
         self.metrics = Metrics()
-        self.loop = DecodeLoop(loaded.model, limits, self.metrics)
+        self.loop = DecodeLoop(loaded.model, loaded.tokenizer.vocab_size, limits, self.metrics)
         self.reader = Reader(loaded)
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._created = int(time.time())

@@ -66,6 +66,7 @@ class Body(_Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    parse_special: bool = False  # the characters of a special token in the prompt mean that token
     user: str | None = None  # a name for the caller, which has no effect
     temperature: float = DEFAULT.temperature
     top_k: int | None = DEFAULT.top_k

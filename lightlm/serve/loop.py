@@ -65,10 +65,11 @@ class DecodeLoop:
 
     Args:
         model: in evaluation mode; only the decoding thread uses it.
+        vocab_size: the tokenizer's; ids at or above it are never drawn.
     """
 
-    def __init__(self, model: Transformer, limits: Limits, metrics: Metrics) -> None:
-        self.limits, self._model, self._metrics = limits, model, metrics
+    def __init__(self, model: Transformer, vocab_size: int, limits: Limits, metrics: Metrics) -> None:
+        self.limits, self._model, self._vocab_size, self._metrics = limits, model, vocab_size, metrics
         self._batch = self._new_batch()
         self._running: dict[int, _Choice] = {}  # by handle; only the decoding thread changes it
         self._changed = threading.Condition()  # held to change what follows
@@ -141,7 +142,7 @@ class DecodeLoop:
         self._thread.join()
 
     def _new_batch(self) -> Batch:
-        return Batch(self._model, self.limits.rows, _PREFILL_TOKENS)
+        return Batch(self._model, self.limits.rows, _PREFILL_TOKENS, self._vocab_size)
 
     def _run(self) -> None:
         while self._await_work():

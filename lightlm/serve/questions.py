@@ -1,12 +1,14 @@
 """From the fields of a request to rows of the decoding loop."""
 
+import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lightlm.checkpoint import LoadedModel
-from lightlm.errors import LightLMError, UsageError
+from lightlm.errors import LightLMError
 from lightlm.generate.batch import Request
+from lightlm.generate.prompts import encode_chat, encode_prompt
 from lightlm.serve.errors import RequestError
 from lightlm.serve.fields import Body, ChatBody, CompletionBody
 from lightlm.serve.text import ChoiceText
@@ -32,15 +34,18 @@ class Reader:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.name, self.context = loaded.name, loaded.model.config.max_seq_len
-        self.chats = False
         self._tokenizer = loaded.tokenizer
+        self.chats = "chat_template" in loaded.tokenizer.settings  # whether the model answers messages
 
     def completion(self, body: CompletionBody) -> Question:
         """Return the question of a body of /v1/completions."""
         self.check_model(body.model)
         if body.echo and body.logprobs is not None:
             raise RequestError("echo with logprobs is not supported; `lightlm eval` scores texts", param="echo")
-        prompts = [self._encode(given) if isinstance(given, str) else self._checked(given) for given in body.prompts]
+        prompts = [
+            self._encode(given, body.parse_special) if isinstance(given, str) else self._checked(given)
+            for given in body.prompts
+        ]
         texts = [given if isinstance(given, str) else self._tokenizer.decode(given) for given in body.prompts]
         echoes = [text for text in texts for _ in range(body.n)] if body.echo else []
         return self._question(body, prompts, body.max_tokens, body.logprobs, echoes)
@@ -48,7 +53,16 @@ class Reader:
     def chat(self, body: ChatBody) -> Question:
         """Return the question of a body of /v1/chat/completions."""
         self.check_model(body.model)
-        raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
+        if not self.chats:
+            raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
+        messages = [{"role": each.role, "content": each.text, "name": each.name} for each in body.messages]
+        tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        logprobs = body.top_logprobs if body.logprobs else None
+        with _named("messages"):
+            for each in body.messages:
+                f"{each.role}{each.text}{each.name}".encode()
+            _, ids = encode_chat(self._tokenizer, messages, parse_special=body.parse_special)
+        return self._question(body, [self._fitting(ids, "messages")], tokens, logprobs, [])
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError unless this is the model's name, or none is given."""
@@ -60,42 +74,52 @@ class Reader:
         self, body: Body, prompts: Sequence[list[int]], tokens: int | None, logprobs: int | None, echoes: list[str]
     ) -> Question:
         sampling, stops = body.sampling, body.stops
-        try:
+        with _named("logit_bias"):
             sampling.check_ids(self._tokenizer.vocab_size)
-        except UsageError as error:
-            raise RequestError(str(error), param="logit_bias") from None
+        most = self.context if tokens is None else tokens
+        if most < sampling.min_new_tokens:
+            message = f"min_new_tokens is {sampling.min_new_tokens}, above the {most} tokens that the answer may have"
+            raise RequestError(message, param="min_new_tokens")
         seed = secrets.randbits(63) if body.seed is None else body.seed
         rows: list[tuple[Request, ChoiceText]] = []
         for ids in [ids for ids in prompts for _ in range(body.n)]:
             request = Request(
                 ids=ids,
-                max_new_tokens=self.context if tokens is None else tokens,
+                max_new_tokens=most,
                 sampling=sampling,
                 seed=seed,
                 sample=len(rows),  # as `lightlm.generate` numbers the rows of several prompts and samples
-                stop_ids={self._tokenizer.end_of_text_id},
+                stop_ids=self._tokenizer.end_ids,
                 # 0 alternatives ask for the token's own probability all the same.
                 logprobs=0 if logprobs is None else max(logprobs, 1),
             )
-            rows.append((request, ChoiceText(self._tokenizer, stops)))
+            rows.append((request, ChoiceText(self._tokenizer, ids, stops, sampling.min_new_tokens)))
         return Question(rows, sum(map(len, prompts)), echoes)
 
-    def _encode(self, text: str) -> list[int]:
-        try:
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        with _named("prompt"):
             text.encode()
-            ids = self._tokenizer.encode(text) or [self._tokenizer.end_of_text_id]
-        except (UnicodeEncodeError, LightLMError) as error:  # half of a surrogate pair, which JSON can spell
-            raise RequestError(f"prompt: this text cannot be encoded: {error}", param="prompt") from None
-        return self._fitting(ids)
+            return self._fitting(encode_prompt(self._tokenizer, text, parse_special=parse_special), "prompt")
 
     def _checked(self, ids: list[int]) -> list[int]:
         if wrong := [index for index in ids if not 0 <= index < self._tokenizer.vocab_size]:
             size = self._tokenizer.vocab_size
             raise RequestError(f"prompt: {wrong[0]} is not a token id; they are below {size:,}", param="prompt")
-        return self._fitting(ids)
+        return self._fitting(ids, "prompt")
 
-    def _fitting(self, ids: list[int]) -> list[int]:
+    def _fitting(self, ids: list[int], param: str) -> list[int]:
         if len(ids) > self.context:
             message = f"the prompt has {len(ids):,} tokens, the model's context holds {self.context:,}; shorten it"
-            raise RequestError(message, param="prompt", code="context_length_exceeded")
+            raise RequestError(message, param=param, code="context_length_exceeded")
         return ids
+
+
+@contextlib.contextmanager
+def _named(param: str) -> Iterator[None]:
+    """Context manager that turns an error about a field into the answer that names it."""
+    try:
+        yield
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise RequestError(f"{param}: the text is not Unicode: {error.reason}", param=param) from None
+    except LightLMError as error:
+        raise RequestError(f"{param}: {error}", param=param) from None

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.generate.batch import NewToken
-from lightlm.generate.engine import TextStream
+from lightlm.generate.text import TextStream
 
 FinishReason = Literal["stop", "length"]  # of OpenAI's API, where a full context is a length, too
 
@@ -39,54 +39,43 @@ class Piece:
 class ChoiceText:
     """The text of one choice.
 
-    Text that may be the beginning of a stop text waits until it is known; so do tokens that end inside a character.
+    Text that may be the beginning of a stop text waits until that is known; so do tokens that end inside a character.
 
     Args:
+        prompt_ids: the tokens before the choice.
         stops: texts that end the choice; none of them is part of it.
+        free_tokens: in the text of so many tokens, stop texts are not looked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self._stream, self._stops = TextStream(tokenizer), stops
-        self._taken = 0
-        self._sent = 0  # characters
-        self._held = ""  # decoded, but may begin a stop text
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str] = (), free_tokens: int = 0
+    ) -> None:
+        self._stream = TextStream(tokenizer, prompt_ids, stops, free_tokens)
+        self._whole = TextStream(tokenizer, prompt_ids)  # also what waits: where each token begins
+        self._taken = self._sent = self._decoded = 0  # tokens, and characters of both streams
         self._tokens: list[TextToken] = []  # since the last piece
 
     def take(self, token: NewToken) -> Piece | None:
         """Return the part that this token completes, or None if all of its text waits."""
-        ended = token.finish_reason
-        if ended != "stop":
+        text, reason = "", token.finish_reason
+        if reason != "stop":
             self._taken += 1
-            self._tokens.append(TextToken(token, self._sent + len(self._held)))
-            self._held += self._stream.push(token.id)
-        if ended is not None:
-            self._held += self._stream.flush()
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            self._held = self._held[: min(found)]
-            self._tokens = [token for token in self._tokens if token.offset < self._sent + len(self._held)]
-            return self._release(len(self._held), "stop")
-        if ended is not None:
-            return self._release(len(self._held), "stop" if ended == "stop" else "length")
-        count = len(self._held) - _beginning(self._held, self._stops)
-        return self._release(count, None) if count else None
-
-    def _release(self, count: int, reason: FinishReason | None) -> Piece:
-        text, self._held = self._held[:count], self._held[count:]
-        self._sent += count
+            self._tokens.append(TextToken(token, self._decoded))
+            self._decoded += len(self._whole.push(token.id))
+            text = self._stream.push(token.id)
+        if reason is not None:
+            text += self._stream.flush()
+        self._sent += len(text)
+        if self._stream.stop is not None or reason is not None:
+            stopped = self._stream.stop is not None
+            told = [each for each in self._tokens if not stopped or each.offset < self._sent]
+            return Piece(text, tuple(told), self._taken, "stop" if stopped or reason == "stop" else "length")
+        if not text:
+            return None
         # A token that begins in text that waits belongs to the part that has its text.
-        now = [token for token in self._tokens if reason or token.offset < self._sent]
-        self._tokens = self._tokens[len(now) :]
-        return Piece(text, tuple(now), self._taken, reason)
-
-
-def _beginning(text: str, stops: Sequence[str]) -> int:
-    """Return how many characters at the end of a text may begin a stop text."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for count in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-count:]) for stop in stops):
-            return count
-    return 0
+        told = [each for each in self._tokens if each.offset < self._sent]
+        self._tokens = self._tokens[len(told) :]
+        return Piece(text, tuple(told), self._taken)
 
 
 class TokenBytes:

@@ -15,7 +15,7 @@ def tokenizer() -> Tokenizer:
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...], end: str = "length") -> list[Piece]:
-    text, pieces = ChoiceText(tokenizer, stops), []
+    text, pieces = ChoiceText(tokenizer, [], stops), []
     for i, token in enumerate(ids):
         last = end if i == len(ids) - 1 else None
         piece = text.take(NewToken(0, token, last))
@@ -69,7 +69,7 @@ def test_a_stop_token_is_no_part_of_the_text(tokenizer: Tokenizer) -> None:
 
 
 def test_text_that_may_begin_a_stop_text_waits(tokenizer: Tokenizer) -> None:
-    text = ChoiceText(tokenizer, ("cats",))
+    text = ChoiceText(tokenizer, [], ("cats",))
     made = [text.take(NewToken(0, token)) for token in tokenizer.encode("a cat")]
     assert "".join(piece.text for piece in made if piece) == "a "
     assert text.take(NewToken(0, tokenizer.encode(" ")[0])).text == "cat "
