@@ -83,11 +83,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Context manager that gives the name of a temporary file to write, and replaces `path` by it after the block.
-
-    A kill at any instant leaves the old or the new content. Several processes may do so.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` atomically: a kill at any instant leaves the old or the new content. Several processes may do so.
 
     Raises:
         DiskFullError: there is no room; `path` is unchanged.
@@ -99,19 +96,13 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         with writing(path):
-            yield temporary
+            temporary.write_bytes(content)
             sync_file(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` atomically; see `new_file`."""
-    with new_file(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -90,6 +90,12 @@ def lost_output() -> OSError | None:
     return None if failure is None or failure.errno == errno.EPIPE else failure
 
 
+def write_utf8() -> None:
+    """Let standard output write UTF-8 whatever the locale: a model's text has any characters, and files no locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
 def print_json(document: Any) -> None:
     """Print the one JSON document that `--json` promises on standard output."""
     if not out.quiet:

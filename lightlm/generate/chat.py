@@ -25,7 +25,6 @@ MARKED = f"{_OPEN}(.*?){_CLOSE}"
 
 # What a template may call; the other functions that Jinja offers are of no use in one.
 _GLOBALS = ("range", "namespace")
-NO_TEMPLATE = "the model has no chat template: it continues texts and knows no turns; leave out the conversation"
 
 
 class ChatTemplate:
@@ -48,7 +47,9 @@ class ChatTemplate:
         """Return the template of a tokenizer's model. Raises UsageError if it has none."""
         source = tokenizer.settings.get("chat_template")
         if source is None:
-            raise UsageError(NO_TEMPLATE)
+            raise UsageError(
+                "the model has no chat template: it continues texts and knows no turns; give it a text, without --chat"
+            )
         roles = {role: token for role, token in tokenizer.settings.items() if role != "chat_template"}
         return cls(source, {role: token for role, token in roles.items() if isinstance(token, str)})
 

@@ -38,6 +38,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max-new-tokens must be at least 1, is {self.max_new_tokens}")
+        if self.max_new_tokens < self.sampling.min_new_tokens:
+            least, most = self.sampling.min_new_tokens, self.max_new_tokens
+            raise UsageError(f"min-new-tokens is {least}, above max-new-tokens, which is {most}")
         if "" in self.stop:
             raise UsageError("a stop string is empty; leave it out")
 
@@ -65,6 +68,27 @@ class Settings:
                 place = own if name in _own() else sampling
                 place[name] = _validated(name, value, changeable()[name])
         return replace(self, **own, sampling=replace(self.sampling, **sampling))
+
+
+# Settings of transformers' generation_config.json -> ours.
+_SUGGESTED = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+}
+
+
+def suggestions(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling settings that a model's generation_config suggests, under our names."""
+    return {
+        ours: generation_config[theirs]
+        for theirs, ours in _SUGGESTED.items()
+        if generation_config.get(theirs) is not None
+    }
 
 
 @functools.cache

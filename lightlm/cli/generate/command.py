@@ -1,15 +1,15 @@
-"""`lightlm generate`: continue a text with a model."""
+"""`lightlm generate`: continue texts and answer messages with a model."""
 
 import re
-import sys
-import time
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from lightlm.cli.console import console, print_json
+from lightlm.cli.console import console, print_json, write_utf8
+from lightlm.cli.generate.input import read_prompt
 from lightlm.cli.generate.options import (
     FrequencyPenaltyOption,
     LogitBiasOption,
@@ -25,10 +25,8 @@ from lightlm.cli.generate.options import (
     read_sampling,
 )
 from lightlm.errors import UsageError
-
-if TYPE_CHECKING:
-    from lightlm.data.tokenizer import Tokenizer
-    from lightlm.generate.engine import Completion
+from lightlm.generate.sampling import DEFAULT
+from lightlm.generate.settings import suggestions
 
 WeightsOption = Annotated[  # also of `convert` and `eval`
     str | None,
@@ -45,8 +43,8 @@ class PromptCommand(TyperCommand):
     """A command whose prompt may begin with a dash, such as "- milk"."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--" not in args and (prompts := [text for text in args if _SENTENCE.match(text)]):
-            args = [*(text for text in args if text not in prompts), "--", *prompts]
+        if "--" not in args and (prompts := self._sentences(args)):
+            args = [*(text for place, text in enumerate(args) if place not in prompts), "--", *prompts.values()]
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
@@ -57,14 +55,22 @@ class PromptCommand(TyperCommand):
                 f'there is no option {unknown}; write -- before a prompt that begins with a dash: generate -- "-5"'
             ) from None
 
+    def _sentences(self, args: list[str]) -> dict[int, str]:
+        """Return the arguments that look like a prompt with a dash, by place, without values of options."""
+        taking = {name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts}
+        before = ["", *args]
+        return {place: text for place, text in enumerate(args) if _SENTENCE.match(text) and before[place] not in taking}
+
 
 def generate(
     prompt: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="PROMPT", help="Text to continue; `-` reads it from standard input, an empty one starts a new text."
+            metavar="PROMPT",
+            help="Text to continue; `-` reads it from standard input, an empty one starts a new text.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +79,61 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Number of continuations of the prompt.")] = 1,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.", show_default=False)
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="Type prompts one after the other; /help lists commands.")
+    ] = False,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="IN",
+            help='Answer each line of a file, such as {"prompt": "Once"}; `-` is standard input. Needs --out.',
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="The file of answers to --jsonl. The same command resumes an interrupted one.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most lines of --jsonl that are answered at a time.")
+    ] = 16,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message; the model's chat template is applied.")
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="System message before a conversation (--chat).", show_default=False),
+    ] = None,
+    parse_special: Annotated[
+        bool, typer.Option("--parse-special", help="Read special tokens that a prompt spells as such, not as text.")
+    ] = False,
+    truncate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="left",
+            help="Drop the beginning of a prompt past the context. [dim]Default: such a prompt is an error[/]",
+            show_default=False,
+        ),
+    ] = None,
+    sliding_window: Annotated[
+        bool, typer.Option("--sliding-window", help="Go past a full context: drop its oldest half, read the rest anew.")
+    ] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End before this text, which may spell special tokens; repeatable. \\\\n is a line break.",
+            show_default=False,
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of continuations of each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per continuation.")] = 200,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
@@ -96,15 +156,24 @@ def generate(
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Continue a text with a model. The text streams to the terminal."""
+    """Continue a text with a model, or answer messages (--chat). The text streams to the terminal."""
     from lightlm import choices
     from lightlm.convert.formats import require_average
     from lightlm.convert.load import is_hub_id, load_pretrained, locate
+    from lightlm.generate.settings import Settings
 
     choices.check_device(device)
     choices.check_dtype(dtype)
     choices.check_weights(weights)
-    prompt = _checked(_standard_input() if prompt == "-" else prompt)
+    _check_mode(prompt, prompt_file, interactive=interactive, jsonl=jsonl, out=out)
+    if truncate not in (None, "left"):
+        raise UsageError(f"--truncate {truncate}: write left, which drops the beginning of a prompt past the context")
+    if system is not None and not chat and jsonl is None:
+        raise UsageError("--system is the first message of a conversation; add --chat")
+    if interactive and (num_samples > 1 or as_json):
+        raise UsageError("--interactive shows one answer at a time; leave out --num-samples and --json")
+    if logprobs is not None and not (as_json and jsonl is None):
+        raise UsageError("--logprobs needs --json, which prints them, and one prompt")
     sampling = read_sampling(
         temperature=temperature,
         top_k=top_k,
@@ -118,8 +187,14 @@ def generate(
         logit_bias=logit_bias,
         min_new_tokens=min_new_tokens,
     )
-    if logprobs is not None and not as_json:
-        raise UsageError("--logprobs needs --json, which prints them")
+    ends = tuple(text.replace("\\n", "\n") for text in stop or ())
+    settings = Settings(sampling, max_new_tokens, seed, ends, sliding_window)
+    text = None if interactive or jsonl else read_prompt(prompt, prompt_file)
+    rows = None
+    if jsonl is not None:
+        from lightlm.cli.generate.rows import read_rows
+
+        rows = read_rows(jsonl, settings, chat=chat, system=system)
     if checkpoint is None or not is_hub_id(checkpoint):
         path = locate(checkpoint)
         if weights is not None:
@@ -127,106 +202,88 @@ def generate(
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.cpu import FEW_SLICES, use_threads
     from lightlm.device import keep_freed_memory, pick_device, pick_dtype
-    from lightlm.generate import engine
-    from lightlm.generate.prompts import encode_prompt
-    from lightlm.generate.text import TextStream, text_of
+    from lightlm.generate.prompts import PromptReader
 
     target = pick_device(device)
     if target.type == "cpu":
         keep_freed_memory()
-        use_threads("auto", lambda message: console.print(f"Note: {message}", markup=False), slices=FEW_SLICES)
+        use_threads("auto", _note, slices=FEW_SLICES)
     if dtype == "auto" and target.type == "cpu":
         # One token at a time, bf16 is slower even with AVX512-BF16: 10 tokens/s against 26 (SmolLM2-135M, 2 threads).
         dtype = "float32"
     loaded = load_pretrained(checkpoint, target, pick_dtype(dtype, target), weights)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    ids = encode_prompt(tokenizer, prompt)
-    engine.check([ids], max_new_tokens, model.config.max_seq_len, sampling)
-    sampling.check_ids(tokenizer.vocab_size)
-    stream = TextStream(tokenizer, ids)
+    sampling.check_ids(loaded.tokenizer.vocab_size)
+    context = loaded.model.config.max_seq_len
+    reader = PromptReader(loaded.tokenizer, context, parse_special, truncate is not None, _noted_once())
+    write_utf8()
+    suggested = suggestions(loaded.tokenizer.generation_config)
+    if suggested and sampling == DEFAULT:
+        _note(f"the model's files suggest {_listed(suggested)}; without such options LightLM uses its own defaults")
+    if rows is not None:
+        from lightlm.cli.generate.jsonl import answer_rows, describe
 
-    def write(text: str) -> None:
-        if not as_json:
-            sys.stdout.write(text)  # unchanged: rich would read [brackets] in it as markup
-            sys.stdout.flush()
+        assert jsonl is not None
+        assert out is not None
+        facts = answer_rows(loaded, reader, rows, out, source=jsonl, num_samples=num_samples, batch_size=batch_size)
+        console.print(describe(facts), style="dim", markup=False, soft_wrap=True)
+        if as_json:
+            print_json({"model": loaded.name, "path": str(loaded.path), **facts})
+    elif interactive:
+        from lightlm.cli.generate.interactive import Session
 
-    def on_token(row: int, token: int) -> None:
-        if row == 0:  # a terminal shows one text at a time
-            write(stream.push(token))
+        Session(loaded, reader, settings, chat, system).run()
+    else:
+        from lightlm.cli.generate.single import Single
 
-    write(prompt)
-    started = time.perf_counter()
-    samples = engine.generate(
-        model,
-        [ids],
-        max_new_tokens,
-        sampling,
-        seed,
-        tokenizer.end_ids,
-        on_token,
-        num_samples,
-        tokenizer.vocab_size,
-        logprobs or 0,
-    )
-    seconds = time.perf_counter() - started
-    write(stream.flush() + "\n")
-    texts = [text_of(tokenizer, ids, sample.ids) for sample in samples]
-    for text in texts[1:]:
-        write(f"\n---\n{prompt}{text}\n")
-    if as_json:
-        print_json(
-            {
-                "model": loaded.name,
-                "path": str(loaded.path),
-                "prompt": prompt,
-                "seed": seed,
-                "sampling": asdict(sampling),
-                "samples": [
-                    {"text": text, "ids": sample.ids, "finish_reason": sample.finish_reason}
-                    | ({"logprobs": _log_probs(tokenizer, sample)} if logprobs else {})
-                    for text, sample in zip(texts, samples, strict=True)
-                ],
-            }
-        )
-    for number, sample in enumerate(samples, 1):
-        if sample.finish_reason == "context":
-            context = model.config.max_seq_len
-            console.print(f"Sample {number} ended early: the model's context of {context:,} tokens is full.")
-    tokens = sum(len(sample.ids) for sample in samples)
-    console.print(f"[dim]{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s[/]")
+        assert text is not None
+        messages = _messages(text, system) if chat else None
+        ids = reader.read_chat(messages, max_new_tokens) if messages else reader.read(text, max_new_tokens)
+        single = Single(loaded, text, ids, settings, messages, suggested)
+        single.run(num_samples, as_json=as_json, logprobs=logprobs or 0)
 
 
-def _log_probs(tokenizer: "Tokenizer", sample: "Completion") -> list[dict[str, Any]]:
-    """Return each token with its log-probability and the most likely tokens at its place, named as in OpenAI's API."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.special_tokens.get(token) or tokenizer.decode([token])
-        return {"id": token, "token": text, "logprob": logprob}
-
-    return [
-        entry(token, found.chosen) | {"top_logprobs": [entry(*pair) for pair in found.top]}
-        for token, found in zip(sample.ids, sample.log_probs, strict=True)
-    ]
-
-
-def _standard_input() -> str:
-    """Return the text on standard input without its last line break, which a shell adds."""
-    if sys.stdin.isatty():
-        console.print("[dim]Type the prompt; Ctrl-D ends it (on Windows Ctrl-Z and Enter).[/]")
-    text = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
-    return text.removesuffix("\n")
-
-
-def _checked(prompt: str) -> str:
-    """Return the prompt if it is UTF-8.
-
-    Raises:
-        UsageError: it is not. Python keeps such bytes as lone surrogates.
-    """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
+def _check_mode(
+    prompt: str | None, prompt_file: Path | None, *, interactive: bool, jsonl: Path | None, out: Path | None
+) -> None:
+    """Raise UsageError unless the command line names one source of prompts."""
+    given = {
+        "a prompt": prompt is not None,
+        "--prompt-file": prompt_file is not None,
+        "--interactive": interactive,
+        "--jsonl": jsonl is not None,
+    }
+    named = [name for name, there in given.items() if there]
+    if not named:
         raise UsageError(
-            f"the prompt is not valid UTF-8 at character {error.start + 1}; type it again, or set a UTF-8 locale"
-        ) from None
-    return prompt
+            'there is no prompt: write one (lightlm generate "Once"), `-` for standard input, --prompt-file FILE, '
+            "--interactive, or --jsonl IN --out OUT"
+        )
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} exclude each other; name one of them")
+    if (jsonl is None) != (out is None):
+        raise UsageError("--jsonl IN and --out OUT go together: prompts and answers")
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, Any]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": text}]
+
+
+def _note(message: str) -> None:
+    console.print(f"Note: {message}", markup=False, soft_wrap=True)
+
+
+def _noted_once() -> Callable[[str], None]:
+    """Return a function that prints each note the first time."""
+    seen: set[str] = set()
+
+    def note(message: str) -> None:
+        if message not in seen:
+            seen.add(message)
+            _note(message)
+
+    return note
+
+
+def _listed(suggested: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in suggested.items())

@@ -1,0 +1,119 @@
+"""Where prompts of `lightlm generate` come from: an argument, a file, standard input, or a person who types."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightlm.cli.console import console
+from lightlm.errors import LightLMError, UsageError
+
+BLOCK = '"""'  # before the first and after the last line of a text of several lines
+_HISTORY_LINES = 1000
+
+
+def read_prompt(argument: str | None, file: Path | None) -> str:
+    """Return the prompt that the command line names. Its last line break, which an editor or shell adds, is dropped.
+
+    Raises:
+        LightLMError: the file cannot be read.
+        UsageError: the prompt is not UTF-8.
+    """
+    if file is not None:
+        try:
+            text = decoded(file.read_bytes())
+        except OSError as error:
+            raise LightLMError(f"--prompt-file {file} cannot be read: {error.strerror}") from None
+        return checked(text.removesuffix("\n"))
+    if argument == "-":
+        if sys.stdin.isatty():
+            console.print("[dim]Type the prompt; Ctrl-D ends it (on Windows Ctrl-Z and Enter).[/]")
+        return checked(decoded(sys.stdin.buffer.read()).removesuffix("\n"))
+    assert argument is not None
+    return checked(argument)
+
+
+def decoded(content: bytes) -> str:
+    """Return UTF-8 as text with plain line breaks; bytes that are not UTF-8 become lone surrogates, see `checked`."""
+    return content.decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
+
+
+def checked(prompt: str) -> str:
+    """Return the prompt if it is UTF-8.
+
+    Raises:
+        UsageError: it is not. Python keeps such bytes as lone surrogates.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt is not valid UTF-8 at character {error.start + 1}; type it again, or set a UTF-8 locale"
+        ) from None
+    return prompt
+
+
+class Entries:
+    """What a person types, entry by entry, or the lines of a pipe.
+
+    An entry is a line. It goes on in the next one after a backslash at its end, or until `\"\"\"` if it begins so. On a
+    terminal, lines can be edited and recalled, also those of earlier sessions, where Python has readline.
+    """
+
+    def __init__(self) -> None:
+        # Python's `input` edits lines only if both ends are the terminal; with another output it would write into that.
+        self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def next(self) -> str:
+        """Return the next entry.
+
+        Raises:
+            EOFError: the input has ended.
+            KeyboardInterrupt: Ctrl-C was pressed; what was typed is dropped.
+            UsageError: the entry is not UTF-8.
+        """
+        line = self._line("> ")
+        if line.startswith(BLOCK):
+            lines = [line.removeprefix(BLOCK)]
+            while not lines[-1].endswith(BLOCK):
+                lines.append(self._line(". "))
+            return checked("\n".join(lines).removesuffix(BLOCK))
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + self._line(". ")
+        return checked(line)
+
+    def _line(self, prompt: str) -> str:
+        if self.terminal:
+            return input(prompt)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            raise EOFError
+        return decoded(line).removesuffix("\n")
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """Context manager in which lines typed at a terminal are edited and kept for the next session, if possible."""
+    try:
+        import readline
+    except ImportError:  # Windows, whose console edits and recalls lines itself
+        yield
+        return
+    path = history_file()
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        readline.set_history_length(_HISTORY_LINES)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.write_history_file(path)
+
+
+def history_file() -> Path:
+    """Return the file of the lines typed in earlier sessions, which only its owner may read."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "lightlm" / "history"
