@@ -1,17 +1,32 @@
 """How a task wants its answers generated: lm-eval's `generation_kwargs`, with the meaning of every key."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from lightlm.errors import UsageError
-from lightlm.generate.sampling import GREEDY, Sampling
+from lightlm.generate.sampling import Sampling
 
 _MAX_NEW_TOKENS = 256  # lm-eval's default if a task sets none
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one setting
-_KNOWN = {"until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks", "max_length"}
+# Settings of transformers and vLLM: their name in `Sampling`, and how to read a value.
+_FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "temperature": ("temperature", float),
+    "top_k": ("top_k", lambda value: int(value) if int(value) > 0 else None),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "typical_p": ("typical_p", float),
+}
+_ADJUSTMENTS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # which greedy answers follow too
+    "repetition_penalty": ("repetition_penalty", float),
+    "presence_penalty": ("presence_penalty", float),
+    "frequency_penalty": ("frequency_penalty", float),
+    "no_repeat_ngram_size": ("no_repeat_ngram", int),
+    "min_new_tokens": ("min_new_tokens", int),
+}
+_KNOWN = {"until", "do_sample", "max_gen_toks", "max_length", *_FILTERS, *_ADJUSTMENTS}
 
 # Settings of transformers and vLLM that LightLM lacks, each with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -22,16 +37,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "diversity_penalty": (0,),
     "penalty_alpha": (0,),
-    "repetition_penalty": (1,),
     "encoder_repetition_penalty": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "min_length": (0,),
-    "min_new_tokens": (0,),
-    "min_p": (0,),
-    "typical_p": (1,),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
     "use_cache": (True, False),
@@ -75,11 +83,11 @@ class Generation:
             new_tokens = kwargs["max_gen_toks"]
             if max_length is not None and not any(name in given for name in _LENGTHS):
                 new_tokens = 1
-            sampling = GREEDY
-            if kwargs.get("do_sample"):
-                top_k = int(kwargs.get("top_k", 0))
-                temperature, top_p = (float(kwargs.get(key, 1.0)) for key in ("temperature", "top_p"))
-                sampling = Sampling(temperature, top_k if top_k > 0 else None, top_p)
+            drawn = kwargs.get("do_sample")
+            readers = (_FILTERS if drawn else {}) | _ADJUSTMENTS
+            values: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0} if drawn else {"temperature": 0.0}
+            values |= {name: read(kwargs[key]) for key, (name, read) in readers.items() if key in kwargs}
+            sampling = Sampling(**values)
         except (TypeError, ValueError) as error:
             raise UsageError(f"generation_kwargs: {error}") from None
         if new_tokens < 1 or (max_length is not None and max_length < 1):

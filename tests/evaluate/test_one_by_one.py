@@ -201,16 +201,21 @@ def test_cut_prompts_are_counted_in_table_and_facts(write: Callable[..., None]) 
 
 
 def test_settings_of_generation_have_a_meaning_or_are_named(write: Callable[..., None]) -> None:
-    write(**GENERATED, generation_kwargs="{until: ['.'], max_gen_toks: 4, num_beams: 4, repetition_penalty: 1.3}")
+    write(**GENERATED, generation_kwargs="{until: ['.'], max_gen_toks: 4, num_beams: 4, eta_cutoff: 0.1}")
     done = run()
     assert done.exit_code == 0, done.exception
-    assert done.stderr.count("num_beams: 4, repetition_penalty: 1.3 is not supported and ignored") == 1
+    assert done.stderr.count("num_beams: 4, eta_cutoff: 0.1 is not supported and ignored") == 1
     for neutral in ({"top_k": 0}, {"num_beams": 1}, {"top_k": 50}, {"repetition_penalty": 1.0}, {"use_cache": True}):
         found = Generation.of({"until": ["."], "do_sample": False, **neutral})
         assert (found.sampling, found.ignored, found.new_tokens) == (GREEDY, (), 256)
     drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     assert Generation.of({**drawn, "top_k": 0}).sampling == Sampling(0.7, None, 0.9)
     assert Generation.of({**drawn, "top_k": 5, "max_new_tokens": 3}).new_tokens == 3
+    assert Generation.of({**drawn, "min_p": 0.1, "typical_p": 0.8}).sampling == Sampling(
+        0.7, None, 0.9, min_p=0.1, typical_p=0.8
+    )
+    greedy = Generation.of({"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_p": 0.1})
+    assert greedy.sampling == Sampling(0.0, repetition_penalty=1.3, no_repeat_ngram=3)
     assert Generation.of({"max_length": 30}).limit(20) == 10
     with pytest.raises(UsageError, match="until"):
         Generation.of({"until": [3]})
