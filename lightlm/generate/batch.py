@@ -11,6 +11,7 @@ which is then copied. Without requests, the memory is free.
 Shapes: B rows, T positions of a piece, V vocabulary.
 """
 
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from torch import Tensor
 from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.sampling.draw import LogProbs, Row, log_probs, sample
+from lightlm.generate.speculation import Speculation
 from lightlm.model.decoding.cache import KVCache
 from lightlm.model.transformer import Transformer
 
@@ -132,10 +134,17 @@ class Batch:
         prefill_tokens: how many prompt tokens a step reads while other rows wait for their next one, rounded up to
             whole prompts if they are short; None reads all prompts first, which takes the least time in total.
         vocab_size: the tokenizer's; ids at or above it are never drawn. None allows all ids of the model.
+        speculation: guesses several tokens at a time while there is only one request, if that is faster. A step still
+            returns one token of it.
     """
 
     def __init__(
-        self, model: Transformer, max_rows: int, prefill_tokens: int | None = None, vocab_size: int | None = None
+        self,
+        model: Transformer,
+        max_rows: int,
+        prefill_tokens: int | None = None,
+        vocab_size: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         if max_rows < 1 or (prefill_tokens is not None and prefill_tokens < 1):
             raise UsageError(f"a batch needs at least 1 row and 1 prompt token, got {max_rows} and {prefill_tokens}")
@@ -146,6 +155,8 @@ class Batch:
         self._reading: _Reading | None = None
         self._running: list[_Row] = []  # row b of the cache
         self._cache = model.new_cache(0, 0)
+        self._speculation = speculation
+        self._ahead: deque[tuple[int, LogProbs | None]] = deque()  # what the only row has drawn beyond this step
 
     def __len__(self) -> int:
         """The number of requests that are not finished."""
@@ -191,22 +202,54 @@ class Batch:
     @torch.no_grad()
     def step(self) -> list[NewToken]:
         """Compute and draw the next token of each row that has been read. Rows that finish leave the batch."""
+        started = time.perf_counter()
+        alone = len(self) == len(self._running) == 1
+        if alone and not self._ahead:
+            self._speculate()
+        if self._ahead:
+            return [self._advance(0, *self._ahead.popleft())]
         logits = [self._decode()] if self._running else []
         logits += self._prefill()
         if not logits:
             return []
         logits_BV = torch.cat(logits)
         tokens = sample(logits_BV, [row.state for row in self._running], self._vocab_size)
+        if alone and self._speculation is not None:
+            self._speculation.pace.note_plain(time.perf_counter() - started)
         told = self._log_probs(logits_BV, tokens)
-        made = []
-        for line in reversed(range(len(self._running))):  # removing a row moves only rows after it
-            row, token = self._running[line], tokens[line]
-            row.state.new.append(token)
-            reason = self._finish_reason(row, self._cache.lengths[line])
-            made.append(NewToken(row.handle, token, reason, told.get(line)))
-            if reason is not None:
-                self._remove(line)
+        lines = reversed(range(len(self._running)))  # a row that finishes moves only rows after it
+        made = [self._advance(line, tokens[line], told.get(line)) for line in lines]
         return sorted(made, key=lambda token: token.handle)
+
+    def _advance(self, line: int, token: int, told: LogProbs | None) -> NewToken:
+        """Add a token to a row, which leaves if it finishes."""
+        row = self._running[line]
+        row.state.new.append(token)
+        reason = self._finish_reason(row)
+        if reason is not None:
+            self._remove(line)
+        return NewToken(row.handle, token, reason, told)
+
+    def _speculate(self) -> None:
+        """Guess tokens of the only row, compute all in one pass, and keep those that it draws."""
+        if self._speculation is None:
+            return
+        started = time.perf_counter()
+        [row], [length] = self._running, self._cache.lengths
+        left = row.request.max_new_tokens - len(row.state.new)
+        guesses = self._speculation.guess(row.state, min(left, self.model.config.max_seq_len - length) - 1)
+        if not guesses:
+            return
+        self._make_room(length + 1 + len(guesses))
+        tokens_1T = torch.tensor([[row.state.new[-1], *guesses]], device=self.model.device)
+        logits_TV = self.model(tokens_1T, self._cache)[0]
+        tokens = self._speculation.keep(logits_TV, guesses, row.state, self._vocab_size)
+        self._cache.cut(0, length + len(tokens))
+        told: list[LogProbs] | list[None] = [None] * len(tokens)
+        if row.request.logprobs:
+            told = log_probs(logits_TV[: len(tokens)], tokens, row.request.logprobs, self._vocab_size)
+        self._ahead.extend(zip(tokens, told, strict=True))
+        self._speculation.pace.note_round(time.perf_counter() - started, len(tokens))
 
     def _rows(self) -> Iterator[_Row]:
         yield from self._running
@@ -216,6 +259,7 @@ class Batch:
             yield from rows
 
     def _remove(self, line: int) -> None:
+        self._ahead.clear()
         self._cache.remove(line)
         last = self._running.pop()
         if line < len(self._running):
@@ -301,12 +345,13 @@ class Batch:
         found = log_probs(logits_BV[lines], [tokens[line] for line in lines], max(counts.values()), self._vocab_size)
         return {line: replace(each, top=each.top[: counts[line]]) for line, each in zip(lines, found, strict=True)}
 
-    def _finish_reason(self, row: _Row, length: int) -> FinishReason | None:
+    def _finish_reason(self, row: _Row) -> FinishReason | None:
         if row.state.new[-1] in row.request.stop_ids:
             return "stop"
         if len(row.state.new) == row.request.max_new_tokens:
             return "length"
-        return "context" if length == self.model.config.max_seq_len else None
+        read = len(row.request.ids) + len(row.state.new) - 1  # the newest token is not
+        return "context" if read == self.model.config.max_seq_len else None
 
 
 def row_generator(seed: int, sample_number: int) -> torch.Generator:

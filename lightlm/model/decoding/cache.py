@@ -133,6 +133,10 @@ class KVCache:
         self.keys[:, -1, :, :length] = other.keys[:, row, :, :length]
         self.values[:, -1, :, :length] = other.values[:, row, :, :length]
 
+    def cut(self, row: int, length: int) -> None:
+        """Forget a row's positions from `length` on. The next tokens overwrite them."""
+        self.lengths[row] = min(length, self.lengths[row])
+
     def remove(self, row: int) -> None:
         """Remove a row; the last row takes its place. Without rows, memory is freed."""
         last, length = len(self.lengths) - 1, self.lengths[-1]
