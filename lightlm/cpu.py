@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightlm.model.fused import product
+from lightlm.model.products import product
 from lightlm.threads import THREADS_VARIABLE, cores
 
 _ROWS, _ROUNDS = 128, 5

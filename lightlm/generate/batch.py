@@ -13,7 +13,7 @@ Shapes: B rows, T positions of a piece, V vocabulary.
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +25,7 @@ from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.sampling.draw import LogProbs, Row, log_probs, sample
 from lightlm.generate.speculation import Speculation
+from lightlm.generate.step.fast import step_of
 from lightlm.model.decoding.cache import KVCache
 from lightlm.model.transformer import Transformer
 
@@ -136,6 +137,8 @@ class Batch:
         vocab_size: the tokenizer's; ids at or above it are never drawn. None allows all ids of the model.
         speculation: guesses several tokens at a time while there is only one request, if that is faster. A step still
             returns one token of it.
+        fast: on a CPU, decode by `step.fast`, which prepares a copy of the weights for it. The weights must not change
+            while there are requests.
     """
 
     def __init__(
@@ -145,11 +148,15 @@ class Batch:
         prefill_tokens: int | None = None,
         vocab_size: int | None = None,
         speculation: Speculation | None = None,
+        fast: bool = True,
     ) -> None:
         if max_rows < 1 or (prefill_tokens is not None and prefill_tokens < 1):
             raise UsageError(f"a batch needs at least 1 row and 1 prompt token, got {max_rows} and {prefill_tokens}")
         self.model, self.max_rows = model, max_rows
         self._prefill_tokens, self._vocab_size = prefill_tokens, vocab_size
+        self._fast = fast
+        # Computes the logits (B, V) of a step; None without running rows, as weights may change then.
+        self._next_logits: Callable[[Tensor, KVCache], Tensor] | None = None
         self._handles = 0
         self._waiting: deque[tuple[list[int], list[_Row]]] = deque()  # a prompt, and the rows that continue it
         self._reading: _Reading | None = None
@@ -264,12 +271,19 @@ class Batch:
         last = self._running.pop()
         if line < len(self._running):
             self._running[line] = last
+        if not self._running:
+            self._next_logits = None
 
     def _decode(self) -> Tensor:
         """Return the logits (B, V) after each running row's last token."""
         self._make_room(max(self._cache.lengths) + 1)
         tokens_B1 = torch.tensor([[row.state.new[-1]] for row in self._running], device=self.model.device)
-        return self.model(tokens_B1, self._cache)[:, -1]
+        if self._next_logits is None:
+            self._next_logits = (step_of(self.model) if self._fast else None) or self._plain_step
+        return self._next_logits(tokens_B1, self._cache)
+
+    def _plain_step(self, tokens_B1: Tensor, cache: KVCache) -> Tensor:
+        return self.model(tokens_B1, cache)[:, -1]
 
     def _make_room(self, num_slots: int) -> None:
         """Let the cache hold all requests, and rows of this length."""

@@ -32,6 +32,7 @@ def generate(
     num_samples: int = 1,
     vocab_size: int | None = None,
     logprobs: int = 0,
+    fast: bool = True,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
@@ -43,6 +44,7 @@ def generate(
         num_samples: continuations of each prompt, which is read once.
         vocab_size: the tokenizer's; ids at or above it are never drawn. None allows all ids of the model.
         logprobs: of how many most likely tokens the log-probability is returned at each position; 0 returns none.
+        fast: see `Batch`.
 
     Returns:
         One completion per row: all samples of the first prompt, then those of the next.
@@ -58,7 +60,7 @@ def generate(
         for index, prompt in enumerate(prompts)
         for number in range(num_samples)
     ]
-    batch = Batch(model, len(requests), vocab_size=vocab_size)
+    batch = Batch(model, len(requests), vocab_size=vocab_size, fast=fast)
     completions = dict(zip(batch.join(requests), (Completion() for _ in requests), strict=True))
     rows = {handle: row for row, handle in enumerate(completions)}
     while batch:
@@ -90,7 +92,8 @@ def sample_text(
     model.eval()
     try:
         ends, size = tokenizer.end_ids, tokenizer.vocab_size
-        [completion] = generate(model, [ids], max_new_tokens, sampling, seed, ends, vocab_size=size)
+        # A prepared copy of the weights would take memory from training, and is stale after its next step.
+        [completion] = generate(model, [ids], max_new_tokens, sampling, seed, ends, vocab_size=size, fast=False)
     finally:
         model.train(was_training)
     return text_of(tokenizer, ids, completion.ids)

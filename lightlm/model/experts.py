@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lightlm.model import fused
 from lightlm.model.config import ModelConfig
+from lightlm.model.products import batched_product
 from lightlm.model.scaling import COLUMNS, ROWS, Scaled, multiplier_shapes
 
 # Which quantile of the experts' loads (tokens per expert) the batched product covers. A larger one pads more rows, a
@@ -64,7 +65,7 @@ class Experts(nn.Module):
             return self._single(x_ND, ids_NK, weights_NK)
         return self._padded(x_ND, ids_NK, weights_NK)
 
-    def _scaled(self) -> list[Scaled]:
+    def scaled(self) -> list[Scaled]:
         """Return the weights of gate, up and down with their multipliers."""
         parts = [[getattr(self, f"{name}_{kind}", None) for kind in (ROWS, COLUMNS)] for name in PROJECTIONS]
         return [Scaled(getattr(self, name), *factors) for name, factors in zip(PROJECTIONS, parts, strict=True)]
@@ -75,14 +76,14 @@ class Experts(nn.Module):
         experts_E = torch.arange(len(self.gate_proj), device=ids_NK.device)
         ends_E = torch.searchsorted(ids_NK.flatten()[order_R], experts_E, right=True).to(torch.int32)
         x_RD = _Move.apply(x_ND.to(dtype), order_R, choices, True)
-        gate_EDF, up_EDF, down_EFD = (part.product().to(dtype).mT for part in self._scaled())
+        gate_EDF, up_EDF, down_EFD = (part.product().to(dtype).mT for part in self.scaled())
         gate_RF = F.grouped_mm(x_RD, gate_EDF, offs=ends_E)
         up_RF = F.grouped_mm(x_RD, up_EDF, offs=ends_E)
         h_RF = F.silu(gate_RF) * up_RF * weights_NK.flatten()[order_R].to(dtype)[:, None]
         return _Move.apply(F.grouped_mm(h_RF, down_EFD, offs=ends_E), order_R, choices, False)
 
     def _padded(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        parts = self._scaled()
+        parts = self.scaled()
         if fused.applies(x_ND):
             both_E2FD = fused.joined_copy(parts[:2], dim=1)
             down_EDF = fused.joined_copy(parts[2:])
@@ -98,7 +99,7 @@ class Experts(nn.Module):
         dtype, choices = compute_dtype(x_ND), ids_NK.shape[1]
         order_R = ids_NK.flatten().argsort(stable=True)
         x_RD = x_ND.to(dtype).index_select(0, order_R // choices)
-        y_RD, parts = torch.empty_like(x_RD), self._scaled()
+        y_RD, parts = torch.empty_like(x_RD), self.scaled()
         stop = 0
         for expert, rows in itertools.groupby(sorted(ids_NK.flatten().tolist())):
             start, stop = stop, stop + len(list(rows))
@@ -202,7 +203,7 @@ class _Rows:
         """Return (R, O): each row times its expert's (I, O) weight."""
         out_RO = x_RI.new_empty(len(x_RI), weights_EIO.shape[2])
         num_experts, end = len(weights_EIO), len(weights_EIO) * self.batched
-        fused.batched_product(
+        batched_product(
             x_RI[:end].view(num_experts, self.batched, x_RI.shape[1]),
             weights_EIO,
             out_RO[:end].view(num_experts, self.batched, out_RO.shape[1]),
@@ -214,7 +215,7 @@ class _Rows:
     def weight_gradient(self, grad_RO: Tensor, x_RI: Tensor, num_experts: int) -> Tensor:
         """Return the gradients (E, O, I) of the experts' (O, I) weights."""
         end = num_experts * self.batched
-        grad_EOI = fused.batched_product(
+        grad_EOI = batched_product(
             grad_RO[:end].view(num_experts, self.batched, grad_RO.shape[1]).mT,
             x_RI[:end].view(num_experts, self.batched, x_RI.shape[1]),
         )

@@ -3,14 +3,13 @@
 Each function computes what the plain operations in `norms.py`, `attention.py` and `mlp.py` compute, to rounding, in
 fewer passes over memory. Under autocast, norms and activations return bf16, where plain ones cast fp32 once for every
 product. Layers that share an input become one product. What is cheap to recompute is not saved. Parameters stay
-separate; only copies of them are joined. Products in fp32 take the faster of torch's two libraries (`product`).
+separate; only copies of them are joined. Products in fp32 take the faster of torch's two libraries (`products.py`).
 benchmarks/train.py measures the gain.
 
 Shapes: B batch, T positions, N = B T tokens, D features in, F features out, H query heads, G key/value heads, K head
 size.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightlm.model.products import product
 from lightlm.model.scaling import Linear, Scaled
 
 _PIECE = 1 << 18  # elements that `add_` adds at a time: 1 MB in fp32
-
-_ONEDNN_SIZE = 16  # least rows and columns: one register; oneDNN refuses empty matrices
 
 _copies: dict[tuple[int, ...], Tensor] | None = None
 
@@ -44,43 +42,6 @@ def applies(x: Tensor) -> bool:
 def precision() -> torch.dtype:
     """Return the precision of products where `applies`."""
     return torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-
-
-@functools.cache
-def has_slow_mkl() -> bool:
-    """Return whether fp32 products are faster in oneDNN than in MKL, which is torch's choice.
-
-    MKL has AVX-512 code only for Intel. On one core of a Zen 5, it reaches 110 GFLOP/s and oneDNN 240
-    (docs/decisions/fused-cpu-layers.md). The answer follows from the machine and not from a measurement, so that a run
-    is repeatable.
-    """
-    name = str(torch.cpu.get_capabilities().get("cpu_name", ""))
-    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return libraries and name.startswith("AMD") and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-def _takes_onednn(a: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.device.type == "cpu" and has_slow_mkl()
-
-
-def product(a_NK: Tensor, b_KM: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """Return a b + bias, a new (N, M) tensor, without a graph. Views such as transposes are not copied."""
-    if _takes_onednn(a_NK) and min(*a_NK.shape, b_KM.shape[1]) >= _ONEDNN_SIZE:
-        # torch.compile's own name for oneDNN's product; it takes (M, K).
-        linear: Tensor = torch.ops.mkldnn._linear_pointwise(a_NK, b_KM.T, bias_M, "none", [], "")
-        return linear
-    return torch.mm(a_NK, b_KM) if bias_M is None else torch.addmm(bias_M, a_NK, b_KM)
-
-
-def batched_product(a_ENK: Tensor, b_EKM: Tensor, out_ENM: Tensor | None = None) -> Tensor:
-    """Return the products of E pairs of matrices (E, N, M), as `product` does for one."""
-    if not _takes_onednn(a_ENK):
-        return torch.bmm(a_ENK, b_EKM) if out_ENM is None else torch.bmm(a_ENK, b_EKM, out=out_ENM)
-    if out_ENM is None:
-        out_ENM = a_ENK.new_empty(len(a_ENK), a_ENK.shape[1], b_EKM.shape[2])
-    for a_NK, b_KM, out_NM in zip(a_ENK, b_EKM, out_ENM, strict=True):
-        out_NM.copy_(product(a_NK, b_KM))
-    return out_ENM
 
 
 @contextmanager

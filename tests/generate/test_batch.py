@@ -56,10 +56,10 @@ events = st.lists(st.one_of(st.none(), st.lists(requests, max_size=3), st.intege
 
 @pytest.mark.parametrize("name", SHAPES)
 @settings(max_examples=20, deadline=None)
-@given(events=events, prefill_tokens=st.sampled_from([None, 1, 7, 64]))
-def test_rows_that_join_and_leave_at_any_step_are_held_to_the_full_forward_pass(name, events, prefill_tokens):
+@given(events=events, prefill_tokens=st.sampled_from([None, 1, 7, 64]), fast=st.booleans())
+def test_rows_that_join_and_leave_at_any_step_are_held_to_the_full_forward_pass(name, events, prefill_tokens, fast):
     model, sent, made, left = MODELS[name], {}, {}, set()
-    batch = Batch(model, 6, prefill_tokens)
+    batch = Batch(model, 6, prefill_tokens, fast=fast)
 
     def step() -> None:
         expected = bool(batch)
@@ -142,7 +142,7 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch):
     model, read = build("qwen3"), []
     plain = model.hidden_states
     monkeypatch.setattr(model, "hidden_states", lambda x, *rest: read.append(tuple(x.shape)) or plain(x, *rest))
-    batch = Batch(model, 4)
+    batch = Batch(model, 4, fast=False)
     batch.join([Request([1, 2, 3], 2, DRAWN, sample=sample) for sample in range(4)])
     run(batch)
     assert read == [(1, 3), (4, 1)]
@@ -158,6 +158,18 @@ def test_the_cache_holds_no_more_than_requests_may_use_and_is_freed_at_the_end()
     assert max(rows for rows, _ in shapes) == 2
     assert max(slots for _, slots in shapes) == 9 + 30 - 1
     assert batch._cache.keys.untyped_storage().nbytes() == 0
+
+
+def test_weights_that_change_between_requests_count():
+    model = build("llama")
+    batch = Batch(model, 1)
+    for _ in range(2):
+        request = Request([5, 6], 6, GREEDY, logprobs=3)
+        batch.join([request])
+        [tokens] = run(batch).values()
+        assert_is_plain(model, request, tokens)
+        with torch.no_grad():
+            model.blocks[0].mlp.up_proj.weight.mul_(-2)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing():

@@ -62,20 +62,6 @@ def test_fused_training_in_fp32_is_as_exact_as_plain(name, slow_mkl, monkeypatch
     assert any(not torch.equal(ours[key], plain[key]) for key in exact), "the fused path did not run"
 
 
-@pytest.mark.parametrize("sizes", [(0, 8, 8), (8, 0, 8), (8, 8, 0), (1, 1, 1), (16, 16, 16), (40, 1, 40), (33, 48, 17)])
-@pytest.mark.parametrize("slow_mkl", [False, True])
-def test_products_of_any_size_and_layout(sizes, slow_mkl, monkeypatch):
-    monkeypatch.setattr(fused, "has_slow_mkl", lambda: slow_mkl)
-    rows, inner, columns = sizes
-    a, b, bias = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(columns)
-    wide = torch.randn(inner, columns + 5)
-    for left, right in ((a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T), (a, wide[:, 5:])):
-        torch.testing.assert_close(fused.product(left, right), left @ right, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(fused.product(left, right, bias), left @ right + bias, atol=1e-5, rtol=1e-5)
-    pairs = torch.stack([a, a]), torch.stack([b, 2 * b])
-    torch.testing.assert_close(fused.batched_product(*pairs), torch.bmm(*pairs), atol=1e-5, rtol=1e-5)
-
-
 def test_precisions_that_it_does_not_know_take_the_plain_operations():
     assert fused.applies(torch.ones(1))
     assert not fused.applies(torch.ones(1, dtype=torch.float64))

@@ -26,6 +26,8 @@ class Step:
 class KVCache:
     """Keys and values (depth, B, H, slots, K) of every layer, with one length per row.
 
+    Both are parts of `pairs` (depth, B, 2, H, slots, K), so that one call writes both.
+
     Slot p of a row holds position p. Prompts of different lengths are padded on the right: a padding column is never
     written, and the causal mask hides every slot that a row has not reached.
 
@@ -35,17 +37,15 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.depth, batch_size, config.num_kv_heads, max_len, config.head_dim)
-        # `keys` and `values` are the rows in use, the first ones of these.
-        self._all_keys = torch.zeros(shape, device=device, dtype=dtype)
-        self._all_values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.depth, batch_size, 2, config.num_kv_heads, max_len, config.head_dim)
+        self._all = torch.zeros(shape, device=device, dtype=dtype)  # its first rows are in use
         self.lengths = [0] * batch_size
         self._limit = config.max_seq_len
         self._view()
 
     def _view(self) -> None:
-        self.keys = self._all_keys[:, : len(self.lengths)]
-        self.values = self._all_values[:, : len(self.lengths)]
+        self.pairs = self._all[:, : len(self.lengths)]
+        self.keys, self.values = self.pairs.unbind(2)
 
     @property
     def max_len(self) -> int:
@@ -95,15 +95,14 @@ class KVCache:
     def select(self, rows: list[int]) -> None:
         """Keep only these rows, in this order. A repeated row is copied, to sample a prompt many times."""
         index = torch.tensor(rows, device=self.keys.device)
-        self._all_keys = self.keys.index_select(1, index)
-        self._all_values = self.values.index_select(1, index)
+        self._all = self.pairs.index_select(1, index)
         self.lengths = [self.lengths[row] for row in rows]
         self._view()
 
     @property
     def room(self) -> tuple[int, int]:
         """The rows and slots that memory is reserved for."""
-        return self._all_keys.shape[1], self._all_keys.shape[3]
+        return self._all.shape[1], self._all.shape[4]
 
     def reserve(self, num_rows: int, num_slots: int) -> None:
         """Make room for so many rows and slots in all. Less than there is changes nothing.
@@ -117,12 +116,10 @@ class KVCache:
         if room == self.room:
             return
         rows, used = len(self.lengths), max(self.lengths, default=0)
-        for name in ("_all_keys", "_all_values"):
-            old = getattr(self, name)
-            depth, _, heads, _, size = old.shape
-            new = old.new_zeros(depth, room[0], heads, room[1], size)
-            new[:, :rows, :, :used] = old[:, :rows, :, :used]
-            setattr(self, name, new)
+        depth, _, pair, heads, _, size = self._all.shape
+        new = self._all.new_zeros(depth, room[0], pair, heads, room[1], size)
+        new[:, :rows, :, :, :used] = self._all[:, :rows, :, :, :used]
+        self._all = new
         self._view()
 
     def append(self, other: "KVCache", row: int) -> None:
@@ -130,8 +127,7 @@ class KVCache:
         length = other.lengths[row]
         self.lengths.append(length)
         self._view()
-        self.keys[:, -1, :, :length] = other.keys[:, row, :, :length]
-        self.values[:, -1, :, :length] = other.values[:, row, :, :length]
+        self.pairs[:, -1, :, :, :length] = other.pairs[:, row, :, :, :length]
 
     def cut(self, row: int, length: int) -> None:
         """Forget a row's positions from `length` on. The next tokens overwrite them."""
@@ -141,10 +137,9 @@ class KVCache:
         """Remove a row; the last row takes its place. Without rows, memory is freed."""
         last, length = len(self.lengths) - 1, self.lengths[-1]
         if row != last:
-            self.keys[:, row, :, :length] = self.keys[:, last, :, :length]
-            self.values[:, row, :, :length] = self.values[:, last, :, :length]
+            self.pairs[:, row, :, :, :length] = self.pairs[:, last, :, :, :length]
             self.lengths[row] = length
         self.lengths.pop()
         if not self.lengths:
-            self._all_keys, self._all_values = (x[:, :0, :, :0].clone() for x in (self._all_keys, self._all_values))
+            self._all = self._all[:, :0, :, :, :0].clone()
         self._view()

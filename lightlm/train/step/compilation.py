@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lightlm.errors import RecipeError
-from lightlm.model.fused import has_slow_mkl
+from lightlm.model.products import has_slow_mkl
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 

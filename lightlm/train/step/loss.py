@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightlm.model.dropout import Dropout
-from lightlm.model.fused import add_, has_slow_mkl, product
+from lightlm.model.fused import add_
 from lightlm.model.moe import Routing
+from lightlm.model.products import has_slow_mkl, product
 from lightlm.model.transformer import Transformer
 
 # Matrix units are slower on rows whose length is not a multiple of a cache line, such as GPT-2's 50,257 entries.

@@ -1,0 +1,87 @@
+"""Matrix products by the fastest library that this machine has.
+
+`product` is for many rows. `prepared` weights are for few rows, as in decoding, where a product takes the time of
+reading the weight: oneDNN then keeps it in blocks that a core reads in sequence.
+
+Shapes: N, K, M of a product (N, K) x (K, M); E pairs of matrices; F features out, D features in.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ONEDNN_SIZE = 16  # least rows and columns: one register; oneDNN refuses empty matrices
+_PACKED_ROWS = 8  # rows that oneDNN packs weights for. By benchmarks/decoding.py, such a layout suits 1 to 512 rows.
+
+Product = Callable[[Tensor], Tensor]  # x (N, D) -> (N, F)
+
+
+@functools.cache
+def has_slow_mkl() -> bool:
+    """Return whether fp32 products are faster in oneDNN than in MKL, which is torch's choice.
+
+    MKL has AVX-512 code only for Intel. On one core of a Zen 5, it reaches 110 GFLOP/s and oneDNN 240
+    (docs/decisions/fused-cpu-layers.md). The answer follows from the machine and not from a measurement, so that a run
+    is repeatable.
+    """
+    name = str(torch.cpu.get_capabilities().get("cpu_name", ""))
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and name.startswith("AMD") and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _takes_onednn(a: Tensor) -> bool:
+    return a.dtype == torch.float32 and a.device.type == "cpu" and has_slow_mkl()
+
+
+def product(a_NK: Tensor, b_KM: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """Return a b + bias, a new (N, M) tensor, without a graph. Views such as transposes are not copied."""
+    if _takes_onednn(a_NK) and min(*a_NK.shape, b_KM.shape[1]) >= _ONEDNN_SIZE:
+        # torch.compile's own name for oneDNN's product; it takes (M, K).
+        linear: Tensor = torch.ops.mkldnn._linear_pointwise(a_NK, b_KM.T, bias_M, "none", [], "")
+        return linear
+    return torch.mm(a_NK, b_KM) if bias_M is None else torch.addmm(bias_M, a_NK, b_KM)
+
+
+def batched_product(a_ENK: Tensor, b_EKM: Tensor, out_ENM: Tensor | None = None) -> Tensor:
+    """Return the products of E pairs of matrices (E, N, M), as `product` does for one."""
+    if not _takes_onednn(a_ENK):
+        return torch.bmm(a_ENK, b_EKM) if out_ENM is None else torch.bmm(a_ENK, b_EKM, out=out_ENM)
+    if out_ENM is None:
+        out_ENM = a_ENK.new_empty(len(a_ENK), a_ENK.shape[1], b_EKM.shape[2])
+    for a_NK, b_KM, out_NM in zip(a_ENK, b_EKM, out_ENM, strict=True):
+        out_NM.copy_(product(a_NK, b_KM))
+    return out_ENM
+
+
+@functools.cache
+def packs(device_type: str, dtype: torch.dtype) -> bool:
+    """Return whether oneDNN packs weights of this precision here, and has fast code for it.
+
+    AVX-512 or Arm's bf16 instructions decide for bf16, where a packed product reads memory twice as fast as a plain one
+    (AMD EPYC, Zen 5: 36 against 17 GB/s with two threads).
+    """
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def prepared(weight_FD: Tensor, bias_F: Tensor | None = None) -> Product:
+    """Return a function that computes x W^T + b for few rows x (N, D) in the weight's precision.
+
+    It holds a copy of the weight if oneDNN packs it.
+    """
+    if not packs(weight_FD.device.type, weight_FD.dtype) or min(weight_FD.shape) < _ONEDNN_SIZE:
+        return functools.partial(F.linear, weight=weight_FD, bias=bias_F)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_FD, _PACKED_ROWS)
+    linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def run(x_ND: Tensor) -> Tensor:
+        out_NF: Tensor = linear(x_ND, packed, bias_F, "none", [], "")
+        return out_NF
+
+    return run
