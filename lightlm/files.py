@@ -83,8 +83,11 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` atomically: a kill at any instant leaves the old or the new content. Several processes may do so.
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Context manager that gives the name of a temporary file to write, and replaces `path` by it after the block.
+
+    A kill at any instant leaves the old or the new content. Several processes may do so.
 
     Raises:
         DiskFullError: there is no room; `path` is unchanged.
@@ -96,13 +99,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = _temporary(path)
     try:
         with writing(path):
-            temporary.write_bytes(content)
+            yield temporary
             sync_file(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` atomically; see `new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:

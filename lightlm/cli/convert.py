@@ -11,6 +11,9 @@ from lightlm.cli.generate.command import WeightsOption
 from lightlm.convert.formats import FORMATS, Format, convert_model, format_named, format_of, read_model, reader_of
 from lightlm.errors import UsageError
 
+_QUANTIZATIONS = ", ".join(
+    f"{', '.join(known.quantizations)} ({known.name})" for known in FORMATS.values() if known.quantizations
+)
 _READ = ", ".join(known.name for known in FORMATS.values() if known.reads)
 _WRITTEN = ", ".join(known.name for known in FORMATS.values() if known.writes)
 
@@ -48,6 +51,14 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")] = "float32",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help=f"Store matrices in fewer bits: {_QUANTIZATIONS}. It takes the place of --dtype.",
+            show_default=False,
+        ),
+    ] = None,
     weights: WeightsOption = None,
     average: Annotated[
         int, typer.Option(metavar="N", min=1, help="Write the mean of the run's newest N checkpoints.")
@@ -92,14 +103,16 @@ def convert(
     writer = writer or FORMATS["hf" if reader.name == "lightlm" and not fold else "lightlm"]
     if fold and writer.folds:
         raise UsageError(f"--fold: a conversion to {writer.name} always folds; leave it out")
+    _check_quantize(quantize, writer, dtype)
     variant = (f"-average{average}" if average > 1 else "") + (f"-{weights}" if weights else "")
     if variant and reader.name != "lightlm":
         raise UsageError(f"--average and --weights are for a run of LightLM; {source} is in the format {reader.name}")
-    if reader.name == writer.name and not fold and not variant:
+    if reader.name == writer.name and not fold and not variant and not quantize:
         other = ", ".join(known.name for known in FORMATS.values() if known.writes and known.name != reader.name)
         raise UsageError(f"--to {writer.name}: {source} is in that format already; formats to convert it to: {other}")
+    variant += f"-{quantize}" if quantize else ""
     target = out_path or _default_target(model, source, writer, "folded" if fold else writer.name, variant)
-    _check_target(target, source, replace=overwrite or (out_path is None and _is_own_export(target)))
+    _check_target(target, source, replace=overwrite or (out_path is None and writer.is_own(target)))
     import torch
 
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
@@ -112,13 +125,21 @@ def convert(
         read = partial(read_model, weights=weights)
     precision = getattr(torch, dtype)
     write = partial(
-        convert_model, reader=reader, out=target, writer=writer, dtype=precision, fold=fold, verify=verify, read=read
+        convert_model,
+        reader=reader,
+        out=target,
+        writer=writer,
+        dtype=precision,
+        quantize=quantize or "",
+        fold=fold,
+        verify=verify,
+        read=read,
     )
     facts, source = with_model(model, lambda path: (write(path), path))
-    written = sorted(target.iterdir()) if target.is_dir() else [target]
+    written = sorted(target.iterdir()) if target.is_dir() else [target, *facts.pop("beside", [])]
     sizes = {path.name: path.stat().st_size for path in written}
     summary = {"source": str(source), "folder": str(target), "format": writer.name, "dtype": dtype, **facts}
-    summary |= {"weights": weights, "average": average}
+    summary |= {"quantize": quantize, "weights": weights, "average": average}
     summary |= {"files": sizes, "bytes": sum(sizes.values())}
     if as_json:
         print_json(summary)
@@ -163,13 +184,14 @@ def _default_target(model: str | None, source: Path, writer: Format, name: str, 
     return target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
 
 
-def _is_own_export(target: Path) -> bool:
-    """Return whether a path holds an earlier export that is unchanged since."""
-    if not target.exists():
-        return False
-    from lightlm.convert.huggingface.folder import is_untouched_export
-
-    return is_untouched_export(target)
+def _check_quantize(quantize: str | None, writer: Format, dtype: str) -> None:
+    """Refuse a quantization that the format does not have, or one beside a precision."""
+    if quantize is None:
+        return
+    if quantize not in writer.quantizations:
+        raise UsageError(f"--quantize {quantize}: {writer.name} does not have it; known: {_QUANTIZATIONS}")
+    if dtype != "float32":
+        raise UsageError(f"--quantize {quantize} takes the place of --dtype {dtype}; leave one of them out")
 
 
 def _check_target(target: Path, source: Path, *, replace: bool) -> None:
@@ -185,7 +207,11 @@ def _check_target(target: Path, source: Path, *, replace: bool) -> None:
 
 
 def _print(summary: dict[str, Any]) -> None:
-    rows = {"class": summary["class"], "parameters": f"{summary['parameters']:,}", "dtype": summary["dtype"]}
+    rows = {
+        "class": summary["class"],
+        "parameters": f"{summary['parameters']:,}",
+        "dtype": summary["quantize"] or summary["dtype"],
+    }
     if "max_logit_difference" in summary:
         rows["verified"] = f"logits differ by {summary['max_logit_difference']:.1e} at most"
     rows |= {name: f"{size:,} bytes" for name, size in summary["files"].items()}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lightlm.convert.gguf.format import GGUFFile
 from lightlm.convert.huggingface.format import HuggingFaceFolder
 from lightlm.errors import ConvertError, UsageError
 from lightlm.model.config import FOLDABLE_FIELDS
@@ -30,11 +31,16 @@ class Format(Protocol):
     suffix: str  # how the name of the file that it writes ends, such as .gguf; empty for a folder
     reads: bool  # whether `read` is implemented
     writes: bool  # whether `write` is implemented
+    quantizations: tuple[str, ...]  # what --quantize takes
     folds: bool  # whether learned scales are always folded; else `lightlm convert --fold` asks for it
-    verifier: str  # the package that `verify` runs, installed by "lightlm[NAME]"; empty if LightLM has all it needs
+    package: str  # what `read` and `write` need, installed by "lightlm[NAME]"; empty if LightLM has all it needs
+    verifier: str  # the package that `verify` runs, likewise
 
     def detect(self, path: Path) -> bool:
         """Return whether a path holds a model in this format; at most one format may say so."""
+
+    def is_own(self, path: Path) -> bool:
+        """Return whether a path holds what `write` wrote and nobody changed, so that replacing it loses nothing."""
 
     def refusal(self, config: "ModelConfig") -> str:
         """Return why the format cannot hold a model of this shape, or an empty string."""
@@ -45,11 +51,11 @@ class Format(Protocol):
     def read(self, path: Path) -> "LoadedModel":
         """Load a model in float32 on the CPU, in evaluation mode; raise LightLMError if that is impossible."""
 
-    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
-        """Write a model whole or not at all, in place of what `out` is.
+    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype", quantize: str = "") -> dict[str, Any]:
+        """Write a model whole or not at all, in place of what `out` is; `quantize` is one of `quantizations` or empty.
 
-        Return what the command reports: `class` (the model's name there), `parameters` (the number written), and
-        `python` (code that loads it).
+        Return what the command reports: `class` (the model's name there), `parameters` (the number written), `python`
+        (code or a command that loads it), and `beside` (files written beside `out`), if there are any.
         """
 
     def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
@@ -64,7 +70,8 @@ class CheckpointFolder:
 
     name = "lightlm"
     makes = "a checkpoint folder: model.safetensors, config.json, tokenizer.json, complete.json"
-    suffix = verifier = ""
+    suffix = package = verifier = ""
+    quantizations: tuple[str, ...] = ()
     reads = writes = True
     folds = False
 
@@ -74,6 +81,9 @@ class CheckpointFolder:
         if (path / "config.json").is_file():
             return is_checkpoint(path)
         return path.is_dir() and path.name.startswith("step_")  # an interrupted one: `read` says what is missing
+
+    def is_own(self, path: Path) -> bool:
+        return False
 
     def refusal(self, config: "ModelConfig") -> str:
         return ""
@@ -89,7 +99,7 @@ class CheckpointFolder:
 
         return load_model(path)
 
-    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
+    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype", quantize: str = "") -> dict[str, Any]:
         from lightlm.checkpoint import save_model
 
         save_model(out, copy.deepcopy(loaded.model).to(dtype), loaded.tokenizer, overwrite=True)
@@ -111,7 +121,7 @@ class CheckpointFolder:
         return 0.0
 
 
-FORMATS: dict[str, Format] = {"hf": HuggingFaceFolder(), "lightlm": CheckpointFolder()}
+FORMATS: dict[str, Format] = {"hf": HuggingFaceFolder(), "gguf": GGUFFile(), "lightlm": CheckpointFolder()}
 
 
 def format_of(path: Path) -> Format | None:
@@ -136,6 +146,7 @@ def read_model(path: Path, weights: str | None = None) -> "LoadedModel":
         weights: which of a checkpoint's two sets of weights; see `lightlm.checkpoint.load_model`.
     """
     reader = reader_of(path)
+    _require(reader.package, f"reading {path} needs", reader)
     if weights is None:
         return reader.read(path)
     from lightlm.checkpoint import load_model
@@ -170,6 +181,7 @@ def convert_model(
     writer: Format,
     dtype: "torch.dtype",
     *,
+    quantize: str = "",
     fold: bool = False,
     verify: bool = False,
     read: "Callable[[Path], LoadedModel] | None" = None,
@@ -177,6 +189,7 @@ def convert_model(
     """Convert a model, in place of what `out` is; return what `write` does, and with `verify` `max_logit_difference`.
 
     Args:
+        quantize: one of the quantizations of `writer`, in place of `dtype`.
         fold: fold learned scales into plain weights also where the format written does not demand it.
         read: loads other weights from `source` than the reader does.
 
@@ -184,25 +197,33 @@ def convert_model(
         ConvertError: the format written or the precision cannot hold this model, or `verify` found a difference.
         LightLMError: the model cannot be read.
     """
-    for known in (reader, writer) if verify else ():
-        if known.verifier and importlib.util.find_spec(known.verifier) is None:
-            missing = f"--verify compares with {known.verifier}, which is not installed"
-            raise ConvertError(f'{missing}: pip install "lightlm[{known.name}]"')
+    for known in (reader, writer):
+        _require(known.package, f"the format {known.name} needs", known)
+        if verify:
+            _require(known.verifier, "--verify compares with", known)
     loaded = (read or reader.read)(source)
     if fold and loaded.model.config.folded() == loaded.model.config:
         raise ConvertError(f"{source} has nothing to fold: it has none of model.{', model.'.join(FOLDABLE_FIELDS)}")
     if refusal := writer.refusal(loaded.model.config):
         raise ConvertError(f"{source} cannot be converted to {writer.name}: {refusal}")
+    import torch
+
     from lightlm.convert.folding import as_plain
 
     plain = as_plain(loaded) if fold or writer.folds else loaded
-    _check_range(plain, dtype)
-    facts = writer.write(plain, out, dtype)
+    _check_range(plain, torch.float16 if quantize else dtype)  # the scales of quantized blocks are float16
+    facts = writer.write(plain, out, dtype, quantize)
     if verify:
         differences = [writer.verify(plain, out, dtype), _check_fold(loaded, plain)]
         differences += [reader.verify(loaded, source, dtype)] if read is None else []
         facts["max_logit_difference"] = max(differences)
     return facts
+
+
+def _require(package: str, need: str, known: Format) -> None:
+    """Raise ConvertError unless a package that a format needs is installed."""
+    if package and importlib.util.find_spec(package) is None:
+        raise ConvertError(f'{need} {package}, which is not installed: pip install "lightlm[{known.name}]"')
 
 
 def _check_range(loaded: "LoadedModel", dtype: "torch.dtype") -> None:

@@ -154,9 +154,9 @@ def test_default_folder_of_a_hub_model(run, tmp_path, monkeypatch):
     assert json.loads(invoke("someone/Model", "--json"))["folder"] == "Model-lightlm"
 
 
-@pytest.mark.parametrize("format_", ["gguf", "onnx", ""])
+@pytest.mark.parametrize("format_", ["onnx", ""])
 def test_formats_to_come(format_, run):
-    with pytest.raises(UsageError, match="hf and lightlm"):
+    with pytest.raises(UsageError, match="hf and gguf and lightlm"):
         invoke("--to", format_)
 
 
@@ -168,7 +168,10 @@ def test_formats_to_come(format_, run):
         (["--out", STEP, "--overwrite"], "is or holds the model to convert"),
         (["--out", ".", "--overwrite"], "is or holds the model to convert"),
         (["--from", "hf"], "is not in that format"),
-        (["--from", "gguf"], "unknown format; this version converts from hf and lightlm"),
+        (["--from", "onnx"], "unknown format; this version converts from hf and gguf and lightlm"),
+        (["--quantize", "q8_0"], r"--quantize q8_0: hf does not have it; known: q8_0, q5_1, .* \(gguf\)"),
+        (["--quantize", "q3", "--to", "gguf"], "--quantize q3: gguf does not have it"),
+        (["--quantize", "q8_0", "--to", "gguf", "--dtype", "float16"], "takes the place of --dtype float16"),
         (["--out", "notes", "--overwrite"], "is not a model"),
         (["--out", "notes/todo", "--overwrite"], "is not a model"),
     ],
@@ -274,12 +277,16 @@ def test_verify_finds_a_wrong_fold(run, tokenizer, monkeypatch):
 class Archive:
     """A format as a newcomer would add it: a checkpoint folder packed into one file."""
 
-    name, suffix, makes, verifier = "archive", ".zip", "a .zip file", ""
+    name, suffix, makes, package, verifier = "archive", ".zip", "a .zip file", "", ""
+    quantizations = ()
     reads = writes = True
     folds = False
 
     def detect(self, path):
         return path.suffix == ".zip" and path.is_file()
+
+    def is_own(self, path):
+        return False
 
     def refusal(self, config):
         return "qk_norm: true" if config.qk_norm else ""
@@ -288,7 +295,7 @@ class Archive:
         shutil.unpack_archive(path, path.with_suffix(".unpacked"))
         return replace(load_model(path.with_suffix(".unpacked")), path=path)
 
-    def write(self, loaded, out, dtype):
+    def write(self, loaded, out, dtype, quantize=""):
         save_model(Path("packing"), loaded.model.to(dtype), loaded.tokenizer)
         shutil.move(shutil.make_archive("packed", "zip", "packing"), out)
         return {"class": "Archive", "parameters": 1, "python": f"unzip {out}"}
@@ -316,15 +323,54 @@ def test_a_new_format_is_one_class_and_one_registration(run, tokenizer, monkeypa
         invoke("normed", "--to", "archive")
 
 
+def test_gguf_there_and_back(run):
+    """A file and its Modelfile in the run, each replaced by a later export, and read by path like any model."""
+    pytest.importorskip("gguf")
+    summary = json.loads(invoke("--to", "gguf", "--json"))
+    assert (summary["folder"], summary["class"]) == (str(Path("runs/demo/demo.gguf")), "llama of llama.cpp")
+    assert list(summary["files"]) == ["demo.gguf", "demo.Modelfile"]
+    quantized = json.loads(invoke("--to", "gguf", "--quantize", "q8_0", "--json"))
+    assert quantized["folder"] == str(Path("runs/demo/demo-q8_0.gguf"))
+    assert quantized["files"]["demo-q8_0.gguf"] < summary["files"]["demo.gguf"]
+    assert "q8_0" in invoke("--to", "gguf", "--quantize", "q8_0")
+    back = json.loads(invoke("runs/demo/demo.gguf", "--json"))
+    assert (back["format"], back["folder"]) == ("lightlm", str(Path("runs/demo/demo-lightlm")))
+    tokens = torch.arange(9)[None]
+    for path in (Path(back["folder"]), Path("runs/demo/demo.gguf")):
+        assert torch.equal(load_pretrained(path).model(tokens), run(tokens))
+
+
+def test_gguf_of_others_is_replaced_only_with_overwrite(run):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter("runs/demo/demo.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UsageError, match=r"demo\.gguf exists already"):
+        invoke("--to", "gguf")
+    invoke("--to", "gguf", "--overwrite")
+
+
+@pytest.mark.parametrize(("package", "arguments"), [("gguf", []), ("xllamacpp", ["--verify"])])
+def test_gguf_without_its_packages(package, arguments, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "xllamacpp":
+        pytest.importorskip("gguf")
+    with pytest.raises(ConvertError, match=rf"{package}, which is not installed: pip install \"lightlm\[gguf\]\""):
+        invoke("--to", "gguf", *arguments)
+    assert not Path("runs/demo/demo.gguf").exists()
+
+
 def test_list_of_formats():
-    assert {row["format"] for row in json.loads(invoke("--list", "--json"))} == {"hf", "lightlm"}
+    assert {row["format"] for row in json.loads(invoke("--list", "--json"))} == {"hf", "gguf", "lightlm"}
     assert "checkpoint folder" in invoke("--list")
 
 
 def test_options_name_every_format():
     app = typer.Typer()
     app.command()(convert)
-    assert "hf, lightlm" in CliRunner().invoke(app, ["--help"]).output
+    assert "hf, gguf, lightlm" in CliRunner().invoke(app, ["--help"]).output
 
 
 def test_verify_without_transformers(run, monkeypatch):

@@ -18,13 +18,19 @@ class HuggingFaceFolder:
 
     name = "hf"
     makes = "a Hugging Face folder: model.safetensors, config.json, tokenizer files, README.md"
-    suffix, verifier = "", "transformers"
+    suffix, package, verifier = "", "", "transformers"
+    quantizations: tuple[str, ...] = ()
     reads = writes = folds = True
 
     def detect(self, path: Path) -> bool:
         from lightlm.checkpoint import is_checkpoint
 
         return (path / "config.json").is_file() and not is_checkpoint(path)
+
+    def is_own(self, path: Path) -> bool:
+        from lightlm.convert.huggingface.folder import is_untouched_export
+
+        return is_untouched_export(path)
 
     def refusal(self, config: "ModelConfig") -> str:
         return export_target(config).refusal
@@ -39,7 +45,7 @@ class HuggingFaceFolder:
 
         return import_huggingface(path)
 
-    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype") -> dict[str, Any]:
+    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype", quantize: str = "") -> dict[str, Any]:
         from lightlm.convert.huggingface.folder import export_huggingface
 
         loader = "AutoModelForCausalLM"

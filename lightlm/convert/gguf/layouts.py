@@ -1,0 +1,176 @@
+"""How each architecture of llama.cpp names its settings and its weights: one layout per kind of model.
+
+A file names its architecture in `general.architecture`, and its settings as `ARCHITECTURE.KEY`. `keys` are those KEYs.
+Imports nothing heavy.
+"""
+
+from dataclasses import replace
+
+from lightlm.convert.huggingface.layouts import LAYOUTS as CLASSES
+from lightlm.convert.layouts import Layout, Link, Rule, nearest_layout
+from lightlm.model.config import ModelConfig
+
+# Architectures whose rotary pairs are neighboring channels (2i, 2i + 1). Ours, and all others, are (i, i + K/2).
+NEIGHBORING_PAIRS = ("llama",)
+# Keys that repeat another one.
+REPEATED = {"attention.value_length": "attention.key_length", "rope.dimension_count": "attention.key_length"}
+GATING = {"softmax": 1, "sigmoid": 2}  # the values of expert_gating_func
+# Keys that say nothing about the shape, or what other keys and the tensors say too.
+HARMLESS = ("vocab_size", "rope.scaling.finetuned", "attention.causal")
+
+_ANY = Rule(lambda c: True)
+_RULES = {
+    **CLASSES["qwen3"].rules,
+    "vocab_size": _ANY,  # the rows of the token table
+    "tie_embeddings": _ANY,  # whether the file has `output.weight`
+    "init_std": _ANY,  # `lightlm.init_std`
+}
+_KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_layers": "block_count",
+    "num_heads": "attention.head_count",
+    "max_seq_len": "context_length",
+}
+_LLAMA_KEYS = {
+    **_KEYS,
+    "num_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+_EXPERT_KEYS = {**_LLAMA_KEYS, "num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_DENSE = {"expert_count": (0,), "expert_used_count": (0,)}
+_UNSCALED = {"rope.scaling.type": ("none",)}
+
+_ENDS = (
+    Link("token_embd", "embed_tokens"),
+    Link("output_norm", "norm"),
+    Link("output", "lm_head"),
+)
+_ATTENTION_LINKS = (
+    Link("blk.{}.attn_norm", "blocks.{}.attention_norm"),
+    Link("blk.{}.attn_q", "blocks.{}.attention.q_proj"),
+    Link("blk.{}.attn_k", "blocks.{}.attention.k_proj"),
+    Link("blk.{}.attn_v", "blocks.{}.attention.v_proj"),
+    Link("blk.{}.attn_output", "blocks.{}.attention.o_proj"),
+    Link("blk.{}.attn_q_norm", "blocks.{}.attention.q_norm"),
+    Link("blk.{}.attn_k_norm", "blocks.{}.attention.k_norm"),
+)
+_NETWORKS = ("gate", "up", "down")
+_DENSE_LINKS = tuple(Link(f"blk.{{}}.ffn_{name}", f"blocks.{{}}.mlp.{name}_proj") for name in _NETWORKS)
+_EXPERT_LINKS = (
+    Link("blk.{}.ffn_gate_inp", "blocks.{}.mlp.router"),
+    *(Link(f"blk.{{}}.ffn_{name}_exps.weight", f"blocks.{{}}.mlp.experts.{name}_proj") for name in _NETWORKS),
+)
+_MLP_NORM = Link("blk.{}.ffn_norm", "blocks.{}.mlp_norm")
+_LLAMA_LINKS = (*_ENDS, *_ATTENTION_LINKS, _MLP_NORM, *_DENSE_LINKS)
+
+_LLAMA = Layout(
+    architecture="llama",
+    base="",
+    keys=_LLAMA_KEYS,
+    fixed=CLASSES["llama"].fixed,
+    rules={**_RULES, "bias": _ANY},  # whether the file has biases
+    defaults={"attention.head_count_kv": 0, "attention.key_length": 0, "rope.freq_base": 10_000.0},
+    constants={**_DENSE, **_UNSCALED},
+    links=_LLAMA_LINKS,
+)
+
+# `gguf_layout` takes the first that expresses a configuration.
+LAYOUTS = {
+    "gpt2": Layout(
+        architecture="gpt2",
+        base="",
+        keys={**_KEYS, "norm_eps": "attention.layer_norm_epsilon"},
+        fixed=CLASSES["gpt2"].fixed,
+        rules={**CLASSES["gpt2"].rules, **_RULES},
+        defaults={},
+        constants=_DENSE,
+        links=(
+            *_ENDS,
+            Link("position_embd", "embed_positions"),
+            Link("blk.{}.attn_norm", "blocks.{}.attention_norm"),
+            Link(
+                "blk.{}.attn_qkv",
+                "blocks.{}.attention.q_proj blocks.{}.attention.k_proj blocks.{}.attention.v_proj",
+            ),
+            Link("blk.{}.attn_output", "blocks.{}.attention.o_proj"),
+            _MLP_NORM,
+            *_DENSE_LINKS,
+        ),
+    ),
+    "llama": _LLAMA,
+    "qwen3": replace(
+        _LLAMA,
+        architecture="qwen3",
+        fixed=CLASSES["qwen3"].fixed,
+        rules=_RULES,
+        defaults={**_LLAMA.defaults, "rope.freq_base": 10_000.0},
+    ),
+    "qwen3moe": Layout(
+        architecture="qwen3moe",
+        base="",
+        keys={**_EXPERT_KEYS, "moe_intermediate_size": "expert_feed_forward_length"},
+        # llama.cpp gives this architecture no dense layers, and always makes the weights of experts sum to 1.
+        fixed={**CLASSES["qwen3_moe"].fixed, "norm_topk_prob": True, "first_k_dense": 0},
+        rules={**CLASSES["qwen3_moe"].rules, **_RULES, "intermediate_size": _ANY},  # no dense layer has it
+        defaults=_LLAMA.defaults,
+        constants=_UNSCALED,
+        links=(*_ENDS, *_ATTENTION_LINKS, _MLP_NORM, *_EXPERT_LINKS),
+    ),
+    "mixtral": Layout(
+        architecture="llama",
+        base="",
+        keys={
+            **{ours: theirs for ours, theirs in _EXPERT_KEYS.items() if ours != "intermediate_size"},
+            "moe_intermediate_size": "feed_forward_length",
+        },
+        fixed=CLASSES["mixtral"].fixed,
+        rules={**CLASSES["mixtral"].rules, **_RULES},
+        defaults=_LLAMA.defaults,
+        constants=_UNSCALED,
+        links=(*_ENDS, *_ATTENTION_LINKS, _MLP_NORM, *_EXPERT_LINKS),
+    ),
+    # The most general: either router, norms of queries and keys or not, dense layers at the start, shared experts.
+    "glm4moe": Layout(
+        architecture="glm4moe",
+        base="",
+        keys={
+            **_EXPERT_KEYS,
+            "moe_intermediate_size": "expert_feed_forward_length",
+            "num_shared_experts": "expert_shared_count",
+            "first_k_dense": "leading_dense_block_count",
+            "routed_scaling_factor": "expert_weights_scale",
+            "norm_topk_prob": "expert_weights_norm",
+            "router": "expert_gating_func",
+        },
+        fixed={key: value for key, value in CLASSES["glm4_moe"].fixed.items() if key != "router"},
+        rules={**CLASSES["glm4_moe"].rules, **_RULES, "qk_norm": _ANY},  # whether the file has these norms
+        defaults={
+            **_LLAMA.defaults,
+            "leading_dense_block_count": 0,
+            "expert_weights_scale": 1.0,
+            "expert_weights_norm": False,
+            "expert_gating_func": GATING["sigmoid"],
+        },
+        constants={**_UNSCALED, "nextn_predict_layers": (0,)},
+        links=(
+            *_ENDS,
+            *_ATTENTION_LINKS,
+            Link("blk.{}.post_attention_norm", "blocks.{}.mlp_norm"),
+            *_DENSE_LINKS,
+            *_EXPERT_LINKS,
+            Link("blk.{}.exp_probs_b.bias", "blocks.{}.mlp.router.selection_bias"),
+            *(Link(f"blk.{{}}.ffn_{name}_shexp", f"blocks.{{}}.mlp.shared.{name}_proj") for name in _NETWORKS),
+        ),
+    ),
+}
+
+
+def gguf_layout(config: ModelConfig) -> tuple[str, str]:
+    """Return the layout that a configuration exports to and an empty text, or the nearest one and why it cannot."""
+    nearest, obstacles = nearest_layout(LAYOUTS, config)
+    architecture = LAYOUTS[nearest].architecture
+    refusal = f"llama.cpp's {architecture}, its nearest architecture, cannot have {obstacles}" if obstacles else ""
+    return nearest, refusal

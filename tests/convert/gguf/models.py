@@ -1,0 +1,22 @@
+"""Tiny models of every kind that llama.cpp runs."""
+
+from dataclasses import replace
+
+from tests.shapes import SHAPES
+
+_LLAMA = SHAPES["llama"]
+_MOE = replace(_LLAMA, num_experts=4, num_experts_per_tok=2)
+
+MODELS = {name: SHAPES[name] for name in ("gpt2", "llama", "qwen3", "moe", "scaled", "scaled_gpt2", "scaled_moe")}
+MODELS |= {
+    "wide": replace(_LLAMA, hidden_size=64, intermediate_size=96),
+    "narrow": replace(_LLAMA, intermediate_size=40),
+    "biases": replace(_LLAMA, bias=True),
+    "wide_heads": replace(_LLAMA, head_dim=16),
+    "repeated": replace(_LLAMA, layer_sharing=2),
+    "repeated_moe": replace(SHAPES["moe"], layer_sharing=2),
+    "mixtral": replace(_MOE, router="softmax"),
+    "qwen3moe": replace(_MOE, router="softmax", qk_norm=True),
+    "softmax": replace(_MOE, router="softmax", num_shared_experts=1, first_k_dense=1, norm_topk_prob=False),
+    "not_shared": replace(_MOE, qk_norm=True),
+}

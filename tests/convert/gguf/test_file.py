@@ -1,0 +1,152 @@
+"""GGUF files there and back, against the `gguf` package's own reader."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from lightlm.convert.folding import as_plain
+from lightlm.convert.formats import FORMATS
+from lightlm.convert.gguf.file import export_gguf, import_gguf, modelfile_path
+from lightlm.convert.gguf.layouts import LAYOUTS, gguf_layout
+from lightlm.errors import ConvertError
+from tests.convert.gguf.models import MODELS
+from tests.convert.models import loaded
+
+
+@pytest.fixture
+def write(tmp_path, tokenizer):
+    """A function that exports a model with random weights, and returns it without scales, and the file."""
+
+    def write(name, precision="float32", **changes):
+        model = as_plain(loaded(replace(MODELS[name], vocab_size=0, **changes), tokenizer))
+        export_gguf(model, tmp_path / "model.gguf", precision)
+        return model, tmp_path / "model.gguf"
+
+    return write
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_comes_back_bit_for_bit(name, write):
+    """Shape, weights, tokens; blocks that repeat come back as layers of their own, which compute the same."""
+    model, path = write(name)
+    back = import_gguf(path)
+    if model.model.config.layer_sharing == 1:
+        assert back.model.config == model.model.config
+        ours, theirs = model.model.state_dict(), back.model.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    tokens = torch.randint(model.model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(back.model(tokens), model.model(tokens))
+    assert back.tokenizer.difference(model.tokenizer) == ""
+    assert back.tokenizer.end_of_text_id == model.tokenizer.end_of_text_id
+    assert FORMATS["gguf"].shape(path) == back.model.config
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits", "error"),
+    # The largest error of a weight, as a part of the largest weight of its block of 32: half a step of the grid.
+    [
+        ("float16", 16, 2**-11),
+        ("bfloat16", 16, 2**-8),
+        ("q8_0", 8.5, 0.5 / 127 + 2**-10),
+        ("q5_0", 5.5, 1 / 16 + 2**-9),
+        ("q5_1", 6, 1 / 31 + 2**-9),
+        ("q4_0", 4.5, 1 / 8 + 2**-9),
+        ("q4_1", 5, 1 / 15 + 2**-9),
+    ],
+)
+def test_precisions(precision, bits, error, write):
+    """Matrices of the blocks lose what the type says; vectors lose nothing; tables keep 8 bits."""
+    model, path = write("wide", precision)
+    back = import_gguf(path).model.state_dict()
+    for name, weight in model.model.state_dict().items():
+        if weight.ndim < 2:
+            assert torch.equal(back[name], weight)
+        elif name != "embed_tokens.weight":
+            blocks = weight.unflatten(-1, (-1, 32))
+            limit = error * blocks.abs().amax(-1, keepdim=True)
+            assert ((back[name].unflatten(-1, (-1, 32)) - blocks).abs() <= limit).all(), name
+    reader = gguf.GGUFReader(path)
+    [matrix] = [tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_v.weight"]
+    assert matrix.n_bytes * 8 == bits * math.prod(matrix.shape)
+    [table] = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
+    assert table.n_bytes * 8 / math.prod(table.shape) == max(bits, 8.5)
+
+
+def test_quantized_rows_that_are_no_whole_blocks_are_float16(write):
+    _, path = write("narrow", "q4_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == ("F16", "Q4_0")
+
+
+def test_the_gguf_package_reads_names_shapes_and_settings(write):
+    model, path = write("moe")
+    config, reader = model.model.config, gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "glm4moe"
+    assert fields["glm4moe.attention.layer_norm_rms_epsilon"] == np.float32(config.norm_eps)
+    assert fields["glm4moe.expert_gating_func"] == 2
+    assert fields["tokenizer.ggml.tokens"][config.vocab_size - 1] == model.tokenizer.name_of(config.vocab_size - 1)
+    experts = {tensor.name: tensor for tensor in reader.tensors}["blk.1.ffn_up_exps.weight"]
+    assert np.array_equal(experts.data, model.model.blocks[1].mlp.experts.up_proj.detach().numpy())
+
+
+def test_queries_and_keys_of_llama_are_stored_in_neighboring_pairs(write):
+    """Channel i and i + K/2 of a head rotate together here, 2i and 2i + 1 in the file."""
+    model, path = write("llama")
+    size = model.model.config.head_dim
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}["blk.1.attn_k.weight"]
+    ours = model.model.blocks[1].attention.k_proj.weight.detach().numpy()
+    for row in range(len(ours)):
+        head, channel = divmod(row, size)
+        pair, second = channel % (size // 2), channel // (size // 2)
+        assert np.array_equal(stored[head * size + 2 * pair + second], ours[row])
+
+
+def test_every_layout_places_every_field():
+    """A field that no layout names must be refused where it is not at its default."""
+    for layout in LAYOUTS.values():
+        assert not set(layout.keys) & set(layout.fixed)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpt3", "sliding_window: 5"),
+        ("gated", "attention_gate: true"),
+        ("relu2", "mlp: relu2"),
+    ],
+)
+def test_what_llama_cpp_cannot_compute_is_refused(name, message, tmp_path, tokenizer):
+    from tests.shapes import SHAPES
+
+    config = replace(SHAPES[name], vocab_size=0)
+    assert message in gguf_layout(config)[1]
+    with pytest.raises(ConvertError, match=message):
+        export_gguf(loaded(config, tokenizer), tmp_path / "model.gguf", "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_the_old_file(write, monkeypatch):
+    model, path = write("llama")
+    before = path.read_bytes()
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_gguf(model, path, "q8_0")
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.Modelfile", "model.gguf"]
+
+
+def test_the_modelfile_names_the_file_and_the_context(write):
+    model, path = write("llama")
+    lines = modelfile_path(path).read_text().splitlines()
+    assert "FROM ./model.gguf" in lines
+    assert f"PARAMETER num_ctx {model.model.config.max_seq_len}" in lines
+    assert 'PARAMETER stop "<|endoftext|>"' in lines
+    assert not Path(path.parent / "Modelfile").exists()
