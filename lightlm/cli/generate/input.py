@@ -40,18 +40,18 @@ def decoded(content: bytes) -> str:
 
 
 def checked(prompt: str) -> str:
-    """Return the prompt if it is UTF-8.
+    """Return the prompt, which is UTF-8 whatever the locale.
 
     Raises:
-        UsageError: it is not. Python keeps such bytes as lone surrogates.
+        UsageError: it is not UTF-8. Python keeps bytes that are not of the locale's encoding as lone surrogates.
     """
     try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
+        return prompt.encode(errors="surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        place = len(error.object[: error.start].decode()) + 1
         raise UsageError(
-            f"the prompt is not valid UTF-8 at character {error.start + 1}; type it again, or set a UTF-8 locale"
+            f"the prompt is not valid UTF-8 at character {place}; type it again, or set a UTF-8 locale"
         ) from None
-    return prompt
 
 
 class Entries:

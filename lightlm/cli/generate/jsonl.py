@@ -61,7 +61,7 @@ def answer_rows(
     lines = _finished(out, {task.place: task.key for task in tasks})
     todo = [task for task in tasks if task.place not in lines]
     if lines and todo:
-        console.print(f"Resuming: {len(lines):,} of {len(tasks):,} answers are in {out}.", markup=False)
+        console.print(f"Resuming: {len(lines):,} of {len(tasks):,} answers are in {out}.", markup=False, soft_wrap=True)
     started, tokens = time.perf_counter(), 0
     try:
         for task, line, count in _answers(loaded, todo, batch_size, out):
@@ -71,6 +71,7 @@ def answer_rows(
         console.print(
             f"Interrupted: {len(lines):,} of {len(tasks):,} answers are in {out}. Rerun the same command to resume.",
             markup=False,
+            soft_wrap=True,
         )
         raise
     if list(lines) != sorted(lines):

@@ -48,12 +48,13 @@ def export_huggingface(
     config = loaded.model.config
     tokenizer, end = loaded.tokenizer, loaded.tokenizer.end_of_text_id
     bos = end if tokenizer.bos_id is None else tokenizer.bos_id
-    ends = [end, *sorted(tokenizer.end_ids - {end})]
+    said = [each for each in _as_list(tokenizer.generation_config.get("eos_token_id")) if each in tokenizer.end_ids]
+    ends = said if end in said else [end, *said]
     # Without pad_token_id: it would freeze that embedding when the model is trained further.
     ids = {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else end}
     generation = dict(tokenizer.generation_config) or ids | {"pad_token_id": end}
-    if not tokenizer.end_ids <= set(_as_list(generation.get("eos_token_id"))):
-        generation |= {"eos_token_id": ids["eos_token_id"]}
+    if end not in _as_list(generation.get("eos_token_id")):
+        generation["eos_token_id"] = ids["eos_token_id"]
     values = write_config(target.model_type, config) | {"dtype": str(dtype).removeprefix("torch.")} | ids
     ours = clean_state(loaded.model.state_dict())
     if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements

@@ -1,6 +1,5 @@
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import typer
@@ -10,22 +9,12 @@ import lightlm
 from lightlm.cli.generate.command import PromptCommand, generate
 from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.sampling import DEFAULT
-from tests.evaluate.tiny_run import write_world
 
 app = typer.Typer()
 app.command(cls=PromptCommand)(generate)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(world)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def run_json(*arguments: str) -> dict:

@@ -1,0 +1,127 @@
+"""What an imported model's files say about prompts and answers: read as transformers does, and kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightlm.checkpoint import LoadedModel, load_model, save_model
+from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
+from lightlm.convert.load import load_pretrained
+from lightlm.errors import CheckpointError, ConvertError
+from lightlm.files import checksum
+from lightlm.generate.chat import ChatTemplate
+from tests.evaluate.tiny_run import tiny_model
+from tests.generate.tokenizers_at_hand import tokenizer_of
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}é"
+GENERATION = {"eos_token_id": [0, 5], "temperature": 0.6, "do_sample": True, "transformers_version": "4.56.0"}
+SETTINGS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": {"content": "<s>", "special": True},
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_start|>",
+    "chat_template": TEMPLATE,
+    "model_max_length": 77,
+}
+
+
+def write_folder(folder: Path, generation: Any = GENERATION, settings: Any = SETTINGS, **config: Any) -> Path:
+    tokenizer = tokenizer_of("byte-level")
+    export_huggingface(LoadedModel(tiny_model(tokenizer), tokenizer, Path("x")), folder)
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config), encoding="utf-8")
+    return folder
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_both_conversions_keep_them(tmp_path: Path) -> None:
+    given = import_huggingface(write_folder(tmp_path / "hf"))
+    save_model(tmp_path / "ours", given.model, given.tokenizer)
+    ours = load_model(tmp_path / "ours")
+    export_huggingface(ours, tmp_path / "again")
+    for loaded in (given, ours, load_pretrained(tmp_path / "again")):
+        tokenizer = loaded.tokenizer
+        assert tokenizer.generation_config == GENERATION
+        assert tokenizer.end_ids == {0, 5, tokenizer.id_of("<|im_end|>")}
+        assert ChatTemplate.of(tokenizer).render([{"role": "user", "content": "hi"}]) == "<s>hi<|im_end|>é"
+    settings = read(tmp_path / "again", "tokenizer_config.json")
+    assert settings["chat_template"] == TEMPLATE
+    assert (settings["bos_token"], settings["eos_token"], settings["pad_token"]) == (
+        "<s>",
+        "<|im_end|>",
+        "<|im_start|>",
+    )
+    assert (tmp_path / "again" / "generation_config.json").read_text() == json.dumps(GENERATION, indent=2) + "\n"
+    assert read(tmp_path / "again", "config.json")["eos_token_id"] == [0, 5]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<s>hi<|im_end|>é"
+    assert theirs.eos_token == "<|im_end|>"
+
+
+def test_the_end_of_the_documents_of_a_run_is_added(tmp_path: Path) -> None:
+    """It may have been trained on documents that end otherwise than the model it began with."""
+    folder = write_folder(tmp_path / "hf", GENERATION | {"eos_token_id": 5}, {"eos_token": "<s>"}, eos_token_id=0)
+    given = import_huggingface(folder)
+    export_huggingface(given, tmp_path / "again")
+    assert read(tmp_path / "again", "generation_config.json")["eos_token_id"] == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [0, 5]}, {"eos_token_id": 0}, {0, 5}),
+        ({"eos_token_id": [0, 5]}, {"eos_token_id": [0, 5]}, {0, 5}),
+        (None, {"eos_token_id": [0, 5]}, {0, 5}),
+        ({"eos_token_id": 5}, {"eos_token_id": 0}, {0, 5}),
+        ({}, {"eos_token_id": 0}, {0}),
+        ({"eos_token_id": None}, {}, {0}),
+        ({"eos_token_id": [0, 99999, -1, True, "x"]}, {}, {0}),
+    ],
+)
+def test_every_end_of_text_counts(tmp_path: Path, generation: Any, config: Any, expected: set[int]) -> None:
+    folder = write_folder(tmp_path / "hf", generation, {"tokenizer_class": "GPT2Tokenizer"}, **config)
+    assert import_huggingface(folder).tokenizer.end_ids == expected
+
+
+def test_where_a_template_is_found(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    folder = write_folder(tmp_path / "hf", settings=SETTINGS | {"chat_template": named})
+    assert import_huggingface(folder).tokenizer.settings["chat_template"] == "plain"
+    (folder / "chat_template.jinja").write_text("a file", encoding="utf-8")  # transformers prefers it
+    assert import_huggingface(folder).tokenizer.settings["chat_template"] == "a file"
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConvertError, match=r"chat_template\.jinja cannot be read"):
+        import_huggingface(folder)
+
+
+def test_our_own_models_have_none_of_it(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("byte-level")
+    save_model(tmp_path / "ours", tiny_model(tokenizer), tokenizer)
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
+        "complete.json", "config.json", "model.safetensors", "tokenizer.json"
+    ]  # fmt: skip
+    assert load_model(tmp_path / "ours").tokenizer.end_ids == {tokenizer.end_of_text_id}
+
+
+def test_a_damaged_file_is_noticed(tmp_path: Path) -> None:
+    given = import_huggingface(write_folder(tmp_path / "hf"))
+    save_model(tmp_path / "ours", given.model, given.tokenizer)
+    path = tmp_path / "ours" / "generation_config.json"
+    path.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is damaged"):
+        load_model(tmp_path / "ours")
+    marker = read(tmp_path / "ours", "complete.json")
+    marker["files"][path.name] = {"bytes": 2, "xxh3": checksum(path)}
+    (tmp_path / "ours" / "complete.json").write_text(json.dumps(marker))
+    with pytest.raises(CheckpointError, match="not a JSON object"):
+        load_model(tmp_path / "ours")
