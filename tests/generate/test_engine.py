@@ -7,6 +7,7 @@ from lightlm.generate.engine import generate, sample_text
 from lightlm.generate.sampling import GREEDY, Sampling
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
+from tests.generate.tokenizers_at_hand import tokenizer_of
 from tests.shapes import SHAPES, build
 
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8], [11, 12]]
@@ -100,3 +101,16 @@ def test_sample_text_leaves_mode_and_global_randomness_alone(tokenizer: Tokenize
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("begins_with", [None, "<s>"])
+def test_a_sample_is_what_decoding_prompt_and_answer_together_adds(begins_with: str | None) -> None:
+    """Also with sentencepiece's spaces, and after the token that an imported model expects before a text."""
+    tokenizer = tokenizer_of("metaspace", begins_with)
+    shape = ModelConfig(num_layers=1, hidden_size=16, num_heads=2, max_seq_len=32, vocab_size=tokenizer.vocab_size)
+    model = Transformer(shape).eval()
+    prompt = ([] if begins_with is None else [tokenizer.bos_id]) + tokenizer.encode("one two")
+    ends, size = tokenizer.end_ids, tokenizer.vocab_size
+    [answer] = generate(model, [prompt], 8, GREEDY, 1, ends, vocab_size=size)
+    expected = tokenizer.decode(prompt + answer.ids)
+    assert "one two" + sample_text(model, tokenizer, "one two", 8, 1, GREEDY) == expected
