@@ -240,11 +240,21 @@ async def _read_json(request: Request) -> Any:
     except TimeoutError:
         raise RequestError(f"the body took more than {BODY_SECONDS:g} s", 408) from None
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode(), object_pairs_hook=_unique)
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises RequestError if a name is there twice, of which one would be ignored."""
+    document: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in document:
+            raise RequestError(f"{name[:40]!r} is given twice", param=name[:80])
+        document[name] = value
+    return document
 
 
 async def _read_body(request: Request) -> bytes:

@@ -16,7 +16,8 @@ from lightlm.names import nearest
 from lightlm.serve.errors import RequestError
 
 MAX_CHOICES = 128
-MAX_STOPS = 16
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256  # each is looked for after every token
+MAX_BIASES = 1024  # applied at every step
 MAX_LOGPROBS = 20
 DEFAULT_TOKENS = 16  # of /v1/completions, as in OpenAI's API; a chat's answer may fill the context
 
@@ -78,14 +79,15 @@ class Body(_Strict):
     presence_penalty: float = DEFAULT.presence_penalty
     no_repeat_ngram: int = DEFAULT.no_repeat_ngram
     min_new_tokens: int = DEFAULT.min_new_tokens
-    logit_bias: dict[str, float] = {}
+    logit_bias: dict[str, float] = Field({}, max_length=MAX_BIASES)
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The texts that end an answer."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if len(stops) > MAX_STOPS or not all(stops):
-            raise RequestError(f"stop: give at most {MAX_STOPS} texts, none of them empty", param="stop")
+        if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+            message = f"stop: give at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters"
+            raise RequestError(message, param="stop")
         return stops
 
     @property

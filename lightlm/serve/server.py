@@ -76,7 +76,7 @@ def serving(service: Service, listening: socket.socket) -> Iterator[Callable[[],
     service.loop.start()
     thread.start()
     try:
-        yield thread.is_alive
+        yield lambda: thread.is_alive() and service.loop.ready
         service.loop.refuse()
         over = time.monotonic() + GRACE_SECONDS
         while service.loop.busy and time.monotonic() < over:

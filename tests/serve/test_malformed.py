@@ -70,6 +70,7 @@ def test_bytes_that_are_not_json_are_refused(server: Served, content: bytes, cut
         b'{"prompt": "x", "logit_bias": {"99999999999999999999": 1}}',
         b'{"prompt": "x", "max_tokens": 3, "min_new_tokens": 4}',
         b'{"prompt": "x", "n": 128}',
+        b'{"prompt": "x", "n": 2, "n": 1}',
         json.dumps({"prompt": ["x"] * 5000}).encode(),
         json.dumps({"prompt": "x" * 900_000}).encode(),
     ],
