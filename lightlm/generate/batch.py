@@ -13,7 +13,7 @@ Shapes: B rows, T positions of a piece, V vocabulary.
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,7 +25,7 @@ from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.sampling.draw import LogProbs, Row, log_probs, sample
 from lightlm.generate.speculation import Speculation
-from lightlm.generate.step.fast import step_of
+from lightlm.generate.step.fast import FastForward, forward_of
 from lightlm.model.decoding.cache import KVCache
 from lightlm.model.transformer import Transformer
 
@@ -137,8 +137,9 @@ class Batch:
         vocab_size: the tokenizer's; ids at or above it are never drawn. None allows all ids of the model.
         speculation: guesses several tokens at a time while there is only one request, if that is faster. A step still
             returns one token of it.
-        fast: on a CPU, decode by `step.fast`, which prepares a copy of the weights for it. The weights must not change
-            while there are requests.
+        fast: on a CPU, compute by `step.fast`, which prepares a copy of the weights. They must not change while there
+            are requests.
+        quantize: "int8" computes with weights rounded to int8, on any device.
     """
 
     def __init__(
@@ -149,14 +150,14 @@ class Batch:
         vocab_size: int | None = None,
         speculation: Speculation | None = None,
         fast: bool = True,
+        quantize: str | None = None,
     ) -> None:
         if max_rows < 1 or (prefill_tokens is not None and prefill_tokens < 1):
             raise UsageError(f"a batch needs at least 1 row and 1 prompt token, got {max_rows} and {prefill_tokens}")
         self.model, self.max_rows = model, max_rows
         self._prefill_tokens, self._vocab_size = prefill_tokens, vocab_size
-        self._fast = fast
-        # Computes the logits (B, V) of a step; None without running rows, as weights may change then.
-        self._next_logits: Callable[[Tensor, KVCache], Tensor] | None = None
+        self._fast, self._quantize = fast, quantize
+        self._prepared: FastForward | Transformer | None = None
         self._handles = 0
         self._waiting: deque[tuple[list[int], list[_Row]]] = deque()  # a prompt, and the rows that continue it
         self._reading: _Reading | None = None
@@ -186,6 +187,8 @@ class Batch:
             request.check_length(self.model.config.max_seq_len)
         if len(requests) > self.free:
             raise UsageError(f"{len(requests)} requests for {self.free} free rows of {self.max_rows}")
+        if not self:
+            self._prepared = None  # the weights may have changed
         together: dict[tuple[int, ...], list[_Row]] = {}
         handles = range(self._handles, self._handles + len(requests))
         for handle, request in zip(handles, requests, strict=True):
@@ -249,7 +252,7 @@ class Batch:
             return
         self._make_room(length + 1 + len(guesses))
         tokens_1T = torch.tensor([[row.state.new[-1], *guesses]], device=self.model.device)
-        logits_TV = self.model(tokens_1T, self._cache)[0]
+        logits_TV = self._forward(tokens_1T, self._cache)[0]
         tokens = self._speculation.keep(logits_TV, guesses, row.state, self._vocab_size)
         self._cache.cut(0, length + len(tokens))
         told: list[LogProbs] | list[None] = [None] * len(tokens)
@@ -271,19 +274,19 @@ class Batch:
         last = self._running.pop()
         if line < len(self._running):
             self._running[line] = last
-        if not self._running:
-            self._next_logits = None
 
     def _decode(self) -> Tensor:
         """Return the logits (B, V) after each running row's last token."""
         self._make_room(max(self._cache.lengths) + 1)
         tokens_B1 = torch.tensor([[row.state.new[-1]] for row in self._running], device=self.model.device)
-        if self._next_logits is None:
-            self._next_logits = (step_of(self.model) if self._fast else None) or self._plain_step
-        return self._next_logits(tokens_B1, self._cache)
+        return self._forward(tokens_B1, self._cache)[:, -1]
 
-    def _plain_step(self, tokens_B1: Tensor, cache: KVCache) -> Tensor:
-        return self.model(tokens_B1, cache)[:, -1]
+    @property
+    def _forward(self) -> FastForward | Transformer:
+        if self._prepared is None:
+            fast = self._fast or self._quantize is not None
+            self._prepared = forward_of(self.model, self._quantize) if fast else self.model
+        return self._prepared
 
     def _make_room(self, num_slots: int) -> None:
         """Let the cache hold all requests, and rows of this length."""
@@ -343,12 +346,12 @@ class Batch:
         tokens_BT = torch.zeros(len(pieces), width, dtype=torch.long)
         for line, piece in enumerate(pieces):
             tokens_BT[line, : len(piece)] = torch.tensor(piece)
-        x_BTD = self.model.hidden_states(tokens_BT.to(self.model.device), reading.cache, counts)
+        x_BTD = self._forward.hidden_states(tokens_BT.to(self.model.device), reading.cache, counts)
         reading.done += width
         if reading.done < max(map(len, reading.prompts)):
             return None
         last_B = torch.tensor(counts, device=x_BTD.device) - 1
-        return self.model.head(x_BTD[torch.arange(len(pieces), device=x_BTD.device), last_B])
+        return self._forward.head(x_BTD[torch.arange(len(pieces), device=x_BTD.device), last_B])
 
     def _log_probs(self, logits_BV: Tensor, tokens: list[int]) -> dict[int, LogProbs]:
         """Return the log-probabilities of each line whose request asks for them."""

@@ -33,6 +33,7 @@ def generate(
     vocab_size: int | None = None,
     logprobs: int = 0,
     fast: bool = True,
+    quantize: str | None = None,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
@@ -44,7 +45,7 @@ def generate(
         num_samples: continuations of each prompt, which is read once.
         vocab_size: the tokenizer's; ids at or above it are never drawn. None allows all ids of the model.
         logprobs: of how many most likely tokens the log-probability is returned at each position; 0 returns none.
-        fast: see `Batch`.
+        fast, quantize: see `Batch`.
 
     Returns:
         One completion per row: all samples of the first prompt, then those of the next.
@@ -60,7 +61,7 @@ def generate(
         for index, prompt in enumerate(prompts)
         for number in range(num_samples)
     ]
-    batch = Batch(model, len(requests), vocab_size=vocab_size, fast=fast)
+    batch = Batch(model, len(requests), vocab_size=vocab_size, fast=fast, quantize=quantize)
     completions = dict(zip(batch.join(requests), (Completion() for _ in requests), strict=True))
     rows = {handle: row for row, handle in enumerate(completions)}
     while batch:

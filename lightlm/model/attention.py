@@ -148,7 +148,7 @@ class Attention(nn.Module):
         q_BHTK, k_BGSK, v_BGSK, gate_BTC = self._project(x_BTD, rotation)
         if extend is not None:
             k_BGSK, v_BGSK = extend(k_BGSK, v_BGSK)
-        y_BHTK = _attend(q_BHTK.to(k_BGSK.dtype), k_BGSK, v_BGSK.to(k_BGSK.dtype), mask)
+        y_BHTK = attend(q_BHTK.to(k_BGSK.dtype), k_BGSK, v_BGSK.to(k_BGSK.dtype), mask)
         y_BTC = y_BHTK.transpose(1, 2).flatten(2)
         if fused.applies(x_BTD):
             return fused.linear(y_BTC if gate_BTC is None else fused.GateFunction.apply(y_BTC, gate_BTC), self.o_proj)
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         return q_BHTK, k_BGTK, v_BGTK, None if self.gate_proj is None else self.gate_proj(x_BTD)
 
 
-def _attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor:
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor:
     """Return the attention of each query head over the keys and values that the mask shows, (B, H, T, K)."""
     num_heads, num_kv_heads = q_BHTK.shape[1], k_BGSK.shape[1]
     grouped = num_heads != num_kv_heads
@@ -191,7 +191,7 @@ def _attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tenso
             for x_BHTK in (q_BHTK, k_BGSK, v_BGSK)
         )
         parts = [
-            _attend(q, k, v, inside)[0].transpose(0, 1)
+            attend(q, k, v, inside)[0].transpose(0, 1)
             for q, k, v, (_, inside) in zip(qs, ks, vs, mask.documents, strict=True)
         ]
         return torch.cat(parts).unflatten(0, (len(q_BHTK), -1)).transpose(1, 2)

@@ -38,10 +38,10 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if fused.applies(x_BTD):
-            return fused.linear(self._activate(fused.linear(x_BTD, self.up_proj)), self.down_proj)
-        return self.down_proj(self._activate(self.up_proj(x_BTD)))
+            return fused.linear(self.activate(fused.linear(x_BTD, self.up_proj)), self.down_proj)
+        return self.down_proj(self.activate(self.up_proj(x_BTD)))
 
-    def _activate(self, h_BTF: Tensor) -> Tensor:
+    def activate(self, h_BTF: Tensor) -> Tensor:
         return F.gelu(h_BTF, approximate="tanh") if self.activation == "gelu" else F.relu(h_BTF).square()
 
 

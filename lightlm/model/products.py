@@ -85,3 +85,41 @@ def prepared(weight_FD: Tensor, bias_F: Tensor | None = None) -> Product:
         return out_NF
 
     return run
+
+
+_INT8_ROWS = 16  # above so many rows, multiplying by a weight that is turned back to floats is faster
+# torch's int8 product reads whole vectors and past the end of rows of other lengths: some crash, all are wrong.
+_INT8_COLUMNS = 32
+
+
+def quantized(weight_FD: Tensor, bias_F: Tensor | None = None) -> Product:
+    """Return a function that computes x W^T + b in bf16 with the weight rounded to int8, one scale per output.
+
+    A row of the weight becomes whole numbers from -127 to 127 times its scale, a bf16 number.
+    """
+    weight_FD = weight_FD.float()
+    # Rounded up to bf16, so that no number exceeds 127.
+    scale_F = (weight_FD.abs().amax(1) / 127).mul_(1 + 2**-8).bfloat16()
+    safe_F1 = torch.where(scale_F == 0, 1, scale_F).float()[:, None]
+    numbers_FD = (weight_FD / safe_F1).round_().to(torch.int8)
+    if bias_F is not None:
+        bias_F = bias_F.bfloat16()
+    if not _has_int8_product(weight_FD.device.type) or weight_FD.shape[1] % _INT8_COLUMNS != 0:
+        return prepared((numbers_FD.float() * safe_F1).bfloat16(), bias_F)
+    few = torch.ops.aten._weight_int8pack_mm.default
+    dtype = torch.bfloat16 if packs("cpu", torch.bfloat16) else torch.float32
+
+    def run(x_ND: Tensor) -> Tensor:
+        out_NF: Tensor
+        if len(x_ND) <= _INT8_ROWS:
+            out_NF = few(x_ND, numbers_FD, scale_F)
+            return out_NF if bias_F is None else out_NF.add_(bias_F)
+        floats_FD = numbers_FD.to(dtype).mul_(scale_F.to(dtype)[:, None])
+        out_NF = product(x_ND.to(dtype), floats_FD.T).to(x_ND.dtype)
+        return out_NF if bias_F is None else out_NF.add_(bias_F)
+
+    return run
+
+
+def _has_int8_product(device_type: str) -> bool:
+    return device_type == "cpu" and hasattr(torch.ops.aten, "_weight_int8pack_mm")

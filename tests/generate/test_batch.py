@@ -130,7 +130,7 @@ def test_no_piece_of_a_prompt_is_longer_than_stated(monkeypatch: pytest.MonkeyPa
     plain = model.hidden_states
     monkeypatch.setattr(model, "hidden_states", lambda x, *rest: widths.append(x.numel()) or plain(x, *rest))
     asked = [Request([7] * length, 3, GREEDY) for length in (40, 3, 5, 9, 1)]
-    batch = Batch(model, 5)
+    batch = Batch(model, 5, fast=False)
     batch.join(asked)
     made = [[token.id for token in tokens] for _, tokens in sorted(run(batch).items())]
     assert max(widths) <= 16

@@ -34,3 +34,23 @@ def test_prepared_weights_multiply_as_plain_ones(sizes, dtype, packs, monkeypatc
         torch.testing.assert_close(products.prepared(weight_FD)(x_ND).double(), expected_NF, **accuracy)
         found_NF = products.prepared(weight_FD, bias_F)(x_ND).double()
         torch.testing.assert_close(found_NF, expected_NF + bias_F.double(), **accuracy)
+
+
+@pytest.mark.parametrize("operator", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("columns", [96, 24, 17])
+def test_quantized_weights_are_rounded_to_255_steps_per_output(columns, rows, operator, monkeypatch):
+    if not operator:
+        monkeypatch.setattr(products, "_has_int8_product", lambda _: False)
+    weight_FD, bias_F = torch.randn(65, columns) * torch.logspace(-3, 3, 65)[:, None], torch.randn(65)
+    weight_FD[5] = 0
+    x_ND = torch.randn(rows, columns).bfloat16()
+    found_NF = products.quantized(weight_FD, bias_F)(x_ND).double()
+    # A weight is off by half a step at most, of which a row's largest number has 127; the scale is rounded up to bf16.
+    step_F = weight_FD.double().abs().amax(1) / 127 * (1 + 2**-7)
+    expected_NF = x_ND.double() @ weight_FD.double().T + bias_F
+    rounding_NF = 2**-7 * (expected_NF.abs() + bias_F.abs() + x_ND.double().abs() @ weight_FD.double().abs().T / 16)
+    assert ((found_NF - expected_NF).abs() <= x_ND.double().abs().sum(1)[:, None] * step_F / 2 + rounding_NF).all()
+    # Over many weights such errors cancel: an error of a uniform distribution has a spread of 1 / sqrt(12).
+    expected_error_NF = x_ND.double().norm(dim=1)[:, None] * step_F / 12**0.5
+    assert (found_NF - expected_NF).norm(dim=0)[20:].le(3 * (expected_error_NF + rounding_NF).norm(dim=0)[20:]).all()
