@@ -6,6 +6,7 @@ from lightlm.errors import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("ema", "raw")  # of a checkpoint with two sets: the average of the weights, and the last ones
+QUANTIZATIONS = ("int8",)
 _DEVICE = re.compile(r"auto|(cpu|mps)(:0)?|cuda(:\d+)?")
 
 
@@ -25,3 +26,13 @@ def check_weights(name: str | None) -> None:
     """Raise UsageError unless this is None or names weights."""
     if name is not None and name not in WEIGHTS:
         raise UsageError(f"--weights {name}: use {' or '.join(WEIGHTS)}")
+
+
+def check_quantize(name: str | None, dtype: str) -> None:
+    """Raise UsageError unless this is None or a precision that weights are rounded to, with a `dtype` beside it."""
+    if name is None:
+        return
+    if name not in QUANTIZATIONS:
+        raise UsageError(f"--quantize {name}: use {' or '.join(QUANTIZATIONS)}")
+    if dtype not in ("auto", "bfloat16"):
+        raise UsageError(f"--quantize {name} computes in bfloat16; leave out --dtype {dtype}")

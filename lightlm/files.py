@@ -250,3 +250,8 @@ def clear_errors(target: Path) -> Iterator[None]:
         else:
             raise
         raise DataError(f"{problem}. Progress is saved. Rerun the same command to resume.") from error
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be found out again: lightlm in `XDG_CACHE_HOME` or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightlm"

@@ -7,6 +7,7 @@ import typer
 
 from lightlm.cli.console import console
 from lightlm.cli.generate.command import WeightsOption
+from lightlm.cli.generate.options import QuantizeOption
 from lightlm.errors import LightLMError, UsageError
 
 
@@ -45,17 +46,19 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until an unfinished answer ends with an error.")] = 600,
     weights: WeightsOption = None,
     dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: QuantizeOption = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and a page to try it. Ctrl-C ends it."""
     from lightlm import choices
     from lightlm.convert.formats import require_average
-    from lightlm.convert.load import is_hub_id, load_pretrained, locate
+    from lightlm.convert.load import is_hub_id, locate
     from lightlm.serve.access import Access
     from lightlm.train.signals import stop_on_signals
 
     choices.check_device(device)
     choices.check_dtype(dtype)
+    choices.check_quantize(quantize, dtype)
     choices.check_weights(weights)
     access = Access(api_key, tuple(cors or ()))
     access.check_host(host)
@@ -67,7 +70,8 @@ def serve(
             require_average(path)
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.cpu import FEW_SLICES, use_threads
-    from lightlm.device import keep_freed_memory, pick_device, pick_dtype
+    from lightlm.device import keep_freed_memory, pick_device
+    from lightlm.generate.load import load_for_decoding
     from lightlm.serve.app import Service
     from lightlm.serve.loop import Limits
     from lightlm.serve.server import GRACE_SECONDS, listen, serving, url_of
@@ -77,9 +81,7 @@ def serve(
     if target.type == "cpu":
         keep_freed_memory()
         use_threads("auto", lambda message: console.print(f"Note: {message}", markup=False), slices=FEW_SLICES)
-    if dtype == "auto" and target.type == "cpu":
-        dtype = "float32"  # as in `lightlm generate`
-    loaded = load_pretrained(model, target, pick_dtype(dtype, target), weights)
+    loaded = load_for_decoding(model, target, dtype, weights, quantize)
     service = Service(loaded, Limits(batch_size, max_queue, timeout), access)
     with stop_on_signals() as stop, serving(service, listening) as running:
         url = url_of(listening)

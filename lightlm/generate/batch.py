@@ -139,7 +139,6 @@ class Batch:
             returns one token of it.
         fast: on a CPU, compute by `step.fast`, which prepares a copy of the weights. They must not change while there
             are requests.
-        quantize: "int8" computes with weights rounded to int8, on any device.
     """
 
     def __init__(
@@ -150,13 +149,12 @@ class Batch:
         vocab_size: int | None = None,
         speculation: Speculation | None = None,
         fast: bool = True,
-        quantize: str | None = None,
     ) -> None:
         if max_rows < 1 or (prefill_tokens is not None and prefill_tokens < 1):
             raise UsageError(f"a batch needs at least 1 row and 1 prompt token, got {max_rows} and {prefill_tokens}")
         self.model, self.max_rows = model, max_rows
         self._prefill_tokens, self._vocab_size = prefill_tokens, vocab_size
-        self._fast, self._quantize = fast, quantize
+        self._fast = fast
         self._prepared: FastForward | Transformer | None = None
         self._handles = 0
         self._waiting: deque[tuple[list[int], list[_Row]]] = deque()  # a prompt, and the rows that continue it
@@ -284,8 +282,7 @@ class Batch:
     @property
     def _forward(self) -> FastForward | Transformer:
         if self._prepared is None:
-            fast = self._fast or self._quantize is not None
-            self._prepared = forward_of(self.model, self._quantize) if fast else self.model
+            self._prepared = forward_of(self.model) if self._fast else self.model
         return self._prepared
 
     def _make_room(self, num_slots: int) -> None:

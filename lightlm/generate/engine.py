@@ -33,7 +33,6 @@ def generate(
     vocab_size: int | None = None,
     logprobs: int = 0,
     fast: bool = True,
-    quantize: str | None = None,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
@@ -45,7 +44,7 @@ def generate(
         num_samples: continuations of each prompt, which is read once.
         vocab_size: the tokenizer's; ids at or above it are never drawn. None allows all ids of the model.
         logprobs: of how many most likely tokens the log-probability is returned at each position; 0 returns none.
-        fast, quantize: see `Batch`.
+        fast: see `Batch`.
 
     Returns:
         One completion per row: all samples of the first prompt, then those of the next.
@@ -61,7 +60,7 @@ def generate(
         for index, prompt in enumerate(prompts)
         for number in range(num_samples)
     ]
-    batch = Batch(model, len(requests), vocab_size=vocab_size, fast=fast, quantize=quantize)
+    batch = Batch(model, len(requests), vocab_size=vocab_size, fast=fast)
     completions = dict(zip(batch.join(requests), (Completion() for _ in requests), strict=True))
     rows = {handle: row for row, handle in enumerate(completions)}
     while batch:

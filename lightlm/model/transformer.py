@@ -117,6 +117,7 @@ class Transformer(nn.Module):
             self.embed_positions = nn.Embedding(config.max_seq_len, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.recompute_blocks = False  # activation checkpointing (arXiv 1604.06174), where gradients are wanted
+        self.decoding_precision: str | None = None  # see `round_decoding_to`
         self.norm = build_norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -165,6 +166,13 @@ class Transformer(nn.Module):
         """Run each block through torch.compile in training. All blocks share one graph, so it is compiled once."""
         for block in self.blocks.children():
             block.compiled = True  # type: ignore[assignment]
+
+    def round_decoding_to(self, precision: str | None) -> None:
+        """Let `lightlm.generate.batch` compute with copies of the weights rounded to "int8"; None keeps them as is.
+
+        The module's own forward pass is not changed.
+        """
+        self.decoding_precision = precision
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
         """Return an empty cache for `batch_size` rows of up to `max_len` positions (default and limit: max_seq_len)."""

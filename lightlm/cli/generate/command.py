@@ -17,6 +17,7 @@ from lightlm.cli.generate.options import (
     MinPOption,
     NoRepeatNgramOption,
     PresencePenaltyOption,
+    QuantizeOption,
     RepetitionPenaltyOption,
     TemperatureOption,
     TopKOption,
@@ -153,17 +154,19 @@ def generate(
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
     weights: WeightsOption = None,
     dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: QuantizeOption = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Continue a text with a model, or answer messages (--chat). The text streams to the terminal."""
     from lightlm import choices
     from lightlm.convert.formats import require_average
-    from lightlm.convert.load import is_hub_id, load_pretrained, locate
+    from lightlm.convert.load import is_hub_id, locate
     from lightlm.generate.settings import Settings
 
     choices.check_device(device)
     choices.check_dtype(dtype)
+    choices.check_quantize(quantize, dtype)
     choices.check_weights(weights)
     _check_mode(prompt, prompt_file, interactive=interactive, jsonl=jsonl, out=out)
     if truncate not in (None, "left"):
@@ -201,17 +204,15 @@ def generate(
             require_average(path)
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.cpu import FEW_SLICES, use_threads
-    from lightlm.device import keep_freed_memory, pick_device, pick_dtype
+    from lightlm.device import keep_freed_memory, pick_device
+    from lightlm.generate.load import load_for_decoding
     from lightlm.generate.prompts import PromptReader
 
     target = pick_device(device)
     if target.type == "cpu":
         keep_freed_memory()
         use_threads("auto", _note, slices=FEW_SLICES)
-    if dtype == "auto" and target.type == "cpu":
-        # One token at a time, bf16 is slower even with AVX512-BF16: 10 tokens/s against 26 (SmolLM2-135M, 2 threads).
-        dtype = "float32"
-    loaded = load_pretrained(checkpoint, target, pick_dtype(dtype, target), weights)
+    loaded = load_for_decoding(checkpoint, target, dtype, weights, quantize)
     sampling.check_ids(loaded.tokenizer.vocab_size)
     context = loaded.model.config.max_seq_len
     reader = PromptReader(loaded.tokenizer, context, parse_special, truncate is not None, _noted_once())

@@ -36,6 +36,10 @@ LogitBiasOption = Annotated[
     list[str] | None,
     _option("Add to the logit of a token id, -100 (never) to 100; repeatable.", "none", metavar="ID=BIAS"),
 ]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="int8", help="Round weights to int8. [dim]Default: as they are[/]", show_default=False),
+]
 MinNewTokensOption = Annotated[int | None, _option("No end of the text before so many tokens.", "0", min=0)]
 
 

@@ -18,6 +18,7 @@ import xxhash
 from lightlm.errors import UsageError
 from lightlm.evaluate.results.board import ARITHMARK, BOARD, PARTS
 from lightlm.evaluate.settings import Settings
+from lightlm.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ def cache_file(root: Path, version: str) -> Path:
         root: lm-eval's folder `tasks`.
         version: lm-eval's.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     installed = f"{root}\0{version}\0{root.stat().st_mtime_ns}"
-    return home / "lightlm" / f"tasks-{xxhash.xxh3_64_hexdigest(installed.encode())}.json"
+    return cache_folder() / f"tasks-{xxhash.xxh3_64_hexdigest(installed.encode())}.json"
 
 
 def task_files(folder: Path) -> list[Path]:

@@ -42,13 +42,14 @@ _PREPARE: dict[str | None, tuple[Prepare, torch.dtype | None]] = {
 _forwards: weakref.WeakKeyDictionary[Transformer, "FastForward"] = weakref.WeakKeyDictionary()
 
 
-def forward_of(model: Transformer, quantize: str | None = None) -> "FastForward | Transformer":
-    """Return what computes a model the fastest: on a CPU and with `quantize` a `FastForward`, else the model itself.
+def forward_of(model: Transformer) -> "FastForward | Transformer":
+    """Return what computes a model the fastest: on a CPU or with rounded weights a `FastForward`, else the model.
 
     Making one takes as long as copying the weights. It is kept for the next call, unless weights change, and lives as
     long as the model.
     """
-    if not quantize and (model.device.type != "cpu" or torch.is_autocast_enabled("cpu")):
+    quantize = model.decoding_precision
+    if quantize is None and (model.device.type != "cpu" or torch.is_autocast_enabled("cpu")):
         return model
     forward = _forwards.get(model)
     if forward is None or not forward.is_current(model, quantize):

@@ -1,12 +1,16 @@
 """The fast forward pass is held to the plain one, for every architecture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightlm.generate.step.fast import FastForward, forward_of
 from lightlm.model import products
+from lightlm.model.transformer import Transformer
 from tests.model.decoding.test_cache import ragged_chunks
 from tests.shapes import SHAPES, build
 
@@ -109,9 +113,38 @@ def test_it_is_made_once_and_anew_after_a_change():
     first = forward_of(model)
     assert isinstance(first, FastForward)
     assert forward_of(model) is first
-    assert forward_of(model, "int8") is not first
+    model.round_decoding_to("int8")
+    assert forward_of(model) is not first
+    model.round_decoding_to(None)
     first = forward_of(model)
     with torch.no_grad():
         model.norm.weight += 1
     assert forward_of(model) is not first
     assert forward_of(model.double()) is not first
+
+
+def test_perplexity_in_int8_is_within_a_percent_of_float32():
+    """On held-out rows of a language in which one token follows another in 4 of 5 cases, after a short training."""
+    generator = torch.Generator().manual_seed(0)
+    successors_V = torch.randperm(97, generator=generator)
+    tokens_BT = torch.randint(97, (24, 48), generator=generator)
+    follows_BT = torch.rand(24, 48, generator=generator) < 0.8
+    for t in range(1, 48):
+        tokens_BT[:, t] = torch.where(follows_BT[:, t], successors_V[tokens_BT[:, t - 1]], tokens_BT[:, t])
+    torch.manual_seed(0)
+    model = Transformer(replace(SHAPES["llama"], hidden_size=64)).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def loss(forward, rows_BT, *arguments):
+        logits_BTV = forward(rows_BT[:, :-1], *arguments).float()
+        return F.cross_entropy(logits_BTV.flatten(0, 1), rows_BT[:, 1:].flatten())
+
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss(model, tokens_BT[:16]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        exact = loss(model, tokens_BT[16:])
+        rounded = loss(FastForward(model, "int8"), tokens_BT[16:], model.new_cache(8))
+    assert exact < 3.5  # ln 97 is 4.6
+    assert (rounded - exact).exp() == pytest.approx(1, abs=0.01)
