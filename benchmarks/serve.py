@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -214,9 +215,10 @@ def send_malformed(url: str, count: int) -> Counter[str]:
 
 def measure_malformed(model: str, count: int) -> dict[str, Any]:
     with running(model) as url:
-        before = asyncio.run(load(url, questions(1, 20), 1, 0.1))[0]["text"]
+        [body] = questions(1, 20)
+        before = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
         seen = send_malformed(url, count)
-        after = asyncio.run(load(url, questions(1, 20), 1, 0.1))[0]["text"]
+        after = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
         health = httpx.get(f"{url}/health").status_code
     if after != before or health != 200:
         raise SystemExit("the server does not answer as before")
@@ -235,6 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in both processes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends, too
     if options.malformed:
         result = measure_malformed(options.model, options.malformed)
         failed = [kind for kind in result["status by kind"] if kind.partition(": ")[2].startswith("5")]

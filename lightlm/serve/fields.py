@@ -6,7 +6,7 @@ https://platform.openai.com/docs/api-reference/completions
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -55,7 +55,7 @@ class StreamOptions(_Strict):
     """What a stream tells beside the text."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # which OpenAI's clients may send; LightLM's streams never have any
+    include_obfuscation: Literal[False] = False  # padding against eavesdroppers, which LightLM's streams lack
 
 
 class Body(_Strict):

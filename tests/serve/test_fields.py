@@ -59,6 +59,11 @@ def read_all(document: dict) -> tuple:
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "integer"),
         ({"stream_options": {"include_usage": True}}, None, "needs stream: true"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "False",
+        ),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown field"),
         ({"prompt": 5}, "prompt", "give a text"),
         ({"prompt": []}, "prompt", "give a text"),
