@@ -36,10 +36,11 @@ from lightlm.evaluate.scoring.score import score
 from lightlm.evaluate.settings import Settings, split_list
 from lightlm.evaluate.tasks.index import warn
 from lightlm.evaluate.tasks.manager import Tasks
-from lightlm.generate.engine import generate
-from lightlm.generate.prompts import encode_prompt
+from lightlm.generate.batch import Batch
+from lightlm.generate.prompts import PromptReader
 from lightlm.generate.sampling import DEFAULT, Sampling
-from lightlm.generate.text import text_of
+from lightlm.generate.settings import Settings as AnswerSettings
+from lightlm.generate.text_batch import Question, TextBatch
 from lightlm.model.config import ModelConfig
 from lightlm.quantities import parse_quantity
 from lightlm.recipe import load_recipe
@@ -104,35 +105,71 @@ class Model:
         top_k: int | None = None,
         top_p: float = DEFAULT.top_p,
         seed: int = 1337,
+        stop: str | Sequence[str] = (),
     ) -> str:
         """Return the prompt's continuation, without the prompt.
 
         Args:
-            prompt: the text to continue; an empty one starts from end-of-text.
+            prompt: the text to continue; an empty one starts as the model expects, from end-of-text if it is ours.
             max_new_tokens: tokens per continuation; end-of-text ends one earlier.
             temperature: 0 takes the most likely token.
             top_k: draw among the k most likely tokens; None is all.
             top_p: draw among the fewest tokens of this total probability.
             seed: the same seed gives the same text.
+            stop: a text that ends the continuation and is not part of it, or several.
 
         Raises:
             UsageError: a setting is out of its range.
             LightLMError: the prompt is longer than the model's context.
         """
-        return self.samples(prompt, 1, max_new_tokens, Sampling(temperature, top_k, top_p), seed)[0]
+        return self.samples(prompt, 1, max_new_tokens, Sampling(temperature, top_k, top_p), seed, stop)[0]
 
     def samples(
-        self, prompt: str, count: int, max_new_tokens: int = 200, sampling: Sampling = DEFAULT, seed: int = 1337
+        self,
+        prompt: str,
+        count: int,
+        max_new_tokens: int = 200,
+        sampling: Sampling = DEFAULT,
+        seed: int = 1337,
+        stop: str | Sequence[str] = (),
     ) -> list[str]:
         """Return `count` different continuations of one prompt, which is read once. See `generate`."""
         if count < 1:
             raise UsageError(f"count must be at least 1, is {count}")
-        ids, size = encode_prompt(self.tokenizer, prompt), self.tokenizer.vocab_size
-        ends = self.tokenizer.end_ids
-        completions = generate(
-            self.transformer, [ids], max_new_tokens, sampling, seed, ends, num_samples=count, vocab_size=size
-        )
-        return [text_of(self.tokenizer, ids, completion.ids) for completion in completions]
+        settings = AnswerSettings(sampling, max_new_tokens, seed, (stop,) if isinstance(stop, str) else tuple(stop))
+        ids = PromptReader(self.tokenizer, self.config.max_seq_len).read(prompt, max_new_tokens)
+        return self._answers(ids, count, settings)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        max_new_tokens: int = 200,
+        sampling: Sampling = DEFAULT,
+        seed: int = 1337,
+        stop: str | Sequence[str] = (),
+    ) -> str:
+        """Return the answer to a conversation, written with the model's chat template.
+
+        Args:
+            messages: such as `[{"role": "user", "content": "Hello"}]`.
+            max_new_tokens, sampling, seed, stop: see `generate`.
+
+        Raises:
+            UsageError: the model has no chat template, a message is malformed, or a setting is out of its range.
+            LightLMError: the conversation is longer than the model's context, or the template refuses it.
+        """
+        settings = AnswerSettings(sampling, max_new_tokens, seed, (stop,) if isinstance(stop, str) else tuple(stop))
+        ids = PromptReader(self.tokenizer, self.config.max_seq_len).read_chat(messages, max_new_tokens)
+        return self._answers(ids, 1, settings)[0]
+
+    def _answers(self, ids: list[int], count: int, settings: AnswerSettings) -> list[str]:
+        batch = TextBatch(Batch(self.transformer, count, vocab_size=self.tokenizer.vocab_size), self.tokenizer)
+        handles = batch.join([Question(ids, settings, number) for number in range(count)])
+        answers: dict[int, str] = {}
+        while batch:
+            answers |= {piece.handle: piece.answer.text for piece in batch.step() if piece.answer is not None}
+        return [answers[handle] for handle in handles]
 
     @torch.no_grad()
     def logits(self, text: str | Sequence[int]) -> Tensor:

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 import lightlm
 from lightlm import checkpoint
+from lightlm.cli.generate.command import generate
 from lightlm.errors import CheckpointError, UsageError
+from lightlm.generate.sampling import GREEDY
 from lightlm.runs import locked
+from tests.cli.generate.conftest import talker
 from tests.corpus import TINY_RECIPE, write_jsonl
 from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer
 
@@ -122,6 +127,29 @@ def test_generate_repeats_itself_and_takes_the_most_likely_token(model):
         ids.append(int(model.logits(ids)[-1].argmax()))
     greedy = model.generate("The cat", max_new_tokens=5, temperature=0)
     assert model.tokenizer.decode(ids[-5:]).startswith(greedy)
+
+
+def test_a_stop_string_ends_a_continuation(model):
+    whole = model.generate("The cat", max_new_tokens=12, temperature=0)
+    assert model.generate("The cat", max_new_tokens=12, temperature=0, stop=whole[3]) == whole[: whole.index(whole[3])]
+    with pytest.raises(UsageError, match="empty"):
+        model.generate("The", stop=["a", ""])
+
+
+def test_chat_answers_as_the_command_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save_model(tmp_path / "talker", talker().model, talker().tokenizer)
+    messages = [{"role": "user", "content": "the cat"}]
+    answer = lightlm.load("talker", device="cpu").chat(messages, max_new_tokens=8, sampling=GREEDY)
+    command = typer.Typer()
+    command.command()(generate)
+    arguments = ["the cat", "--chat", "--checkpoint", "talker", "--max-new-tokens", "8", "--temperature", "0"]
+    assert CliRunner().invoke(command, arguments).stdout == f"{answer}\n"
+
+
+def test_a_model_without_a_chat_template_says_so(model):
+    with pytest.raises(UsageError, match="no chat template"):
+        model.chat([{"role": "user", "content": "Hello"}])
 
 
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])

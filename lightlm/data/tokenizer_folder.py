@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightlm.errors import DataError
+from lightlm.names import warn
 
 DEFINITION, VOCABULARY, MERGES, ADDED = "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"
 SETTINGS, SPECIAL_TOKENS, MANIFEST = "tokenizer_config.json", "special_tokens_map.json", "manifest.json"
@@ -114,6 +115,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if isinstance(template, list):
         template = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
     if isinstance(template, dict):
+        if lost := sorted(str(name) for name in template if name != "default"):
+            warn(f"{folder / SETTINGS}: only the chat template named default is used and kept, not {', '.join(lost)}")
         template = template.get("default")
     if (folder / CHAT_TEMPLATE).is_file():  # transformers prefers it, too
         try:

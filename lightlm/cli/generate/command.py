@@ -263,6 +263,9 @@ def _check_mode(
         raise UsageError(f"{' and '.join(named)} exclude each other; name one of them")
     if (jsonl is None) != (out is None):
         raise UsageError("--jsonl IN and --out OUT go together: prompts and answers")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        problem = "is a folder" if out.is_dir() else f"cannot be written: there is no folder {out.parent}"
+        raise UsageError(f"--out {out} {problem}; name a file in a folder that exists")
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, Any]]:

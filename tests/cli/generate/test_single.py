@@ -121,6 +121,8 @@ def test_suggestions_of_the_models_files_are_named() -> None:
         (["x", "--prompt-file", "y"], "a prompt and --prompt-file exclude each other"),
         (["--jsonl", "x"], "--out"),
         (["x", "--out", "y"], "--jsonl"),
+        (["--jsonl", "x", "--out", "."], "is a folder"),
+        (["--jsonl", "x", "--out", "nowhere/y"], "there is no folder nowhere"),
         (["x", "--truncate", "right"], "write left"),
         (["x", "--system", "y"], "--chat"),
         (["x", "--chat"], "no chat template"),

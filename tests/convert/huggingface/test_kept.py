@@ -93,10 +93,11 @@ def test_every_end_of_text_counts(tmp_path: Path, generation: Any, config: Any, 
     assert import_huggingface(folder).tokenizer.end_ids == expected
 
 
-def test_where_a_template_is_found(tmp_path: Path) -> None:
+def test_where_a_template_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     folder = write_folder(tmp_path / "hf", settings=SETTINGS | {"chat_template": named})
     assert import_huggingface(folder).tokenizer.settings["chat_template"] == "plain"
+    assert "not tool_use" in caplog.text
     (folder / "chat_template.jinja").write_text("a file", encoding="utf-8")  # transformers prefers it
     assert import_huggingface(folder).tokenizer.settings["chat_template"] == "a file"
     (folder / "chat_template.jinja").write_bytes(b"\xff")
