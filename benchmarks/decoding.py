@@ -15,6 +15,7 @@ from common import make_parser
 from measure import dense_config, load_shape, seconds_of
 
 from lightlm.device import pick_device
+from lightlm.generate.step.fast import forward_of
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 
@@ -36,24 +37,28 @@ def models(config: ModelConfig) -> dict[str, ModelConfig]:
 @torch.no_grad()
 def steps(model: Transformer, batch: int) -> Iterator[float]:
     """Yield the seconds of decoding steps without end, after a prompt of 32 tokens; a full cache is replaced."""
+    forward = forward_of(model)
     while True:
         cache = model.new_cache(batch, 256)
-        model(torch.randint(model.config.vocab_size, (batch, 32), device=model.device), cache)
+        forward(torch.randint(model.config.vocab_size, (batch, 32), device=model.device), cache)
         for _ in range(200):
             tokens = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)
-            yield seconds_of(lambda tokens=tokens, cache=cache: model(tokens, cache).argmax(-1).tolist(), model.device)
+            yield seconds_of(lambda x=tokens, cache=cache: forward(x, cache).argmax(-1).tolist(), model.device)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--recipe", default="moe")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--quantize", choices=("int8",))
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     device, dtype = pick_device("auto"), getattr(torch, options.dtype)
     _, config = load_shape(options.recipe)
     print(f"{options.recipe}, {options.dtype}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     built = {name: Transformer(shape).to(device, dtype).eval() for name, shape in models(config).items()}
+    for model in built.values():
+        model.round_decoding_to(options.quantize)
     for batch in (1, 8):
         running = {name: steps(model, batch) for name, model in built.items()}
         seconds: dict[str, list[float]] = {name: [] for name in built}

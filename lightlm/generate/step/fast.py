@@ -11,7 +11,7 @@ share a key, K head size, C = H K channels, F intermediate size, S cache slots, 
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -116,16 +116,20 @@ class FastForward:
         else:
             rotation = self._rotation(step.positions_BT.flatten())
         # Views of all layers at once: one call instead of one for each.
+        places: Sequence[Tensor] = ()
+        if length == 1 and step.places is None:
+            places = cache.pairs[:, :, :, :, step.starts[0]].unbind(0)
         pairs, keys, values = (
             part.unbind(0) for part in (cache.pairs, cache.keys[:, :, :, : step.end], cache.values[:, :, :, : step.end])
         )
         for layer, (block, window) in enumerate(self._layers):
             norm, attention, factor, mlp_norm, mlp, mlp_factor = block
             q_NHK, new_N2GK, gate_NC = attention.project(norm(x_ND), rotation)
-            _store(pairs[layer], new_N2GK.unflatten(0, (batch, length)), step)
-            y_ND = attention.attend(
-                q_NHK.unflatten(0, (batch, length)), keys[layer], values[layer], masks[window], gate_NC
-            )
+            if places:
+                places[layer].copy_(new_N2GK)
+            else:
+                _store(pairs[layer], new_N2GK.unflatten(0, (batch, length)), step)
+            y_ND = attention.attend(q_NHK, keys[layer], values[layer], masks[window], gate_NC)
             x_ND.add_(y_ND, alpha=factor)
             x_ND.add_(mlp(mlp_norm(x_ND)), alpha=mlp_factor)
         cache.commit(step)
@@ -187,29 +191,35 @@ class _Attention:
         if rotation is not None:
             swapped_NHK = turned_NHK.roll(self._half, -1)
             turned_NHK.mul_(rotation[0]).addcmul_(swapped_NHK, rotation[1])
-        q_NHK, pairs_NHK, *gates = heads_NHK.split(self._sizes, 1)
-        return q_NHK, pairs_NHK.unflatten(1, (2, self._groups)), gates[0].flatten(1) if gates else None
+        q_NHK, pairs_NHK, *gates = heads_NHK.split_with_sizes(self._sizes, 1)
+        pairs_N2GK = pairs_NHK.view(len(x_ND), 2, self._groups, -1)
+        return q_NHK, pairs_N2GK, gates[0].flatten(1) if gates else None
 
-    def attend(self, q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, gate_NC: Tensor | None) -> Tensor:
+    def attend(self, q_NHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, gate_NC: Tensor | None) -> Tensor:
         """Return the output (N, D)."""
-        dtype, length = q_BTHK.dtype, q_BTHK.shape[1]
-        if length == 1:
-            y_NC = self._attend_once(q_BTHK[:, 0].to(k_BGSK.dtype), k_BGSK, v_BGSK, mask.allowed)
+        dtype, batch = q_NHK.dtype, len(k_BGSK)
+        if dtype != k_BGSK.dtype:
+            q_NHK = q_NHK.to(k_BGSK.dtype)
+        if len(q_NHK) == batch:
+            y_NC = self._attend_once(q_NHK, k_BGSK, v_BGSK, mask.allowed)
         else:
-            y_BHTK = attend(q_BTHK.transpose(1, 2).to(k_BGSK.dtype), k_BGSK, v_BGSK, mask)
+            y_BHTK = attend(q_NHK.unflatten(0, (batch, -1)).transpose(1, 2), k_BGSK, v_BGSK, mask)
             y_NC = y_BHTK.transpose(1, 2).flatten(2).flatten(0, 1)
-        y_NC = y_NC.to(dtype)
+        if dtype != k_BGSK.dtype:
+            y_NC = y_NC.to(dtype)
         return self._output(y_NC if gate_NC is None else y_NC * gate_NC.sigmoid())
 
     def _attend_once(self, q_BHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
         """Return the attention (B, C) of one position. Queries that share a key are as many positions of one head."""
-        q_BGRK = q_BHK.unflatten(1, (self._groups, -1))
-        shared = q_BGRK.shape[2]
+        batch, num_heads, size = q_BHK.shape
+        shared = num_heads // self._groups
+        # A view: unflatten and slices take several times as long.
+        q_BGRK = q_BHK.view(batch, self._groups, shared, size)
         if shared == 1 and k_BGSK.dtype == torch.bfloat16:
             # For one query, torch takes a product of oneDNN that is 5 times as slow as for two (AMD EPYC, 150 keys).
-            q_BGRK = q_BGRK.expand(-1, -1, 2, -1)
-        y_BGRK = F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, attn_mask=bias)
-        return y_BGRK[:, :, :shared].flatten(1)
+            y_BG2K = F.scaled_dot_product_attention(q_BGRK.expand(-1, -1, 2, -1), k_BGSK, v_BGSK, attn_mask=bias)
+            return y_BG2K[:, :, 0].flatten(1)
+        return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, attn_mask=bias).flatten(1)
 
 
 class _SwiGLU:
@@ -279,6 +289,7 @@ def _experts(experts: Experts, prepare: Prepare) -> list[_SwiGLU]:
 def _norm(norm: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Return a norm of fp32 rows (N, D) whose output has the given precision."""
     weight_D = _weight(norm).float()
+    cast = dtype != torch.float32
     if isinstance(norm, nn.LayerNorm):
         bias_D = None if norm.bias is None else norm.bias.detach().float()
         return lambda x_ND: F.layer_norm(x_ND, weight_D.shape, weight_D, bias_D, norm.eps).to(dtype)
@@ -290,7 +301,8 @@ def _norm(norm: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         # In 5 operations; torch's own takes 8 on a CPU.
         length_N1 = length(x_ND, 2, -1, True)
         scale_N1 = torch.addcmul(eps, length_N1, length_N1, value=share).rsqrt_()
-        return (x_ND * scale_N1).mul_(weight_D).to(dtype)
+        y_ND = (x_ND * scale_N1).mul_(weight_D)
+        return y_ND.to(dtype) if cast else y_ND
 
     return rms_norm
 
