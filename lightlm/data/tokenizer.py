@@ -231,6 +231,12 @@ class Tokenizer:
         """The characters of each special token by its id; `decode` leaves them out."""
         return {index: added.content for index, added in self._added.items() if added.special}
 
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """A pattern for the characters of special tokens, the longest where several match; nothing without any."""
+        names = sorted(filter(None, self.special_tokens.values()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
     def token_bytes(self) -> np.ndarray:
         """Return the UTF-8 bytes of text per id: int32 of shape (vocab_size,), 0 for special tokens.
 

@@ -10,7 +10,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightlm.data.tokenizer import Tokenizer
@@ -53,12 +53,14 @@ class ChatTemplate:
         roles = {role: token for role, token in tokenizer.settings.items() if role != "chat_template"}
         return cls(source, {role: token for role, token in roles.items() if isinstance(token, str)})
 
-    def render(self, messages: Sequence[dict[str, Any]], *, plain: Collection[str] = (), answer: bool = True) -> str:
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, plain: re.Pattern[str] | None = None, answer: bool = True
+    ) -> str:
         """Return the text of a conversation.
 
         Args:
             messages: each with `role` and `content`; see `check_messages`.
-            plain: texts in messages to put between marks, see `MARKED`.
+            plain: what to put between marks in messages, see `MARKED`; None marks nothing.
             answer: whether the beginning of the model's answer follows.
 
         Raises:
@@ -67,8 +69,8 @@ class ChatTemplate:
         """
         check_messages(messages)
         given: Any = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        if plain:
-            given = _marked(given, re.compile("|".join(map(re.escape, sorted(plain, key=len, reverse=True)))))
+        if plain is not None:
+            given = _marked(given, plain)
         try:
             return self._template.render(
                 messages=given, tools=None, documents=None, add_generation_prompt=answer, **self._special_tokens

@@ -38,8 +38,8 @@ def encode_chat(
         UsageError: the model has no chat template, or a message is malformed (see `lightlm.generate.chat`).
         LightLMError: the template is faulty, or refuses the messages.
     """
-    marked = () if parse_special else tokenizer.special_tokens.values()
-    rendered = ChatTemplate.of(tokenizer).render(messages, plain=marked)
+    plain = None if parse_special else tokenizer.special_pattern
+    rendered = ChatTemplate.of(tokenizer).render(messages, plain=plain)
     # Of the parts, every second one was marked: special tokens in it are plain text.
     parts = re.split(MARKED, rendered, flags=re.DOTALL)
     encoders = (tokenizer.encode_special, tokenizer.encode)
@@ -118,7 +118,7 @@ def _without_oldest_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 def spelled_tokens(tokenizer: Tokenizer, text: str) -> list[str]:
     """Return the special tokens whose characters occur in a text, for a note on how they are read."""
-    return [token for token in tokenizer.special_tokens.values() if token in text]
+    return list(dict.fromkeys(tokenizer.special_pattern.findall(text)))
 
 
 def fit_prompt(
