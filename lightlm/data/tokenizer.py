@@ -226,6 +226,10 @@ class Tokenizer:
         """Return the name of an entry by its id, or None."""
         return self._tokenizer.id_to_token(index)
 
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """Return whether both have the same tokens with the same ids."""
+        return self.sha256 == other.sha256 or self._tokenizer.get_vocab() == other._tokenizer.get_vocab()
+
     @functools.cached_property
     def special_tokens(self) -> dict[int, str]:
         """The characters of each special token by its id; `decode` leaves them out."""

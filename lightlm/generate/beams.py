@@ -15,6 +15,7 @@ from lightlm.generate.batch import FinishReason, Request
 from lightlm.generate.prefill import read
 from lightlm.generate.sampling import GREEDY, Sampling
 from lightlm.generate.sampling.draw import Row, adjusted
+from lightlm.generate.step.fast import forward_of
 from lightlm.model.transformer import Transformer
 
 
@@ -92,7 +93,8 @@ def beam_search(
     Request(prompt, max_new_tokens, sampling).check_length(model.config.max_seq_len)
     sampling.check_ids(vocab_size or model.config.vocab_size)
     cache = model.new_cache(1, len(prompt) + max_new_tokens)
-    logits_BV = read(model, prompt, cache)
+    forward = forward_of(model)
+    logits_BV = read(forward, prompt, cache)
     search = _Search(num_beams, length_penalty, [([], 0.0)], [])
     while True:
         rows = [Row(sampling, None, prompt, ids, stop_ids) for ids, _ in search.running]
@@ -106,7 +108,7 @@ def beam_search(
         if parents != list(range(len(cache.lengths))):
             cache.select(parents)
         tokens_B1 = torch.tensor([[ids[-1]] for ids, _ in search.running], device=model.device)
-        logits_BV = model(tokens_B1, cache)[:, -1]
+        logits_BV = forward(tokens_B1, cache)[:, -1]
 
 
 def _extend(

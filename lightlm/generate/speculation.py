@@ -4,7 +4,8 @@ A guess is kept if it equals the token that the row draws at its place, from the
 row's own random number. So guesses decide how fast a text comes and nothing else: with the same seed, it is the text of
 plain decoding (logits differ by rounding). For a guess without a distribution, such as one that is looked up, the
 probability of keeping it is that of the rule of Leviathan et al. (arXiv 2211.17192), which is the highest possible. A
-draft model guesses with a copy of the row's random generator, so that both models draw from the same random number.
+draft model guesses with a copy of the row's random generator, so that both models draw with the same random number (see
+`draw`).
 
 Shapes: T positions, V vocabulary.
 """
@@ -18,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightlm.errors import UsageError
+from lightlm.checkpoint import LoadedModel
+from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.prefill import read
 from lightlm.generate.sampling.draw import Row, sample
+from lightlm.generate.step.fast import forward_of
 from lightlm.model.transformer import Transformer
 
 _NGRAMS = (3, 2)  # lengths of the endings that `Lookup` searches for, the first found wins
@@ -63,7 +66,7 @@ class Draft:
     """
 
     def __init__(self, model: Transformer, vocab_size: int) -> None:
-        self._model, self._vocab_size = model, vocab_size
+        self._forward, self._vocab_size, self._max_seq_len = forward_of(model), vocab_size, model.config.max_seq_len
         self._cache = model.new_cache(1, 1)
         self._ids: list[int] = []  # what the cache holds
 
@@ -71,7 +74,7 @@ class Draft:
     def guess(self, row: Row, count: int) -> list[int]:
         """Return `count` tokens; fewer where its context ends."""
         ids = [*row.prompt, *row.new]
-        count = min(count, self._model.config.max_seq_len - len(ids) + 1)
+        count = min(count, self._max_seq_len - len(ids) + 1)
         if count < 1:
             return []
         # At least the last token is read, for its logits.
@@ -79,13 +82,13 @@ class Draft:
         self._cache.cut(0, shared)
         if len(ids) + count > self._cache.max_len:
             slots = max(len(ids) + count, self._cache.max_len * 3 // 2)
-            self._cache.reserve(1, min(slots, self._model.config.max_seq_len))
+            self._cache.reserve(1, min(slots, self._max_seq_len))
         generator = None
         if row.generator is not None:
             generator = torch.Generator()
             generator.set_state(row.generator.get_state())
         guessing = replace(row, generator=generator, new=list(row.new))
-        logits_1V = read(self._model, ids[shared:], self._cache)
+        logits_1V = read(self._forward, ids[shared:], self._cache)
         guesses: list[int] = []
         while True:
             [token] = sample(logits_1V, [guessing], self._vocab_size)
@@ -94,7 +97,21 @@ class Draft:
                 self._ids = [*ids, *guesses[:-1]]
                 return guesses
             guessing.new.append(token)
-            logits_1V = read(self._model, [token], self._cache)
+            logits_1V = read(self._forward, [token], self._cache)
+
+
+def draft_of(draft: LoadedModel, loaded: LoadedModel) -> Draft:
+    """Return a loaded model as the draft of another.
+
+    Raises:
+        LightLMError: their tokenizers differ, so that one's guesses mean nothing to the other.
+    """
+    if not draft.tokenizer.has_ids_of(loaded.tokenizer):
+        raise LightLMError(
+            f"the draft {draft.name} has another tokenizer than {loaded.name}; a draft needs the same tokens with the "
+            "same ids, as two runs on one data folder have"
+        )
+    return Draft(draft.model, loaded.tokenizer.vocab_size)
 
 
 class Pace:

@@ -1,6 +1,7 @@
 """Speculation gives the tokens of plain decoding, whatever the guesses are, and stops where it is slower."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightlm.errors import UsageError
+from lightlm.checkpoint import LoadedModel
+from lightlm.data.tokenizer import train_tokenizer
+from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.batch import Batch, NewToken, Request
 from lightlm.generate.sampling import GREEDY, Sampling
 from lightlm.generate.sampling.draw import Row, sample
-from lightlm.generate.speculation import Draft, Guesser, Lookup, Pace, Speculation
+from lightlm.generate.speculation import Draft, Guesser, Lookup, Pace, Speculation, draft_of
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES, build
@@ -217,6 +220,19 @@ def test_the_first_round_is_not_judged_because_a_draft_reads_the_prompt() -> Non
     rounds(pace, 1.0, 0, 0, 4)
     pace.note_round(1000.0, 1)
     assert all(rounds(pace, 1.0, 2.0, 3, 50))
+
+
+def test_a_draft_has_the_same_tokens_with_the_same_ids() -> None:
+    texts = ["the cat sat on the mat " * 9]
+    one, same, other = (
+        train_tokenizer(texts, 300),
+        train_tokenizer(texts, 300),
+        train_tokenizer([*texts, "x" * 50], 300),
+    )
+    target, draft, wrong = (LoadedModel(MODELS["llama"], each, Path("m")) for each in (one, same, other))
+    assert isinstance(draft_of(draft, target), Draft)
+    with pytest.raises(LightLMError, match="another tokenizer"):
+        draft_of(wrong, target)
 
 
 def test_no_guesses_is_wrong_usage() -> None:

@@ -11,8 +11,11 @@ from typer.core import TyperCommand
 from lightlm.cli.console import console, print_json, write_utf8
 from lightlm.cli.generate.input import read_prompt
 from lightlm.cli.generate.options import (
+    DraftOption,
     FrequencyPenaltyOption,
+    GuessesOption,
     LogitBiasOption,
+    LookupOption,
     MinNewTokensOption,
     MinPOption,
     NoRepeatNgramOption,
@@ -26,7 +29,7 @@ from lightlm.cli.generate.options import (
     read_sampling,
 )
 from lightlm.errors import UsageError
-from lightlm.generate.sampling import DEFAULT
+from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.settings import suggestions
 
 WeightsOption = Annotated[  # also of `convert` and `eval`
@@ -151,6 +154,21 @@ def generate(
         int | None,
         typer.Option(min=1, help="With --json: log-probabilities of each token and of the N most likely.", metavar="N"),
     ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Search the likeliest texts with N beams, in place of drawing.", show_default=False
+        ),
+    ] = None,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="With --beams: above 0 favors long texts, below 0 short ones. [dim]Default: 1[/]", show_default=False
+        ),
+    ] = None,
+    lookup: LookupOption = False,
+    draft: DraftOption = None,
+    guesses: GuessesOption = 4,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
     weights: WeightsOption = None,
     dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
@@ -190,6 +208,13 @@ def generate(
         logit_bias=logit_bias,
         min_new_tokens=min_new_tokens,
     )
+    alone = num_samples == 1 and jsonl is None
+    _check_speed(sampling, beams, length_penalty, lookup=lookup, draft=draft, alone=alone)
+    if beams is not None and (interactive or jsonl or logprobs is not None or sliding_window or num_samples > beams):
+        raise UsageError(
+            "--beams searches the continuations of one prompt, at least as many as --num-samples; leave out "
+            "--interactive, --jsonl, --logprobs and --sliding-window"
+        )
     ends = tuple(text.replace("\\n", "\n") for text in stop or ())
     settings = Settings(sampling, max_new_tokens, seed, ends, sliding_window)
     text = None if interactive or jsonl else read_prompt(prompt, prompt_file)
@@ -202,6 +227,8 @@ def generate(
         path = locate(checkpoint)
         if weights is not None:
             require_average(path)
+    if draft is not None and not is_hub_id(draft):
+        locate(draft)
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.cpu import FEW_SLICES, use_threads
     from lightlm.device import keep_freed_memory, pick_device
@@ -214,6 +241,14 @@ def generate(
         use_threads("auto", _note, slices=FEW_SLICES)
     loaded = load_for_decoding(checkpoint, target, dtype, weights, quantize)
     sampling.check_ids(loaded.tokenizer.vocab_size)
+    speculation = None
+    if lookup or draft is not None:
+        from lightlm.generate.speculation import Guesser, Lookup, Speculation, draft_of
+
+        guesser: Guesser = Lookup()
+        if draft is not None:
+            guesser = draft_of(load_for_decoding(draft, target, dtype, None, quantize), loaded)
+        speculation = Speculation(guesser, guesses)
     context = loaded.model.config.max_seq_len
     reader = PromptReader(loaded.tokenizer, context, parse_special, truncate is not None, _noted_once())
     write_utf8()
@@ -232,14 +267,15 @@ def generate(
     elif interactive:
         from lightlm.cli.generate.interactive import Session
 
-        Session(loaded, reader, settings, chat, system).run()
+        Session(loaded, reader, settings, chat, system, speculation).run()
     else:
-        from lightlm.cli.generate.single import Single
+        from lightlm.cli.generate.single import Beams, Single
 
         assert text is not None
         messages = _messages(text, system) if chat else None
         ids = reader.read_chat(messages, max_new_tokens) if messages else reader.read(text, max_new_tokens)
-        single = Single(loaded, text, ids, settings, messages, suggested)
+        search = None if beams is None else Beams(beams, 1.0 if length_penalty is None else length_penalty)
+        single = Single(loaded, text, ids, settings, messages, suggested, speculation=speculation, beams=search)
         single.run(num_samples, as_json=as_json, logprobs=logprobs or 0)
 
 
@@ -266,6 +302,22 @@ def _check_mode(
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         problem = "is a folder" if out.is_dir() else f"cannot be written: there is no folder {out.parent}"
         raise UsageError(f"--out {out} {problem}; name a file in a folder that exists")
+
+
+def _check_speed(
+    sampling: Sampling, beams: int | None, length_penalty: float | None, *, lookup: bool, draft: str | None, alone: bool
+) -> None:
+    """Raise UsageError for options of beam search and of speculation that exclude others."""
+    if length_penalty is not None and beams is None:
+        raise UsageError("--length-penalty compares beams; add --beams N")
+    if beams is not None and sampling.filters != DEFAULT.filters:
+        raise UsageError("--beams draws nothing; leave out --temperature, --top-k, --top-p, --min-p and --typical-p")
+    if lookup and draft is not None:
+        raise UsageError("--lookup and --draft both guess the next tokens; choose one of them")
+    if (lookup or draft is not None) and (beams is not None or not alone):
+        raise UsageError(
+            "--lookup and --draft make one text faster; leave them out with --num-samples, --jsonl and --beams"
+        )
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.chat import ChatTemplate
 from lightlm.generate.prompts import PromptReader
 from lightlm.generate.settings import Settings, changeable
+from lightlm.generate.speculation import Speculation
 from lightlm.generate.text_batch import Answer, Question
 from lightlm.names import nearest
 
@@ -39,6 +40,7 @@ class Session:
         chat: keep the turns of a conversation and write them with the model's chat template; else each text is
             continued by itself.
         system: the conversation's system message.
+        speculation: guesses tokens; None guesses none.
 
     Raises:
         UsageError: a conversation with a model that has no chat template.
@@ -50,6 +52,7 @@ class Session:
     settings: Settings
     chat: bool
     system: str | None = None
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         self._turns: list[dict[str, Any]] = []
@@ -129,7 +132,7 @@ class Session:
 
         whole: Answer | None = None
         with contextlib.suppress(KeyboardInterrupt):
-            [whole] = answer(self.loaded, [Question(ids, self.settings)], show)
+            [whole] = answer(self.loaded, [Question(ids, self.settings)], show, self.speculation)
         seconds = time.perf_counter() - started
         write("\n")
         if self.chat and (whole is not None or "".join(shown)):
@@ -142,7 +145,7 @@ class Session:
             "length": f"; ended after max-new-tokens {most:,}",
             "context": f"; {context}: /sliding-window true goes past it",
         }
-        _say(speed(len(whole.ids), seconds) + endings.get(whole.finish_reason, ""))
+        _say(speed(len(whole.ids), seconds, self.speculation) + endings.get(whole.finish_reason, ""))
 
     def _again(self, _: str) -> None:
         if self._last is None:

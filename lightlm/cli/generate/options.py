@@ -41,6 +41,18 @@ QuantizeOption = Annotated[
     typer.Option(metavar="int8", help="Round weights to int8. [dim]Default: as they are[/]", show_default=False),
 ]
 MinNewTokensOption = Annotated[int | None, _option("No end of the text before so many tokens.", "0", min=0)]
+LookupOption = Annotated[
+    bool, typer.Option("--lookup", help="Guess tokens that repeat the text so far, where that is faster.")
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Guess tokens with a smaller model of the same tokenizer, where that is faster.",
+        show_default=False,
+    ),
+]
+GuessesOption = Annotated[int, typer.Option(min=1, help="Guesses per pass, with --lookup or --draft.", metavar="N")]
 
 
 def read_sampling(logit_bias: list[str] | None = None, **given: Any) -> Sampling:

@@ -10,8 +10,19 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.cli.console import console, print_json
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.generate.batch import Batch
+from lightlm.generate.beams import beam_search
 from lightlm.generate.settings import Settings
+from lightlm.generate.speculation import Speculation
+from lightlm.generate.text import TextStream
 from lightlm.generate.text_batch import Answer, Question, TextBatch
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How wide beam search is, and how it weighs lengths (see `beam_search`)."""
+
+    count: int
+    length_penalty: float
 
 
 def write(text: str) -> None:
@@ -20,10 +31,16 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def answer(loaded: LoadedModel, questions: Sequence[Question], show: Callable[[str], None]) -> list[Answer]:
+def answer(
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    show: Callable[[str], None],
+    speculation: Speculation | None = None,
+) -> list[Answer]:
     """Return the answers to questions; `show` receives the text of the first as it comes."""
     tokenizer = loaded.tokenizer
-    batch = TextBatch(Batch(loaded.model, len(questions), vocab_size=tokenizer.vocab_size), tokenizer)
+    inner = Batch(loaded.model, len(questions), vocab_size=tokenizer.vocab_size, speculation=speculation)
+    batch = TextBatch(inner, tokenizer)
     handles = batch.join(questions)
     answers: dict[int, Answer] = {}
     while batch:
@@ -35,9 +52,37 @@ def answer(loaded: LoadedModel, questions: Sequence[Question], show: Callable[[s
     return [answers[handle] for handle in handles]
 
 
-def speed(tokens: int, seconds: float) -> str:
-    """Return how many tokens took how long, for people."""
-    return f"{tokens:,} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):.0f} tokens/s"
+def search(loaded: LoadedModel, ids: list[int], settings: Settings, beams: Beams) -> list[tuple[Answer, float]]:
+    """Return the answers that beam search finds, the best first, and their scores.
+
+    A stop string cuts an answer that is found; it does not end the search.
+    """
+    tokenizer, sampling = loaded.tokenizer, settings.sampling
+    found = beam_search(
+        loaded.model,
+        ids,
+        beams.count,
+        settings.max_new_tokens,
+        sampling,
+        beams.length_penalty,
+        tokenizer.end_ids,
+        tokenizer.vocab_size,
+    )
+    answers = []
+    for beam in found:
+        stream = TextStream(tokenizer, ids, settings.stop, free_tokens=sampling.min_new_tokens)
+        text = "".join([*map(stream.push, beam.ids), stream.flush()])
+        reason = beam.finish_reason if stream.stop is None else "stop"
+        answers.append((Answer(text, beam.ids, reason, stream.stop), beam.score))
+    return answers
+
+
+def speed(tokens: int, seconds: float, speculation: Speculation | None = None) -> str:
+    """Return how many tokens took how long, and how many guesses of a speculation were right, for people."""
+    guesses = ""
+    if speculation is not None:
+        guesses = f"; {speculation.kept:,} of {speculation.guessed:,} guesses were right"
+    return f"{tokens:,} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):.0f} tokens/s{guesses}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +93,8 @@ class Single:
         prompt: its text, which is shown before each answer that continues it.
         messages: the conversation that the prompt ends, if it is one; then only answers are shown.
         suggested: sampling settings that the model's files suggest, for --json.
+        speculation: guesses tokens; None guesses none.
+        beams: search in place of drawing; None draws.
     """
 
     loaded: LoadedModel
@@ -56,6 +103,8 @@ class Single:
     settings: Settings
     messages: list[dict[str, Any]] | None = None
     suggested: dict[str, Any] | None = None
+    speculation: Speculation | None = None
+    beams: Beams | None = None
 
     def run(self, num_samples: int, *, as_json: bool, logprobs: int = 0) -> None:
         """Answer the prompt so many times and print the answers."""
@@ -64,8 +113,14 @@ class Single:
         show(before)
         started = time.perf_counter()
         questions = [Question(self.ids, self.settings, number, logprobs) for number in range(num_samples)]
+        scores: list[float] = []
         try:
-            answers = answer(self.loaded, questions, show)
+            if self.beams is None:
+                answers = answer(self.loaded, questions, show, self.speculation)
+            else:
+                found = search(self.loaded, self.ids, self.settings, self.beams)[:num_samples]
+                answers, scores = [each for each, _ in found], [score for _, score in found]
+                show(answers[0].text)
         except KeyboardInterrupt:
             show("\n")
             raise
@@ -74,7 +129,7 @@ class Single:
         for each in answers[1:]:
             show(f"\n---\n{before}{each.text}\n")
         if as_json:
-            print_json(self._document(answers))
+            print_json(self._document(answers, scores))
         for number, each in enumerate(answers, 1):
             if each.finish_reason == "context":
                 context = self.loaded.model.config.max_seq_len
@@ -82,9 +137,10 @@ class Single:
                     f"Sample {number} ended early: the model's context of {context:,} tokens is full. "
                     "--sliding-window continues without the oldest half."
                 )
-        console.print(f"[dim]{speed(sum(len(each.ids) for each in answers), seconds)}[/]")
+        tokens = sum(len(each.ids) for each in answers)
+        console.print(f"[dim]{speed(tokens, seconds, self.speculation)}[/]")
 
-    def _document(self, answers: list[Answer]) -> dict[str, Any]:
+    def _document(self, answers: list[Answer], scores: list[float]) -> dict[str, Any]:
         document: dict[str, Any] = {
             "model": self.loaded.name,
             "path": str(self.loaded.path),
@@ -96,11 +152,15 @@ class Single:
         document |= {"seed": self.settings.seed, "sampling": asdict(self.settings.sampling)}
         if self.suggested:
             document["suggested_by_model"] = self.suggested
+        if self.beams:
+            document["beams"] = asdict(self.beams)
         document["samples"] = [
             {"text": each.text, "ids": each.ids, "finish_reason": each.finish_reason, "stop": each.stop}
             | ({"logprobs": _log_probs(self.loaded.tokenizer, each)} if each.log_probs else {})
             for each in answers
         ]
+        for sample, score in zip(document["samples"], scores, strict=False):
+            sample["score"] = score
         return document
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 import lightlm
 from lightlm.cli.generate.command import PromptCommand, generate
 from lightlm.errors import LightLMError, UsageError
+from lightlm.generate.beams import beam_search
 from lightlm.generate.sampling import DEFAULT
 
 app = typer.Typer()
@@ -71,6 +73,30 @@ def test_logprobs_are_those_that_the_model_gives_to_the_text() -> None:
         assert entry["token"] == model.tokenizer.decode([token])
 
 
+@pytest.mark.parametrize("options", [["--lookup"], ["--draft", "demo"], ["--draft", "demo", "--guesses", "2"]])
+def test_guesses_leave_the_text_as_it_is(options: list[str]) -> None:
+    given = ["The cat sat on the cat sat on", "--max-new-tokens", "16", "--temperature", "2"]
+    assert run_json(*given, *options)["samples"] == run_json(*given)["samples"]
+    done = CliRunner().invoke(app, [*given, *options])
+    assert re.search(r"\d+ of \d+ guesses were right", done.stderr)
+
+
+def test_beams_are_printed_best_first_with_their_scores() -> None:
+    document = run_json("The cat", "--max-new-tokens", "6", "--beams", "4", "--num-samples", "3", "--stop", "a")
+    model = lightlm.load()
+    tokenizer = model.tokenizer
+    ends = tokenizer.end_ids
+    found = beam_search(
+        model.transformer, tokenizer.encode("The cat"), 4, 6, stop_ids=ends, vocab_size=tokenizer.vocab_size
+    )
+    assert document["beams"] == {"count": 4, "length_penalty": 1.0}
+    for sample, beam in zip(document["samples"], found[:3], strict=True):
+        assert (sample["ids"], sample["score"]) == (beam.ids, pytest.approx(beam.score, abs=1e-5))
+        assert sample["text"] == tokenizer.decode(beam.ids).partition("a")[0]
+    done = CliRunner().invoke(app, ["The cat", "--max-new-tokens", "6", "--beams", "4", "--length-penalty", "0"])
+    assert done.stdout.startswith("The cat")
+
+
 def test_samples_are_printed_one_after_the_other() -> None:
     done = CliRunner().invoke(app, ["The cat", "--max-new-tokens", "5", "--num-samples", "3"])
     samples = run_json("The cat", "--max-new-tokens", "5", "--num-samples", "3")["samples"]
@@ -121,6 +147,12 @@ def test_a_full_context_is_told() -> None:
         (["x", "--logit-bias", "99999=1"], UsageError, "token id 99999"),
         (["x", "--min-new-tokens", "300"], UsageError, "min-new-tokens is 300, above max-new-tokens"),
         (["x", "--logprobs", "2"], UsageError, "--json"),
+        (["x", "--length-penalty", "2"], UsageError, "add --beams"),
+        (["x", "--beams", "2", "--temperature", "1"], UsageError, "leave out --temperature"),
+        (["x", "--beams", "2", "--num-samples", "3"], UsageError, "at least as many as --num-samples"),
+        (["x", "--lookup", "--draft", "demo"], UsageError, "choose one"),
+        (["x", "--lookup", "--num-samples", "2"], UsageError, "one text faster"),
+        (["x", "--draft", "nothing"], LightLMError, "nothing"),
         (["caf\udcff"], UsageError, "not valid UTF-8 at character 4"),
         (["x", "--device", "abacus"], UsageError, "abacus"),
         (["The cat ran " * 40], LightLMError, "context holds 40"),

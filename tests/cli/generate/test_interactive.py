@@ -63,7 +63,8 @@ class TestPipe:
             assert session(entry, "--temperature", "0").stdout == whole.removeprefix("a\nb")
 
     def test_another_seed_answers_again(self) -> None:
-        first, again, seeded = session("The cat\n/again\n/seed 1337\nThe cat\n").stdout.splitlines()[:3]
+        entries = "The cat\n/again\n/seed 1337\nThe cat\n"
+        first, again, seeded, _ = session(entries, "--stop", "\\n").stdout.split("\n")
         assert first == seeded != again
 
     def test_mistakes_are_told_and_the_session_goes_on(self) -> None:

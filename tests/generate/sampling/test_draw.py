@@ -100,3 +100,28 @@ def test_log_probs_are_those_of_the_whole_vocabulary_before_all_settings() -> No
         assert [token for token, _ in entry.top] == ids.tolist()
         assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-5)
     assert log_probs(logits_BV, [1, 1, 1], 0)[0].top == ()
+
+
+def test_two_models_that_draw_with_equal_numbers_agree_as_often_as_promised() -> None:
+    logits_2V = torch.randn(2, 400, generator=generator(3)) * 2
+    logits_2V[1] = logits_2V[0] + 0.5 * logits_2V[1]
+    probs_2V = logits_2V.double().softmax(-1)
+    distance = float((probs_2V[0] - probs_2V[1]).abs().sum() / 2)
+    neutral = Sampling(1.0, top_p=1.0)
+    equal = sum(
+        len(set(sample(logits_2V, [Row(neutral, generator(seed)), Row(neutral, generator(seed))]))) == 1
+        for seed in range(2000)
+    )
+    assert equal / 2000 > (1 - distance) / (1 + distance) - 0.03
+    assert equal / 2000 < 1 - distance + 0.03
+
+
+def test_draws_of_many_seeds_and_positions_fit_the_distribution() -> None:
+    """Whatever the ids are and whichever row draws: chi-square of 40 ids with unequal probabilities."""
+    stats = pytest.importorskip("scipy.stats")
+    logits_V = torch.linspace(-2, 2, 40)[torch.randperm(40, generator=generator(1))]
+    rows = [Row(Sampling(1.0, top_p=1.0), generator(seed)) for seed in range(200)]
+    counts = np.zeros(40)
+    for _ in range(60):
+        counts += np.bincount(sample(logits_V.expand(200, -1), rows), minlength=40)
+    assert stats.chisquare(counts, logits_V.double().softmax(-1).numpy() * counts.sum()).pvalue > 0.01
