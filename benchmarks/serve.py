@@ -96,15 +96,17 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{percent}": round(1000 * cuts[percent - 1], 1) for percent in (50, 90, 99)}
 
 
-def alone(model: str, asked: list[dict[str, Any]]) -> list[str]:
+def alone(model: str, dtype: str, asked: list[dict[str, Any]]) -> list[str]:
     """Return what each request gives by itself, through the Python API."""
-    from lightlm.convert.load import load_pretrained
+    import torch
+
     from lightlm.generate.engine import generate
+    from lightlm.generate.load import load_for_decoding
     from lightlm.generate.prompts import encode_prompt
     from lightlm.generate.sampling import Sampling
     from lightlm.generate.text import text_of
 
-    loaded = load_pretrained(model)
+    loaded = load_for_decoding(model, torch.device("cpu"), dtype, None)
     tokenizer, texts = loaded.tokenizer, []
     for fields in asked:
         ids = encode_prompt(tokenizer, fields["prompt"])
@@ -122,17 +124,21 @@ def alone(model: str, asked: list[dict[str, Any]]) -> list[str]:
     return texts
 
 
-def measure_load(model: str, clients: int, seconds: float, rows: int, kinds: int, tokens: int) -> dict[str, Any]:
+def measure_load(
+    model: str, dtype: str, clients: int, seconds: float, rows: int, kinds: int, tokens: int
+) -> dict[str, Any]:
     asked = questions(kinds, tokens)
-    with running(model, "--batch-size", str(rows), "--max-queue", str(clients)) as url:
+    options = ("--device", "cpu", "--dtype", dtype, "--batch-size", str(rows), "--max-queue", str(clients))
+    with running(model, *options) as url:
         answers = asyncio.run(load(url, asked, clients, seconds))
         lines = httpx.get(f"{url}/metrics").text.splitlines()
     metrics = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-    expected = alone(model, asked)
+    expected = alone(model, dtype, asked)
     wrong = [answer for answer in answers if answer["text"] != expected[answer["number"]] or not answer["reason"]]
     taken = max(answer["times"][-1] for answer in answers) - min(answer["start"] for answer in answers)
     events = sum(len(answer["times"]) for answer in answers)
     result = {
+        "dtype": dtype,
         "clients": clients,
         "rows": rows,
         "seconds": round(taken, 1),
@@ -144,9 +150,7 @@ def measure_load(model: str, clients: int, seconds: float, rows: int, kinds: int
             [after - before for answer in answers for before, after in itertools.pairwise(answer["times"])]
         ),
         "whole answer, ms": percentiles([answer["times"][-1] - answer["start"] for answer in answers]),
-        "server's step, ms": round(
-            1000 * metrics["lightlm_step_seconds_sum"] / metrics["lightlm_step_seconds_count"], 1
-        ),
+        "mean step, ms": round(1000 * metrics["lightlm_step_seconds_sum"] / metrics["lightlm_step_seconds_count"], 1),
         "rows used at the end": metrics["lightlm_rows_used"],
     }
     for answer in wrong[:3]:
@@ -228,6 +232,7 @@ def measure_malformed(model: str, count: int) -> dict[str, Any]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("model", help="run, checkpoint or Hugging Face folder; a small one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rows", type=int, default=16, help="--batch-size of the server")
@@ -243,7 +248,7 @@ def main() -> None:
         failed = [kind for kind in result["status by kind"] if kind.partition(": ")[2].startswith("5")]
     else:
         result = measure_load(
-            options.model, options.clients, options.seconds, options.rows, options.kinds, options.tokens
+            options.model, options.dtype, options.clients, options.seconds, options.rows, options.kinds, options.tokens
         )
         failed = ["wrong answers"] if result["wrong answers"] else []
     report(result, options.out)

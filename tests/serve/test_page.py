@@ -75,6 +75,7 @@ def test_ctrl_enter_draws_samples_side_by_side_that_equal_the_api(page: Any, ser
         assert "".join(cards.nth(i).locator(".token").all_text_contents()) == text
         assert cards.nth(i).locator(".prompt").text_content() == PROMPT
         assert "tokens" in cards.nth(i).locator("header").text_content()
+        assert cards.nth(i).locator("header").evaluate("head => head.scrollWidth <= head.clientWidth")
     tops = [cards.nth(i).bounding_box()["y"] for i in range(3)]
     assert max(tops) - min(tops) < 1
 
