@@ -98,8 +98,8 @@ class FastForward:
 
     @torch.no_grad()
     def head(self, x_BTD: Tensor) -> Tensor:
-        """Return the logits (..., V) of final hidden states (..., D)."""
-        return self._head(x_BTD.flatten(0, -2)).unflatten(0, x_BTD.shape[:-1])
+        """Return the logits (..., V) of final hidden states (..., D), in fp32, whose argmax takes a fifth of bf16's."""
+        return self._head(x_BTD.flatten(0, -2)).float().unflatten(0, x_BTD.shape[:-1])
 
     @torch.no_grad()
     def hidden_states(self, tokens_BT: Tensor, cache: KVCache, counts: list[int] | None = None) -> Tensor:
