@@ -75,6 +75,8 @@ class LightLM(TemplateLM):
         UsageError: batch_size is neither a number nor `auto`.
     """
 
+    fast_decoding = True  # see `Batch`
+
     def __init__(
         self,
         pretrained: str | LoadedModel | None = None,
@@ -228,6 +230,7 @@ class LightLM(TemplateLM):
             {self.eot_token_id},
             ends,
             vocab_size=tokenizer.vocab_size,
+            fast=self.fast_decoding,
         )
         return [
             postprocess_generated_text(text + stream.flush(), stops, None)

@@ -95,6 +95,8 @@ class SharedLightLM(LightLM):
     `finished` receives the share of the requests that is answered, from 0 again for each kind of request.
     """
 
+    fast_decoding = False  # a prepared copy of the weights would take memory from training
+
     def __init__(
         self, loaded: LoadedModel, exchange: Exchange, finished: Callable[[float], None] = lambda share: None
     ) -> None:
