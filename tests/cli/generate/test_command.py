@@ -170,3 +170,18 @@ def test_no_samples_is_wrong_usage() -> None:
     done = CliRunner().invoke(app, ["x", "--num-samples", "0"])
     assert done.exit_code == 2
     assert "--num-samples" in done.output
+
+
+def test_weights_rounded_to_int8_give_other_numbers_near_the_exact_ones() -> None:
+    arguments = ["The cat", "--max-new-tokens=1", "--logprobs=1", "--temperature=0"]
+    [exact], [rounded] = (run_json(*arguments, *more)["samples"] for more in ([], ["--quantize=int8"]))
+    [[first], [second]] = exact["logprobs"], rounded["logprobs"]
+    assert first["logprob"] != second["logprob"]
+    assert first["logprob"] == pytest.approx(second["logprob"], abs=0.05)
+
+
+@pytest.mark.parametrize("wrong", [["--quantize=int4"], ["--quantize=int8", "--dtype=float32"]])
+def test_a_rounding_that_does_not_exist_is_wrong_usage(wrong: list[str]) -> None:
+    done = CliRunner().invoke(app, ["The cat", *wrong])
+    assert isinstance(done.exception, UsageError)
+    assert "--quantize" in str(done.exception)
