@@ -180,8 +180,14 @@ class Speculation:
         if count < 1:
             raise UsageError(f"speculation needs at least 1 guess per round, got {count}")
         self.pace = pace or Pace()
-        self.guessed = self.kept = 0  # tokens so far
+        self.guessed = self.kept = 0  # tokens since `take_counts`
         self._guesser, self._count = guesser, count
+
+    def take_counts(self) -> tuple[int, int]:
+        """Return how many guesses were kept, and how many there were, since the last call."""
+        counts = self.kept, self.guessed
+        self.guessed = self.kept = 0
+        return counts
 
     def guess(self, row: Row, most: int) -> list[int]:
         """Return up to `most` guesses; none while they do not pay."""

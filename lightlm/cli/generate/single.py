@@ -81,7 +81,8 @@ def speed(tokens: int, seconds: float, speculation: Speculation | None = None) -
     """Return how many tokens took how long, and how many guesses of a speculation were right, for people."""
     guesses = ""
     if speculation is not None:
-        guesses = f"; {speculation.kept:,} of {speculation.guessed:,} guesses were right"
+        kept, guessed = speculation.take_counts()
+        guesses = f"; {kept:,} of {guessed:,} guesses were right"
     return f"{tokens:,} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):.0f} tokens/s{guesses}"
 
 
