@@ -101,7 +101,7 @@ def _tasks(
             wrong.append(f"{source}:{row.line}: {error}")
             continue
         for sample in range(num_samples):
-            content = [loaded.name, ids, asdict(row.settings), sample]
+            content = [loaded.name, [file.name for file in loaded.weights], ids, asdict(row.settings), sample]
             key = xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
             yield _Task(row, Question(ids, row.settings, sample), key)
     refuse(wrong)
