@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from lightlm.model.attention import Attention, Mask, attend, build_mask
 from lightlm.model.config import ModelConfig
 from lightlm.model.decoding.cache import KVCache, Step
-from lightlm.model.experts import Experts
 from lightlm.model.mlp import MLP, SwiGLU
 from lightlm.model.moe import MoE
 from lightlm.model.norms import RMSNorm
@@ -38,6 +37,8 @@ _PREPARE: dict[str | None, tuple[Prepare, torch.dtype | None]] = {
     None: (prepared, None),
     "int8": (quantized, torch.bfloat16),
 }
+
+_TOGETHER_ROWS = 32  # above so many tokens, each expert gets enough of them for products of its own
 
 _forwards: weakref.WeakKeyDictionary[Transformer, "FastForward"] = weakref.WeakKeyDictionary()
 
@@ -245,26 +246,53 @@ class _MLP:
 
 
 class _MoE:
-    """A mixture of experts that reads the weights of chosen experts only."""
+    """A mixture of experts. One token reads the weights of its experts only.
+
+    Some tokens choose most of the experts between them: then all experts are one network, whose hidden features count
+    as much as the router says. That is two products in place of two for each expert.
+    """
 
     def __init__(self, moe: MoE, prepare: Prepare) -> None:
         self._router = moe.router
         self._shared = None if moe.shared is None else _feed_forward(moe.shared, prepare)
-        self._experts = _experts(moe.experts, prepare)
+        gate_EFD, up_EFD, down_EDF = (_multiplied(part) for part in moe.experts.scaled())
+        self._num_experts = len(gate_EFD)
+        self._both = [prepare(torch.cat(pair), None) for pair in zip(gate_EFD, up_EFD, strict=True)]
+        self._down = [prepare(down_DF, None) for down_DF in down_EDF]
+        self._all_both = prepare(torch.cat((gate_EFD, up_EFD)).flatten(0, 1), None)
+        self._all_down = prepare(down_EDF.transpose(0, 1).flatten(1), None)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         ids_NX, weights_NX, _, _ = self._router(x_ND)
-        y_ND = torch.zeros_like(x_ND) if self._shared is None else self._shared(x_ND)
         if len(x_ND) == 1:
-            for expert, weight in zip(ids_NX[0].tolist(), weights_NX[0].tolist(), strict=True):
-                y_ND.add_(self._experts[expert](x_ND), alpha=weight)
-            return y_ND
+            y_ND = self._one(x_ND, ids_NX[0].tolist(), weights_NX[0])
+        elif len(x_ND) <= _TOGETHER_ROWS and ids_NX.numel() >= self._num_experts:
+            y_ND = self._together(x_ND, ids_NX, weights_NX)
+        else:
+            y_ND = self._apart(x_ND, ids_NX, weights_NX)
+        return y_ND if self._shared is None else y_ND.add_(self._shared(x_ND))
+
+    def _one(self, x_1D: Tensor, experts: list[int], weights_X: Tensor) -> Tensor:
+        gate_XF, up_XF = torch.cat([self._both[expert](x_1D) for expert in experts]).chunk(2, -1)
+        h_XF = F.silu(gate_XF).mul_(up_XF).mul_(weights_X[:, None])
+        parts = [self._down[expert](h_1F) for expert, h_1F in zip(experts, h_XF.split(1), strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def _together(self, x_ND: Tensor, ids_NX: Tensor, weights_NX: Tensor) -> Tensor:
+        gate_NC, up_NC = self._all_both(x_ND).chunk(2, -1)
+        weights_NE = weights_NX.new_zeros(len(x_ND), self._num_experts).scatter_(1, ids_NX, weights_NX)
+        h_NEF = F.silu(gate_NC).mul_(up_NC).view(len(x_ND), self._num_experts, -1)
+        return self._all_down(h_NEF.mul_(weights_NE[..., None]).flatten(1))
+
+    def _apart(self, x_ND: Tensor, ids_NX: Tensor, weights_NX: Tensor) -> Tensor:
+        y_ND = torch.zeros_like(x_ND)
         choices = sorted(
             (expert, row, place) for row, ids in enumerate(ids_NX.tolist()) for place, expert in enumerate(ids)
         )
         for expert, chosen in itertools.groupby(choices, key=lambda choice: choice[0]):
             _, rows, places = (torch.tensor(part, device=x_ND.device) for part in zip(*chosen, strict=True))
-            part_ND = self._experts[expert](x_ND[rows]) * weights_NX[rows, places, None]
+            gate_NF, up_NF = self._both[expert](x_ND[rows]).chunk(2, -1)
+            part_ND = self._down[expert](F.silu(gate_NF).mul_(up_NF)) * weights_NX[rows, places, None]
             y_ND.index_add_(0, rows, part_ND.to(y_ND.dtype))
         return y_ND
 
@@ -276,14 +304,6 @@ def _feed_forward(mlp: nn.Module, prepare: Prepare) -> Callable[[Tensor], Tensor
         return _SwiGLU(_joined(prepare, mlp.gate_proj, mlp.up_proj), _joined(prepare, mlp.down_proj))
     assert isinstance(mlp, MLP)
     return _MLP(mlp, prepare)
-
-
-def _experts(experts: Experts, prepare: Prepare) -> list[_SwiGLU]:
-    gate_EFD, up_EFD, down_EDF = (_multiplied(part) for part in experts.scaled())
-    return [
-        _SwiGLU(prepare(torch.cat((gate_EFD[expert], up_EFD[expert])), None), prepare(down_EDF[expert], None))
-        for expert in range(len(gate_EFD))
-    ]
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -41,11 +41,22 @@ class KVCache:
         self._all = torch.zeros(shape, device=device, dtype=dtype)  # its first rows are in use
         self.lengths = [0] * batch_size
         self._limit = config.max_seq_len
-        self._view()
 
-    def _view(self) -> None:
-        self.pairs = self._all[:, : len(self.lengths)]
-        self.keys, self.values = self.pairs.unbind(2)
+    # Views are made when they are asked for, since autograd refuses to write to those of another grad mode.
+    @property
+    def pairs(self) -> Tensor:
+        """Keys and values of the rows in use."""
+        return self._all[:, : len(self.lengths)]
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys of the rows in use."""
+        return self.pairs[:, :, 0]
+
+    @property
+    def values(self) -> Tensor:
+        """The values of the rows in use."""
+        return self.pairs[:, :, 1]
 
     @property
     def max_len(self) -> int:
@@ -97,7 +108,6 @@ class KVCache:
         index = torch.tensor(rows, device=self.keys.device)
         self._all = self.pairs.index_select(1, index)
         self.lengths = [self.lengths[row] for row in rows]
-        self._view()
 
     @property
     def room(self) -> tuple[int, int]:
@@ -120,13 +130,11 @@ class KVCache:
         new = self._all.new_zeros(depth, room[0], pair, heads, room[1], size)
         new[:, :rows, :, :, :used] = self._all[:, :rows, :, :, :used]
         self._all = new
-        self._view()
 
     def append(self, other: "KVCache", row: int) -> None:
         """Copy a row of another cache of the same model behind the last row, for which there must be room."""
         length = other.lengths[row]
         self.lengths.append(length)
-        self._view()
         self.pairs[:, -1, :, :, :length] = other.pairs[:, row, :, :, :length]
 
     def cut(self, row: int, length: int) -> None:
@@ -142,4 +150,3 @@ class KVCache:
         self.lengths.pop()
         if not self.lengths:
             self._all = self._all[:, :0, :, :, :0].clone()
-        self._view()
