@@ -154,4 +154,4 @@ def _reason(log: IO[bytes]) -> str:
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()
     errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
-    return next((line for line in errors if "error loading model" in line), (errors or lines[-1:] or ["no reason"])[0])
+    return (errors or lines[-1:] or ["it gave no reason"])[0]

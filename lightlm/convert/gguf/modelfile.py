@@ -4,6 +4,12 @@ from pathlib import Path
 
 from lightlm.checkpoint import LoadedModel
 
+# Turns as Qwen and SmolLM2 write them.
+_CHAT_ML = '''TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""'''
+
 
 def modelfile(loaded: LoadedModel, out: Path) -> str:
     """Return the Modelfile of a GGUF file in the same folder.
@@ -11,14 +17,16 @@ def modelfile(loaded: LoadedModel, out: Path) -> str:
     Without a chat template the prompt is continued as it is. Ollama's own context is 4,096 positions, which may be more
     than the model has.
     """
-    end = loaded.tokenizer.end_of_text.replace('"', '\\"')
-    return "\n".join(
-        (
-            f"# ollama create {loaded.name.replace('/', '-')} -f {out.with_suffix('.Modelfile').name}",
-            f"FROM ./{out.name}",
-            'TEMPLATE "{{ .Prompt }}"',
-            f"PARAMETER num_ctx {loaded.model.config.max_seq_len}",
-            f'PARAMETER stop "{end}"',
-            "",
-        )
-    )
+    tokenizer = loaded.tokenizer
+    ends = [str(tokenizer.name_of(index)).replace('"', '\\"') for index in sorted(tokenizer.end_ids)]
+    template = tokenizer.settings.get("chat_template", "")
+    # Ollama's templates are in another language. It knows that of a usual chat template by itself.
+    form = _CHAT_ML if all(mark in template for mark in ("<|im_start|>", "<|im_end|>")) else ""
+    lines = [
+        f"# ollama create {loaded.name.replace('/', '-')} -f {out.with_suffix('.Modelfile').name}",
+        f"FROM ./{out.name}",
+        *([form] if form else [] if template else ['TEMPLATE "{{ .Prompt }}"']),
+        f"PARAMETER num_ctx {loaded.model.config.max_seq_len}",
+        *(f'PARAMETER stop "{end}"' for end in ends),
+    ]
+    return "\n".join(lines) + "\n"

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -149,4 +148,14 @@ def test_the_modelfile_names_the_file_and_the_context(write):
     assert "FROM ./model.gguf" in lines
     assert f"PARAMETER num_ctx {model.model.config.max_seq_len}" in lines
     assert 'PARAMETER stop "<|endoftext|>"' in lines
-    assert not Path(path.parent / "Modelfile").exists()
+    assert 'TEMPLATE "{{ .Prompt }}"' in lines
+
+
+def test_the_modelfile_writes_turns_as_the_chat_template(write):
+    model, path = write("llama")
+    for template, line in (("<|im_start|>{{ x }}<|im_end|>", '"""{{- range .Messages }}<|im_start|>'), ("[INST]", "")):
+        chat = replace(model, tokenizer=model.tokenizer.used_as(None, False, {"chat_template": template}, {}))
+        export_gguf(chat, path, "float32")
+        text = modelfile_path(path).read_text()
+        assert ("TEMPLATE" in text) == bool(line)
+        assert line in text
