@@ -63,6 +63,25 @@ def cpu() -> str:
     return processor() + (" with AMX" if amx else "")
 
 
+def cpu_features() -> list[str]:
+    """Return the instructions for matrix products that the CPU has, of those that programs choose by; Linux only."""
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text(encoding="utf-8", errors="replace").split()) if path.exists() else set()
+    known = [
+        "avx2",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_bf16",
+        "amx_int8",
+        "asimd",
+        "bf16",
+        "i8mm",
+    ]
+    return [name for name in known if name in flags]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return `bfloat16` rather than `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
