@@ -227,7 +227,7 @@ class LightLM(TemplateLM):
             max(most),
             generation.sampling,
             seed,
-            {self.eot_token_id},
+            tokenizer.end_ids,
             ends,
             vocab_size=tokenizer.vocab_size,
             fast=self.fast_decoding,

@@ -60,6 +60,14 @@ def test_generation_ends_at_its_stop_strings_and_at_its_length(lm: LightLM) -> N
     assert other != text
 
 
+def test_generation_ends_at_every_end_of_text_token_of_an_imported_model(lm: LightLM) -> None:
+    request = instances("generate_until", [("The cat", {"until": [], "max_gen_toks": 12})])
+    tokenizer = lm.loaded.tokenizer
+    ends = {"eos_token_id": list(range(tokenizer.vocab_size))}
+    imported = LoadedModel(lm.loaded.model, tokenizer.used_as(None, False, {}, ends), Path("tiny"))
+    assert LightLM(imported).generate_until(request) == [""]
+
+
 def test_generation_that_cannot_fit_the_context_is_refused(lm: LightLM) -> None:
     with pytest.raises(LightLMError, match="40"):
         lm.generate_until(instances("generate_until", [("The cat", {"until": [], "max_gen_toks": 40})]))

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from lightlm.cli.console import console, print_json, write_utf8
-from lightlm.cli.generate.input import read_prompt
+from lightlm.cli.generate.input import checked, read_prompt, stop_text
 from lightlm.cli.generate.options import (
     DraftOption,
     FrequencyPenaltyOption,
@@ -40,6 +40,7 @@ WeightsOption = Annotated[  # also of `convert` and `eval`
         show_default=False,
     ),
 ]
+_BATCH_SIZE, _GUESSES = 16, 4  # defaults
 _SENTENCE = re.compile(r"-[^=]*\s")  # begins with a dash, and has a blank where an option's name has none
 
 
@@ -106,8 +107,14 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Most lines of --jsonl that are answered at a time.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Most lines of --jsonl that are answered at a time. [dim]Default: 16[/]",
+            show_default=False,
+        ),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a message; the model's chat template is applied.")
     ] = False,
@@ -133,7 +140,7 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="End before this text, which may spell special tokens; repeatable. \\\\n is a line break.",
+            help="End before this text, which may spell special tokens; repeatable. \\n is a line break.",
             show_default=False,
         ),
     ] = None,
@@ -168,7 +175,7 @@ def generate(
     ] = None,
     lookup: LookupOption = False,
     draft: DraftOption = None,
-    guesses: GuessesOption = 4,
+    guesses: GuessesOption = None,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
     weights: WeightsOption = None,
     dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
@@ -187,10 +194,16 @@ def generate(
     choices.check_quantize(quantize, dtype)
     choices.check_weights(weights)
     _check_mode(prompt, prompt_file, interactive=interactive, jsonl=jsonl, out=out)
+    if batch_size is not None and jsonl is None:
+        raise UsageError("--batch-size is for the lines of a file; add --jsonl IN --out OUT")
+    if guesses is not None and not lookup and draft is None:
+        raise UsageError("--guesses says how many tokens --lookup or --draft guess; add one of them")
     if truncate not in (None, "left"):
         raise UsageError(f"--truncate {truncate}: write left, which drops the beginning of a prompt past the context")
-    if system is not None and not chat and jsonl is None:
-        raise UsageError("--system is the first message of a conversation; add --chat")
+    if system is not None:
+        system = checked(system, "--system")
+        if not chat and jsonl is None:
+            raise UsageError("--system is the first message of a conversation; add --chat")
     if interactive and (num_samples > 1 or as_json):
         raise UsageError("--interactive shows one answer at a time; leave out --num-samples and --json")
     if logprobs is not None and not (as_json and jsonl is None):
@@ -215,7 +228,7 @@ def generate(
             "--beams searches the continuations of one prompt, at least as many as --num-samples; leave out "
             "--interactive, --jsonl, --logprobs and --sliding-window"
         )
-    ends = tuple(text.replace("\\n", "\n") for text in stop or ())
+    ends = tuple(stop_text(checked(text, "--stop")) for text in stop or ())
     settings = Settings(sampling, max_new_tokens, seed, ends, sliding_window)
     text = None if interactive or jsonl else read_prompt(prompt, prompt_file)
     rows = None
@@ -248,7 +261,7 @@ def generate(
         guesser: Guesser = Lookup()
         if draft is not None:
             guesser = draft_of(load_for_decoding(draft, target, dtype, None, quantize), loaded)
-        speculation = Speculation(guesser, guesses)
+        speculation = Speculation(guesser, guesses or _GUESSES)
     context = loaded.model.config.max_seq_len
     reader = PromptReader(loaded.tokenizer, context, parse_special, truncate is not None, _noted_once())
     write_utf8()
@@ -260,7 +273,8 @@ def generate(
 
         assert jsonl is not None
         assert out is not None
-        facts = answer_rows(loaded, reader, rows, out, source=jsonl, num_samples=num_samples, batch_size=batch_size)
+        most = batch_size or _BATCH_SIZE
+        facts = answer_rows(loaded, reader, rows, out, source=jsonl, num_samples=num_samples, batch_size=most)
         console.print(describe(facts), style="dim", markup=False, soft_wrap=True)
         if as_json:
             print_json({"model": loaded.name, "path": str(loaded.path), **facts})
@@ -299,8 +313,8 @@ def _check_mode(
         raise UsageError(f"{' and '.join(named)} exclude each other; name one of them")
     if (jsonl is None) != (out is None):
         raise UsageError("--jsonl IN and --out OUT go together: prompts and answers")
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        problem = "is a folder" if out.is_dir() else f"cannot be written: there is no folder {out.parent}"
+    if out is not None and (not out.parent.is_dir() or (out.exists() and not out.is_file())):
+        problem = "is not a file" if out.exists() else f"cannot be written: there is no folder {out.parent}"
         raise UsageError(f"--out {out} {problem}; name a file in a folder that exists")
 
 

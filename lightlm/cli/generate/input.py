@@ -39,26 +39,32 @@ def decoded(content: bytes) -> str:
     return content.decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
 
 
-def checked(prompt: str) -> str:
-    """Return the prompt, which is UTF-8 whatever the locale.
+def checked(text: str, what: str = "the prompt") -> str:
+    """Return a text from the command line or a file, which is UTF-8 whatever the locale.
 
     Raises:
         UsageError: it is not UTF-8. Python keeps bytes that are not of the locale's encoding as lone surrogates.
     """
     try:
-        return prompt.encode(errors="surrogateescape").decode()
+        return text.encode(errors="surrogateescape").decode()
     except UnicodeDecodeError as error:
         place = len(error.object[: error.start].decode()) + 1
         raise UsageError(
-            f"the prompt is not valid UTF-8 at character {place}; type it again, or set a UTF-8 locale"
+            f"{what} is not valid UTF-8 at character {place}; type it again, or set a UTF-8 locale"
         ) from None
+
+
+def stop_text(text: str) -> str:
+    """Return a stop string as it is typed: \\n is a line break."""
+    return text.replace("\\n", "\n")
 
 
 class Entries:
     """What a person types, entry by entry, or the lines of a pipe.
 
-    An entry is a line. It goes on in the next one after a backslash at its end, or until `\"\"\"` if it begins so. On a
-    terminal, lines can be edited and recalled, also those of earlier sessions, where Python has readline.
+    An entry is a line. It goes on in the next one after a backslash at its end, or until `\"\"\"` if it begins so; the
+    end of the input ends it, too. On a terminal, lines can be edited and recalled, also those of earlier sessions,
+    where Python has readline.
     """
 
     def __init__(self) -> None:
@@ -76,11 +82,14 @@ class Entries:
         line = self._line("> ")
         if line.startswith(BLOCK):
             lines = [line.removeprefix(BLOCK)]
-            while not lines[-1].endswith(BLOCK):
-                lines.append(self._line(". "))
+            with contextlib.suppress(EOFError):
+                while not lines[-1].endswith(BLOCK):
+                    lines.append(self._line(". "))
             return checked("\n".join(lines).removesuffix(BLOCK))
-        while line.endswith("\\"):
-            line = line[:-1] + "\n" + self._line(". ")
+        with contextlib.suppress(EOFError):
+            while line.endswith("\\"):
+                line = line[:-1] + "\n"
+                line += self._line(". ")
         return checked(line)
 
     def _line(self, prompt: str) -> str:
@@ -97,10 +106,11 @@ def remembered() -> Iterator[None]:
     """Context manager in which lines typed at a terminal are edited and kept for the next session, if possible."""
     try:
         import readline
-    except ImportError:  # Windows, whose console edits and recalls lines itself
+
+        path = history_file()
+    except (ImportError, RuntimeError):  # Windows, whose console edits and recalls lines; a user without a home folder
         yield
         return
-    path = history_file()
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     try:

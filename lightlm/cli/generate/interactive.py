@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.cli.console import console
-from lightlm.cli.generate.input import BLOCK, Entries, remembered
+from lightlm.cli.generate.input import BLOCK, Entries, remembered, stop_text
 from lightlm.cli.generate.single import answer, speed, write
 from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.chat import ChatTemplate
@@ -69,7 +69,7 @@ class Session:
         entries = Entries()
         if entries.terminal:
             console.print("[dim]/help shows what you can do. Ctrl-D ends.[/]")
-        with remembered():
+        with remembered() if entries.terminal else contextlib.nullcontext():
             while True:
                 try:
                     if not self._take(entries.next()):
@@ -151,9 +151,14 @@ class Session:
         if self._last is None:
             raise UsageError("there is nothing to answer again")
         self.settings = replace(self.settings, seed=self.settings.seed + 1)
-        if self._turns and self._turns[-2]["content"] == self._last:
-            self._turns = self._turns[:-2]
-        self._answer(self._last)
+        before = self._turns
+        if before and before[-2]["content"] == self._last:
+            self._turns = before[:-2]
+        try:
+            self._answer(self._last)
+        finally:
+            if before and self._turns == before[:-2]:  # nothing was said
+                self._turns = before
 
     def _reset(self, _: str) -> None:
         self._turns, self._last = [], None
@@ -181,9 +186,10 @@ def _parsed(setting: str, text: str) -> Any:
     if text.lower() == "none":
         return {"stop": [], "logit_bias": {}}.get(setting)
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        return text
+        return stop_text(text) if setting == "stop" else text
+    return text if setting == "stop" and not isinstance(value, str | list) else value  # such as the text 5
 
 
 def _say(text: str) -> None:

@@ -74,8 +74,9 @@ def answer_rows(
             soft_wrap=True,
         )
         raise
-    if list(lines) != sorted(lines):
-        files.write_bytes(out, b"".join(lines[place] for place in sorted(lines)))
+    whole = b"".join(lines[place] for place in sorted(lines))
+    if out.read_bytes() != whole:  # in another order, or with lines of the same command at the same time
+        files.write_bytes(out, whole)
     seconds = time.perf_counter() - started
     return {"out": str(out), "answers": len(tasks), "new": len(todo), "tokens": tokens, "seconds": round(seconds, 3)}
 
@@ -92,6 +93,8 @@ def _tasks(
 ) -> Iterator[_Task]:
     """Yield what to answer. Raises DataError where prompts do not fit the model; the message lists them."""
     wrong = []
+    precision = [str(loaded.model.embed_tokens.weight.dtype), loaded.model.decoding_precision]
+    model = [loaded.name, [file.name for file in loaded.weights], *precision]
     for row in rows:
         try:
             most = row.settings.max_new_tokens
@@ -101,7 +104,7 @@ def _tasks(
             wrong.append(f"{source}:{row.line}: {error}")
             continue
         for sample in range(num_samples):
-            content = [loaded.name, [file.name for file in loaded.weights], ids, asdict(row.settings), sample]
+            content = [*model, ids, asdict(row.settings), sample]
             key = xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
             yield _Task(row, Question(ids, row.settings, sample), key)
     refuse(wrong)
@@ -131,8 +134,8 @@ def _finished(out: Path, keys: dict[tuple[int, int], str]) -> dict[tuple[int, in
             ) from None
         if keys.get(place) != key:
             raise DataError(
-                f"{out}:{number} answers another prompt, or with another model or settings; delete the file, or choose "
-                "another with --out"
+                f"{out}:{number} answers another prompt, or with another model, precision or settings; delete the "
+                "file, or choose another with --out"
             )
         lines.setdefault(place, line)
     if len(whole) < len(content):

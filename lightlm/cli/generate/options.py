@@ -52,7 +52,7 @@ DraftOption = Annotated[
         show_default=False,
     ),
 ]
-GuessesOption = Annotated[int, typer.Option(min=1, help="Guesses per pass, with --lookup or --draft.", metavar="N")]
+GuessesOption = Annotated[int | None, _option("Guesses per pass, with --lookup or --draft.", "4", min=1, metavar="N")]
 
 
 def read_sampling(logit_bias: list[str] | None = None, **given: Any) -> Sampling:

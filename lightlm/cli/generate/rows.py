@@ -61,6 +61,10 @@ def read_rows(path: Path, settings: Settings, *, chat: bool, system: str | None)
 def _row(number: int, line: str, settings: Settings, *, chat: bool, system: str | None) -> Row:
     try:
         values = json.loads(checked(line))
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(error.object[error.start]):04x}"
+        raise UsageError(f"{escape} is half of a character; JSON writes the two halves as \\ud83d\\ude42") from None
     except ValueError as error:
         raise UsageError(f"not JSON: {error}") from None
     if not isinstance(values, dict):

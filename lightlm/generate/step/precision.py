@@ -39,7 +39,7 @@ def decoding_dtype(model: Transformer) -> torch.dtype:
     known = _read()
     if key not in known:
         known[key] = "bfloat16" if bf16_gain(model) >= _LEAST_GAIN else "float32"
-        with contextlib.suppress(OSError):  # without a writable folder, each process measures
+        with contextlib.suppress(OSError, RuntimeError):  # without a folder or room, each process measures
             cache_folder().mkdir(parents=True, exist_ok=True)
             write_text(cache_folder() / "decoding.json", json.dumps(known, indent=1))
     return torch.bfloat16 if known[key] == "bfloat16" else torch.float32

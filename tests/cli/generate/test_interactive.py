@@ -1,6 +1,7 @@
 """Prompts typed one after the other: through a pipe, and at a terminal."""
 
 import importlib.util
+import json
 import os
 import select
 import signal
@@ -14,7 +15,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from lightlm.cli.generate import interactive
 from lightlm.cli.generate.command import PromptCommand, generate
+from lightlm.cli.generate.single import answer
 from lightlm.generate.engine import generate as continue_ids
 from lightlm.generate.prompts import encode_chat
 from lightlm.generate.sampling import GREEDY
@@ -59,8 +62,29 @@ class TestPipe:
 
     def test_entries_of_several_lines(self) -> None:
         whole = CliRunner().invoke(app, ["a\nb", "--max-new-tokens", "8", "--temperature", "0"]).stdout
-        for entry in ("a\\\nb\n", '"""a\nb"""\n', '"""a\r\nb"""'):
+        for entry in ("a\\\nb\n", '"""a\nb"""\n', '"""a\r\nb"""', '"""a\nb'):
             assert session(entry, "--temperature", "0").stdout == whole.removeprefix("a\nb")
+        whole = CliRunner().invoke(app, ["a\n", "--max-new-tokens", "8", "--temperature", "0"]).stdout
+        assert session("a\\\n", "--temperature", "0").stdout == whole.removeprefix("a\n")
+
+    @pytest.mark.parametrize(
+        ("typed", "stops"), [("\\n", ["\n"]), ('"\\n"', ["\n"]), ("5", ["5"]), ('["a", "b"]', ["a", "b"])]
+    )
+    def test_stop_strings_are_typed_as_on_the_command_line_or_as_json(self, typed: str, stops: list[str]) -> None:
+        assert f"stop {json.dumps(stops)}" in session(f"/stop {typed}\n").stderr
+
+    def test_a_turn_that_cannot_be_answered_again_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[str] = []
+
+        def failing(loaded: Any, questions: Any, *rest: Any) -> Any:
+            asked.append(loaded.tokenizer.decode(questions[0].ids))
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            return answer(loaded, questions, *rest)
+
+        monkeypatch.setattr(interactive, "answer", failing)
+        session("the cat\n/again\nsat\n", "--checkpoint", "talker", "--chat")
+        assert "the cat" in asked[2]
 
     def test_another_seed_answers_again(self) -> None:
         entries = "The cat\n/again\n/seed 1337\nThe cat\n"

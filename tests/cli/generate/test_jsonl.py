@@ -112,11 +112,30 @@ def test_an_interruption_keeps_what_is_finished(tmp_path: Path, monkeypatch: pyt
     assert "All 5 answers are in" in run(source, out).stderr
 
 
+def test_the_same_command_twice_at_a_time_leaves_each_answer_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", ROWS[:1]), tmp_path / "out.jsonl"
+    run(source, out)
+    whole = out.read_bytes()
+    out.unlink()
+    answers = jsonl._answers
+
+    def beside_another(*arguments: Any) -> Any:
+        out.write_bytes(whole)  # after this command has looked
+        return answers(*arguments)
+
+    monkeypatch.setattr(jsonl, "_answers", beside_another)
+    assert run(source, out).exit_code == 0
+    assert out.read_bytes() == whole
+
+
 def test_answers_to_something_else_are_not_touched(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", ROWS[:1]), tmp_path / "out.jsonl"
     run(source, out)
     kept = out.read_bytes()
-    for changed in (("--temperature", "0.5"), ("--checkpoint", "talker"), ("--stop", "x")):
+    others = (("--temperature", "0.5"), ("--checkpoint", "talker"), ("--stop", "x"))
+    for changed in (*others, ("--dtype", "bfloat16"), ("--quantize", "int8")):
         done = run(source, out, *changed)
         assert isinstance(done.exception, DataError)
         assert "out.jsonl:1 answers another prompt" in str(done.exception)
@@ -165,6 +184,11 @@ def test_mistakes_are_listed_by_line_before_anything_is_answered(tmp_path: Path)
     assert "do you mean temperature?" in message
     assert "and 1 more" in message
     assert not (tmp_path / "out.jsonl").exists()
+    halves = [{"prompt": "\ud800"}, {"prompt": "x", "id": "\udfff"}, {"prompt": "x", "stop": ["\ud83d"]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in halves))
+    message = str(run(tmp_path / "in.jsonl", tmp_path / "out.jsonl").exception)
+    for number, half in enumerate(("d800", "dfff", "d83d"), 1):
+        assert f"in.jsonl:{number}: \\u{half} is half of a character" in message
     write(tmp_path / "in.jsonl", [{"prompt": "x"}, {"prompt": "The cat ran " * 40}])
     assert "in.jsonl:2: the prompt has" in str(run(tmp_path / "in.jsonl", tmp_path / "out.jsonl").exception)
     write(tmp_path / "in.jsonl", [], "")

@@ -1,6 +1,7 @@
 """One prompt: where it comes from, how it is read, and how its text ends."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,12 @@ def test_suggestions_of_the_models_files_are_named() -> None:
         (["x", "--prompt-file", "y"], "a prompt and --prompt-file exclude each other"),
         (["--jsonl", "x"], "--out"),
         (["x", "--out", "y"], "--jsonl"),
-        (["--jsonl", "x", "--out", "."], "is a folder"),
+        (["--jsonl", "x", "--out", "."], "is not a file"),
+        (["--jsonl", "x", "--out", os.devnull], "is not a file"),
+        (["x", "--batch-size", "8"], "add --jsonl"),
+        (["x", "--guesses", "8"], "add one of them"),
+        (["x", "--stop", "a\udcff"], "--stop is not valid UTF-8 at character 2"),
+        (["x", "--chat", "--system", "\udcff"], "--system is not valid UTF-8"),
         (["--jsonl", "x", "--out", "nowhere/y"], "there is no folder nowhere"),
         (["x", "--truncate", "right"], "write left"),
         (["x", "--system", "y"], "--chat"),

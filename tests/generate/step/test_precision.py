@@ -41,6 +41,16 @@ def test_without_a_folder_for_the_answer_it_is_measured_again(measured, tmp_path
     assert [decoding_dtype(build("llama")) for _ in range(2)] == [torch.bfloat16, torch.float32]
 
 
+def test_a_user_without_a_home_folder_decodes(measured, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    measured += [2.0]
+    assert decoding_dtype(build("llama")) == torch.bfloat16
+
+
 def test_a_small_model_takes_float32_without_a_measurement():
     assert decoding_dtype(build("llama")) == torch.float32
 
