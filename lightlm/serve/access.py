@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightlm.errors import UsageError
 
-_ORIGIN = re.compile(r"https?://[^/\s]+")
+_ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d+)?")  # as browsers send it: in lower case
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Access:
             raise UsageError("--api-key must consist of visible ASCII characters without blanks, and must not be empty")
         for origin in self.origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise UsageError(f"--cors {origin}: write a scheme and a host, such as https://example.org, or *")
+                advice = "write a scheme and a host in lower case, such as https://example.org, or * for all sites"
+                raise UsageError(f"--cors {origin}: {advice}")
 
     def check_host(self, host: str) -> None:
         """Raise UsageError if others could reach this host without a key."""

@@ -45,7 +45,7 @@ class Service:
     def __init__(self, loaded: LoadedModel, limits: Limits, access: Access) -> None:
         self.metrics = Metrics()
         self.loop = DecodeLoop(loaded.model, loaded.tokenizer.vocab_size, limits, self.metrics)
-        self.reader = Reader(loaded)
+        self.reader = Reader(loaded, limits.choices)
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._created = int(time.time())
         self._page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -67,11 +67,10 @@ class Service:
         if access.key is None:
             guards.append(Middleware(LocalHostOnly))
         if access.origins:  # before the key, which a browser's preflight request does not bring
-            headers = ["authorization", "content-type"]
+            # With any header: OpenAI's client for browsers adds several of its own.
+            methods, headers = ["GET", "POST"], ["*"]
             guards.append(
-                Middleware(
-                    CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=headers
-                )
+                Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=methods, allow_headers=headers)
             )
         if access.key is not None:
             guards.append(Middleware(RequireKey, access.key))

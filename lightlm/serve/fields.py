@@ -31,7 +31,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),  # of no tools
     "prediction": (),
-    "prompt_cache_key": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -42,6 +41,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+# The same for messages: clients send answers back with the fields that answers have.
+_UNSUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
 AnyBody = TypeVar("AnyBody", bound="Body")
 
 _SETTINGS = tuple(setting.name for setting in fields(Sampling) if setting.name != "logit_bias")
@@ -49,6 +56,13 @@ _SETTINGS = tuple(setting.name for setting in fields(Sampling) if setting.name !
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
 
 
 class StreamOptions(_Strict):
@@ -68,7 +82,9 @@ class Body(_Strict):
     stream_options: StreamOptions | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     parse_special: bool = False  # the characters of a special token in the prompt mean that token
-    user: str | None = None  # a name for the caller, which has no effect
+    user: str | None = None  # a name for the caller, which has no effect, like the next two
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     temperature: float = DEFAULT.temperature
     top_k: int | None = DEFAULT.top_k
     top_p: float = DEFAULT.top_p
@@ -144,7 +160,7 @@ class CompletionBody(Body):
 class TextPart(_Strict):
     """A part of a message."""
 
-    type: str = Field(pattern="^text$")
+    type: Literal["text"]
     text: str
 
 
@@ -159,6 +175,16 @@ class Message(_Strict):
     def text(self) -> str:
         """The content as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unsupported(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        for name, harmless in _UNSUPPORTED_IN_MESSAGES.items():
+            if given.get(name) is not None and given[name] not in harmless:
+                raise ValueError(f"{name} is not supported")
+        return {name: value for name, value in given.items() if name not in _UNSUPPORTED_IN_MESSAGES}
 
 
 class ChatBody(Body):
@@ -186,7 +212,7 @@ def read(kind: type[AnyBody], document: Any) -> AnyBody:
         document: the parsed JSON.
 
     Raises:
-        RequestError: it is no object, or a field is unknown, unsupported or wrong; the message names the first.
+        RequestError: it is no object, or a field is unknown, unsupported or wrong; the message names one of them.
     """
     if not isinstance(document, Mapping):
         raise RequestError("the body must be a JSON object")
@@ -201,14 +227,12 @@ def read(kind: type[AnyBody], document: Any) -> AnyBody:
         hint = f"; did you mean {guess}?" if guess else ""
         raise RequestError(f"unknown field {_shown(name)}{hint}", param=name[:80], code="unknown_parameter")
     try:
-        # OpenAI's API takes null for the default.
-        return kind(
-            **{name: value for name, value in document.items() if name in kind.model_fields and value is not None}
-        )
+        return kind(**{name: value for name, value in document.items() if name in kind.model_fields})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if not str(part)[:1].isupper() and part not in _BRANCHES)
-        message = _MESSAGES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+        # Of a value that has one of several types, the type that fits longest is meant.
+        wrong = max(error.errors(include_url=False, include_context=False), key=lambda each: len(each["loc"]))
+        place = ".".join(str(part) for part in wrong["loc"] if part not in _BRANCHES)
+        message = _MESSAGES.get(wrong["type"]) or wrong["msg"].removeprefix("Value error, ")
         text = f"{place}: {message}" if place else message
         raise RequestError(text, param=place or None) from None
 

@@ -6,9 +6,10 @@ Each class is ASGI middleware. https://asgi.readthedocs.io/en/latest/specs/www.h
 import base64
 import hashlib
 import hmac
+import json
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightlm.serve.access import is_loopback
@@ -24,9 +25,10 @@ _HEADERS = {
 }
 
 
-def error_response(error: RequestError) -> JSONResponse:
+def error_response(error: RequestError) -> Response:
     """Return an error as the answer to a request."""
-    return JSONResponse(error.body, error.status, error.headers)
+    # In ASCII: the message may quote half of a surrogate pair, which UTF-8 cannot hold.
+    return Response(json.dumps(error.body), error.status, error.headers, "application/json")
 
 
 class Observe:

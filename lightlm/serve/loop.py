@@ -38,6 +38,11 @@ class Limits:
     waiting: int = 64
     seconds: float = 600.0
 
+    @property
+    def choices(self) -> int:
+        """Choices that the server holds at a time, so that one request may have."""
+        return self.rows + self.waiting
+
 
 @dataclass(eq=False)
 class _Choice:
@@ -103,15 +108,12 @@ class DecodeLoop:
         Raises:
             RequestError: the queue is full, or the server stops.
         """
-        most = self.limits.rows + self.limits.waiting
-        if len(choices) > most:
-            raise RequestError(f"{len(choices)} choices in one request; this server takes at most {most}", param="n")
         now = time.monotonic()
         rows = [_Choice(i, request, text, deliver, now) for i, (request, text) in enumerate(choices)]
         with self._changed:
             if not self._accepting:
                 raise _stopping()
-            if len(self._waiting) + len(self._running) + len(rows) > most:
+            if len(self._waiting) + len(self._running) + len(rows) > self.limits.choices:
                 message = f"the server is busy: {len(self._running)} answers are decoded and {len(self._waiting)} wait"
                 raise RequestError(f"{message}; try again later", 429, code="queue_full", retry_after="1")
             self._waiting.extend(rows)

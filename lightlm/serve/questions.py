@@ -30,9 +30,14 @@ class Question:
 
 
 class Reader:
-    """Turns requests into questions for one model. Its methods raise RequestError; any thread may call them."""
+    """Turns requests into questions for one model. Its methods raise RequestError; any thread may call them.
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    Args:
+        choices: the most that one request may ask for.
+    """
+
+    def __init__(self, loaded: LoadedModel, choices: int) -> None:
+        self._choices = choices
         self.name, self.context = loaded.name, loaded.model.config.max_seq_len
         self._tokenizer = loaded.tokenizer
         self.chats = "chat_template" in loaded.tokenizer.settings  # whether the model answers messages
@@ -42,6 +47,7 @@ class Reader:
         self.check_model(body.model)
         if body.echo and body.logprobs is not None:
             raise RequestError("echo with logprobs is not supported; `lightlm eval` scores texts", param="echo")
+        self._check_choices(len(body.prompts) * body.n)
         prompts = [
             self._encode(given, body.parse_special) if isinstance(given, str) else self._checked(given)
             for given in body.prompts
@@ -55,6 +61,7 @@ class Reader:
         self.check_model(body.model)
         if not self.chats:
             raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
+        self._check_choices(body.n)
         messages = [{"role": each.role, "content": each.text, "name": each.name} for each in body.messages]
         tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         logprobs = body.top_logprobs if body.logprobs else None
@@ -69,6 +76,12 @@ class Reader:
         if name is not None and name != self.name:
             message = f"there is no model {name[:80]!r} here; this server has {self.name}"
             raise RequestError(message, 404, "model", "model_not_found")
+
+    def _check_choices(self, count: int) -> None:
+        """Raise RequestError if there are too many, before time and memory are spent on each."""
+        if count > self._choices:
+            message = f"{count} choices in one request; this server takes at most {self._choices}"
+            raise RequestError(message, param="n")
 
     def _question(
         self, body: Body, prompts: Sequence[list[int]], tokens: int | None, logprobs: int | None, echoes: list[str]
@@ -104,7 +117,9 @@ class Reader:
     def _checked(self, ids: list[int]) -> list[int]:
         if wrong := [index for index in ids if not 0 <= index < self._tokenizer.vocab_size]:
             size = self._tokenizer.vocab_size
-            raise RequestError(f"prompt: {wrong[0]} is not a token id; they are below {size:,}", param="prompt")
+            raise RequestError(
+                f"prompt: {str(wrong[0])[:40]} is not a token id; they are below {size:,}", param="prompt"
+            )
         return self._fitting(ids, "prompt")
 
     def _fitting(self, ids: list[int], param: str) -> list[int]:

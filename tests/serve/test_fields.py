@@ -89,8 +89,14 @@ def test_a_wrong_field_of_a_completion_is_named(fields: dict, param: str | None,
         ({"messages": "Hello"}, "messages", "list"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls", "unknown field"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, None, "messages.0"),
+        ({"messages": [{"role": "user", "content": "x", "Size": 5}]}, "messages.0.Size", "unknown field"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages.0", "tool_calls is not"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content", "missing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "messages.0.content.0.type",
+            "should be 'text'",
+        ),
         ({"max_tokens": 5, "max_completion_tokens": 5}, None, "not both"),
         ({"top_logprobs": 5}, None, "needs logprobs: true"),
         ({"prompt": "x"}, "prompt", "unknown field"),
@@ -113,3 +119,22 @@ def test_a_body_is_an_object(document: object) -> None:
 def test_parts_of_a_message_are_one_text() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     assert read(ChatBody, {"messages": [{"role": "user", "content": parts}]}).messages[0].text == "Hello"
+
+
+def test_an_answer_may_be_sent_back_as_clients_hold_it() -> None:
+    message = {
+        "role": "assistant",
+        "content": "Hi",
+        "refusal": None,
+        "tool_calls": [],
+        "annotations": [],
+        "audio": None,
+    }
+    [read_back] = read(ChatBody, {"messages": [message | {"name": None, "function_call": None}]}).messages
+    assert (read_back.role, read_back.text) == ("assistant", "Hi")
+
+
+def test_null_is_the_default_inside_a_field_too() -> None:
+    body = read(CompletionBody, {"prompt": "x", "stream": True, "stream_options": {"include_usage": None}})
+    assert body.stream_options is not None
+    assert body.stream_options.include_usage is False

@@ -83,7 +83,7 @@ def test_a_key_is_needed_for_all_but_the_page_and_health() -> None:
         # CORS, as asked for: the preflight comes without the key.
         asked = {
             "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization,content-type",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",  # as OpenAI's client
         }
         preflight = server.client.options("/v1/completions", headers={"Origin": ORIGIN, **asked})
         assert preflight.status_code == 200
@@ -100,7 +100,13 @@ def test_a_key_fits_into_a_header(key: str) -> None:
         Access(key)
 
 
-@pytest.mark.parametrize("origin", ["example.org", "https://example.org/", "https://", "null", "ftp://example.org"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("example.org", "https://example.org/", "https://", "null", "ftp://example.org"),
+        *("https://Example.org", "https://*.example.org", "https://me@example.org", "https://example.org?x"),
+    ],
+)
 def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
     with pytest.raises(UsageError, match="--cors"):
         Access(origins=(origin,))

@@ -61,6 +61,9 @@ def test_bytes_that_are_not_json_are_refused(server: Served, content: bytes, cut
         b'{"prompt": "x", "temperature": NaN}',
         b'{"prompt": "x", "max_tokens": 1e3}',
         b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "\\ud800": 1}',
+        b'{"prompt": "x", "\\ud800": 1, "\\ud800": 1}',
+        b'{"prompt": "x", "logit_bias": {"\\ud800": 1}}',
         b'\xef\xbb\xbf{"prompt": "x"}',
         '{"prompt": "x"}'.encode("utf-16"),
         b'{"prompt": "caf\xe9"}',
@@ -79,6 +82,15 @@ def test_hard_cases_are_refused(server: Served, content: bytes) -> None:
     response = server.client.post("/v1/completions", content=content, headers=JSON)
     assert 400 <= response.status_code < 500, response.text
     assert response.json()["error"]["message"]
+
+
+def test_too_many_choices_are_refused_before_work_is_spent_on_each(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightlm.serve.questions.encode_prompt", lambda *_, **__: pytest.fail("a prompt was encoded"))
+    response = server.client.post("/v1/completions", json={"prompt": ["x"] * 40, "n": 2})
+    assert response.status_code == 400
+    assert "80 choices in one request; this server takes at most 72" in response.json()["error"]["message"]
 
 
 def test_broken_http_and_early_ends_leave_the_server_serving(server: Served) -> None:

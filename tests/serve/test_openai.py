@@ -1,10 +1,12 @@
 """The official client against the server."""
 
+from dataclasses import replace
+
 import pytest
 
 from lightlm.generate.sampling import Sampling
 from lightlm.serve.access import Access
-from tests.serve.served import PROMPT, Served, served, wait_until
+from tests.serve.served import PROMPT, Served, served, tiny_loaded, wait_until
 
 openai = pytest.importorskip("openai", reason="needs the package openai")
 
@@ -42,6 +44,19 @@ def test_it_stops(server: Served, client) -> None:
     stopped = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=60, seed=21, stop=[free[9:11]])
     assert stopped.choices[0].text == free[: free.index(free[9:11])]
     assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_a_conversation_goes_on_with_the_answer_that_it_gave() -> None:
+    loaded = tiny_loaded()
+    settings = {"chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"}
+    loaded = replace(loaded, tokenizer=loaded.tokenizer.used_as(None, False, settings, {}))
+    with served(loaded=loaded) as running:
+        chats = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0).chat.completions
+        messages = [{"role": "user", "content": PROMPT}]
+        for turns in (1, 3):
+            assert len(messages) == turns
+            answer = chats.create(model="tiny", messages=messages, max_tokens=4, tools=[]).choices[0].message
+            messages += [answer, {"role": "user", "content": "on"}]
 
 
 def test_its_errors_are_the_expected_ones(server: Served, client) -> None:
