@@ -112,7 +112,7 @@ def convert(
         raise UsageError(f"--to {writer.name}: {source} is in that format already; formats to convert it to: {other}")
     variant += f"-{quantize}" if quantize else ""
     target = out_path or _default_target(model, source, writer, "folded" if fold else writer.name, variant)
-    _check_target(target, source, replace=overwrite or (out_path is None and writer.is_own(target)))
+    _check_target(target, source, writer, replace=overwrite or (out_path is None and writer.is_own(target)))
     import torch
 
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
@@ -194,8 +194,15 @@ def _check_quantize(quantize: str | None, writer: Format, dtype: str) -> None:
         raise UsageError(f"--quantize {quantize} takes the place of --dtype {dtype}; leave one of them out")
 
 
-def _check_target(target: Path, source: Path, *, replace: bool) -> None:
-    """Refuse to write where something would be lost."""
+def _check_target(target: Path, source: Path, writer: Format, *, replace: bool) -> None:
+    """Refuse to write where something would be lost, or to give a file the name of a folder or of another format."""
+    if writer.suffix and (target.is_dir() or target.suffix.lower() != writer.suffix):
+        name = (
+            target / f"{target.resolve().name}{writer.suffix}" if target.is_dir() else target.with_suffix(writer.suffix)
+        )
+        raise UsageError(f"--out {target}: {writer.name} is a file *{writer.suffix}; write --out {name.as_posix()}")
+    if not writer.suffix and target.is_file():
+        raise UsageError(f"--out {target}: {writer.name} is a folder, and this is a file; choose another path")
     if source.resolve().is_relative_to(target.resolve()):
         raise UsageError(f"{target} is or holds the model to convert; choose another path with --out")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):

@@ -172,8 +172,14 @@ def test_formats_to_come(format_, run):
         (["--quantize", "q8_0"], r"--quantize q8_0: hf does not have it; known: q8_0, q5_1, .* \(gguf\)"),
         (["--quantize", "q3", "--to", "gguf"], "--quantize q3: gguf does not have it"),
         (["--quantize", "q8_0", "--to", "gguf", "--dtype", "float16"], "takes the place of --dtype float16"),
+        (["--to", "gguf", "--out", "notes", "--overwrite"], r"gguf is a file \*\.gguf; write --out notes/notes\.gguf"),
+        (
+            ["--to", "gguf", "--out", "demo.Modelfile"],
+            r"write --out demo\.gguf",
+        ),  # which its own Modelfile would replace
+        (["--to", "gguf", "--out", "demo"], r"write --out demo\.gguf"),
         (["--out", "notes", "--overwrite"], "is not a model"),
-        (["--out", "notes/todo", "--overwrite"], "is not a model"),
+        (["--out", "notes/todo", "--overwrite"], "hf is a folder, and this is a file"),
     ],
 )
 def test_wrong_usage_writes_and_loses_nothing(arguments, message, run):
@@ -338,6 +344,15 @@ def test_gguf_there_and_back(run):
     tokens = torch.arange(9)[None]
     for path in (Path(back["folder"]), Path("runs/demo/demo.gguf")):
         assert torch.equal(load_pretrained(path).model(tokens), run(tokens))
+
+
+def test_gguf_into_a_new_folder_with_blanks_in_names(run):
+    pytest.importorskip("gguf")
+    summary = json.loads(invoke("--to", "gguf", "--out", "für uns/my model.gguf", "--json"))
+    assert summary["python"] == "llama-cli -m 'für uns/my model.gguf'"
+    text = Path("für uns/my model.Modelfile").read_text(encoding="utf-8")
+    assert "-f 'my model.Modelfile'\nFROM ./my model.gguf\n" in text
+    assert json.loads(invoke("für uns/my model.gguf", "--json"))["format"] == "lightlm"
 
 
 def test_gguf_of_others_is_replaced_only_with_overwrite(run):

@@ -37,6 +37,7 @@ def export_gguf(loaded: LoadedModel, out: Path, precision: str) -> int:
         raise ConvertError(f"{loaded.path} cannot be exported to GGUF: {refusal}")
     metadata = write_vocabulary(loaded.tokenizer, config.vocab_size)
     tensors = gguf_tensors(name, config, clean_state(loaded.model.state_dict()))
+    out.parent.mkdir(parents=True, exist_ok=True)
     with files.new_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, LAYOUTS[name].architecture)
         try:

@@ -1,5 +1,6 @@
 """GGUF files as a format. Imports nothing heavy."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class GGUFFile:
         return {
             "class": f"{LAYOUTS[gguf_layout(loaded.model.config)[0]].architecture} of llama.cpp",
             "parameters": parameters,
-            "python": f"llama-cli -m {out.as_posix()}",
+            "python": f"llama-cli -m {shlex.quote(out.as_posix())}",
             "beside": [modelfile_path(out)],
         }
 

@@ -1,5 +1,7 @@
 """The Modelfile that Ollama reads beside a GGUF file: `ollama create NAME -f NAME.Modelfile`."""
 
+import re
+import shlex
 from pathlib import Path
 
 from lightlm.checkpoint import LoadedModel
@@ -22,8 +24,9 @@ def modelfile(loaded: LoadedModel, out: Path) -> str:
     template = tokenizer.settings.get("chat_template", "")
     # Ollama's templates are in another language. It knows that of a usual chat template by itself.
     form = _CHAT_ML if all(mark in template for mark in ("<|im_start|>", "<|im_end|>")) else ""
+    name = re.sub(r"[^\w.-]+", "-", loaded.name, flags=re.ASCII).strip("-") or "model"
     lines = [
-        f"# ollama create {loaded.name.replace('/', '-')} -f {out.with_suffix('.Modelfile').name}",
+        f"# ollama create {name} -f {shlex.quote(out.with_suffix('.Modelfile').name)}",
         f"FROM ./{out.name}",
         *([form] if form else [] if template else ['TEMPLATE "{{ .Prompt }}"']),
         f"PARAMETER num_ctx {loaded.model.config.max_seq_len}",
