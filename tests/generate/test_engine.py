@@ -114,3 +114,6 @@ def test_a_sample_is_what_decoding_prompt_and_answer_together_adds(begins_with: 
     [answer] = generate(model, [prompt], 8, GREEDY, 1, ends, vocab_size=size)
     expected = tokenizer.decode(prompt + answer.ids)
     assert "one two" + sample_text(model, tokenizer, "one two", 8, 1, GREEDY) == expected
+    every = {"eos_token_id": list(range(size))}  # each token ends a text
+    ended = tokenizer.used_as(tokenizer.bos_id, tokenizer.adds_bos, {}, every)
+    assert sample_text(model, ended, "one two", 8, 1, GREEDY) == ""

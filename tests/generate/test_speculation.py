@@ -237,6 +237,21 @@ def test_a_draft_has_the_same_tokens_with_the_same_ids() -> None:
         draft_of(wrong, target)
 
 
+def test_what_a_row_that_left_has_drawn_ahead_is_not_the_next_rows() -> None:
+    model = MODELS["llama"]
+    leaving, next_one = Request([5, 9, 2], 25, GREEDY), Request([4, 4, 7], 12, GREEDY)
+    expected = [token.id for token in decode(model, leaving)]
+    batch = Batch(model, 1, speculation=Speculation(Oracle(expected, 0.0), 4, Always()), vocab_size=90)
+    [handle] = batch.join([leaving])
+    assert [batch.step()[0].id for _ in range(3)] == expected[:3]  # the first of 5 tokens of a round is the second
+    batch.leave(handle)
+    batch.join([next_one])
+    found: list[NewToken] = []
+    while batch:
+        found += batch.step()
+    assert_same(found, decode(model, next_one))
+
+
 def test_no_guesses_is_wrong_usage() -> None:
     with pytest.raises(UsageError, match="at least 1 guess"):
         Speculation(Lookup(), 0)

@@ -1,10 +1,12 @@
 """Text of a batch against its tokens, drawn by the plain engine."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.generate.batch import Batch
+from lightlm.generate.batch import Batch, Request
 from lightlm.generate.engine import generate
 from lightlm.generate.prompts import encode_prompt, newest
 from lightlm.generate.sampling import GREEDY, Sampling
@@ -95,10 +97,22 @@ def test_past_the_context_the_newest_half_is_read_anew(model: Transformer, token
     assert newest(tokenizer, ids, 4) == [ids[0], *ids[-3:]]
 
 
-def test_windows_draw_from_generators_of_their_own(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_windows_draw_from_generators_of_their_own(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = encode_prompt(tokenizer, "the")
     settings = Settings(Sampling(2.0, top_p=1.0, min_new_tokens=90), 90, sliding_window=True)
     [first, again, other], _ = answers_of(model, tokenizer, [Question(ids, settings, sample) for sample in (0, 0, 1)])
     assert first.ids == again.ids != other.ids
     assert len(first.ids) == 90
     assert first.ids[45:65] != first.ids[65:85]
+    seeds: list[int] = []
+    join = Batch.join
+
+    def noted(batch: Batch, requests: Sequence[Request]) -> list[int]:
+        seeds.extend(request.seed for request in requests)
+        return join(batch, requests)
+
+    monkeypatch.setattr(Batch, "join", noted)
+    answers_of(model, tokenizer, [Question(ids, settings)])
+    assert len(set(seeds)) == len(seeds) > 2
