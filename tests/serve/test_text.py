@@ -48,8 +48,9 @@ def test_parts_join_to_the_decoded_text_before_the_first_stop_text(ids, stops, d
     # Each token is told with the part in which its text begins.
     start = 0
     for piece in pieces:
-        assert all(start <= token.offset <= start + len(piece.text) for token in piece.tokens)
-        start += len(piece.text)
+        end = start + len(piece.text)
+        assert all(start <= token.offset < end + (piece is pieces[-1]) for token in piece.tokens)
+        start = end
 
 
 _ONCE: list[Tokenizer] = []
@@ -73,6 +74,14 @@ def test_text_that_may_begin_a_stop_text_waits(tokenizer: Tokenizer) -> None:
     made = [text.take(NewToken(0, token)) for token in tokenizer.encode("a cat")]
     assert "".join(piece.text for piece in made if piece) == "a "
     assert text.take(NewToken(0, tokenizer.encode(" ")[0])).text == "cat "
+
+
+def test_a_token_that_waits_is_told_with_its_text(tokenizer: Tokenizer) -> None:
+    text = ChoiceText(tokenizer, [], ("cats",))
+    [token] = tokenizer.encode("c")
+    assert text.take(NewToken(0, token)) is None
+    piece = text.take(NewToken(0, token))  # the first can be no stop text anymore, the second can
+    assert (piece.text, [each.offset for each in piece.tokens]) == ("c", [0])
 
 
 def test_bytes_of_tokens_join_to_the_text(tokenizer: Tokenizer) -> None:
