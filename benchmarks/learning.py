@@ -1,37 +1,56 @@
 """How fast recipes learn: validation loss at equal tokens, by studies of single changes, with seeds.
 
     lightlm prepare-data CORPUS --tokenizer train:8192 --out WORK/data/corpus-8k
-    python benchmarks/learning.py --work WORK --list                     # the studies, and how far they are
+    python benchmarks/learning.py --work WORK --list                     # the studies
     python benchmarks/learning.py --work WORK optimizer batch --budget 2h --jobs 2
     python benchmarks/learning.py --table optimizer                      # from the results that are committed
-    python benchmarks/learning.py --figure docs/learning.png
+    python benchmarks/learning.py --table                                # of all studies, with a summary
+    python benchmarks/learning.py --figure docs/assets/learning.png      # of the study `decisive`, and its sentences
+    python benchmarks/learning.py --sentence decisive-again
 
-A study is a sweep (`lightlm sweep`): contestants of one recipe with changes, all on the same shards, order, tokens and
+A study is a sweep (`lightlm sweep`): contestants, recipes with changes, all on the same shards, order, tokens and
 validation documents. learning/studies.yaml lists them. The same command resumes; a new contestant or seed is added.
-Each call writes benchmarks/results/learning/STUDY.json, which holds all curves. Differences are paired by seed, and
-their spread is pooled over the contestants of a study, since two or three seeds alone say little.
+Each call writes benchmarks/results/learning/STUDY.json, which holds all curves. evidence.py reads them.
 
 Runs use one thread each (--jobs of them at a time), so that their numbers do not depend on the other runs. Data of
 other vocabularies are WORK/data/corpus-4k, corpus-16k and corpus-32k, prepared with train:4096 and so on.
 """
 
-import json
+import argparse
 import math
 import os
 import shutil
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import evidence
+import numpy as np
 import yaml
 from common import make_parser, write_json
 
 HERE = Path(__file__).parent
 TABLE = HERE / "learning" / "studies.yaml"
 RESULTS = HERE / "results" / "learning"
-CURVE = ("tokens", "seconds", "val_loss", "val_bpb")
-NOISE = 1.96  # standard errors within which a difference counts as noise
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant: the name of its recipe in learning/, and its overrides."""
+
+    recipe: str
+    changes: list[str]
+
+    @classmethod
+    def read(cls, values: Any, recipe: str) -> "Entry":
+        """Read a list of overrides, or a mapping with a `recipe` of its own and `changes`."""
+        if isinstance(values, dict):
+            return cls(values.get("recipe", recipe), _flat(values.get("changes") or []))
+        return cls(recipe, _flat(values or []))
+
+    @property
+    def path(self) -> Path:
+        return HERE / "learning" / f"{self.recipe}.yaml"
 
 
 @dataclass(frozen=True)
@@ -39,32 +58,34 @@ class Study:
     """A sweep of single changes.
 
     Attributes:
+        metric: what is compared: `val_loss`, or `val_bpb` where tokenizers differ.
         settings: overrides that all contestants share.
-        contestants: overrides by name; differences are to the first.
-        seeds: by contestant, or for all.
+        contestants: by name; differences are to the first.
+        seeds: by contestant.
         keep: keep the checkpoints of finished runs.
     """
 
     name: str
     question: str
-    recipe: str
+    metric: str
     settings: list[str]
-    contestants: dict[str, list[str]]
+    contestants: dict[str, Entry]
     seeds: dict[str, list[int]]
     keep: bool
 
     @classmethod
     def read(cls, name: str, values: dict[str, Any]) -> "Study":
-        contestants = {key: _flat(changes or []) for key, changes in values["contestants"].items()}
+        contestants = {key: Entry.read(entry, values["recipe"]) for key, entry in values["contestants"].items()}
         more = values.get("more_seeds", {})
-        seeds = {key: more.get(key, values.get("seeds", [1])) for key in contestants}
+        if unknown := sorted(set(more) - set(contestants)):
+            raise SystemExit(f"{TABLE}: {name}: more_seeds names {', '.join(unknown)}, which are no contestants")
         return cls(
             name,
             values["question"],
-            str(HERE / "learning" / f"{values['recipe']}.yaml"),
+            values.get("metric", "val_loss"),
             _flat(values.get("settings", [])),
             contestants,
-            seeds,
+            {key: more.get(key, values.get("seeds", [1])) for key in contestants},
             values.get("keep", False),
         )
 
@@ -91,8 +112,8 @@ def run_study(study: Study, work: Path, jobs: int, budget: float | None) -> bool
     with Sweep.open(Path("sweeps") / study.name, Limits(jobs, budget), watch=display) as sweep:
         for seed in sorted({seed for seeds in study.seeds.values() for seed in seeds}):
             chosen = [
-                Contestant(name, study.recipe, (*study.settings, *changes))
-                for name, changes in study.contestants.items()
+                Contestant(name, str(entry.path), (*study.settings, *entry.changes))
+                for name, entry in study.contestants.items()
                 if seed in study.seeds[name]
             ]
             sweep.add(chosen, [seed])
@@ -116,88 +137,41 @@ def _cell_name(contestant: Any, seed: int) -> str:
 
 def _record(study: Study, results: Any) -> dict[str, Any]:
     """Return all that is known of a study, in a form that git can hold."""
+    from lightlm.machine import read_machine
+    from lightlm.report.record import read_records
+
     found: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
     for line in results.lines:
-        runs = results.curves[line.contestant.name]
-        entry: dict[str, Any] = {"changes": study.contestants.get(line.contestant.name), "runs": {}}
-        for seed, curves in runs.items():
+        name = line.contestant.name
+        entry = study.contestants.get(name)
+        known = {"recipe": entry.recipe, "changes": entry.changes} if entry else {}
+        known |= {"runs": {}, "tokens_per_second": {}}
+        for seed, curves in results.curves[name].items():
             run = results.folder / "runs" / _cell_name(line.contestant, seed)
-            machine = json.loads((run / "machine.json").read_text(encoding="utf-8"))
-            facts = facts or {key: machine.get(key) for key in ("processor", "cpu", "python", "torch", "lightlm")}
-            entry |= {key: machine[key] for key in ("parameters", "active_parameters", "flops_per_token")}
-            known = [i for i in range(len(curves)) if math.isfinite(curves.column("val_loss")[i])]
-            columns = {key: curves.column(key) for key in CURVE}
-            entry["runs"][seed] = [[_short(columns[key][i]) for key in CURVE] for i in known]
+            machine = machine or read_machine(run)
+            if "parameters" not in known:
+                known["parameters"] = read_records([run])[0].parameters
+            columns = [curves.column(key) for key in evidence.CURVE]
+            steps = zip(*columns, strict=True)
+            known["runs"][seed] = [[round(float(value), 5) for value in step] for step in steps if _measured(step)]
+            # The median of the steps: pauses of the machine and other work on it change the clock, and not this.
+            known["tokens_per_second"][seed] = round(float(np.nanmedian(curves.column("tokens_per_second"))), 1)
         states = {seed: state for seed, state in line.states.items() if state not in ("done", "waiting")}
-        found[line.contestant.name] = entry | ({"states": states} if states else {})
+        found[name] = known | ({"states": states} if states else {})
     return {
         "study": study.name,
         "question": study.question,
-        "recipe": Path(study.recipe).name,
+        "metric": study.metric,
         "settings": study.settings,
-        "machine": facts,
-        "curve": CURVE,
+        "machine": {key: machine[key] for key in evidence.MACHINE if key in machine},
+        "curve": evidence.CURVE,
         "contestants": found,
     }
 
 
-def _short(value: float) -> float:
-    return round(float(value), 5)
-
-
-def finals(record: dict[str, Any], metric: str = "val_loss") -> dict[str, dict[str, float]]:
-    """Return the last value of a metric by contestant and seed."""
-    column = record["curve"].index(metric)
-    return {
-        name: {seed: curve[-1][column] for seed, curve in entry["runs"].items() if curve}
-        for name, entry in record["contestants"].items()
-    }
-
-
-def table(record: dict[str, Any], metric: str = "val_loss") -> str:
-    """Return a study as a Markdown table; differences are to the first contestant, paired by seed."""
-    values = finals(record, metric)
-    first, *others = values
-    pairs = {
-        name: [values[name][seed] - values[first][seed] for seed in values[name] if seed in values[first]]
-        for name in others
-    }
-    spreads = [statistics.variance(found) for found in pairs.values() if len(found) > 1]
-    freedom = sum(len(found) - 1 for found in pairs.values() if len(found) > 1)
-    weights = [len(found) - 1 for found in pairs.values() if len(found) > 1]
-    pooled = math.sqrt(sum(s * w for s, w in zip(spreads, weights, strict=True)) / freedom) if freedom else math.nan
-    rows = [f"| {first} | {_mean(values[first])} | {len(values[first])} | | baseline |"]
-    ranked = sorted(others, key=lambda name: statistics.fmean(pairs[name]) if pairs[name] else math.inf)
-    for name in ranked:
-        if not pairs[name]:
-            states = record["contestants"][name].get("states", {})
-            rows.append(f"| {name} | {_mean(values[name])} | {len(values[name])} | | {_states(states)} |")
-            continue
-        difference = statistics.fmean(pairs[name])
-        error = pooled / math.sqrt(len(pairs[name]))
-        if len(pairs[name]) < 2:
-            verdict = "one seed"
-        else:
-            verdict = "noise" if abs(difference) <= NOISE * error else "better" if difference < 0 else "worse"
-        interval = f" ± {NOISE * error:.3f}" if math.isfinite(error) else ""
-        rows.append(
-            f"| {name} | {_mean(values[name])} | {len(pairs[name])} | {difference:+.3f}{interval} | {verdict} |"
-        )
-    unit = {"val_loss": "nats per token", "val_bpb": "bits per byte"}[metric]
-    heading = f"**{record['study']}**: {record['question']}\n\n| contestant | {unit} | seeds | difference | |\n"
-    return heading + "| --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
-
-
-def _mean(values: dict[str, float]) -> str:
-    if not values:
-        return ""
-    spread = f" ({statistics.stdev(values.values()):.3f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values.values()):.3f}{spread}"
-
-
-def _states(states: dict[str, str]) -> str:
-    return ", ".join(sorted(set(states.values()))) or "missing"
+def _measured(step: tuple[float, ...]) -> bool:
+    return math.isfinite(step[evidence.CURVE.index("val_loss")])
 
 
 def main() -> None:
@@ -208,8 +182,15 @@ def main() -> None:
     parser.add_argument("--budget", help="time for this call, such as 2h")
     parser.add_argument("--list", action="store_true", help="print the studies")
     parser.add_argument("--table", action="store_true", help="print committed results as Markdown, and run nothing")
-    parser.add_argument("--metric", default="val_loss", choices=["val_loss", "val_bpb"])
+    parser.add_argument(
+        "--figure", type=Path, metavar="PNG", help="draw a study's curves; writes PNG and two beside it"
+    )
+    parser.add_argument("--sentence", action="store_true", help="print the share of tokens that each recipe needs")
+    parser.add_argument("--metric", choices=list(evidence.UNITS), help="in place of the study's own")
     options = parser.parse_args()
+    if options.table or options.figure or options.sentence:
+        show(options)
+        return
     studies = read_studies()
     if unknown := [name for name in options.studies if name not in studies]:
         parser.error(f"no study {', '.join(unknown)}; there are {', '.join(studies)}")
@@ -218,11 +199,6 @@ def main() -> None:
         for study in chosen:
             runs = sum(len(seeds) for seeds in study.seeds.values())
             print(f"{study.name}: {study.question} {len(study.contestants)} contestants, {runs} runs")
-        return
-    if options.table:
-        for study in chosen:
-            if (path := RESULTS / f"{study.name}.json").is_file():
-                print(table(json.loads(path.read_text(encoding="utf-8")), options.metric))
         return
     if options.work is None:
         parser.error("--work is needed to run studies")
@@ -235,7 +211,26 @@ def main() -> None:
         if not run_study(study, options.work.resolve(), options.jobs, budget):
             print(f"{study.name} is not complete; the same command resumes it")
             break
-        print(table(json.loads((RESULTS / f"{study.name}.json").read_text(encoding="utf-8")), options.metric))
+        print(evidence.table(evidence.read(RESULTS, [study.name])[0], all_results(), options.metric))
+
+
+def all_results() -> list[evidence.Record]:
+    """Return the results of all studies, in the order of studies.yaml."""
+    return evidence.read(RESULTS, list(read_studies()), missing_ok=True)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print or draw committed results."""
+    if options.table:
+        records = evidence.read(RESULTS, options.studies) if options.studies else all_results()
+        print("\n".join(evidence.table(record, all_results(), options.metric) for record in records))
+        print(evidence.summary(records))
+    if options.figure or options.sentence:
+        for record in evidence.read(RESULTS, options.studies or ["decisive"]):
+            print(evidence.sentences(record))
+            if options.figure:
+                for path in evidence.draw(record, options.figure):
+                    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
