@@ -114,11 +114,12 @@ def pool(records: Sequence[Record], metric: str) -> Spread:
 
 
 def spread_of(record: Record, others: Sequence[Record], metric: str) -> Spread:
-    """Return the spread of a study; that of all studies of its metric if it has too few seeds."""
+    """Return the spread of a study; with too few seeds, that of all studies of its metric."""
     own = pool([record], metric)
-    return (
-        own if own.freedom >= ENOUGH else pool([each for each in others if each["metric"] == record["metric"]], metric)
-    )
+    if own.freedom >= ENOUGH:
+        return own
+    alike = [each for each in others if each["metric"] == record["metric"] and each["study"] != record["study"]]
+    return pool([record, *alike], metric)
 
 
 def verdict(difference: float, margin: float, seeds: int) -> str:
@@ -162,9 +163,7 @@ def table(record: Record, others: Sequence[Record] = (), metric: str | None = No
     unit, digits = UNITS[metric]
     lines = []
     for row in rows(record, others, metric):
-        margin = f" ± {row.margin:.{digits}f}" if math.isfinite(row.margin) else ""
-        difference = f"{row.difference:+.{digits}f}{margin}" if math.isfinite(row.difference) else ""
-        cells = (row.name, _mean(row.values, digits), str(len(row.values)), difference, row.verdict)
+        cells = (row.name, _mean(row.values, digits), str(len(row.values)), _difference(row, digits), row.verdict)
         lines.append(f"| {' | '.join(cells)} |")
     own, used = pool([record], metric), spread_of(record, others, metric)
     note = "no contestant has several seeds"
@@ -175,6 +174,13 @@ def table(record: Record, others: Sequence[Record] = (), metric: str | None = No
         f"### {record['study']}: {record['question']}\n\n`{command(record)}`; {_common(record)}; {note}.\n\n"
         f"| contestant | {unit} | seeds | difference | |\n| --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
     )
+
+
+def _difference(row: Row, digits: int) -> str:
+    if not math.isfinite(row.difference):
+        return ""
+    margin = f" ± {row.margin:.{digits}f}" if math.isfinite(row.margin) else ""
+    return f"{row.difference:+.{digits}f}{margin}"
 
 
 def command(record: Record) -> str:
@@ -208,7 +214,7 @@ def summary(records: Sequence[Record]) -> str:
         unit, digits = UNITS[metric]
         first, *found = rows(record, records, metric)
         best = found[0] if found and math.isfinite(found[0].difference) else None
-        gain = "" if best is None else f"{best.difference:+.{digits}f} ± {best.margin:.{digits}f} {unit}"
+        gain = f"{_difference(best, digits)} {unit}" if best else ""
         counts = [row.verdict.split(",")[0] for row in found]
         tried = ", ".join(f"{counts.count(each)} {each}" for each in dict.fromkeys(sorted(counts)))
         runs = sum(len(row.values) for row in (first, *found))
@@ -229,7 +235,7 @@ class Reached:
     Attributes:
         share: NaN if the runs that ended lie all on one side; then `bound` says which.
         low, high: the 95% interval; NaN for a single seed.
-        bound: such as "at most 40%".
+        bound: such as "at most 40%", and `margin`, the mean difference there.
         flops, seconds: the recipe's cost per token over the baseline's.
     """
 
@@ -237,6 +243,7 @@ class Reached:
     low: float
     high: float
     bound: str
+    margin: float
     flops: float
     seconds: float
 
@@ -263,10 +270,10 @@ def reach(record: Record, family: str, metric: str = "val_loss") -> Reached:
     means_E = above_ES.mean(1)
     unknown = math.nan, math.nan, math.nan
     if means_E[0] <= 0:
-        return Reached(*unknown, f"at most {shares[0]:.0%}", flops, seconds)
+        return Reached(*unknown, f"at most {shares[0]:.0%}", means_E[0], flops, seconds)
     end = next((i for i in range(1, len(members)) if means_E[i] <= 0), None)
     if end is None:
-        return Reached(*unknown, f"more than {shares[-1]:.0%}", flops, seconds)
+        return Reached(*unknown, f"more than {shares[-1]:.0%}", means_E[-1], flops, seconds)
     start = end - 1
     slope = (means_E[end] - means_E[start]) / math.log(shares[end] / shares[start])  # nats per log(tokens), negative
     crossing = math.log(shares[start]) - means_E[start] / slope
@@ -276,7 +283,7 @@ def reach(record: Record, family: str, metric: str = "val_loss") -> Reached:
     low = high = math.nan
     if len(seeds) > 1:
         low, high = stats.t.interval(CONFIDENCE, len(seeds) - 1, crossing, stats.sem(moved_S))
-    return Reached(math.exp(crossing), math.exp(low), math.exp(high), "", flops, seconds)
+    return Reached(math.exp(crossing), math.exp(low), math.exp(high), "", 0.0, flops, seconds)
 
 
 def _cost(entry: dict[str, Any], cost: str) -> float:
@@ -299,7 +306,7 @@ def sentences(record: Record, metric: str = "val_loss") -> str:
     for family in families(record):
         found = reach(record, family, metric)
         if found.bound:
-            needs = f"with {found.bound} of its tokens"
+            needs = f"with {found.bound} of its tokens ({found.margin:+.{digits}f} {unit} there)"
             verb = "reaches" if found.bound.startswith("at most") else "would reach"
         else:
             interval = f" (95% interval {found.low:.0%} to {found.high:.0%})" if math.isfinite(found.low) else ""
@@ -344,7 +351,10 @@ def _chart(record: Record, title: str, x_label: str, scale: Any) -> Any:
     from lightlm.report.charts.chart import Chart
 
     first, entries = baseline(record, "val_loss"), record["contestants"]
-    groups = {f"{first}, the best of {_rates(record)}" if _rates(record) > 1 else first: [first], **families(record)}
+    groups = {
+        f"{first}, best of {_settings(record)} settings" if _settings(record) > 1 else first: [first],
+        **families(record),
+    }
     chart = Chart(title, x_label, "nats per token", name_all=True)
     tokens, loss = record["curve"].index("tokens"), record["curve"].index("val_loss")
     highest, lowest, widest = -math.inf, math.inf, 0.0
@@ -366,12 +376,12 @@ def _chart(record: Record, title: str, x_label: str, scale: Any) -> Any:
     target = statistics.fmean(finals(record, "val_loss")[first].values())
     chart.levels(f"final loss of {first}", np.array([widest / 2]), np.array([target]), widest)
     margin = 0.06 * (highest - lowest)
-    chart.axes.set_ylim(lowest - margin, highest + margin)
+    chart.axes.set_ylim(lowest - 2 * margin, highest + margin)  # below is room for the shares
     chart.axes.set_xlim(0, 1.03 * widest)
     return chart
 
 
-def _rates(record: Record) -> int:
+def _settings(record: Record) -> int:
     members = {name for group in families(record).values() for name in group}
     return len(set(record["contestants"]) - members)
 
@@ -388,5 +398,5 @@ def _mark_shares(chart: Any, record: Record) -> None:
             x = found.share * _last_tokens(record["contestants"][first])
             chart.axes.plot([x], [target], marker="D", markersize=7, color=run_color(color), zorder=5)
             style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "weight": "bold"}
-            text = f"{found.share:.0%}"
-            chart.axes.annotate(text, (x, target), xytext=(0, 9), color=run_color(color), **style)
+            text = f"{found.share:.0%}"  # below the line: the curves come from above
+            chart.axes.annotate(text, (x, target), xytext=(0, -18), color=run_color(color), **style)

@@ -1,0 +1,231 @@
+"""What benchmarks/evidence.py says of results, against scipy and numpy."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BUDGET = 10_000_000
+SEEDS = (1, 2, 3)
+NOISE = {1: 0.020, 2: -0.005, 3: -0.015}  # of all contestants alike, so that pairing removes it
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import evidence
+
+    return evidence
+
+
+def entry(recipe, ends, *, tokens=BUDGET, flops=6e6, speed=1000.0, points=20, embedding=500):
+    """A contestant whose loss falls to these values by seed, a straight line over log(tokens)."""
+    at = np.linspace(tokens / points, tokens, points)
+    runs = {
+        str(seed): [
+            [float(t), float(t / speed), end + 0.5 * math.log(tokens / t), (end + 0.5 * math.log(tokens / t)) / 3]
+            for t in at
+        ]
+        for seed, end in ends.items()
+    }
+    parameters = {"total": 2000, "active": 1500, "embedding": embedding, "flops_per_token": flops}
+    return {
+        "recipe": recipe,
+        "changes": [],
+        "runs": runs,
+        "tokens_per_second": dict.fromkeys(runs, speed),
+        "parameters": parameters,
+    }
+
+
+def record(contestants, **values):
+    known = {"study": "decisive", "question": "Which?", "metric": "val_loss", "settings": []}
+    known |= {"machine": {"processor": "Abacus"}, "curve": ["tokens", "seconds", "val_loss", "val_bpb"]}
+    return known | values | {"contestants": contestants}
+
+
+def losses(mean, extra=(0, 0, 0)):
+    return {seed: mean + NOISE[seed] + more for seed, more in zip(SEEDS, extra, strict=True)}
+
+
+DENSE_40, DENSE_60 = losses(5.06, (0.010, -0.004, 0)), losses(4.96, (-0.006, 0.006, 0.012))
+TUNED = losses(5.00, (0.003, -0.003, 0))
+
+
+@pytest.fixture
+def decisive():
+    return record(
+        {
+            "GPT-2 1e-3": entry("gpt2", losses(5.20)),
+            "GPT-2 4e-3": entry("gpt2", TUNED),
+            "GPT-2 8e-3": entry("gpt2", {1: 4.90}),  # one lucky seed is no tuned baseline
+            "dense at 60%": entry("small", DENSE_60, tokens=0.6 * BUDGET, flops=9e6, speed=500.0),
+            "dense at 40%": entry("small", DENSE_40, tokens=0.4 * BUDGET, flops=9e6, speed=500.0),
+            "moe at 30%": entry("moe", losses(4.95), tokens=0.3 * BUDGET),
+            "moe at 45%": entry("moe", losses(4.90), tokens=0.45 * BUDGET),
+        }
+    )
+
+
+def test_the_baseline_is_the_best_of_the_rates_with_all_seeds(evidence, decisive):
+    assert evidence.baseline(decisive, "val_loss") == "GPT-2 4e-3"
+    assert evidence.families(decisive) == {
+        "dense": ["dense at 40%", "dense at 60%"],
+        "moe": ["moe at 30%", "moe at 45%"],
+    }
+
+
+def test_the_share_of_tokens_is_where_the_means_of_the_ends_cross_the_baseline(evidence, decisive):
+    found = evidence.reach(decisive, "dense")
+    above = np.array([[ends[seed] - TUNED[seed] for seed in SEEDS] for ends in (DENSE_60, DENSE_40)])
+    expected = np.interp(0.0, above.mean(1), np.log([0.6, 0.4]))
+    assert found.share == pytest.approx(math.exp(expected))
+    assert (found.flops, found.seconds) == pytest.approx((1.5, 2.0))
+    # The loss of each seed at the crossing, over the slope of the means: the interval of scipy's test of one mean.
+    at_crossing = [np.interp(expected, np.log([0.4, 0.6]), above[::-1, i]) for i in range(len(SEEDS))]
+    slope = (above[0].mean() - above[1].mean()) / math.log(0.6 / 0.4)
+    interval = stats.ttest_1samp(expected - np.array(at_crossing) / slope, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((math.exp(interval.low), math.exp(interval.high)))
+    assert found.low < found.share < found.high
+
+
+def test_ends_on_one_side_give_a_bound(evidence, decisive):
+    assert evidence.reach(decisive, "moe").bound == "at most 30%"
+    assert "moe reaches" in evidence.sentences(decisive)
+    decisive["contestants"]["moe at 30%"] = entry("moe", losses(5.3), tokens=0.3 * BUDGET)
+    decisive["contestants"]["moe at 45%"] = entry("moe", losses(5.1), tokens=0.45 * BUDGET)
+    assert evidence.reach(decisive, "moe").bound == "more than 45%"
+    assert "moe would reach" in evidence.sentences(decisive)
+    assert "(+0.100 nats per token there)" in evidence.sentences(decisive)
+
+
+def test_sentences_say_the_share_with_its_interval_and_what_is_compared(evidence, decisive):
+    dense, moe, sizes = evidence.sentences(decisive).splitlines()
+    found = evidence.reach(decisive, "dense")
+    assert dense.startswith("dense reaches the final loss of GPT-2 4e-3 (5.000 (0.020) nats per token, 3 seeds) with ")
+    assert f"with {found.share:.0%} of its tokens (95% interval {found.low:.0%} to {found.high:.0%})" in dense
+    assert f"{1.5 * found.share:.0%} of its FLOPs and {2 * found.share:.0%} of its time." in dense
+    assert moe.endswith("with at most 30% of its tokens (-0.050 nats per token there).")
+    assert "GPT-2 4e-3 1,000, dense 1,000, moe 1,000" in sizes  # 1,500 active, of which 500 are tables
+
+
+def test_the_spread_of_a_study_is_pooled_over_paired_differences(evidence):
+    first = {1: 5.0, 2: 5.1, 3: 4.9}
+    others = {
+        "clear": {1: 4.80, 2: 4.92, 3: 4.71},
+        "noise": {1: 5.01, 2: 5.09, 3: 4.90},
+        "bad": {1: 5.30, 2: 5.41},
+        "lucky": {1: 4.70},
+        "flat": {1: 5.005},
+    }
+    study = record({"base": entry("small", first)} | {name: entry("small", ends) for name, ends in others.items()})
+    differences = {name: [value - first[seed] for seed, value in ends.items()] for name, ends in others.items()}
+    groups = [group for group in differences.values() if len(group) > 1]
+    # A one-way analysis of variance estimates the same spread within groups.
+    centered = np.concatenate([np.array(group) - np.mean(group) for group in groups])
+    freedom = len(centered) - len(groups)
+    std = math.sqrt((centered**2).sum() / freedom)
+    assert freedom == 5
+    rows = {row.name: row for row in evidence.rows(study, [], "val_loss")}
+    for name, group in differences.items():
+        margin = stats.t.interval(0.95, freedom, scale=std / math.sqrt(len(group)))[1]
+        assert rows[name].difference == pytest.approx(np.mean(group))
+        assert rows[name].margin == pytest.approx(margin)
+    assert {name: row.verdict for name, row in rows.items()} == {
+        "base": "baseline",
+        "lucky": "better, one seed",
+        "clear": "better",
+        "noise": "noise",
+        "flat": "noise",
+        "bad": "worse",
+    }
+    assert list(rows) == ["base", "lucky", "clear", "noise", "flat", "bad"]  # best first
+    assert f"| clear | 4.810 (0.105) | 3 | -0.190 ± {rows['clear'].margin:.3f} | better |" in evidence.table(study)
+
+
+def test_a_study_of_single_seeds_borrows_the_spread_of_the_others_of_its_metric(evidence):
+    alone = record({"base": entry("small", {1: 5.0}), "change": entry("small", {1: 4.99})})
+    assert evidence.rows(alone, [alone], "val_loss")[1].verdict == "one seed"
+    noisy = record({"a": entry("small", losses(5)), "b": entry("small", losses(5, (0.03, -0.02, 0.05)))})
+    noisy["contestants"]["c"] = entry("small", losses(5, (-0.03, 0.02, 0.04)))
+    noisy["study"] = "noisy"
+    other = record(noisy["contestants"], metric="val_bpb", study="other")
+    assert evidence.rows(alone, [alone, noisy], "val_loss")[1].verdict == "noise"
+    assert evidence.rows(alone, [alone, other], "val_loss")[1].verdict == "one seed"
+    assert "of all studies" in evidence.table(alone, [alone, noisy])
+
+
+def test_a_study_is_shown_in_its_own_metric_with_every_contestant(evidence):
+    study = record(
+        {
+            "8k": entry("small", {1: 5.1, 2: 5.1}),
+            "4k": entry("small", {1: 4.5, 2: 4.5}),
+            "hot": entry("small", {}) | {"states": {"1": "diverged"}},
+        },
+        metric="val_bpb",
+        settings=["optimizer.name=muon"],
+    )
+    text = evidence.table(study)
+    assert "| contestant | bits per byte |" in text
+    assert "| 4k | 1.5000 (0.0000) | 2 | -0.2000 ±" in text
+    assert "| hot |  | 0 |  | diverged |" in text
+    assert "`python benchmarks/learning.py --work WORK decisive`; small.yaml, `optimizer.name=muon`, 10M tokens" in text
+    assert "| 4k | 4.500 " in evidence.table(study, metric="val_loss")
+
+
+def test_the_summary_has_a_row_per_study_and_the_machine(evidence, decisive):
+    vocabulary = record(
+        {"8k": entry("small", {1: 5.1}), "4k": entry("small", {1: 4.5})}, study="vocabulary", metric="val_bpb"
+    )
+    text = evidence.summary([decisive, vocabulary])
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| decisive", "| vocabulary"))]
+    assert [row[0] for row in rows] == ["| decisive", "| vocabulary"]
+    assert rows[0][1:3] == ["GPT-2 4e-3", "GPT-2 8e-3"]
+    assert rows[0][6] == "19 |"
+    assert rows[1][3] == "-0.2000 bits per byte"
+    assert text.count("processor Abacus") == 1
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", content[16:24])
+
+
+def test_the_figure_shows_the_tuned_baseline_the_families_and_where_they_cross(evidence, decisive, tmp_path):
+    chart = evidence._chart(decisive, "Loss", "tokens", lambda entry: 1.0)
+    evidence._mark_shares(chart, decisive)
+    chart.finish()
+    legend = [text.get_text() for text in chart.figure.legends[0].get_texts()]
+    assert legend == ["GPT-2 4e-3, best of 3", "dense", "moe", "final loss of GPT-2 4e-3"]
+    ends = {tuple(line.get_xydata()[0]) for line in chart.axes.lines if line.get_marker() == "o"}
+    assert {round(x / BUDGET, 2) for x, _ in ends} == {1.0, 0.4, 0.6, 0.3, 0.45}
+    [diamond] = [line for line in chart.axes.lines if line.get_marker() == "D"]
+    np.testing.assert_allclose(
+        diamond.get_xydata(), [[evidence.reach(decisive, "dense").share * BUDGET, np.mean(list(TUNED.values()))]]
+    )
+    assert [text.get_text() for text in chart.axes.texts] == [f"{evidence.reach(decisive, 'dense').share:.0%}"]
+    paths = evidence.draw(decisive, tmp_path / "learning.png")
+    assert [path.name for path in paths] == ["learning.png", "learning-flops.png", "learning-time.png"]
+    assert all(png_size(path)[0] == 1020 for path in paths)
+
+
+def test_the_commands_read_committed_results_and_name_what_is_missing(tmp_path, decisive, monkeypatch, evidence):
+    import learning
+
+    monkeypatch.setattr(learning, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="no results of decisive"):
+        learning.show(learning.argparse.Namespace(table=False, figure=None, sentence=True, studies=[], metric=None))
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "learning.py"), "--list"], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "decisive.json").write_text(json.dumps(decisive), encoding="utf-8")
+    assert evidence.read(tmp_path, ["decisive"]) == [decisive]
