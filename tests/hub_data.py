@@ -90,6 +90,15 @@ def make_fineweb_edu(folder: Path, texts: list[str], files: int = 3, row_group: 
     return folder
 
 
+def make_dataset(folder: Path, config: str, texts: list[str]) -> Path:
+    """A data set with one configuration of one file, in a folder of its name."""
+    (folder / config).mkdir(parents=True)
+    parquet.write_table(pyarrow.table({"text": texts}), folder / config / "train-00000-of-00001.parquet")
+    readme = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/*\n---\n"
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    return folder
+
+
 def source(spec: str = "fineweb-edu", text_column: str = "text") -> HubSource:
     opened = open_source(spec, text_column)
     assert isinstance(opened, HubSource)

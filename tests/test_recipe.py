@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 
@@ -58,6 +59,23 @@ def test_recipe_builds_its_parameter_count_and_opens_with_its_commands(name):
     assert any("lightlm prepare-data" in line for line in head)
     commands = [line.split("  #")[0].split(" --")[0].rstrip() for line in head]
     assert f"#   lightlm train recipes/{name}.yaml" in commands
+
+
+@pytest.mark.parametrize("name", ["lightlm", "moe"])
+def test_the_stages_in_a_recipes_comment_change_the_data_where_the_decay_begins(name):
+    text = next(path for path in shipped_recipes() if path.stem == name).read_text(encoding="utf-8")
+    [command] = [line for line in text.splitlines() if "data.stages=" in line]
+    guide = shipped_recipes()[0].parents[1] / "docs" / "guides" / "data.md"
+    *_, override = shlex.split(command)
+    assert f"data.stages='{override.partition('=')[2]}'" in guide.read_text(encoding="utf-8")
+    staged, plain = load_recipe(name, [override]), load_recipe(name)
+    assert staged.model_copy(update={"data": plain.data}) == plain
+    tokens = plain.train.tokens
+    [(until, first), (_, last)] = staged.data.parts
+    assert span_tokens(until, tokens) == tokens - span_tokens(plain.schedule.decay, tokens)
+    assert first == {"fineweb-edu": 1.0}
+    assert sum(last.values()) == 100
+    assert staged.data.main == "fineweb-edu"  # heldout stays what it is without stages
 
 
 def test_resolved_recipe_reads_back_the_same(tmp_path):

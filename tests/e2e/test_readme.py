@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from lightlm.data.sources.hub.names import parse_hub
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.recipe import load_recipe
 from tests.cli.runner import Runner
 from tests.corpus import texts
 from tests.hub import Hub
-from tests.hub_data import REPO, make_fineweb_edu, use
+from tests.hub_data import REPO, make_dataset, make_fineweb_edu, use
 
 README = Path(__file__).parents[2] / "README.md"
 GUIDES = README.parent / "docs" / "guides"
@@ -99,6 +100,9 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Hub() as hub:
         hub.add(REPO, make_fineweb_edu(tmp_path / "served", texts(300)))
+        for number, name in enumerate(("cosmopedia-v2", "finemath")):
+            request = parse_hub(name, "text")
+            hub.add(request.repo, make_dataset(tmp_path / f"served-{name}", request.config, texts(80, seed=3 + number)))
         (tmp_path / "served-gpt2").mkdir()
         train_tokenizer(texts(100), 320).save(tmp_path / "served-gpt2" / "tokenizer.json")
         hub.add("openai-community/gpt2", tmp_path / "served-gpt2", kind="models")
@@ -172,6 +176,8 @@ def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
 def test_the_guides_commands_run(stand_ins, monkeypatch, capsys):
     run = Runner(monkeypatch, capsys)
     run_all(run, guide_commands("data"))
+    staged = yaml.safe_load((stand_ins / "runs/moe-staged/recipe.yaml").read_text(encoding="utf-8"))
+    assert set(staged["data"]["stages"][1]["mix"]) == {"fineweb-edu", "cosmopedia-v2", "finemath"}
     run_all(run, ["lightlm prepare-data pydocs --tokenizer train:512 --max-tokens 100K"])
     run_all(run, guide_commands("recipes") + guide_commands("training") + ["lightlm train recipes/moe.yaml"])
     run_all(run, guide_commands("evaluation") + guide_commands("generation") + guide_commands("conversion"))

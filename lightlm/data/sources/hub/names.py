@@ -42,6 +42,10 @@ HUB_DATASETS: dict[str, NamedDataset] = {
     ),
     # NVIDIA publishes ClimbMix as GPT-2 tokens; this is the text, shuffled, as nanochat trains on it.
     "climbmix": NamedDataset("karpathy/climbmix-400b-shuffle"),
+    # Web pages that explain mathematics: those whose quality a classifier scores 4 of 5 or more, or 3 or more.
+    "finemath": NamedDataset(
+        "HuggingFaceTB/finemath", "finemath-4plus", configs={"3plus": "finemath-3plus", "4plus": "finemath-4plus"}
+    ),
     "tinystories": NamedDataset("roneneldan/TinyStories"),
     # A row of Salesforce/wikitext is a line; a row here is an article.
     "wikitext-103": NamedDataset("EleutherAI/wikitext_document_level", "wikitext-103-raw-v1", text_column="page"),
