@@ -113,7 +113,7 @@ def stand_ins(tmp_path, monkeypatch):
 def write_stand_ins(tmp_path):
     write_hellaswag(tmp_path / "Rowan" / "hellaswag")
     (tmp_path / "recipes").mkdir()
-    for name in ("moe", "lightlm", "demo"):
+    for name in ("moe", "lightlm", "demo", "speedrun"):
         write_recipe(tmp_path / "recipes" / f"{name}.yaml", name)
     (tmp_path / "my-books").mkdir()
     for number, text in enumerate(texts(60, seed=1)):
@@ -170,6 +170,14 @@ def test_the_readmes_commands_run(stand_ins, monkeypatch, capsys):
     assert latest["architectures"] == ["Glm4MoeForCausalLM"]
     assert (stand_ins / "runs/books/eval").is_dir()
     assert list((stand_ins / "runs/moe/eval").glob("*hellaswag*.json"))
+
+
+def test_the_speedruns_commands_run(stand_ins, monkeypatch, capsys):
+    run_all(Runner(monkeypatch, capsys), runnable(GUIDES.parent / "speedrun.md"))
+    scores = [
+        json.loads(path.read_text(encoding="utf-8")) for path in stand_ins.glob("runs/speedrun/eval/*heldout*.json")
+    ]
+    assert any("bits_per_byte,none" in found.get("results", {}).get("heldout", {}) for found in scores)
 
 
 @pytest.mark.timeout(900)
