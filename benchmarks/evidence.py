@@ -352,7 +352,7 @@ def _chart(record: Record, title: str, x_label: str, scale: Any) -> Any:
 
     first, entries = baseline(record, "val_loss"), record["contestants"]
     groups = {
-        f"{first}, best of {_settings(record)} settings" if _settings(record) > 1 else first: [first],
+        f"{first}, best of {_settings(record)}" if _settings(record) > 1 else first: [first],
         **families(record),
     }
     chart = Chart(title, x_label, "nats per token", name_all=True)

@@ -189,6 +189,7 @@ def test_nanogpt_trains_to_its_end_after_an_interruption_and_its_model_is_export
         torch.testing.assert_close(loaded.model(ids), expected, rtol=1e-4, atol=1e-4)
     assert loaded.tokenizer.sha256 == DataFolder.open(options.data).tokenizer.sha256
     # Nothing is trained again.
+    (options.work / "nanogpt" / "ckpt.pt").unlink()
     (options.nanogpt / "train.py").unlink()
     assert speedrun.train("nanogpt", options) == trained
 
