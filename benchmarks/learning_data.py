@@ -26,7 +26,8 @@ def prepare(source: Path, tokenizer: str, out: Path) -> None:
     """Run `lightlm prepare-data` unless the folder is there."""
     if (out / "manifest.json").is_file():
         return
-    command = [sys.executable, "-m", "lightlm", "prepare-data", str(source), "--tokenizer", tokenizer, "--out", str(out)]
+    arguments = [str(source), "--tokenizer", tokenizer, "--out", str(out)]
+    command = [sys.executable, "-m", "lightlm", "prepare-data", *arguments]
     subprocess.run(command, check=True)
 
 
