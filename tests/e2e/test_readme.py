@@ -32,6 +32,8 @@ NEEDS_MORE = (
     "hf:org/name",  # a name to fill in
     "SmolLM2-135M",  # the Hub
     "--weights",  # a run with train.ema
+    "model-Q4_1.gguf",  # somebody's file
+    "ollama",  # another program
     "open_slm",  # the tasks' data
     "small_lm",
     "--fold",  # a model with scales
@@ -120,6 +122,7 @@ def write_stand_ins(tmp_path):
         (tmp_path / "my-books" / f"{number}.txt").write_text(text * 4, encoding="utf-8")
     rows = [{"text": text, "score": number % 5, "language": "en"} for number, text in enumerate(texts(40, seed=2))]
     (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The old clock"}\n', encoding="utf-8")
     return tmp_path
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lightlm.model import fused
+from lightlm.model import fused, products
 from lightlm.train.step import loss
 from lightlm.train.step.loss import token_loss
 from tests.shapes import SHAPES, build
@@ -48,7 +48,7 @@ def test_fused_training_is_as_exact_as_plain_autocast(name):
 def test_fused_training_in_fp32_is_as_exact_as_plain(name, slow_mkl, monkeypatch):
     if slow_mkl and not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
-    for module in (fused, loss):
+    for module in (products, loss):
         monkeypatch.setattr(module, "has_slow_mkl", lambda: slow_mkl)
     monkeypatch.setitem(loss._CHUNK, "cpu", 16)  # two chunks
     model = build(name)
