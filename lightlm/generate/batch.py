@@ -60,11 +60,7 @@ class Request:
     logprobs: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max-new-tokens must be at least 1, is {self.max_new_tokens}")
-        if self.max_new_tokens < self.sampling.min_new_tokens:
-            least, most = self.sampling.min_new_tokens, self.max_new_tokens
-            raise UsageError(f"min-new-tokens is {least}, above max-new-tokens, which is {most}")
+        self.sampling.check_most(self.max_new_tokens)
         if not self.ids:
             raise LightLMError("a prompt has no tokens; start from the end-of-text token instead")
 

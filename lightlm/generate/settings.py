@@ -36,11 +36,7 @@ class Settings:
     sliding_window: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max-new-tokens must be at least 1, is {self.max_new_tokens}")
-        if self.max_new_tokens < self.sampling.min_new_tokens:
-            least, most = self.sampling.min_new_tokens, self.max_new_tokens
-            raise UsageError(f"min-new-tokens is {least}, above max-new-tokens, which is {most}")
+        self.sampling.check_most(self.max_new_tokens)
         if "" in self.stop:
             raise UsageError("a stop string is empty; leave it out")
 

@@ -160,8 +160,9 @@ class Single:
             | ({"logprobs": _log_probs(self.loaded.tokenizer, each)} if each.log_probs else {})
             for each in answers
         ]
-        for sample, score in zip(document["samples"], scores, strict=False):
-            sample["score"] = score
+        if self.beams:
+            for sample, score in zip(document["samples"], scores, strict=True):
+                sample["score"] = score
         return document
 
 

@@ -8,6 +8,7 @@ from lightlm.convert.gguf import byte_level, pieces
 from lightlm.convert.gguf.header import Header
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError, DataError
+from lightlm.names import warn
 
 
 class TokenType(IntEnum):
@@ -54,9 +55,14 @@ def _roles(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the ids of tokens that have a meaning, and the chat template."""
     end, settings = tokenizer.end_of_text_id, tokenizer.settings
     ids = {"bos": tokenizer.start_id, "eos": end, "padding": tokenizer.id_of(settings.get("pad_token"))}
-    ids |= {"unknown": tokenizer.id_of(settings.get("unk_token")) or tokenizer.unknown_id}
-    # llama.cpp knows two more tokens that end an answer; further ones it finds by their usual names.
-    ids |= dict(zip(_MORE_ENDS, sorted(tokenizer.end_ids - {end}), strict=False))
+    unknown = tokenizer.id_of(settings.get("unk_token"))
+    ids |= {"unknown": tokenizer.unknown_id if unknown is None else unknown}
+    more = sorted(tokenizer.end_ids - {end})
+    ids |= dict(zip(_MORE_ENDS, more, strict=False))
+    if further := [tokenizer.name_of(index) for index in more[len(_MORE_ENDS) :]]:
+        warn(
+            f"GGUF names three tokens that end an answer; llama.cpp knows {further} only if their names are usual ones"
+        )
     roles = {f"tokenizer.ggml.{role}_token_id": index for role, index in ids.items() if index is not None}
     template = settings.get("chat_template")
     return roles | ({"tokenizer.chat_template": template} if template else {})

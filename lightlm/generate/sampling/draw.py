@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightlm.errors import LightLMError
 from lightlm.generate.sampling.adjustments import adjust
 from lightlm.generate.sampling.filters import candidates
 from lightlm.generate.sampling.settings import Sampling
@@ -50,7 +51,12 @@ def sample(logits_BV: Tensor, rows: Sequence[Row], vocab_size: int | None = None
         logits_BV: on any device, in any precision. It stays unchanged.
         vocab_size: the tokenizer's size. Ids at or above it, which an embedding padded to a round number has, are never
             drawn. None allows all ids.
+
+    Raises:
+        LightLMError: a logit is NaN, as with damaged weights, or where float16 overflows.
     """
+    if bool(logits_BV.isnan().any()):
+        raise LightLMError("the model computes NaN: its weights are damaged, or its numbers exceed its precision")
     logits_BV = adjusted(logits_BV[:, :vocab_size], rows)
     tokens = [0] * len(rows)
     groups: dict[tuple, list[int]] = {}

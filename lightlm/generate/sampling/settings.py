@@ -98,6 +98,15 @@ class Sampling:
             or bool(self.logit_bias)
         )
 
+    def check_most(self, max_new_tokens: int) -> None:
+        """Raise UsageError if an answer may not have so many tokens at most."""
+        if max_new_tokens < 1:
+            raise UsageError(f"max-new-tokens must be at least 1, is {max_new_tokens}")
+        if max_new_tokens < self.min_new_tokens:
+            raise UsageError(
+                f"min-new-tokens is {self.min_new_tokens}, above max-new-tokens, which is {max_new_tokens}"
+            )
+
     def check_ids(self, vocab_size: int) -> None:
         """Raise UsageError if `logit_bias` names an id that the tokenizer lacks."""
         for token, _ in self.logit_bias:

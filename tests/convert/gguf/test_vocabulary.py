@@ -133,6 +133,14 @@ def test_beginning_of_text_ends_and_chat_template_are_kept(tmp_path):
     assert_equal_in_llama_cpp(tokenizer, path)
 
 
+def test_the_unknown_token_may_have_id_0_and_a_fourth_end_is_named(caplog):
+    plain = trained(SPLITS["gpt-2"])
+    settings = {"unk_token": "<|endoftext|>"}
+    values = write_vocabulary(plain.used_as(None, False, settings, {"eos_token_id": [0, 1, 2, 3]}), plain.vocab_size)
+    assert values["tokenizer.ggml.unknown_token_id"] == 0
+    assert repr([plain.name_of(3)]) in caplog.text
+
+
 def _begins_with(token, index=1):
     sequence = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     special = {token: {"id": token, "ids": [index], "tokens": [token]}}

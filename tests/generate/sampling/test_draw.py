@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightlm.errors import LightLMError
 from lightlm.generate.sampling import DEFAULT, GREEDY, Sampling
 from lightlm.generate.sampling.draw import Row, log_probs, sample
 from tests.generate.sampling.test_filters import LOGITS, NUCLEUS, reference
@@ -125,3 +126,11 @@ def test_draws_of_many_seeds_and_positions_fit_the_distribution() -> None:
     for _ in range(60):
         counts += np.bincount(sample(logits_V.expand(200, -1), rows), minlength=40)
     assert stats.chisquare(counts, logits_V.double().softmax(-1).numpy() * counts.sum()).pvalue > 0.01
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DEFAULT])
+def test_a_model_that_computes_nan_is_an_error(sampling: Sampling) -> None:
+    logits = torch.randn(2, 10)
+    logits[1, 3] = math.nan
+    with pytest.raises(LightLMError, match="computes NaN"):
+        sample(logits, [Row(sampling, generator()), Row(sampling, generator())])
