@@ -32,6 +32,7 @@ def test_settings_change_by_their_names_in_json() -> None:
         ({"top_k": 1.5}, "top-k must be a whole number"),
         ({"top_p": 2}, "top-p must be above 0"),
         ({"max_new_tokens": 0}, "max-new-tokens must be at least 1"),
+        ({"max_new_tokens": 2, "min_new_tokens": 3}, "min-new-tokens is 3, above max-new-tokens, which is 2"),
         ({"stop": 5}, "stop must be a text or a list of texts"),
         ({"stop": ""}, "stop string is empty"),
         ({"logit_bias": {"a": 1}}, "'a' is not an id"),
