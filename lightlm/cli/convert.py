@@ -8,7 +8,8 @@ import typer
 
 from lightlm.cli.console import console, out, print_json, print_table
 from lightlm.cli.generate.command import WeightsOption
-from lightlm.convert.formats import FORMATS, Format, convert_model, format_named, format_of, read_model, reader_of
+from lightlm.convert.formats import FORMATS, convert_model, format_named, format_of, read_model, reader_of
+from lightlm.convert.protocol import Format
 from lightlm.errors import UsageError
 
 _QUANTIZATIONS = ", ".join(
@@ -148,14 +149,22 @@ def convert(
 
 
 def _list_formats(*, as_json: bool) -> None:
-    """Print each format, the directions it converts in, and what it writes."""
-    columns = ("format", "reads", "writes", "makes")
-    rows = [(known.name, known.reads, known.writes, known.makes) for known in FORMATS.values()]
+    """Print each format, what it reads and writes, its quantizations, and what it needs."""
     if as_json:
-        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+        names = ("reads", "writes", "takes", "makes", "kinds", "quantizations", "package", "verifier")
+        values = [{name: getattr(known, name) for name in names} for known in FORMATS.values()]
+        print_json([{"format": known.name, **value} for known, value in zip(FORMATS.values(), values, strict=True)])
         return
-    words = {True: "yes", False: "no"}
-    print_table([(name, words[reads], words[writes], makes) for name, reads, writes, makes in rows], *columns)
+    columns = ("format", "reads", "writes", "--quantize", "needs")
+    rows = [(each.name, each.takes or "-", each.makes or "-", *_extras(each)) for each in FORMATS.values()]
+    print_table(rows, *columns)
+
+
+def _extras(known: Format) -> tuple[str, str]:
+    """Return the quantizations of a format, and the extra that installs what it needs."""
+    extra = f"lightlm[{known.name}]"
+    need = extra if known.package else f"{extra} for --verify" if known.verifier else "-"
+    return ", ".join(known.quantizations) or "-", need
 
 
 def _default_target(model: str | None, source: Path, writer: Format, name: str, variant: str) -> Path:

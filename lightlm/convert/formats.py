@@ -1,18 +1,20 @@
 """The formats that models are converted from and to.
 
-A new format is one class with the members of `Format`, in its own module, and one entry in `FORMATS`: the options of
-`lightlm convert` and MODEL on the command line follow from it. Importing this module is cheap, because formats import
-torch and their own libraries inside their methods.
+A new format is one subclass of `lightlm.convert.protocol.Format`, in its own module, and one entry in `FORMATS`: the
+options of `lightlm convert`, MODEL on the command line and the tables of docs/reference/formats.md follow from it.
+Importing this module is cheap, because formats import torch and their own libraries inside their methods.
 """
 
 import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lightlm.convert.gguf.format import GGUFFile
 from lightlm.convert.huggingface.format import HuggingFaceFolder
+from lightlm.convert.protocol import Format
+from lightlm.convert.samples import sample_tokens
 from lightlm.errors import ConvertError, UsageError
 from lightlm.model.config import FOLDABLE_FIELDS
 
@@ -23,57 +25,11 @@ if TYPE_CHECKING:
     from lightlm.model.config import ModelConfig
 
 
-class Format(Protocol):
-    """A form in which a model is stored."""
-
-    name: str  # what --from and --to take
-    makes: str  # what a conversion writes, for people
-    suffix: str  # how the name of the file that it writes ends, such as .gguf; empty for a folder
-    reads: bool  # whether `read` is implemented
-    writes: bool  # whether `write` is implemented
-    quantizations: tuple[str, ...]  # what --quantize takes
-    folds: bool  # whether learned scales are always folded; else `lightlm convert --fold` asks for it
-    package: str  # what `read` and `write` need, installed by "lightlm[NAME]"; empty if LightLM has all it needs
-    verifier: str  # the package that `verify` runs, likewise
-
-    def detect(self, path: Path) -> bool:
-        """Return whether a path holds a model in this format; at most one format may say so."""
-
-    def is_own(self, path: Path) -> bool:
-        """Return whether a path holds what `write` wrote and nobody changed, so that replacing it loses nothing."""
-
-    def refusal(self, config: "ModelConfig") -> str:
-        """Return why the format cannot hold a model of this shape, or an empty string."""
-
-    def shape(self, path: Path) -> "ModelConfig":
-        """Return the shape of a model, from its configuration alone; raise LightLMError if that is impossible."""
-
-    def read(self, path: Path) -> "LoadedModel":
-        """Load a model in float32 on the CPU, in evaluation mode; raise LightLMError if that is impossible."""
-
-    def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype", quantize: str = "") -> dict[str, Any]:
-        """Write a model whole or not at all, in place of what `out` is; `quantize` is one of `quantizations` or empty.
-
-        Return what the command reports: `class` (the model's name there), `parameters` (the number written), `python`
-        (code or a command that loads it), and `beside` (files written beside `out`), if there are any.
-        """
-
-    def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
-        """Return the largest difference of logits from those that the format's own software computes from `path`.
-
-        Both have weights rounded to `dtype`. Raise ConvertError if they differ by more than rounding.
-        """
-
-
-class CheckpointFolder:
+class CheckpointFolder(Format):
     """LightLM's own format, a checkpoint without training state; see `lightlm.checkpoint`."""
 
     name = "lightlm"
-    makes = "a checkpoint folder: model.safetensors, config.json, tokenizer.json, complete.json"
-    suffix = package = verifier = ""
-    quantizations: tuple[str, ...] = ()
-    reads = writes = True
-    folds = False
+    takes = makes = "a checkpoint folder of LightLM"
 
     def detect(self, path: Path) -> bool:
         from lightlm.checkpoint import is_checkpoint
@@ -82,11 +38,8 @@ class CheckpointFolder:
             return is_checkpoint(path)
         return path.is_dir() and path.name.startswith("step_")  # an interrupted one: `read` says what is missing
 
-    def is_own(self, path: Path) -> bool:
-        return False
-
-    def refusal(self, config: "ModelConfig") -> str:
-        return ""
+    def target(self, config: "ModelConfig") -> str:
+        return "LightLM checkpoint"
 
     def shape(self, path: Path) -> "ModelConfig":
         from lightlm.checkpoint import check, read_shape
@@ -104,7 +57,6 @@ class CheckpointFolder:
 
         save_model(out, copy.deepcopy(loaded.model).to(dtype), loaded.tokenizer, overwrite=True)
         return {
-            "class": "LightLM checkpoint",
             "parameters": loaded.model.num_parameters()["total"],
             "python": f'from lightlm.convert.load import load_pretrained; model = load_pretrained("{out.as_posix()}")',
         }
@@ -113,9 +65,8 @@ class CheckpointFolder:
         import torch
 
         models = [copy.deepcopy(each.model).to(dtype).float() for each in (loaded, self.read(path))]
-        tokens_BT = torch.arange(min(128, loaded.model.config.max_seq_len))[None] % loaded.tokenizer.vocab_size
         with torch.no_grad():
-            ours_BTV, theirs_BTV = (model(tokens_BT) for model in models)
+            ours_BTV, theirs_BTV = (model(sample_tokens(loaded)) for model in models)
         if not torch.equal(ours_BTV, theirs_BTV):
             raise ConvertError(f"{path} does not hold the weights of {loaded.path}; do not use it, and report this")
         return 0.0
@@ -186,7 +137,9 @@ def convert_model(
     verify: bool = False,
     read: "Callable[[Path], LoadedModel] | None" = None,
 ) -> dict[str, Any]:
-    """Convert a model, in place of what `out` is; return what `write` does, and with `verify` `max_logit_difference`.
+    """Convert a model, in place of what `out` is.
+
+    Return what `write` does, `class` (the model's name there), and with `verify` `max_logit_difference`.
 
     Args:
         quantize: one of the quantizations of `writer`, in place of `dtype`.
@@ -212,11 +165,11 @@ def convert_model(
 
     plain = as_plain(loaded) if fold or writer.folds else loaded
     _check_range(plain, torch.float16 if quantize else dtype)  # the scales of quantized blocks are float16
-    facts = writer.write(plain, out, dtype, quantize)
+    facts = {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
     if verify:
         differences = [writer.verify(plain, out, dtype), _check_fold(loaded, plain)]
         differences += [reader.verify(loaded, source, dtype)] if read is None else []
-        facts["max_logit_difference"] = max(differences)
+        facts["max_logit_difference"] = max(filter(None, differences), default=0.0)
     return facts
 
 

@@ -16,6 +16,7 @@ from lightlm.cli.convert import convert
 from lightlm.convert import folding
 from lightlm.convert.formats import FORMATS
 from lightlm.convert.load import load_pretrained
+from lightlm.convert.protocol import Format
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import CheckpointError, ConvertError, UsageError
 from lightlm.model.transformer import Transformer
@@ -280,19 +281,16 @@ def test_verify_finds_a_wrong_fold(run, tokenizer, monkeypatch):
         invoke("scaled", "--fold", "--verify")
 
 
-class Archive:
+class Archive(Format):
     """A format as a newcomer would add it: a checkpoint folder packed into one file."""
 
-    name, suffix, makes, package, verifier = "archive", ".zip", "a .zip file", "", ""
-    quantizations = ()
-    reads = writes = True
-    folds = False
+    name, suffix, takes, makes = "archive", ".zip", "a packed folder", "a .zip file"
 
     def detect(self, path):
         return path.suffix == ".zip" and path.is_file()
 
-    def is_own(self, path):
-        return False
+    def target(self, config):
+        return "Archive"
 
     def refusal(self, config):
         return "qk_norm: true" if config.qk_norm else ""
@@ -304,10 +302,7 @@ class Archive:
     def write(self, loaded, out, dtype, quantize=""):
         save_model(Path("packing"), loaded.model.to(dtype), loaded.tokenizer)
         shutil.move(shutil.make_archive("packed", "zip", "packing"), out)
-        return {"class": "Archive", "parameters": 1, "python": f"unzip {out}"}
-
-    def verify(self, loaded, path, dtype):
-        return 0.0
+        return {"parameters": 1, "python": f"unzip {out}"}
 
 
 def test_a_new_format_is_one_class_and_one_registration(run, tokenizer, monkeypatch):
@@ -321,9 +316,8 @@ def test_a_new_format_is_one_class_and_one_registration(run, tokenizer, monkeypa
     tokens = torch.arange(9)[None]
     for path in (Path(back["folder"]), Path("runs/demo/demo.zip")):
         assert torch.equal(load_pretrained(path).model(tokens), run(tokens))
-    assert {"format": "archive", "reads": True, "writes": True, "makes": "a .zip file"} in json.loads(
-        invoke("--list", "--json")
-    )
+    row = json.loads(invoke("--list", "--json"))[-1]
+    assert (row["format"], row["reads"], row["writes"], row["makes"]) == ("archive", True, True, "a .zip file")
     save_model(Path("normed"), Transformer(replace(SHAPES["qwen3"], vocab_size=tokenizer.vocab_size)), tokenizer)
     with pytest.raises(ConvertError, match="normed cannot be converted to archive: qk_norm: true"):
         invoke("normed", "--to", "archive")
@@ -378,8 +372,14 @@ def test_gguf_without_its_packages(package, arguments, run, monkeypatch):
 
 
 def test_list_of_formats():
-    assert {row["format"] for row in json.loads(invoke("--list", "--json"))} == {"hf", "gguf", "lightlm"}
-    assert "checkpoint folder" in invoke("--list")
+    """What they read, write and need."""
+    rows = {row["format"]: row for row in json.loads(invoke("--list", "--json"))}
+    assert rows.keys() == FORMATS.keys()
+    assert "LlamaForCausalLM" in rows["hf"]["kinds"]
+    assert "q8_0" in rows["gguf"]["quantizations"]
+    shown = invoke("--list")
+    assert "checkpoint" in shown
+    assert "lightlm[gguf]" in shown
 
 
 def test_options_name_every_format():

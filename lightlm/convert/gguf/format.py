@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightlm.convert.gguf.layouts import LAYOUTS, gguf_layout
+from lightlm.convert.protocol import Format
 from lightlm.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -14,14 +15,16 @@ if TYPE_CHECKING:
     from lightlm.model.config import ModelConfig
 
 
-class GGUFFile:
-    """A file that llama.cpp and Ollama load; see `lightlm.convert.formats.Format` for the members."""
+class GGUFFile(Format):
+    """A file that llama.cpp and Ollama load."""
 
     name = "gguf"
-    makes = "a .gguf file for llama.cpp, and a Modelfile for Ollama beside it"
+    makes = "a file for llama.cpp, and Ollama's Modelfile"
     suffix, package, verifier = ".gguf", "gguf", "xllamacpp"
-    reads = writes = folds = True
-    quantizations: tuple[str, ...] = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+    takes = "a file of llama.cpp, quantized or not"
+    kinds = tuple(dict.fromkeys(layout.architecture for layout in LAYOUTS.values()))
+    folds = True
+    quantizations = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
     def detect(self, path: Path) -> bool:
         from lightlm.convert.gguf.header import is_gguf
@@ -36,6 +39,10 @@ class GGUFFile:
             return VERSION_KEY in read_header(path).metadata
         except ConvertError:
             return False
+
+    def target(self, config: "ModelConfig") -> str:
+        name, refusal = gguf_layout(config)
+        return "" if refusal else f"{LAYOUTS[name].architecture} of llama.cpp"
 
     def refusal(self, config: "ModelConfig") -> str:
         return gguf_layout(config)[1]
@@ -56,7 +63,6 @@ class GGUFFile:
 
         parameters = export_gguf(loaded, out, quantize or str(dtype).removeprefix("torch."))
         return {
-            "class": f"{LAYOUTS[gguf_layout(loaded.model.config)[0]].architecture} of llama.cpp",
             "parameters": parameters,
             "python": f"llama-cli -m {shlex.quote(out.as_posix())}",
             "beside": [modelfile_path(out)],

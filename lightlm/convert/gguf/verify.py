@@ -11,23 +11,9 @@ from lightlm.convert.gguf.header import read_header
 from lightlm.convert.gguf.layouts import gguf_layout
 from lightlm.convert.gguf.llamacpp import llama_cpp
 from lightlm.convert.gguf.tensors import gguf_tensors, read_tensors
+from lightlm.convert.samples import TEXTS
 from lightlm.errors import ConvertError
 
-# Texts whose tokens must be equal: spaces, cases, digits, scripts, accents in both normal forms, code, special tokens.
-TEXTS = (
-    "Hello, I am a language model: naïve café, 3.14,\n\tdon't stop.  The end",
-    "DON'T we'll I'd they've it's you're I'M  'tis   rock'n'roll",
-    " leading and trailing   \n\n\n  \t \r\n windows\r\n\r\nend  ",
-    "0 12 345 6789 12345678901 1,234.5 ½ Ⅷ ٣٤ 2²³ 1e-05 0x1F",
-    "def f(x):\n    if x > 0:\n        return x**2  # square\n\n\tfor i in range(10): pass",
-    '{"key": [1, 2.5, null], "a\\nb": "\\u00e9"} <tag attr=\'x\'/> $x_{i}^2$ #include <a.h>',
-    "日本語のテキスト、中文文本。한국어 텍스트! ไทย हिन्दी العربية עברית ελληνικά русский",
-    "cafe\u0301 e\u0301\u0302 \u1e69 \ufb01 Å \u212b \u200b\u200d\ufeff\u00a0\u2003x\u3000y",
-    "😀👍🏽👨‍👩‍👧 🇩🇪 ™ © → ∑ ≠ — … “quoted” ‘single’ «guillemets»",
-    "<|endoftext|> <s> </s> <|im_start|>user\n[INST] [PAD3] <0x0A> ▁ Ġ",
-    "supercalifragilisticexpialidocious AAAAaaaa----====____....!!!!????",
-    "\x00\x01\x7f \x1b[0m \u2028\u2029 \U0010ffff",
-)
 _PROMPTS = 5  # whose next tokens are compared
 # The largest accepted divergence, in nats, of the next token's distribution: the median over the prompts, since two
 # experts that tie may change one of them. A float32 file is computed in float32. llama.cpp rounds the other operand of

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightlm.convert.huggingface.layouts import export_target
+from lightlm.convert.huggingface.layouts import LAYOUTS, export_target
+from lightlm.convert.protocol import Format
 from lightlm.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -13,14 +14,15 @@ if TYPE_CHECKING:
     from lightlm.model.config import ModelConfig
 
 
-class HuggingFaceFolder:
-    """A folder that transformers loads; see `lightlm.convert.formats.Format` for the members."""
+class HuggingFaceFolder(Format):
+    """A folder that transformers loads."""
 
     name = "hf"
-    makes = "a Hugging Face folder: model.safetensors, config.json, tokenizer files, README.md"
-    suffix, package, verifier = "", "", "transformers"
-    quantizations: tuple[str, ...] = ()
-    reads = writes = folds = True
+    makes = "a folder for transformers"
+    takes = "a Hugging Face folder or a Hub id"
+    kinds = tuple(layout.architecture for layout in LAYOUTS.values())
+    verifier = "transformers"
+    folds = True
 
     def detect(self, path: Path) -> bool:
         from lightlm.checkpoint import is_checkpoint
@@ -31,6 +33,9 @@ class HuggingFaceFolder:
         from lightlm.convert.huggingface.folder import is_untouched_export
 
         return is_untouched_export(path)
+
+    def target(self, config: "ModelConfig") -> str:
+        return export_target(config).architecture
 
     def refusal(self, config: "ModelConfig") -> str:
         return export_target(config).refusal
@@ -50,7 +55,6 @@ class HuggingFaceFolder:
 
         loader = "AutoModelForCausalLM"
         return {
-            "class": export_target(loaded.model.config).architecture,
             "parameters": export_huggingface(loaded, out, dtype=dtype, overwrite=True),
             "python": f'from transformers import {loader}; model = {loader}.from_pretrained("{out.as_posix()}")',
         }

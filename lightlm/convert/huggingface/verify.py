@@ -9,6 +9,7 @@ from torch import Tensor
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.huggingface.config import read_json
 from lightlm.convert.huggingface.layouts import LAYOUTS
+from lightlm.convert.samples import sample_tokens
 from lightlm.errors import ConvertError
 from lightlm.model.moe import Router
 
@@ -37,8 +38,7 @@ def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) ->
     except (OSError, ValueError, RuntimeError) as error:
         raise ConvertError(f"transformers {transformers.__version__} cannot load {folder}: {error}") from error
     ours = copy.deepcopy(loaded.model).cpu()
-    length = min(128, ours.config.max_seq_len)
-    tokens_BT = torch.randint(loaded.tokenizer.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
+    tokens_BT = sample_tokens(loaded)
     layout = LAYOUTS[read_json(folder / "config.json")["model_type"]]
     # Only parameters: `.to` would also round their table of rotary frequencies, which is not in the file.
     for parameter in theirs.parameters():
