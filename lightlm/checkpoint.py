@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightlm import __version__, files
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.data.tokenizer_folder import SETTINGS
+from lightlm.data.tokenizer.folder import SETTINGS
 from lightlm.errors import CheckpointError
 from lightlm.model.config import RENAMED_FIELDS, ModelConfig
 from lightlm.runs import MARKER, checkpoints, run_of, step_name

@@ -17,7 +17,7 @@ from lightlm import checkpoint, files
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.formats import format_of, read_model, reader_of
 from lightlm.convert.huggingface.config import WEIGHT_FILES
-from lightlm.data.tokenizer import NAMED_TOKENIZERS as NAMED_MODELS
+from lightlm.data.tokenizer.named import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import CheckpointError, LightLMError, RecipeError
 from lightlm.names import note_clash, warn
 from lightlm.recipe import Start

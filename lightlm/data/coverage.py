@@ -12,9 +12,21 @@ import pyarrow
 
 from lightlm.data.readers.texts import buffers_of
 from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer.definition import BYTE_TOKENS, is_word_based
 
 MOST_LOST = 0.01  # share of the characters, or of the tokens, above which a text is refused
 _NEW, _KNOWN, _LOST, _BLANK = range(4)
+
+
+def may_lose_text(tokenizer: Tokenizer) -> bool:
+    """Return whether some text has no tokens, or unknown ones: not if there is a token for each byte."""
+    from tokenizers import pre_tokenizers
+
+    names = tokenizer.entries.keys()
+    if tokenizer.byte_level and not is_word_based(tokenizer.content):
+        return not set(pre_tokenizers.ByteLevel.alphabet()) <= names
+    falls_back = (tokenizer.content.get("model") or {}).get("byte_fallback") is True
+    return not (falls_back and names >= BYTE_TOKENS.keys())
 
 
 class LossCounter:
@@ -33,7 +45,7 @@ class LossCounter:
         counts = {"tokens": len(ids), "unknown_tokens": 0, "characters": 0, "lost_characters": 0}
         if (unknown := self._tokenizer.unknown_id) is not None:
             counts["unknown_tokens"] = int(np.count_nonzero(ids == unknown))
-        if not self._tokenizer.word_based and len(texts):
+        if not is_word_based(self._tokenizer.content) and len(texts):
             offsets, data = buffers_of(texts)
             text = data[offsets[0] : offsets[-1]].tobytes().decode()
             found = np.bincount(np.frombuffer(text.encode("utf-32-le"), "<u4"))

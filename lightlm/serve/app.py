@@ -32,7 +32,7 @@ from lightlm.serve.guard import LocalHostOnly, Observe, RequireKey, error_respon
 from lightlm.serve.loop import DecodeLoop, Limits
 from lightlm.serve.metrics import CONTENT_TYPE, Metrics
 from lightlm.serve.questions import Question, Reader
-from lightlm.serve.text import Piece, TokenBytes
+from lightlm.serve.text import Piece
 
 MAX_BODY = 1 << 20  # bytes
 BODY_SECONDS = 20.0  # to receive a body
@@ -46,7 +46,7 @@ class Service:
         self.metrics = Metrics()
         self.loop = DecodeLoop(loaded.model, loaded.tokenizer.vocab_size, limits, self.metrics)
         self.reader = Reader(loaded, limits.choices)
-        self._token_bytes = TokenBytes(loaded.tokenizer)
+        self._token_bytes = loaded.tokenizer.bytes_of
         self._created = int(time.time())
         self._page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
         self._policy = page_policy(self._page)

@@ -76,30 +76,3 @@ class ChoiceText:
         told = [each for each in self._tokens if each.offset < self._sent]
         self._tokens = self._tokens[len(told) :]
         return Piece(text, tuple(told), self._taken)
-
-
-class TokenBytes:
-    """The bytes of each token's text; of a special token, its name's."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, token: int) -> bytes:
-        name = self._tokenizer.name_of(token)
-        if name is None or token in self._tokenizer.special_tokens:
-            return (name or "").encode()
-        if self._tokenizer.byte_level:
-            return bytes(_BYTES[character] for character in name if character in _BYTES)
-        if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-            return bytes.fromhex(name[3:5])
-        return name.removeprefix("##").replace("▁", " ").encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character that byte-level tokenizers write for one (GPT-2's alphabet)."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()

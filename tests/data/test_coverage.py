@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Definition
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from lightlm.data.coverage import LossCounter, describe_loss
+from lightlm.data.coverage import LossCounter, describe_loss, may_lose_text
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import texts as sizes
 from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.errors import DataError
-from tests.data.test_tokenizer import sentencepiece_like
+from tests.data.tokenizer.test_tokenizer import sentencepiece_like
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz. "
 
@@ -88,9 +88,9 @@ def test_unknown_tokens_are_counted() -> None:
 
 
 def test_tokenizers_with_a_token_per_byte_lose_nothing() -> None:
-    assert not train_tokenizer(["one two"], 300).may_lose_text
-    assert not Tokenizer(sentencepiece_like("</s>"), origin="test").may_lose_text
-    assert all(tokenizer.may_lose_text for tokenizer in LOSING.values())
+    assert not may_lose_text(train_tokenizer(["one two"], 300))
+    assert not may_lose_text(Tokenizer(sentencepiece_like("</s>"), origin="test"))
+    assert all(may_lose_text(tokenizer) for tokenizer in LOSING.values())
 
 
 def write(path: Path, text: str, documents: int = 20) -> str:

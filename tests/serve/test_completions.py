@@ -8,7 +8,6 @@ import torch
 
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import DEFAULT, Sampling
-from lightlm.serve.text import TokenBytes
 from tests.serve.served import PROMPT, Served
 
 HOT = {"temperature": 1.3, "top_p": 1.0}
@@ -104,7 +103,7 @@ def test_log_probabilities_are_those_of_the_plain_forward_pass(server: Served) -
     [alone] = generate(server.loaded.model, [prompt], 15, Sampling(**HOT), 4, {tokenizer.end_of_text_id})
     with torch.no_grad():
         log_probs_TV = server.loaded.model(torch.tensor([prompt + alone.ids]))[0].double().log_softmax(-1)
-    names = TokenBytes(tokenizer)
+    names = tokenizer.bytes_of
     rows = zip(alone.ids, told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
     for i, (token, name, value, top) in enumerate(rows, len(prompt) - 1):
         assert as_bytes(name) == names(token)

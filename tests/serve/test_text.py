@@ -1,11 +1,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.pre_tokenizers import ByteLevel
 
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.generate.batch import NewToken
-from lightlm.serve.text import ChoiceText, Piece, TokenBytes
+from lightlm.serve.text import ChoiceText, Piece
 from tests.evaluate.tiny_run import tiny_tokenizer
 
 
@@ -82,19 +81,3 @@ def test_a_token_that_waits_is_told_with_its_text(tokenizer: Tokenizer) -> None:
     assert text.take(NewToken(0, token)) is None
     piece = text.take(NewToken(0, token))  # the first can be no stop text anymore, the second can
     assert (piece.text, [each.offset for each in piece.tokens]) == ("c", [0])
-
-
-def test_bytes_of_tokens_join_to_the_text(tokenizer: Tokenizer) -> None:
-    token_bytes = TokenBytes(tokenizer)
-    text = "naïve Ω 猫😀\t\n cat"
-    assert b"".join(map(token_bytes, tokenizer.encode(text))) == text.encode()
-    assert token_bytes(tokenizer.end_of_text_id) == b"<|endoftext|>"
-    # Every byte that UTF-8 uses, by the alphabet of `tokenizers`.
-    spelled = {}
-    for character in map(chr, [*range(0x800), 0x800, *range(0x1000, 0x11_0000, 0x1000)]):
-        if not 0xD800 <= ord(character) < 0xE000:
-            [(name, _)] = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(character)
-            spelled |= dict(zip(name, character.encode(), strict=True))
-    assert len(spelled) == 243  # the other 13 are in no text
-    for name, byte in spelled.items():
-        assert token_bytes(tokenizer.id_of(name)) == bytes([byte])

@@ -36,7 +36,8 @@ def download_data(source: Source, tokenizer: str | None, as_json: bool) -> None:
     from lightlm.data.prepare.options import defaults
     from lightlm.data.sources.hub.client import download_tokenizer
     from lightlm.data.sources.hub.source import HubSource
-    from lightlm.data.tokenizer import load_tokenizer, requested_vocab_size
+    from lightlm.data.tokenizer import load_tokenizer
+    from lightlm.data.tokenizer.named import requested_vocab_size
     from lightlm.errors import UsageError
 
     if not isinstance(source, HubSource):

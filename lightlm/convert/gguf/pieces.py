@@ -10,13 +10,13 @@ from typing import Any
 
 from lightlm.convert.gguf.header import Header
 from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer.definition import BYTE_TOKENS
 from lightlm.errors import ConvertError
 
 KIND = "llama"
 BLANK = "▁"
 _UNKNOWN = "tokenizer.ggml.unknown_token_id"
 _LONGEST = 256  # characters of a token; SentencePiece makes 16 unless told otherwise
-_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
 _PREPEND = {"type": "Prepend", "prepend": BLANK}
 # How text is prepared: normalizer, pre-tokenizer, and whether a blank comes before the text. A Metaspace that prepends
@@ -27,11 +27,6 @@ _FORMS: tuple[tuple[Any, Any, bool], ...] = (
     (_REPLACE, None, False),
     (None, {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "never", "split": False}, False),
 )
-
-
-def is_byte(token: str) -> bool:
-    """Return whether a token stands for one byte."""
-    return token in _BYTES
 
 
 def write_merges(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -45,7 +40,7 @@ def write_merges(tokenizer: Tokenizer) -> dict[str, Any]:
     form = (content.get("normalizer"), content.get("pre_tokenizer"))
     prefixes = [prefix for *known, prefix in _FORMS if tuple(known) == form]
     obstacles = [] if prefixes else ["it prepares text otherwise than SentencePiece"]
-    if not model.get("byte_fallback") or not vocabulary.keys() >= _BYTES:
+    if not model.get("byte_fallback") or not vocabulary.keys() >= BYTE_TOKENS.keys():
         obstacles.append("it does not have a token for each byte")
     if any(not added["special"] for added in content.get("added_tokens") or []):
         obstacles.append("it has added tokens that are not special")
@@ -54,7 +49,7 @@ def write_merges(tokenizer: Tokenizer) -> dict[str, Any]:
     order = {token: rank for rank, token in enumerate(dict.fromkeys(made))}
     ranks = [order[token] for token in made]
     names = {added["content"] for added in content.get("added_tokens") or []}
-    plain = {token: index for token, index in vocabulary.items() if token not in names | _BYTES}
+    plain = {token: index for token, index in vocabulary.items() if token not in names | BYTE_TOKENS.keys()}
     if ranks != sorted(ranks) or set(merges) != set(_pairs(plain, list(plain))):
         obstacles.append("its merges are not those of SentencePiece")
     if obstacles:
@@ -84,7 +79,7 @@ def read_merges(header: Header, vocabulary: dict[str, int]) -> tuple[dict[str, A
     if len(scores) <= max(vocabulary.values(), default=-1):
         raise ConvertError(f"{header.path} has {len(scores):,} scores for {len(vocabulary):,} tokens")
     prefix = header.get("tokenizer.ggml.add_space_prefix", bool, True)
-    plain = {token: index for token, index in vocabulary.items() if token not in _BYTES}
+    plain = {token: index for token, index in vocabulary.items() if token not in BYTE_TOKENS}
     if max(map(len, plain), default=0) > _LONGEST:
         raise ConvertError(f"{header.path} has a token of more than {_LONGEST} characters")
     ordered = sorted(plain, key=lambda token: -scores[plain[token]])

@@ -7,6 +7,7 @@ from typing import Any
 from lightlm.convert.gguf import byte_level, pieces
 from lightlm.convert.gguf.header import Header
 from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer.definition import BYTE_TOKENS
 from lightlm.errors import ConvertError, DataError
 from lightlm.names import warn
 
@@ -73,7 +74,7 @@ def _entries(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
     names = [f"[PAD{index}]" for index in range(size)]
     types = [int(TokenType.UNUSED)] * size
     for name, index in tokenizer.content["model"]["vocab"].items():
-        byte = pieces.is_byte(name) and not tokenizer.byte_level
+        byte = name in BYTE_TOKENS and not tokenizer.byte_level
         names[index], types[index] = name, int(TokenType.BYTE if byte else TokenType.NORMAL)
     for added in tokenizer.content.get("added_tokens") or []:
         index = added["id"]

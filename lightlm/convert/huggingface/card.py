@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from lightlm import __version__
 from lightlm.checkpoint import MODEL_WEIGHTS, RAW_WEIGHTS, LoadedModel
 from lightlm.data.folder import read_manifest, resolve_dataset
-from lightlm.data.tokenizer import NAMED_TOKENIZERS as NAMED_MODELS
+from lightlm.data.tokenizer.named import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import LightLMError
 from lightlm.quantities import format_quantity
 from lightlm.recipe import Recipe, load_run_recipe

@@ -20,7 +20,7 @@ from lightlm.convert.huggingface.layouts import LAYOUTS, SELECTION_BIAS, export_
 from lightlm.convert.huggingface.weights import only_weights, read_weights, weight_files, with_shared_experts
 from lightlm.convert.renaming import our_state, their_state
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.data.tokenizer_folder import SETTINGS, read_settings
+from lightlm.data.tokenizer.folder import SETTINGS, read_settings
 from lightlm.errors import ConvertError, DataError
 
 RECORD = "lightlm_export.json"  # lists the files that an export wrote, so that a later export may replace them

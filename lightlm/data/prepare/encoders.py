@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow
 import xxhash
 
-from lightlm.data.coverage import LossCounter
+from lightlm.data.coverage import LossCounter, may_lose_text
 from lightlm.data.readers.texts import buffers_of, byte_lengths
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
@@ -68,7 +68,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.losses = LossCounter(tokenizer) if tokenizer.may_lose_text else None
+        self.losses = LossCounter(tokenizer) if may_lose_text(tokenizer) else None
 
     def encode(self, texts: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids, lengths): the ids of all texts end to end, and how many each text has (int64)."""

@@ -10,7 +10,8 @@ from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.pydocs import PYDOCS
-from lightlm.data.tokenizer import Tokenizer, requested_vocab_size, tokenizer_path
+from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_path
 from lightlm.errors import UsageError
 
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt

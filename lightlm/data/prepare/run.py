@@ -32,7 +32,8 @@ from lightlm.data.sources.base import ChangedError, Source, at_revision, check_u
 from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.sources.registry import open_source
 from lightlm.data.sources.sample import training_sample
-from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
+from lightlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lightlm.data.tokenizer.named import requested_vocab_size
 from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors, restore_folder, write_text
 from lightlm.threads import cores

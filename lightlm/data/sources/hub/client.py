@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightlm.data.tokenizer_folder import ADDED, COMPANIONS, DEFINITION, MERGES, VOCABULARY
+from lightlm.data.tokenizer.folder import ADDED, COMPANIONS, DEFINITION, MERGES, VOCABULARY
 from lightlm.errors import DataError, LightLMError
 
 PROBE_SECONDS = 5.0

@@ -9,7 +9,7 @@ import pytest
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from lightlm.data.tokenizer_folder import read_definition
+from lightlm.data.tokenizer.folder import read_definition
 from lightlm.errors import DataError, UsageError
 from tests.corpus import texts, write_jsonl
 

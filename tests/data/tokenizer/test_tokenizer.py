@@ -15,10 +15,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Definition
 
 from lightlm.data import bpe_training
-from lightlm.data import tokenizer as tokenizer_module
 from lightlm.data.sources.hub.client import download_tokenizer
-from lightlm.data.tokenizer import Tokenizer, load_tokenizer, requested_vocab_size, train_tokenizer
-from lightlm.errors import DataError, UsageError
+from lightlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lightlm.data.tokenizer import tokenizer as tokenizer_module
+from lightlm.errors import DataError
 from tests.corpus import texts
 
 TEXTS = ["The quick brown fox jumps over the lazy dog, again and again and again.\n"] * 3 + [
@@ -141,17 +141,6 @@ def test_saving_keeps_the_bytes_and_the_hash(tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("spec", ["train:abc", "train:", "train", "train:-5", "train:1.5", "train:100"])
-def test_malformed_training_requests_are_usage_errors(spec: str) -> None:
-    with pytest.raises(UsageError, match=spec):
-        requested_vocab_size(spec)
-
-
-def test_training_requests_are_told_from_names() -> None:
-    assert requested_vocab_size("train:8192") == 8192
-    assert requested_vocab_size("gpt2") is None
-
-
 def test_truncation_stored_in_a_definition_does_not_cut_texts(tmp_path: Path) -> None:
     TRAINED.save(tmp_path / "tokenizer.json")
     definition = Definition.from_file(str(tmp_path / "tokenizer.json"))
@@ -190,22 +179,6 @@ def test_a_tokenizer_without_an_end_of_text_token_names_what_was_looked_for() ->
         Tokenizer(sentencepiece_like(), origin="test", end_of_text_id=999)
 
 
-def test_loading_what_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"There is no tokenizer .*absent\.json"):
-        load_tokenizer(str(tmp_path / "absent.json"), download_tokenizer)
-    with pytest.raises(DataError, match=r"has no tokenizer\.json, nor vocab\.json and merges\.txt"):
-        load_tokenizer(str(tmp_path), download_tokenizer)
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}), encoding="utf-8")
-    with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
-        load_tokenizer(str(tmp_path), download_tokenizer)
-
-
-def test_a_hub_tokenizer_offline_says_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"no-such-org/tokenizer.*HF_HUB_OFFLINE.*train:8192"):
-        load_tokenizer("no-such-org/tokenizer", download_tokenizer)
-
-
 def redefined(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
     """The same tokenizer in another form of tokenizer.json."""
     definition = json.dumps(tokenizer.content | changes, indent=7, ensure_ascii=True).encode()
@@ -239,22 +212,3 @@ def test_a_tokenizer_differs_in_what_it_encodes_otherwise() -> None:
     assert TRAINED.difference(reordered) == "the merges differ"
     lowered = redefined(TRAINED, normalizer={"type": "Lowercase"})
     assert TRAINED.difference(lowered).startswith("they split ")
-
-
-def test_the_tokenizer_of_a_run_is_its_newest_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for step, tokenizer in ((1, train_tokenizer(TEXTS, 300)), (2, TRAINED)):
-        folder = Path(f"runs/demo/checkpoints/step_{step:06d}")
-        folder.mkdir(parents=True)
-        tokenizer.save(folder / "tokenizer.json")
-        (folder / "config.json").write_text(json.dumps({"end_of_text_id": 7}))
-        (folder / "complete.json").touch()
-    Path("runs/demo/recipe.yaml").touch()
-    Path("runs/latest").symlink_to("demo")
-    for spec in ("demo", "runs/demo", "runs/latest", "latest", "runs/demo/checkpoints/step_000002"):
-        loaded = load_tokenizer(spec, download_tokenizer)
-        assert (loaded.sha256, loaded.end_of_text_id) == (TRAINED.sha256, 7)
-    Path("runs/fresh").mkdir()
-    Path("runs/fresh/recipe.yaml").touch()
-    with pytest.raises(DataError, match="runs/fresh has no checkpoint yet"):
-        load_tokenizer("fresh", download_tokenizer)
