@@ -11,19 +11,18 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from lightlm import __version__, files
+from lightlm import files
 from lightlm.checkpoint import GENERATION, LoadedModel, build_model, clean_state
 from lightlm.convert.folding import as_plain
 from lightlm.convert.huggingface.card import model_card
 from lightlm.convert.huggingface.config import read_config, read_json, write_config
 from lightlm.convert.huggingface.layouts import LAYOUTS, SELECTION_BIAS, export_target
 from lightlm.convert.huggingface.weights import only_weights, read_weights, weight_files, with_shared_experts
+from lightlm.convert.record import write_record
 from lightlm.convert.renaming import our_state, their_state
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.data.tokenizer.folder import SETTINGS, read_settings
 from lightlm.errors import ConvertError, DataError
-
-RECORD = "lightlm_export.json"  # lists the files that an export wrote, so that a later export may replace them
 
 
 def export_huggingface(
@@ -46,6 +45,30 @@ def export_huggingface(
         raise ConvertError(f"{loaded.path} cannot be exported to Hugging Face: {target.refusal}")
     loaded = as_plain(loaded)
     config = loaded.model.config
+    values = write_config(target.model_type, config) | {"dtype": str(dtype).removeprefix("torch.")}
+    ours = clean_state(loaded.model.state_dict())
+    if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
+        ours = with_shared_experts(config, ours, width=0)
+    state = their_state(LAYOUTS[target.model_type], config, ours, dtype)
+    parameters = sum(tensor.numel() for name, tensor in state.items() if not name.endswith(SELECTION_BIAS))
+    try:
+        with files.new_folder(out, overwrite=overwrite) as folder:
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+            write_description(folder, loaded, values)
+            card = model_card(loaded, out, architecture=target.architecture, parameters=parameters)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            write_record(folder, loaded.path)
+    except FileExistsError:
+        raise ConvertError(f"{out} exists already; choose another folder, or replace it with --overwrite") from None
+    return parameters
+
+
+def write_description(folder: Path, loaded: LoadedModel, values: dict[str, Any]) -> None:
+    """Write all files beside the weights: config.json, generation_config.json and those of the tokenizer.
+
+    Args:
+        values: config.json without the ids of tokens.
+    """
     tokenizer, end = loaded.tokenizer, loaded.tokenizer.end_of_text_id
     bos = end if tokenizer.bos_id is None else tokenizer.bos_id
     said = [each for each in _as_list(tokenizer.generation_config.get("eos_token_id")) if each in tokenizer.end_ids]
@@ -55,37 +78,9 @@ def export_huggingface(
     generation = dict(tokenizer.generation_config) or ids | {"pad_token_id": end}
     if end not in _as_list(generation.get("eos_token_id")):
         generation["eos_token_id"] = ids["eos_token_id"]
-    values = write_config(target.model_type, config) | {"dtype": str(dtype).removeprefix("torch.")} | ids
-    ours = clean_state(loaded.model.state_dict())
-    if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
-        ours = with_shared_experts(config, ours, width=0)
-    state = their_state(LAYOUTS[target.model_type], config, ours, dtype)
-    parameters = sum(tensor.numel() for name, tensor in state.items() if not name.endswith(SELECTION_BIAS))
-    try:
-        with files.new_folder(out, overwrite=overwrite) as folder:
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-            _write_json(folder / "config.json", values)
-            _write_json(folder / GENERATION, generation)
-            _write_tokenizer(folder, tokenizer, bos, config.max_seq_len)
-            card = model_card(loaded, out, architecture=target.architecture, parameters=parameters)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            record = {"lightlm_version": __version__, "source": loaded.path.as_posix(), "xxh3": _checksums(folder)}
-            _write_json(folder / RECORD, record)
-    except FileExistsError:
-        raise ConvertError(f"{out} exists already; choose another folder, or replace it with --overwrite") from None
-    return parameters
-
-
-def is_untouched_export(folder: Path) -> bool:
-    """Return whether a folder holds exactly what an export wrote, so that replacing it loses nothing."""
-    try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))["xxh3"] == _checksums(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    return {file.name: files.checksum(file) for file in sorted(folder.iterdir()) if file.name != RECORD}
+    _write_json(folder / "config.json", values | ids)
+    _write_json(folder / GENERATION, generation)
+    _write_tokenizer(folder, tokenizer, bos, loaded.model.config.max_seq_len)
 
 
 def import_huggingface(folder: Path) -> LoadedModel:

@@ -30,7 +30,7 @@ class HuggingFaceFolder(Format):
         return (path / "config.json").is_file() and not is_checkpoint(path)
 
     def is_own(self, path: Path) -> bool:
-        from lightlm.convert.huggingface.folder import is_untouched_export
+        from lightlm.convert.record import is_untouched_export
 
         return is_untouched_export(path)
 

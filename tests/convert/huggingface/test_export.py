@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.folding import as_plain
-from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface, is_untouched_export
+from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
 from lightlm.convert.huggingface.layouts import export_target
 from lightlm.convert.huggingface.verify import check_tokenizer
+from lightlm.convert.record import is_untouched_export
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
