@@ -24,6 +24,7 @@ _NO_ROOM = {
 }
 # In the messages of safetensors (older ones print Rust's structure), tokenizers and pyarrow.
 _NUMBER = re.compile(r"(?:os error|errno|Os \{ code:) (\d+)", re.IGNORECASE)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What torch.save and numpy's tofile say when a write fails; they give no reason.
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|requested and \d+ written")
 
@@ -195,6 +196,24 @@ def clear_leftovers(folder: Path) -> None:
         if path.suffix in (".partial", ".old", ".deleted"):
             with contextlib.suppress(FileNotFoundError):  # restored
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a path is a Git LFS pointer: the few lines that stand for a file which was not downloaded."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise DataError if a path is a Git LFS pointer."""
+    if is_lfs_pointer(path):
+        raise DataError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository, or download the "
+            "file again"
+        )
 
 
 def checksum(path: Path) -> str:

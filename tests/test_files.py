@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lightlm import files
-from lightlm.errors import DiskFullError
+from lightlm.errors import DataError, DiskFullError
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -130,3 +130,13 @@ def test_what_a_kill_left_long_ago_is_removed_by_the_next_write(tmp_path):
     os.utime(old, (0, 0))
     files.write_text(tmp_path / "file", "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".file.1.partial", "file"]
+
+
+def test_git_lfs_pointers_are_named(tmp_path):
+    pointer = tmp_path / "model.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2141\nsize 12345\n")
+    with pytest.raises(DataError, match=r"model\.safetensors is a Git LFS pointer, not the file itself; run `git lfs"):
+        files.refuse_lfs_pointer(pointer)
+    pointer.write_bytes(b"\x00" * 100)
+    for path in (pointer, tmp_path, tmp_path / "none"):
+        files.refuse_lfs_pointer(path)

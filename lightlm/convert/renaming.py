@@ -1,6 +1,6 @@
 """Rename the tensors of a model between a layout's names and ours, and join, split, turn and stack them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor
 from lightlm.convert.layouts import Layout, Link, layer_links
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
+from lightlm.model.counting import count_parameters
 from lightlm.model.transformer import Transformer
 
+_PARAMETERS_PER_BYTE = 8  # 1 bit per weight: no format stores fewer
 _KINDS = (".weight", ".bias", "")  # the endings of a link's names: a module's tensors, or a tensor's full name
 
 
@@ -43,7 +45,14 @@ def our_state(layout: Layout, config: ModelConfig, given: dict[str, Tensor], whe
         given: tensors under their names; it is emptied.
         where: the file or folder, for messages.
     """
+    expert_tensors = config.num_experts if any("*" in link.theirs for link in layout.links) else 0
     stacked = any(name.endswith(".experts.gate_up_proj") for name in given)
+    # Before memory is taken for what a configuration asks for.
+    if (least := config.num_layers * max(1, 0 if stacked else expert_tensors)) > len(given):
+        raise ConvertError(
+            f"the weights in {where} do not fit its configuration: it describes at least {least:,} tensors, and there "
+            f"are {len(given):,}"
+        )
     with torch.device("meta"):
         wanted = Transformer(config).state_dict().keys()
     state: dict[str, Tensor] = {}
@@ -74,6 +83,19 @@ def our_state(layout: Layout, config: ModelConfig, given: dict[str, Tensor], whe
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ConvertError(f"the weights in {where} do not fit its configuration: {'; '.join(problems[:5])}{more}")
     return state
+
+
+def refuse_absurd_size(config: ModelConfig, where: Path, weights: Iterable[Path]) -> None:
+    """Raise ConvertError if a configuration describes far more parameters than its files can hold.
+
+    A number in a damaged or hostile configuration would otherwise cost memory or hours before shapes are compared.
+    """
+    num_bytes = sum(path.stat().st_size for path in weights)
+    if (parameters := count_parameters(config)["total"]) > num_bytes * _PARAMETERS_PER_BYTE:
+        raise ConvertError(
+            f"{where} describes a model of {parameters:,} parameters, but its weights have only {num_bytes:,} bytes: "
+            "they do not belong together, or one of them is damaged"
+        )
 
 
 def _names(link: Link, kind: str, config: ModelConfig) -> list[str]:

@@ -23,13 +23,11 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     attention = _attention(config)
     expert = _swiglu(config, config.moe_intermediate_size)
     experts = config.num_experts * (expert + width) + _shared(config)  # with the router's rows
-    total = tables + norm
-    idle = 0  # experts that a token is not sent to
-    for block in range(config.num_layers):
-        routed = config.has_experts(block)
-        total += attention + 2 * norm + (experts if routed else _dense(config))
-        total += 0 if config.residual_scale is None else 2
-        idle += routed * (config.num_experts - config.num_experts_per_tok) * expert
+    routed = config.num_layers - config.first_k_dense if config.num_experts else 0
+    scales = 0 if config.residual_scale is None else 2
+    total = tables + norm + config.num_layers * (attention + 2 * norm + scales)
+    total += routed * experts + (config.num_layers - routed) * _dense(config)
+    idle = routed * (config.num_experts - config.num_experts_per_tok) * expert  # experts that a token is not sent to
     return {"total": total, "active": total - idle, "embedding": tables}
 
 

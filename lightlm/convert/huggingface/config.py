@@ -1,9 +1,11 @@
 """A model's shape as a Hugging Face config.json, by the tables in `layouts`. Imports nothing heavy."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lightlm import files
 from lightlm.convert.huggingface.layouts import LAYOUTS
 from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
@@ -15,6 +17,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# ModelConfig field -> the type that its value must have, in words for messages.
+_WORDS = {int: (int, "a whole number"), float: (int | float, "a number"), bool: (bool, "true or false")}
+_KINDS = {field.name: _WORDS[field.type] for field in fields(ModelConfig) if field.type in _WORDS}
 
 
 def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
@@ -64,6 +69,8 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     layout = LAYOUTS[model_type]
     values = {key: values[other] for key, other in layout.aliases.items() if other in values} | values
     nested = values.get("rope_parameters") or values.get("rope_scaling") or {}  # by version of transformers
+    if not isinstance(nested, dict):
+        raise ConvertError(f"{where} describes a model LightLM does not have: rope_parameters is {str(nested)[:60]!r}")
     rope = {"rope_type": nested.get("type", "default"), "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
     rope |= {key: value for key, value in (layout.rope | values | nested).items() if key in rope}
     # null means the class's default, which is also ours: num_heads, hidden_size / num_heads, 4 x hidden_size.
@@ -78,6 +85,11 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
         settings["bias"] = values.get(layout.bias_keys[0], False)
     if layout.fixed["position"] == "rope":
         settings["rope_theta"] = rope["rope_theta"]
+    for name, value in settings.items():
+        kind, words = _KINDS.get(name, (str, "a text"))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            key = layout.keys.get(name, name)
+            raise ConvertError(f"{where} does not describe a model: {key} is {str(value)[:60]!r}, not {words}")
     try:
         return model_type, ModelConfig(**settings, **layout.fixed).resolved()
     except (TypeError, ValueError) as error:
@@ -120,6 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or an empty one if there is no file; raise ConvertError if it is damaged."""
     if not path.is_file():
         return {}
+    files.refuse_lfs_pointer(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

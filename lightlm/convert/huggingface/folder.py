@@ -19,7 +19,7 @@ from lightlm.convert.huggingface.config import read_config, read_json, write_con
 from lightlm.convert.huggingface.layouts import LAYOUTS, SELECTION_BIAS, export_target
 from lightlm.convert.huggingface.weights import only_weights, read_weights, weight_files, with_shared_experts
 from lightlm.convert.record import write_record
-from lightlm.convert.renaming import our_state, their_state
+from lightlm.convert.renaming import our_state, refuse_absurd_size, their_state
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.data.tokenizer.folder import SETTINGS, read_settings
 from lightlm.errors import ConvertError, DataError
@@ -97,8 +97,9 @@ def import_huggingface(folder: Path) -> LoadedModel:
     values = read_json(folder / "config.json")
     model_type, config = read_config(values, str(folder / "config.json"))
     tokenizer = _read_tokenizer(folder, values, config.vocab_size)
-    layout = LAYOUTS[model_type]
-    state = our_state(layout, config, only_weights(layout, config, read_weights(folder), folder), folder)
+    layout, given = LAYOUTS[model_type], read_weights(folder)
+    refuse_absurd_size(config, folder / "config.json", weight_files(folder))
+    state = our_state(layout, config, only_weights(layout, config, given, folder), folder)
     return LoadedModel(build_model(config, state, str(folder)).eval(), tokenizer, folder, weight_files(folder))
 
 

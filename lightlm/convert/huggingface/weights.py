@@ -1,6 +1,5 @@
 """Read the files of weights in a Hugging Face folder."""
 
-import pickle
 import re
 from pathlib import Path
 
@@ -9,13 +8,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lightlm import files
 from lightlm.convert.huggingface.config import WEIGHT_FILES, read_json
 from lightlm.convert.layouts import Layout
+from lightlm.convert.pickles import read_pickle
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
 
 # Causal masks in old GPT-2 files and rotary frequencies in old Llama files: constants, not weights.
 _CONSTANTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def with_shared_experts(config: ModelConfig, state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
@@ -44,17 +46,43 @@ def only_weights(layout: Layout, config: ModelConfig, given: dict[str, Tensor], 
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a Hugging Face folder by name; raise ConvertError if a file is missing or damaged."""
+    """Return all tensors of a Hugging Face folder by name.
+
+    Raises:
+        ConvertError: a file is missing or damaged, a tensor occurs twice, or is not of floating-point numbers.
+        DataError: a file is a Git LFS pointer.
+    """
     state: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        try:
-            safe = path.suffix == ".safetensors"
-            state |= load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        part = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+        if not isinstance(part, dict) or not all(isinstance(tensor, Tensor) for tensor in part.values()):
+            raise ConvertError(f"{path} is not a model's weights: it does not hold tensors by name")
+        if twice := sorted(part.keys() & state.keys()):
             raise ConvertError(
-                f"{path} cannot be read: it is damaged or cut off ({error}); download it again"
-            ) from None
+                f"{path} holds {twice[0]}, which another file of {folder} holds too; download both again"
+            )
+        for name, tensor in part.items():
+            if tensor.dtype not in _DTYPES and not _CONSTANTS.search(name):
+                raise ConvertError(
+                    f"{path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, perhaps quantized; "
+                    "LightLM reads float32, float16, bfloat16 and float64: export full-precision weights first"
+                )
+        state |= part
     return state
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        ConvertError: the file is damaged.
+        DataError: it is a Git LFS pointer.
+    """
+    files.refuse_lfs_pointer(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConvertError(f"{path} cannot be read: it is damaged or cut off ({error}); download it again") from None
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -65,8 +93,12 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         if not name.endswith(".index.json"):
             return (folder / name,)
         parts = read_json(folder / name).get("weight_map")
-        if not isinstance(parts, dict):
-            raise ConvertError(f"{folder / name} is damaged: it has no weight_map")
+        if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
+            raise ConvertError(f"{folder / name} is damaged: it has no weight_map of tensors and files")
+        if outside := sorted(part for part in parts.values() if not part or part != Path(part).name or "\\" in part):
+            raise ConvertError(
+                f"{folder / name} names {outside[0]!r}, which is not a file of its folder; it is not read"
+            )
         paths = tuple(folder / part for part in sorted(set(parts.values())))
         if missing := [path for path in paths if not path.is_file()]:
             raise ConvertError(f"{missing[0]} is missing, though {name} lists it; download it again")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightlm.errors import DataError
+from lightlm.files import refuse_lfs_pointer
 from lightlm.names import warn
 
 DEFINITION, VOCABULARY, MERGES, ADDED = "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"
@@ -67,6 +68,7 @@ def read_definition(path: Path) -> bytes:
         if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
             return _build(folder)
         raise DataError(_missing(folder))
+    refuse_lfs_pointer(file)
     try:
         return file.read_bytes()
     except OSError as error:
