@@ -32,6 +32,7 @@ class TextStream:
         if "" in stops:
             raise UsageError("a stop string is empty; leave it out")
         self.stop: str | None = None  # the stop string that ended the text
+        self.decoded = 0  # characters of the text so far, with those that wait: where the next token's text begins
         self._tokenizer, self._stops, self._free_tokens = tokenizer, stops, free_tokens
         self._context = list(prompt_ids)  # decoded before the tokens that follow
         self._known = tokenizer.decode(self._context)
@@ -65,6 +66,7 @@ class TextStream:
         if not text or (whole and text.endswith("\ufffd")):
             return ""
         self._context, self._pending = self._pending, []
+        self.decoded += len(text)
         self._known = self._tokenizer.decode(self._context)
         return text
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.generate.batch import Batch, FinishReason, Request
+from lightlm.generate.batch import Batch, FinishReason, NewToken, Request
 from lightlm.generate.prompts import newest
 from lightlm.generate.sampling.draw import LogProbs
 from lightlm.generate.settings import DEFAULTS, Settings
@@ -42,11 +42,24 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class TextToken:
+    """A token of an answer, and how many characters of the answer come before its text."""
+
+    id: int
+    offset: int
+    log_probs: LogProbs | None = None  # if the question asks for them
+
+
+@dataclass(frozen=True)
 class Piece:
-    """What a step adds to the text of one row, which may be nothing; at the end also the whole answer."""
+    """What a step adds to the text of one row, which may be nothing; at the end also the whole answer.
+
+    `tokens` are those whose text begins here. Those whose text belongs to a stop string are in no piece.
+    """
 
     handle: int
     text: str
+    tokens: tuple[TextToken, ...] = ()
     answer: Answer | None = None
 
 
@@ -59,6 +72,22 @@ class _Row:
     answer: Answer = field(default_factory=Answer)
     begin: int = 0  # how many tokens of the answer the request's prompt holds
     windows: int = 1
+    untold: list[TextToken] = field(default_factory=list)  # their text waits, see `TextStream`
+
+    def push(self, token: NewToken) -> str:
+        """Add a token to the answer and return the text that it completes."""
+        self.answer.ids.append(token.id)
+        self.answer.log_probs += [token.log_probs] if token.log_probs is not None else []
+        self.untold.append(TextToken(token.id, self.stream.decoded, token.log_probs))
+        return self.stream.push(token.id)
+
+    def tell(self, *, ended: bool) -> tuple[TextToken, ...]:
+        """Return the tokens that begin in the text so far, each once; at an end without a stop string also the rest."""
+        end = len(self.answer.text)
+        everything = ended and self.answer.stop is None
+        told = [token for token in self.untold if everything or token.offset < end]
+        self.untold = self.untold[len(told) :]
+        return tuple(told)
 
 
 class TextBatch:
@@ -108,6 +137,14 @@ class TextBatch:
         self._handles += len(rows)
         return [row.handle for row in rows]
 
+    def leave(self, handle: int) -> None:
+        """Free a row at once. A handle whose answer is whole, or that never was, is ignored."""
+        for inner, row in self._rows.items():
+            if row.handle == handle:
+                self._batch.leave(inner)
+                del self._rows[inner]
+                return
+
     def step(self) -> list[Piece]:
         """Draw the next token of each row, and return what that adds to the texts."""
         pieces = []
@@ -116,9 +153,7 @@ class TextBatch:
             answer, reason = row.answer, token.finish_reason
             text = ""
             if reason != "stop":
-                answer.ids.append(token.id)
-                answer.log_probs += [token.log_probs] if token.log_probs is not None else []
-                text = row.stream.push(token.id)
+                text = row.push(token)
             if row.stream.stop is not None:
                 self._batch.leave(token.handle)
                 reason = "stop"
@@ -131,7 +166,8 @@ class TextBatch:
                 answer.finish_reason = reason if answer.stop is None else "stop"
                 self._rows.pop(token.handle)
             answer.text += text
-            pieces.append(Piece(row.handle, text, None if reason is None else answer))
+            ended = reason is not None
+            pieces.append(Piece(row.handle, text, row.tell(ended=ended), answer if ended else None))
         return pieces
 
     def _slide(self, handle: int) -> None:

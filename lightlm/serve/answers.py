@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightlm.generate.batch import NewToken
-from lightlm.serve.text import Piece, TextToken
+from lightlm.generate.text_batch import Answer, Piece, TextToken
 
 _LOWEST = -9999.0  # JSON has no minus infinity; OpenAI's API writes this number, too
 TokenBytes = Callable[[int], bytes]
@@ -23,13 +22,19 @@ class Choice:
 
     text: str = ""
     tokens: list[TextToken] = field(default_factory=list)
-    taken: int = 0
+    taken: int = 0  # tokens, those of a stop text included; known at the end
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.tokens += piece.tokens
-        self.taken, self.finish_reason = piece.taken, piece.finish_reason
+        if piece.answer is not None:
+            self.taken, self.finish_reason = len(piece.answer.ids), finish_reason(piece.answer)
+
+
+def finish_reason(answer: Answer) -> str:
+    """Return why an answer ended in the words of OpenAI's API, where a full context is a length, too."""
+    return "stop" if answer.finish_reason == "stop" else "length"
 
 
 class Completions:
@@ -57,8 +62,8 @@ class Completions:
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return the document of a part of a choice."""
-        content = self.delta(piece.text, piece.tokens)
-        choice = {"index": index, **content, "finish_reason": piece.finish_reason}
+        reason = None if piece.answer is None else finish_reason(piece.answer)
+        choice = {"index": index, **self.delta(piece.text, piece.tokens), "finish_reason": reason}
         return {**self._header, "object": self.part, "choices": [choice]}
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -89,7 +94,7 @@ class Completions:
     def _log_probs(self, tokens: Sequence[TextToken]) -> dict[str, Any] | None:
         if self._logprobs is None:
             return None
-        scored = [(each.token.id, *self._scores(each.token)) for each in tokens]
+        scored = [(each.id, *self._scores(each)) for each in tokens]
         return {
             "tokens": [self._name(token) for token, _, _ in scored],
             "token_logprobs": [value for _, value, _ in scored],
@@ -97,7 +102,7 @@ class Completions:
             "text_offset": [each.offset for each in tokens],
         }
 
-    def _scores(self, token: NewToken) -> tuple[float, list[tuple[int, float]]]:
+    def _scores(self, token: TextToken) -> tuple[float, list[tuple[int, float]]]:
         """Return a token's log-probability, and the most likely tokens with theirs."""
         assert token.log_probs is not None
         top = token.log_probs.top[: self._logprobs]
@@ -137,9 +142,9 @@ class Chats(Completions):
     def _chat_log_probs(self, tokens: Sequence[TextToken]) -> dict[str, Any] | None:
         if self._logprobs is None:
             return None
-        return {"content": [self._chat_token(each.token) for each in tokens], "refusal": None}
+        return {"content": [self._chat_token(each) for each in tokens], "refusal": None}
 
-    def _chat_token(self, token: NewToken) -> dict[str, Any]:
+    def _chat_token(self, token: TextToken) -> dict[str, Any]:
         value, top = self._scores(token)
         return {**self._scored(token.id, value), "top_logprobs": [self._scored(*other) for other in top]}
 

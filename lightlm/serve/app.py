@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.generate.text_batch import Piece
 from lightlm.serve.access import Access
 from lightlm.serve.answers import Chats, Choice, Completions
 from lightlm.serve.errors import RequestError
@@ -31,8 +32,7 @@ from lightlm.serve.fields import Body, ChatBody, CompletionBody, read
 from lightlm.serve.guard import LocalHostOnly, Observe, RequireKey, error_response, page_policy
 from lightlm.serve.loop import DecodeLoop, Limits
 from lightlm.serve.metrics import CONTENT_TYPE, Metrics
-from lightlm.serve.questions import Question, Reader
-from lightlm.serve.text import Piece
+from lightlm.serve.questions import Reader, TextRequest
 
 MAX_BODY = 1 << 20  # bytes
 BODY_SECONDS = 20.0  # to receive a body
@@ -44,7 +44,7 @@ class Service:
 
     def __init__(self, loaded: LoadedModel, limits: Limits, access: Access) -> None:
         self.metrics = Metrics()
-        self.loop = DecodeLoop(loaded.model, loaded.tokenizer.vocab_size, limits, self.metrics)
+        self.loop = DecodeLoop(loaded.model, loaded.tokenizer, limits, self.metrics)
         self.reader = Reader(loaded, limits.choices)
         self._token_bytes = loaded.tokenizer.bytes_of
         self._created = int(time.time())
@@ -108,30 +108,28 @@ class Service:
 
     async def _complete(self, request: Request) -> Response:
         body = read(CompletionBody, await _read_json(request))
-        question = await asyncio.to_thread(self.reader.completion, body)
-        return await self._answer(
-            request, body, question, Completions(self.reader.name, self._token_bytes, body.logprobs)
-        )
+        asked = await asyncio.to_thread(self.reader.completion, body)
+        return await self._answer(request, body, asked, Completions(self.reader.name, self._token_bytes, body.logprobs))
 
     async def _chat(self, request: Request) -> Response:
         body = read(ChatBody, await _read_json(request))
-        question = await asyncio.to_thread(self.reader.chat, body)
+        asked = await asyncio.to_thread(self.reader.chat, body)
         logprobs = body.top_logprobs if body.logprobs else None
-        return await self._answer(request, body, question, Chats(self.reader.name, self._token_bytes, logprobs))
+        return await self._answer(request, body, asked, Chats(self.reader.name, self._token_bytes, logprobs))
 
-    async def _answer(self, request: Request, body: Body, question: Question, shape: Completions) -> Response:
-        parts = _Parts(self.loop, question)
+    async def _answer(self, request: Request, body: Body, asked: TextRequest, shape: Completions) -> Response:
+        parts = _Parts(self.loop, asked)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(parts, question, shape, usage=usage)
+            events = _events(parts, asked, shape, usage=usage)
             return _EventStream(events, parts.close)
-        collected = asyncio.create_task(_collect(parts, question))
+        collected = asyncio.create_task(_collect(parts, asked))
         gone = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not collected.done():
                 return await _answer_nobody(request)
-            return JSONResponse(shape.answer(collected.result(), question.prompt_tokens))
+            return JSONResponse(shape.answer(collected.result(), asked.prompt_tokens))
         finally:
             collected.cancel()
             gone.cancel()
@@ -155,9 +153,9 @@ class _EventStream(StreamingResponse):
 class _Parts:
     """The parts of a request's choices as they come from the decoding thread."""
 
-    def __init__(self, loop: DecodeLoop, question: Question) -> None:
+    def __init__(self, loop: DecodeLoop, asked: TextRequest) -> None:
         self._queue: asyncio.Queue[tuple[int, Piece | RequestError]] = asyncio.Queue()
-        self._loop, self._open = loop, len(question.rows)
+        self._loop, self._open = loop, len(asked.questions)
         put, here = self._queue.put_nowait, asyncio.get_running_loop()
 
         def deliver(index: int, part: Piece | RequestError) -> None:
@@ -166,7 +164,7 @@ class _Parts:
             except RuntimeError:  # the server has stopped
                 _LOG.debug("a part of an answer came after the end")
 
-        self._job = loop.submit(question.rows, deliver)
+        self._job = loop.submit(asked.questions, deliver)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (index of the choice, part) until all choices have ended.
@@ -178,7 +176,7 @@ class _Parts:
             index, part = await self._queue.get()
             if isinstance(part, RequestError):
                 raise part
-            self._open -= part.finish_reason is not None
+            self._open -= part.answer is not None
             yield index, part
 
     def close(self) -> None:
@@ -186,30 +184,31 @@ class _Parts:
         self._loop.cancel(self._job)
 
 
-async def _collect(parts: _Parts, question: Question) -> list[Choice]:
-    choices = [Choice() for _ in question.rows]
+async def _collect(parts: _Parts, asked: TextRequest) -> list[Choice]:
+    choices = [Choice() for _ in asked.questions]
     async for index, piece in parts:
         choices[index].add(piece)
-    for choice, echo in zip(choices, question.echoes, strict=False):
+    for choice, echo in zip(choices, asked.echoes, strict=False):
         choice.text = echo + choice.text
     return choices
 
 
-async def _events(parts: _Parts, question: Question, shape: Completions, *, usage: bool) -> AsyncIterator[str]:
+async def _events(parts: _Parts, asked: TextRequest, shape: Completions, *, usage: bool) -> AsyncIterator[str]:
     """Yield server-sent events. https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     more = {"usage": None} if usage else {}  # OpenAI's API has the field in each event, then
-    taken: dict[int, int] = {}
+    taken = 0
     try:
-        for index in range(len(question.rows)):
+        for index in range(len(asked.questions)):
             if (opening := shape.opening(index)) is not None:
                 yield _event(opening | more)
-        for index, echo in enumerate(question.echoes):
-            yield _event(shape.chunk(index, Piece(echo)) | more)
+        for index, echo in enumerate(asked.echoes):
+            yield _event(shape.chunk(index, Piece(index, echo)) | more)
         async for index, piece in parts:
-            taken[index] = piece.taken
+            if piece.answer is not None:
+                taken += len(piece.answer.ids)
             yield _event(shape.chunk(index, piece) | more)
         if usage:
-            yield _event(shape.usage_chunk(question.prompt_tokens, sum(taken.values())))
+            yield _event(shape.usage_chunk(asked.prompt_tokens, taken))
     except RequestError as error:  # the status is sent already
         yield _event(error.body)
     yield "data: [DONE]\n\n"

@@ -1,7 +1,7 @@
 """The decoding loop: one thread that runs the model for all requests, and the queue before it.
 
-A request consists of choices. Each is one row of the `Batch`, which it joins as soon as a row is free and leaves at its
-end, or when its client has gone.
+A request consists of choices. Each is one row of the `TextBatch`, which it joins as soon as a row is free and leaves at
+its end, or when its client has gone.
 """
 
 import logging
@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from lightlm.generate.batch import Batch, Request
+from lightlm.data.tokenizer import Tokenizer
+from lightlm.generate.batch import Batch
+from lightlm.generate.text_batch import Piece, Question, TextBatch
 from lightlm.model.transformer import Transformer
+from lightlm.serve.answers import finish_reason
 from lightlm.serve.errors import RequestError
 from lightlm.serve.metrics import Metrics
-from lightlm.serve.text import ChoiceText, Piece
 
 _PREFILL_TOKENS = 256  # of new prompts per step, while other rows wait for their next token
 _LOG = logging.getLogger("lightlm")
@@ -49,8 +51,7 @@ class _Choice:
     """One row of a request, from its arrival to its end."""
 
     index: int
-    request: Request
-    text: ChoiceText
+    question: Question
     deliver: Deliver
     arrived: float
     handle: int | None = None  # in the batch, once it has joined
@@ -70,11 +71,11 @@ class DecodeLoop:
 
     Args:
         model: in evaluation mode; only the decoding thread uses it.
-        vocab_size: the tokenizer's; ids at or above it are never drawn.
+        tokenizer: ids beyond it are never drawn.
     """
 
-    def __init__(self, model: Transformer, vocab_size: int, limits: Limits, metrics: Metrics) -> None:
-        self.limits, self._model, self._vocab_size, self._metrics = limits, model, vocab_size, metrics
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, limits: Limits, metrics: Metrics) -> None:
+        self.limits, self._model, self._tokenizer, self._metrics = limits, model, tokenizer, metrics
         self._batch = self._new_batch()
         self._running: dict[int, _Choice] = {}  # by handle; only the decoding thread changes it
         self._changed = threading.Condition()  # held to change what follows
@@ -98,7 +99,7 @@ class DecodeLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, choices: Sequence[tuple[Request, ChoiceText]], deliver: Deliver) -> Job:
+    def submit(self, questions: Sequence[Question], deliver: Deliver) -> Job:
         """Queue the choices of a request.
 
         Args:
@@ -109,7 +110,7 @@ class DecodeLoop:
             RequestError: the queue is full, or the server stops.
         """
         now = time.monotonic()
-        rows = [_Choice(i, request, text, deliver, now) for i, (request, text) in enumerate(choices)]
+        rows = [_Choice(i, question, deliver, now) for i, question in enumerate(questions)]
         with self._changed:
             if not self._accepting:
                 raise _stopping()
@@ -143,8 +144,9 @@ class DecodeLoop:
             self._changed.notify()
         self._thread.join()
 
-    def _new_batch(self) -> Batch:
-        return Batch(self._model, self.limits.rows, _PREFILL_TOKENS, self._vocab_size)
+    def _new_batch(self) -> TextBatch:
+        inner = Batch(self._model, self.limits.rows, _PREFILL_TOKENS, self._tokenizer.vocab_size)
+        return TextBatch(inner, self._tokenizer)
 
     def _run(self) -> None:
         while self._await_work():
@@ -192,32 +194,29 @@ class DecodeLoop:
         with self._changed:
             joining = list(islice(self._waiting, self._batch.free))
             # In the same moment, so that `busy` and the limit of `submit` see each choice in one place.
-            for choice, handle in zip(joining, self._batch.join([choice.request for choice in joining]), strict=True):
+            for choice, handle in zip(joining, self._batch.join([choice.question for choice in joining]), strict=True):
                 choice.handle = handle
                 self._running[handle] = self._waiting.popleft()
         now = time.monotonic()
         for choice in joining:
-            self._metrics.add("lightlm_prompt_tokens_total", len(choice.request.ids))
+            self._metrics.add("lightlm_prompt_tokens_total", len(choice.question.ids))
             self._metrics.add("lightlm_queue_seconds", now - choice.arrived)
 
     def _step(self) -> None:
         started = time.monotonic()
-        tokens = self._batch.step()
+        pieces = self._batch.step()
         now = time.monotonic()
         self._metrics.add("lightlm_step_seconds", now - started)
-        self._metrics.add("lightlm_generated_tokens_total", len(tokens))
-        for token in tokens:
-            choice = self._running[token.handle]
+        self._metrics.add("lightlm_generated_tokens_total", len(pieces))
+        for piece in pieces:
+            choice = self._running[piece.handle]
             if not choice.started:
                 choice.started = True
                 self._metrics.add("lightlm_first_token_seconds", now - choice.arrived)
-            piece = choice.text.take(token)
-            if piece is None:
-                continue
-            if piece.finish_reason is None:
+            if piece.answer is not None:
+                self._end(self._leave(choice), finish_reason(piece.answer), piece)
+            elif piece.text:
                 choice.deliver(choice.index, piece)
-            else:
-                self._end(self._leave(choice), piece.finish_reason, piece)
 
     def _leave(self, choice: _Choice) -> _Choice:
         assert choice.handle is not None

@@ -1,4 +1,4 @@
-"""From the fields of a request to rows of the decoding loop."""
+"""From the fields of a request to questions for the decoding loop."""
 
 import contextlib
 import secrets
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.errors import LightLMError
-from lightlm.generate.batch import Request
 from lightlm.generate.prompts import encode_chat, encode_prompt
+from lightlm.generate.settings import Settings
+from lightlm.generate.text_batch import Question
 from lightlm.serve.errors import RequestError
 from lightlm.serve.fields import Body, ChatBody, CompletionBody
-from lightlm.serve.text import ChoiceText
 
 
 @dataclass(frozen=True)
-class Question:
+class TextRequest:
     """A request for text, ready for the loop.
 
     Args:
-        rows: one per choice, all of the first prompt before those of the next.
+        questions: one per choice, all of the first prompt before those of the next.
         prompt_tokens: of all prompts, each once.
         echoes: what each choice repeats before its text.
     """
 
-    rows: list[tuple[Request, ChoiceText]]
+    questions: list[Question]
     prompt_tokens: int
     echoes: list[str]
 
@@ -42,8 +42,8 @@ class Reader:
         self._tokenizer = loaded.tokenizer
         self.chats = "chat_template" in loaded.tokenizer.settings  # whether the model answers messages
 
-    def completion(self, body: CompletionBody) -> Question:
-        """Return the question of a body of /v1/completions."""
+    def completion(self, body: CompletionBody) -> TextRequest:
+        """Return what a body of /v1/completions asks."""
         self.check_model(body.model)
         if body.echo and body.logprobs is not None:
             raise RequestError("echo with logprobs is not supported; `lightlm eval` scores texts", param="echo")
@@ -54,10 +54,10 @@ class Reader:
         ]
         texts = [given if isinstance(given, str) else self._tokenizer.decode(given) for given in body.prompts]
         echoes = [text for text in texts for _ in range(body.n)] if body.echo else []
-        return self._question(body, prompts, body.max_tokens, body.logprobs, echoes)
+        return self._request(body, prompts, body.max_tokens, body.logprobs, echoes)
 
-    def chat(self, body: ChatBody) -> Question:
-        """Return the question of a body of /v1/chat/completions."""
+    def chat(self, body: ChatBody) -> TextRequest:
+        """Return what a body of /v1/chat/completions asks."""
         self.check_model(body.model)
         if not self.chats:
             raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
@@ -69,7 +69,7 @@ class Reader:
             for each in body.messages:
                 f"{each.role}{each.text}{each.name}".encode()
             _, ids = encode_chat(self._tokenizer, messages, parse_special=body.parse_special)
-        return self._question(body, [self._fitting(ids, "messages")], tokens, logprobs, [])
+        return self._request(body, [self._fitting(ids, "messages")], tokens, logprobs, [])
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError unless this is the model's name, or none is given."""
@@ -83,9 +83,9 @@ class Reader:
             message = f"{count} choices in one request; this server takes at most {self._choices}"
             raise RequestError(message, param="n")
 
-    def _question(
+    def _request(
         self, body: Body, prompts: Sequence[list[int]], tokens: int | None, logprobs: int | None, echoes: list[str]
-    ) -> Question:
+    ) -> TextRequest:
         sampling, stops = body.sampling, body.stops
         with _named("logit_bias"):
             sampling.check_ids(self._tokenizer.vocab_size)
@@ -94,20 +94,13 @@ class Reader:
             message = f"min_new_tokens is {sampling.min_new_tokens}, above the {most} tokens that the answer may have"
             raise RequestError(message, param="min_new_tokens")
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        rows: list[tuple[Request, ChoiceText]] = []
-        for ids in [ids for ids in prompts for _ in range(body.n)]:
-            request = Request(
-                ids=ids,
-                max_new_tokens=most,
-                sampling=sampling,
-                seed=seed,
-                sample=len(rows),  # as `lightlm.generate` numbers the rows of several prompts and samples
-                stop_ids=self._tokenizer.end_ids,
-                # 0 alternatives ask for the token's own probability all the same.
-                logprobs=0 if logprobs is None else max(logprobs, 1),
-            )
-            rows.append((request, ChoiceText(self._tokenizer, ids, stops, sampling.min_new_tokens)))
-        return Question(rows, sum(map(len, prompts)), echoes)
+        settings = Settings(sampling, most, seed, stops)
+        # 0 alternatives ask for the token's own probability all the same.
+        told = 0 if logprobs is None else max(logprobs, 1)
+        # Numbered as `lightlm.generate` numbers the rows of several prompts and samples.
+        rows = enumerate(ids for ids in prompts for _ in range(body.n))
+        questions = [Question(ids, settings, number, told) for number, ids in rows]
+        return TextRequest(questions, sum(map(len, prompts)), echoes)
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         with _named("prompt"):

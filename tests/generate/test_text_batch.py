@@ -4,15 +4,18 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.generate.batch import Batch, Request
+from lightlm.generate.batch import Batch, FinishReason, NewToken, Request
 from lightlm.generate.engine import generate
 from lightlm.generate.prompts import encode_prompt, newest
 from lightlm.generate.sampling import GREEDY, Sampling
 from lightlm.generate.settings import Settings
 from lightlm.generate.text import text_of
-from lightlm.generate.text_batch import Answer, Question, TextBatch
+from lightlm.generate.text_batch import Answer, Piece, Question, TextBatch
 from lightlm.model.transformer import Transformer
 from tests.evaluate.tiny_run import tiny_model
 from tests.generate.tokenizers_at_hand import tokenizer_of
@@ -116,3 +119,93 @@ def test_windows_draw_from_generators_of_their_own(
     monkeypatch.setattr(Batch, "join", noted)
     answers_of(model, tokenizer, [Question(ids, settings)])
     assert len(set(seeds)) == len(seeds) > 2
+
+
+class Scripted(Batch):
+    """A batch of one row that draws the tokens of a script."""
+
+    def __init__(self, model: Transformer, ids: Sequence[int], end: FinishReason = "length") -> None:
+        super().__init__(model, 1)
+        self._script, self._end = iter(ids), end
+        self._left = len(ids)
+
+    def step(self) -> list[NewToken]:
+        self._left -= 1
+        handle = self._handles - 1
+        return [NewToken(handle, next(self._script), None if self._left else self._end)]
+
+
+def pieces_of(
+    tokenizer: Tokenizer, model: Transformer, ids: list[int], stops: tuple[str, ...], end: FinishReason = "length"
+) -> list[Piece]:
+    batch = TextBatch(Scripted(model, ids, end), tokenizer)
+    batch.join([Question([tokenizer.start_id], Settings(stop=stops))])
+    pieces: list[Piece] = []
+    while batch:
+        pieces += batch.step()
+    return pieces
+
+
+STOPS = st.lists(st.sampled_from(["cat", "at", "the", " s", "e d", "o", "one two", "\ufffd", "日", "Ω"]), max_size=3)
+
+
+@examples(deadline=None)
+@given(ids=st.lists(st.integers(0, 305), min_size=1, max_size=40), stops=STOPS, real=st.booleans())
+def test_pieces_join_to_the_decoded_text_and_tell_each_token_where_its_text_begins(
+    model: Transformer, tokenizer: Tokenizer, ids: list[int], stops: list[str], real: bool
+) -> None:
+    if real:
+        ids = tokenizer.encode("the cat sat on the mat, naïve 日本語 one two" * 2)[: 2 * len(ids)] + ids
+    ids = [token for token in ids if token not in tokenizer.special_tokens] or [300]
+    pieces = pieces_of(tokenizer, model, ids, tuple(stops))
+    full = tokenizer.decode(ids)
+    cuts = [full.find(stop) for stop in stops if stop in full]
+    expected = full[: min(cuts)] if cuts else full
+    assert "".join(piece.text for piece in pieces) == expected
+    answer = pieces[-1].answer
+    assert answer is not None
+    assert (answer.text, answer.finish_reason) == (expected, "stop" if cuts else "length")
+    assert all(piece.answer is None for piece in pieces[:-1])
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert [token.id for token in tokens] == ids[: len(tokens)]
+    assert cuts or len(tokens) == len(ids)
+    for before, token in enumerate(tokens):  # a token inside a character begins with the character
+        begin = tokenizer.decode(ids[:before])
+        assert token.offset == len(begin.rstrip("\ufffd")) or begin.endswith("\ufffd")
+    start = 0
+    for piece in pieces:
+        end = start + len(piece.text)
+        assert all(start <= token.offset < end + (piece is pieces[-1]) for token in piece.tokens)
+        start = end
+
+
+def test_a_token_whose_text_waits_is_told_with_its_text(model: Transformer, tokenizer: Tokenizer) -> None:
+    [c] = tokenizer.encode("c")
+    first, second, *_ = pieces_of(tokenizer, model, [c, c, c], ("cats",))
+    assert (first.text, first.tokens) == ("", ())
+    assert (second.text, [token.offset for token in second.tokens]) == ("c", [0])
+
+
+def test_a_stop_token_is_not_part_of_an_answer(model: Transformer, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the cat")
+    *_, last = pieces_of(tokenizer, model, [*ids, tokenizer.end_of_text_id], (" cats",), end="stop")
+    assert last.answer is not None
+    assert (last.answer.text, last.answer.ids, last.answer.finish_reason) == ("the cat", ids, "stop")
+    assert last.text == " cat"  # it waited, and is told with its tokens
+    assert last.tokens
+
+
+def test_a_row_that_leaves_is_free_and_the_others_continue(model: Transformer, tokenizer: Tokenizer) -> None:
+    question = Question(encode_prompt(tokenizer, "the cat"), Settings(GREEDY, 9))
+    [[alone], _] = answers_of(model, tokenizer, [question])
+    batch = TextBatch(Batch(model, 2, vocab_size=tokenizer.vocab_size), tokenizer)
+    first, second = batch.join([question, question])
+    batch.step()
+    batch.leave(first)
+    batch.leave(first)
+    assert (batch.free, len(batch)) == (1, 1)
+    [third] = batch.join([question])
+    answers: dict[int, Answer] = {}
+    while batch:
+        answers |= {piece.handle: piece.answer for piece in batch.step() if piece.answer is not None}
+    assert {handle: answer.ids for handle, answer in answers.items()} == {second: alone.ids, third: alone.ids}
