@@ -19,6 +19,17 @@ SHAPES = {
     "qwen3": ModelConfig(**_BASE, num_kv_heads=1, head_dim=16, qk_norm=True, tie_embeddings=False),
     "gated": ModelConfig(**_BASE, num_kv_heads=2, head_dim=16, qk_norm=True, attention_gate=True),
     "relu2": ModelConfig(**_BASE, mlp="relu2", bias=True),
+    "qwen2": ModelConfig(**_BASE, num_kv_heads=2, bias=True, bias_in="qkv", rope_scaling="linear", rope_factor=2.5),
+    "llama3": ModelConfig(
+        **_BASE,
+        head_dim=16,
+        bias=True,
+        bias_in="attention",
+        rope_theta=20.0,
+        rope_scaling="llama3",
+        rope_factor=8.0,
+        rope_original_seq_len=16,
+    ),
     "shared": ModelConfig(**_BASE, num_kv_heads=2, layer_sharing=2, sliding_window=7),
     "moe": ModelConfig(
         **_BASE, **_EXPERTS, num_shared_experts=1, first_k_dense=1, qk_norm=True, routed_scaling_factor=1.5

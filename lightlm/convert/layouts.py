@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import ModelConfig, Part
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Layout:
     constants: dict[str, tuple[Any, ...]]  # their keys that must hold one of these; missing means the first
     links: tuple[Link, ...]
     base: str = "model."  # prefix of all weights but the head's; files saved from the bare model lack it
-    bias_keys: tuple[str, ...] = ()  # their keys for ModelConfig.bias, where the class leaves the choice
+    # Their keys for biases, where the class leaves the choice, and the parts that get them (`ModelConfig.has_bias`).
+    bias_keys: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     zero_centered: bool = False  # norms multiply by 1 + weight
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
     rope: dict[str, float] = field(default_factory=dict)  # rotary settings where config.json has none

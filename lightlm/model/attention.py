@@ -127,12 +127,12 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.norm_eps = config.norm_eps
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = Linear(config, config.hidden_size, query_size)
-        self.k_proj = Linear(config, config.hidden_size, kv_size)
-        self.v_proj = Linear(config, config.hidden_size, kv_size)
+        self.q_proj = Linear(config, config.hidden_size, query_size, "qkv")
+        self.k_proj = Linear(config, config.hidden_size, kv_size, "qkv")
+        self.v_proj = Linear(config, config.hidden_size, kv_size, "qkv")
         # With separate weights, Muon orthogonalizes queries and gates apart; Qwen3.5 stores both in one matrix.
-        self.gate_proj = Linear(config, config.hidden_size, query_size) if config.attention_gate else None
-        self.o_proj = Linear(config, query_size, config.hidden_size)
+        self.gate_proj = Linear(config, config.hidden_size, query_size, "qkv") if config.attention_gate else None
+        self.o_proj = Linear(config, query_size, config.hidden_size, "output")
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 

@@ -9,8 +9,11 @@ _AT_LEAST = dict.fromkeys(
     ("num_layers", "hidden_size", "num_heads", "max_seq_len", "layer_sharing", "full_attention_interval"), 1
 ) | dict.fromkeys(("vocab_size", "num_kv_heads", "head_dim", "intermediate_size", "sliding_window", "num_experts"), 0)
 _AT_LEAST |= {"num_shared_experts": 0, "moe_intermediate_size": 0, "first_k_dense": 0}
-_AT_LEAST |= {"base_depth": 0}
-_ABOVE_ZERO = ("norm_eps", "rope_theta", "init_std", "routed_scaling_factor", "qk_gain", "embedding_scale")
+_AT_LEAST |= {"base_depth": 0, "rope_original_seq_len": 0}
+_ABOVE_ZERO = (
+    *("norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
+    *("init_std", "routed_scaling_factor", "qk_gain", "embedding_scale"),
+)
 # Fields whose parameters and factors `lightlm.convert.folding` multiplies into the weights of a model without them.
 FOLDABLE_FIELDS = ("multipliers", "residual_scale", "qk_gain", "embedding_scale", "base_depth")
 # Fields that have no effect in a model without experts.
@@ -23,6 +26,24 @@ EXPERT_FIELDS = (
     "norm_topk_prob",
     "routed_scaling_factor",
 )
+
+# Fields that decide how rotary positions turn.
+ROPE_FIELDS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_seq_len",
+)
+# The parts of a model that have biases, by `bias_in`; norms have them only with layernorm.
+Part = Literal["qkv", "output", "mlp", "norm"]
+BIASED: dict[str, tuple[Part, ...]] = {
+    "all": ("qkv", "output", "mlp", "norm"),
+    "attention": ("qkv", "output"),
+    "qkv": ("qkv",),
+    "mlp": ("mlp",),
+}
 
 # Field names in checkpoints of earlier versions, and their names today.
 RENAMED_FIELDS = {"block_repeats": "layer_sharing", "full_attention_every": "full_attention_interval"}
@@ -69,6 +90,21 @@ class ModelConfig:
         "How positions enter: `rope` rotates queries and keys; `learned` adds a table of max_seq_len vectors (GPT-2).",
     )
     rope_theta: float = _key(10_000.0, "Base of the rotary frequencies.")
+    rope_scaling: Literal["none", "linear", "llama3"] = _key(
+        "none",
+        "How rotary frequencies are lowered for texts longer than those of the first training: `linear` divides all by "
+        "rope_factor (arXiv 2306.15595), `llama3` only those whose period is long (arXiv 2407.21783, section 3.4).",
+    )
+    rope_factor: float = _key(1.0, "With rope_scaling: what frequencies are divided by.")
+    rope_low_freq_factor: float = _key(
+        1.0, "With rope_scaling=llama3: frequencies that turn fewer times in rope_original_seq_len are divided."
+    )
+    rope_high_freq_factor: float = _key(
+        4.0, "With rope_scaling=llama3: frequencies that turn more times stay; those between are blended."
+    )
+    rope_original_seq_len: int = _key(
+        0, "With rope_scaling=llama3: sequence length of the first training. 0 takes max_seq_len."
+    )
     mlp: Literal["swiglu", "gelu", "relu2"] = _key(
         "swiglu",
         "Feed-forward network: `swiglu` (Llama), `gelu` in the tanh approximation (GPT-2), or `relu2`, the squared "
@@ -82,6 +118,11 @@ class ModelConfig:
     )
     tie_embeddings: bool = _key(True, "Use the token table as the output head as well.")
     bias: bool = _key(False, "Add biases to every projection and, with layernorm, to the norms (GPT-2).")
+    bias_in: Literal["all", "attention", "qkv", "mlp"] = _key(
+        "all",
+        "With bias: which projections have one. `attention` are its four, `qkv` those into it (Qwen2), `mlp` those of "
+        "the feed-forward network.",
+    )
     layer_sharing: int = _key(
         1, "Times that each block runs in succession with the same weights (MobileLLM-LS, arXiv 2402.14905)."
     )
@@ -155,6 +196,8 @@ class ModelConfig:
             head_dim=self.head_dim or self.hidden_size // self.num_heads,
             intermediate_size=dense_size,
             moe_intermediate_size=self.moe_intermediate_size or expert_size,
+            rope_original_seq_len=self.rope_original_seq_len
+            or (self.max_seq_len if self.rope_scaling == "llama3" else 0),
         )
 
     def problems(self) -> list[tuple[str, str]]:
@@ -173,6 +216,8 @@ class ModelConfig:
             yield "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
         if self.position == "rope" and (self.head_dim or self.hidden_size // self.num_heads) % 2 != 0:
             yield "head_dim", "must be even for rotary positions (position: rope)"
+        if self.rope_scaling == "llama3" and self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            yield "rope_high_freq_factor", f"must be above rope_low_freq_factor, {self.rope_low_freq_factor}"
         if not self.num_experts:
             yield from ((key, message) for key, message in self.idle_given() if key in EXPERT_FIELDS)
             return
@@ -195,7 +240,13 @@ class ModelConfig:
         """
         idle = {} if self.num_experts else dict.fromkeys(EXPERT_FIELDS, "without model.num_experts")
         if self.position != "rope":
-            idle["rope_theta"] = f"with model.position={self.position}"
+            idle |= dict.fromkeys(ROPE_FIELDS, f"with model.position={self.position}")
+        elif self.rope_scaling == "none":
+            idle |= dict.fromkeys(ROPE_FIELDS[2:], "without model.rope_scaling")
+        elif self.rope_scaling == "linear":
+            idle |= dict.fromkeys(ROPE_FIELDS[3:], "with model.rope_scaling=linear")
+        if not self.bias:
+            idle["bias_in"] = "without model.bias"
         if not self.qk_norm:
             idle["qk_gain"] = "without model.qk_norm"
         if not self.sliding_window:
@@ -212,6 +263,10 @@ class ModelConfig:
         """Return a (key, message) pair for each field that has no effect and not its default either."""
         given = [(key, why) for key, why in self.idle().items() if getattr(self, key) != getattr(ModelConfig, key)]
         return [(key, f"has no effect {why}; leave it out") for key, why in given]
+
+    def has_bias(self, part: Part) -> bool:
+        """Return whether the projections into attention (gates too), out of it, or in an MLP, or norms have biases."""
+        return self.bias and part in BIASED[self.bias_in]
 
     def has_experts(self, block: int) -> bool:
         """Return whether block `block` (0 <= block < num_layers) is a mixture of experts."""

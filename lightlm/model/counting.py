@@ -15,8 +15,8 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     config = config.resolved()
     if not config.vocab_size:
         raise ValueError("vocab_size: must be set to count parameters")
-    width, bias = config.hidden_size, config.bias
-    norm = width * (2 if config.norm == "layernorm" and bias else 1)
+    width = config.hidden_size
+    norm = width * (2 if config.norm == "layernorm" and config.has_bias("norm") else 1)
     tables = width * config.vocab_size * (1 if config.tie_embeddings else 2)
     if config.position == "learned":
         tables += width * config.max_seq_len
@@ -35,7 +35,8 @@ def _attention(config: ModelConfig) -> int:
     query, kv, width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size
     matrices = [(query, width), (kv, width), (kv, width), (width, query)] + [(query, width)] * config.attention_gate
     weights = sum(_matrix(config, *shape) for shape in matrices)
-    biases = query * (1 + config.attention_gate) + 2 * kv + width if config.bias else 0
+    biases = query * (1 + config.attention_gate) + 2 * kv if config.has_bias("qkv") else 0
+    biases += width if config.has_bias("output") else 0
     return weights + biases + (2 * config.head_dim if config.qk_norm else 0)
 
 
@@ -43,7 +44,7 @@ def _dense(config: ModelConfig) -> int:
     width, size = config.hidden_size, config.intermediate_size
     inner = 2 if config.mlp == "swiglu" else 1  # projections into the feed-forward network
     weights = inner * _matrix(config, size, width) + _matrix(config, width, size)
-    return weights + (inner * size + width if config.bias else 0)
+    return weights + (inner * size + width if config.has_bias("mlp") else 0)
 
 
 def _swiglu(config: ModelConfig, size: int) -> int:

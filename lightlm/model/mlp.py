@@ -16,9 +16,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(config, config.hidden_size, intermediate_size)
-        self.up_proj = Linear(config, config.hidden_size, intermediate_size)
-        self.down_proj = Linear(config, intermediate_size, config.hidden_size)
+        self.gate_proj = Linear(config, config.hidden_size, intermediate_size, "mlp")
+        self.up_proj = Linear(config, config.hidden_size, intermediate_size, "mlp")
+        self.down_proj = Linear(config, intermediate_size, config.hidden_size, "mlp")
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if fused.applies(x_BTD):
@@ -33,8 +33,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.mlp
-        self.up_proj = Linear(config, config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config, config.intermediate_size, config.hidden_size)
+        self.up_proj = Linear(config, config.hidden_size, config.intermediate_size, "mlp")
+        self.down_proj = Linear(config, config.intermediate_size, config.hidden_size, "mlp")
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if fused.applies(x_BTD):

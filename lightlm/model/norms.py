@@ -24,4 +24,4 @@ def build_norm(config: ModelConfig) -> nn.Module:
     """Return the norm before attention, before the feed-forward network, or before the head."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.has_bias("norm"))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import ModelConfig, Part
 
 ROWS, COLUMNS = "row_multipliers", "column_multipliers"
 
@@ -95,8 +95,8 @@ class Linear(nn.Linear):
     row_multipliers: nn.Parameter | None
     column_multipliers: nn.Parameter | None
 
-    def __init__(self, config: ModelConfig, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=config.bias)
+    def __init__(self, config: ModelConfig, in_features: int, out_features: int, part: Part) -> None:
+        super().__init__(in_features, out_features, bias=config.has_bias(part))
         shapes = multiplier_shapes(config, out_features, in_features)
         for name in (ROWS, COLUMNS):
             self.register_parameter(name, nn.Parameter(torch.ones(shapes[name])) if name in shapes else None)

@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         if config.position == "learned":
             x_BTD = x_BTD + self.embed_positions(positions_BT if offsets_BT is None else offsets_BT)
         else:
-            cos, sin = rotary_table(positions_BT, config.head_dim, config.rope_theta)
+            cos, sin = rotary_table(positions_BT, config)
             rotation = cos[:, None], sin[:, None]
         branches: list[BranchDropout | None] = [None] * config.depth
         if dropout is not None:

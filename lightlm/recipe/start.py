@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightlm.errors import RecipeError
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import ROPE_FIELDS, ModelConfig
 
 # Fields that a run may set anew: positions that rotate have no weights, so it can train on longer texts; `init_std` has
 # no effect on weights that exist.
-_FREE = ("max_seq_len", "rope_theta", "init_std")
+_FREE = ("max_seq_len", *ROPE_FIELDS, "init_std")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Start:
                 + "\nLeave the section `model` out of the recipe, or add model={} to the command: the shape comes from "
                 "the model"
             )
-        idle = self.model.idle()
         kept = {key: value for key, value in given.items() if key in _FREE or key not in known}
+        # What only another kind of rotary scaling needs is not taken over.
+        idle = replace(self.model, rope_scaling=kept.get("rope_scaling", self.model.rope_scaling)).idle()
         model = {key: value for key, value in known.items() if key not in idle} | kept
         return values | {"model": model, "train": values["train"] | {"init_from": self.reference}}
 

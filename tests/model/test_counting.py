@@ -34,7 +34,12 @@ def configs(draw):
         "multipliers": draw(st.sampled_from(["none", "rows", "columns", "both"])),
     }  # fmt: skip
     if draw(st.booleans()):
-        return ModelConfig(**values, mlp=draw(st.sampled_from(["swiglu", "gelu", "relu2"])), bias=draw(st.booleans()))
+        return ModelConfig(
+            **values,
+            mlp=draw(st.sampled_from(["swiglu", "gelu", "relu2"])),
+            bias=draw(st.booleans()),
+            bias_in=draw(st.sampled_from(["all", "attention", "qkv", "mlp"])),
+        )
     return ModelConfig(
         **values,
         num_experts=draw(st.integers(2, 4)),

@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_those_of_documents_run_one_by_one(name, way, m
     model.recompute_blocks = way == "recomputed"
     found, ours = gradients(model, masked)
     assert found == pytest.approx(expected, rel=1e-6)
-    assert found != pytest.approx(token_loss(model, INPUTS, TARGETS).item(), rel=1e-4)
+    assert found != pytest.approx(token_loss(model, INPUTS, TARGETS).item(), rel=3e-5)
     for key, gradient in wanted.items():
         torch.testing.assert_close(ours[key], gradient, atol=1e-3, rtol=1e-4, msg=key)
 

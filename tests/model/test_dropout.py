@@ -85,7 +85,7 @@ def written_out(model, tokens, dropout):
     if config.position == "learned":
         x = x + model.embed_positions(positions)
     else:
-        cos, sin = rotary_table(positions, config.head_dim, config.rope_theta)
+        cos, sin = rotary_table(positions, config)
         rotation = cos[:, None], sin[:, None]
     x = x * keep[0]
     for layer in range(config.depth):

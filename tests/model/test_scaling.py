@@ -37,7 +37,7 @@ def test_a_product_and_its_receiver(kind, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_projection_computes_the_same_with_and_without_gradients(kind):
-    layer = Linear(replace(LLAMA, multipliers=kind, bias=True), 32, 24)
+    layer = Linear(replace(LLAMA, multipliers=kind, bias=True), 32, 24, "mlp")
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.uniform_(0.5, 1.5)

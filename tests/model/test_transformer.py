@@ -9,6 +9,8 @@ from lightlm.model.rotary import rotary_table, rotate
 from lightlm.model.transformer import Block, Transformer
 from tests.shapes import SHAPES, build
 
+TURNING = ModelConfig(num_layers=1, hidden_size=16, num_heads=1, head_dim=16, max_seq_len=8)
+
 
 def reference_attention(q, k, v, window):
     """Softmax attention in float64, one query at a time: q (H, T, K), k and v (G, T, K)."""
@@ -51,12 +53,12 @@ def test_rotation_depends_only_on_distance_and_keeps_length():
 
     def score(a, b):
         return (
-            rotate(x, *rotary_table(torch.tensor([a]), 16, 1e4)) * rotate(y, *rotary_table(torch.tensor([b]), 16, 1e4))
+            rotate(x, *rotary_table(torch.tensor([a]), TURNING)) * rotate(y, *rotary_table(torch.tensor([b]), TURNING))
         ).sum()
 
     torch.testing.assert_close(score(3, 1), score(1003, 1001), atol=1e-3, rtol=1e-3)
     assert abs(score(3, 1) - score(4, 1)) > 1e-4
-    torch.testing.assert_close(rotate(x, *rotary_table(torch.tensor([7]), 16, 1e4)).norm(), x.norm())
+    torch.testing.assert_close(rotate(x, *rotary_table(torch.tensor([7]), TURNING)).norm(), x.norm())
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -108,7 +110,7 @@ def test_initialization_has_the_papers_scales():
 def test_rotary_angles_survive_a_bfloat16_model():
     """Positions past 256 collide in bf16; the table must not be cast with the weights."""
     model = build("llama").bfloat16()
-    cos, _ = rotary_table(torch.tensor([256, 257]), 16, 1e4)
+    cos, _ = rotary_table(torch.tensor([256, 257]), TURNING)
     assert cos.dtype == torch.float32
     assert not torch.equal(cos[0], cos[1])
     assert model(torch.tensor([[1, 2]])).isfinite().all()

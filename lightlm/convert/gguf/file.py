@@ -12,7 +12,7 @@ from lightlm.convert.folding import as_plain
 from lightlm.convert.gguf.header import read_header
 from lightlm.convert.gguf.layouts import GATING, LAYOUTS, REPEATED, gguf_layout
 from lightlm.convert.gguf.modelfile import modelfile
-from lightlm.convert.gguf.shape import INIT_STD, SHARED_EXPERTS, read_shape
+from lightlm.convert.gguf.shape import DIVISORS, INIT_STD, SHARED_EXPERTS, read_shape, write_rotary
 from lightlm.convert.gguf.tensors import PRECISIONS, gguf_tensors, our_tensors, stored, stored_type
 from lightlm.convert.gguf.vocabulary import read_vocabulary, write_vocabulary
 from lightlm.errors import ConvertError
@@ -52,7 +52,7 @@ def export_gguf(loaded: LoadedModel, out: Path, precision: str) -> int:
         finally:
             writer.close()
     files.write_text(modelfile_path(out), modelfile(loaded, out))
-    return sum(tensor.numel() for key, tensor in tensors.items() if "exp_probs_b" not in key)
+    return sum(tensor.numel() for key, tensor in tensors.items() if "exp_probs_b" not in key and key != DIVISORS)
 
 
 def modelfile_path(out: Path) -> Path:
@@ -98,9 +98,11 @@ def _shape(name: str, config: ModelConfig) -> dict[str, Any]:
     for ours in ("norm_eps", "rope_theta", "routed_scaling_factor"):
         if ours in layout.keys:
             values[layout.keys[ours]] = float(getattr(config, ours))
+    rotary, extra = write_rotary(config) if config.position == "rope" else ({}, {})
+    values |= rotary
     values |= {copy: values[key] for copy, key in REPEATED.items() if key in values}
     values["vocab_size"] = config.vocab_size
-    extra: dict[str, Any] = {INIT_STD: float(config.init_std)}
+    extra |= {INIT_STD: float(config.init_std)}
     if config.num_experts:
         extra[SHARED_EXPERTS] = config.num_shared_experts
     return {f"{layout.architecture}.{key}": value for key, value in values.items()} | extra

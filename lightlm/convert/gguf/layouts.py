@@ -19,8 +19,12 @@ GATING = {"softmax": 1, "sigmoid": 2}  # the values of expert_gating_func
 HARMLESS = ("vocab_size", "rope.scaling.finetuned", "attention.causal")
 
 _ANY = Rule(lambda c: True)
+_UNSCALED_ROPE = Rule(lambda c: c.rope_scaling != "llama3", "must be none or linear")
+# llama.cpp reads the divisors of frequencies, a tensor, in these only.
+_SCALED_ROPE = {"rope_scaling": _ANY}
 _RULES = {
     **CLASSES["qwen3"].rules,
+    "rope_scaling": _UNSCALED_ROPE,
     "vocab_size": _ANY,  # the rows of the token table
     "tie_embeddings": _ANY,  # whether the file has `output.weight`
     "init_std": _ANY,  # `lightlm.init_std`
@@ -41,7 +45,7 @@ _LLAMA_KEYS = {
 }
 _EXPERT_KEYS = {**_LLAMA_KEYS, "num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _DENSE = {"expert_count": (0,), "expert_used_count": (0,)}
-_UNSCALED = {"rope.scaling.type": ("none",)}
+_ROPE_TYPES = {"rope.scaling.type": ("none", "linear")}
 
 _ENDS = (
     Link("token_embd", "embed_tokens"),
@@ -71,9 +75,14 @@ _LLAMA = Layout(
     base="",
     keys=_LLAMA_KEYS,
     fixed=CLASSES["llama"].fixed,
-    rules={**_RULES, "bias": _ANY},  # whether the file has biases
-    defaults={"attention.head_count_kv": 0, "attention.key_length": 0, "rope.freq_base": 10_000.0},
-    constants={**_DENSE, **_UNSCALED},
+    rules={**_RULES, **_SCALED_ROPE, "bias": _ANY, "bias_in": _ANY},  # whether the file has biases
+    defaults={
+        "attention.head_count_kv": 0,
+        "attention.key_length": 0,
+        "rope.freq_base": 10_000.0,
+        "rope.scaling.factor": 1.0,
+    },
+    constants={**_DENSE, **_ROPE_TYPES},
     links=_LLAMA_LINKS,
 )
 
@@ -84,7 +93,7 @@ LAYOUTS = {
         base="",
         keys={**_KEYS, "norm_eps": "attention.layer_norm_epsilon"},
         fixed=CLASSES["gpt2"].fixed,
-        rules={**CLASSES["gpt2"].rules, **_RULES},
+        rules={**CLASSES["gpt2"].rules, **_RULES, **_SCALED_ROPE},  # without effect
         defaults={},
         constants=_DENSE,
         links=(
@@ -101,12 +110,17 @@ LAYOUTS = {
         ),
     ),
     "llama": _LLAMA,
+    "qwen2": replace(  # only read: a Llama with biases comes first
+        _LLAMA,
+        architecture="qwen2",
+        fixed=CLASSES["qwen2"].fixed,
+        rules={**_RULES, "bias_in": CLASSES["qwen2"].rules["bias_in"]},
+    ),
     "qwen3": replace(
         _LLAMA,
         architecture="qwen3",
         fixed=CLASSES["qwen3"].fixed,
         rules=_RULES,
-        defaults={**_LLAMA.defaults, "rope.freq_base": 10_000.0},
     ),
     "qwen3moe": Layout(
         architecture="qwen3moe",
@@ -116,7 +130,7 @@ LAYOUTS = {
         fixed={**CLASSES["qwen3_moe"].fixed, "norm_topk_prob": True, "first_k_dense": 0},
         rules={**CLASSES["qwen3_moe"].rules, **_RULES, "intermediate_size": _ANY},  # no dense layer has it
         defaults=_LLAMA.defaults,
-        constants=_UNSCALED,
+        constants=_ROPE_TYPES,
         links=(*_ENDS, *_ATTENTION_LINKS, _MLP_NORM, *_EXPERT_LINKS),
     ),
     "mixtral": Layout(
@@ -127,9 +141,9 @@ LAYOUTS = {
             "moe_intermediate_size": "feed_forward_length",
         },
         fixed=CLASSES["mixtral"].fixed,
-        rules={**CLASSES["mixtral"].rules, **_RULES},
+        rules={**CLASSES["mixtral"].rules, **_RULES, **_SCALED_ROPE},
         defaults=_LLAMA.defaults,
-        constants=_UNSCALED,
+        constants=_ROPE_TYPES,
         links=(*_ENDS, *_ATTENTION_LINKS, _MLP_NORM, *_EXPERT_LINKS),
     ),
     # The most general: either router, norms of queries and keys or not, dense layers at the start, shared experts.
@@ -154,7 +168,7 @@ LAYOUTS = {
             "expert_weights_norm": False,
             "expert_gating_func": GATING["sigmoid"],
         },
-        constants={**_UNSCALED, "nextn_predict_layers": (0,)},
+        constants={**_ROPE_TYPES, "nextn_predict_layers": (0,)},
         links=(
             *_ENDS,
             *_ATTENTION_LINKS,

@@ -8,10 +8,15 @@ from lightlm.convert.gguf.header import Header
 from lightlm.convert.gguf.layouts import GATING, HARMLESS, LAYOUTS, REPEATED
 from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import BIASED, ModelConfig, Part
 
 # What other programs have no key for: the standard deviation of initial weights, and that shared experts are zeros.
 INIT_STD, SHARED_EXPERTS = "lightlm.init_std", "lightlm.num_shared_experts"
+# Llama 3's rotary scaling: a tensor of divisors, and our keys for the rule that they follow.
+DIVISORS = "rope_freqs.weight"
+_LLAMA3_RULE = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_seq_len": 8192}
+_FLOAT32 = 0  # of `gguf.GGMLQuantizationType`
+_BIASED: dict[Part, str] = {"qkv": "attn_q", "output": "attn_output", "mlp": "ffn_up"}  # a tensor of each part
 _KINDS = {"norm_eps": float, "rope_theta": float, "routed_scaling_factor": float, "norm_topk_prob": bool}
 
 
@@ -36,6 +41,8 @@ def read_shape(header: Header) -> tuple[str, ModelConfig]:
         for ours, theirs in layout.keys.items()
     }
     settings |= _from_tensors(header, layout)
+    if layout.fixed["position"] == "rope":
+        settings |= _rotary(header, architecture)
     settings["init_std"] = _value(header, INIT_STD, float, ModelConfig.init_std)
     if "num_shared_experts" in settings:
         settings["num_shared_experts"] = header.get(SHARED_EXPERTS, int, settings["num_shared_experts"])
@@ -71,10 +78,35 @@ def _from_tensors(header: Header, layout: Layout) -> dict[str, Any]:
         raise ConvertError(f"{header.path} is not a complete model: the tensor token_embd.weight is missing")
     found: dict[str, Any] = {"vocab_size": table.shape[0], "tie_embeddings": "output.weight" not in header.tensors}
     if "bias" in layout.rules:
-        found["bias"] = "blk.0.attn_q.bias" in header.tensors
+        biased = {part for part, name in _BIASED.items() if f"blk.0.{name}.bias" in header.tensors}
+        found["bias"] = bool(biased)
+        found["bias_in"] = next((name for name, parts in BIASED.items() if {*parts} - {"norm"} == biased), "all")
     if "qk_norm" in layout.rules:
         found["qk_norm"] = "blk.0.attn_q_norm.weight" in header.tensors
     return found
+
+
+def _rotary(header: Header, architecture: str) -> dict[str, Any]:
+    """Return the fields of rotary scaling."""
+    key = f"{architecture}.rope.scaling"
+    scaling = header.get(f"{key}.type", str, "none")
+    if (place := header.tensors.get(DIVISORS)) is None:
+        return {"rope_scaling": scaling, "rope_factor": _value(header, f"{key}.factor", float, 1.0)}
+    if scaling != "none" or place.type != _FLOAT32:
+        raise ConvertError(f"{header.path} has {DIVISORS} beside {key}.type {scaling!r}, or not in float32")
+    divisors = np.fromfile(header.path, "<f4", place.size // 4, offset=place.offset)
+    fields = {name: _value(header, f"lightlm.{name}", type(usual), usual) for name, usual in _LLAMA3_RULE.items()}
+    return {"rope_scaling": "llama3", "rope_factor": float(str(divisors.max())), **fields}
+
+
+def write_rotary(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the metadata of rotary scaling, `ARCHITECTURE.KEY` without ARCHITECTURE, and that under its full name."""
+    if config.rope_scaling == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_factor)}, {}
+    if config.rope_scaling == "llama3":
+        values = {name: type(usual)(getattr(config, name)) for name, usual in _LLAMA3_RULE.items()}
+        return {}, {f"lightlm.{name}": value for name, value in values.items()}
+    return {}, {}
 
 
 def _value(header: Header, key: str, kind: type, default: Any) -> Any:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lightlm.convert.gguf.header import Header, TensorPlace
 from lightlm.convert.gguf.layouts import LAYOUTS, NEIGHBORING_PAIRS
+from lightlm.convert.gguf.shape import DIVISORS
 from lightlm.convert.huggingface.weights import with_shared_experts
 from lightlm.convert.layouts import Layout
 from lightlm.convert.renaming import our_state, their_state
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
+from lightlm.model.rotary import rotary_divisors
 
 Type = gguf.GGMLQuantizationType
 
@@ -45,6 +47,8 @@ def gguf_tensors(name: str, config: ModelConfig, state: dict[str, Tensor]) -> di
         for block in filter(config.has_experts, range(config.num_layers)):
             state = state | {f"blocks.{block}.mlp.router.selection_bias": torch.zeros(config.num_experts)}
     tensors = their_state(layout, config, state)
+    if config.rope_scaling == "llama3" and config.position == "rope":
+        tensors[DIVISORS] = rotary_divisors(config)
     return {
         key: _to_neighbors(tensor, config) if _is_rotated(layout, key) else tensor for key, tensor in tensors.items()
     }
@@ -61,8 +65,19 @@ def our_tensors(name: str, config: ModelConfig, header: Header) -> dict[str, Ten
     for key, tensor in read_tensors(header):
         if ("_shexp" in key and not config.num_shared_experts) or ("exp_probs_b" in key and config.router == "softmax"):
             continue  # zeros, which only llama.cpp needs
+        if key == DIVISORS:
+            if not _are_close(tensor, rotary_divisors(config)):
+                raise ConvertError(
+                    f"{header.path}: {DIVISORS} scales rotary frequencies otherwise than Llama 3 (rope_type llama3), "
+                    "and LightLM has no other rule for it"
+                )
+            continue
         given[key] = _from_neighbors(tensor, config) if _is_rotated(layout, key) else tensor
     return our_state(layout, config, given, header.path)
+
+
+def _are_close(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and torch.allclose(tensor, other, rtol=1e-5)
 
 
 def _is_rotated(layout: Layout, key: str) -> bool:

@@ -9,7 +9,7 @@ from lightlm import files
 from lightlm.convert.huggingface.layouts import LAYOUTS
 from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import BIASED, ModelConfig
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -17,6 +17,17 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Kinds of rotary scaling by their `rope_type`: ModelConfig field -> their key.
+_SCALINGS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"rope_factor": "factor"},
+    "llama3": {
+        "rope_factor": "factor",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_seq_len": "original_max_position_embeddings",
+    },
+}
 # ModelConfig field -> the type that its value must have, in words for messages.
 _WORDS = {int: (int, "a whole number"), float: (int | float, "a number"), bool: (bool, "true or false")}
 _KINDS = {field.name: _WORDS[field.type] for field in fields(ModelConfig) if field.type in _WORDS}
@@ -33,7 +44,7 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
             values[layout.keys[ours]] = float(getattr(config, ours))
     values[layout.keys["init_std"]] = min(float(config.init_std), 1.0)  # LlamaConfig refuses more
     values |= {key: allowed[0] for key, allowed in layout.constants.items()}
-    values |= dict.fromkeys(layout.bias_keys, config.bias)
+    values |= {key: config.has_bias(parts[0]) for key, parts in layout.bias_keys.items()}
     dense_layers = config.first_k_dense * config.layer_sharing
     if "first_k_dense_replace" in values:
         values["first_k_dense_replace"] = dense_layers
@@ -46,7 +57,12 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
         if "partial_rotary_factor" in layout.rope:
             rope["partial_rotary_factor"] = 1.0
         # At the top for transformers 4 and most other tools, nested for transformers 5.
-        values |= {**rope, "rope_parameters": {"rope_type": "default", **rope}}
+        rope_type = "default" if config.rope_scaling == "none" else config.rope_scaling
+        scaling = {"rope_type": rope_type}
+        scaling |= {theirs: getattr(config, ours) for ours, theirs in _SCALINGS[rope_type].items()}
+        values |= {**rope, "rope_parameters": {**scaling, **rope}}
+        if rope_type != "default":
+            values["rope_scaling"] = scaling  # for transformers 4; 5 takes it, too
     values |= {other: values[key] for key, other in layout.aliases.items()}
     if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
         # The grouped products that transformers 5 defaults to refuse rows that are not whole 16 bytes.
@@ -68,23 +84,21 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
         )
     layout = LAYOUTS[model_type]
     values = {key: values[other] for key, other in layout.aliases.items() if other in values} | values
-    nested = values.get("rope_parameters") or values.get("rope_scaling") or {}  # by version of transformers
-    if not isinstance(nested, dict):
-        raise ConvertError(f"{where} describes a model LightLM does not have: rope_parameters is {str(nested)[:60]!r}")
-    rope = {"rope_type": nested.get("type", "default"), "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
-    rope |= {key: value for key, value in (layout.rope | values | nested).items() if key in rope}
+    rope_settings, rope_problems = _read_rope(layout, values) if layout.fixed["position"] == "rope" else ({}, [])
     # null means the class's default, which is also ours: num_heads, hidden_size / num_heads, 4 x hidden_size.
     given: dict[str, Any] = {key: 0 if value is None else value for key, value in (layout.defaults | values).items()}
     problems = [f"{theirs} is missing" for theirs in layout.keys.values() if theirs not in given]
-    if problems := problems + _problems(layout, values, rope):
+    if problems := problems + rope_problems + _problems(layout, values):
         raise ConvertError(f"{where} describes a model LightLM does not have: {'; '.join(problems)}")
     settings = {ours: given[theirs] for ours, theirs in layout.keys.items()}
     if isinstance(settings.get("first_k_dense"), list):
         settings["first_k_dense"] = len(settings["first_k_dense"])
+    settings |= rope_settings
     if layout.bias_keys:
-        settings["bias"] = values.get(layout.bias_keys[0], False)
-    if layout.fixed["position"] == "rope":
-        settings["rope_theta"] = rope["rope_theta"]
+        biased = {part for key, parts in layout.bias_keys.items() if values.get(key) for part in parts}
+        settings["bias"] = bool(biased)
+        if biased:  # every choice among these keys is one of `bias_in`
+            settings["bias_in"] = next(name for name in BIASED if {*BIASED[name]} - {"norm"} == biased)
     for name, value in settings.items():
         kind, words = _KINDS.get(name, (str, "a text"))
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -96,22 +110,45 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
         raise ConvertError(f"{where} does not describe a model: {error}") from None
 
 
-def _problems(layout: Layout, values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+def _read_rope(layout: Layout, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the `ROPE_FIELDS` that a config.json sets, and what it says that LightLM does not compute."""
+    # Both may be there. transformers takes `rope_scaling` then, and adds what it lacks from the top.
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    nested = values.get(key) or {}
+    if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
+        return {}, [f"{key} is {str(nested)[:60]!r}, must be the same settings for every layer"]
+    rope = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0, "type": "default", "rope_type": None}
+    rope |= {key: value for key, value in (layout.rope | values | nested).items() if key in rope}
+    rope_type = rope["rope_type"] or rope["type"]
+    if rope_type not in _SCALINGS:
+        known = ", ".join(map(repr, _SCALINGS))
+        return {}, [f"{key} has rope_type {rope_type!r}, which LightLM does not compute; it computes {known}"]
+    problems = []
+    if rope["partial_rotary_factor"] != 1.0:
+        problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, must be 1.0")
+    defaults = {"original_max_position_embeddings": values.get("max_position_embeddings")}
+    if values.get("original_max_position_embeddings"):  # transformers prefers it
+        nested = nested | {"original_max_position_embeddings": values["original_max_position_embeddings"]}
+    settings = {"rope_theta": rope["rope_theta"], "rope_scaling": "none" if rope_type == "default" else rope_type}
+    for ours, theirs in _SCALINGS[rope_type].items():
+        settings[ours] = (defaults | nested).get(theirs)
+        if settings[ours] is None:
+            problems.append(f"{key} has no {theirs}, which rope_type {rope_type!r} needs")
+    return settings, problems
+
+
+def _problems(layout: Layout, values: dict[str, Any]) -> list[str]:
     """Return what a config.json says that LightLM does not compute."""
     problems = [
         f"{key} is {values[key]!r}, must be {' or '.join(map(repr, allowed))}"
         for key, allowed in layout.constants.items()
         if values.get(key, allowed[0]) not in allowed
     ]
-    biases = {key: values.get(key, False) for key in layout.bias_keys}
-    if len(set(biases.values())) > 1:
-        problems.append(" and ".join(f"{key} is {value!r}" for key, value in biases.items()) + ", must be equal")
-    if layout.fixed["position"] == "rope":
-        if rope["rope_type"] != "default":
-            key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-            problems.append(f"{key} has rope_type {rope['rope_type']!r}, must be 'default' (positions unscaled)")
-        if rope["partial_rotary_factor"] != 1.0:
-            problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, must be 1.0")
+    problems += [
+        f"{key} is {values[key]!r}, must be true or false"
+        for key in layout.bias_keys
+        if not isinstance(values.get(key, False), bool)
+    ]
     windows = {"mistral": 4096, "mixtral": None}  # what a missing key means; other classes ignore the key
     model_type = values["model_type"]
     window = values.get("sliding_window", windows[model_type]) if model_type in windows else None

@@ -9,7 +9,7 @@ Imports nothing heavy: `train` and `recipes` ask for the `export_target` when th
 from dataclasses import dataclass, replace
 
 from lightlm.convert.layouts import Layout, Link, Rule, nearest_layout
-from lightlm.model.config import EXPERT_FIELDS, ModelConfig
+from lightlm.model.config import EXPERT_FIELDS, ROPE_FIELDS, ModelConfig
 
 SELECTION_BIAS = "e_score_correction_bias"  # a buffer of sigmoid routers, fp32 in every file
 
@@ -23,7 +23,8 @@ _RULES = {
     "layer_sharing": _ANY,  # repeated blocks are written as layers of their own
     "sliding_window": Rule(_sees_everything, "every layer must see all positions"),
     "full_attention_interval": _ANY,  # only matters with sliding_window
-    "rope_theta": _ANY,  # written by `write_config` where positions are rotary, else without effect
+    "bias_in": Rule(lambda c: not c.bias or c.bias_in == "all", "must be all"),
+    **dict.fromkeys(ROPE_FIELDS, _ANY),  # written by `write_config` where positions are rotary, else without effect
 }
 _NO_EXPERTS = {name: getattr(ModelConfig, name) for name in ("num_experts", *EXPERT_FIELDS)}  # the defaults
 
@@ -105,11 +106,15 @@ _LLAMA = Layout(
     architecture="LlamaForCausalLM",
     keys=_LLAMA_KEYS,
     fixed=_LLAMA_FIXED,
-    rules={**_LLAMA_RULES, "bias": _ANY},
+    rules={
+        **_LLAMA_RULES,
+        "bias": _ANY,
+        "bias_in": Rule(lambda c: not c.bias or c.bias_in != "qkv", "must be all, attention or mlp"),
+    },
     defaults=_LLAMA_DEFAULTS,
     constants={"hidden_act": ("silu",)},
     links=_LLAMA_LINKS,
-    bias_keys=("attention_bias", "mlp_bias"),
+    bias_keys={"attention_bias": ("qkv", "output"), "mlp_bias": ("mlp",)},
 )
 _QWEN_CONSTANTS = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)}
 _GPT2_FIXED = {
@@ -173,7 +178,16 @@ LAYOUTS = {
         fixed={**_LLAMA_FIXED, "bias": False},
         rules=_LLAMA_RULES,
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 8},
-        bias_keys=(),
+        bias_keys={},
+    ),
+    "qwen2": replace(
+        _LLAMA,
+        architecture="Qwen2ForCausalLM",
+        fixed={**_LLAMA_FIXED, "bias": True, "bias_in": "qkv"},
+        rules={**_LLAMA_RULES, "bias_in": Rule(lambda c: c.bias_in == "qkv", "must be qkv")},
+        defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 32},
+        constants={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+        bias_keys={},
     ),
     "qwen3": replace(
         _LLAMA,
@@ -182,7 +196,7 @@ LAYOUTS = {
         rules=_RULES,
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
         constants=_QWEN_CONSTANTS,
-        bias_keys=(),
+        bias_keys={},
     ),
     "qwen3_5_text": replace(  # the language model of Qwen3.5, with softmax attention in every layer
         _LLAMA,
@@ -192,7 +206,7 @@ LAYOUTS = {
         defaults={**_LLAMA_DEFAULTS, "num_key_value_heads": 4, "head_dim": 256},
         constants={"hidden_act": ("silu",), "attention_bias": (False,), "attn_output_gate": (True,)},
         links=_GATED_LINKS,
-        bias_keys=(),
+        bias_keys={},
         zero_centered=True,
         rope={"partial_rotary_factor": 0.25},
         layer_types=("linear_attention",),

@@ -7,11 +7,17 @@ from tests.shapes import SHAPES
 _LLAMA = SHAPES["llama"]
 _MOE = replace(_LLAMA, num_experts=4, num_experts_per_tok=2)
 
-MODELS = {name: SHAPES[name] for name in ("gpt2", "llama", "qwen3", "moe", "scaled", "scaled_gpt2", "scaled_moe")}
+MODELS = {
+    name: SHAPES[name]
+    for name in ("gpt2", "llama", "qwen2", "llama3", "qwen3", "moe", "scaled", "scaled_gpt2", "scaled_moe")
+}
 MODELS |= {
     "wide": replace(_LLAMA, hidden_size=64, intermediate_size=96),
     "narrow": replace(_LLAMA, intermediate_size=40),
     "biases": replace(_LLAMA, bias=True),
+    "biases_mlp": replace(_LLAMA, bias=True, bias_in="mlp"),
+    "linear_qwen3": replace(SHAPES["qwen3"], rope_scaling="linear", rope_factor=4.0),
+    "llama3_mixtral": replace(_MOE, router="softmax", rope_scaling="llama3", rope_factor=2.0),
     "wide_heads": replace(_LLAMA, head_dim=16),
     "repeated": replace(_LLAMA, layer_sharing=2),
     "repeated_moe": replace(SHAPES["moe"], layer_sharing=2),

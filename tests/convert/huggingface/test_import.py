@@ -22,6 +22,14 @@ LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 48,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 20.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 FAMILIES = {
     "gpt2": (transformers.GPT2Config, GPT2),
     "gpt2 untied, own width": (transformers.GPT2Config, {**GPT2, "n_inner": 40, "tie_word_embeddings": False}),
@@ -32,6 +40,14 @@ FAMILIES = {
         transformers.LlamaConfig,
         {**LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     ),
+    "llama biases of attention": (transformers.LlamaConfig, {**LLAMA, "attention_bias": True}),
+    "llama biases of the network": (transformers.LlamaConfig, {**LLAMA, "mlp_bias": True}),
+    "llama linear positions": (
+        transformers.LlamaConfig,
+        {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    ),
+    "llama3 positions": (transformers.LlamaConfig, {**LLAMA, "head_dim": 16, "rope_parameters": LLAMA3}),
+    "qwen2": (transformers.Qwen2Config, {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "mistral": (transformers.MistralConfig, {**LLAMA, "num_key_value_heads": 2, "sliding_window": None}),
     "qwen3": (transformers.Qwen3Config, {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
     "qwen3.5": (
@@ -131,6 +147,28 @@ def test_config_written_by_transformers_4(folder, tokenizer):
     assert (config.rope_theta, config.head_dim) == (10_000.0, 8)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.5}},  # beside rope_parameters, which says default
+        {"rope_parameters": "DELETED", "rope_theta": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 2}},
+        {"rope_parameters": "DELETED", "rope_theta": 300.0, "rope_scaling": {**LLAMA3, "rope_theta": 40.0}},
+        {"rope_scaling": {key: value for key, value in LLAMA3.items() if not key.startswith("o")}},
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 12},
+        {"rope_scaling": None, "rope_parameters": LLAMA3},
+    ],
+)
+def test_positions_are_scaled_as_transformers_does(changes, folder):
+    """Wherever a version of transformers writes it, also past the positions of the first training."""
+    edit(folder / "config.json", **changes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = import_huggingface(folder).model
+    assert ours.config.rope_scaling != "none"
+    assert difference(ours, theirs) < 1e-5
+    edit(folder / "config.json", rope_scaling=None, rope_parameters={"rope_type": "default"})
+    assert difference(import_huggingface(folder).model, theirs) > 1e-3  # it matters
+
+
 def test_extra_copy_of_a_tied_head(folder):
     state = load_file(folder / "model.safetensors")
     tokens = torch.arange(8)[None]
@@ -182,12 +220,18 @@ def test_end_of_text(places, expected, folder, tokenizer, tmp_path):
         (
             "llama",
             {"model_type": "gpt_neox"},
-            ["'gpt_neox'", "glm4_moe, gpt2, llama, mistral, mixtral, qwen3, qwen3_5_text, qwen3_moe"],
+            ["'gpt_neox'", "glm4_moe, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_5_text, qwen3_moe"],
         ),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
-        ("llama", {"attention_bias": True}, ["attention_bias is True", "mlp_bias is False"]),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_parameters", "'llama3'"]),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, ["rope_scaling", "'linear'"]),
+        ("llama", {"attention_bias": "yes"}, ["attention_bias is 'yes', must be true or false"]),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_parameters has no low_freq_fac"]),
+        ("llama", {"rope_scaling": {"type": "linear"}}, ["rope_scaling has no factor, which rope_type 'linear' needs"]),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, ["rope_factor: must be a number above 0"]),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, ["rope_factor is '2', not a number"]),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_scaling", "'dynamic'"]),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_parameters", "'yarn'"]),
+        ("llama", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["rope_scaling", "'longrope'"]),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["same settings for every layer"]),
         ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
         ("llama", {"hidden_size": "DELETED"}, ["hidden_size is missing"]),
         ("llama", {"num_attention_heads": 3, "head_dim": None}, ["num_heads: 3 does not divide"]),

@@ -275,7 +275,7 @@ def test_missing_rotary_base_is_the_class_s_own(tokenizer, tmp_path):
         (
             "glm4_moe",
             {"rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 1.0}},
-            ["rope_type 'yarn'", "unscaled"],
+            ["rope_type 'yarn'", "it computes 'default', 'linear', 'llama3'"],
         ),
         ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step is 2, must be 1"]),
         ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers is [1], must be the first layers"]),
