@@ -26,10 +26,9 @@ def read_pickle(path: Path) -> Any:
     files.refuse_lfs_pointer(path)
     damaged = f"{path} cannot be read: it is damaged or cut off"
     try:
-        if zipped := zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):
             _refuse_compression(path)
-        # Memory-mapped, because a training program's checkpoint is three times as large as its weights.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         swollen = [
             tuple(tensor.shape) for tensor in _tensors(content) if _bytes(tensor) > tensor.untyped_storage().nbytes()
         ]

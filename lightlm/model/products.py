@@ -8,6 +8,7 @@ Shapes: N, K, M of a product (N, K) x (K, M); E pairs of matrices; F features ou
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -92,34 +93,56 @@ _INT8_ROWS = 16  # above so many rows, multiplying by a weight that is turned ba
 _INT8_COLUMNS = 32
 
 
-def quantized(weight_FD: Tensor, bias_F: Tensor | None = None) -> Product:
-    """Return a function that computes x W^T + b in bf16 with the weight rounded to int8, one scale per output.
+@dataclass(frozen=True)
+class Weights:
+    """A matrix as it lies in memory. Called with x (N, D), it returns x W^T + b, in the precision of x.
 
-    A row of the weight becomes whole numbers from -127 to 127 times its scale, a bf16 number.
+    Args:
+        numbers_FD: the matrix, or whole numbers in int8.
+        scale_F: bf16; what the numbers of each row are multiplied by.
     """
+
+    numbers_FD: Tensor
+    bias_F: Tensor | None = None
+    scale_F: Tensor | None = None
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        numbers_FD, scale_F, bias_F = self.numbers_FD, self.scale_F, self.bias_F
+        if scale_F is None:
+            return product(x_ND, numbers_FD.T, bias_F)
+        if len(x_ND) <= _INT8_ROWS and has_int8_product(numbers_FD):
+            out_NF: Tensor = torch.ops.aten._weight_int8pack_mm.default(x_ND, numbers_FD, scale_F)
+        else:
+            dtype = torch.bfloat16 if packs("cpu", torch.bfloat16) else torch.float32
+            out_NF = product(x_ND.to(dtype), self.floats(dtype).T).to(x_ND.dtype)
+        return out_NF if bias_F is None else out_NF.add_(bias_F)
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix (F, D) as floats."""
+        floats_FD = self.numbers_FD.to(dtype)
+        return floats_FD if self.scale_F is None else floats_FD.mul_(self.scale_F.to(dtype)[:, None])
+
+
+def rounded(weight_FD: Tensor, bias_F: Tensor | None = None) -> Weights:
+    """Return a weight rounded to int8, one scale per output: whole numbers from -127 to 127 times a bf16 number."""
     weight_FD = weight_FD.float()
     # Rounded up to bf16, so that no number exceeds 127.
     scale_F = (weight_FD.abs().amax(1) / 127).mul_(1 + 2**-8).bfloat16()
     safe_F1 = torch.where(scale_F == 0, 1, scale_F).float()[:, None]
     numbers_FD = (weight_FD / safe_F1).round_().to(torch.int8)
-    if bias_F is not None:
-        bias_F = bias_F.bfloat16()
-    if not _has_int8_product(weight_FD.device.type) or weight_FD.shape[1] % _INT8_COLUMNS != 0:
-        return prepared((numbers_FD.float() * safe_F1).bfloat16(), bias_F)
-    few = torch.ops.aten._weight_int8pack_mm.default
-    dtype = torch.bfloat16 if packs("cpu", torch.bfloat16) else torch.float32
-
-    def run(x_ND: Tensor) -> Tensor:
-        out_NF: Tensor
-        if len(x_ND) <= _INT8_ROWS:
-            out_NF = few(x_ND, numbers_FD, scale_F)
-            return out_NF if bias_F is None else out_NF.add_(bias_F)
-        floats_FD = numbers_FD.to(dtype).mul_(scale_F.to(dtype)[:, None])
-        out_NF = product(x_ND.to(dtype), floats_FD.T).to(x_ND.dtype)
-        return out_NF if bias_F is None else out_NF.add_(bias_F)
-
-    return run
+    return Weights(numbers_FD, None if bias_F is None else bias_F.bfloat16(), scale_F)
 
 
-def _has_int8_product(device_type: str) -> bool:
-    return device_type == "cpu" and hasattr(torch.ops.aten, "_weight_int8pack_mm")
+def quantized(weight_FD: Tensor, bias_F: Tensor | None = None) -> Product:
+    """Return a function that computes x W^T + b in bf16, with the weight rounded to int8."""
+    weights = rounded(weight_FD, bias_F)
+    if has_int8_product(weights.numbers_FD):
+        return weights
+    return prepared(weights.floats(torch.float32).bfloat16(), weights.bias_F)
+
+
+def has_int8_product(numbers_FD: Tensor) -> bool:
+    """Return whether torch has a product of such a matrix and few rows."""
+    if numbers_FD.shape[1] % _INT8_COLUMNS != 0:
+        return False
+    return numbers_FD.device.type == "cpu" and hasattr(torch.ops.aten, "_weight_int8pack_mm")

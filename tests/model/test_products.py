@@ -41,7 +41,7 @@ def test_prepared_weights_multiply_as_plain_ones(sizes, dtype, packs, monkeypatc
 @pytest.mark.parametrize("columns", [96, 24, 17])
 def test_quantized_weights_are_rounded_to_255_steps_per_output(columns, rows, operator, monkeypatch):
     if not operator:
-        monkeypatch.setattr(products, "_has_int8_product", lambda _: False)
+        monkeypatch.setattr(products, "has_int8_product", lambda _: False)
     weight_FD, bias_F = torch.randn(65, columns) * torch.logspace(-3, 3, 65)[:, None], torch.randn(65)
     weight_FD[5] = 0
     x_ND = torch.randn(rows, columns).bfloat16()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lightlm.files import cache_folder, write_text
+from lightlm.generate.step.native import library
+from lightlm.generate.step.program import multiplication
 from lightlm.machine import processor
 from lightlm.model.products import prepared
 from lightlm.model.transformer import Transformer
@@ -34,7 +36,7 @@ def decoding_dtype(model: Transformer) -> torch.dtype:
     """
     if sum(p.numel() for p in model.parameters()) < _SMALL:
         return torch.float32
-    facts = [processor(), torch.__version__, sorted(model.config.to_dict().items())]
+    facts = [processor(), torch.__version__, library() is not None, sorted(model.config.to_dict().items())]
     key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
     known = _read()
     if key not in known:
@@ -83,9 +85,11 @@ def _weights(model: Transformer) -> Iterator[Tensor]:
             return
 
 
-def _pass(weights: list[Tensor], dtype: torch.dtype) -> Callable[[], None]:
+def _pass(weights: list[Tensor], dtype: torch.dtype) -> Callable[[], object]:
     """Return a function that multiplies one token by each weight."""
     cast = [weight_FD.to(dtype) for weight_FD in weights]
+    if library() is not None and cast[0].device.type == "cpu":
+        return multiplication(cast)
     products = [(prepared(weight_FD), weight_FD.new_ones(1, weight_FD.shape[1])) for weight_FD in cast]
 
     def run() -> None:

@@ -1,6 +1,7 @@
-"""The fast forward pass is held to the plain one, for every architecture."""
+"""The fast forward pass is held to the plain one, for every architecture, with compiled code and without."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,14 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightlm.generate.step.fast import FastForward, forward_of
+from lightlm.generate.step.native import library
 from lightlm.model import products
 from lightlm.model.transformer import Transformer
 from tests.model.decoding.test_cache import ragged_chunks
 from tests.shapes import SHAPES, build
 
 MODELS = {name: build(name) for name in SHAPES}
-FAST = {name: FastForward(model) for name, model in MODELS.items()}
 LENGTHS = [5, 9, 2]
+NATIVE = [False, pytest.param(True, marks=pytest.mark.skipif(library() is None, reason="no C compiler"))]
+
+
+def fast_forward(model, native, quantize=None):
+    with patch("lightlm.generate.step.fast.is_available", lambda _: native):
+        return FastForward(model, quantize)
+
+
+FAST = {(name, native): fast_forward(model, native) for name, model in MODELS.items() for native in (False, True)}
 
 
 @torch.no_grad()
@@ -38,10 +48,11 @@ def assert_near(model, tokens_BT, found_BTV, tolerance):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("native", NATIVE)
+@settings(max_examples=12, deadline=None)
 @given(plan=ragged_chunks(), same=st.booleans(), seed=st.integers(0, 99))
-def test_it_computes_what_the_forward_pass_computes_in_any_chunks(name, plan, same, seed):
-    model, fast, (lengths, chunks) = MODELS[name], FAST[name], plan
+def test_it_computes_what_the_forward_pass_computes_in_any_chunks(name, native, plan, same, seed):
+    model, fast, (lengths, chunks) = MODELS[name], FAST[name, native], plan
     if same:  # all rows at the same positions, without padding
         lengths, chunks = [lengths[0]] * len(lengths), [[chunk[0]] * len(chunk) for chunk in chunks if chunk[0]]
     rows = torch.randint(97, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
@@ -62,27 +73,30 @@ def test_it_computes_what_the_forward_pass_computes_in_any_chunks(name, plan, sa
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("packs", [False, True])
-def test_in_bf16_it_is_as_near_to_float64_as_the_plain_pass(name, packs, monkeypatch):
+@pytest.mark.parametrize("native", NATIVE)
+def test_in_bf16_it_is_as_near_to_float64_as_the_plain_pass(name, native, packs, monkeypatch):
     if not packs:
         monkeypatch.setattr(products, "packs", lambda *_: False)
     exact, model = build(name), build(name).bfloat16()
-    for forward in (model, FastForward(model)):
+    for forward in (model, fast_forward(model, native)):
         tokens_BT, found_BTV = by_steps(model, forward)
         assert_near(exact, tokens_BT, found_BTV.float(), 0.03)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("operator", [False, True])
-def test_int8_is_near_the_exact_model(name, operator, monkeypatch):
+@pytest.mark.parametrize("native", NATIVE)
+def test_int8_is_near_the_exact_model(name, native, operator, monkeypatch):
     if not operator:
-        monkeypatch.setattr(products, "_has_int8_product", lambda _: False)
+        monkeypatch.setattr(products, "has_int8_product", lambda _: False)
     model = MODELS[name]
-    tokens_BT, found_BTV = by_steps(model, FastForward(model, "int8"))
+    tokens_BT, found_BTV = by_steps(model, fast_forward(model, native, "int8"))
     assert_near(model, tokens_BT, found_BTV.float(), 0.05)
 
 
-def test_the_plain_pass_continues_its_cache_and_errors_are_the_same():
-    model, fast = MODELS["moe"], FAST["moe"]
+@pytest.mark.parametrize("native", NATIVE)
+def test_the_plain_pass_continues_its_cache_and_errors_are_the_same(native):
+    model, fast = MODELS["moe"], FAST["moe", native]
     tokens_BT = torch.tensor([[3, 1, 4, 1, 5]])
     with torch.no_grad():
         cache = model.new_cache(1)
@@ -93,19 +107,21 @@ def test_the_plain_pass_continues_its_cache_and_errors_are_the_same():
             fast(tokens_BT[:, :1], model.new_cache(1, 0))
 
 
-def test_one_row_reads_only_its_experts():
+@pytest.mark.parametrize("native", NATIVE)
+def test_one_row_reads_only_its_experts(native):
     """Weights of experts that are not chosen may be anything: NaN here."""
     model = build("moe")
-    fast, tokens_BT = FastForward(model), torch.tensor([[7]])
+    fast, tokens_BT = fast_forward(model, native), torch.tensor([[7]])
     moe = model.blocks[1].mlp
     expected, chosen = fast(tokens_BT, model.new_cache(1)), []
     moe.router.register_forward_hook(lambda _, __, output: chosen.extend(output[0][0].tolist()))
-    fast(tokens_BT, model.new_cache(1))
+    with torch.no_grad():
+        model(tokens_BT)
     others = [expert for expert in range(5) if expert not in chosen]
     assert len(others) == 3
     with torch.no_grad():
         moe.experts.gate_proj[others] = torch.nan
-    torch.testing.assert_close(FastForward(model)(tokens_BT, model.new_cache(1)), expected)
+    torch.testing.assert_close(fast_forward(model, native)(tokens_BT, model.new_cache(1)), expected)
 
 
 def test_it_is_made_once_and_anew_after_a_change():
