@@ -105,10 +105,10 @@ class ModelConfig:
     rope_original_seq_len: int = _key(
         0, "With rope_scaling=llama3: sequence length of the first training. 0 takes max_seq_len."
     )
-    mlp: Literal["swiglu", "gelu", "relu2"] = _key(
+    mlp: Literal["swiglu", "gelu", "gelu_erf", "relu2"] = _key(
         "swiglu",
-        "Feed-forward network: `swiglu` (Llama), `gelu` in the tanh approximation (GPT-2), or `relu2`, the squared "
-        "ReLU (arXiv 2109.08668).",
+        "Feed-forward network: `swiglu` (Llama), `gelu` in the tanh approximation (GPT-2), `gelu_erf`, which is GELU "
+        "itself (nanoGPT), or `relu2`, the squared ReLU (arXiv 2109.08668).",
     )
     qk_norm: bool = _key(False, "Apply RMSNorm to each query and key head before the rotation (Qwen3).")
     attention_gate: bool = _key(

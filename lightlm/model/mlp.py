@@ -28,7 +28,7 @@ class SwiGLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(up(x))) with GPT-2's tanh-approximated GELU or with squared ReLU (arXiv 2109.08668)."""
+    """down(act(up(x))) with GELU, GPT-2's approximation of it by tanh, or squared ReLU (arXiv 2109.08668)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,7 +42,9 @@ class MLP(nn.Module):
         return self.down_proj(self.activate(self.up_proj(x_BTD)))
 
     def activate(self, h_BTF: Tensor) -> Tensor:
-        return F.gelu(h_BTF, approximate="tanh") if self.activation == "gelu" else F.relu(h_BTF).square()
+        if self.activation == "relu2":
+            return F.relu(h_BTF).square()
+        return F.gelu(h_BTF, approximate="tanh" if self.activation == "gelu" else "none")
 
 
 def build_mlp(config: ModelConfig) -> nn.Module:

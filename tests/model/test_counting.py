@@ -36,7 +36,7 @@ def configs(draw):
     if draw(st.booleans()):
         return ModelConfig(
             **values,
-            mlp=draw(st.sampled_from(["swiglu", "gelu", "relu2"])),
+            mlp=draw(st.sampled_from(["swiglu", "gelu", "gelu_erf", "relu2"])),
             bias=draw(st.booleans()),
             bias_in=draw(st.sampled_from(["all", "attention", "qkv", "mlp"])),
         )

@@ -93,7 +93,7 @@ def test_every_configuration_is_refused_or_equal(data, tokenizer, tmp_path_facto
     norm, position, mlp = kind or (
         pick("rmsnorm", "layernorm"),
         pick("rope", "learned"),
-        pick("swiglu", "gelu", "relu2"),
+        pick("swiglu", "gelu", "gelu_erf", "relu2"),
     )
     config = ModelConfig(
         num_layers=pick(1, 2),
