@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightlm.convert.gguf.format import GGUFFile
 from lightlm.convert.huggingface.format import HuggingFaceFolder
+from lightlm.convert.programs.first import FirstLightLMCheckpoint
+from lightlm.convert.programs.litgpt import LitGPTCheckpoint
+from lightlm.convert.programs.llmc import LlmcCheckpoint
+from lightlm.convert.programs.nanochat import NanochatCheckpoint
+from lightlm.convert.programs.nanogpt import NanoGPTCheckpoint
 from lightlm.convert.protocol import Format
 from lightlm.convert.samples import sample_tokens
 from lightlm.errors import ConvertError, UsageError
@@ -72,7 +77,16 @@ class CheckpointFolder(Format):
         return 0.0
 
 
-FORMATS: dict[str, Format] = {"hf": HuggingFaceFolder(), "gguf": GGUFFile(), "lightlm": CheckpointFolder()}
+_PROGRAMS = (
+    NanoGPTCheckpoint(),
+    NanochatCheckpoint(),
+    LlmcCheckpoint(),
+    LitGPTCheckpoint(),
+    FirstLightLMCheckpoint(),
+)
+FORMATS: dict[str, Format] = {
+    known.name: known for known in (HuggingFaceFolder(), GGUFFile(), CheckpointFolder(), *_PROGRAMS)
+}
 
 
 def format_of(path: Path) -> Format | None:

@@ -111,6 +111,7 @@ def locate(reference: str | Path | None = None, *, weights: bool = True) -> Path
     given = Path(reference)
     there = "the folder holds neither recipe.yaml nor config.json" if given.is_dir() else "there is no such folder"
     if given.is_file():
+        files.refuse_lfs_pointer(given)
         there = "no format of `lightlm convert --list` recognizes this file"
     raise CheckpointError(
         f"no model at {given}: {there}, no run has that name (runs here: {run_names()}), and it is not "

@@ -26,9 +26,10 @@ def read_pickle(path: Path) -> Any:
     files.refuse_lfs_pointer(path)
     damaged = f"{path} cannot be read: it is damaged or cut off"
     try:
-        if zipfile.is_zipfile(path):
+        if zipped := zipfile.is_zipfile(path):
             _refuse_compression(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Memory-mapped, because a training program's checkpoint is three times as large as its weights.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         swollen = [
             tuple(tensor.shape) for tensor in _tensors(content) if _bytes(tensor) > tensor.untyped_storage().nbytes()
         ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from lightlm.data.foreign import foreign_splits, read_foreign
+from lightlm.data.foreign.folders import foreign_splits, read_foreign
 from lightlm.data.shards import Manifest, ShardEntry, Split, TokenStream, open_shard, streams_of, token_dtype
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
@@ -35,7 +35,7 @@ class DataFolder:
     def open(cls, path: str | os.PathLike[str]) -> "DataFolder":
         """Open and check a data folder, except for the checksums, which take a pass over the data (see `verify`).
 
-        Also opens a folder of shards from llm.c or modded-nanogpt (see `lightlm.data.foreign`). Raises DataError naming
+        Also opens a folder of another program's shards (see `lightlm.data.foreign.folders`). Raises DataError naming
         what is missing or does not match: the folder, the manifest, the tokenizer or a shard.
         """
         folder = Path(path)

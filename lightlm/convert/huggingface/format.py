@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightlm.convert.huggingface.config import WEIGHT_FILES
 from lightlm.convert.huggingface.layouts import LAYOUTS, export_target
 from lightlm.convert.protocol import Format
 from lightlm.errors import ConvertError
@@ -27,7 +28,10 @@ class HuggingFaceFolder(Format):
     def detect(self, path: Path) -> bool:
         from lightlm.checkpoint import is_checkpoint
 
-        return (path / "config.json").is_file() and not is_checkpoint(path)
+        if not (path / "config.json").is_file() or is_checkpoint(path):
+            return False
+        # litgpt copies config.json beside its own weights.
+        return not (path / "lit_model.pth").is_file() or any((path / name).is_file() for name in WEIGHT_FILES)
 
     def is_own(self, path: Path) -> bool:
         from lightlm.convert.record import is_untouched_export
