@@ -19,6 +19,7 @@ SHAPES = {
     "qwen3": ModelConfig(**_BASE, num_kv_heads=1, head_dim=16, qk_norm=True, tie_embeddings=False),
     "gated": ModelConfig(**_BASE, num_kv_heads=2, head_dim=16, qk_norm=True, attention_gate=True),
     "relu2": ModelConfig(**_BASE, mlp="relu2", bias=True),
+    "nanogpt": ModelConfig(**_BASE, **_GPT2 | {"mlp": "gelu_erf", "bias": False}),
     "qwen2": ModelConfig(**_BASE, num_kv_heads=2, bias=True, bias_in="qkv", rope_scaling="linear", rope_factor=2.5),
     "llama3": ModelConfig(
         **_BASE,

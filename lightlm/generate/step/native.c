@@ -20,7 +20,7 @@ extern int omp_get_num_threads(void);
 
 enum { FLOAT32, BFLOAT16, INT8 };                        // Matrix.type
 enum { EMBED, NORM, LINEAR, SWIGLU, HEADS, ATTEND, ROUTE };  // Op.kind
-enum { NOTHING, GELU, RELU2 };                           // Op.mode of LINEAR
+enum { NOTHING, GELU, RELU2, GELU_ERF };                 // Op.mode of LINEAR
 enum { RMS, LAYER };                                     // Op.mode of NORM
 enum { SIGMOID, SOFTMAX, SIGMOID_NORMALIZED, SOFTMAX_NORMALIZED };  // Op.mode of ROUTE
 enum { BLOCK = 4 };                                      // rows of a matrix that are multiplied together
@@ -99,6 +99,7 @@ static inline float activate(float x, int64_t mode) {
         float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
         return x * sigmoid(2 * inner);
     }
+    if (mode == GELU_ERF) return 0.5f * x * (1 + erff(0.7071067812f * x));
     return x;
 }
 

@@ -24,7 +24,7 @@ MOST_TOKENS = 32  # above, torch's products are faster
 # The numbers of native.c.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _EMBED, _NORM, _LINEAR, _SWIGLU, _HEADS, _ATTEND, _ROUTE = range(7)
-_ACTIVATIONS = {"gelu": 1, "relu2": 2}
+_ACTIVATIONS = {"gelu": 1, "relu2": 2, "gelu_erf": 3}
 _ROUTERS = {("sigmoid", False): 0, ("softmax", False): 1, ("sigmoid", True): 2, ("softmax", True): 3}
 _BLOCK = 4
 _SPARE = 256  # numbers that each thread has beyond what is counted
