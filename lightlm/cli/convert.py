@@ -137,8 +137,9 @@ def convert(
         read=read,
     )
     facts, source = with_model(model, lambda path: (write(path), path))
-    written = sorted(target.iterdir()) if target.is_dir() else [target, *facts.pop("beside", [])]
-    sizes = {path.name: path.stat().st_size for path in written}
+    written = sorted(filter(Path.is_file, target.rglob("*"))) if target.is_dir() else [target, *facts.pop("beside", [])]
+    above = target if target.is_dir() else target.parent
+    sizes = {path.relative_to(above).as_posix(): path.stat().st_size for path in written}
     summary = {"source": str(source), "folder": str(target), "format": writer.name, "dtype": dtype, **facts}
     summary |= {"quantize": quantize, "weights": weights, "average": average}
     summary |= {"files": sizes, "bytes": sum(sizes.values())}

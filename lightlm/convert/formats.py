@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightlm.convert.gguf.format import GGUFFile
 from lightlm.convert.huggingface.format import HuggingFaceFolder
+from lightlm.convert.onnx.format import ONNXFolder
 from lightlm.convert.programs.first import FirstLightLMCheckpoint
 from lightlm.convert.programs.litgpt import LitGPTCheckpoint
 from lightlm.convert.programs.llmc import LlmcCheckpoint
@@ -85,7 +86,7 @@ _PROGRAMS = (
     FirstLightLMCheckpoint(),
 )
 FORMATS: dict[str, Format] = {
-    known.name: known for known in (HuggingFaceFolder(), GGUFFile(), CheckpointFolder(), *_PROGRAMS)
+    known.name: known for known in (HuggingFaceFolder(), GGUFFile(), ONNXFolder(), CheckpointFolder(), *_PROGRAMS)
 }
 
 

@@ -155,9 +155,9 @@ def test_default_folder_of_a_hub_model(run, tmp_path, monkeypatch):
     assert json.loads(invoke("someone/Model", "--json"))["folder"] == "Model-lightlm"
 
 
-@pytest.mark.parametrize("format_", ["onnx", ""])
+@pytest.mark.parametrize("format_", ["coreml", ""])
 def test_formats_to_come(format_, run):
-    with pytest.raises(UsageError, match="hf and gguf and lightlm"):
+    with pytest.raises(UsageError, match="hf and gguf and onnx and lightlm"):
         invoke("--to", format_)
 
 
@@ -371,6 +371,30 @@ def test_gguf_without_its_packages(package, arguments, run, monkeypatch):
     assert not Path("runs/demo/demo.gguf").exists()
 
 
+def test_onnx(run, monkeypatch):
+    """A folder in the run, replaced by a later export; it is written, not read."""
+    pytest.importorskip("onnx", reason='onnx is not installed: pip install "lightlm[onnx]"')
+    pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "lightlm[onnx]"')
+    here = Path.cwd()
+    summary = json.loads(invoke("--to", "onnx", "--verify", "--json"))
+    assert (summary["folder"], summary["class"]) == (str(Path("runs/demo/onnx")), "ONNX graph")
+    assert summary["max_logit_difference"] < 1e-4
+    assert {"onnx/model.onnx", "config.json", "tokenizer.json"} < summary["files"].keys()
+    assert summary["bytes"] == sum(path.stat().st_size for path in Path("runs/demo/onnx").rglob("*.*"))
+    assert "logits differ by" in invoke("--to", "onnx", "--quantize", "int8", "--verify")
+    assert Path("runs/demo/onnx-int8/onnx/model_quantized.onnx").is_file()
+    invoke("--to", "onnx", "--dtype", "float16")
+    assert [path.name for path in Path("runs/demo/onnx/onnx").iterdir()] == ["model_fp16.onnx"]
+    with pytest.raises(ConvertError, match="a model in the format onnx, which LightLM only writes"):
+        invoke("runs/demo/onnx")
+    for package, option in (("onnx", []), ("onnxruntime", ["--verify"])):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ConvertError, match=rf"{package}, which .*lightlm\[onnx\]"):
+            invoke("--to", "onnx", *option)
+        monkeypatch.undo()
+        monkeypatch.chdir(here)
+
+
 def test_list_of_formats():
     """What they read, write and need."""
     rows = {row["format"]: row for row in json.loads(invoke("--list", "--json"))}
@@ -385,7 +409,8 @@ def test_list_of_formats():
 def test_options_name_every_format():
     app = typer.Typer()
     app.command()(convert)
-    assert "hf, gguf, lightlm" in CliRunner().invoke(app, ["--help"]).output
+    shown = CliRunner().invoke(app, ["--help"]).output.replace("│", " ")
+    assert "hf, gguf, onnx, lightlm" in " ".join(shown.split())
 
 
 def test_verify_without_transformers(run, monkeypatch):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -70,10 +70,16 @@ class LlamaCpp:
         """Return the ids of a text, with what the file says comes before each; special tokens are not read from it."""
         return self.ask("/tokenize", {"content": text, "add_special": True, "parse_special": False})["tokens"]
 
-    def continue_greedily(self, ids: Sequence[int], count: int) -> list[int]:
-        """Return the `count` likeliest tokens after a prompt, one by one, also past the end of a text."""
+    def continue_greedily(self, ids: Sequence[int], count: int, banned: Iterable[int] = ()) -> list[int]:
+        """Return the `count` likeliest tokens after a prompt, one by one, also past the end of a text.
+
+        Neither a token that ends a text, by llama.cpp's own rules, nor one that is `banned` is among them.
+        """
         request = {"prompt": list(ids), "n_predict": count, "temperature": 0.0, "return_tokens": True}
-        return self.ask("/completion", request | {"ignore_eos": True, "samplers": ["temperature"]})["tokens"]
+        request |= {"ignore_eos": True, "samplers": ["temperature"]}
+        if bias := [[token, False] for token in banned]:
+            request["logit_bias"] = bias
+        return self.ask("/completion", request)["tokens"]
 
     def next_log_probs(self, ids: Sequence[int], vocab_size: int) -> list[float]:
         """Return the log-probability of every token after a prompt, (V,)."""

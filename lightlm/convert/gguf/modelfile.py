@@ -20,7 +20,7 @@ def modelfile(loaded: LoadedModel, out: Path) -> str:
     than the model has.
     """
     tokenizer = loaded.tokenizer
-    ends = [str(tokenizer.name_of(index)).replace('"', '\\"') for index in sorted(tokenizer.end_ids)]
+    ends = [str(tokenizer.name_of(index)) for index in sorted(tokenizer.end_ids)]
     template = tokenizer.settings.get("chat_template", "")
     # Ollama's templates are in another language. It knows that of a usual chat template by itself.
     form = _CHAT_ML if all(mark in template for mark in ("<|im_start|>", "<|im_end|>")) else ""
@@ -30,6 +30,12 @@ def modelfile(loaded: LoadedModel, out: Path) -> str:
         f"FROM ./{out.name}",
         *([form] if form else [] if template else ['TEMPLATE "{{ .Prompt }}"']),
         f"PARAMETER num_ctx {loaded.model.config.max_seq_len}",
-        *(f'PARAMETER stop "{end}"' for end in ends),
+        *(f"PARAMETER stop {quoted(end)}" for end in ends if end.isprintable()),  # Ollama drops other characters
     ]
     return "\n".join(lines) + "\n"
+
+
+def quoted(value: str) -> str:
+    """Return a line's value as Ollama's parser reads it: it knows no escapes, and cuts quotes only at the ends."""
+    plain = f'"{value}"'
+    return f'""{plain}""' if plain.startswith('"""') else plain

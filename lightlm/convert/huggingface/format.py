@@ -30,8 +30,9 @@ class HuggingFaceFolder(Format):
 
         if not (path / "config.json").is_file() or is_checkpoint(path):
             return False
-        # litgpt copies config.json beside its own weights.
-        return not (path / "lit_model.pth").is_file() or any((path / name).is_file() for name in WEIGHT_FILES)
+        # litgpt and ONNX exports have config.json beside their own weights.
+        others = (path / "lit_model.pth").is_file() or holds_onnx(path)
+        return not others or any((path / name).is_file() for name in WEIGHT_FILES)
 
     def is_own(self, path: Path) -> bool:
         from lightlm.convert.record import is_untouched_export
@@ -74,3 +75,8 @@ class HuggingFaceFolder(Format):
                 f"{difference:.2e}, more than rounding ({TOLERANCE:.0e}); do not use the conversion, and report this"
             )
         return difference
+
+
+def holds_onnx(folder: Path) -> bool:
+    """Return whether a folder holds ONNX files, where programs look for them."""
+    return any(found for place in (folder, folder / "onnx") for found in place.glob("*.onnx"))
