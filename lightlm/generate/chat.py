@@ -50,7 +50,7 @@ class ChatTemplate:
             raise UsageError(
                 "the model has no chat template: it continues texts and knows no turns; give it a text, without --chat"
             )
-        roles = {role: token for role, token in tokenizer.settings.items() if role != "chat_template"}
+        roles = {key: value for key, value in tokenizer.settings.items() if key.endswith("_token")}
         return cls(source, {role: token for role, token in roles.items() if isinstance(token, str)})
 
     def render(

@@ -99,7 +99,7 @@ def test_contradictions_are_refused(lightlm, arguments, message):
 
 
 def test_a_recipe_that_cannot_be_exported_says_so(lightlm):
-    outcome = lightlm("train", "tiny.yaml", "model.mlp=relu2", "--dry-run")
+    outcome = lightlm("train", "tiny.yaml", "model.mlp=relu2", "model.qk_norm=true", "--dry-run")
     assert "cannot be exported to Hugging Face" in outcome.stderr
 
 

@@ -8,6 +8,7 @@ from lightlm.convert.gguf import byte_level, pieces
 from lightlm.convert.gguf.header import Header
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.data.tokenizer.definition import BYTE_TOKENS
+from lightlm.data.tokenizer.folder import OTHER_TEMPLATES
 from lightlm.errors import ConvertError, DataError
 from lightlm.names import warn
 
@@ -66,6 +67,8 @@ def _roles(tokenizer: Tokenizer) -> dict[str, Any]:
         )
     roles = {f"tokenizer.ggml.{role}_token_id": index for role, index in ids.items() if index is not None}
     template = settings.get("chat_template")
+    if others := settings.get(OTHER_TEMPLATES):
+        warn(f"GGUF gets the default chat template only, not {', '.join(sorted(others))}")
     return roles | ({"tokenizer.chat_template": template} if template else {})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightlm import files
-from lightlm.convert.huggingface.layouts import LAYOUTS
+from lightlm.convert.huggingface.layouts import LAYOUTS, MISSING_PARTS
 from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
 from lightlm.model.config import BIASED, ModelConfig
@@ -76,10 +76,11 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     Raises:
         ConvertError: LightLM does not have such a model; the message lists every key in the way.
     """
-    model_type = values.get("model_type")
+    model_type = str(values.get("model_type"))
     if model_type not in LAYOUTS:
+        reason = f", which LightLM does not have: {MISSING_PARTS[model_type]}" if model_type in MISSING_PARTS else ""
         raise ConvertError(
-            f"{where}: model_type is {model_type!r}; LightLM reads {', '.join(sorted(LAYOUTS))} (without "
+            f"{where}: model_type is {model_type!r}{reason}; LightLM reads {', '.join(sorted(LAYOUTS))} (without "
             "quantization), and its own checkpoints"
         )
     layout = LAYOUTS[model_type]
@@ -149,7 +150,11 @@ def _problems(layout: Layout, values: dict[str, Any]) -> list[str]:
         for key in layout.bias_keys
         if not isinstance(values.get(key, False), bool)
     ]
-    windows = {"mistral": 4096, "mixtral": None}  # what a missing key means; other classes ignore the key
+    windows = {
+        "mistral": 4096,
+        "mixtral": None,
+        "starcoder2": None,
+    }  # what a missing key means; other classes ignore the key
     model_type = values["model_type"]
     window = values.get("sliding_window", windows[model_type]) if model_type in windows else None
     if window is not None and window < values.get("max_position_embeddings", 0):

@@ -21,8 +21,16 @@ from lightlm.convert.huggingface.weights import only_weights, read_weights, weig
 from lightlm.convert.record import write_record
 from lightlm.convert.renaming import our_state, refuse_absurd_size, their_state
 from lightlm.data.tokenizer import Tokenizer
-from lightlm.data.tokenizer.folder import SETTINGS, read_settings
+from lightlm.data.tokenizer.folder import (
+    DEFINITION,
+    FURTHER_TOKENS,
+    OTHER_TEMPLATES,
+    SETTINGS,
+    SPECIAL_TOKENS,
+    read_settings,
+)
 from lightlm.errors import ConvertError, DataError
+from lightlm.names import warn
 
 
 def export_huggingface(
@@ -119,7 +127,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int, max_seq_len: 
     if frames or raw.truncation or raw.padding:
         _write_json(path, definition | {"truncation": None, "padding": None})
     token = raw.id_to_token(tokenizer.end_of_text_id)
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": raw.id_to_token(bos),
         "eos_token": token,
@@ -127,7 +135,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int, max_seq_len: 
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
-    _write_json(folder / SETTINGS, settings | dict(tokenizer.settings))
+    settings |= dict(tokenizer.settings)
+    if others := settings.pop(OTHER_TEMPLATES, None):
+        templates = {"default": settings["chat_template"]} if "chat_template" in settings else {}
+        named = (templates | others).items()
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in named]
+    _write_json(folder / SETTINGS, settings)
+    special = {key: value for key, value in settings.items() if key.endswith("_token") or key in FURTHER_TOKENS}
+    _write_json(folder / SPECIAL_TOKENS, {key: value for key, value in special.items() if value is not None})
 
 
 def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
@@ -136,10 +151,7 @@ def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> To
     except DataError as error:
         raise ConvertError(str(error)) from None
     if tokenizer.vocab_size > vocab_size:
-        raise ConvertError(
-            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, config.json's vocab_size is {vocab_size}: "
-            "the tokenizer belongs to another model; replace it with the model's own"
-        )
+        tokenizer = _without_surplus(tokenizer, folder, vocab_size)
     # Beginning of text, as `AutoTokenizer`: where no tokenizer file names it, the id in config.json.
     bos_id = None
     if "bos_token" in settings:
@@ -149,11 +161,34 @@ def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> To
     return tokenizer.used_as(bos_id, bool(tokenizer.prefix_ids), settings, _read_generation(folder, config))
 
 
+def _without_surplus(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> Tokenizer:
+    """Return a tokenizer without added tokens for which the model has no rows, such as one only for padding.
+
+    Raises:
+        ConvertError: other tokens have none either, or texts begin or end with one of these.
+    """
+    added = {each["id"]: each["content"] for each in tokenizer.content.get("added_tokens") or []}
+    surplus = {index: name for index, name in sorted(added.items()) if index >= vocab_size}
+    needed = {tokenizer.end_of_text_id, *tokenizer.prefix_ids}
+    if tokenizer.vocab_size - len(surplus) > vocab_size or needed & surplus.keys():
+        raise ConvertError(
+            f"{folder / DEFINITION} has {tokenizer.vocab_size} tokens, config.json's vocab_size is {vocab_size}: "
+            "the tokenizer belongs to another model; replace it with the model's own"
+        )
+    kept = [each for each in tokenizer.content["added_tokens"] if each["id"] < vocab_size]
+    definition = json.dumps(tokenizer.content | {"added_tokens": kept}, ensure_ascii=False).encode()
+    names = ", ".join(f"{name} (id {index})" for index, name in surplus.items())
+    warn(f"{folder / DEFINITION}: {names}: left out, because the model has rows for {vocab_size} tokens only")
+    return Tokenizer(definition, origin=str(folder / DEFINITION), end_of_text_id=tokenizer.end_of_text_id)
+
+
 def _read_generation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the folder's generation_config.json; without one, what transformers takes from config.json for it."""
     if (folder / GENERATION).is_file():
         return read_json(folder / GENERATION)
-    return {"eos_token_id": config["eos_token_id"]} if isinstance(config.get("eos_token_id"), list) else {}
+    ends, pad = config.get("eos_token_id"), config.get("pad_token_id")
+    said: dict[str, Any] = {"eos_token_id": ends} if isinstance(ends, list) else {}
+    return said | ({"pad_token_id": pad} if isinstance(pad, int) else {})
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -172,6 +172,39 @@ LAYOUTS = {
         written={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},  # for training it further without dropout
     ),
     "llama": _LLAMA,
+    "arcee": replace(
+        _LLAMA,
+        architecture="ArceeForCausalLM",
+        fixed={**_LLAMA_FIXED, "mlp": "relu2"},
+        defaults={**_LLAMA_DEFAULTS, "rms_norm_eps": 1e-5},
+        constants={"hidden_act": ("relu2",)},
+    ),
+    "starcoder2": Layout(
+        architecture="Starcoder2ForCausalLM",
+        keys={
+            **{ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "head_dim"},
+            "norm_eps": "norm_epsilon",
+        },
+        fixed={**_GPT2_FIXED, "position": "rope"},
+        rules={
+            **_LLAMA_RULES,
+            "head_dim": Rule(lambda c: c.head_dim * c.num_heads == c.hidden_size, "must be hidden_size / num_heads"),
+        },
+        defaults={
+            "num_key_value_heads": 2,
+            "norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.018042,
+        },
+        constants={"hidden_act": ("gelu_pytorch_tanh", "gelu_new"), "use_bias": (True,)},
+        links=(
+            *(link for link in _LLAMA_LINKS if ".mlp." not in link.theirs),
+            Link("model.layers.{}.mlp.c_fc", "blocks.{}.mlp.up_proj"),
+            Link("model.layers.{}.mlp.c_proj", "blocks.{}.mlp.down_proj"),
+        ),
+        # For training it further without dropout.
+        written={"residual_dropout": 0.0, "embedding_dropout": 0.0, "sliding_window": None},
+    ),
     "mistral": replace(  # only read: without its window it is a Llama, which comes first
         _LLAMA,
         architecture="MistralForCausalLM",
@@ -274,6 +307,34 @@ LAYOUTS = {
         ),
         stacked_links=_LLAMA_LINKS + _STACKED_LINKS,
         rope={"rope_theta": 1_000_000.0},
+    ),
+}
+
+# Why LightLM does not have a model of these, by model_type.
+_AFTER = "it normalizes what attention and feed-forward networks put out, not what goes in"
+_PARALLEL = "attention and feed-forward network of a layer read the same input"
+_GELU_GATE = "the gate of its feed-forward networks is a GELU"
+_LATENT = "its keys and values are compressed (multi-head latent attention)"
+_OTHER_POSITIONS = "its positions are neither rotary nor learned in the way of GPT-2"
+MISSING_PARTS = {
+    "olmo": "its norms have no weights",
+    "olmo2": _AFTER,
+    "olmo3": _AFTER,
+    "olmoe": "it normalizes queries over all heads together",
+    "exaone4": _AFTER,
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), _GELU_GATE),
+    **dict.fromkeys(("gpt_neox", "gptj", "phi", "cohere", "cohere2", "falcon"), _PARALLEL),
+    "phi3": "its projections are stored as one",
+    "smollm3": "some of its layers have no positions",
+    "granite": "it scales attention, residual branches and logits by factors of its own",
+    "stablelm": "only a part of each head rotates",
+    "nemotron": "only a part of each head rotates, and norms multiply by 1 + weight",
+    **dict.fromkeys(("opt", "bloom", "mpt", "gpt_neo"), _OTHER_POSITIONS),
+    "gpt_bigcode": "its projections are stored as one, with one head of keys",
+    "qwen2_moe": "its shared expert has a gate of its own",
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _LATENT),
+    **dict.fromkeys(
+        ("mamba", "mamba2", "rwkv", "jamba", "bamba", "zamba2", "lfm2", "qwen3_next"), "it has recurrent layers"
     ),
 }
 

@@ -1,6 +1,7 @@
 """A tokenizer as a folder holds it: its definition, and the end-of-text token that the files beside it name.
 
 The definition is tokenizer.json, or is built from vocab.json and merges.txt, the two files of GPT-2's byte-level BPE.
+transformers converts what else there is.
 """
 
 import contextlib
@@ -8,13 +9,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightlm.data.tokenizer.conversion import convert_tokenizer
 from lightlm.errors import DataError
 from lightlm.files import refuse_lfs_pointer
-from lightlm.names import warn
 
 DEFINITION, VOCABULARY, MERGES, ADDED = "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"
 SETTINGS, SPECIAL_TOKENS, MANIFEST = "tokenizer_config.json", "special_tokens_map.json", "manifest.json"
-CHAT_TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
+OTHER_TEMPLATES = "other_chat_templates"  # our key for templates that are not the default one
+FURTHER_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # by version of transformers
+_SIDES = ("padding_side", "truncation_side")
 WITHOUT_DEFINITION = (VOCABULARY, MERGES, ADDED)
 
 # Where a folder names its end-of-text token, by id or in characters, in the order in which they are asked.
@@ -36,18 +40,8 @@ _GPT2_CLASSES = (
 _SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _LIKELY_SPECIAL = ("<|endoftext|>",)  # GPT-2's vocab.json lists it among its words
 
-_SAVE_AS_JSON = (
-    'python -c "from transformers import AutoTokenizer as T; '
-    "T.from_pretrained('{folder}').save_pretrained('{folder}')\""
-)
-# Files of tokenizers that LightLM does not read, and what reads them.
-_OTHER_FORMATS = {
-    "tokenizer.model": "SentencePiece's format, which needs `pip install 'lightlm[hf]' sentencepiece protobuf`",
-    "spiece.model": "SentencePiece's format, which needs `pip install 'lightlm[hf]' sentencepiece protobuf`",
-    "vocab.txt": "the vocabulary of a WordPiece tokenizer, which needs `pip install 'lightlm[hf]'`",
-    VOCABULARY: f"half of a byte-level BPE: {MERGES} is missing",
-    MERGES: f"half of a byte-level BPE: {VOCABULARY} is missing",
-}
+# Files of tokenizers that transformers can convert.
+_OTHER_FORMATS = ("tokenizer.model", "spiece.model", "vocab.txt")
 
 
 def tokenizer_folder(path: Path) -> Path | None:
@@ -67,7 +61,7 @@ def read_definition(path: Path) -> bytes:
     if folder is not None and not file.is_file():
         if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
             return _build(folder)
-        raise DataError(_missing(folder))
+        return _read_other(folder)
     refuse_lfs_pointer(file)
     try:
         return file.read_bytes()
@@ -107,25 +101,39 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Return what a folder's files say about special tokens and the chat template, for those that are named.
 
     The keys are those of transformers' tokenizer_config.json: `bos_token` and other roles, with the characters of the
-    token or None, and `chat_template`. Of several templates it is the one named default. Raises DataError where a file
-    is damaged.
+    token or None, further special tokens, sides, and `chat_template`. Of several templates that is the one named
+    default; the others are `OTHER_TEMPLATES`, by name. Raises DataError where a file is damaged.
     """
     settings = _read_json(folder / SETTINGS)
     named = _read_json(folder / SPECIAL_TOKENS) | settings
     kept: dict[str, Any] = {role: token_content(named[role]) for role in _SPECIAL_ROLES if role in named}
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-    if isinstance(template, dict):
-        if lost := sorted(str(name) for name in template if name != "default"):
-            warn(f"{folder / SETTINGS}: only the chat template named default is used and kept, not {', '.join(lost)}")
-        template = template.get("default")
-    if (folder / CHAT_TEMPLATE).is_file():  # transformers prefers it, too
-        try:
-            template = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{folder / CHAT_TEMPLATE} cannot be read: {error}") from error
-    return kept | ({"chat_template": template} if isinstance(template, str) else {})
+    for key in FURTHER_TOKENS:
+        if isinstance(tokens := named.get(key), list):
+            kept[key] = [content for token in tokens if (content := token_content(token)) is not None]
+    kept |= {side: settings[side] for side in _SIDES if settings.get(side) in ("left", "right")}
+    templates = _read_templates(folder, settings)
+    if (default := templates.pop("default", None)) is not None:
+        kept["chat_template"] = default
+    return kept | ({OTHER_TEMPLATES: templates} if templates else {})
+
+
+def _read_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Return the chat templates of a folder by name; files win over those in the settings, as in transformers."""
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        given = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
+    if not isinstance(given, dict):
+        given = {"default": given}
+    named = settings.get(OTHER_TEMPLATES)  # a checkpoint of LightLM
+    given |= named if isinstance(named, dict) else {}
+    paths = {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
+    for name, path in ({"default": folder / CHAT_TEMPLATE} | paths).items():
+        if path.is_file():
+            try:
+                given[name] = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{path} cannot be read: {error}") from error
+    return {name: text for name, text in given.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def _build(folder: Path) -> bytes:
@@ -133,17 +141,9 @@ def _build(folder: Path) -> bytes:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     settings = _read_json(folder / SETTINGS)
-    if (name := settings.get("tokenizer_class")) not in _GPT2_CLASSES:
-        raise DataError(
-            f"{folder} has no {DEFINITION}, and {VOCABULARY} and {MERGES} of a {name} cannot be used without it. "
-            f"Make it with: {_SAVE_AS_JSON.format(folder=folder)}"
-        )
     vocabulary, merges = _read_json(folder / VOCABULARY), _read_merges(folder / MERGES)
-    if any(right.endswith("</w>") for _, right in merges):
-        raise DataError(
-            f"{folder / MERGES}: its words end with </w>, so this is not a byte-level BPE as GPT-2's. "
-            f"Make a {DEFINITION} with: {_SAVE_AS_JSON.format(folder=folder)}"
-        )
+    if settings.get("tokenizer_class") not in _GPT2_CLASSES or any(right.endswith("</w>") for _, right in merges):
+        return convert_tokenizer(folder, VOCABULARY)  # another way to split text
     try:
         definition = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False))
     except Exception as error:  # `tokenizers` raises bare Exception, and TypeError for an id that is not a number
@@ -224,12 +224,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _missing(folder: Path) -> str:
-    found = next((name for name in _OTHER_FORMATS if (folder / name).is_file()), None)
-    if found is None:
-        return (
-            f"{folder} has no {DEFINITION}, nor {VOCABULARY} and {MERGES}; put the model's there (transformers writes "
-            f"it with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
-        )
-    how = "" if found in (VOCABULARY, MERGES) else f" and: {_SAVE_AS_JSON.format(folder=folder)}"
-    return f"{folder} has no {DEFINITION}. {found} is {_OTHER_FORMATS[found]}{how}"
+def _read_other(folder: Path) -> bytes:
+    """Return the tokenizer.json that transformers makes of another format; raise DataError where there is none."""
+    if found := next((name for name in _OTHER_FORMATS if (folder / name).is_file()), None):
+        refuse_lfs_pointer(folder / found)
+        return convert_tokenizer(folder, found)
+    halves = {name for name in (VOCABULARY, MERGES) if (folder / name).is_file()}
+    if halves:
+        [absent] = {VOCABULARY, MERGES} - halves
+        raise DataError(f"{folder} has no {DEFINITION}, and {absent} is missing beside {halves.pop()}")
+    raise DataError(
+        f"{folder} has no {DEFINITION}, nor {VOCABULARY} and {MERGES}; put the model's there (transformers writes "
+        f"it with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
+    )

@@ -46,6 +46,9 @@ EXPORTED = {
     "llama biases of the network, linear positions": replace(
         SIZED["llama"], bias=True, bias_in="mlp", rope_scaling="linear", rope_factor=4
     ),
+    "arcee": replace(SIZED["llama"], mlp="relu2"),
+    "arcee biases": SIZED["relu2"],
+    "starcoder2": replace(SIZED["gpt2"], position="rope", num_kv_heads=2, tie_embeddings=False),
     "qwen2, linear positions": SIZED["qwen2"],
     "gated, llama3 positions": replace(SIZED["gated"], rope_scaling="llama3", rope_factor=2.0, rope_original_seq_len=8),
     "llama far base": replace(SIZED["llama"], rope_theta=500_000.0, norm_eps=1e-3),

@@ -48,6 +48,8 @@ FAMILIES = {
     ),
     "llama3 positions": (transformers.LlamaConfig, {**LLAMA, "head_dim": 16, "rope_parameters": LLAMA3}),
     "qwen2": (transformers.Qwen2Config, {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "arcee": (transformers.ArceeConfig, {**LLAMA, "num_key_value_heads": 2, "mlp_bias": True}),
+    "starcoder2": (transformers.Starcoder2Config, {**LLAMA, "num_key_value_heads": 2}),
     "mistral": (transformers.MistralConfig, {**LLAMA, "num_key_value_heads": 2, "sliding_window": None}),
     "qwen3": (transformers.Qwen3Config, {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
     "qwen3.5": (
@@ -220,8 +222,15 @@ def test_end_of_text(places, expected, folder, tokenizer, tmp_path):
         (
             "llama",
             {"model_type": "gpt_neox"},
-            ["'gpt_neox'", "glm4_moe, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_5_text, qwen3_moe"],
+            [
+                "'gpt_neox'",
+                "arcee, glm4_moe, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_5_text, qwen3_moe, starcoder2",
+            ],
         ),
+        ("llama", {"model_type": "olmo2"}, ["'olmo2', which LightLM does not have: it normalizes what attention"]),
+        ("llama", {"model_type": ["llama"]}, ["model_type is"]),
+        ("starcoder2", {"sliding_window": 16}, ["sliding_window is 16"]),
+        ("starcoder2", {"use_bias": False}, ["use_bias is False"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
         ("llama", {"attention_bias": "yes"}, ["attention_bias is 'yes', must be true or false"]),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_parameters has no low_freq_fac"]),

@@ -93,11 +93,10 @@ def test_every_end_of_text_counts(tmp_path: Path, generation: Any, config: Any, 
     assert import_huggingface(folder).tokenizer.end_ids == expected
 
 
-def test_where_a_template_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_a_template_is_found(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     folder = write_folder(tmp_path / "hf", settings=SETTINGS | {"chat_template": named})
     assert import_huggingface(folder).tokenizer.settings["chat_template"] == "plain"
-    assert "not tool_use" in caplog.text
     (folder / "chat_template.jinja").write_text("a file", encoding="utf-8")  # transformers prefers it
     assert import_huggingface(folder).tokenizer.settings["chat_template"] == "a file"
     (folder / "chat_template.jinja").write_bytes(b"\xff")
@@ -126,3 +125,58 @@ def test_a_damaged_file_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "ours" / "complete.json").write_text(json.dumps(marker))
     with pytest.raises(CheckpointError, match="not a JSON object"):
         load_model(tmp_path / "ours")
+
+
+def test_further_tokens_sides_and_named_templates(tmp_path: Path) -> None:
+    """Through a checkpoint, and as transformers reads the result."""
+    named = [{"name": "tool_use", "template": "tools é"}, {"name": "default", "template": "plain"}]
+    said = {
+        "chat_template": named,
+        "padding_side": "left",
+        "additional_special_tokens": ["<s>", {"content": "<|im_end|>"}],
+    }
+    folder = write_folder(tmp_path / "hf", settings=SETTINGS | said)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("from a file", encoding="utf-8")
+    given = import_huggingface(folder)
+    save_model(tmp_path / "ours", given.model, given.tokenizer)
+    export_huggingface(load_model(tmp_path / "ours"), tmp_path / "again")
+    assert import_huggingface(tmp_path / "again").tokenizer.settings == given.tokenizer.settings
+    special = read(tmp_path / "again", "special_tokens_map.json")
+    assert (special["pad_token"], special["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert special["additional_special_tokens"] == ["<s>", "<|im_end|>"]
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs.chat_template == {"default": "plain", "tool_use": "tools é", "rag": "from a file"}
+    assert (theirs.padding_side, theirs.pad_token) == ("left", "<|im_start|>")
+    assert (
+        json.loads((tmp_path / "again" / "tokenizer.json").read_text())["added_tokens"]
+        == (json.loads((folder / "tokenizer.json").read_text())["added_tokens"])
+    )
+
+
+def add_token(folder: Path, index: int, content: str) -> None:
+    values = read(folder, "tokenizer.json")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    values["added_tokens"].append({"id": index, "content": content, **flags, "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_added_tokens_without_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_folder(tmp_path / "hf", settings=SETTINGS | {"pad_token": "<pad>"})
+    size = read(folder, "config.json")["vocab_size"]
+    before = import_huggingface(folder).tokenizer
+    add_token(folder, size, "<pad>")
+    given = import_huggingface(folder).tokenizer
+    assert f"<pad> (id {size}): left out, because the model has rows for {size} tokens only" in caplog.text
+    assert given.vocab_size == size
+    assert given.encode_special("hi<|im_end|><pad>") == before.encode_special("hi<|im_end|><pad>")
+    assert given.settings["pad_token"] == "<pad>"
+    add_token(folder, size + 1, "<end>")
+    (folder / "config.json").write_text(json.dumps(read(folder, "config.json") | {"eos_token_id": size + 1}))
+    with pytest.raises(ConvertError, match=r"tokenizer\.json has \d+ tokens, config\.json's vocab_size is"):
+        import_huggingface(folder)
+
+
+def test_padding_that_only_config_names(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf", None, pad_token_id=3, eos_token_id=[0, 5])
+    assert import_huggingface(folder).tokenizer.generation_config == {"eos_token_id": [0, 5], "pad_token_id": 3}
