@@ -90,6 +90,12 @@ def lost_output() -> OSError | None:
     return None if failure is None or failure.errno == errno.EPIPE else failure
 
 
+def reader_left() -> bool:
+    """Return whether the program that reads standard output has closed it, as `head` does."""
+    failure = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failure", None)
+    return failure is not None and failure.errno == errno.EPIPE
+
+
 def write_utf8() -> None:
     """Let standard output write UTF-8 whatever the locale: a model's text has any characters, and files no locale."""
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lightlm.cli.console import console, out, print_json, print_table
-from lightlm.cli.generate.command import WeightsOption
+from lightlm.cli.generate.model import WeightsOption
 from lightlm.convert.formats import FORMATS, convert_model, format_named, format_of, read_model, reader_of
 from lightlm.convert.protocol import Format
 from lightlm.errors import UsageError

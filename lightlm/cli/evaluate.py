@@ -11,7 +11,7 @@ import typer
 
 from lightlm.cli.console import console, print_json
 from lightlm.cli.displays.evaluation import print_scores
-from lightlm.cli.generate.command import WeightsOption
+from lightlm.cli.generate.model import DeviceOption, WeightsOption
 from lightlm.cli.prefetch import fetch_only
 from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.settings import Settings, batch_sequences, split_list
@@ -43,7 +43,7 @@ def evaluate(
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Sequences per batch.")] = "auto",
     weights: WeightsOption = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 (auto, where it is fast), float32 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceOption = "auto",
     data: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Data folder of heldout; default is the one the run was trained on."),

@@ -6,8 +6,14 @@ from typing import Annotated
 import typer
 
 from lightlm.cli.console import console
-from lightlm.cli.generate.command import WeightsOption
-from lightlm.cli.generate.options import QuantizeOption
+from lightlm.cli.generate.model import (
+    MODEL_HELP,
+    DeviceOption,
+    DtypeOption,
+    ModelChoice,
+    QuantizeOption,
+    WeightsOption,
+)
 from lightlm.errors import LightLMError, UsageError
 
 
@@ -16,7 +22,7 @@ def serve(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="Run, checkpoint, model in another format, or Hub id. [dim]Default: the newest run[/]",
+            help=MODEL_HELP,
             show_default=False,
         ),
     ] = None,
@@ -45,43 +51,27 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Most answers that wait for a place in the batch.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until an unfinished answer ends with an error.")] = 600,
     weights: WeightsOption = None,
-    dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and a page to try it. Ctrl-C ends it."""
-    from lightlm import choices
-    from lightlm.convert.formats import require_average
-    from lightlm.convert.load import is_hub_id, locate
     from lightlm.serve.access import Access
     from lightlm.train.signals import stop_on_signals
 
-    choices.check_device(device)
-    choices.check_dtype(dtype)
-    choices.check_quantize(quantize, dtype)
-    choices.check_weights(weights)
+    choice = ModelChoice(model, weights, dtype, quantize, device)
     access = Access(api_key, tuple(cors or ()))
     access.check_host(host)
     if missing := [package for package in ("starlette", "uvicorn") if find_spec(package) is None]:
         raise UsageError(f"lightlm serve needs {' and '.join(missing)}: pip install 'lightlm[serve]'")
-    if model is None or not is_hub_id(model):
-        path = locate(model)
-        if weights is not None:
-            require_average(path)
+    choice.check_files()
     # All that needs no torch is checked by now: importing it takes a second or two.
-    from lightlm.cpu import FEW_SLICES, use_threads
-    from lightlm.device import keep_freed_memory, pick_device
-    from lightlm.generate.load import load_for_decoding
     from lightlm.serve.app import Service
     from lightlm.serve.loop import Limits
     from lightlm.serve.server import GRACE_SECONDS, listen, serving, url_of
 
     listening = listen(host, port)
-    target = pick_device(device)
-    if target.type == "cpu":
-        keep_freed_memory()
-        use_threads("auto", lambda message: console.print(f"Note: {message}", markup=False), slices=FEW_SLICES)
-    loaded = load_for_decoding(model, target, dtype, weights, quantize)
+    loaded = choice.load(lambda message: console.print(f"Note: {message}", markup=False))
     service = Service(loaded, Limits(batch_size, max_queue, timeout), access)
     with stop_on_signals() as stop, serving(service, listening) as running:
         url = url_of(listening)

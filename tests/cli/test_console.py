@@ -59,6 +59,15 @@ def test_training_goes_on_to_its_end(folder, end, processes):
     assert (folder / "runs" / name / "report.html").is_file()
 
 
+@pytest.mark.parametrize(("reader", "code"), [(no_reader, 7), (lambda: os.open(os.devnull, os.O_WRONLY), 0)])
+def test_a_command_knows_that_its_reader_left(reader, code):
+    told = "guard_streams(); print(1, flush=True); raise SystemExit(7 if reader_left() else 0)"
+    text = f"from lightlm.cli.console import guard_streams, reader_left; {told}"
+    stream = reader()
+    assert subprocess.run([sys.executable, "-c", text], stdout=stream).returncode == code
+    os.close(stream)
+
+
 def test_closed_streams_keep_their_numbers(folder):
     """Otherwise the next file that the command opens gets them, and what is printed lands in it."""
     shell = f'"{sys.executable}" -m lightlm train tiny.yaml train.tokens=1280 --name closed <&- >&- 2>/dev/full'

@@ -10,6 +10,14 @@ from typer.core import TyperCommand
 
 from lightlm.cli.console import console, print_json, write_utf8
 from lightlm.cli.generate.input import checked, read_prompt, stop_text
+from lightlm.cli.generate.model import (
+    MODEL_HELP,
+    DeviceOption,
+    DtypeOption,
+    ModelChoice,
+    QuantizeOption,
+    WeightsOption,
+)
 from lightlm.cli.generate.options import (
     DraftOption,
     FrequencyPenaltyOption,
@@ -20,7 +28,6 @@ from lightlm.cli.generate.options import (
     MinPOption,
     NoRepeatNgramOption,
     PresencePenaltyOption,
-    QuantizeOption,
     RepetitionPenaltyOption,
     TemperatureOption,
     TopKOption,
@@ -32,14 +39,6 @@ from lightlm.errors import UsageError
 from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.settings import suggestions
 
-WeightsOption = Annotated[  # also of `convert` and `eval`
-    str | None,
-    typer.Option(
-        metavar="ema|raw",
-        help="Average or last weights of a run with train.ema. [dim]Default: ema[/]",
-        show_default=False,
-    ),
-]
 _BATCH_SIZE, _GUESSES = 16, 4  # defaults
 _SENTENCE = re.compile(r"-[^=]*\s")  # begins with a dash, and has a blank where an option's name has none
 
@@ -80,7 +79,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Run, checkpoint, model in another format, or Hub id. [dim]Default: the newest run[/]",
+            help=MODEL_HELP,
             show_default=False,
         ),
     ] = None,
@@ -178,21 +177,16 @@ def generate(
     guesses: GuessesOption = None,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
     weights: WeightsOption = None,
-    dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Continue a text with a model, or answer messages (--chat). The text streams to the terminal."""
-    from lightlm import choices
-    from lightlm.convert.formats import require_average
     from lightlm.convert.load import is_hub_id, locate
     from lightlm.generate.settings import Settings
 
-    choices.check_device(device)
-    choices.check_dtype(dtype)
-    choices.check_quantize(quantize, dtype)
-    choices.check_weights(weights)
+    choice = ModelChoice(checkpoint, weights, dtype, quantize, device)
     _check_mode(prompt, prompt_file, interactive=interactive, jsonl=jsonl, out=out)
     if batch_size is not None and jsonl is None:
         raise UsageError("--batch-size is for the lines of a file; add --jsonl IN --out OUT")
@@ -236,23 +230,13 @@ def generate(
         from lightlm.cli.generate.rows import read_rows
 
         rows = read_rows(jsonl, settings, chat=chat, system=system)
-    if checkpoint is None or not is_hub_id(checkpoint):
-        path = locate(checkpoint)
-        if weights is not None:
-            require_average(path)
+    choice.check_files()
     if draft is not None and not is_hub_id(draft):
         locate(draft)
     # All that needs no torch is checked by now: importing it takes a second or two.
-    from lightlm.cpu import FEW_SLICES, use_threads
-    from lightlm.device import keep_freed_memory, pick_device
-    from lightlm.generate.load import load_for_decoding
     from lightlm.generate.prompts import PromptReader
 
-    target = pick_device(device)
-    if target.type == "cpu":
-        keep_freed_memory()
-        use_threads("auto", _note, slices=FEW_SLICES)
-    loaded = load_for_decoding(checkpoint, target, dtype, weights, quantize)
+    loaded = choice.load(_note)
     sampling.check_ids(loaded.tokenizer.vocab_size)
     speculation = None
     if lookup or draft is not None:
@@ -260,7 +244,7 @@ def generate(
 
         guesser: Guesser = Lookup()
         if draft is not None:
-            guesser = draft_of(load_for_decoding(draft, target, dtype, None, quantize), loaded)
+            guesser = draft_of(choice.load_another(draft), loaded)
         speculation = Speculation(guesser, guesses or _GUESSES)
     context = loaded.model.config.max_seq_len
     reader = PromptReader(loaded.tokenizer, context, parse_special, truncate is not None, _noted_once())
@@ -313,6 +297,8 @@ def _check_mode(
         raise UsageError(f"{' and '.join(named)} exclude each other; name one of them")
     if (jsonl is None) != (out is None):
         raise UsageError("--jsonl IN and --out OUT go together: prompts and answers")
+    if out is not None and jsonl is not None and out.exists() and jsonl.exists() and out.samefile(jsonl):
+        raise UsageError(f"--out {out} is the file of prompts; name another file for the answers")
     if out is not None and (not out.parent.is_dir() or (out.exists() and not out.is_file())):
         problem = "is not a file" if out.exists() else f"cannot be written: there is no folder {out.parent}"
         raise UsageError(f"--out {out} {problem}; name a file in a folder that exists")

@@ -36,10 +36,6 @@ LogitBiasOption = Annotated[
     list[str] | None,
     _option("Add to the logit of a token id, -100 (never) to 100; repeatable.", "none", metavar="ID=BIAS"),
 ]
-QuantizeOption = Annotated[
-    str | None,
-    typer.Option(metavar="int8", help="Round weights to int8. [dim]Default: as they are[/]", show_default=False),
-]
 MinNewTokensOption = Annotated[int | None, _option("No end of the text before so many tokens.", "0", min=0)]
 LookupOption = Annotated[
     bool, typer.Option("--lookup", help="Guess tokens that repeat the text so far, where that is faster.")

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import typer
+
 from lightlm.checkpoint import LoadedModel
-from lightlm.cli.console import console, print_json
+from lightlm.cli.console import console, print_json, reader_left
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.generate.batch import Batch
 from lightlm.generate.beams import beam_search
@@ -26,9 +28,15 @@ class Beams:
 
 
 def write(text: str) -> None:
-    """Show a part of a text at once, unchanged: rich would read [brackets] in it as markup."""
+    """Show a part of a text at once, unchanged: rich would read [brackets] in it as markup.
+
+    Raises:
+        typer.Exit: nobody reads it anymore, as behind `| head`.
+    """
     sys.stdout.write(text)
     sys.stdout.flush()
+    if reader_left():
+        raise typer.Exit
 
 
 def answer(

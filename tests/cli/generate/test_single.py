@@ -8,8 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from lightlm.cli.generate import single
 from lightlm.cli.generate.command import PromptCommand, generate
 from lightlm.errors import LightLMError, UsageError
+from lightlm.generate.batch import Batch
 from lightlm.generate.engine import generate as continue_ids
 from lightlm.generate.prompts import encode_chat, encode_prompt
 from lightlm.generate.sampling import GREEDY
@@ -141,3 +143,14 @@ def test_what_does_not_go_together_is_wrong_usage(arguments: list[str], words: s
     assert isinstance(done.exception, UsageError)
     assert words in str(done.exception)
     assert done.stdout == ""
+
+
+def test_a_text_that_nobody_reads_anymore_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind `| head`: quietly, and without computing the rest."""
+    steps: list[int] = []
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: steps.append(1) or step(batch))
+    monkeypatch.setattr(single, "reader_left", lambda: len(steps) == 3)
+    done = run("The cat", "--min-new-tokens", "12")
+    assert len(steps) == 3
+    assert "tokens/s" not in done.output
