@@ -11,7 +11,6 @@ which is then copied. Without requests, the memory is free.
 Shapes: B rows, T positions of a piece, V vocabulary.
 """
 
-import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -206,7 +205,6 @@ class Batch:
     @torch.no_grad()
     def step(self) -> list[NewToken]:
         """Compute and draw the next token of each row that has been read. Rows that finish leave the batch."""
-        started = time.perf_counter()
         alone = len(self) == len(self._running) == 1
         if alone and not self._ahead:
             self._speculate()
@@ -219,7 +217,7 @@ class Batch:
         logits_BV = torch.cat(logits)
         tokens = sample(logits_BV, [row.state for row in self._running], self._vocab_size)
         if alone and self._speculation is not None:
-            self._speculation.pace.note_plain(time.perf_counter() - started)
+            self._speculation.pace.note_plain()
         told = self._log_probs(logits_BV, tokens)
         lines = reversed(range(len(self._running)))  # a row that finishes moves only rows after it
         made = [self._advance(line, tokens[line], told.get(line)) for line in lines]
@@ -238,7 +236,6 @@ class Batch:
         """Guess tokens of the only row, compute all in one pass, and keep those that it draws."""
         if self._speculation is None:
             return
-        started = time.perf_counter()
         [row], [length] = self._running, self._cache.lengths
         left = row.request.max_new_tokens - len(row.state.new)
         guesses = self._speculation.guess(row.state, min(left, self.model.config.max_seq_len - length) - 1)
@@ -253,7 +250,7 @@ class Batch:
         if row.request.logprobs:
             told = log_probs(logits_TV[: len(tokens)], tokens, row.request.logprobs, self._vocab_size)
         self._ahead.extend(zip(tokens, told, strict=True))
-        self._speculation.pace.note_round(time.perf_counter() - started, len(tokens))
+        self._speculation.pace.note_round(len(guesses), len(tokens))
 
     def _rows(self) -> Iterator[_Row]:
         yield from self._running

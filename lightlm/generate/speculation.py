@@ -13,9 +13,8 @@ Shapes: T positions, V vocabulary.
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,17 +23,32 @@ from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.prefill import read
 from lightlm.generate.sampling.draw import Row, sample
 from lightlm.generate.step.fast import forward_of
+from lightlm.generate.step.measured import speed_facts
 from lightlm.model.transformer import Transformer
 
 _NGRAMS = (3, 2)  # lengths of the endings that `Lookup` searches for, the first found wins
-_WARM_UP = 4  # plain steps that are measured before the first guess
-_TRIAL = 4  # rounds of guesses before they are judged
-_PAUSES = (32, 512)  # plain steps after guesses were slower, at first and at most
-_DECAY = 0.9  # of a measured round in the average, per later round
+
+
+class Pace(Protocol):
+    """Decides when to guess, from what has happened (`pace.Pace`)."""
+
+    @property
+    def guesses(self) -> bool:
+        """Whether to guess next."""
+
+    def note_plain(self) -> None:
+        """Note a plain step, which makes one token."""
+
+    def note_round(self, guesses: int, tokens: int) -> None:
+        """Note a round of guesses and the tokens that it made."""
 
 
 class Guesser(Protocol):
     """A source of guesses."""
+
+    @property
+    def facts(self) -> Any:
+        """What its speed depends on, as JSON."""
 
     def guess(self, row: Row, count: int) -> list[int]:
         """Return up to `count` tokens that may follow the row's prompt and answer."""
@@ -43,17 +57,28 @@ class Guesser(Protocol):
 class Lookup:
     """Guess that the text repeats itself: what followed the last tokens where they occurred before (prompt lookup)."""
 
+    facts = "lookup"
+
+    def __init__(self) -> None:
+        self._row: Row | None = None
+        self._ids: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # where the latest occurrence of an n-gram ends, for places so far
+        self._read = 0  # ends that are in the table
+
     def guess(self, row: Row, count: int) -> list[int]:
         """Return the tokens after the latest earlier occurrence of the last 3, or else 2, tokens."""
-        ids = np.array([*row.prompt, *row.new], dtype=np.int64)
+        if row is not self._row:
+            self._row, self._ids, self._after, self._read = row, list(row.prompt), {}, 0
+        ids = self._ids
+        ids += row.new[len(ids) - len(row.prompt) :]
+        for end in range(self._read + 1, len(ids)):
+            for size in _NGRAMS:
+                if end >= size:
+                    self._after[tuple(ids[end - size : end])] = end
+        self._read = max(len(ids) - 1, 0)
         for size in _NGRAMS:
-            if len(ids) <= size:
-                continue
-            windows = np.lib.stride_tricks.sliding_window_view(ids[:-1], size)
-            places = (windows == ids[-size:]).all(axis=1).nonzero()[0]
-            if len(places):
-                start = places[-1] + size
-                return ids[start : start + count].tolist()
+            if len(ids) > size and (place := self._after.get(tuple(ids[-size:]))) is not None:
+                return ids[place : place + count]
         return []
 
 
@@ -68,6 +93,7 @@ class Draft:
     def __init__(self, model: Transformer, vocab_size: int) -> None:
         self._forward, self._vocab_size, self._max_seq_len = forward_of(model), vocab_size, model.config.max_seq_len
         self._cache = model.new_cache(1, 1)
+        self.facts = speed_facts(model)
         self._ids: list[int] = []  # what the cache holds
 
     @torch.no_grad()
@@ -114,72 +140,22 @@ def draft_of(draft: LoadedModel, loaded: LoadedModel) -> Draft:
     return Draft(draft.model, loaded.tokenizer.vocab_size)
 
 
-class Pace:
-    """Whether guesses pay, from the time that steps and rounds of guesses took."""
-
-    def __init__(self) -> None:
-        self._plain, self._guessed = _Rate(), _Rate()
-        self._trial = 0  # rounds since guesses were last taken up
-        self._wait = _WARM_UP  # plain steps until they are
-        self._pause = _PAUSES[0]
-
-    @property
-    def guesses(self) -> bool:
-        """Whether to guess next."""
-        return self._wait == 0
-
-    def note_plain(self, seconds: float) -> None:
-        """Note a plain step, which makes one token."""
-        self._plain.add(seconds, 1)
-        self._wait = max(0, self._wait - 1)
-
-    def note_round(self, seconds: float, tokens: int) -> None:
-        """Note a round of guesses and the tokens that it made. Guesses pause if they are slower than plain steps."""
-        self._trial += 1
-        if self._trial == 1:  # a draft reads the whole prompt first
-            self._guessed = _Rate()
-            return
-        self._guessed.add(seconds, tokens)
-        if self._trial < _TRIAL:
-            return
-        if self._guessed.value < self._plain.value:
-            self._pause = _PAUSES[0]
-            return
-        self._trial, self._wait = 0, self._pause
-        self._pause = min(2 * self._pause, _PAUSES[1])
-
-
-class _Rate:
-    """Seconds per token, recent ones counting more."""
-
-    def __init__(self) -> None:
-        self._seconds = self._tokens = 0.0
-
-    def add(self, seconds: float, tokens: int) -> None:
-        self._seconds = _DECAY * self._seconds + seconds
-        self._tokens = _DECAY * self._tokens + tokens
-
-    @property
-    def value(self) -> float:
-        return self._seconds / self._tokens
-
-
 class Speculation:
     """Guesses for a batch of one row, made only while they pay.
 
     Args:
         guesser: where guesses come from.
         count: guesses per round.
-        pace: decides when to guess; None measures.
+        pace: decides when to guess.
 
     Raises:
         UsageError: count is below 1.
     """
 
-    def __init__(self, guesser: Guesser, count: int, pace: Pace | None = None) -> None:
+    def __init__(self, guesser: Guesser, count: int, pace: Pace) -> None:
         if count < 1:
             raise UsageError(f"speculation needs at least 1 guess per round, got {count}")
-        self.pace = pace or Pace()
+        self.pace = pace
         self.guessed = self.kept = 0  # tokens since `take_counts`
         self._guesser, self._count = guesser, count
 

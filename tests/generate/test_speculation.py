@@ -15,7 +15,7 @@ from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.batch import Batch, NewToken, Request
 from lightlm.generate.sampling import GREEDY, Sampling
 from lightlm.generate.sampling.draw import Row, sample
-from lightlm.generate.speculation import Draft, Guesser, Lookup, Pace, Speculation, draft_of
+from lightlm.generate.speculation import Draft, Guesser, Lookup, Speculation, draft_of
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from tests.shapes import SHAPES, build
@@ -24,17 +24,22 @@ DRAWN = Sampling(temperature=1.2, top_p=0.9, repetition_penalty=1.2, min_new_tok
 MODELS = {name: build(name) for name in SHAPES}
 
 
-class Always(Pace):
+class Always:
     """Guess in each round."""
 
     guesses = True
 
-    def note_round(self, seconds: float, tokens: int) -> None:
+    def note_plain(self) -> None:
+        """Judge nothing."""
+
+    def note_round(self, guesses: int, tokens: int) -> None:
         """Judge nothing."""
 
 
 class Oracle:
     """Guess what follows in a known text, and something else in a share of all places."""
+
+    facts = "oracle"
 
     def __init__(self, text: list[int], errors: float) -> None:
         self._text, self._errors, self._random = text, errors, random.Random(0)
@@ -157,7 +162,7 @@ def test_the_distribution_is_that_of_the_model(guesses: str) -> None:
     probs = (table_VV.double() / 0.9).softmax(-1).numpy()
     expected = probs[0][:, None] * probs
     counts = np.zeros((4, 4))
-    speculation = Speculation(Lookup(), 2)
+    speculation = Speculation(Lookup(), 2, Always())
     generator = torch.Generator().manual_seed(0)
     for _ in range(3000):
         row = Row(sampling, generator, [0])
@@ -187,41 +192,13 @@ def naive_lookup(ids: list[int], count: int) -> list[int]:
 @settings(max_examples=200, deadline=None)
 def test_lookup_returns_what_followed_the_latest_occurrence(ids: list[int], border: int, count: int) -> None:
     row = Row(GREEDY, prompt=ids[:border], new=ids[border:])
-    assert Lookup().guess(row, count) == naive_lookup(ids, count)
-
-
-def rounds(pace: Pace, plain: float, round_seconds: float, tokens: int, count: int) -> list[bool]:
-    """What happens in so many rounds if guesses give this many tokens in this time."""
-    made = []
-    for _ in range(count):
-        made.append(pace.guesses)
-        if pace.guesses:
-            pace.note_round(round_seconds, tokens)
-        else:
-            pace.note_plain(plain)
-    return made
-
-
-def test_guesses_that_are_faster_go_on_and_slower_ones_pause_ever_longer() -> None:
-    faster = rounds(Pace(), plain=1.0, round_seconds=2.0, tokens=3, count=300)
-    assert faster[-290:] == [True] * 290
-    slower = rounds(Pace(), plain=1.0, round_seconds=2.0, tokens=1, count=3000)
-    assert 0 < sum(slower) < 3000 / 50
-    assert sum(slower[-1000:]) < sum(slower[:1000])
-
-
-def test_guesses_that_become_slower_pause_and_come_back() -> None:
-    pace = Pace()
-    rounds(pace, 1.0, 2.0, 4, 100)
-    assert not all(rounds(pace, 1.0, 2.0, 1, 60))
-    assert all(rounds(pace, 1.0, 2.0, 4, 600)[-50:])
-
-
-def test_the_first_round_is_not_judged_because_a_draft_reads_the_prompt() -> None:
-    pace = Pace()
-    rounds(pace, 1.0, 0, 0, 4)
-    pace.note_round(1000.0, 1)
-    assert all(rounds(pace, 1.0, 2.0, 3, 50))
+    lookup = Lookup()
+    assert lookup.guess(row, count) == naive_lookup(ids, count)
+    for token in (1, 2, 1, 2, 3):  # as the text grows
+        row.new.append(token)
+        assert lookup.guess(row, count) == naive_lookup([*ids[:border], *row.new], count)
+    other = Row(GREEDY, prompt=ids[:border], new=ids[border:])
+    assert lookup.guess(other, count) == naive_lookup(ids, count)
 
 
 def test_a_draft_has_the_same_tokens_with_the_same_ids() -> None:
@@ -254,4 +231,4 @@ def test_what_a_row_that_left_has_drawn_ahead_is_not_the_next_rows() -> None:
 
 def test_no_guesses_is_wrong_usage() -> None:
     with pytest.raises(UsageError, match="at least 1 guess"):
-        Speculation(Lookup(), 0)
+        Speculation(Lookup(), 0, Always())

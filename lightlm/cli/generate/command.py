@@ -240,12 +240,14 @@ def generate(
     sampling.check_ids(loaded.tokenizer.vocab_size)
     speculation = None
     if lookup or draft is not None:
+        from lightlm.generate.pace import Pace, round_costs
         from lightlm.generate.speculation import Guesser, Lookup, Speculation, draft_of
 
         guesser: Guesser = Lookup()
         if draft is not None:
             guesser = draft_of(choice.load_another(draft), loaded)
-        speculation = Speculation(guesser, guesses or _GUESSES)
+        count = guesses or _GUESSES
+        speculation = Speculation(guesser, count, Pace(round_costs(loaded.model, guesser, count)))
     context = loaded.model.config.max_seq_len
     reader = PromptReader(loaded.tokenizer, context, parse_special, truncate is not None, _noted_once())
     write_utf8()

@@ -3,10 +3,7 @@
 Shapes: D features in, F features out.
 """
 
-import contextlib
-import hashlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lightlm.files import cache_folder, write_text
+from lightlm.generate.step.measured import measured_once
 from lightlm.generate.step.native import library
 from lightlm.generate.step.program import multiplication
-from lightlm.machine import processor
 from lightlm.model.products import prepared
 from lightlm.model.transformer import Transformer
 
@@ -31,28 +27,18 @@ _LEAST_GAIN = 1.1  # bfloat16 must be this much faster
 def decoding_dtype(model: Transformer) -> torch.dtype:
     """Return float32, or bfloat16 if reading this model's weights for one token is faster with it on this CPU.
 
-    The first call for a shape, a machine and a version of torch measures for some 0.2 s. A file keeps the answer, so
-    that the same command with the same seed gives the same text again.
+    The first call for a shape and a machine measures for some 0.2 s. The answer is remembered, so that the same command
+    with the same seed gives the same text again.
     """
     if sum(p.numel() for p in model.parameters()) < _SMALL:
         return torch.float32
-    facts = [processor(), torch.__version__, library() is not None, sorted(model.config.to_dict().items())]
-    key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
-    known = _read()
-    if key not in known:
-        known[key] = "bfloat16" if bf16_gain(model) >= _LEAST_GAIN else "float32"
-        with contextlib.suppress(OSError, RuntimeError):  # without a folder or room, each process measures
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            write_text(cache_folder() / "decoding.json", json.dumps(known, indent=1))
-    return torch.bfloat16 if known[key] == "bfloat16" else torch.float32
 
+    def measure() -> str:
+        return "bfloat16" if bf16_gain(model) >= _LEAST_GAIN else "float32"
 
-def _read() -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
-        known = json.loads((cache_folder() / "decoding.json").read_text(encoding="utf-8"))
-        if isinstance(known, dict):
-            return known
-    return {}
+    shape = sorted(model.config.to_dict().items())
+    known = measured_once(shape, measure, lambda value: value in ("bfloat16", "float32"))
+    return torch.bfloat16 if known == "bfloat16" else torch.float32
 
 
 @torch.no_grad()
