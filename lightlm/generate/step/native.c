@@ -9,9 +9,12 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
+#define HAS_VECTORS  // of 16 fp32 numbers; compilers convert int8 in more steps than are needed
+#ifdef __AVX512BF16__
 #define HAS_PAIRS  // products of pairs of bf16 numbers, twice as many at a time as of fp32 numbers
+#endif
 #endif
 
 // Declared here, since omp.h is not installed beside every compiler.
@@ -84,7 +87,9 @@ static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float power = rintf(x * 1.44269504f);
     float y = (x - power * 0.693359375f) + power * 2.12194440e-4f;
-    float sum = 1 + y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7))))));
+    float sum = 1 / 5040.0f;  // of y^k / k!
+    sum = 1 / 720.0f + y * sum, sum = 1 / 120.0f + y * sum, sum = 1 / 24.0f + y * sum, sum = 1 / 6.0f + y * sum;
+    sum = 0.5f + y * sum, sum = 1 + y * sum, sum = 1 + y * sum;
     int32_t bits = ((int32_t)power + 127) << 23;
     float scale;
     memcpy(&scale, &bits, 4);
@@ -93,14 +98,14 @@ static inline float exponential(float x) {
 
 static inline float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
 
-static inline float activate(float x, int64_t mode) {
-    if (mode == RELU2) return x <= 0 ? 0 : x * x;
-    if (mode == GELU) {
-        float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
-        return x * sigmoid(2 * inner);
+static void activate(float *x, int64_t count, int64_t mode) {
+    if (mode == RELU2) {
+        for (int64_t i = 0; i < count; i++) x[i] = x[i] <= 0 ? 0 : x[i] * x[i];
+    } else if (mode == GELU) {
+        for (int64_t i = 0; i < count; i++) x[i] *= sigmoid(1.5957691216f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+    } else if (mode == GELU_ERF) {
+        for (int64_t i = 0; i < count; i++) x[i] *= 0.5f * (1 + erff(0.7071067812f * x[i]));
     }
-    if (mode == GELU_ERF) return 0.5f * x * (1 + erff(0.7071067812f * x));
-    return x;
 }
 
 // The part of `count` that a thread works on: [*first, *last), in whole blocks.
@@ -130,8 +135,45 @@ static inline void fetch(const void *rows, int64_t bytes) {
     }
 #define SAME(number) (number)
 DOTS(dots_float32, float, SAME)
+#ifdef HAS_VECTORS
+static inline __m512 widened_int8(const int8_t *from, __mmask16 mask) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, from)));
+}
+
+static inline __m512 widened_bfloat16(const uint16_t *from, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+static inline __mmask16 mask_of(int64_t left) { return left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0; }
+
+// Two sums per row, so that additions need not wait for one another.
+#define VECTOR_DOTS(NAME, TYPE, WIDENED)                                                                       \
+    static void NAME(const TYPE *a, const TYPE *b, const TYPE *c, const TYPE *d, int64_t columns,              \
+                     const float *x, float *out) {                                                             \
+        const TYPE *w[BLOCK] = {a, b, c, d};                                                                   \
+        __m512 sums[BLOCK], others[BLOCK];                                                                     \
+        for (int i = 0; i < BLOCK; i++) sums[i] = others[i] = _mm512_setzero_ps();                             \
+        int64_t at = 0;                                                                                        \
+        for (; at + 32 <= columns; at += 32) {                                                                 \
+            __m512 v = _mm512_loadu_ps(x + at), u = _mm512_loadu_ps(x + at + 16);                              \
+            for (int i = 0; i < BLOCK; i++) {                                                                  \
+                sums[i] = _mm512_fmadd_ps(WIDENED(w[i] + at, 0xffff), v, sums[i]);                             \
+                others[i] = _mm512_fmadd_ps(WIDENED(w[i] + at + 16, 0xffff), u, others[i]);                    \
+            }                                                                                                  \
+        }                                                                                                      \
+        for (; at < columns; at += 16) {                                                                       \
+            __mmask16 mask = mask_of(columns - at);                                                            \
+            __m512 v = _mm512_maskz_loadu_ps(mask, x + at);                                                    \
+            for (int i = 0; i < BLOCK; i++) sums[i] = _mm512_fmadd_ps(WIDENED(w[i] + at, mask), v, sums[i]);   \
+        }                                                                                                      \
+        for (int i = 0; i < BLOCK; i++) out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i], others[i]));      \
+    }
+VECTOR_DOTS(dots_bfloat16, uint16_t, widened_bfloat16)
+VECTOR_DOTS(dots_int8, int8_t, widened_int8)
+#else
 DOTS(dots_bfloat16, uint16_t, from_bfloat16)
 DOTS(dots_int8, int8_t, SAME)
+#endif
 
 // BLOCK rows of a matrix times two vectors; numbers in registers are used twice.
 static void dots_of_two(const float *const w[BLOCK], int64_t columns, const float *restrict x, const float *restrict y,
@@ -204,8 +246,7 @@ static Vectors vectors(const Matrix *m, const float *x, const int32_t *lines, in
             const float *from = x + (lines ? lines[n] : n) * columns;
             uint16_t *to = own->pairs + n * whole(columns);
             for (int64_t c = 0; c < whole(columns); c += 16) {
-                __mmask16 mask = columns - c >= 16 ? 0xffff : columns > c ? (1 << (columns - c)) - 1 : 0;
-                __m512 numbers = _mm512_maskz_loadu_ps(mask, from + c);
+                __m512 numbers = _mm512_maskz_loadu_ps(mask_of(columns - c), from + c);
                 _mm256_storeu_si256((__m256i *)(to + c), (__m256i)_mm512_cvtneps_pbh(numbers));
             }
         }
@@ -226,8 +267,7 @@ static void dots_in_pairs(const Matrix *m, const int64_t *r, const Vectors *v, f
             const int8_t *from = (const int8_t *)m->numbers + r[i];
             uint16_t *to = (uint16_t *)own->decoded + i * step;
             for (int64_t c = 0; c < columns; c += 16) {
-                __mmask16 mask = columns - c >= 16 ? 0xffff : (1 << (columns - c)) - 1;
-                __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, from + c)));
+                __m512 numbers = widened_int8(from + c, mask_of(columns - c));
                 _mm256_storeu_si256((__m256i *)(to + c), (__m256i)_mm512_cvtneps_pbh(numbers));
             }
             w[i] = to;
@@ -268,8 +308,8 @@ static void dots_in_floats(const Matrix *m, const int64_t *r, const Vectors *v, 
 
 // Multiply rows [row, row + BLOCK) of a matrix by vectors: out (count, BLOCK). Rows past `last` repeat the one before.
 static void block(const Matrix *m, int64_t row, int64_t last, const Vectors *v, float *out, const Own *own) {
-    int64_t columns = m->columns, bytes = bytes_of(m->type), r[BLOCK];
-    for (int i = 0; i < BLOCK; i++) r[i] = (row + i < last ? row + i : last - 1) * columns;
+    int64_t columns = m->columns, bytes = bytes_of(m->type), f[BLOCK], r[BLOCK];
+    for (int i = 0; i < BLOCK; i++) f[i] = row + i < last ? row + i : last - 1, r[i] = f[i] * columns;
     fetch((const char *)m->numbers + r[0] * bytes, BLOCK * columns * bytes);
     if (v->in_pairs) {
         dots_in_pairs(m, r, v, out, own);
@@ -287,8 +327,7 @@ static void block(const Matrix *m, int64_t row, int64_t last, const Vectors *v, 
     }
     if (!m->scale && !m->bias) return;
     for (int i = 0; i < BLOCK; i++) {
-        int64_t f = r[i] / columns;
-        float scale = m->scale ? m->scale[f] : 1, bias = m->bias ? m->bias[f] : 0;
+        float scale = m->scale ? m->scale[f[i]] : 1, bias = m->bias ? m->bias[f[i]] : 0;
         for (int64_t n = 0; n < v->count; n++) out[n * BLOCK + i] = out[n * BLOCK + i] * scale + bias;
     }
 }
@@ -338,12 +377,15 @@ static void linear(const Call *call, const Op *op, const Own *own) {
         Vectors v = vectors(&op->matrices[e], in, op->routed ? own->choices + start : 0, count, own);
         for (int64_t f = first; f < last; f += BLOCK) {
             block(&op->matrices[e], f, last, &v, own->gate, own);
+            if (op->mode != NOTHING) activate(own->gate, count * BLOCK, op->mode);
             int64_t part = last - f < BLOCK ? last - f : BLOCK;
             for (int64_t n = 0; n < count; n++) {
                 float *out = op->out + (op->routed ? own->tokens[start + n] : n) * rows + f;
-                for (int64_t i = 0; i < part; i++) {
-                    float y = op->factor * activate(own->gate[n * BLOCK + i], op->mode);
-                    out[i] = op->add ? out[i] + y : y;
+                const float *y = own->gate + n * BLOCK;
+                if (op->add) {
+                    for (int64_t i = 0; i < part; i++) out[i] += op->factor * y[i];
+                } else {
+                    for (int64_t i = 0; i < part; i++) out[i] = op->factor * y[i];
                 }
             }
         }
