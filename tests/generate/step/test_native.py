@@ -70,7 +70,7 @@ def test_a_compiler_that_knows_no_processor_compiles_for_any(library, tmp_path, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")
-@pytest.mark.parametrize("text", ["exit 1", "exit 0", "echo broken > native.o"])
+@pytest.mark.parametrize("text", ["exit 1", "exit 0", 'for last; do :; done; echo broken > "$last"'])
 def test_a_compiler_that_fails_leaves_torch(library, tmp_path, monkeypatch, text):
     script(tmp_path, monkeypatch, text)
     assert library() is None
