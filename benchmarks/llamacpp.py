@@ -36,7 +36,7 @@ PROMPTS = (
 def compare(loaded: LoadedModel, steps: int) -> dict[str, Any]:
     """Return how many texts are equal, and of each other one where it differs and by what margin ours was chosen."""
     special = sorted({*loaded.tokenizer.special_tokens, *loaded.tokenizer.end_ids})
-    greedy = Sampling(temperature=0.0, logit_bias=tuple((index, -1e4) for index in special))
+    greedy = Sampling(temperature=0.0, logit_bias=tuple((index, -100.0) for index in special))
     differing = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"

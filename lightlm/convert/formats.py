@@ -21,6 +21,7 @@ from lightlm.convert.programs.nanochat import NanochatCheckpoint
 from lightlm.convert.programs.nanogpt import NanoGPTCheckpoint
 from lightlm.convert.protocol import Format
 from lightlm.convert.samples import sample_tokens
+from lightlm.convert.torch_export import TorchProgram
 from lightlm.errors import ConvertError, UsageError
 from lightlm.model.config import FOLDABLE_FIELDS
 
@@ -85,9 +86,8 @@ _PROGRAMS = (
     LitGPTCheckpoint(),
     FirstLightLMCheckpoint(),
 )
-FORMATS: dict[str, Format] = {
-    known.name: known for known in (HuggingFaceFolder(), GGUFFile(), ONNXFolder(), CheckpointFolder(), *_PROGRAMS)
-}
+_WRITTEN = (HuggingFaceFolder(), GGUFFile(), ONNXFolder(), TorchProgram(), CheckpointFolder())
+FORMATS: dict[str, Format] = {known.name: known for known in (*_WRITTEN, *_PROGRAMS)}
 
 
 def format_of(path: Path) -> Format | None:

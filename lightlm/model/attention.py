@@ -60,9 +60,10 @@ def build_mask(positions_BT: Tensor, num_keys: int, window: int, *, fresh: bool,
         aligned: all rows are at the same positions, and the last query is the last key.
     """
     num_queries = positions_BT.shape[1]
-    if not 0 < window < num_keys:
+    exporting = torch.compiler.is_exporting()  # what holds for one length must hold for all
+    if not window or (not exporting and window >= num_keys):
         if fresh:
-            return Mask(None, is_causal=num_queries > 1)
+            return Mask(None, is_causal=exporting or num_queries > 1)
         if aligned and num_queries == 1:
             return Mask(None, is_causal=False)
     keys_S = torch.arange(num_keys, device=positions_BT.device)

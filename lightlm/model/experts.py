@@ -6,7 +6,7 @@
   tokens; on all other devices. benchmarks/experts.py times them.
 - single: one product for each expert that got a token; for decoding, where tokens are too few for a batch.
 
-None of them drops a token.
+None of them drops a token. `torch.export` traces a fourth way, which computes every expert for every token.
 
 Shapes: N tokens, K experts of a token, E experts, D hidden size, F intermediate size, R rows: tokens in the experts'
 order, one for each choice, with padding; C rows of each expert in a batched product.
@@ -59,6 +59,8 @@ class Experts(nn.Module):
             ids_NK: the experts of each token, all different.
             weights_NK: their weights, fp32.
         """
+        if torch.compiler.is_exporting():
+            return self._every(x_ND, ids_NK, weights_NK)
         if _has_grouped_mm(x_ND, self.gate_proj):
             return self._grouped(x_ND, ids_NK, weights_NK)
         if not torch.is_grad_enabled() and ids_NK.numel() < _SINGLE_ROWS * len(self.gate_proj):
@@ -69,6 +71,13 @@ class Experts(nn.Module):
         """Return the weights of gate, up and down with their multipliers."""
         parts = [[getattr(self, f"{name}_{kind}", None) for kind in (ROWS, COLUMNS)] for name in PROJECTIONS]
         return [Scaled(getattr(self, name), *factors) for name, factors in zip(PROJECTIONS, parts, strict=True)]
+
+    def _every(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Compute every expert for every token. The other ways read the loads, which `torch.export` cannot know."""
+        gate_EDF, up_EDF, down_EFD = (part.product().to(x_ND.dtype).mT for part in self.scaled())
+        y_END = (F.silu(x_ND @ gate_EDF) * (x_ND @ up_EDF)) @ down_EFD
+        weights_NE = weights_NK.new_zeros(x_ND.shape[0], gate_EDF.shape[0]).scatter(1, ids_NK, weights_NK)
+        return torch.einsum("end,ne->nd", y_END, weights_NE.to(y_END.dtype))
 
     def _grouped(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         dtype, choices = compute_dtype(x_ND), ids_NK.shape[1]

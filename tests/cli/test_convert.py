@@ -157,7 +157,7 @@ def test_default_folder_of_a_hub_model(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("format_", ["coreml", ""])
 def test_formats_to_come(format_, run):
-    with pytest.raises(UsageError, match="hf and gguf and onnx and lightlm"):
+    with pytest.raises(UsageError, match="hf and gguf and onnx and pt2 and lightlm"):
         invoke("--to", format_)
 
 
@@ -410,7 +410,7 @@ def test_options_name_every_format():
     app = typer.Typer()
     app.command()(convert)
     shown = CliRunner().invoke(app, ["--help"]).output.replace("│", " ")
-    assert "hf, gguf, onnx, lightlm" in " ".join(shown.split())
+    assert "hf, gguf, onnx, pt2, lightlm" in " ".join(shown.split())
 
 
 def test_verify_without_transformers(run, monkeypatch):
