@@ -47,6 +47,7 @@ def contents(folder):
     ("arguments", "size", "file"),
     [
         (["convert", TRAINED, "--out", "hf"], 20_000, "hf could not be written"),
+        (["convert", TRAINED, "--to", "gguf", "--out", "model.gguf"], 20_000, "model.gguf could not be written"),
         (["report", TRAINED], 5_000, f"runs/{TRAINED}/plots/loss.png could not be written"),
         (["eval", TRAINED], 1_000, f"runs/{TRAINED}/eval/step_000002_heldout.json could not be written"),
         (["recipes", "cp", "demo", "mine.yaml"], 100, "mine.yaml could not be written"),
@@ -63,6 +64,21 @@ def test_one_message_names_the_file(lightlm, arguments, size, file):
     assert file in " ".join(outcome.stderr.split())
     assert "Traceback" not in outcome.stderr
     assert {path: content for path, content in contents(".").items() if ".new." not in str(path)} == before
+
+
+def test_answers_to_a_file_of_prompts_are_kept_and_resumed(lightlm):
+    Path("prompts.jsonl").write_text('{"prompt": "The"}\n' * 9)
+    arguments = ("generate", "--jsonl", "prompts.jsonl", "--checkpoint", TRAINED, "--max-new-tokens", "5")
+    assert lightlm(*arguments, "--out", "whole.jsonl").code == 0
+    with largest_file(700):
+        outcome = lightlm(*arguments, "--out", "answers.jsonl")
+    assert outcome.code == 1
+    assert "answers.jsonl could not be written" in " ".join(outcome.stderr.split())
+    assert 0 < Path("answers.jsonl").stat().st_size <= 700
+    outcome = lightlm(*arguments, "--out", "answers.jsonl")
+    assert outcome.code == 0
+    assert "Resuming: " in outcome.stderr
+    assert Path("answers.jsonl").read_text() == Path("whole.jsonl").read_text()
 
 
 def test_a_failed_conversion_keeps_the_earlier_one(lightlm, workspace):

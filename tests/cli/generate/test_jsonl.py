@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from lightlm.cli.generate import jsonl
 from lightlm.cli.generate.command import PromptCommand, generate
-from lightlm.errors import DataError
+from lightlm.errors import DataError, UsageError
 
 pytestmark = pytest.mark.usefixtures("here")
 app = typer.Typer()
@@ -139,6 +139,10 @@ def test_answers_to_something_else_are_not_touched(tmp_path: Path) -> None:
         done = run(source, out, *changed)
         assert isinstance(done.exception, DataError)
         assert "out.jsonl:1 answers another prompt" in str(done.exception)
+    same = run(source, source)
+    assert isinstance(same.exception, UsageError)
+    assert "in.jsonl is the file of prompts" in str(same.exception)
+    assert read(source) == ROWS[:1]
     out.write_text("my notes\n")
     assert "out.jsonl:1 is not an answer" in str(run(source, out).exception)
     assert out.read_text() == "my notes\n"
