@@ -76,6 +76,19 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare logits and tokens with the format's own software after writing.")
     ] = False,
+    license: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="License in the model card, by the Hub's identifier: apache-2.0, mit, cc-by-4.0, ..."
+        ),
+    ] = "unknown",
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME", help="Upload the Hugging Face folder to this repository on the Hub.", show_default=False
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private.")] = False,
     list_formats: Annotated[bool, typer.Option("--list", help="List the formats and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -105,6 +118,8 @@ def convert(
     if fold and writer.folds:
         raise UsageError(f"--fold: a conversion to {writer.name} always folds; leave it out")
     _check_quantize(quantize, writer, dtype)
+    if license != "unknown" or push is not None or private:
+        writer = _publisher(writer, license, push, private)
     variant = (f"-average{average}" if average > 1 else "") + (f"-{weights}" if weights else "")
     if variant and reader.name != "lightlm":
         raise UsageError(f"--average and --weights are for a run of LightLM; {source} is in the format {reader.name}")
@@ -137,6 +152,10 @@ def convert(
         read=read,
     )
     facts, source = with_model(model, lambda path: (write(path), path))
+    if push is not None:
+        from lightlm.convert.huggingface.hub import upload
+
+        facts["address"] = upload(target, push, private=private)
     written = sorted(filter(Path.is_file, target.rglob("*"))) if target.is_dir() else [target, *facts.pop("beside", [])]
     above = target if target.is_dir() else target.parent
     sizes = {path.relative_to(above).as_posix(): path.stat().st_size for path in written}
@@ -204,6 +223,20 @@ def _check_quantize(quantize: str | None, writer: Format, dtype: str) -> None:
         raise UsageError(f"--quantize {quantize} takes the place of --dtype {dtype}; leave one of them out")
 
 
+def _publisher(writer: Format, license: str, repository: str | None, private: bool) -> Format:
+    """Return the writer of a folder for the Hub; refuse what could not be uploaded, before anything is converted."""
+    from lightlm.convert.huggingface.format import HuggingFaceFolder
+    from lightlm.convert.huggingface.hub import check_license, check_upload
+
+    if not isinstance(writer, HuggingFaceFolder):
+        raise UsageError(f"--license, --push and --private are for a Hugging Face folder, not for {writer.name}")
+    if private and repository is None:
+        raise UsageError("--private is for an upload; name the repository with --push ORG/NAME")
+    if repository is not None:
+        check_upload(repository)
+    return HuggingFaceFolder(check_license(license), repository or "")
+
+
 def _check_target(target: Path, source: Path, writer: Format, *, replace: bool) -> None:
     """Refuse to write where something would be lost, or to give a file the name of a folder or of another format."""
     if writer.suffix and (target.is_dir() or target.suffix.lower() != writer.suffix):
@@ -233,5 +266,8 @@ def _print(summary: dict[str, Any]) -> None:
         rows["verified"] = f"logits differ by {summary['max_logit_difference']:.1e} at most"
     rows |= {name: f"{size:,} bytes" for name, size in summary["files"].items()}
     print_table([*rows.items(), ("total", f"{summary['bytes']:,} bytes")])
-    for line in (f"Written to {Path(summary['folder']).as_posix()}", summary["python"]):
+    lines = [f"Written to {Path(summary['folder']).as_posix()}", summary["python"]]
+    if "address" in summary:
+        lines.append(f"Uploaded to {summary['address']}")
+    for line in lines:
         out.print(line, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -101,8 +102,61 @@ def test_the_model_card_names_path_data_and_scores(run):
     assert "Training data: `data/" in card.text
     assert card.data.license == "unknown"
     assert "License" in card.text
+    assert "| Layers | 4 of width 32 |" in card.text
+    assert 'lightlm generate "Once upon a time" --checkpoint runs/demo/hf' in card.text
+    assert yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])["name"] == "tiny"
     [result] = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("quiz", "acc", 0.5)
+
+
+def test_the_card_has_the_losses_of_its_step_and_the_license(run):
+    rows = [
+        {"step": 10, "val_loss": 9.0},
+        {"step": 20, "val_loss": 3.14159, "val_bpb": 1.5},
+        {"step": 30, "val_loss": 8.0},
+    ]
+    Path("runs/demo/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    invoke("--license", "MIT")
+    card = ModelCard.load("runs/demo/hf/README.md")
+    assert "| validation split | loss (nats per token) | 3.1416 |" in card.text
+    assert "| validation split | bits per byte | 1.5 |" in card.text
+    assert "9.0" not in card.text
+    assert card.data.license == "mit"
+    assert "`mit` for the weights" in card.text
+    Path("runs/demo/metrics.jsonl").write_text("damaged")
+    invoke()
+    assert "None measured" in ModelCard.load("runs/demo/hf/README.md").text
+
+
+def test_an_upload(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_token")
+    uploads = []
+    monkeypatch.setattr(
+        "lightlm.convert.huggingface.hub.upload",
+        lambda folder, name, *, private: uploads.append((folder, name, private)) or f"https://hub/{name}",
+    )
+    output = invoke("--push", "me/demo", "--private", "--license", "apache-2.0")
+    assert uploads == [(Path("runs/demo/hf"), "me/demo", True)]
+    assert "Uploaded to https://hub/me/demo" in output
+    assert 'AutoModelForCausalLM.from_pretrained("me/demo")' in Path("runs/demo/hf/README.md").read_text()
+    assert json.loads(invoke("--push", "me/demo", "--json"))["address"] == "https://hub/me/demo"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "lightlm", "--push", "me/demo", "--out", "x"], "are for a Hugging Face folder, not for lightlm"),
+        (["--to", "gguf", "--license", "mit"], "are for a Hugging Face folder, not for gguf"),
+        (["--private"], "name the repository with --push"),
+        (["--push", "demo"], "write ORGANIZATION/NAME"),
+        (["--license", "my own"], "write the Hub's identifier"),
+    ],
+)
+def test_uploads_that_cannot_work_are_refused_first(run, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        invoke(*arguments)
+    assert not Path("runs/demo/hf").exists()
 
 
 def test_a_card_without_scores_or_recipe_says_so(run):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -12,10 +12,13 @@ from lightlm.checkpoint import MODEL_WEIGHTS, RAW_WEIGHTS, LoadedModel
 from lightlm.data.folder import read_manifest, resolve_dataset
 from lightlm.data.tokenizer.named import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import LightLMError
+from lightlm.model.transformer import Transformer
 from lightlm.quantities import format_quantity
 from lightlm.recipe import Recipe, load_run_recipe
 from lightlm.runs import run_of
 
+# Metrics of docs/metrics.md, and their names on a card.
+_LOSSES = {"val_loss": "loss (nats per token)", "val_bpb": "bits per byte"}
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 _PAGE = """---
@@ -26,10 +29,20 @@ _PAGE = """---
 
 A language model of {parameters:,} parameters, exported from LightLM {version} as `{architecture}`.
 
+## How to use
+
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained("{path}")
     model = AutoModelForCausalLM.from_pretrained("{path}")
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+
+Or with LightLM: `lightlm generate "Once upon a time" --checkpoint {path}`
+
+## Model
+
+{shape}
 
 ## Origin
 
@@ -40,28 +53,49 @@ A language model of {parameters:,} parameters, exported from LightLM {version} a
 
 {scores}
 
+## Limits
+
+Nobody has checked the model's answers for truth or harm. It repeats what its training data says, errors and prejudice
+included.
+
 ## License
 
-None is chosen yet. Before you publish the model, replace `license: unknown` at the top of this file, and check what the
-license of the training data asks for.
+{license}
+{recipe}"""
+_NO_LICENSE = """None is chosen yet. Before you publish the model, replace `license: unknown` at the top of this file,
+or export it with `--license`, and check what the licenses of the training data and of a base model ask for."""
+_LICENSED = "`{}` for the weights. Training data and a base model may have licenses of their own."
+_RECIPE = """
+## Recipe
+
+`lightlm train recipe.yaml` trains such a model with this file:
+
+```yaml
+{}
+```
 """
 
 
-def model_card(loaded: LoadedModel, out: Path, *, architecture: str, parameters: int) -> str:
-    """Return the card of an export to the folder `out`.
+def model_card(loaded: LoadedModel, path: str, *, architecture: str, parameters: int, license: str) -> str:
+    """Return the card of an export.
 
-    Data and scores are those that the run's recipe, data folder and `eval/` say. What they do not say is named as
-    unknown.
+    Data and scores are those that the run's recipe, data folder, metrics and `eval/` say. What they do not say is named
+    as unknown.
+
+    Args:
+        path: what users load: a folder, or an id on the Hub.
+        license: the Hub's identifier of the license, or `unknown`.
     """
     run = run_of(loaded.path)
     recipe = _recipe(run) if run else None
     # The mean of several checkpoints has not been scored: results are of one of them.
     file = loaded.weights[0].name if len(loaded.weights) == 1 else None
     results = list(_scores(run, loaded.path.resolve().name, file)) if run and file else []
+    losses = _losses(run, loaded.path.resolve().name, file) if run and file else []
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        license="unknown",
+        license=license,
         tags=["lightlm"],
         base_model=_base_on_hub(recipe),
         datasets=_hub_data(recipe) or None,
@@ -74,11 +108,42 @@ def model_card(loaded: LoadedModel, out: Path, *, architecture: str, parameters:
         parameters=parameters,
         version=__version__,
         architecture=architecture,
-        path=out.as_posix(),
+        path=path,
+        shape=_table(("", ""), _shape(loaded.model)),
         source=_source(loaded),
         origin="\n".join(f"- {line}" for line in _origin(recipe)),
-        scores=_score_table(results),
+        scores=_score_table(results, losses),
+        license=_NO_LICENSE if license == "unknown" else _LICENSED.format(license),
+        recipe="" if recipe is None else _RECIPE.format(recipe.to_yaml().strip()),
     )
+
+
+def _shape(model: Transformer) -> Iterator[tuple[str, str]]:
+    """Yield what a reader wants to know of a model's shape."""
+    config, counts = model.config, model.num_parameters()
+    if counts["active"] != counts["total"]:
+        yield "Parameters per token", f"{counts['active']:,}"
+    yield "Layers", f"{config.depth} of width {config.hidden_size}"
+    yield "Attention", f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values"
+    if config.num_experts:
+        yield "Experts", f"{config.num_experts} per layer, of which a token is sent to {config.num_experts_per_tok}"
+    yield "Context", f"{config.max_seq_len:,} tokens"
+    yield "Vocabulary", f"{config.vocab_size:,} tokens"
+
+
+def _losses(run: Path, step: str, file: str) -> list[tuple[str, float]]:
+    """Return the validation losses that the run measured at a checkpoint's step, of these weights."""
+    number = int(step.rpartition("_")[2]) if step.rpartition("_")[2].isdigit() else -1
+    names = {"val_loss_raw": "loss (nats per token)"} if file == RAW_WEIGHTS else _LOSSES
+    found: dict[str, float] = {}
+    try:
+        with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                if row["step"] == number:
+                    found |= {words: round(row[key], 4) for key, words in names.items() if key in row}
+    except (OSError, ValueError, KeyError, TypeError):  # damaged; a report names such a file
+        return []
+    return list(found.items())
 
 
 def _recipe(run: Path) -> Recipe | None:
@@ -102,11 +167,14 @@ def _origin(recipe: Recipe | None) -> Iterator[str]:
         local = Path(manifest.source).is_absolute() or Path(manifest.source).exists()
         source = Path(manifest.source).name if local else manifest.source
         revision = f", revision {manifest.revision}" if manifest.revision and not local else ""
-        size = format_quantity(manifest.tokens("train"))
-        yield f"Training data: `{source}` ({manifest.description}{revision}), {size} tokens."
+        size, documents = format_quantity(manifest.tokens("train")), f"{manifest.documents('train'):,} documents"
+        yield f"Training data: `{source}` ({manifest.description}{revision}), {size} tokens of {documents}."
     if recipe.train.init_from is not None:
         yield f"Finetuned from `{recipe.train.init_from}`."
-    yield f"Recipe: `{recipe.name}`, {format_quantity(recipe.train.tokens)} training tokens in all."
+    yield (
+        f"Recipe: `{recipe.name}`, {format_quantity(recipe.train.tokens)} training tokens in all, "
+        f"{format_quantity(recipe.train.batch_tokens)} per step, by {recipe.optimizer.name}."
+    )
 
 
 def _base_on_hub(recipe: Recipe | None) -> str | None:
@@ -163,8 +231,14 @@ def _scores(run: Path, step: str, file: str) -> Iterator[EvalResult]:
             continue  # not lm-eval's results; a report names such a file
 
 
-def _score_table(results: list[EvalResult]) -> str:
-    if not results:
+def _score_table(results: list[EvalResult], losses: list[tuple[str, float]]) -> str:
+    rows = [("validation split", name, str(value)) for name, value in losses]
+    rows += [(result.dataset_name, result.metric_type, str(result.metric_value)) for result in results]
+    if not rows:
         return "None measured. `lightlm eval` measures them; a new export then includes them."
-    rows = [f"| {result.dataset_name} | {result.metric_type} | {result.metric_value} |" for result in results]
-    return "\n".join(["| Task | Metric | Value |", "| --- | --- | --- |", *rows])
+    return _table(("Task", "Metric", "Value"), rows)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from lightlm import files
@@ -32,15 +33,28 @@ from lightlm.data.tokenizer.folder import (
 from lightlm.errors import ConvertError, DataError
 from lightlm.names import warn
 
+WEIGHTS = Path("model.safetensors")
+SHARD_BYTES = 5 * 1000**3  # as transformers splits them
+
 
 def export_huggingface(
-    loaded: LoadedModel, out: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False
+    loaded: LoadedModel,
+    out: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    license: str = "unknown",
+    repository: str = "",
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, whole or not at all.
 
     Args:
         dtype: the precision of the weights in the file.
         overwrite: replace the folder `out` if it exists.
+        license: the Hub's identifier, for the card.
+        repository: the id on the Hub that the folder is made for; empty if it stays here.
+        shard_bytes: weights above this size are written in several files.
 
     Returns:
         The number of parameters written; each repetition of a block is written as a layer, and counts.
@@ -61,14 +75,32 @@ def export_huggingface(
     parameters = sum(tensor.numel() for name, tensor in state.items() if not name.endswith(SELECTION_BIAS))
     try:
         with files.new_folder(out, overwrite=overwrite) as folder:
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+            _write_weights(folder, state, shard_bytes)
             write_description(folder, loaded, values)
-            card = model_card(loaded, out, architecture=target.architecture, parameters=parameters)
+            card = model_card(
+                loaded,
+                repository or out.as_posix(),
+                architecture=target.architecture,
+                parameters=parameters,
+                license=license,
+            )
             (folder / "README.md").write_text(card, encoding="utf-8")
             write_record(folder, loaded.path)
     except FileExistsError:
         raise ConvertError(f"{out} exists already; choose another folder, or replace it with --overwrite") from None
     return parameters
+
+
+def _write_weights(folder: Path, state: dict[str, torch.Tensor], shard_bytes: int) -> None:
+    """Write model.safetensors, or several files and an index of them."""
+    shards = split_torch_state_dict_into_shards(
+        state, filename_pattern=f"{WEIGHTS.stem}{{suffix}}{WEIGHTS.suffix}", max_shard_size=shard_bytes
+    )
+    for name, tensors in shards.filename_to_tensors.items():
+        save_file({key: state[key] for key in tensors}, folder / name, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        _write_json(folder / f"{WEIGHTS.name}.index.json", index)
 
 
 def write_description(folder: Path, loaded: LoadedModel, values: dict[str, Any]) -> None:

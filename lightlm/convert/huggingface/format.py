@@ -25,6 +25,10 @@ class HuggingFaceFolder(Format):
     verifier = "transformers"
     folds = True
 
+    def __init__(self, license: str = "unknown", repository: str = "") -> None:
+        """Take what the card of a folder says: its license, and the id on the Hub that it is made for, if any."""
+        self.license, self.repository = license, repository
+
     def detect(self, path: Path) -> bool:
         from lightlm.checkpoint import is_checkpoint
 
@@ -59,8 +63,11 @@ class HuggingFaceFolder(Format):
         from lightlm.convert.huggingface.folder import export_huggingface
 
         loader = "AutoModelForCausalLM"
+        parameters = export_huggingface(
+            loaded, out, dtype=dtype, overwrite=True, license=self.license, repository=self.repository
+        )
         return {
-            "parameters": export_huggingface(loaded, out, dtype=dtype, overwrite=True),
+            "parameters": parameters,
             "python": f'from transformers import {loader}; model = {loader}.from_pretrained("{out.as_posix()}")',
         }
 

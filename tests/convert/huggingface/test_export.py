@@ -78,6 +78,23 @@ def test_logits_and_round_trip(name, tokenizer, tmp_path):
         assert torch.equal(back.model(tokens), model.model(tokens))
 
 
+def test_large_weights_are_sharded(tokenizer, tmp_path):
+    """With a tiny limit; transformers and LightLM read the parts, and the sum of their sizes is in the index."""
+    model = loaded(SIZED["llama"], tokenizer)
+    export_huggingface(model, tmp_path / "hf", shard_bytes=20_000)
+    shards = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    held = {name: part for part in shards for name in load_file(tmp_path / "hf" / part)}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.model.parameters())
+    assert difference(model.model, tmp_path / "hf") < 1e-5
+    tokens = torch.arange(9)[None]
+    assert torch.equal(import_huggingface(tmp_path / "hf").model(tokens), model.model(tokens))
+    assert is_untouched_export(tmp_path / "hf")
+
+
 def test_tied_head_is_stored_once(tokenizer, tmp_path):
     export_huggingface(loaded(SIZED["llama"], tokenizer), tmp_path / "hf")
     assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors")
