@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _WEIGHTS, _SETTINGS = "lit_model.pth", "model_config.yaml"
 _LARGEST_YAML = 1 << 20  # bytes
 _BLOCK = "transformer.h."
+_QKV_BIASES = (".attn.qkv.bias", ".attn.attn.bias")
 _NORMS = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}
 _GELUS = {"none": "gelu_erf", "tanh": "gelu"}
 
@@ -86,8 +87,6 @@ _CONSTANTS: dict[str, tuple[Any, ...]] = {
     "norm_class_name": tuple(_NORMS),
     "norm_qk_type": ("default",),
     "rotary_percentage": (1.0, 1),
-    "rope_condense_ratio": (1,),
-    "rope_adjustments": (None,),
     "rope_interleave": (False,),
     "rope_local_base_freq": (None,),
     "rope_indices": (None,),
@@ -128,7 +127,17 @@ _EXPERT_KEYS = {
     "routed_scaling_factor": "routed_scaling_factor",
 }
 # Keys that `_read_config` and `_obstacles` read, and those without effect on what the model computes.
-_READ = {"norm_qk", "scale_embeddings", "attention_scores_scalar", "sliding_window_size"}
+_READ = {
+    "norm_qk", "scale_embeddings", "attention_scores_scalar", "sliding_window_size", "rope_condense_ratio",
+    "rope_adjustments",
+}  # fmt: skip
+# The keys of rope_adjustments -> our field for each. Others, such as YaRN's, are refused.
+_ROPE = {
+    "factor": "rope_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "original_max_seq_len": "rope_original_seq_len",
+}
 _IDLE = {
     "name", "hf_config", "padding_multiple", "vocab_size", "bias", "attn_bias", "sliding_window_indices",
     "sliding_window_layer_placing", "sliding_window_layer_stride", "n_topk_groups", "n_topk_scores_per_group",
@@ -170,7 +179,7 @@ def _read(path: Path) -> Contents:
     tied = merge_head(tensors, "lm_head.weight", "transformer.wte.weight")
     layout, config = _read_config(file.with_name(_SETTINGS), tensors, tied)
     tensors = _split_qkv(tensors, config, file)
-    if config.bias:
+    if config.bias and config.bias_in == "all":
         _add_zero_biases(tensors, config)
     return Contents(layout, config, tensors, file)
 
@@ -183,18 +192,40 @@ def _read_config(path: Path, tensors: "dict[str, Tensor]", tied: bool) -> tuple[
     more: dict[str, Any] = {
         "norm": _NORMS.get(str(values["norm_class_name"]), ""),
         "mlp": _GELUS.get(str(values["gelu_approximate"]), "") if network == "GptNeoxMLP" else "swiglu",
-        "bias": any(name.endswith(".bias") for name in tensors),
+        "bias": bool(biased := [name for name in tensors if name.endswith(".bias")]),
+        "bias_in": "qkv" if biased and all(name.endswith(_QKV_BIASES) for name in biased) else "all",
         "qk_norm": values.get("norm_qk") is True,
         "tie_embeddings": tied,
     }
     if network == "LLaMAMoE":
         layout = replace(layout, keys=layout.keys | _EXPERT_KEYS)
         more |= {"router": "softmax", "norm_topk_prob": True}
-    if problems := _obstacles(values, more["norm"]):
+    rope = _read_rope(values)
+    problems = _obstacles(values, more["norm"])
+    if rope is None:
+        said = ", ".join(f"{key} is {reprlib.repr(values[key])}" for key in sorted(_READ & {*values}) if "rope" in key)
+        problems.append(f"{said}: must be a factor, or Llama 3's four settings")
+    if problems:
         raise ConvertError(f"{path} describes a model LightLM does not have: {'; '.join(problems)}")
     if values.get("scale_embeddings") is True and isinstance(values["n_embd"], int):
         more["embedding_scale"] = math.sqrt(abs(values["n_embd"]))
-    return layout, read_settings(layout, values, str(path), count_blocks(tensors, _BLOCK), **more)
+    return layout, read_settings(layout, values, str(path), count_blocks(tensors, _BLOCK), **more, **rope or {})
+
+
+def _read_rope(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the fields that scale rotary positions, empty without; None for what LightLM does not compute."""
+    factor, adjustments = values.get("rope_condense_ratio", 1), values.get("rope_adjustments")
+    if adjustments is None and factor != 1:
+        adjustments = {"factor": factor}
+    if adjustments is None:
+        return {}
+    if not isinstance(adjustments, dict) or adjustments.keys() not in ({"factor"}, _ROPE.keys()):
+        return None
+    numbers = [each for each in (factor, *adjustments.values()) if type(each) in (int, float) and 0 < each < 1 << 24]
+    if len(numbers) <= len(adjustments) or factor not in (1, adjustments["factor"]):
+        return None
+    found = {ours: adjustments[theirs] for theirs, ours in _ROPE.items() if theirs in adjustments}
+    return found | {"rope_scaling": "linear" if len(found) == 1 else "llama3"}
 
 
 def _resolved(given: dict[str, Any]) -> dict[str, Any]:

@@ -43,10 +43,10 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def rotated(x, theta):
-    """Rotate heads (B, T, H, K): channel i turns with channel i + K/2."""
+def rotated(x, frequencies):
+    """Rotate heads (B, T, H, K): channel i turns with channel i + K/2, by frequencies (K/2,)."""
     length, size = x.shape[1], x.shape[3]
-    angle = torch.arange(length).double()[:, None] * theta ** (-torch.arange(0, size, 2).double() / size)
+    angle = torch.arange(length).double()[:, None] * frequencies
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     first, second = x[..., : size // 2], x[..., size // 2 :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

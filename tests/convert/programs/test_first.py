@@ -46,12 +46,13 @@ def write_checkpoint(path, tokenizer, *, prefix="", settings=SETTINGS):
 
 def logits_of(tensors, tokens, theta=1e5, eps=1e-6):
     w = doubles(tensors)
+    frequencies = theta ** (-torch.arange(0, 8, 2).double() / 8)
     x = w["tokens_embedding.weight"][tokens]
     for i in range(2):
         block = f"blocks.{i}"
         h = rms_norm(w[f"{block}.norm_attention.weight"], x, eps)
         q, k, v = (linear(w, f"{block}.attention.w{name}", h).unflatten(2, (-1, 8)) for name in "qkv")
-        x = x + linear(w, f"{block}.attention.wo", attention(rotated(q, theta), rotated(k, theta), v))
+        x = x + linear(w, f"{block}.attention.wo", attention(rotated(q, frequencies), rotated(k, frequencies), v))
         h = rms_norm(w[f"{block}.norm_ffn.weight"], x, eps)
         x = x + linear(w, f"{block}.ffn.w2", F.silu(linear(w, f"{block}.ffn.w1", h)) * linear(w, f"{block}.ffn.w3", h))
     return rms_norm(w["norm.weight"], x, eps) @ w["tokens_embedding.weight"].T

@@ -52,6 +52,11 @@ SHAPES = {
     "sequential GPT-NeoX": {**NEOX, "bias": True, "n_query_groups": 4},
     "LayerNorm alone has biases": {**NEOX, "gelu_approximate": "tanh", "n_query_groups": 1},
     "scaled embeddings": {"scale_embeddings": True},
+    "condensed positions": {"rope_condense_ratio": 2},
+    "linear scaling": {"rope_adjustments": {"factor": 4.0}},
+    "Llama 3's scaling": {
+        "rope_adjustments": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 32}
+    },
     "Mixtral": MIXTURE,
     "shared experts": {**MIXTURE, "n_shared_expert": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
 }
@@ -99,6 +104,24 @@ def shapes_of(config):
     return shapes
 
 
+def frequencies_of(config):
+    """The angle of one position for each pair of channels."""
+    size = config["head_size"]
+    frequencies = config["rope_base"] ** (-torch.arange(0, size, 2).double() / size) / config["rope_condense_ratio"]
+    said = config["rope_adjustments"]
+    if said is None:
+        return frequencies
+    if "original_max_seq_len" not in said:
+        return frequencies / said["factor"]
+    scaled = []
+    for frequency in frequencies.tolist():
+        turns = said["original_max_seq_len"] * frequency / (2 * math.pi)
+        kept = (turns - said["low_freq_factor"]) / (said["high_freq_factor"] - said["low_freq_factor"])
+        kept = min(max(kept, 0.0), 1.0)
+        scaled.append(kept * frequency + (1 - kept) * frequency / said["factor"])
+    return torch.tensor(scaled, dtype=torch.double)
+
+
 def logits_of(tensors, config, tokens):
     w = doubles(tensors)
     heads, groups, size, eps = (config[key] for key in ("n_head", "n_query_groups", "head_size", "norm_eps"))
@@ -134,7 +157,8 @@ def logits_of(tensors, config, tokens):
         )
         if config["norm_qk"]:
             q, k = norm(f"{block}.attn.norm_q", q), norm(f"{block}.attn.norm_k", k)
-        q, k = rotated(q, config["rope_base"]), rotated(k, config["rope_base"])
+        frequencies = frequencies_of(config)
+        q, k = rotated(q, frequencies), rotated(k, frequencies)
         x = x + linear(w, f"{block}.attn.proj", attention(q, k, v))
         h = norm(f"{block}.norm_2", x)
         x = x + (mixture if f"{block}.mlp.gate.weight" in w else network)(f"{block}.mlp", h)
@@ -167,6 +191,13 @@ def test_logits_are_those_of_its_definition(shape, tokenizer, tmp_path):
     assert list(completion.ids) == greedy(lambda ids: logits_of(tensors, config, ids), prompt, 12)
 
 
+def test_biases_of_queries_keys_and_values_alone(tokenizer, tmp_path):
+    write_folder(tmp_path, tokenizer, **SHAPES["Qwen2"])
+    config = load_pretrained(tmp_path).model.config
+    assert (config.bias, config.bias_in) == (True, "qkv")
+    assert FORMATS["hf"].target(config) == "Qwen2ForCausalLM"
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_table_that_is_also_the_head(tied, tokenizer, tmp_path):
     write_folder(tmp_path, tokenizer, wrapped=False, tied=tied)
@@ -196,7 +227,10 @@ def test_the_old_order_of_queries_keys_and_values(bias, tokenizer, tmp_path):
     [
         ({"parallel_residual": True, "rotary_percentage": 0.25}, "parallel_residual is True, must be False; rotary_p"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, must be None"),
-        ({"rope_condense_ratio": 4}, "rope_condense_ratio is 4, must be 1"),
+        ({"rope_adjustments": {"factor": 4.0, "beta_fast": 32}}, "rope_adjustments is .*: must be a factor, or Llama"),
+        ({"rope_adjustments": {"factor": "4"}}, "must be a factor, or Llama"),
+        ({"rope_adjustments": [4]}, "must be a factor, or Llama"),
+        ({"rope_condense_ratio": 0}, "rope_condense_ratio is 0"),
         ({"attention_scores_scalar": 144}, "attention_scores_scalar is 144, must be head_size, 8"),
         ({"sliding_window_size": 20}, "sliding_window_size is 20, must be null or at least block_size"),
         ({"mlp_class_name": "GemmaMLP"}, "mlp_class_name is 'GemmaMLP', must be 'LLaMAMLP' or"),
