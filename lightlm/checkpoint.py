@@ -224,6 +224,8 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
         size, checksum = listing[name]
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
+            if found is not None:
+                files.refuse_lfs_pointer(folder / name)
             raise DamagedCheckpointError(
                 f"{folder / name} is damaged: {MARKER} lists {size} bytes, "
                 f"{'the file is missing' if found is None else f'it has {found}'}"

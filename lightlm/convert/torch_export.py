@@ -49,7 +49,7 @@ class TorchProgram(Format):
         extra = {_MARK: __version__, "config.json": json.dumps(model.config.to_dict())}
         extra["tokenizer.json"] = json.dumps(loaded.tokenizer.content, ensure_ascii=False)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with files.new_file(out) as temporary, temporary.open("wb") as file:
+        with files.new_file(out, alone=True) as temporary, temporary.open("wb") as file:
             torch.export.save(exported(model), file, extra_files=extra)
         return {
             "parameters": loaded.model.num_parameters()["total"],
