@@ -1,4 +1,4 @@
-"""Write the generated pages of the site: the recipe reference and the command reference.
+"""Write the generated pages of the site: the references of recipes, commands and formats.
 
 `make docs` runs `python docs/generate.py` before each build, so these pages are always those of the code.
 """
@@ -15,6 +15,8 @@ import typer
 from rich.text import Text
 
 from lightlm.cli.app import app
+from lightlm.convert.formats import FORMATS
+from lightlm.model.config import ModelConfig
 from lightlm.recipe.reference import keys, sections
 
 RECIPE_HEAD = """# Recipe reference
@@ -34,6 +36,41 @@ same. A value in brackets may be left out.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to standard output, progress and messages to
 standard error.
 """
+
+FORMATS_HEAD = """# Formats of models
+
+What `lightlm convert` reads and writes ([how](../guides/conversion.md)). This page is generated from the code.
+`lightlm convert --list` prints the first table.
+"""
+
+_GPT2 = {"norm": "layernorm", "mlp": "gelu", "bias": True}
+_MOE = {"num_experts": 4}
+# Settings of `model`, as the rows of the table of architectures name them, and their values.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "`norm: layernorm`, `mlp: gelu`, `position: learned`, `bias`": {**_GPT2, "position": "learned"},
+    "the defaults": {},
+    "`bias`, `bias_in: all`, `attention` or `mlp`": {"bias": True},
+    "`bias`, `bias_in: qkv`": {"bias": True, "bias_in": "qkv"},
+    "`mlp: relu2`": {"mlp": "relu2"},
+    "`norm: layernorm`, `mlp: gelu`, `bias`": _GPT2,
+    "`qk_norm`": {"qk_norm": True},
+    "`qk_norm`, `attention_gate`": {"qk_norm": True, "attention_gate": True},
+    "`num_experts`, `router: sigmoid`; shared experts, `qk_norm` or not": _MOE,
+    "`num_experts`, `router: softmax`": {**_MOE, "router": "softmax"},
+    "`num_experts`, `router: softmax`, `qk_norm`": {**_MOE, "router": "softmax", "qk_norm": True},
+    "`num_experts`, `router: softmax`, shared experts": {**_MOE, "router": "softmax", "num_shared_experts": 1},
+    "`layer_sharing`": {"layer_sharing": 2},
+    "`rope_scaling: linear`": {"rope_scaling": "linear", "rope_factor": 2.0},
+    "`rope_scaling: llama3`": {"rope_scaling": "llama3", "rope_factor": 2.0},
+    "`qk_norm`, `rope_scaling: llama3`": {"qk_norm": True, "rope_scaling": "llama3", "rope_factor": 2.0},
+    "`sliding_window`": {"sliding_window": 8},
+    "`multipliers`, `residual_scale`, `embedding_scale`, `base_depth`, `qk_gain`": {
+        "multipliers": "both",
+        "residual_scale": 0.5,
+        "embedding_scale": 2.0,
+        "base_depth": 4,
+    },
+}
 
 
 def cell(text: str) -> str:
@@ -74,6 +111,36 @@ def commands_page() -> str:
         if rows := [row(parameter) for parameter in parameters(command)]:
             parts.append(table(("argument or option", "default", "meaning"), rows))
     return "\n".join(parts)
+
+
+def formats_page() -> str:
+    """Return tables of what each format reads and writes, of architectures, and of what is refused."""
+    known = list(FORMATS.values())
+    rows = [
+        (code(each.name), each.takes or "-", each.makes or "-", ", ".join(each.quantizations) or "-", needs(each))
+        for each in known
+    ]
+    parts = [FORMATS_HEAD, table(("format", "reads", "writes", "`--quantize`", "needs"), rows)]
+    written = [each for each in known if each.writes]
+    base = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "max_seq_len": 64, "vocab_size": 97}
+    configs = {name: ModelConfig(**base, **changes).resolved() for name, changes in ARCHITECTURES.items()}
+    rows = [(name, *(each.target(config) or "-" for each in written)) for name, config in configs.items()]
+    parts += ["## What models are called there\n", "Rows name settings of `model`; the others have their defaults.\n"]
+    parts.append(table(("model", *(code(each.name) for each in written)), rows))
+    rows = [
+        (name, code(each.name), cell(each.refusal(config)))
+        for name, config in configs.items()
+        for each in written
+        if each.refusal(config)
+    ]
+    parts += ["## What is refused\n", table(("model", "format", "why"), rows)]
+    rows = [(code(each.name), ", ".join(each.kinds) or "every model of LightLM") for each in known if each.reads]
+    return "\n".join([*parts, "## What is read\n", table(("format", "models"), rows)])
+
+
+def needs(known: Any) -> str:
+    extra = f"`lightlm[{known.name}]`"
+    return extra if known.package else f"{extra} for `--verify`" if known.verifier else "-"
 
 
 def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
@@ -124,6 +191,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.md").write_text(recipe_page(), encoding="utf-8")
     (folder / "commands.md").write_text(commands_page(), encoding="utf-8")
+    (folder / "formats.md").write_text(formats_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

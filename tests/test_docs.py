@@ -13,11 +13,12 @@ import yaml
 from rich.text import Text
 
 from lightlm.cli.app import app
+from lightlm.convert.formats import FORMATS
 from lightlm.recipe.reference import keys
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-GENERATED = {"reference/recipe.md", "reference/commands.md"}
+GENERATED = {"reference/recipe.md", "reference/commands.md", "reference/formats.md"}
 
 
 def generate(folder):
@@ -39,6 +40,21 @@ def test_the_recipe_reference_has_every_key_with_its_description(pages):
     assert set(rows) == {entry.key for entry in keys()}
     for entry in keys():
         assert rows[entry.key] == entry.description.replace("|", "\\|").replace("<", "&lt;")
+
+
+def test_the_formats_page_is_the_registry(pages):
+    """Each format with what it needs, each class that is read, and a reason for each model that a format lacks."""
+    parts = pages["formats"].split("\n## ")
+    rows = {row[0].strip("`"): row for row in (line.strip("| ").split(" | ") for line in table_rows(parts[0]))}
+    assert rows.keys() == FORMATS.keys()
+    for name, known in FORMATS.items():
+        assert (known.takes or "-", known.makes or "-") == (rows[name][1], rows[name][2])
+        assert all(kind in parts[3] for kind in known.kinds)
+    models = [line.strip("| ").split(" | ") for line in parts[1].splitlines() if line.startswith("| ")][2:]
+    reasons = [line for line in parts[2].splitlines() if line.startswith("| ")][2:]
+    assert len(models) > 15
+    assert sum(cell == "-" for row in models for cell in row) == len(reasons) > 3
+    assert any("GPT2LMHeadModel | gpt2 of llama.cpp | ONNX graph" in " | ".join(row) for row in models)
 
 
 def table_rows(page):
