@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightlm.convert.huggingface.config import WEIGHT_FILES
 from lightlm.convert.huggingface.format import holds_onnx
+from lightlm.convert.layouts import as_yaml
 from lightlm.convert.protocol import Format
 from lightlm.model.config import ROPE_FIELDS
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from lightlm.checkpoint import LoadedModel
     from lightlm.model.config import ModelConfig
 
-# The fields of ModelConfig that `graph.py` computes. Another one is refused unless it has its default, or folds.
+# The fields of ModelConfig that `graph.py` computes, and of some the values. Another field is refused unless it has its
+# default, or folds.
 _COMPUTED = {
     "num_layers",
     "hidden_size",
@@ -48,6 +50,12 @@ _COMPUTED = {
     "norm_topk_prob",
     "routed_scaling_factor",
 }
+_VALUES = {
+    "norm": ("rmsnorm", "layernorm"),
+    "position": ("rope", "learned"),
+    "mlp": ("swiglu", "gelu", "gelu_erf", "relu2"),
+    "router": ("sigmoid", "softmax"),
+}
 
 
 class ONNXFolder(Format):
@@ -76,7 +84,9 @@ class ONNXFolder(Format):
         plain = config.folded()
         unknown = [each.name for each in fields(plain) if each.name not in _COMPUTED]
         names = [name for name in unknown if getattr(plain, name) != getattr(type(plain), name)]
-        return f"the ONNX graph does not compute {', '.join(names)}" if names else ""
+        names += [name for name, values in _VALUES.items() if getattr(plain, name) not in values]
+        listed = ", ".join(f"{name}: {as_yaml(getattr(plain, name))}" for name in names)
+        return f"the ONNX graph does not compute {listed}" if listed else ""
 
     def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype", quantize: str = "") -> dict[str, Any]:
         from lightlm.convert.onnx.folder import export_onnx

@@ -134,6 +134,9 @@ class _Graph:
         elif kind == "relu2":
             hidden = b.add("Relu", up)
             hidden = b.add("Mul", hidden, hidden)
+        elif kind == "gelu_erf":
+            erf = b.add("Erf", b.add("Mul", up, b.number(math.sqrt(0.5))))
+            hidden = b.add("Mul", b.add("Mul", up, b.number(0.5)), b.add("Add", erf, b.number(1.0)))
         else:  # GELU in the tanh approximation
             cube = b.add("Mul", b.add("Mul", up, up), up)
             inner = b.add("Add", up, b.add("Mul", cube, b.number(0.044715)))

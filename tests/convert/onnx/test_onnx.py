@@ -158,4 +158,5 @@ class _Softer(ModelConfig):
 def test_a_field_that_the_graph_does_not_compute_is_refused():
     shape = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_seq_len": 8}
     assert FORMATS["onnx"].refusal(_Softer(**shape)) == ""
-    assert "does not compute softcap" in FORMATS["onnx"].refusal(_Softer(**shape, softcap=30.0))
+    assert "does not compute softcap: 30.0" in FORMATS["onnx"].refusal(_Softer(**shape, softcap=30.0))
+    assert "does not compute mlp: new" in FORMATS["onnx"].refusal(ModelConfig(**shape, mlp="new"))
