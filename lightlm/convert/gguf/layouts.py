@@ -109,13 +109,13 @@ LAYOUTS = {
             *_DENSE_LINKS,
         ),
     ),
-    "llama": _LLAMA,
-    "qwen2": replace(  # only read: a Llama with biases comes first
+    "qwen2": replace(
         _LLAMA,
         architecture="qwen2",
         fixed=CLASSES["qwen2"].fixed,
         rules={**_RULES, "bias_in": CLASSES["qwen2"].rules["bias_in"]},
     ),
+    "llama": _LLAMA,
     "qwen3": replace(
         _LLAMA,
         architecture="qwen3",

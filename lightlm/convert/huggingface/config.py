@@ -121,7 +121,7 @@ def _read_rope(layout: Layout, values: dict[str, Any]) -> tuple[dict[str, Any], 
     rope = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0, "type": "default", "rope_type": None}
     rope |= {key: value for key, value in (layout.rope | values | nested).items() if key in rope}
     rope_type = rope["rope_type"] or rope["type"]
-    if rope_type not in _SCALINGS:
+    if not isinstance(rope_type, str) or rope_type not in _SCALINGS:
         known = ", ".join(map(repr, _SCALINGS))
         return {}, [f"{key} has rope_type {rope_type!r}, which LightLM does not compute; it computes {known}"]
     problems = []
@@ -157,15 +157,19 @@ def _problems(layout: Layout, values: dict[str, Any]) -> list[str]:
     }  # what a missing key means; other classes ignore the key
     model_type = values["model_type"]
     window = values.get("sliding_window", windows[model_type]) if model_type in windows else None
-    if window is not None and window < values.get("max_position_embeddings", 0):
+    positions = values.get("max_position_embeddings", 0)
+    if window is not None and not (isinstance(window, int) and isinstance(positions, int) and window >= positions):
         problems.append(f"sliding_window is {window!r}, must be null or at least max_position_embeddings")
-    if banded := sorted(set(values.get("layer_types") or layout.layer_types) - {"full_attention"}):
+    kinds = values.get("layer_types") or layout.layer_types
+    if banded := sorted(
+        {str(kind) for kind in (kinds if isinstance(kinds, list | tuple) else [kinds])} - {"full_attention"}
+    ):
         problems.append(f"layer_types has {', '.join(banded)}, must be full_attention throughout")
     dense = values.get("mlp_only_layers") or []
     if "mlp_only_layers" in layout.defaults and (not isinstance(dense, list) or dense != list(range(len(dense)))):
         problems.append(f"mlp_only_layers is {dense!r}, must be the first layers without a gap")
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method")
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         problems.append(f"quantization_config has quant_method {method!r}; export full-precision weights first")
     return problems
 

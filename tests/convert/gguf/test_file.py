@@ -159,3 +159,24 @@ def test_the_modelfile_writes_turns_as_the_chat_template(write):
         text = modelfile_path(path).read_text()
         assert ("TEMPLATE" in text) == bool(line)
         assert line in text
+
+
+def test_scaled_positions_of_other_programs(write, monkeypatch):
+    """They write only the divisors. The rule of Llama 3 is found again; others are refused."""
+    rule = {"rope_factor": 32.0, "rope_original_seq_len": 8192, "rope_theta": 500_000.0}
+    monkeypatch.setattr("lightlm.convert.gguf.file.write_rotary", lambda config: ({}, {}))
+    model, path = write("llama3", **rule)
+    assert import_gguf(path).model.config == model.model.config
+    assert "rope_freqs.weight" in {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    _, path = write("llama3", **rule | {"rope_high_freq_factor": 3.0})
+    with pytest.raises(ConvertError, match=r"rope_freqs\.weight scales rotary frequencies otherwise than Llama 3"):
+        import_gguf(path)
+
+
+def test_only_llama_has_llama3_positions(tokenizer):
+    for name, scaling, architecture in (("llama3", "llama3", "llama"), ("qwen3", "linear", "qwen3")):
+        assert LAYOUTS[gguf_layout(replace(MODELS[name], rope_scaling=scaling))[0]].architecture == architecture
+    assert (
+        "rope_scaling: llama3 (must be none or linear)"
+        in gguf_layout(replace(MODELS["qwen3"], rope_scaling="llama3"))[1]
+    )

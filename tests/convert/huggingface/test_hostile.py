@@ -1,15 +1,21 @@
 """Folders that are damaged or made to harm: one clear error, nothing executed, memory bounded."""
 
+import contextlib
 import json
 import struct
 import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lightlm.convert.huggingface.config import read_config, write_config
 from lightlm.convert.huggingface.folder import import_huggingface
-from lightlm.errors import LightLMError
+from lightlm.convert.huggingface.layouts import LAYOUTS
+from lightlm.errors import ConvertError, LightLMError
+from lightlm.model.config import ModelConfig
 from tests.convert.models import edit, write
 from tests.convert.test_pickles import Attack
 
@@ -150,6 +156,26 @@ def test_absurd_configurations(changes, match, folder):
     edit(folder / "config.json", **changes)
     refused(folder, match)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e5 * (1024 if sys.platform == "darwin" else 1)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_configuration_is_read_or_refused(data):
+    """A configuration of each class, with some of its values replaced by anything that JSON can hold."""
+    model_type = data.draw(st.sampled_from(sorted(LAYOUTS)))
+    config = ModelConfig(num_layers=2, hidden_size=8, num_heads=2, max_seq_len=8, vocab_size=9, head_dim=4).resolved()
+    values = {**write_config(model_type, config), "rope_scaling": None, "sliding_window": None, "layer_types": None}
+    names = data.draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3, unique=True))
+    changed = values | {name: data.draw(JUNK, label=name) for name in names}
+    with contextlib.suppress(ConvertError):
+        read_config(changed, "config.json")
 
 
 def test_experts_by_the_billion(folder):
