@@ -27,6 +27,7 @@ enum { NOTHING, GELU, RELU2, GELU_ERF };                 // Op.mode of LINEAR
 enum { RMS, LAYER };                                     // Op.mode of NORM
 enum { SIGMOID, SOFTMAX, SIGMOID_NORMALIZED, SOFTMAX_NORMALIZED };  // Op.mode of ROUTE
 enum { BLOCK = 4 };                                      // rows of a matrix that are multiplied together
+enum { FETCHED_AHEAD = 8192 };                           // bytes; 4,096 to 10,000 are equally good
 
 typedef struct {
     const void *numbers;  // (F, D)
@@ -118,7 +119,7 @@ static void share(int64_t count, int64_t block, const Own *own, int64_t *first, 
 
 // Ask early for rows that come later: rows are too short for the processor to notice that memory is read in order.
 static inline void fetch(const void *rows, int64_t bytes) {
-    const char *ahead = (const char *)rows + (bytes < 4096 ? 2 : 1) * bytes;
+    const char *ahead = (const char *)rows + FETCHED_AHEAD;
     for (int64_t place = 0; place < bytes; place += 64) __builtin_prefetch(ahead + place);
 }
 
