@@ -12,6 +12,7 @@ from lightlm.convert.folding import as_plain
 from lightlm.convert.formats import FORMATS
 from lightlm.convert.gguf.file import export_gguf, import_gguf, modelfile_path
 from lightlm.convert.gguf.layouts import LAYOUTS, gguf_layout
+from lightlm.convert.gguf.modelfile import quoted
 from lightlm.errors import ConvertError
 from tests.convert.gguf.models import MODELS
 from tests.convert.models import loaded
@@ -149,6 +150,16 @@ def test_the_modelfile_names_the_file_and_the_context(write):
     assert f"PARAMETER num_ctx {model.model.config.max_seq_len}" in lines
     assert 'PARAMETER stop "<|endoftext|>"' in lines
     assert 'TEMPLATE "{{ .Prompt }}"' in lines
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", 'say "stop"', '"', '""', '""" x', "\\n", "a b"])
+def test_stop_strings_are_quoted_as_ollama_reads_them(stop):
+    """Its parser cuts three quotes at both ends, else one; between them it knows no escapes."""
+    written = quoted(stop)
+    marks = 3 if written.startswith('"""') else 1
+    assert len(written) >= 2 * marks
+    assert written[-marks:] == '"' * marks
+    assert written[marks:-marks] == stop
 
 
 def test_the_modelfile_writes_turns_as_the_chat_template(write):

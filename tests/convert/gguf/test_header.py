@@ -3,6 +3,7 @@
 import contextlib
 import struct
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import gguf
@@ -144,6 +145,36 @@ def test_hostile_headers(name, tmp_path):
     (tmp_path / "file.gguf").write_bytes(data)
     with pytest.raises(ConvertError, match=message):
         read_header(tmp_path / "file.gguf")
+
+
+ABSURD = st.sampled_from([0, 1, 2, 31, 32, *(2**bits + step for bits in (16, 31, 32, 53, 63) for step in (-1, 0, 1))])
+KINDS = st.one_of(st.integers(0, 40), st.sampled_from([255, 2**31, 2**32 - 1]))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    counts=st.tuples(ABSURD, ABSURD),
+    version=st.sampled_from([2, 3]),
+    entries=st.lists(st.tuples(ABSURD, KINDS, KINDS, ABSURD), max_size=4),
+    tensors=st.lists(st.tuples(st.lists(ABSURD, max_size=5), KINDS, ABSURD), max_size=3),
+    filling=st.integers(0, 200),
+)
+def test_absurd_numbers_give_one_error_and_take_little_memory(counts, version, entries, tensors, filling, tmp_path):
+    """Counts, lengths, types, sizes and offsets up to the largest, each where a reader expects it."""
+    values = b"".join(
+        value(kind, struct.pack("<IQ", inner, length), struct.pack("<Q", number))
+        for number, kind, inner, length in entries
+    )
+    places = b"".join(tensor(bytes([97 + n]), shape, kind, offset) for n, (shape, kind, offset) in enumerate(tensors))
+    path = tmp_path / "file.gguf"
+    for num_values, num_tensors in (counts, (len(entries), len(tensors))):
+        path.write_bytes(header_bytes(values, num_values, places, num_tensors, version=version) + bytes(filling))
+        tracemalloc.start()
+        with contextlib.suppress(ConvertError):
+            read_header(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
