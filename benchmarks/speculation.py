@@ -7,6 +7,10 @@ In each round the ways take turns on the same text, a repetitive one and a plain
 the first round is not counted. Ratios to plain decoding are taken within a round, and printed as the median with the
 lowest and the highest. "always" guesses in each step; the others pause while guesses cost more than they make, as
 `lightlm generate` does. Reading the prompt is not timed. Ends of the text are banned, so that all texts are as long.
+
+With --draft it also prints how often a draft's draw is the model's on the first tokens of --text, with the defaults of
+sampling, and what the rule of Leviathan et al. (arXiv 2211.17192) accepts, the highest share possible. `--rounds 0`
+prints nothing else.
 """
 
 import statistics
@@ -22,10 +26,12 @@ from measure import dtype_name, machine_facts
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.device import keep_freed_memory, pick_device
-from lightlm.generate.batch import Batch, Request
+from lightlm.generate.batch import Batch, Request, row_generator
 from lightlm.generate.load import load_for_decoding
 from lightlm.generate.pace import Pace, round_costs
-from lightlm.generate.sampling import Sampling
+from lightlm.generate.sampling import DEFAULT, Sampling
+from lightlm.generate.sampling.draw import draw
+from lightlm.generate.sampling.filters import candidates
 from lightlm.generate.speculation import Guesser, Lookup, Speculation, draft_of
 
 TEXTS = {
@@ -36,6 +42,9 @@ TEXTS = {
     ),
     "plain": "The old lighthouse keeper had not spoken to anyone for three weeks when the letter arrived.",
 }
+
+
+_DRAWS = 40  # random numbers at each position
 
 
 class Always:
@@ -106,6 +115,26 @@ def describe(found: dict[str, Way]) -> dict[str, Any]:
     return result
 
 
+@torch.no_grad()
+def agreement(loaded: LoadedModel, draft: LoadedModel, ids: list[int], window: int = 128) -> dict[str, float]:
+    """Return the share of draws in which both models get the same token, and the highest share possible."""
+    same = accepted = 0.0
+    for start in range(0, len(ids), window):
+        part = torch.tensor([ids[start : start + window]])
+        size = loaded.tokenizer.vocab_size
+        logits_TV = [each.model(part)[0, :, :size].float() for each in (loaded, draft)]
+        found = [candidates(each, DEFAULT) for each in logits_TV]
+        dense = [
+            torch.zeros(len(each), size).scatter_(1, ids_TC, probs_TC.float() / probs_TC.float().sum(1, True))
+            for each, (probs_TC, ids_TC) in zip(logits_TV, found, strict=True)
+        ]
+        accepted += float(torch.minimum(*dense).sum())
+        for number in range(_DRAWS):
+            drawn = [draw(*each, [row_generator(number, start + t) for t in range(part.shape[1])]) for each in found]
+            same += sum(a == b for a, b in zip(*drawn, strict=True)) / _DRAWS
+    return {"tokens": len(ids), "same_draw": round(same / len(ids), 3), "highest": round(accepted / len(ids), 3)}
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("model")
@@ -115,6 +144,8 @@ def main() -> None:
     parser.add_argument("--guesses", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "docs" / "tutorial.md")
+    parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = pick_device("auto")
@@ -132,7 +163,11 @@ def main() -> None:
         **machine_facts(device),
         "texts": {},
     }
-    for text, prompt in TEXTS.items():
+    if draft is not None:
+        ids = loaded.tokenizer.encode(options.text.read_text(encoding="utf-8"))[: options.text_tokens]
+        result["agreement"] = found = agreement(loaded, draft, ids)
+        print(f"on {found['tokens']} tokens, {found['same_draw']} of the draws agree; at most {found['highest']} could")
+    for text, prompt in TEXTS.items() if options.rounds else ():
         for temperature in (0.0, 0.8):
             sampling = Sampling(temperature, min_new_tokens=options.tokens)
             ids, ends = loaded.tokenizer.encode(prompt), loaded.tokenizer.end_ids
@@ -154,7 +189,8 @@ def main() -> None:
                     + ("" if each["same_text"] else ", another text by rounding"),
                     flush=True,
                 )
-    print(f"costs of rounds in plain steps: {result['costs_in_plain_steps']}")
+    if options.rounds:
+        print(f"costs of rounds in plain steps: {result['costs_in_plain_steps']}")
     write_json(result, options.out)
 
 

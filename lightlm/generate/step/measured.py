@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+import lightlm
 from lightlm.files import cache_folder, write_text
 from lightlm.generate.step.fast import forward_of
 from lightlm.generate.step.native import library
@@ -18,7 +19,9 @@ T = TypeVar("T", bound=str | list[float])
 
 
 def measured_once(facts: Any, measure: Callable[[], T], accepts: Callable[[Any], bool]) -> T:
-    """Return what `measure` returns, from the first call for these facts, this processor and this version of torch.
+    """Return what `measure` returns, from the first call for these facts on this machine.
+
+    A new version of LightLM or torch measures anew.
 
     Without a folder for it, or room, each process measures.
 
@@ -26,7 +29,9 @@ def measured_once(facts: Any, measure: Callable[[], T], accepts: Callable[[Any],
         facts: what the measurement depends on, as JSON.
         accepts: whether a value in the file, which others may have changed, is one that `measure` may return.
     """
-    content = json.dumps([processor(), torch.__version__, library() is not None, facts], default=str)
+    content = json.dumps(
+        [lightlm.__version__, processor(), torch.__version__, library() is not None, facts], default=str
+    )
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     known = _read()
     if key in known and accepts(known[key]):
