@@ -48,8 +48,8 @@ class ChatTemplate:
         source = tokenizer.settings.get("chat_template")
         if source is None:
             raise UsageError(
-                "the model has no chat template: it continues texts and knows no turns; give it a prompt, without --chat "
-                "or messages"
+                "the model has no chat template: it continues texts and knows no turns; give it a prompt, without "
+                "--chat or messages"
             )
         roles = {key: value for key, value in tokenizer.settings.items() if key.endswith("_token")}
         return cls(source, {role: token for role, token in roles.items() if isinstance(token, str)})

@@ -21,9 +21,7 @@ T = TypeVar("T", bound=str | list[float])
 def measured_once(facts: Any, measure: Callable[[], T], accepts: Callable[[Any], bool]) -> T:
     """Return what `measure` returns, from the first call for these facts on this machine.
 
-    A new version of LightLM or torch measures anew.
-
-    Without a folder for it, or room, each process measures.
+    A new version of LightLM or torch measures anew. Without a folder for it, or room, each process measures.
 
     Args:
         facts: what the measurement depends on, as JSON.
