@@ -40,6 +40,8 @@ class Layout:
     defaults: dict[str, Any]  # their keys that may be missing (in files of older versions), and what that means
     constants: dict[str, tuple[Any, ...]]  # their keys that must hold one of these; missing means the first
     links: tuple[Link, ...]
+    # ModelConfig field -> their key, and for each value that the class has their names, the one to write first.
+    choices: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = field(default_factory=dict)
     base: str = "model."  # prefix of all weights but the head's; files saved from the bare model lack it
     # Their keys for biases, where the class leaves the choice, and the parts that get them (`ModelConfig.has_bias`).
     bias_keys: dict[str, tuple[Part, ...]] = field(default_factory=dict)
@@ -58,9 +60,17 @@ class Layout:
             if name in self.rules:
                 if not self.rules[name].accepts(config):
                     found[name] = self.rules[name].requirement.format(**vars(config))
+            elif name in self.choices:
+                if value not in (known := self.choices[name][1]):
+                    found[name] = f"must be {' or '.join(known)}"
             elif name not in self.keys and value != (needed := self.fixed.get(name, setting.default)):
                 found[name] = f"must be {as_yaml(needed)}" if name in self.fixed else "no equivalent in this class"
         return found
+
+    @property
+    def needs_all_biases(self) -> bool:
+        """Whether the class has biases everywhere, and takes models without by zeros."""
+        return self.fixed.get("bias") is True and "bias" in self.rules
 
     def offset(self, name: str) -> float:
         """Return what our tensor of this name exceeds theirs by."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightlm.convert.gguf.header import Header, TensorPlace
 from lightlm.convert.gguf.layouts import LAYOUTS, NEIGHBORING_PAIRS
 from lightlm.convert.gguf.shape import DIVISORS
-from lightlm.convert.huggingface.weights import with_shared_experts
+from lightlm.convert.huggingface.weights import with_all_biases, with_shared_experts
 from lightlm.convert.layouts import Layout
 from lightlm.convert.renaming import our_state, their_state
 from lightlm.errors import ConvertError
@@ -46,6 +46,8 @@ def gguf_tensors(name: str, config: ModelConfig, state: dict[str, Tensor]) -> di
     if any("exp_probs_b" in link.theirs for link in layout.links) and config.router == "softmax":
         for block in filter(config.has_experts, range(config.num_layers)):
             state = state | {f"blocks.{block}.mlp.router.selection_bias": torch.zeros(config.num_experts)}
+    if layout.needs_all_biases:
+        state = with_all_biases(config, state)
     tensors = their_state(layout, config, state)
     if config.rope_scaling == "llama3" and config.position == "rope":
         tensors[DIVISORS] = rotary_divisors(config)

@@ -44,6 +44,7 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
             values[layout.keys[ours]] = float(getattr(config, ours))
     values[layout.keys["init_std"]] = min(float(config.init_std), 1.0)  # LlamaConfig refuses more
     values |= {key: allowed[0] for key, allowed in layout.constants.items()}
+    values |= {key: names[getattr(config, ours)][0] for ours, (key, names) in layout.choices.items()}
     values |= {key: config.has_bias(parts[0]) for key, parts in layout.bias_keys.items()}
     dense_layers = config.first_k_dense * config.layer_sharing
     if "first_k_dense_replace" in values:
@@ -95,6 +96,9 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     if isinstance(settings.get("first_k_dense"), list):
         settings["first_k_dense"] = len(settings["first_k_dense"])
     settings |= rope_settings
+    for ours, (theirs, names) in layout.choices.items():
+        said = values.get(theirs, next(iter(names.values()))[0])
+        settings[ours] = next(value for value, known in names.items() if said in known)
     if layout.bias_keys:
         biased = {part for key, parts in layout.bias_keys.items() if values.get(key) for part in parts}
         settings["bias"] = bool(biased)
@@ -145,6 +149,10 @@ def _problems(layout: Layout, values: dict[str, Any]) -> list[str]:
         for key, allowed in layout.constants.items()
         if values.get(key, allowed[0]) not in allowed
     ]
+    for key, names in layout.choices.values():
+        known = [name for each in names.values() for name in each]
+        if values.get(key, known[0]) not in known:
+            problems.append(f"{key} is {values[key]!r}, must be {' or '.join(map(repr, known))}")
     problems += [
         f"{key} is {values[key]!r}, must be true or false"
         for key in layout.bias_keys

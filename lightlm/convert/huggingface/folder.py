@@ -18,7 +18,13 @@ from lightlm.convert.folding import as_plain
 from lightlm.convert.huggingface.card import model_card
 from lightlm.convert.huggingface.config import read_config, read_json, write_config
 from lightlm.convert.huggingface.layouts import LAYOUTS, SELECTION_BIAS, export_target
-from lightlm.convert.huggingface.weights import only_weights, read_weights, weight_files, with_shared_experts
+from lightlm.convert.huggingface.weights import (
+    only_weights,
+    read_weights,
+    weight_files,
+    with_all_biases,
+    with_shared_experts,
+)
 from lightlm.convert.record import write_record
 from lightlm.convert.renaming import our_state, refuse_absurd_size, their_state
 from lightlm.data.tokenizer import Tokenizer
@@ -71,6 +77,8 @@ def export_huggingface(
     ours = clean_state(loaded.model.state_dict())
     if not config.num_shared_experts:  # a class that always has shared experts loads tensors without elements
         ours = with_shared_experts(config, ours, width=0)
+    if LAYOUTS[target.model_type].needs_all_biases:
+        ours = with_all_biases(config, ours)
     state = their_state(LAYOUTS[target.model_type], config, ours, dtype)
     parameters = sum(tensor.numel() for name, tensor in state.items() if not name.endswith(SELECTION_BIAS))
     try:

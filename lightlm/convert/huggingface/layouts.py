@@ -144,15 +144,23 @@ LAYOUTS = {
             "tie_embeddings": "tie_word_embeddings",
             "init_std": "initializer_range",
         },
-        fixed=_GPT2_FIXED,
+        fixed={name: value for name, value in _GPT2_FIXED.items() if name != "mlp"},
         rules={
             **_RULES,
             "num_kv_heads": Rule(lambda c: c.num_kv_heads == c.num_heads, "must be num_heads, {num_heads}"),
             "head_dim": Rule(lambda c: c.head_dim * c.num_heads == c.hidden_size, "must be hidden_size / num_heads"),
+            # Biases that a model does not have are written as zeros.
+            "bias": _ANY,
+            "bias_in": _ANY,
+        },
+        choices={
+            "mlp": (
+                "activation_function",
+                {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "gelu_erf": ("gelu",)},  # the first two are one function
+            )
         },
         defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02},
         constants={
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),

@@ -1,6 +1,7 @@
 """Read the files of weights in a Hugging Face folder."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from lightlm.convert.layouts import Layout
 from lightlm.convert.pickles import read_pickle
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
+from lightlm.model.transformer import Transformer
 
 # Causal masks in old GPT-2 files and rotary frequencies in old Llama files: constants, not weights.
 _CONSTANTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
@@ -28,6 +30,14 @@ def with_shared_experts(config: ModelConfig, state: dict[str, Tensor], width: in
             size = (config.hidden_size, width) if name == "down_proj" else (width, config.hidden_size)
             zeros[f"blocks.{block}.mlp.shared.{name}.weight"] = torch.zeros(size)
     return state | zeros
+
+
+def with_all_biases(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with biases of zeros where a class always has some and the model has none."""
+    with torch.device("meta"):
+        wanted = Transformer(replace(config, bias=True, bias_in="all")).state_dict()
+    biases = {name: tensor for name, tensor in wanted.items() if name.endswith(".bias") and name not in state}
+    return state | {name: torch.zeros(tensor.shape) for name, tensor in biases.items()}
 
 
 def only_weights(layout: Layout, config: ModelConfig, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ MOE = replace(LLAMA, num_experts=4, num_experts_per_tok=2)
     ("config", "architecture"),
     [
         (GPT2, "GPT2LMHeadModel"),
+        (replace(GPT2, bias=False, mlp="gelu_erf"), "GPT2LMHeadModel"),
         (LLAMA, "LlamaForCausalLM"),
         (replace(LLAMA, bias=True), "LlamaForCausalLM"),
         (replace(LLAMA, head_dim=16, layer_sharing=3), "LlamaForCausalLM"),
@@ -51,7 +52,6 @@ def test_class(config, architecture):
         (replace(LLAMA, norm="layernorm"), ["LlamaForCausalLM", "norm: layernorm (must be rmsnorm)"]),
         (replace(LLAMA, norm="layernorm", mlp="gelu"), ["Starcoder2ForCausalLM", "bias: false (must be true)"]),
         (replace(GPT2, norm="rmsnorm"), ["GPT2LMHeadModel", "norm: rmsnorm (must be layernorm)"]),
-        (replace(GPT2, bias=False), ["GPT2LMHeadModel", "bias: false"]),
         (replace(GPT2, qk_norm=True, num_kv_heads=2), ["qk_norm: true", "num_kv_heads: 2"]),
         (replace(GPT2, head_dim=16), ["head_dim: 16"]),
         (replace(QWEN3, bias=True), ["Qwen3ForCausalLM", "bias: true"]),
@@ -86,8 +86,8 @@ def test_every_field_is_placed_in_every_layout(model_type):
     What folds into other weights needs none, because layouts see the folded configuration.
     """
     layout, names = LAYOUTS[model_type], {field.name for field in fields(ModelConfig)}
-    assert names == {*layout.keys, *layout.fixed, *layout.rules, *FOLDABLE_FIELDS}
-    assert not set(FOLDABLE_FIELDS) & {*layout.keys, *layout.fixed, *layout.rules}
+    assert names == {*layout.keys, *layout.choices, *layout.fixed, *layout.rules, *FOLDABLE_FIELDS}
+    assert not set(FOLDABLE_FIELDS) & {*layout.keys, *layout.choices, *layout.fixed, *layout.rules}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,21 @@ def test_transformers_computes_the_same(tokenizer, tmp_path):
         assert largest_difference(load_pretrained(tmp_path), theirs(tokens).logits, tokens) < 1e-5
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_exports_to_transformers(bias, tokenizer, tmp_path):
+    """GPT2LMHeadModel has biases always: those of a model without are zeros."""
+    write_checkpoint(tmp_path / "ckpt.pt", bias=bias)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_pretrained(tmp_path)
+    FORMATS["hf"].write(loaded, tmp_path / "hf", torch.float32)
+    tokens = torch.arange(48)[None] * 6
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert largest_difference(loaded, theirs(tokens).logits, tokens) < 1e-5
+        assert largest_difference(load_pretrained(tmp_path / "hf"), theirs(tokens).logits, tokens) < 1e-5
+    assert theirs.config.activation_function == "gelu"
+
+
 def test_the_commands_open_it(tmp_path, monkeypatch, capsys):
     """A folder of nanoGPT: out-char/ckpt.pt beside data/char/meta.pkl, where its sample.py looks for it."""
     monkeypatch.chdir(tmp_path)
