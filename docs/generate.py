@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lightlm.cli.app import app
 from lightlm.convert.formats import FORMATS
+from lightlm.convert.huggingface.layouts import MISSING_PARTS
 from lightlm.model.config import ModelConfig
 from lightlm.recipe.reference import keys, sections
 
@@ -135,7 +136,13 @@ def formats_page() -> str:
     ]
     parts += ["## What is refused\n", table(("model", "format", "why"), rows)]
     rows = [(code(each.name), ", ".join(each.kinds) or "every model of LightLM") for each in known if each.reads]
-    return "\n".join([*parts, "## What is read\n", table(("format", "models"), rows)])
+    parts += ["## What is read\n", table(("format", "models"), rows)]
+    reasons: dict[str, list[str]] = {}
+    for model_type, reason in MISSING_PARTS.items():
+        reasons.setdefault(reason, []).append(code(model_type))
+    missing = [(", ".join(names), reason) for reason, names in reasons.items()]
+    parts += ["## Models on the Hub that LightLM does not have\n", table(("`model_type`", "because"), missing)]
+    return "\n".join(parts)
 
 
 def needs(known: Any) -> str:

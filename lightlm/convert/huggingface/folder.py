@@ -171,11 +171,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int, max_seq_len: 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": raw.id_to_token(bos),
         "eos_token": token,
-        "pad_token": token,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
-    settings |= dict(tokenizer.settings)
+    settings |= dict(tokenizer.settings) or {"pad_token": token}  # an imported model may have none
     if others := settings.pop(OTHER_TEMPLATES, None):
         templates = {"default": settings["chat_template"]} if "chat_template" in settings else {}
         named = (templates | others).items()

@@ -177,6 +177,18 @@ def test_added_tokens_without_rows(tmp_path: Path, caplog: pytest.LogCaptureFixt
         import_huggingface(folder)
 
 
+def test_no_role_is_invented(tmp_path: Path) -> None:
+    """An imported model without a token for padding has none afterwards; our own models pad with end-of-text."""
+    folder = write_folder(tmp_path / "hf", settings={"eos_token": "<|im_end|>"})
+    (folder / "special_tokens_map.json").unlink()
+    export_huggingface(import_huggingface(folder), tmp_path / "again")
+    assert "pad_token" not in read(tmp_path / "again", "tokenizer_config.json")
+    assert read(tmp_path / "again", "special_tokens_map.json").keys() == {"bos_token", "eos_token"}
+    tokenizer = tokenizer_of("byte-level")
+    export_huggingface(LoadedModel(tiny_model(tokenizer), tokenizer, Path("x")), tmp_path / "own")
+    assert read(tmp_path / "own", "tokenizer_config.json")["pad_token"] == tokenizer.end_of_text
+
+
 def test_padding_that_only_config_names(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf", None, pad_token_id=3, eos_token_id=[0, 5])
     assert import_huggingface(folder).tokenizer.generation_config == {"eos_token_id": [0, 5], "pad_token_id": 3}
