@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from lightlm.checkpoint import load_model, save_model
 from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
 from lightlm.convert.huggingface.verify import TOLERANCE, largest_difference
+from lightlm.convert.samples import sample_tokens
 from lightlm.errors import ConvertError, LightLMError
 from lightlm.model.config import ModelConfig
 from tests.convert.models import difference, edit, loaded, roughen, write
@@ -197,7 +198,7 @@ def test_a_tie_of_two_experts_may_go_either_way(tokenizer, tmp_path):
     """If two experts score alike, the order of sums decides between them, not the conversion."""
     model = loaded(replace(GLM, num_layers=2), tokenizer)
     router = model.model.blocks[1].mlp.router
-    tokens = torch.randint(tokenizer.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
+    tokens = sample_tokens(model)
     routed = []
     hook = router.register_forward_hook(lambda *arguments: routed.append(arguments[-1]))
     model.model(tokens)
