@@ -117,10 +117,12 @@ def write_description(folder: Path, loaded: LoadedModel, values: dict[str, Any])
     Args:
         values: config.json without the ids of tokens.
     """
-    tokenizer, end = loaded.tokenizer, loaded.tokenizer.end_of_text_id
+    tokenizer, size = loaded.tokenizer, loaded.model.config.vocab_size
+    # A character-level tokenizer has an end-of-text token for which the model has no row, so it never ends a text.
+    end = tokenizer.end_of_text_id if tokenizer.end_of_text_id < size else None
     bos = end if tokenizer.bos_id is None else tokenizer.bos_id
     said = [each for each in _as_list(tokenizer.generation_config.get("eos_token_id")) if each in tokenizer.end_ids]
-    ends = said if end in said else [end, *said]
+    ends = said if end in said or end is None else [end, *said]
     # Without pad_token_id: it would freeze that embedding when the model is trained further.
     ids = {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else end}
     generation = dict(tokenizer.generation_config) or ids | {"pad_token_id": end}
@@ -128,7 +130,7 @@ def write_description(folder: Path, loaded: LoadedModel, values: dict[str, Any])
         generation["eos_token_id"] = ids["eos_token_id"]
     _write_json(folder / "config.json", values | ids)
     _write_json(folder / GENERATION, generation)
-    _write_tokenizer(folder, tokenizer, bos, loaded.model.config.max_seq_len)
+    _write_tokenizer(folder, tokenizer, bos, end, loaded.model.config.max_seq_len)
 
 
 def import_huggingface(folder: Path) -> LoadedModel:
@@ -151,7 +153,7 @@ def import_huggingface(folder: Path) -> LoadedModel:
     return LoadedModel(build_model(config, state, str(folder)).eval(), tokenizer, folder, weight_files(folder))
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int, max_seq_len: int) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int | None, end: int | None, max_seq_len: int) -> None:
     """Write the files that make `AutoTokenizer` encode as our tokenizer does.
 
     Truncation and padding are left out, because LightLM uses neither. The post-processor is left out where it adds
@@ -166,15 +168,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int, max_seq_len: 
         definition["post_processor"] = None
     if frames or raw.truncation or raw.padding:
         _write_json(path, definition | {"truncation": None, "padding": None})
-    token = raw.id_to_token(tokenizer.end_of_text_id)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": raw.id_to_token(bos),
-        "eos_token": token,
+        **{name: raw.id_to_token(each) for name, each in (("bos_token", bos), ("eos_token", end)) if each is not None},
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
-    settings |= dict(tokenizer.settings) or {"pad_token": token}  # an imported model may have none
+    # An imported model may have no token for padding.
+    settings |= dict(tokenizer.settings) or ({} if end is None else {"pad_token": settings["eos_token"]})
     if others := settings.pop(OTHER_TEMPLATES, None):
         templates = {"default": settings["chat_template"]} if "chat_template" in settings else {}
         named = (templates | others).items()
@@ -189,7 +190,8 @@ def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> To
         tokenizer, settings = Tokenizer.read(folder), read_settings(folder)
     except DataError as error:
         raise ConvertError(str(error)) from None
-    if tokenizer.vocab_size > vocab_size:
+    endless = config.get("eos_token_id", "") is None and tokenizer.end_of_text_id == vocab_size  # our own export
+    if tokenizer.vocab_size > vocab_size + endless:
         tokenizer = _without_surplus(tokenizer, folder, vocab_size)
     # Beginning of text, as `AutoTokenizer`: where no tokenizer file names it, the id in config.json.
     bos_id = None

@@ -1,11 +1,12 @@
 """nanoGPT's ckpt.pt against its definition in float64, and against transformers' GPT-2."""
 
+import json
 import pickle
 import shutil
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lightlm.convert.formats import FORMATS, format_of
 from lightlm.convert.load import find_start, load_pretrained
@@ -101,7 +102,11 @@ def test_the_commands_open_it(tmp_path, monkeypatch, capsys):
     arguments = ("to be", "--temperature", "0", "--max-new-tokens", "30", "--json")
     text = "".join(CHARACTERS[index] for index in expected).replace("\n", "\\n")
     assert lightlm("convert", "out-char", "--verify").code == 0
-    for model in ("out-char/ckpt.pt", "out-char", "out-char-lightlm"):
+    assert lightlm("convert", "out-char", "--to", "hf", "--verify").code == 0
+    for name in ("config.json", "generation_config.json"):  # of the end-of-text token, the model has no row
+        assert json.loads((tmp_path / "out-char-hf" / name).read_text())["eos_token_id"] is None
+    assert AutoTokenizer.from_pretrained(tmp_path / "out-char-hf").eos_token is None
+    for model in ("out-char/ckpt.pt", "out-char", "out-char-lightlm", "out-char-hf"):
         assert text in lightlm("generate", *arguments, "--checkpoint", model).stdout
     assert find_start("out-char").model.vocab_size == len(CHARACTERS)
     # An empty prompt begins with a line end, and a text never ends by itself.
