@@ -572,7 +572,10 @@ static Own own_of(const Call *call, int thread, int threads) {
     return own;
 }
 
-void run(const Op *ops, int64_t count, const Call *call) {
+// Return 1, without computing anything, if a token is not in the table.
+int run(const Op *ops, int64_t count, const Call *call) {
+    for (int64_t n = 0; n < call->tokens && ops[0].kind == EMBED; n++)
+        if (call->ids[n] < 0 || call->ids[n] >= ops[0].matrices[0].rows) return 1;
 #pragma omp parallel num_threads((int)call->threads)
     {
         Own own = own_of(call, omp_get_thread_num(), omp_get_num_threads());
@@ -583,4 +586,5 @@ void run(const Op *ops, int64_t count, const Call *call) {
             }
         }
     }
+    return 0;
 }

@@ -1,7 +1,8 @@
 """Compiles `native.c` where there is a C compiler, and keeps the result.
 
 The forward pass of a few tokens then takes the time of reading the weights. Without a compiler, torch's operations
-compute the same in more time. `LIGHTLM_NATIVE=0` in the environment chooses them too.
+compute the same in more time. `LIGHTLM_NATIVE=0` in the environment chooses them too, and `LIGHTLM_NATIVE=1` tries to
+compile on macOS, where nobody has run this.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,7 +42,9 @@ _PROCESSORS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",
 # First without a library of OpenMP: its functions are those of torch, whose threads do the work. LLVM's and GNU's
 # differ, so a compiler of the other kind links its own.
 _LINKING = (("-undefined", "dynamic_lookup"),) if sys.platform == "darwin" else ((), _OPENMP)
-_SECONDS = 60  # for one attempt
+_SECONDS = 60  # for one run of the compiler, which is then taken to hang
+_DIGEST_SIZE = hashlib.sha256().digest_size
+_PROCESS = os.getpid()
 
 
 class Matrix(ctypes.Structure):
@@ -84,31 +88,62 @@ class Call(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled functions, or None where they cannot be had. The first call of a machine takes a second."""
-    if os.environ.get("LIGHTLM_NATIVE", "1") == "0" or os.name == "nt":
+    default = "1" if sys.platform.startswith("linux") else "0"
+    if os.name == "nt" or (os.environ.get("LIGHTLM_NATIVE") or default) == "0":
         return None
-    command = shlex.split(os.environ.get("CC", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
-    if not command:
-        return None
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+    # RuntimeError: there is no home folder. ValueError: CC has a quote without an end.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        command = shlex.split(os.environ.get("CC", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
+        if not command:
+            return None
         facts = [_SOURCE.read_text(encoding="utf-8"), command, _FLAGS, _machine(), torch.__version__]
         name = f"native-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.so"
-        kept = cache_folder() / name
-        with contextlib.suppress(OSError):  # there is none yet, or it is damaged
-            return _load(kept)
-        try:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            folder = tempfile.mkdtemp(dir=cache_folder(), prefix="native-")
-        except (OSError, RuntimeError):
-            folder = tempfile.mkdtemp(prefix="lightlm-native-")
-        try:
-            built = _build(command, Path(folder))
-            if built is not None:
-                with contextlib.suppress(OSError, RuntimeError):
-                    os.replace(built[1], kept)
-                return built[0]
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        return _kept(cache_folder() / name) or _compiled(command, cache_folder(), name) or _compiled(command)
     return None
+
+
+def num_threads() -> int:
+    """Return how many threads compute: torch's number.
+
+    It is 1 in a forked process: GNU's OpenMP would wait forever for threads that a fork does not copy.
+    """
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
+
+
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """Return a library from an earlier call, or None if there is none or it is damaged.
+
+    Its file ends with a digest: loading a part of a library, as a full disk or a power cut leaves it, ends the process.
+    """
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-_DIGEST_SIZE]).digest() == content[-_DIGEST_SIZE:]:
+            return _load(path)
+    return None
+
+
+def _compiled(command: list[str], keep: Path | None = None, name: str = "") -> ctypes.CDLL | None:
+    """Compile in a folder and keep the result under a name there; without one, in a temporary folder.
+
+    None if nothing works there: a folder may be read-only, or forbid to execute what lies in it.
+    """
+    try:
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=keep, prefix="lightlm-native-"))
+    except OSError:
+        return None
+    try:
+        built = _build(command, folder)
+        if built is not None and keep is not None:
+            with contextlib.suppress(OSError):
+                digest = hashlib.sha256(built[1].read_bytes()).digest()
+                with built[1].open("ab") as file:
+                    file.write(digest)
+                os.replace(built[1], keep / name)
+        return built[0] if built is not None else None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _build(command: list[str], folder: Path) -> tuple[ctypes.CDLL, Path] | None:
@@ -126,17 +161,27 @@ def _build(command: list[str], folder: Path) -> tuple[ctypes.CDLL, Path] | None:
 
 
 def _runs(command: list[str]) -> bool:
+    """Run a compiler; raise TimeoutError if it hangs. What it has started ends with it."""
     try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_SECONDS, check=False)
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
     except (OSError, subprocess.SubprocessError):
         return False
-    return done.returncode == 0
+    try:
+        return process.wait(_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{command[0]} hangs") from None
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     loaded.run.argtypes = (ctypes.POINTER(Op), ctypes.c_int64, ctypes.POINTER(Call))
-    loaded.run.restype = None
+    loaded.run.restype = ctypes.c_int
     return loaded
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightlm.generate.step.native import Call, Matrix, Op, library
+from lightlm.generate.step.native import Call, Matrix, Op, library, num_threads
 from lightlm.generate.step.parts import FastBlock, FastMLP, FastMoE, FastNorm, FastSwiGLU
 from lightlm.model.config import ModelConfig
 from lightlm.model.decoding.cache import Step
@@ -46,7 +46,7 @@ def multiplication(weights: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         matrix.columns = weight_FD.shape[1]
         op = Op(kind=_LINEAR, matrices=(Matrix * 1)(matrix), factor=1, input=x_1D.data_ptr(), output=y_1F.data_ptr())
         rounds.append((op, weight_FD, x_1D, y_1F))
-    widest, threads = max(weight_FD.shape[1] for weight_FD in weights), torch.get_num_threads()
+    widest, threads = max(weight_FD.shape[1] for weight_FD in weights), num_threads()
     ops = (Op * len(rounds))(*(op for op, *_ in rounds))
     size = _BLOCK * (-(-widest // 32) * 32) + widest + _SPARE
     own = torch.empty(threads, size)
@@ -118,6 +118,9 @@ class Program:
         Args:
             step: from `KVCache.begin`; it has at most `MOST_TOKENS` tokens.
             pairs: the cache, (layers, B, 2, G, slots, K).
+
+        Raises:
+            IndexError: a token is not in the table.
         """
         batch, length = tokens_BT.shape
         spans = [(row, start, count) for row, (start, count) in enumerate(zip(step.starts, step.counts, strict=True))]
@@ -126,9 +129,10 @@ class Program:
         full = len(rows) == batch * length
         ids_N = tokens_BT.flatten()
         if not full:
-            kept_N = torch.tensor([row * length + column for row, _, count in spans for column in range(count)])
+            kept = [row * length + column for row, _, count in spans for column in range(count)]
+            kept_N = torch.tensor(kept, dtype=torch.long)
             ids_N = ids_N[kept_N]
-        index_3N = torch.stack((ids_N, torch.tensor(rows), torch.tensor(positions)))
+        index_3N = torch.stack((ids_N, *torch.tensor([rows, positions], dtype=torch.long)))
         layers, cache_rows, _, groups, _, _ = pairs.stride()
         with self._lock:
             self._run(
@@ -159,7 +163,7 @@ class Program:
         return logits_NV
 
     def _run(self, ops: Any, tokens: int, **places: int) -> None:
-        config, threads = self._config, torch.get_num_threads()
+        config, threads = self._config, num_threads()
         own = torch.empty(threads, self._own_size)
         call = Call(
             tokens=tokens,
@@ -176,7 +180,8 @@ class Program:
             widest=self._widest,
             **places,
         )
-        self._native.run(ops, len(ops), call)
+        if self._native.run(ops, len(ops), call) != 0:
+            raise IndexError(f"a token id is not in the table of {config.vocab_size:,} tokens")
 
     def _add_block(self, layer: int, block: FastBlock, window: int) -> None:
         attention, mlp = block.attention, block.mlp

@@ -108,6 +108,22 @@ def test_the_plain_pass_continues_its_cache_and_errors_are_the_same(native):
 
 
 @pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("token", [97, 2**40, -1])
+def test_a_token_outside_the_table_is_an_error(native, token):
+    model = MODELS["llama"]
+    with pytest.raises(IndexError):
+        FAST["llama", native](torch.tensor([[5, token]]), model.new_cache(1))
+
+
+@pytest.mark.parametrize("native", NATIVE)
+def test_rows_without_tokens_change_nothing(native):
+    model = MODELS["llama"]
+    cache = model.new_cache(2)
+    assert FAST["llama", native](torch.tensor([[1], [2]]), cache, [0, 0]).shape == (2, 1, 97)
+    assert cache.lengths == [0, 0]
+
+
+@pytest.mark.parametrize("native", NATIVE)
 def test_one_row_reads_only_its_experts(native):
     """Weights of experts that are not chosen may be anything: NaN here."""
     model = build("moe")
