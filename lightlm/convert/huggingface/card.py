@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -38,7 +39,7 @@ A language model of {parameters:,} parameters, exported from LightLM {version} a
     inputs = tokenizer("Once upon a time", return_tensors="pt")
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
-Or with LightLM: `lightlm generate "Once upon a time" --checkpoint {path}`
+Or with LightLM: `lightlm generate "Once upon a time" --checkpoint {shell_path}`
 
 ## Model
 
@@ -109,6 +110,7 @@ def model_card(loaded: LoadedModel, path: str, *, architecture: str, parameters:
         version=__version__,
         architecture=architecture,
         path=path,
+        shell_path=shlex.quote(path),
         shape=_table(("", ""), _shape(loaded.model)),
         source=_source(loaded),
         origin="\n".join(f"- {line}" for line in _origin(recipe)),

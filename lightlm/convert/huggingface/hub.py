@@ -1,6 +1,7 @@
 """Upload an export to the Hugging Face Hub, by huggingface_hub. Importing this module is cheap."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,11 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
     except OfflineModeIsEnabled:
         raise ConvertError(f"{failed}: HF_HUB_OFFLINE is set") from None
     except Exception as error:  # whatever its network library raises
+        # `hf upload` does not look whether the repository is public already.
+        other = "" if private else f", or: {shlex.join(['hf', 'upload', repository, folder.as_posix()])}"
         raise ConvertError(
             f"{failed}: the Hub cannot be reached ({type(error).__name__}: {_first_line(error)}); check the "
-            f"connection, then run the same command again, or: hf upload {repository} {folder.as_posix()}"
+            f"connection, then run the same command again{other}"
         ) from None
     return address
 

@@ -129,6 +129,8 @@ def test_without_a_connection(start: Any, folder: Path) -> None:
     start().close()
     with pytest.raises(ConvertError, match=r"the Hub cannot be reached .*or: hf upload me/demo .*/hf$"):
         upload(folder, "me/demo")
+    with pytest.raises(ConvertError, match=r"run the same command again$"):  # that command could publish it
+        upload(folder, "me/demo", private=True)
 
 
 @pytest.mark.parametrize("name", ["demo", "a/b/c", "me/de mo", "me/--demo..", "/demo", "me/", "mé/demo"])
