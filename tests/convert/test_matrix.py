@@ -138,11 +138,11 @@ def test_float16_overflow_names_the_tensor(name, tokenizer, tmp_path):
         model.model.blocks[1].mlp.up_proj.weight[3, 5] = 1e5
     save_model(tmp_path / "source", model.model, tokenizer)
     for quantize in ("", *FORMATS[name].quantizations[:1]):
+        dtype = torch.float32 if quantize else torch.float16  # scales of quantized blocks are float16
         with pytest.raises(ConvertError, match=r"blocks\.1\.mlp\.up_proj\.weight has weights up to 1e\+05"):
             convert_model(
-                tmp_path / "source", FORMATS["lightlm"], place(name, tmp_path), FORMATS[name], torch.float16,
-                quantize=quantize,
-            )  # fmt: skip
+                tmp_path / "source", FORMATS["lightlm"], place(name, tmp_path), FORMATS[name], dtype, quantize=quantize
+            )
     assert [each.name for each in tmp_path.iterdir()] == ["source"]
 
 

@@ -114,6 +114,11 @@ def test_the_commands_open_it(tmp_path, monkeypatch, capsys):
     assert tokenizer.start_id == CHARACTERS.index("\n")
     assert not tokenizer.end_ids & set(range(len(CHARACTERS)))
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    # A configuration that names an end of text for which there is no row belongs to another model.
+    config = tmp_path / "out-char-hf" / "config.json"
+    config.write_text(config.read_text().replace('"eos_token_id": null', f'"eos_token_id": {len(CHARACTERS)}'))
+    with pytest.raises(ConvertError, match="belongs to another model"):
+        load_pretrained("out-char-hf")
 
 
 def test_padded_vocabularies_take_gpt2s_tokenizer(tokenizer, tmp_path, monkeypatch):
