@@ -282,7 +282,9 @@ def load_model(
     config, shape = _read_config(folder), read_shape(folder)
     # A tokenizer.json does not name the token that ends a text: that of SmolLM2-Instruct is not <|endoftext|>.
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", end_of_text_id=config["end_of_text_id"])
-    settings, generation = (_read_json(folder / name) if name in said else {} for name in (SETTINGS, GENERATION))
+    settings, generation = (
+        files.read_object(folder / name, CheckpointError) if name in said else {} for name in (SETTINGS, GENERATION)
+    )
     tokenizer = tokenizer.used_as(config.get("bos_token_id"), config.get("adds_bos", False), settings, generation)
     model = build_model(shape, load_file(folder / file), str(folder)).to(device=device, dtype=dtype or torch.float32)
     return LoadedModel(model.eval(), tokenizer, folder, (folder / file,))
@@ -346,14 +348,4 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Tr
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return values
+    return files.read_object(folder / "config.json", CheckpointError)

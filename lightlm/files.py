@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import json
 import os
 import re
 import secrets
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -217,6 +219,25 @@ def refuse_lfs_pointer(path: Path) -> None:
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository, or download the "
             "file again"
         )
+
+
+def read_object(path: Path, error: type[LightLMError], *, optional: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file; with `optional`, an empty one if there is no file.
+
+    Raises:
+        LightLMError: the file is missing or damaged; of the class `error`.
+        DataError: it is a Git LFS pointer.
+    """
+    refuse_lfs_pointer(path)
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as cause:
+        if optional and isinstance(cause, FileNotFoundError):
+            return {}
+        raise error(f"{path} cannot be read: {cause}") from None
+    if not isinstance(values, dict):
+        raise error(f"{path} is not a JSON object")
+    return values
 
 
 def checksum(path: Path) -> str:

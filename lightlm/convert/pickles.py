@@ -31,7 +31,9 @@ def read_pickle(path: Path) -> Any:
         # Memory-mapped, because a training program's checkpoint is three times as large as its weights.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         swollen = [
-            tuple(tensor.shape) for tensor in _tensors(content) if _bytes(tensor) > tensor.untyped_storage().nbytes()
+            tuple(tensor.shape)
+            for tensor in _tensors(content)
+            if tensor.is_meta or _bytes(tensor) > tensor.untyped_storage().nbytes()
         ]
     except pickle.UnpicklingError as error:
         if called := _CALLED.search(str(error)):

@@ -67,6 +67,9 @@ def our_state(layout: Layout, config: ModelConfig, given: dict[str, Tensor], whe
                 problems += [f"{name} is missing" for name in missing]
                 continue
             tensors = [given.pop(name).float() for name in names]
+            if not all(tensor.ndim for tensor in tensors):
+                problems.append(f"{names[0]} is a single number")
+                continue
             if len({tensor.shape for tensor in tensors}) > 1:
                 problems.append(f"{names[0]} and those of the other experts differ in shape")
                 continue

@@ -1,8 +1,10 @@
 """The shape of a model: every number that decides it, with the rules that hold between them."""
 
 import math
+import reprlib
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 _AT_LEAST = dict.fromkeys(
@@ -14,6 +16,7 @@ _ABOVE_ZERO = (
     *("norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
     *("init_std", "routed_scaling_factor", "qk_gain", "embedding_scale"),
 )
+_BELOW = 1 << 31  # every whole number: sizes beyond it are damage, and overflow
 # Fields whose parameters and factors `lightlm.convert.folding` multiplies into the weights of a model without them.
 FOLDABLE_FIELDS = ("multipliers", "residual_scale", "qk_gain", "embedding_scale", "base_depth")
 # Fields that have no effect in a model without experts.
@@ -203,10 +206,19 @@ class ModelConfig:
     def problems(self) -> list[tuple[str, str]]:
         """Return a (key, message) pair for everything that keeps this from being a model."""
         low = [(key, f"must be at least {least}") for key, least in _AT_LEAST.items() if getattr(self, key) < least]
-        low += [(key, "must be a number above 0") for key in _ABOVE_ZERO if not 0 < getattr(self, key) < math.inf]
+        low += [
+            (key, "must be a number above 0") for key in _ABOVE_ZERO if not 0 < getattr(self, key) <= sys.float_info.max
+        ]
+        low += [
+            (each.name, f"must be below {_BELOW:,}")
+            for each in fields(self)
+            if each.type is int and getattr(self, each.name) >= _BELOW
+        ]
         if self.residual_scale is not None and not 0 <= self.residual_scale < math.inf:
             low.append(("residual_scale", "must be null or a number of at least 0"))
-        return [(key, f"{message}, is {getattr(self, key)}") for key, message in low] or list(self._broken_rules())
+        return [(key, f"{message}, is {reprlib.repr(getattr(self, key))}") for key, message in low] or list(
+            self._broken_rules()
+        )
 
     def _broken_rules(self) -> Iterator[tuple[str, str]]:
         """Yield a (key, message) pair for each rule that the fields break together; each of them is in its range."""

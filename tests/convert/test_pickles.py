@@ -67,6 +67,9 @@ def test_small_files_that_would_fill_the_memory(tmp_path):
     assert path.stat().st_size < 10_000
     with pytest.raises(ConvertError, match=r"shape \(1048576, 1048576\) has fewer bytes"):
         read_pickle(path)
+    torch.save({"w": torch.empty(1 << 20, device="meta")}, path)
+    with pytest.raises(ConvertError, match=r"shape \(1048576,\) has fewer bytes"):
+        read_pickle(path)
     torch.save({"w": torch.zeros(1 << 20)}, plain := io.BytesIO())
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():

@@ -1,6 +1,5 @@
 """A model's shape as a Hugging Face config.json, by the tables in `layouts`. Imports nothing heavy."""
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -176,6 +175,8 @@ def _problems(layout: Layout, values: dict[str, Any]) -> list[str]:
     dense = values.get("mlp_only_layers") or []
     if "mlp_only_layers" in layout.defaults and (not isinstance(dense, list) or dense != list(range(len(dense)))):
         problems.append(f"mlp_only_layers is {dense!r}, must be the first layers without a gap")
+    if values.get("is_causal", True) is not True:
+        problems.append(f"is_causal is {values['is_causal']!r}, must be true")
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         problems.append(f"quantization_config has quant_method {method!r}; export full-precision weights first")
@@ -184,13 +185,4 @@ def _problems(layout: Layout, values: dict[str, Any]) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or an empty one if there is no file; raise ConvertError if it is damaged."""
-    if not path.is_file():
-        return {}
-    files.refuse_lfs_pointer(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvertError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConvertError(f"{path} is not a JSON object")
-    return values
+    return files.read_object(path, ConvertError, optional=True)

@@ -332,18 +332,18 @@ MISSING_PARTS = {
     "exaone4": _AFTER,
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), _GELU_GATE),
     **dict.fromkeys(("gpt_neox", "gptj", "phi", "cohere", "cohere2", "falcon"), _PARALLEL),
+    "lfm2": "most of its layers are convolutions",
     "phi3": "its projections are stored as one",
     "smollm3": "some of its layers have no positions",
     "granite": "it scales attention, residual branches and logits by factors of its own",
     "stablelm": "only a part of each head rotates",
     "nemotron": "only a part of each head rotates, and norms multiply by 1 + weight",
-    **dict.fromkeys(("opt", "bloom", "mpt", "gpt_neo"), _OTHER_POSITIONS),
+    **dict.fromkeys(("opt", "bloom", "mpt"), _OTHER_POSITIONS),
+    "gpt_neo": "half of its layers see a window, and attention is not scaled by the size of a head",
     "gpt_bigcode": "its projections are stored as one, with one head of keys",
     "qwen2_moe": "its shared expert has a gate of its own",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _LATENT),
-    **dict.fromkeys(
-        ("mamba", "mamba2", "rwkv", "jamba", "bamba", "zamba2", "lfm2", "qwen3_next"), "it has recurrent layers"
-    ),
+    **dict.fromkeys(("mamba", "mamba2", "rwkv", "jamba", "bamba", "zamba2", "qwen3_next"), "it has recurrent layers"),
 }
 
 

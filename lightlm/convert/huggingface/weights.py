@@ -1,6 +1,7 @@
 """Read the files of weights in a Hugging Face folder."""
 
 import re
+import reprlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ConvertError(f"{path} cannot be read: it is damaged or cut off ({error}); download it again") from None
 
 
+def _is_file_name(text: str) -> bool:
+    return 0 < len(text) < 256 and text == Path(text).name and "\\" not in text
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the files of a folder's tensors, safetensors before PyTorch; raise ConvertError if any is missing."""
     for name in WEIGHT_FILES:
@@ -105,9 +110,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         parts = read_json(folder / name).get("weight_map")
         if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
             raise ConvertError(f"{folder / name} is damaged: it has no weight_map of tensors and files")
-        if outside := sorted(part for part in parts.values() if not part or part != Path(part).name or "\\" in part):
+        if outside := sorted(part for part in parts.values() if not _is_file_name(part)):
             raise ConvertError(
-                f"{folder / name} names {outside[0]!r}, which is not a file of its folder; it is not read"
+                f"{folder / name} names {reprlib.repr(outside[0])}, which is not a file of its folder; it is not read"
             )
         paths = tuple(folder / part for part in sorted(set(parts.values())))
         if missing := [path for path in paths if not path.is_file()]:

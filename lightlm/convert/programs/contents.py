@@ -3,13 +3,13 @@
 A program is a `Layout`: a table of its settings and of its tensors' names. Settings that no table places are refused.
 """
 
-import json
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightlm.convert.huggingface.config import read_json
 from lightlm.convert.layouts import Layout, Link
 from lightlm.errors import ConvertError, DataError
 from lightlm.model.config import ModelConfig
@@ -106,7 +106,7 @@ def clean_tensors(given: Any, path: Path) -> "dict[str, Tensor]":
     for name, tensor in given.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ConvertError(f"{path}: {reprlib.repr(name)} is {type(tensor).__name__}, not a named tensor")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        if tensor.layout != torch.strided or tensor.is_quantized:
             raise ConvertError(f"{path}: {name} is not a plain tensor; save the weights without quantization")
         if not tensor.is_floating_point():
             raise ConvertError(f"{path}: {name} has elements of {str(tensor.dtype).removeprefix('torch.')}, not floats")
@@ -192,7 +192,7 @@ def find_tokenizer(path: Path, config: ModelConfig, folders: Iterable[Path], kno
                 return tokenizer
             settings = read_tokenizer_settings(folder)
             bos = tokenizer.id_of(settings.get("bos_token"))
-            generation = read_object(folder / "generation_config.json")
+            generation = read_json(folder / "generation_config.json")
             return tokenizer.used_as(bos, bool(tokenizer.prefix_ids), settings, generation)
         if (name := known.get(config.vocab_size)) is not None:
             return load_tokenizer(name, lambda repo, _: download_tokenizer(repo, f"Without a network, {advice}."))
@@ -202,16 +202,3 @@ def find_tokenizer(path: Path, config: ModelConfig, folders: Iterable[Path], kno
         f"{path} holds no tokenizer, there is none beside it, and its vocabulary of {config.vocab_size:,} is not that "
         f"of a known one: {advice}"
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one if there is no file. Raises ConvertError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConvertError(f"{path} is not a JSON object")
-    return values

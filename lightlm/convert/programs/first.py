@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightlm.convert.huggingface.config import read_json
 from lightlm.convert.layouts import Layout, Link
 from lightlm.convert.programs.contents import (
     Contents,
@@ -15,7 +16,6 @@ from lightlm.convert.programs.contents import (
     count_blocks,
     find_tokenizer,
     merge_head,
-    read_object,
     read_settings,
     read_torch_file,
 )
@@ -85,7 +85,7 @@ def _read(path: Path) -> Contents:
         raise ConvertError(f"{path} has experts; of the first LightLM's checkpoints only those without are read")
     tied = merge_head(tensors, "ll_head.weight", _TABLE)
     beside = path.parent / _SETTINGS
-    given = read_object(beside)
+    given = read_json(beside)
     given = given["config"] if isinstance(given.get("config"), dict) else given  # as huggingface_hub's mixin writes it
     values = _sizes(tensors, path) | given
     if missing := [name for name in ("num_heads", "context_len") if name not in given]:

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from lightlm.convert.programs.contents import clean_tensors, read_object, read_torch_file
+from lightlm.convert.huggingface.config import read_json
+from lightlm.convert.programs.contents import clean_tensors, read_torch_file
 from lightlm.convert.protocol import Format
 from lightlm.errors import ConvertError
 
@@ -62,7 +63,7 @@ def _refuse(path: Path) -> NoReturn:
     weights, described = files
     tensors = clean_tensors(read_torch_file(weights), weights)
     lacking = [_CAP, *(what for name, what in _PARTS.items() if any(each.startswith(name) for each in tensors))]
-    settings = read_object(described).get("model_config")
+    settings = read_json(described).get("model_config")
     pattern = settings.get("window_pattern", "L") if isinstance(settings, dict) else "L"
     if isinstance(pattern, str) and "S" in pattern.upper():
         lacking.append(f"windows in the pattern {pattern[:20]} (window_pattern)")

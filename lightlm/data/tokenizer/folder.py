@@ -5,13 +5,12 @@ transformers converts what else there is.
 """
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from lightlm.data.tokenizer.conversion import convert_tokenizer
 from lightlm.errors import DataError
-from lightlm.files import refuse_lfs_pointer
+from lightlm.files import read_object, refuse_lfs_pointer
 
 DEFINITION, VOCABULARY, MERGES, ADDED = "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"
 SETTINGS, SPECIAL_TOKENS, MANIFEST = "tokenizer_config.json", "special_tokens_map.json", "manifest.json"
@@ -212,16 +211,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one if there is no file. Raises DataError if it is damaged."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} is not a JSON object")
-    return values
+    return read_object(path, DataError, optional=True)
 
 
 def _read_other(folder: Path) -> bytes:

@@ -76,7 +76,7 @@ def test_a_pickle_of_something_else(pickled):
     refused(pickled, r"pytorch_model\.bin is not a model's weights")
 
 
-@pytest.mark.parametrize("part", ["../{}", "/{}", "a/{}", "..\\{}", ""])
+@pytest.mark.parametrize("part", ["../{}", "/{}", "a/{}", "..\\{}", "", "a" * 5000])
 def test_an_index_that_points_elsewhere(part, sharded, tmp_path):
     index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
     name = next(iter(index.values()))
@@ -108,6 +108,7 @@ def test_a_tensor_in_two_shards(sharded):
         ({"model__norm__weight": torch.ones(32, dtype=torch.int8)}, r"norm\.weight is stored as int8, perhaps quant"),
         ({"model__norm__weight": torch.ones(32).to(torch.float8_e4m3fn)}, r"stored as float8_e4m3fn"),
         ({"model__norm__weight": torch.ones(32, dtype=torch.complex64)}, r"stored as complex64"),
+        ({"model__norm__weight": torch.tensor(1.0)}, r"model\.norm\.weight is a single number"),
     ],
 )
 def test_tensors_that_do_not_fit(tensors, match, folder):
@@ -137,17 +138,19 @@ def test_headers_that_lie(header, folder):
     [
         ({"num_hidden_layers": 10**9}, "describes a model of .* parameters, but its weights have only"),
         ({"num_hidden_layers": 40, "hidden_size": 2, "intermediate_size": 2}, "at least 40 tensors, and there are 21"),
-        ({"vocab_size": 10**15}, "describes a model of"),
-        ({"hidden_size": 10**18}, "describes a model of"),
-        ({"intermediate_size": 10**15}, "describes a model of"),
-        ({"head_dim": 10**12}, "describes a model of"),
-        ({"num_attention_heads": 10**12, "num_key_value_heads": 1, "head_dim": 8}, "describes a model of"),
+        ({"vocab_size": 10**15}, "vocab_size: must be below 2,147,483,648"),
+        ({"hidden_size": 2**31 - 1}, "describes a model of"),
+        ({"intermediate_size": 2**31 - 1}, "describes a model of"),
+        ({"head_dim": 2**31 - 2}, "describes a model of"),
+        ({"num_attention_heads": 10**9, "num_key_value_heads": 1, "head_dim": 8}, "describes a model of"),
         ({"hidden_size": 32.5}, "hidden_size is '32.5', not a whole number"),
         ({"hidden_size": True}, "hidden_size is 'True', not a whole number"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', not a number"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not true or false"),
         ({"num_hidden_layers": -3}, "num_layers: must be at least 1"),
         ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"max_position_embeddings": 10**30}, "max_seq_len: must be below 2,147,483,648"),
+        ({"initializer_range": 10**400}, "init_std: must be a number above 0"),
     ],
 )
 def test_absurd_configurations(changes, match, folder):
@@ -191,7 +194,13 @@ def test_experts_by_the_billion(folder):
     refused(folder, r"at least 200,000 tensors, and there are 21")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"])
+def test_lists_in_lists(name, folder):
+    (folder / name).write_text("[" * 200_000)
+    refused(folder, "recursion")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"])
 def test_git_lfs_pointers(name, folder):
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     refused(folder, rf"{name} is a Git LFS pointer, not the file itself; run `git lfs pull`")

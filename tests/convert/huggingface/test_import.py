@@ -232,6 +232,7 @@ def test_end_of_text(places, expected, folder, tokenizer, tmp_path):
         ("starcoder2", {"sliding_window": 16}, ["sliding_window is 16"]),
         ("starcoder2", {"use_bias": False}, ["use_bias is False"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
+        ("llama", {"is_causal": False}, ["is_causal is False, must be true"]),
         ("llama", {"attention_bias": "yes"}, ["attention_bias is 'yes', must be true or false"]),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_parameters has no low_freq_fac"]),
         ("llama", {"rope_scaling": {"type": "linear"}}, ["rope_scaling has no factor, which rope_type 'linear' needs"]),
