@@ -56,12 +56,12 @@ def test_from_a_run_to_another(lightlm, monkeypatch):
     assert rows == {"base": None, "further": "runs/base/checkpoints/step_000010"}
     assert "started from" in lightlm("runs", "ls").stdout
     assert lightlm("report", "further").code == 0
-    card = model_card(load_pretrained("further"), Path("out"), architecture="Qwen3ForCausalLM", parameters=1)
+    card = model_card(load_pretrained("further"), "out", architecture="Qwen3ForCausalLM", parameters=1, license="mit")
     assert "- Finetuned from `runs/base/checkpoints/step_000010`." in card
     assert "base_model" not in card  # it is not on the Hub
     recipe = Path("runs/further/recipe.yaml")
     recipe.write_text(recipe.read_text().replace("runs/base/checkpoints/step_000010", "HuggingFaceTB/SmolLM2-135M"))
-    card = model_card(load_pretrained("further"), Path("out"), architecture="Qwen3ForCausalLM", parameters=1)
+    card = model_card(load_pretrained("further"), "out", architecture="Qwen3ForCausalLM", parameters=1, license="mit")
     assert "base_model: HuggingFaceTB/SmolLM2-135M" in card
 
 

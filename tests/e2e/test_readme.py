@@ -34,6 +34,8 @@ NEEDS_MORE = (
     "--weights",  # a run with train.ema
     "model-Q4_1.gguf",  # somebody's file
     "ollama",  # another program
+    "hf auth",  # another program
+    "--push",  # the Hub
     "open_slm",  # the tasks' data
     "small_lm",
     "--fold",  # a model with scales

@@ -44,6 +44,7 @@ def write_folder(folder: Path, framed: bool, **names: str | None) -> Path:
     (folder / "tokenizer.json").write_bytes(content)
     kept = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**kept, **names}))
+    (folder / "special_tokens_map.json").unlink()  # the export's own, which names other tokens
     return folder
 
 
