@@ -193,11 +193,11 @@ def test_a_large_header_of_lies_takes_little_memory(tmp_path):
 
 
 SHAPES_THAT_LIE = [
-    ({"llama.block_count": 2**31}, "2,147,483,648 blocks, but"),
+    ({"llama.block_count": 2**31 - 1}, "2,147,483,647 blocks, but"),
     ({"llama.block_count": 3}, "blk.2.attn_norm.weight is missing"),
     ({"llama.block_count": 1}, "blk.1.attn_k.weight belongs to no part of llama"),
     ({"llama.embedding_length": 64}, r"attention_norm.weight has shape \(32,\), the model needs \(64,\)"),
-    ({"llama.embedding_length": 2**31}, "it says 2,147,483,648, but no tensor has more than"),
+    ({"llama.embedding_length": 2**31 - 1}, "it says 2,147,483,647, but no tensor has more than"),
     ({"llama.attention.head_count": 0}, "num_heads: must be at least 1"),
     ({"llama.attention.head_count": 7}, "num_kv_heads: 2 does not divide num_heads 7"),
     ({"llama.attention.head_count": "four"}, "is 'four', which is not a int"),
