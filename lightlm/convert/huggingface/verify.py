@@ -1,6 +1,8 @@
 """Compare a Hugging Face folder with one of our models, by running transformers' own code."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +36,8 @@ def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) ->
     import transformers
 
     try:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with _without_progress_bar():
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConvertError(f"transformers {transformers.__version__} cannot load {folder}: {error}") from error
     ours = copy.deepcopy(loaded.model).cpu()
@@ -56,6 +59,20 @@ def largest_difference(loaded: LoadedModel, folder: Path, dtype: torch.dtype) ->
     for margins_N in margins:
         tied_BT |= (margins_N < TIE).view_as(tokens_BT)
     return max(_comparable(*row).max().item() for row in zip(difference_BT, tied_BT, strict=True))
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar over our output while it loads weights."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _margins(router: Router, scores_NE: Tensor, logits_NE: Tensor) -> Tensor:
