@@ -48,7 +48,7 @@ def compare(loaded: LoadedModel, steps: int) -> dict[str, Any]:
                 found = theirs.continue_greedily(ids, steps, banned=special)
                 if found != ours.ids:
                     equal = [ours == theirs for ours, theirs in zip(ours.ids, found, strict=False)]
-                    step = equal.index(False)
+                    step = [*equal, False].index(False)  # one may have ended early
                     differing.append({"prompt": prompt, "step": step, "margin": margin(loaded, ids + ours.ids[:step])})
     return {"prompts": len(PROMPTS), "steps": steps, "equal": len(PROMPTS) - len(differing), "differing": differing}
 

@@ -30,7 +30,8 @@ def modelfile(loaded: LoadedModel, out: Path) -> str:
         f"FROM ./{out.name}",
         *([form] if form else [] if template else ['TEMPLATE "{{ .Prompt }}"']),
         f"PARAMETER num_ctx {loaded.model.config.max_seq_len}",
-        *(f"PARAMETER stop {quoted(end)}" for end in ends if end.isprintable()),  # Ollama drops other characters
+        *(f"PARAMETER stop {quoted(end)}" for end in ends if end.isprintable()),
+        *(f"# Ollama drops the characters of the end token {end!a}" for end in ends if not end.isprintable()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from lightlm.convert.folding import as_plain
 from lightlm.convert.formats import FORMATS
 from lightlm.convert.gguf.file import export_gguf, import_gguf, modelfile_path
 from lightlm.convert.gguf.layouts import LAYOUTS, gguf_layout
-from lightlm.convert.gguf.modelfile import quoted
+from lightlm.convert.gguf.modelfile import modelfile, quoted
 from lightlm.errors import ConvertError
 from tests.convert.gguf.models import MODELS
 from tests.convert.models import loaded
@@ -160,6 +161,15 @@ def test_stop_strings_are_quoted_as_ollama_reads_them(stop):
     assert len(written) >= 2 * marks
     assert written[-marks:] == '"' * marks
     assert written[marks:-marks] == stop
+
+
+def test_the_modelfile_names_ends_that_ollama_cannot_hold(write):
+    model, path = write("llama")
+    names = {7: "a\nb", 8: "<|end|>"}
+    tokenizer = Mock(end_ids=frozenset(names), name_of=names.get, settings={})
+    lines = modelfile(replace(model, tokenizer=tokenizer), path).splitlines()
+    assert [line for line in lines if "stop" in line] == ['PARAMETER stop "<|end|>"']
+    assert "# Ollama drops the characters of the end token 'a\\nb'" in lines
 
 
 def test_the_modelfile_writes_turns_as_the_chat_template(write):

@@ -14,7 +14,7 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.convert.folding import as_plain
 from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
 from lightlm.convert.huggingface.layouts import export_target
-from lightlm.convert.huggingface.verify import check_tokenizer
+from lightlm.convert.huggingface.verify import check_tokenizer, largest_difference
 from lightlm.convert.record import is_untouched_export
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
@@ -318,3 +318,10 @@ def test_wide_initialization_loads(tokenizer, tmp_path):
     """LlamaConfig refuses an initializer_range above 1, which says nothing about trained weights."""
     export_huggingface(loaded(replace(SIZED["llama"], init_std=1.5), tokenizer), tmp_path / "hf")
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").initializer_range == 1.0
+
+
+def test_verification_draws_no_bar(tmp_path, tokenizer, capsys):
+    model = loaded(SIZED["llama"], tokenizer)
+    export_huggingface(model, tmp_path / "hf")
+    assert largest_difference(model, tmp_path / "hf", torch.float32) < 1e-4
+    assert "Loading weights" not in capsys.readouterr().err
