@@ -11,7 +11,17 @@ import numpy as np
 from pydantic import ValidationError
 
 from lightlm.data.foreign.folders import foreign_splits, read_foreign
-from lightlm.data.shards import Manifest, ShardEntry, Split, TokenStream, open_shard, streams_of, token_dtype
+from lightlm.data.shards import (
+    MASK_SUFFIX,
+    Manifest,
+    ShardEntry,
+    Split,
+    TokenStream,
+    open_mask,
+    open_shard,
+    streams_of,
+    token_dtype,
+)
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError
 from lightlm.files import checksum
@@ -54,6 +64,8 @@ class DataFolder:
                 "--overwrite."
             )
         shards = {entry.file: _checked_shard(folder, manifest, entry) for entry in manifest.shards}
+        if manifest.chat is not None:
+            shards |= {entry.file: open_mask(folder / entry.file, entry.tokens) for entry in manifest.chat.masks}
         return cls(folder, manifest, streams_of(manifest, shards))
 
     @functools.cached_property
@@ -73,10 +85,12 @@ class DataFolder:
         Raises DataError naming the first shard that has changed or that the manifest does not list.
         """
         manifest = read_manifest(self.path)  # raises for a foreign folder, which has none
-        stray = sorted({path.name for path in self.path.glob("*.bin")} - {entry.file for entry in manifest.shards})
+        entries = [*manifest.shards, *(manifest.chat.masks if manifest.chat else [])]
+        found = {path.name for pattern in ("*.bin", f"*{MASK_SUFFIX}") for path in self.path.glob(pattern)}
+        stray = sorted(found - {entry.file for entry in entries})
         if stray:
             raise DataError(f"{self.path / stray[0]}: the manifest does not list this shard. Move it elsewhere.")
-        for entry in manifest.shards:
+        for entry in entries:
             actual = checksum(self.path / entry.file)
             if actual != entry.xxh3:
                 raise DataError(

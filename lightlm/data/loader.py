@@ -3,6 +3,8 @@
 So a run that resumes, or that runs on another number of devices, sees the same samples in the same order. A sample is
 `seq_len + 1` tokens of a train stream at `index * seq_len`: the inputs are all but the last, the targets all but the
 first. Each source of a mixture has epochs and an order of its own.
+
+A sample of conversations is a sequence of their packing. Targets that are not trained on are `IGNORED`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,13 +14,19 @@ import torch
 
 from lightlm.data.hashing import mix
 from lightlm.data.mixture import ONE_SOURCE, SourceOrder
-from lightlm.data.shards import TokenStream
+from lightlm.data.packing import Packing, TooLong
+from lightlm.data.shards import MASK_BEGINS, MASK_TRAINED, TokenStream
 from lightlm.errors import DataError
 
 # In theory four rounds make a Feistel network indistinguishable from random (Luby and Rackoff, 1988). Two more
 # compensate for the small halves of small data sets. 10,000 indices take 10 ms.
 FEISTEL_ROUNDS = 6
 _64_BITS = 2**64 - 1
+IGNORED = -100  # a target that is not trained on: torch's `ignore_index`
+
+Batch = tuple[torch.Tensor, ...]
+"""Inputs and targets, int64 of shape (N, T). Where a source holds conversations, a third: whether an input begins a
+document, bool of shape (N, T)."""
 
 
 def permute(indices: np.ndarray, size: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
@@ -76,12 +84,52 @@ class _Source:
             starts[chosen] = order * self._seq_len + self._offset(epoch)
         return [self._stream.slice(start, self._seq_len + 1) for start in starts.tolist()]
 
+    def masks(self, ranks: np.ndarray) -> list[np.ndarray]:
+        """Return the masks of samples of text: every token is trained on, and end-of-text begins a document."""
+        return [
+            np.where(window == self._stream.end_of_text_id, MASK_BEGINS, 0) | MASK_TRAINED
+            for window in self.windows(ranks)
+        ]
+
     def _offset(self, epoch: int) -> int:
         """Return where the first window of an epoch begins; 0 in the first."""
         if not epoch or self._offsets == 1:
             return 0
         key = [self._seed & _64_BITS, epoch, self._number, 1]  # longer than a permutation's
         return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) % self._offsets
+
+
+class _Conversations:
+    """The samples of one source of conversations, in a new order each epoch."""
+
+    def __init__(self, name: str, packing: Packing, seed: int, number: int) -> None:
+        self.packing, self.num_samples = packing, len(packing)
+        self._seed, self._number = seed, number
+        if self.num_samples < 1:
+            raise DataError(
+                f"The train split of {name} holds no conversation to train on in sequences of this length "
+                f"({packing.left_out:,} are left out). Train with a longer sequence, or prepare more conversations."
+            )
+
+    def epochs(self, samples: int) -> float:
+        """Return the epochs that this many samples are."""
+        return samples / self.num_samples
+
+    def windows(self, ranks: np.ndarray) -> list[np.ndarray]:
+        """Return samples by their rank over all epochs: int64 of shape (seq_len + 1,) each."""
+        return [self.packing.sequence(number)[0] for number in self._numbers(ranks)]
+
+    def masks(self, ranks: np.ndarray) -> list[np.ndarray]:
+        """Return the masks of the same samples."""
+        return [self.packing.sequence(number)[1] for number in self._numbers(ranks)]
+
+    def _numbers(self, ranks: np.ndarray) -> list[int]:
+        epochs, positions = np.divmod(ranks, self.num_samples)
+        numbers = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            numbers[chosen] = permute(positions[chosen], self.num_samples, self._seed, epoch, self._number)
+        return numbers.tolist()
 
 
 class BatchLoader:
@@ -95,25 +143,43 @@ class BatchLoader:
         order: SourceOrder = ONE_SOURCE,
         *,
         shift_windows: bool = False,
+        too_long: TooLong = "cut",
     ) -> None:
-        """Take the train streams by name, one per source of `order`. Raise DataError for one too short for a sample."""
-        self.seq_len, self.order = seq_len, order
-        self._sources = [
-            _Source(name, stream, seq_len, seed, number, shift_windows=shift_windows)
-            for number, (name, stream) in enumerate(streams.items())
-        ]
+        """Take the train streams by name, one per source of `order`. Raise DataError for one too short for a sample.
 
-    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return samples `start` to `start + count` of the run as (inputs, targets): int64 of shape (count, seq_len).
+        `too_long` says what becomes of conversations that are longer than a sample.
+        """
+        self.seq_len, self.order = seq_len, order
+        self.packings: dict[str, Packing] = {}  # of the sources that hold conversations
+        self._sources: list[_Source | _Conversations] = []
+        for number, (name, stream) in enumerate(streams.items()):
+            if stream.mask is None:
+                self._sources.append(_Source(name, stream, seq_len, seed, number, shift_windows=shift_windows))
+            else:
+                self.packings[name] = Packing(stream, seq_len + 1, too_long)
+                self._sources.append(_Conversations(name, self.packings[name], seed, number))
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Return samples `start` to `start + count` of the run, of `seq_len` tokens each.
 
         Counts samples over all epochs. With several processes, each requests its own part of the global batch.
         """
+        return _batch(self._read(start, count), self._read(start, count, masks=True) if self.packings else None)
+
+    def trained(self, start: int, count: int) -> int:
+        """Return the targets that are trained on in the samples that `batch` gives."""
+        if not self.packings:
+            return count * self.seq_len
+        return int(np.count_nonzero(self._read(start, count, masks=True)[:, 1:] & MASK_TRAINED))
+
+    def _read(self, start: int, count: int, *, masks: bool = False) -> np.ndarray:
+        """Return the tokens of samples, or their masks: int64 of shape (count, seq_len + 1)."""
         numbers, ranks = self.order.locate(np.arange(start, start + count, dtype=np.int64))
-        windows = np.empty((count, self.seq_len + 1), np.int64)
+        rows = np.empty((count, self.seq_len + 1), np.int64)
         for number in np.unique(numbers).tolist():
-            chosen = numbers == number
-            windows[chosen] = self._sources[number].windows(ranks[chosen])
-        return _inputs_and_targets(windows)
+            chosen, source = numbers == number, self._sources[number]
+            rows[chosen] = (source.masks if masks else source.windows)(ranks[chosen])
+        return rows
 
     def epochs(self, samples: int) -> list[float]:
         """Return the epochs of each source in the run's first `samples`."""
@@ -122,28 +188,46 @@ class BatchLoader:
 
 
 def validation_batches(
-    stream: TokenStream, seq_len: int, max_tokens: int, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    stream: TokenStream, seq_len: int, max_tokens: int, batch_size: int, too_long: TooLong = "cut"
+) -> Iterator[Batch]:
     """Yield the first floor(max_tokens / seq_len) windows (at least one), as (inputs, targets) like `batch`.
 
-    The last batch may be smaller. A stream shorter than one window gives one shorter window. Raises DataError, at the
-    call, where the stream holds no token to predict.
+    The last batch may be smaller. A stream shorter than one window gives one shorter window. Of conversations, yields
+    the first sequences of their packing. Raises DataError, at the call, where the stream holds no token to predict.
     """
-    if len(stream) < 2:
-        raise DataError(
-            f"The validation split holds {len(stream)} tokens, but predicting one needs 2. "
-            "Prepare the data with a larger --val-fraction, or train without validation."
+    if stream.mask is not None:
+        packing = Packing(stream, seq_len + 1, too_long)
+        if not len(packing):
+            raise _nothing_to_predict("no conversation to predict in sequences of this length")
+        sequences = range(max(1, min(max_tokens // seq_len, len(packing))))
+        return (
+            _batch(*map(np.stack, zip(*map(packing.sequence, sequences[first : first + batch_size]), strict=True)))
+            for first in range(0, len(sequences), batch_size)
         )
+    if len(stream) < 2:
+        raise _nothing_to_predict(f"{len(stream)} tokens, but predicting one needs 2")
     length = min(seq_len, len(stream) - 1)
     count = max(1, min(max_tokens // length, (len(stream) - 1) // length))
     starts = range(0, count * length, length)
     return (
-        _inputs_and_targets(np.stack([stream.slice(start, length + 1) for start in starts[first : first + batch_size]]))
+        _batch(np.stack([stream.slice(start, length + 1) for start in starts[first : first + batch_size]]))
         for first in range(0, count, batch_size)
     )
 
 
-def _inputs_and_targets(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (inputs, targets) of shape (N, T) from windows of shape (N, T + 1)."""
+def _nothing_to_predict(holds: str) -> DataError:
+    return DataError(
+        f"The validation split holds {holds}. "
+        "Prepare the data with a larger --val-fraction, or train without validation."
+    )
+
+
+def _batch(windows: np.ndarray, masks: np.ndarray | None = None) -> Batch:
+    """Return a batch from windows, and with conversations their masks, of shape (N, T + 1)."""
     tokens = torch.from_numpy(windows)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if masks is None:
+        return inputs, targets
+    marks = torch.from_numpy(masks)
+    targets = torch.where((marks[:, 1:] & MASK_TRAINED) != 0, targets, IGNORED)
+    return inputs, targets, ((marks[:, :-1] & MASK_BEGINS) != 0).contiguous()

@@ -4,6 +4,7 @@ A shard is a header of 256 little-endian int32 (magic, version, token count, zer
 of llm.c and modded-nanogpt.
 """
 
+import itertools
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,11 @@ HEADER_BYTES = 1024
 # (magic, version) -> token type. The first is llm.c's GPT-2 format, the second its Llama 3 format.
 FORMATS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 LARGEST_UINT16_VOCABULARY = 65_536
+
+# Bits of a token's byte in a mask: it is trained on, it begins a conversation.
+MASK_TRAINED, MASK_BEGINS = 1, 2
+MASK_SUFFIX = ".mask"
+TrainOn = Literal["all", "assistant", "last"]
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 10, 20_000  # a smaller validation split is noted
 
@@ -69,8 +75,27 @@ def open_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
+def open_mask(path: Path, tokens: int) -> np.ndarray:
+    """Return the masks of a shard's tokens, memory-mapped: uint8 of shape (tokens,). Raises DataError."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Prepare the data again with --overwrite."
+        ) from error
+    if size != tokens:
+        raise DataError(
+            f"{path}: {size} bytes, but its shard has {tokens} tokens; the file is truncated or damaged. Copy it "
+            "again, or prepare the data again with --overwrite."
+        )
+    return np.memmap(path, dtype=np.uint8, mode="r", shape=(tokens,)) if tokens else np.zeros(0, np.uint8)
+
+
 class ShardEntry(BaseModel):
-    """One shard in the manifest. `documents` counts its end-of-text tokens, so the documents that end in it."""
+    """One shard in the manifest. `documents` counts its end-of-text tokens, so the documents that end in it.
+
+    The mask beside a shard has an entry, too: its tokens, and the conversations that begin in it.
+    """
 
     file: str
     split: Split
@@ -84,6 +109,23 @@ class UnigramEntropy(BaseModel):
 
     nats_per_token: float
     bits_per_byte: float
+
+
+class ChatData(BaseModel):
+    """What the manifest of conversations says more.
+
+    Attributes:
+        template: where the chat template comes from: `tokenizer`, `chatml`, or a file.
+        added_tokens: the special tokens that the tokenizer lacked for it.
+        trained_tokens: by split.
+        masks: beside each shard, a file with a byte per token; see `MASK_TRAINED`.
+    """
+
+    train_on: TrainOn
+    template: str
+    added_tokens: list[str] = []
+    trained_tokens: dict[Split, int]
+    masks: list[ShardEntry]
 
 
 class Manifest(BaseModel):
@@ -113,6 +155,7 @@ class Manifest(BaseModel):
     files_read: dict[str, int] = {}
     files_left_out: dict[str, int] = {}
     unigram: UnigramEntropy | None = None
+    chat: ChatData | None = None
     lightlm_version: str = ""
     settings: dict[str, str | int | float | None] = {}
     # Not in the file: set by `prepare` if the folder was already finished.
@@ -124,7 +167,8 @@ class Manifest(BaseModel):
 
     def documents(self, split: Split) -> int:
         """Return the documents in a split."""
-        return sum(shard.documents for shard in self.shards if shard.split == split)
+        shards = self.shards if self.chat is None else self.chat.masks
+        return sum(shard.documents for shard in shards if shard.split == split)
 
     @property
     def small_validation(self) -> str:
@@ -155,10 +199,15 @@ class Manifest(BaseModel):
 
 
 class TokenStream:
-    """The shards of one split as one array of tokens that stays on disk."""
+    """The shards of one split as one array of tokens that stays on disk.
 
-    def __init__(self, shards: list[np.ndarray], end_of_text_id: int) -> None:
+    Attributes:
+        mask: of conversations, a stream of a byte per token, see `MASK_TRAINED`; None for text.
+    """
+
+    def __init__(self, shards: list[np.ndarray], end_of_text_id: int, masks: list[np.ndarray] | None = None) -> None:
         self._shards = shards
+        self.mask = None if masks is None else TokenStream(masks, end_of_text_id)
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
         self.end_of_text_id = end_of_text_id
 
@@ -181,8 +230,21 @@ class TokenStream:
             out[place : place + len(part)] = part
         return out
 
+    def find(self, bit: int) -> np.ndarray:
+        """Return where a stream of masks has a bit set: int64 positions, in order."""
+        found = [
+            np.flatnonzero(np.bitwise_and(shard, bit)) + start
+            for shard, start in zip(self._shards, self._starts.tolist(), strict=False)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
     def holds_documents(self) -> bool:
-        """Return whether an end-of-text token separates two documents, in other words whether more follows one."""
+        """Return whether an end-of-text token separates two documents, in other words whether more follows one.
+
+        Of conversations, whether there are two.
+        """
+        if self.mask is not None:
+            return len(self.mask.find(MASK_BEGINS)) > 1
         block = 1 << 20
         return any(
             (self.slice(start, min(block, len(self) - 1 - start)) == self.end_of_text_id).any()
@@ -190,10 +252,15 @@ class TokenStream:
         )
 
     def documents(self) -> Iterator[np.ndarray]:
-        """Yield the int64 token ids of each document, without the end-of-text token.
+        """Yield the int64 token ids of each document, without the end-of-text token; of each conversation, all of them.
 
         The token may be before each document (modded-nanogpt) or after it.
         """
+        if self.mask is not None:
+            starts = self.mask.find(MASK_BEGINS).tolist()
+            for start, end in itertools.pairwise([*starts, len(self)]):
+                yield self.slice(start, end - start)
+            return
         parts: list[np.ndarray] = []
         for start in range(0, len(self), 1 << 20):
             block = self.slice(start, min(1 << 20, len(self) - start))
@@ -210,10 +277,13 @@ class TokenStream:
 
 
 def streams_of(manifest: Manifest, shards: Mapping[str, np.ndarray]) -> dict[Split, TokenStream]:
-    """Return the stream of each split from the tokens of the manifest's shards, keyed by file name."""
+    """Return the stream of each split from the tokens of the manifest's shards and masks, keyed by file name."""
+    masks = None if manifest.chat is None else manifest.chat.masks
     return {
         split: TokenStream(
-            [shards[entry.file] for entry in manifest.shards if entry.split == split], manifest.end_of_text_id
+            [shards[entry.file] for entry in manifest.shards if entry.split == split],
+            manifest.end_of_text_id,
+            None if masks is None else [shards[entry.file] for entry in masks if entry.split == split],
         )
         for split in SPLITS
     }

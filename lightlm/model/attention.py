@@ -76,8 +76,13 @@ def build_mask(positions_BT: Tensor, num_keys: int, window: int, *, fresh: bool,
 
 def offsets_in_documents(tokens_BT: Tensor, separator: int) -> Tensor:
     """Return each token's offset in its document (B, T), which begins with the separator or with its row."""
-    columns_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    return columns_T - torch.where(tokens_BT == separator, columns_T, 0).cummax(1).values
+    return offsets_from(tokens_BT == separator)
+
+
+def offsets_from(starts_BT: Tensor) -> Tensor:
+    """Return each token's offset in its document (B, T); `starts_BT` says which tokens begin one, beside the row's."""
+    columns_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    return columns_T - torch.where(starts_BT, columns_T, 0).cummax(1).values
 
 
 def build_document_mask(offsets_BT: Tensor, window: int, *, dtype: torch.dtype, head_dim: int, compiled: bool) -> Mask:

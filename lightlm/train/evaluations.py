@@ -61,6 +61,7 @@ class Evaluations:
                 batch_size=self._setup.gradients.micro_batch,
                 stopped=lambda: self._stopped(stop),
                 finished=finished,
+                too_long=self._recipe.data.too_long,
             )
 
     def scores(self, stop: threading.Event, step: int) -> dict[str, float] | None:

@@ -201,7 +201,11 @@ def set_up(
         generator = np.random.default_rng(recipe.train.seed)
         tokens = generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)
         streams, order = {"random tokens": TokenStream([tokens], 0)}, ONE_SOURCE
-    loader = BatchLoader(streams, recipe.seq_len, recipe.train.seed, order, shift_windows=recipe.data.shift_windows)
+    loader = BatchLoader(
+        streams, recipe.seq_len, recipe.train.seed, order,
+        shift_windows=recipe.data.shift_windows, too_long=recipe.data.too_long,
+    )  # fmt: skip
+    _note_conversations(loader, recipe, note)
     given = recipe.train.micro_batch_size
     # Free memory may differ between devices: the smallest size serves all.
     size = min(world.gather(micro_batch_size(recipe, device, world.size, dtype=dtype)))
@@ -214,6 +218,19 @@ def set_up(
         recipe, data, tokenizer, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress,
         resume_from, average,
     )  # fmt: skip
+
+
+def _note_conversations(loader: BatchLoader, recipe: Recipe, note: Note) -> None:
+    """Tell which conversations are cut or left out, and whether those of one sequence see each other."""
+    for name, packing in loader.packings.items():
+        for count, what in ((packing.cut, "cut to that length"), (packing.left_out, "left out")):
+            if count:
+                note(f"{name}: {count:,} conversations do not fit into {recipe.seq_len + 1:,} tokens and are {what}")
+    if loader.packings and not recipe.data.document_mask:
+        note(
+            f"conversations of {', '.join(loader.packings)} that share a sequence see each other; "
+            "data.document_mask=true keeps them apart"
+        )
 
 
 def _average(recipe: Recipe, loss: ParallelLoss, progress: Progress, resume_from: Path | None) -> WeightAverage | None:

@@ -305,6 +305,8 @@ class Trainer:
         }
         if outcome.z_loss is not None:
             metrics["z_loss"] = outcome.z_loss
+        if self.setup.loader.packings:
+            metrics["trained_tokens"] = outcome.trained
         if self.data.mixed:
             metrics |= {f"tokens/{part['name']}": part["tokens"] for part in self.setup.sources(self.progress.samples)}
         if self.gradients.loss_scale.active:

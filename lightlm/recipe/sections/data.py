@@ -1,6 +1,6 @@
 """The section `data`: what to train on, and in which shares."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
@@ -83,6 +83,9 @@ class DataSection(Section):
     document_mask: bool = False
     """Let no token attend to another document than its own, in training and validation. A document begins with the
     end-of-text token that separates it from the one before."""
+
+    too_long: Literal["cut", "drop"] = "cut"
+    """What becomes of a conversation that is longer than a sequence: it loses its end, or it is left out."""
 
     def idle(self) -> dict[str, str]:
         return {key: "unless given" for key in SOURCES if getattr(self, key) is None}

@@ -35,6 +35,7 @@ _FIXED = frozenset(
         "train.seed",
         "train.init_from",
         "data.shift_windows",
+        "data.too_long",
         "optimizer.name",
         "schedule.batch_warmup",
         "schedule.batch_start",
@@ -59,7 +60,9 @@ class Progress:
 
 def data_identity(folder: DataFolder) -> str:
     """Return a hash of the checksums of tokenizer and shards; folders with the same one give the same batches."""
-    parts = [folder.manifest.tokenizer_sha256, *(f"{shard.file} {shard.xxh3}" for shard in folder.manifest.shards)]
+    manifest = folder.manifest
+    shards = [*manifest.shards, *(manifest.chat.masks if manifest.chat else [])]
+    parts = [manifest.tokenizer_sha256, *(f"{shard.file} {shard.xxh3}" for shard in shards)]
     return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
 
 

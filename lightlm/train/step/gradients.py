@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +32,20 @@ _Sums = tuple[
     Tensor, Tensor | None
 ]  # sums of the loss and, with one, of the z-loss, and tokens per expert and layer, of this process
 
+_Passed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Inputs, targets, with dropout the numbers of the samples, with conversations which inputs begin a document."""
+
 
 @dataclass(frozen=True)
 class BatchOutcome:
     """Results of a global batch, the same in all processes."""
 
-    loss: float  # mean nats per token
+    loss: float  # mean nats per token that is trained on
     norm: float  # norm of the whole gradient, before clipping
     load_LE: Tensor | None = None  # int64, on the device: tokens per expert and layer
     loads: list[list[int]] | None = None  # the same, on the host
     z_loss: float | None = None  # mean of logsumexp(logits)^2, with `train.z_loss`
+    trained: int = 0  # targets that are trained on: all of text, the assistant's of conversations
 
 
 def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
@@ -119,14 +124,14 @@ class Gradients:
         self._world, self._device, self._dtype = loss.world, loss.device, loss.dtype
         self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
         self.seconds_waited = 0.0  # seconds spent waiting for batches, over all steps
-        self._ahead: tuple[tuple[int, int], tuple[Tensor, ...]] | None = None
+        self._ahead: tuple[tuple[int, int], _Passed] | None = None
         self._warm = not loss.replicated
 
     def __call__(self, first: int, count: int, stop: threading.Event) -> BatchOutcome | None:
         """Compute the clipped gradients of samples `first` to `first + count` of the run.
 
-        They are the mean over the batch's tokens, whatever the number of processes. After a signal to any process
-        before the last micro-batch, all processes drop them and return None.
+        They are the mean over the batch's trained tokens, whatever the number of processes. After a signal to any
+        process before the last micro-batch, all processes drop them and return None.
 
         Raises:
             LightLMError: a micro-batch does not fit into memory and cannot shrink.
@@ -161,9 +166,10 @@ class Gradients:
         if load_LE is not None:
             numbers = torch.cat([numbers, self._world.sum(load_LE).flatten().to(totals.dtype)])
         norm_value, *flat = numbers.tolist()
-        loss, *z = (total / (count * self._loader.seq_len) for total in flat[: len(totals)])
+        trained = self._loader.trained(first, count)
+        loss, *z = (total / max(trained, 1) for total in flat[: len(totals)])
         loads = None if load_LE is None else torch.tensor(flat[len(totals) :]).long().view(load_LE.shape).tolist()
-        return BatchOutcome(loss, norm_value, load_LE, loads, z[0] if z else None)
+        return BatchOutcome(loss, norm_value, load_LE, loads, z[0] if z else None, trained)
 
     def passes(self, count: int) -> int:
         """Return the micro-batches per process of a global batch of `count` sequences."""
@@ -179,6 +185,7 @@ class Gradients:
     def _accumulate(self, first: int, count: int, stop: threading.Event) -> tuple[_Sums | None, bool]:
         """Return (this process's sums, False), (None, True) after a signal, or (None, False) without memory."""
         parts, full = self._parts(first, count), False
+        trained = self._loader.trained(first, count)
         totals, load_LE = torch.zeros(1 + self._with_z, device=self._device), None
         for index, (start, size) in enumerate(parts):
             # Before each pass, all processes agree whether to continue, so that none waits for another's gradients.
@@ -186,7 +193,7 @@ class Gradients:
             if stopped or full:
                 return None, stopped
             last = index == len(parts) - 1
-            losses = self._pass(start, size, count, last=last)
+            losses = self._pass(start, size, count, trained, last=last)
             if losses is None:
                 full = True
                 continue
@@ -198,15 +205,22 @@ class Gradients:
                 self._ahead = following, self._load(*following)
         return (None if full else (totals, load_LE)), False
 
-    def _pass(self, start: int, size: int, count: int, *, last: bool) -> PassLoss | None:
-        """Run samples `start` to `start + size` forward and backward; return their losses, or None without memory."""
+    def _pass(self, start: int, size: int, count: int, trained: int, *, last: bool) -> PassLoss | None:
+        """Run samples `start` to `start + size` forward and backward; return their losses, or None without memory.
+
+        Args:
+            count, trained: samples and trained targets of the global batch.
+        """
         try:
-            batch = self._batch(start, size)
+            inputs, targets, samples, starts = self._batch(start, size)
+            share = None
+            if starts is not None:  # conversations
+                share = torch.full((), trained / (count * self._loader.seq_len), device=self._device)
             with self._loss.synchronized(last):
                 with autocast(self._device, self._dtype):
-                    losses = self._loss(*batch)
+                    losses = self._loss(inputs, targets, samples, starts, share)
                 # The processes' gradients are averaged, so each is divided by its own share of the tokens.
-                mean = losses.objective / (count * self._loader.seq_len / self._world.size)
+                mean = losses.objective / (max(trained, 1) / self._world.size)
                 self.loss_scale(mean).backward()
             return losses
         except RuntimeError as error:
@@ -217,7 +231,7 @@ class Gradients:
                 raise self._too_large() from error
         return None
 
-    def _batch(self, start: int, size: int) -> tuple[Tensor, ...]:
+    def _batch(self, start: int, size: int) -> _Passed:
         if self._ahead is not None and self._ahead[0] == (start, size):
             return self._ahead[1]
         started = time.perf_counter()
@@ -225,14 +239,21 @@ class Gradients:
         self.seconds_waited += time.perf_counter() - started
         return batch
 
-    def _load(self, start: int, size: int) -> tuple[Tensor, ...]:
-        """Return samples, and with dropout their numbers, on the device; to CUDA from pinned memory, asynchronously."""
-        batch: tuple[Tensor, ...] = self._loader.batch(start, size)
-        if self._with_dropout:
-            batch += (torch.arange(start, start + size),)
-        if self._device.type == "cuda":
-            batch = tuple(tensor.pin_memory() for tensor in batch)
-        return tuple(tensor.to(self._device, non_blocking=True) for tensor in batch)
+    def _load(self, start: int, size: int) -> _Passed:
+        """Return samples on the device; to CUDA from pinned memory, asynchronously."""
+        inputs, targets, *starts = self._loader.batch(start, size)
+        samples = torch.arange(start, start + size) if self._with_dropout else None
+        return (
+            self._moved(inputs),
+            self._moved(targets),
+            self._moved(samples),
+            self._moved(starts[0] if starts else None),
+        )
+
+    def _moved(self, tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        return (tensor.pin_memory() if self._device.type == "cuda" else tensor).to(self._device, non_blocking=True)
 
     def _warm_up(self, first: int, count: int) -> None:
         """Run passes whose gradients are dropped, before the first step of a process.
@@ -241,14 +262,15 @@ class Gradients:
         the order in which more than two processes sum a gradient. Without this, the first step after resuming would
         round differently. It also finds a micro-batch that fits while no process waits for another.
         """
+        trained = self._loader.trained(first, count)
         while True:
             start, size = self._parts(first, count)[0]
-            failed = self._pass(start, size, count, last=False) is None
+            failed = self._pass(start, size, count, trained, last=False) is None
             self._loss.model.zero_grad()
             if not self._world.any(failed)[0]:
                 break
             self._shrink()
-        self._pass(start, size, count, last=True)
+        self._pass(start, size, count, trained, last=True)
         self._loss.model.zero_grad()
         self._warm = True
 

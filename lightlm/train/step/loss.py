@@ -43,15 +43,21 @@ def token_losses(
     z_loss: float = 0.0,
     dropout: Dropout | None = None,
     offsets_BT: Tensor | None = None,
+    masked: bool = False,
 ) -> TokenLosses:
     """Return the cross-entropy of a batch and the z-loss of its logits (PaLM, arXiv 2204.02311, section 5).
 
     Args:
         routings, dropout, offsets_BT: see `Transformer.hidden_states`.
         z_loss: coefficient of logsumexp(logits)^2 per token.
+        masked: negative targets are not trained on: the head does not see their tokens.
     """
     x_ND = _head_input(model, inputs_BT, routings=routings, dropout=dropout, offsets_BT=offsets_BT)
-    sums = _HeadLoss.apply(x_ND, model.head_weight, targets_BT.flatten(), z_loss)
+    targets_N = targets_BT.flatten()
+    if masked:
+        sums = _masked_head_loss(x_ND, model.head_weight, targets_N, z_loss)
+    else:
+        sums = _HeadLoss.apply(x_ND, model.head_weight, targets_N, z_loss)
     return TokenLosses(*sums) if z_loss else TokenLosses(sums[0], sums[0], None)
 
 
@@ -62,12 +68,27 @@ def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, offset
 
 @torch.no_grad()
 def target_losses(
-    model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, offsets_BT: Tensor | None = None
+    model: Transformer,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    offsets_BT: Tensor | None = None,
+    *,
+    masked: bool = False,
 ) -> Tensor:
-    """Return -ln p of each target, in nats: fp32 (N,), without gradients. `token_loss` is their sum."""
-    x_ND = _head_input(model, inputs_BT, offsets_BT=offsets_BT)
+    """Return -ln p of each target, in nats: fp32 (N,), without gradients. `token_loss` is their sum.
+
+    With `masked`, it is 0 for a negative target.
+    """
+    x_ND, targets_N = _head_input(model, inputs_BT, offsets_BT=offsets_BT), targets_BT.flatten()
     with torch.autocast(x_ND.device.type, enabled=False):
-        return _head_loss(x_ND, model.head_weight, targets_BT.flatten(), 0.0, with_gradients=False)[0]
+        if not masked:
+            return _head_loss(x_ND, model.head_weight, targets_N, 0.0, with_gradients=False)[0]
+        trained_N = targets_N >= 0
+        losses_N = torch.zeros(len(targets_N), device=x_ND.device)
+        losses_N[trained_N] = _head_loss(
+            x_ND[trained_N], model.head_weight, targets_N[trained_N], 0.0, with_gradients=False
+        )[0]
+        return losses_N
 
 
 def _head_input(model: Transformer, inputs_BT: Tensor, **options: Any) -> Tensor:
@@ -76,6 +97,14 @@ def _head_input(model: Transformer, inputs_BT: Tensor, **options: Any) -> Tensor
     if torch.is_autocast_enabled(x_ND.device.type):
         x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
     return x_ND
+
+
+@torch.compiler.disable  # the number of trained tokens differs from batch to batch
+def _masked_head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, z_loss: float) -> tuple[Tensor, ...]:
+    """Return the sums of `_HeadLoss` over the tokens whose target is not negative."""
+    trained_N = targets_N >= 0
+    sums: tuple[Tensor, ...] = _HeadLoss.apply(x_ND[trained_N], master_VD, targets_N[trained_N], z_loss)
+    return sums
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -115,6 +144,10 @@ def _head_loss(
     `with_gradients`, also return the gradients of x and of the weight by the sum of the losses plus `z_loss` times that
     of the squared log-sum-exps.
     """
+    if not len(x_ND):  # a micro-batch without a token to train on
+        none_N = x_ND.new_empty(0, dtype=torch.float32)
+        grads = (torch.empty_like(x_ND), torch.zeros_like(master_VD)) if with_gradients else ()
+        return none_N, none_N, *grads
     if x_ND.device.type == "cpu" and x_ND.dtype == master_VD.dtype == torch.float32:
         return _full_head_loss(x_ND, master_VD, targets_N, z_loss, with_gradients=with_gradients)
     vocab_size = len(master_VD)

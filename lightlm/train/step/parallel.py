@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlm import checkpoint
-from lightlm.model.attention import offsets_in_documents
+from lightlm.model.attention import offsets_from, offsets_in_documents
 from lightlm.model.dropout import Dropout
 from lightlm.model.experts import keep_padding_uncompiled
 from lightlm.model.moe import Router, Routing
@@ -53,22 +53,45 @@ class LossModule(nn.Module):
         self.dropout, self.seed = (train.dropout, train.seed) if train else (0.0, 0)
 
     def forward(
-        self, inputs_BT: Tensor, targets_BT: Tensor, samples_B: Tensor | None = None, *, each_target: bool = False
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        samples_B: Tensor | None = None,
+        starts_BT: Tensor | None = None,
+        trained_share: Tensor | None = None,
+        *,
+        each_target: bool = False,
     ) -> PassLoss | Tensor:
         """Return the losses of a micro-batch, or with `each_target` the cross-entropy of each target, fp32 (B x T,).
 
         Dropout applies where `samples_B` is given, the numbers of the rows' samples in the run.
+
+        Args:
+            starts_BT: in a run with conversations, which inputs begin a document; negative targets then do not count.
+            trained_share: then, the share of the global batch's targets that counts: a scalar.
         """
-        offsets_BT = None if self.separator is None else offsets_in_documents(inputs_BT, self.separator)
+        masked = starts_BT is not None
+        offsets_BT = None
+        if self.separator is not None:
+            offsets_BT = (
+                offsets_in_documents(inputs_BT, self.separator) if starts_BT is None else offsets_from(starts_BT)
+            )
         if each_target:
-            return target_losses(self.model, inputs_BT, targets_BT, offsets_BT)
+            return target_losses(self.model, inputs_BT, targets_BT, offsets_BT, masked=masked)
         routings: list[Routing] = []
         dropout = Dropout(self.dropout, self.seed, samples_B) if self.dropout and samples_B is not None else None
-        settings: dict[str, Any] = {"z_loss": self.z_loss, "dropout": dropout, "offsets_BT": offsets_BT}
+        settings: dict[str, Any] = {
+            "z_loss": self.z_loss,
+            "dropout": dropout,
+            "offsets_BT": offsets_BT,
+            "masked": masked,
+        }
         sums = token_losses(self.model, inputs_BT, targets_BT, routings, **settings)
         if not routings:
             return PassLoss(sums.objective, sums.loss, None, sums.z)
-        objective = sums.objective + targets_BT.numel() * self.router_losses(routings)
+        # Routers learn from every token. The sums are divided by the targets that count, this one by all.
+        weight = targets_BT.numel() if trained_share is None else targets_BT.numel() * trained_share
+        objective = sums.objective + weight * self.router_losses(routings)
         load_LE = torch.stack([routing.load_E for routing in routings])
         return PassLoss(objective, sums.loss.detach(), load_LE, sums.z)
 
@@ -110,17 +133,24 @@ class ParallelLoss:
         elif self.replicated:
             self._root = _replicate(self._local, device, compiled)
 
-    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor, samples_B: Tensor | None = None) -> PassLoss:
+    def __call__(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        samples_B: Tensor | None = None,
+        starts_BT: Tensor | None = None,
+        trained_share: Tensor | None = None,
+    ) -> PassLoss:
         """Return the losses of a training pass. The objective's backward pass must run inside `synchronized`."""
-        return self._root(inputs_BT, targets_BT, samples_B)
+        return self._root(inputs_BT, targets_BT, samples_B, starts_BT, trained_share)
 
-    def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the cross-entropy of each target, in nats: fp32 (B x T,), without gradients.
 
         With FSDP all processes must call it equally often.
         """
         with torch.no_grad():
-            return self._local(inputs_BT, targets_BT, each_target=True)
+            return self._local(inputs_BT, targets_BT, starts_BT=starts_BT, each_target=True)
 
     def synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward and backward pass; `last`: the last one of a batch.
