@@ -37,11 +37,28 @@ SHAPES = {
     ),
     "softmax_moe": ModelConfig(**_BASE, **_EXPERTS, router="softmax", norm_topk_prob=False, attention_gate=True),
 }
+_LATENT = {"attention": "mla", "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10}
+SHAPES |= {
+    "mla": ModelConfig(**_BASE, **_LATENT, bias=True, bias_in="mlp"),
+    "deepseek": replace(
+        SHAPES["moe"], **_LATENT | {"v_head_dim": 16}, q_lora_rank=20, num_kv_heads=0, qk_norm=False, first_k_dense=1
+    ),
+    "mla_banded": ModelConfig(
+        **_BASE,
+        attention="mla",
+        kv_lora_rank=5,
+        sliding_window=6,
+        layer_sharing=2,
+        rope_scaling="linear",
+        rope_factor=2.5,
+    ),
+}
 _SCALES = {"multipliers": "both", "residual_scale": 0.8, "embedding_scale": 1.7, "base_depth": 3}
 SHAPES |= {
     "scaled": replace(SHAPES["qwen3"], **_SCALES, tie_embeddings=True, qk_gain=1.2),
     "scaled_gpt2": replace(SHAPES["gpt2"], **_SCALES | {"multipliers": "rows"}),
     "scaled_moe": replace(SHAPES["moe"], **_SCALES, qk_gain=1.2),
+    "scaled_mla": replace(SHAPES["deepseek"], **_SCALES),
 }
 
 # The model on the Hub that the recipe `finetune` starts from.

@@ -86,7 +86,8 @@ def _print(plan: dict[str, Any]) -> None:
             "whole run": _duration(measured["hours"]),
         }
     tables["Inference"] = {
-        precision: f"weights {_bytes(parts[f'weights_{name}'])}, cache {_bytes(parts[f'cache_{name}'])} per sequence"
+        precision: f"weights {_bytes(parts[f'weights_{name}'])}, cache {_bytes(parts[f'cache_{name}'])} per sequence, "
+        f"{parts[f'token_{name}']:,} bytes per token"
         for precision, name in (("bf16", "bfloat16"), ("fp32", "float32"))
     }
     for title, rows in tables.items():

@@ -1,10 +1,12 @@
-"""Causal self-attention with grouped queries, optional query and key norms, an optional gate and an optional band.
+"""Causal self-attention: with grouped queries, or of latents.
 
-`Attention._project` is the only place that makes queries, keys, values and gates, and `Attention.forward` the only
-place that uses them: plain, fused, cached and tree attention all pass through both.
+`Attention` has grouped queries, optional query and key norms, an optional gate and an optional band. Its `_project` is
+the only place that makes queries, keys, values and gates, and its `forward` the only place that uses them: plain,
+fused, cached and tree attention all pass through both. `LatentAttention` is DeepSeek's.
 
 Shapes: B batch, T positions in this call, S key positions, H query heads, G key/value heads, K head size,
-C = H K channels, D hidden size.
+C = H K channels, D hidden size. Of latents: L the latent of keys and values, R the rotary key, N channels of a head
+without positions, V a value head; K = N + R.
 """
 
 import itertools
@@ -23,7 +25,7 @@ from lightlm.model.rotary import rotate
 from lightlm.model.scaling import Linear
 
 # Takes one layer's new keys and values (B, G, T, K) and returns all that its queries attend to, (B, G, S, K):
-# `KVCache.update` or `Trees.prepend`, bound to the layer.
+# `KVCache.update` or `Trees.prepend`, bound to the layer. Of latents, both are the same (B, 1, T, L + R).
 KeysAndValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 FLEX_HEAD_DIM = 16  # the least size of a head that `flex_attention` takes on CUDA
@@ -185,8 +187,12 @@ class Attention(nn.Module):
         return q_BHTK, k_BGTK, v_BGTK, None if self.gate_proj is None else self.gate_proj(x_BTD)
 
 
-def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor:
-    """Return the attention of each query head over the keys and values that the mask shows, (B, H, T, K)."""
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
+    """Return the attention of each query head over the keys and values that the mask shows, (B, H, T, K).
+
+    Args:
+        scale: factor on the scores; None is 1 / sqrt(K).
+    """
     num_heads, num_kv_heads = q_BHTK.shape[1], k_BGSK.shape[1]
     grouped = num_heads != num_kv_heads
     if mask.documents:
@@ -197,16 +203,146 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor
             for x_BHTK in (q_BHTK, k_BGSK, v_BGSK)
         )
         parts = [
-            attend(q, k, v, inside)[0].transpose(0, 1)
+            attend(q, k, v, inside, scale)[0].transpose(0, 1)
             for q, k, v, (_, inside) in zip(qs, ks, vs, mask.documents, strict=True)
         ]
         return torch.cat(parts).unflatten(0, (len(q_BHTK), -1)).transpose(1, 2)
     if mask.blocks is not None:
-        y_BHTK: Tensor = flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask.blocks, enable_gqa=grouped)
+        y_BHTK: Tensor = flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask.blocks, enable_gqa=grouped, scale=scale)
         return y_BHTK
     if grouped and not attends_in_groups(k_BGSK.device.type, k_BGSK.dtype, masked=mask.allowed is not None):
         k_BGSK, v_BGSK = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k_BGSK, v_BGSK))
         grouped = False
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped, scale=scale
     )
+
+
+# DeepSeek's code gives the norms of latents this eps whatever `rms_norm_eps` is, and so does transformers.
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention of one layer (arXiv 2405.04434, section 2.1; DeepSeek-V3, 2412.19437).
+
+    All heads make keys and values from one latent, which is normalized, and share one rotary key. Both depend only on
+    their own position, so a cache holds them in place of keys and values. Matrices that DeepSeek joins are apart, for
+    Muon: `kv_a_proj` and `k_rope_proj`, and `k_b_proj` and `v_b_proj`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        width, queries = config.hidden_size, config.num_heads * config.head_dim
+        self.rank, self.rotary_dim = config.kv_lora_rank, config.rotary_dim
+        if config.q_lora_rank:
+            self.q_a_proj = Linear(config, width, config.q_lora_rank, "qkv")
+            self.q_a_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config, config.q_lora_rank, queries, "qkv")
+        else:
+            self.q_proj = Linear(config, width, queries, "qkv")
+        self.has_query_latent = config.q_lora_rank > 0
+        self.kv_a_proj = Linear(config, width, config.kv_lora_rank, "qkv")
+        self.kv_a_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.k_rope_proj = Linear(config, width, config.rotary_dim, "qkv")
+        self.k_b_proj = Linear(config, config.kv_lora_rank, config.num_heads * config.qk_nope_head_dim, "qkv")
+        self.v_b_proj = Linear(config, config.kv_lora_rank, config.num_heads * config.v_head_dim, "qkv")
+        self.o_proj = Linear(config, config.num_heads * config.v_head_dim, width, "output")
+
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, extend: KeysAndValues | None = None
+    ) -> Tensor:
+        """Return the attention output (B, T, D); see `Attention.forward`."""
+        q_BHTK, latent_BTL, rotary_B1TR = self._project(x_BTD, rotation)
+        if extend is None:
+            k_BTC, v_BTC = self._linear(latent_BTL, self.k_b_proj, self.v_b_proj)
+            k_BHTN, v_BHTV = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (k_BTC, v_BTC))
+            y_BHTV = attend_heads(q_BHTK, k_BHTN, rotary_B1TR, v_BHTV, mask)
+        else:
+            new_B1TL = torch.cat((latent_BTL[:, None], rotary_B1TR), dim=-1)
+            kept_B1SL, _ = extend(new_B1TL, new_B1TL)
+            k_HNL, v_HVL = (
+                layer.scaled().product().unflatten(0, (self.num_heads, -1)) for layer in (self.k_b_proj, self.v_b_proj)
+            )
+            y_BHTV = attend_latents(q_BHTK.to(kept_B1SL.dtype), kept_B1SL, k_HNL, v_HVL, mask)
+        y_BTC = y_BHTV.transpose(1, 2).flatten(2)
+        if fused.applies(x_BTD):
+            return fused.linear(y_BTC, self.o_proj)
+        return self.o_proj(y_BTC.to(x_BTD.dtype))
+
+    def _project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, T, K), the normalized latent (B, T, L) and the rotary key (B, 1, T, R)."""
+        first = self.q_a_proj if self.has_query_latent else self.q_proj
+        q_BTC, latent_BTL, rotary_BTR = self._linear(x_BTD, first, self.kv_a_proj, self.k_rope_proj)
+        if self.has_query_latent:
+            [q_BTC] = self._linear(self.q_a_norm(q_BTC), self.q_b_proj)
+        q_BHTK = q_BTC.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        q_BHTN, q_BHTR = q_BHTK.split((self.head_dim - self.rotary_dim, self.rotary_dim), dim=-1)
+        q_BHTK = torch.cat((q_BHTN, rotate(q_BHTR, *rotation)), dim=-1)
+        return q_BHTK, self.kv_a_norm(latent_BTL), rotate(rotary_BTR[:, None], *rotation)
+
+    def _linear(self, x: Tensor, *layers: Linear) -> list[Tensor]:
+        """Return the output of each of the layers that share the input x."""
+        if fused.applies(x):
+            return list(fused.linear(x, *layers).split([layer.out_features for layer in layers], dim=-1))
+        return [layer(x) for layer in layers]
+
+
+def attend_heads(q_BHTK: Tensor, k_BHSN: Tensor, rotary_B1SR: Tensor, v_BHSV: Tensor, mask: Mask) -> Tensor:
+    """Return the attention (B, H, T, V) of heads that share a rotary key."""
+    k_BHSK = torch.cat((k_BHSN, rotary_B1SR.to(k_BHSN.dtype).expand(-1, k_BHSN.shape[1], -1, -1)), dim=-1)
+    size, value = k_BHSK.shape[-1], v_BHSV.shape[-1]
+    # Fused attention takes values as wide as keys only. Zeros change neither scores nor the values before them.
+    q_BHTK, k_BHSK, v_BHSV = (F.pad(x, (0, max(size, value) - x.shape[-1])) for x in (q_BHTK, k_BHSK, v_BHSV))
+    return attend(q_BHTK, k_BHSK, v_BHSV, mask, size**-0.5)[..., :value]
+
+
+def attend_latents(q_BHTK: Tensor, kept_B1SL: Tensor, k_HNL: Tensor, v_HVL: Tensor, mask: Mask) -> Tensor:
+    """Return the attention (B, H, T, V) over latents that lie beside rotary keys, (B, 1, S, L + R).
+
+    The result is the same in two ways: make keys and values of every latent, or compare queries with latents. `absorbs`
+    chooses the one with fewer operations.
+    """
+    rank, nope = k_HNL.shape[2], k_HNL.shape[1]
+    if not absorbs(q_BHTK.shape[2], kept_B1SL.shape[2], k_HNL, v_HVL, q_BHTK.shape[3] - nope):
+        latent_B1SL, rotary_B1SR = kept_B1SL.split((rank, kept_B1SL.shape[-1] - rank), dim=-1)
+        weights = (w_HNL.flatten(0, 1).to(kept_B1SL.dtype) for w_HNL in (k_HNL, v_HVL))
+        parts_BSC = (F.linear(latent_B1SL[:, 0], w_CL) for w_CL in weights)
+        k_BHSN, v_BHSV = (part_BSC.unflatten(2, (len(k_HNL), -1)).transpose(1, 2) for part_BSC in parts_BSC)
+        return attend_heads(q_BHTK, k_BHSN, rotary_B1SR, v_BHSV, mask)
+    return attend_absorbed(q_BHTK, kept_B1SL, k_HNL, v_HVL, mask)
+
+
+def absorbs(num_queries: int, num_keys: int, k_HNL: Tensor, v_HVL: Tensor, rotary_dim: int) -> bool:
+    """Return whether `attend_absorbed` takes fewer multiplications than `attend_heads` with its projections."""
+    (nope, rank), value = k_HNL.shape[1:], v_HVL.shape[1]
+    projected = rank * (nope + value)  # per head: of each query if absorbed, else of each latent
+    scored = num_queries * num_keys
+    absorbed = num_queries * projected + scored * 2 * (rank + rotary_dim)
+    return absorbed < num_keys * projected + scored * 2 * max(nope + rotary_dim, value)
+
+
+def attend_absorbed(q_BHTK: Tensor, kept_B1SL: Tensor, k_HNL: Tensor, v_HVL: Tensor, mask: Mask) -> Tensor:
+    """Return what `attend_latents` does: queries take the place of keys, and latents are the values.
+
+    All heads share one key, so their queries are as many positions of one head.
+    """
+    num_heads, length = q_BHTK.shape[1:3]
+    (nope, rank), scale = k_HNL.shape[1:], q_BHTK.shape[-1] ** -0.5
+    q_BHTN, q_BHTR = q_BHTK.split((nope, q_BHTK.shape[-1] - nope), dim=-1)
+    q_BHTL = torch.cat((q_BHTN @ k_HNL.to(q_BHTK.dtype), q_BHTR), dim=-1)
+    allowed = mask.allowed
+    if allowed is None and mask.is_causal:
+        ones_TS = torch.ones(length, kept_B1SL.shape[2], dtype=torch.bool, device=q_BHTK.device)
+        allowed = ones_TS.tril()[None, None]
+    if allowed is not None and length > 1:
+        allowed = allowed.repeat(1, 1, num_heads, 1)
+    # The rotary part of the values is not used: a slice would be copied.
+    y_B1TL = attend(q_BHTL.flatten(1, 2)[:, None], kept_B1SL, kept_B1SL, Mask(allowed), scale)
+    y_BHTL = y_B1TL[:, 0].unflatten(1, (num_heads, length))[..., :rank]
+    return y_BHTL @ v_HVL.to(y_BHTL.dtype).transpose(1, 2)
+
+
+def build_attention(config: ModelConfig) -> Attention | LatentAttention:
+    """Return the attention of a block."""
+    return LatentAttention(config) if config.attention == "mla" else Attention(config)

@@ -12,6 +12,7 @@ _AT_LEAST = dict.fromkeys(
 ) | dict.fromkeys(("vocab_size", "num_kv_heads", "head_dim", "intermediate_size", "sliding_window", "num_experts"), 0)
 _AT_LEAST |= {"num_shared_experts": 0, "moe_intermediate_size": 0, "first_k_dense": 0}
 _AT_LEAST |= {"base_depth": 0, "rope_original_seq_len": 0}
+_AT_LEAST |= {"q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0}
 _ABOVE_ZERO = (
     *("norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
     *("init_std", "routed_scaling_factor", "qk_gain", "embedding_scale"),
@@ -29,6 +30,9 @@ EXPERT_FIELDS = (
     "norm_topk_prob",
     "routed_scaling_factor",
 )
+
+# Fields of multi-head latent attention.
+LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 # Fields that decide how rotary positions turn.
 ROPE_FIELDS = (
@@ -61,8 +65,7 @@ def _key(default: Any, description: str) -> Any:
 class ModelConfig:
     """The shape of a `Transformer`. Names are Hugging Face's where it has one.
 
-    `vocab_size`, `num_kv_heads`, `head_dim`, `intermediate_size` and `moe_intermediate_size` may be 0, which means the
-    default that the field documents; `resolved()` fills it in.
+    Sizes that may be 0 then have the default that the field documents; `resolved()` fills it in.
     """
 
     # Read by pydantic where a recipe embeds this class: an unknown key is an error, not ignored.
@@ -78,7 +81,32 @@ class ModelConfig:
     num_kv_heads: int = _key(
         0, "Key and value heads per layer. 0 takes num_heads (multi-head attention); fewer is grouped-query attention."
     )
-    head_dim: int = _key(0, "Width of one head. 0 takes hidden_size / num_heads.")
+    head_dim: int = _key(
+        0,
+        "Width of one head. 0 takes hidden_size / num_heads; with attention=mla it is qk_nope_head_dim + "
+        "qk_rope_head_dim.",
+    )
+    attention: Literal["gqa", "mla"] = _key(
+        "gqa",
+        "`gqa` has keys and values of num_kv_heads heads (arXiv 2305.13245). `mla` is multi-head latent attention "
+        "(DeepSeek-V2 and V3, arXiv 2405.04434): all heads make keys and values from one normalized latent, and the "
+        "cache holds that and one rotary key.",
+    )
+    kv_lora_rank: int = _key(
+        0, "With attention=mla: width of the latent of keys and values. 0 takes 4 x qk_nope_head_dim."
+    )
+    q_lora_rank: int = _key(
+        0, "With attention=mla: width of the latent of queries. 0 makes queries from the hidden state directly."
+    )
+    qk_nope_head_dim: int = _key(
+        0, "With attention=mla: channels of a query or key head without positions. 0 takes hidden_size / num_heads."
+    )
+    qk_rope_head_dim: int = _key(
+        0,
+        "With attention=mla: further channels of each query head that rotate, with one key for all heads. 0 takes half "
+        "of qk_nope_head_dim, rounded down to an even number.",
+    )
+    v_head_dim: int = _key(0, "With attention=mla: width of a value head. 0 takes qk_nope_head_dim.")
     intermediate_size: int = _key(
         0,
         "Width of the feed-forward network. 0 takes 4 x hidden_size; for swiglu 8/3 x hidden_size, rounded up to a "
@@ -193,15 +221,31 @@ class ModelConfig:
         swiglu_size = (8 * self.hidden_size // 3 + 63) // 64 * 64
         dense_size = self.intermediate_size or (swiglu_size if self.mlp == "swiglu" else 4 * self.hidden_size)
         expert_size = max(dense_size // self.num_experts_per_tok, 1) if self.num_experts else 0
+        config = self
+        if self.attention == "mla":
+            for name, size in self._latent_sizes().items():
+                config = replace(config, **{name: size})  # type: ignore[arg-type]
         return replace(
-            self,
+            config,
             num_kv_heads=self.num_kv_heads or self.num_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_heads,
+            head_dim=config.head_dim or self.hidden_size // self.num_heads,
             intermediate_size=dense_size,
             moe_intermediate_size=self.moe_intermediate_size or expert_size,
             rope_original_seq_len=self.rope_original_seq_len
             or (self.max_seq_len if self.rope_scaling == "llama3" else 0),
         )
+
+    def _latent_sizes(self) -> dict[str, int]:
+        """Return the sizes of latent attention, with every default filled in."""
+        nope = self.qk_nope_head_dim or self.hidden_size // self.num_heads
+        rope = self.qk_rope_head_dim or max(nope // 4, 1) * 2
+        return {
+            "kv_lora_rank": self.kv_lora_rank or 4 * nope,
+            "qk_nope_head_dim": nope,
+            "qk_rope_head_dim": rope,
+            "v_head_dim": self.v_head_dim or nope,
+            "head_dim": nope + rope,
+        }
 
     def problems(self) -> list[tuple[str, str]]:
         """Return a (key, message) pair for everything that keeps this from being a model."""
@@ -222,12 +266,17 @@ class ModelConfig:
 
     def _broken_rules(self) -> Iterator[tuple[str, str]]:
         """Yield a (key, message) pair for each rule that the fields break together; each of them is in its range."""
-        if self.head_dim == 0 and self.hidden_size % self.num_heads != 0:
-            yield "num_heads", f"{self.num_heads} does not divide hidden_size {self.hidden_size}; set head_dim"
+        given, size = ("qk_nope_head_dim" if self.attention == "mla" else "head_dim"), self.hidden_size
+        if getattr(self, given) == 0 and size % self.num_heads != 0:
+            yield "num_heads", f"{self.num_heads} does not divide hidden_size {size}; set {given}"
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads != 0:
             yield "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
-        if self.position == "rope" and (self.head_dim or self.hidden_size // self.num_heads) % 2 != 0:
-            yield "head_dim", "must be even for rotary positions (position: rope)"
+        if self.attention == "mla":
+            yield from self._broken_latent_rules()
+        else:
+            yield from ((key, message) for key, message in self.idle_given() if key in LATENT_FIELDS)
+            if self.position == "rope" and (self.head_dim or size // self.num_heads) % 2 != 0:
+                yield "head_dim", "must be even for rotary positions (position: rope)"
         if self.rope_scaling == "llama3" and self.rope_high_freq_factor <= self.rope_low_freq_factor:
             yield "rope_high_freq_factor", f"must be above rope_low_freq_factor, {self.rope_low_freq_factor}"
         if not self.num_experts:
@@ -245,12 +294,34 @@ class ModelConfig:
         if chosen == 1 and self.norm_topk_prob:
             yield "norm_topk_prob", "must be false with one expert per token: its weight would always be 1"
 
+    def _broken_latent_rules(self) -> Iterator[tuple[str, str]]:
+        """Yield a (key, message) pair for each field that latent attention cannot have."""
+        sizes = self._latent_sizes()
+        if self.position != "rope":
+            yield "position", f"must be rope with attention: mla, is {self.position}"
+        if sizes["qk_rope_head_dim"] % 2 != 0:
+            yield "qk_rope_head_dim", f"must be even, is {self.qk_rope_head_dim}"
+        if self.num_kv_heads not in (0, self.num_heads):
+            yield "num_kv_heads", f"has no meaning with attention: mla; leave it out or set {self.num_heads}, num_heads"
+        if self.head_dim not in (0, sizes["head_dim"]):
+            yield (
+                "head_dim",
+                f"is qk_nope_head_dim + qk_rope_head_dim, {sizes['head_dim']}, with attention: mla; leave it out",
+            )
+        for key in ("qk_norm", "attention_gate"):
+            if getattr(self, key):
+                yield key, "is not there with attention: mla; must be false"
+        if self.has_bias("qkv") or self.has_bias("output"):
+            yield "bias", "projections of attention: mla have no biases; must be false, or bias_in must be mlp"
+
     def idle(self) -> dict[str, str]:
         """Return the fields that have no effect beside the others, each with the reason.
 
         They do no harm in a checkpoint; a recipe that gives one another value than its default is a slip.
         """
         idle = {} if self.num_experts else dict.fromkeys(EXPERT_FIELDS, "without model.num_experts")
+        if self.attention != "mla":
+            idle |= dict.fromkeys(LATENT_FIELDS, "without model.attention=mla")
         if self.position != "rope":
             idle |= dict.fromkeys(ROPE_FIELDS, f"with model.position={self.position}")
         elif self.rope_scaling == "none":
@@ -288,6 +359,26 @@ class ModelConfig:
     def depth(self) -> int:
         """The number of layers that run: blocks times their repeats."""
         return self.num_layers * self.layer_sharing
+
+    @property
+    def rotary_dim(self) -> int:
+        """The channels of a head that rotate, of a resolved configuration."""
+        return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The width of a value head, of a resolved configuration."""
+        return self.v_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def cached_shape(self) -> tuple[int, int, int]:
+        """The cache of one token in one layer, of a resolved configuration: tensors, heads, channels.
+
+        The tensors are keys and values, or the latent with the rotary key.
+        """
+        if self.attention == "mla":
+            return 1, 1, self.kv_lora_rank + self.qk_rope_head_dim
+        return 2, self.num_kv_heads, self.head_dim
 
     @property
     def depth_factor(self) -> float:

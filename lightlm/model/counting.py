@@ -32,12 +32,23 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def _attention(config: ModelConfig) -> int:
+    if config.attention == "mla":
+        return _latent_attention(config)
     query, kv, width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size
     matrices = [(query, width), (kv, width), (kv, width), (width, query)] + [(query, width)] * config.attention_gate
     weights = sum(_matrix(config, *shape) for shape in matrices)
     biases = query * (1 + config.attention_gate) + 2 * kv if config.has_bias("qkv") else 0
     biases += width if config.has_bias("output") else 0
     return weights + biases + (2 * config.head_dim if config.qk_norm else 0)
+
+
+def _latent_attention(config: ModelConfig) -> int:
+    width, heads, rank, query_rank = config.hidden_size, config.num_heads, config.kv_lora_rank, config.q_lora_rank
+    matrices = [(rank, width), (config.rotary_dim, width), (width, heads * config.v_head_dim)]
+    matrices += [(heads * config.qk_nope_head_dim, rank), (heads * config.v_head_dim, rank)]
+    matrices += [(query_rank, width)] if query_rank else []
+    matrices += [(heads * config.head_dim, query_rank or width)]
+    return sum(_matrix(config, *shape) for shape in matrices) + rank + query_rank  # with the norms of latents
 
 
 def _dense(config: ModelConfig) -> int:

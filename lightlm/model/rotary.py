@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864), in the half-split layout of the Hugging Face Llama classes.
 
-Shapes: B batch, T positions in this call, H heads, K head size.
+Shapes: B batch, T positions in this call, H heads, K head size (or its part that rotates).
 """
 
 import math
@@ -25,7 +25,7 @@ def rotary_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Return the angle of one position for each pair of channels, (K/2,) in fp32, scaled as `rope_scaling` says."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
     # As transformers writes it: `theta**-exponents` differs in the last bit, which thousands of positions multiply.
     # SmolLM2's logits at 2,000 positions then differ by 2.6e-4; this way they are equal.
     frequencies = 1.0 / config.rope_theta**exponents

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightlm.model import fused
-from lightlm.model.attention import Attention, KeysAndValues, Mask, build_document_mask, build_mask
+from lightlm.model.attention import KeysAndValues, Mask, build_attention, build_document_mask, build_mask
 from lightlm.model.config import ModelConfig
 from lightlm.model.decoding.cache import KVCache, Step
 from lightlm.model.decoding.trees import Trees
@@ -49,7 +49,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = Attention(config)
+        self.attention = build_attention(config)
         self.attention_residual = Residual(config)
         self.mlp_norm = build_norm(config)
         self.mlp = MoE(config) if config.has_experts(index) else build_mlp(config)
@@ -304,13 +304,13 @@ class Transformer(nn.Module):
     def flops_per_token(self, seq_len: int) -> int:
         """Return the forward and backward floating-point operations per token (arXiv 2204.02311, appendix B).
 
-        They are 6 per active weight and 12 K H S per layer for attention over S visible positions, without a discount
-        for causality.
+        They are 6 per active weight and 6 (K + V) H S per layer for attention over S visible positions, where K and V
+        are the widths of a key and a value head, without a discount for causality.
         """
         config = self.config
         block_weights = sum(p.numel() for p in self.blocks.parameters()) - self._idle_parameters()
         visible = sum(min(config.window(layer) or seq_len, seq_len) for layer in range(config.depth))
         return (
             6 * (block_weights * config.layer_sharing + self.head_weight.numel())
-            + 12 * config.num_heads * config.head_dim * visible
+            + 6 * config.num_heads * (config.head_dim + config.value_dim) * visible
         )

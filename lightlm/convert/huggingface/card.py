@@ -126,7 +126,10 @@ def _shape(model: Transformer) -> Iterator[tuple[str, str]]:
     if counts["active"] != counts["total"]:
         yield "Parameters per token", f"{counts['active']:,}"
     yield "Layers", f"{config.depth} of width {config.hidden_size}"
-    yield "Attention", f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values"
+    if config.attention == "mla":
+        yield "Attention", f"{config.num_heads} heads of {config.head_dim}, latents of {config.kv_lora_rank} (MLA)"
+    else:
+        yield "Attention", f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values"
     if config.num_experts:
         yield "Experts", f"{config.num_experts} per layer, of which a token is sent to {config.num_experts_per_tok}"
     yield "Context", f"{config.max_seq_len:,} tokens"

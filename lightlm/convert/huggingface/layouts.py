@@ -9,7 +9,7 @@ Imports nothing heavy: `train` and `recipes` ask for the `export_target` when th
 from dataclasses import dataclass, replace
 
 from lightlm.convert.layouts import Layout, Link, Rule, nearest_layout
-from lightlm.model.config import EXPERT_FIELDS, ROPE_FIELDS, ModelConfig
+from lightlm.model.config import EXPERT_FIELDS, LATENT_FIELDS, ROPE_FIELDS, ModelConfig
 
 SELECTION_BIAS = "e_score_correction_bias"  # a buffer of sigmoid routers, fp32 in every file
 
@@ -24,6 +24,7 @@ _RULES = {
     "sliding_window": Rule(_sees_everything, "every layer must see all positions"),
     "full_attention_interval": _ANY,  # only matters with sliding_window
     "bias_in": Rule(lambda c: not c.bias or c.bias_in == "all", "must be all"),
+    **dict.fromkeys(LATENT_FIELDS, _ANY),  # only matter with attention: mla
     **dict.fromkeys(ROPE_FIELDS, _ANY),  # written by `write_config` where positions are rotary, else without effect
 }
 _NO_EXPERTS = {name: getattr(ModelConfig, name) for name in ("num_experts", *EXPERT_FIELDS)}  # the defaults
@@ -45,6 +46,7 @@ _LLAMA_FIXED = {
     "norm": "rmsnorm",
     "position": "rope",
     "mlp": "swiglu",
+    "attention": "gqa",
     "qk_norm": False,
     "attention_gate": False,
     **_NO_EXPERTS,
@@ -95,6 +97,7 @@ _STACKED_LINKS = (
 )
 _MOE_KEYS = {name: name for name in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")}
 _MOE_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "attention_gate": False}
+_MOE_FIXED |= {"attention": "gqa"}
 _SIGMOID_HINT = "with router: sigmoid Glm4MoeForCausalLM has it"
 _SOFTMAX_RULES = {
     **_RULES,
@@ -121,6 +124,7 @@ _GPT2_FIXED = {
     "norm": "layernorm",
     "position": "learned",
     "mlp": "gelu",
+    "attention": "gqa",
     "qk_norm": False,
     "attention_gate": False,
     "bias": True,

@@ -149,7 +149,7 @@ class FastForward:
     def _rotation(self, positions_N: Tensor) -> Rotation:
         """Return cosines and sines (N, 1, K); rotated halves are (-second, first), and the sine has the sign."""
         cos_N1K, sin_N1K = rotary_table(positions_N[:, None], self._config)
-        sin_N1K[..., : self._config.head_dim // 2].neg_()
+        sin_N1K[..., : self._config.rotary_dim // 2].neg_()
         return cos_N1K.to(self._dtype), sin_N1K.to(self._dtype)
 
 

@@ -1,7 +1,8 @@
 """The layers of `FastForward`: few operations each, with joined and prepared weights.
 
 Shapes: B rows, T positions, N = B T tokens, D hidden size, H query heads, G key/value heads, R = H / G queries that
-share a key, K head size, C = H K channels, F intermediate size, S cache slots, E experts, X choices.
+share a key, K head size, C = H K channels, F intermediate size, S cache slots, E experts, X choices. Of latents: L the
+latent, R the rotary key, N (in weights) channels of a head without positions, V a value head.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightlm.model.attention import Attention, Mask, attend
+from lightlm.model.attention import Attention, LatentAttention, Mask, attend, attend_latents
 from lightlm.model.config import ModelConfig
 from lightlm.model.mlp import MLP, SwiGLU
 from lightlm.model.moe import MoE
@@ -82,6 +83,44 @@ class FastAttention:
             y_BG2K = F.scaled_dot_product_attention(q_BGRK.expand(-1, -1, 2, -1), k_BGSK, v_BGSK, attn_mask=bias)
             return y_BG2K[:, :, 0].flatten(1)
         return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, attn_mask=bias).flatten(1)
+
+
+class FastLatentAttention:
+    """Latent attention of one layer, with joined projections. Those from latents are not rounded to int8."""
+
+    def __init__(self, attention: LatentAttention, config: ModelConfig, prepare: Prepare, dtype: torch.dtype) -> None:
+        self._heads, self._nope, self._half = config.num_heads, config.qk_nope_head_dim, config.rotary_dim // 2
+        has_latent = config.q_lora_rank > 0
+        first = attention.q_a_proj if has_latent else attention.q_proj
+        self._sizes = [first.out_features, config.kv_lora_rank, config.rotary_dim]
+        self.inputs = _joined(prepare, first, attention.kv_a_proj, attention.k_rope_proj)
+        self.queries = _joined(prepare, attention.q_b_proj) if has_latent else None
+        self.query_norm = FastNorm(attention.q_a_norm, dtype) if has_latent else None
+        self.norm, self.output = FastNorm(attention.kv_a_norm, dtype), _joined(prepare, attention.o_proj)
+        self.k_HNL, self.v_HVL = (
+            _multiplied(layer.scaled()).unflatten(0, (config.num_heads, -1))
+            for layer in (attention.k_b_proj, attention.v_b_proj)
+        )
+
+    def project(self, x_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, None]:
+        """Return queries (N, H, K) and latents beside rotary keys (N, 1, 1, L + R)."""
+        assert rotation is not None
+        q_NC, latent_NL, rotary_NR = self.inputs(x_ND).split_with_sizes(self._sizes, 1)
+        if self.queries is not None and self.query_norm is not None:
+            q_NC = self.queries(self.query_norm(q_NC.float()))
+        q_NHK = q_NC.unflatten(1, (self._heads, -1))
+        q_NHK = torch.cat((q_NHK[..., : self._nope], self._turned(q_NHK[..., self._nope :], rotation)), -1)
+        kept_NL = torch.cat((self.norm(latent_NL.float()), self._turned(rotary_NR[:, None], rotation)[:, 0]), 1)
+        return q_NHK, kept_NL[:, None, None], None
+
+    def _turned(self, x_NHR: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.addcmul(x_NHR * rotation[0], x_NHR.roll(self._half, -1), rotation[1])
+
+    def attend(self, q_NHK: Tensor, kept_B1SL: Tensor, _: Tensor, mask: Mask, __: Tensor | None) -> Tensor:
+        """Return the output (N, D)."""
+        q_BHTK = q_NHK.unflatten(0, (len(kept_B1SL), -1)).transpose(1, 2).to(kept_B1SL.dtype)
+        y_BHTV = attend_latents(q_BHTK, kept_B1SL, self.k_HNL, self.v_HVL, mask)
+        return self.output(y_BHTV.transpose(1, 2).flatten(2).flatten(0, 1).to(q_NHK.dtype))
 
 
 class FastSwiGLU:
@@ -204,7 +243,11 @@ class FastBlock:
 
     def __init__(self, block: Block, config: ModelConfig, dtype: torch.dtype, prepare: Prepare, together: bool) -> None:
         self.norm = FastNorm(block.attention_norm, dtype)
-        self.attention = FastAttention(block.attention, config, prepare)
+        self.attention: FastAttention | FastLatentAttention
+        if isinstance(block.attention, LatentAttention):
+            self.attention = FastLatentAttention(block.attention, config, prepare, dtype)
+        else:
+            self.attention = FastAttention(block.attention, config, prepare)
         self.factor = _factor(block.attention_residual)
         self.mlp_norm = FastNorm(block.mlp_norm, dtype)
         self.mlp = feed_forward(block.mlp, prepare, together)

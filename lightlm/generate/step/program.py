@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightlm.generate.step.native import Call, Matrix, Op, library, num_threads
-from lightlm.generate.step.parts import FastBlock, FastMLP, FastMoE, FastNorm, FastSwiGLU
+from lightlm.generate.step.parts import FastAttention, FastBlock, FastMLP, FastMoE, FastNorm, FastSwiGLU
 from lightlm.model.config import ModelConfig
 from lightlm.model.decoding.cache import Step
 from lightlm.model.products import Product, Weights
@@ -31,8 +31,10 @@ _SPARE = 256  # numbers that each thread has beyond what is counted
 
 
 def is_available(model: Transformer) -> bool:
-    """Return whether this machine and the model's precision have compiled code."""
+    """Return whether this machine, the model's precision and its kind of attention have compiled code."""
     weight_VD = model.embed_tokens.weight
+    if model.config.attention != "gqa":
+        return False
     return weight_VD.device.type == "cpu" and weight_VD.dtype in _TYPES and library() is not None
 
 
@@ -185,6 +187,7 @@ class Program:
 
     def _add_block(self, layer: int, block: FastBlock, window: int) -> None:
         attention, mlp = block.attention, block.mlp
+        assert isinstance(attention, FastAttention)  # says `is_available`
         self._add_norm(block.norm)
         self._ops.append(self._linear(attention.projections, output=self._heads, wait=1))
         place = {"input": self._heads, "layer": layer, "window": window, "wait": 1}

@@ -26,7 +26,8 @@ class Step:
 class KVCache:
     """Keys and values (depth, B, H, slots, K) of every layer, with one length per row.
 
-    Both are parts of `pairs` (depth, B, 2, H, slots, K), so that one call writes both.
+    Both are parts of `pairs` (depth, B, 2, H, slots, K), so that one call writes both. Latent attention has one tensor
+    in their place (`ModelConfig.cached_shape`), which both names mean.
 
     Slot p of a row holds position p. Prompts of different lengths are padded on the right: a padding column is never
     written, and the causal mask hides every slot that a row has not reached.
@@ -37,7 +38,8 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.depth, batch_size, 2, config.num_kv_heads, max_len, config.head_dim)
+        tensors, heads, size = config.cached_shape
+        shape = (config.depth, batch_size, tensors, heads, max_len, size)
         self._all = torch.zeros(shape, device=device, dtype=dtype)  # its first rows are in use
         self.lengths = [0] * batch_size
         self._limit = config.max_seq_len
@@ -56,7 +58,7 @@ class KVCache:
     @property
     def values(self) -> Tensor:
         """The values of the rows in use."""
-        return self.pairs[:, :, 1]
+        return self.pairs[:, :, -1]
 
     @property
     def max_len(self) -> int:
@@ -87,17 +89,16 @@ class KVCache:
 
     def update(self, step: Step, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values and return those of all slots in use, each (B, H, step.end, K)."""
-        keys, values = self.keys[layer], self.values[layer]
-        if step.places is None:
-            start = step.starts[0]
-            keys[:, :, start : step.end] = k_BHTK
-            values[:, :, start : step.end] = v_BHTK
-        else:
-            rows, slots, columns = step.places
-            # Two index tensors around a slice put the indexed pairs first: (pairs, H, K).
-            keys[rows, :, slots] = k_BHTK[rows, :, columns].to(keys.dtype)
-            values[rows, :, slots] = v_BHTK[rows, :, columns].to(values.dtype)
-        return keys[:, :, : step.end], values[:, :, : step.end]
+        pairs = self.pairs[layer]
+        parts = [pairs[:, index] for index in range(pairs.shape[1])]  # `unbind` makes views that autograd refuses
+        for kept_BHSK, new_BHTK in zip(parts, (k_BHTK, v_BHTK), strict=False):  # latents are only written once
+            if step.places is None:
+                kept_BHSK[:, :, step.starts[0] : step.end] = new_BHTK
+            else:
+                rows, slots, columns = step.places
+                # Two index tensors around a slice put the indexed pairs first: (pairs, H, K).
+                kept_BHSK[rows, :, slots] = new_BHTK[rows, :, columns].to(kept_BHSK.dtype)
+        return parts[0][:, :, : step.end], parts[-1][:, :, : step.end]
 
     def commit(self, step: Step) -> None:
         """Advance every row past the chunk, once all layers have stored it."""

@@ -35,10 +35,10 @@ class Trees:
             return k_BHTK, v_BHTK
         [length] = self.shared_prefix.lengths
         joined = []
-        for kept, own in ((self.shared_prefix.keys, k_BHTK), (self.shared_prefix.values, v_BHTK)):
-            shared_BHPK = kept[layer, :, :, :length].expand(len(own), -1, -1, -1)
+        for kept, own in zip(self.shared_prefix.pairs[layer].unbind(1), (k_BHTK, v_BHTK), strict=False):
+            shared_BHPK = kept[:, :, :length].expand(len(own), -1, -1, -1)
             joined.append(torch.cat((shared_BHPK, own.to(kept.dtype)), dim=2))
-        return joined[0], joined[1]
+        return joined[0], joined[-1]  # the same latents, where there are no keys and values
 
     def bias(self, window: int, dtype: torch.dtype) -> Tensor:
         """Return (B, 1, T, S): 0 where a token (row) may see another (column), minus infinity elsewhere.

@@ -1,5 +1,6 @@
 """Memory of training and inference by part, counted from shapes before anything is built."""
 
+import math
 import re
 
 import torch
@@ -69,6 +70,7 @@ def training_parts(
 def _joined(model: Transformer) -> int:
     """Return the numbers that are copied only to join layers which share an input, or to multiply weights."""
     names = {"q_proj", "k_proj", "v_proj", "attention.gate_proj"}
+    names |= {"q_a_proj", "kv_a_proj", "k_rope_proj", "k_b_proj", "v_b_proj"}  # of latent attention
     names |= {"gate_proj", "up_proj"} if model.config.mlp == "swiglu" else set()
     if model.config.multipliers != "none":
         joined = re.compile(rf"\b({'|'.join(sorted(names))})\.bias$")
@@ -84,12 +86,18 @@ def _multiplied(model: Transformer) -> int:
 
 
 def inference_parts(model: Transformer) -> dict[str, int]:
-    """Return the bytes of the weights, and of the cache of one sequence of max_seq_len, in bf16 and in fp32."""
+    """Return the bytes of the weights, and of the cache of one sequence of max_seq_len and of one token of it.
+
+    Each is there in bf16 and in fp32.
+    """
     config, parameters = model.config, model.num_parameters()["total"]
-    cached = 2 * config.depth * config.num_kv_heads * config.head_dim * config.max_seq_len
+    per_token = config.depth * math.prod(config.cached_shape)
+    cached = per_token * config.max_seq_len
     return {
         "weights_bfloat16": 2 * parameters,
         "weights_float32": 4 * parameters,
         "cache_bfloat16": 2 * cached,
         "cache_float32": 4 * cached,
+        "token_bfloat16": 2 * per_token,
+        "token_float32": 4 * per_token,
     }

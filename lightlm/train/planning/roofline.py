@@ -44,7 +44,7 @@ def step_seconds(gpu: Accelerator, recipe: Recipe, model: Transformer, sequences
             seconds += config.layer_sharing * product(rows, shape[1], shape[2], shape[0])
     visible = sum(min(config.window(layer) or recipe.seq_len, recipe.seq_len) for layer in range(config.depth))
     # Fused attention skips the masked half of a causal layer.
-    seconds += tokens * 12 * config.num_heads * config.head_dim * visible / 2 / flops_rate
+    seconds += tokens * 6 * config.num_heads * (config.head_dim + config.value_dim) * visible / 2 / flops_rate
     activations = tokens * activation_bytes(config, mixed=True, fused=True)
     seconds += _ACTIVATION_PASSES * activations / byte_rate
     seconds += product(tokens, config.hidden_size, config.vocab_size)

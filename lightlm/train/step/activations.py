@@ -63,7 +63,7 @@ def document_mask_bytes(
     element, scores = 2 if mixed else 4, sequences * seq_len**2
     if device_type == "cpu" and not compiled:
         banded = sum(0 < window < seq_len for window in windows)
-        joined = sequences * seq_len * config.num_heads * config.head_dim  # the outputs of all documents
+        joined = sequences * seq_len * config.num_heads * _padded(config)  # the outputs of all documents
         return element * ((1 if recompute else config.depth) * joined + banded * scores)
     if device_type == "cuda" and compiled and config.head_dim >= FLEX_HEAD_DIM:
         return 0
@@ -77,23 +77,46 @@ def _norm(config: ModelConfig, fused: bool) -> int:
     return (4 if fused else 8) * config.hidden_size + 4
 
 
-def _layer(config: ModelConfig, element: int, kind: Kind, fused: bool) -> int:
+def _padded(config: ModelConfig) -> int:
+    """Return the width of a head in attention: keys and values of latent attention are padded to the wider one."""
+    return max(config.head_dim, config.value_dim)
+
+
+def _latent_attention(config: ModelConfig, element: int, fused: bool) -> int:
+    """Count what latent attention keeps, besides its input."""
+    heads, latents = config.num_heads, config.kv_lora_rank + config.q_lora_rank
+    joined = (config.q_lora_rank or heads * config.head_dim) + config.kv_lora_rank + config.rotary_dim
+    normed = element * (joined + latents) if fused else (8 + element) * latents
+    # Queries, keys, values and output, and the output without its padding, which is the input of o_proj.
+    return (
+        normed
+        + element * heads * (4 * _padded(config) + config.v_head_dim)
+        + 4 * (heads + 1 + (config.q_lora_rank > 0))
+    )
+
+
+def _attention(config: ModelConfig, element: int, fused: bool) -> int:
+    """Count what attention with grouped queries keeps, besides its input."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    gated, copied = config.mlp == "swiglu", element == 2 and not fused
-    size = _shared_size(config) if kind == "experts" else config.intermediate_size
-    # Autocast copies the norm's output for each product that takes it; otherwise all products share it.
-    inputs = 3 + config.attention_gate + (1 + gated if size else 0) if copied else 2
     if fused:
         normed = element * (queries + keys) if config.qk_norm or config.position == "rope" else 0
     else:
         normed = 8 * (queries + keys) if config.qk_norm else 0
-    attention = (
+    return (
         element * (2 * queries + 2 * keys)  # its input, and its output, which is the input of o_proj
         + normed  # queries and keys before their norm and rotation
         + (4 * (config.num_heads + config.num_kv_heads) if config.qk_norm else 0)  # 1 / rms
         + 4 * config.num_heads  # log-sum-exp
         + (2 * element * queries if config.attention_gate else 0)  # the gate, and the gated output
     )
+
+
+def _layer(config: ModelConfig, element: int, kind: Kind, fused: bool) -> int:
+    gated, copied = config.mlp == "swiglu", element == 2 and not fused
+    size = _shared_size(config) if kind == "experts" else config.intermediate_size
+    # Autocast copies the norm's output for each product that takes it; otherwise all products share it.
+    inputs = 3 + config.attention_gate + (1 + gated if size else 0) if copied else 2
+    attention = (_latent_attention if config.attention == "mla" else _attention)(config, element, fused)
     inner = element * ((3 if fused else 4) if gated else 2) * size
     if kind == "experts":
         inner += _routed(config, element, grouped=copied)

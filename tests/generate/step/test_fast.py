@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lightlm.generate.step.fast import FastForward, forward_of
 from lightlm.generate.step.native import library
+from lightlm.generate.step.program import is_available
 from lightlm.model import products
 from lightlm.model.transformer import Transformer
 from tests.model.decoding.test_cache import ragged_chunks
@@ -22,7 +23,7 @@ NATIVE = [False, pytest.param(True, marks=pytest.mark.skipif(library() is None, 
 
 
 def fast_forward(model, native, quantize=None):
-    with patch("lightlm.generate.step.fast.is_available", lambda _: native):
+    with patch("lightlm.generate.step.fast.is_available", lambda _: native and is_available(model)):
         return FastForward(model, quantize)
 
 
@@ -69,6 +70,12 @@ def test_it_computes_what_the_forward_pass_computes_in_any_chunks(name, native, 
             expected = model(rows[row : row + 1, :length])[0]
             torch.testing.assert_close(torch.cat(collected[row]), expected, atol=5e-5, rtol=1e-4)
     assert cache.lengths == lengths
+
+
+def test_latent_attention_has_no_compiled_code():
+    assert not is_available(MODELS["mla"])
+    assert forward_of(MODELS["mla"])._program is None
+    assert is_available(MODELS["llama"]) == (library() is not None)
 
 
 @pytest.mark.parametrize("name", SHAPES)
