@@ -2,9 +2,10 @@
 
 import functools
 import hashlib
+import itertools
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from pydantic import ValidationError
 
 from lightlm.data.foreign.folders import foreign_splits, read_foreign
 from lightlm.data.shards import (
+    MASK_BEGINS,
     MASK_SUFFIX,
+    MASK_TRAINED,
     Manifest,
     ShardEntry,
     Split,
@@ -23,9 +26,11 @@ from lightlm.data.shards import (
     token_dtype,
 )
 from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer.folder import SETTINGS, read_settings
 from lightlm.errors import DataError
 from lightlm.files import checksum
 
+SHOWN_OF_CONVERSATION = 1_000  # tokens
 SHOWN_TOKENS = 60  # of each document that `beginnings` shows
 _PREPARED = ("manifest.json", "tokenizer.json")
 SEARCH_TOKENS = 1 << 20  # a longer document is shown from its middle
@@ -65,6 +70,8 @@ class DataFolder:
             )
         shards = {entry.file: _checked_shard(folder, manifest, entry) for entry in manifest.shards}
         if manifest.chat is not None:
+            if "chat_template" not in read_settings(folder):
+                raise DataError(f"{folder / SETTINGS} is missing or lacks the chat template. Restore the file.")
             shards |= {entry.file: open_mask(folder / entry.file, entry.tokens) for entry in manifest.chat.masks}
         return cls(folder, manifest, streams_of(manifest, shards))
 
@@ -73,7 +80,10 @@ class DataFolder:
         """The tokenizer of the shards."""
         if self._tokenizer is not None:
             return self._tokenizer
-        return Tokenizer.from_file(self.path / "tokenizer.json", end_of_text_id=self.manifest.end_of_text_id)
+        tokenizer = Tokenizer.from_file(self.path / "tokenizer.json", end_of_text_id=self.manifest.end_of_text_id)
+        if self.manifest.chat is not None:
+            tokenizer = tokenizer.used_as(None, False, read_settings(self.path), {})
+        return tokenizer
 
     def split(self, name: Split) -> TokenStream:
         """Return the token stream of `train` or `val`; it may be empty."""
@@ -100,8 +110,16 @@ class DataFolder:
         return manifest
 
     def beginnings(self, count: int) -> list[str]:
-        """Return the first tokens of `count` documents of the train split, spread evenly over it, as text."""
+        """Return the first tokens of `count` documents of the train split, spread evenly over it, as text.
+
+        Of conversations, all of them, with marks around the trained tokens.
+        """
         stream, texts = self.split("train"), []
+        if stream.mask is not None:
+            starts = stream.mask.find(MASK_BEGINS)
+            bounds = [*starts.tolist(), len(stream)]
+            numbers = dict.fromkeys(len(starts) * number // count for number in range(count))
+            return [self._marked(stream, *bounds[n : n + 2]) for n in numbers] if len(starts) else []
         for number in range(count):
             position = len(stream) * number // count
             tokens = stream.slice(position, min(SEARCH_TOKENS, len(stream) - position))
@@ -111,6 +129,24 @@ class DataFolder:
             stop = np.flatnonzero(beginning == stream.end_of_text_id)
             texts.append(self.tokenizer.decode(beginning[: stop[0]] if stop.size else beginning))
         return texts
+
+    def _marked(self, stream: TokenStream, start: int, end: int) -> str:
+        """Return a conversation, its trained tokens between ⟦ and ⟧; of a long one, the beginning."""
+        assert stream.mask is not None
+        count = min(end - start, SHOWN_OF_CONVERSATION)
+        tokens, masks = stream.slice(start, count).tolist(), stream.mask.slice(start, count)
+        text = ""
+        for first, last, trained in _runs(masks):
+            run = b"".join(map(self.tokenizer.bytes_of, tokens[first:last])).decode(errors="replace")
+            text += f"⟦{run}⟧" if trained else run
+        return text if count == end - start else f"{text} …"
+
+
+def _runs(masks: np.ndarray) -> Iterator[tuple[int, int, bool]]:
+    """Yield the runs of tokens that are trained on, or not: (start, end, which)."""
+    trained = (masks & MASK_TRAINED) != 0
+    bounds = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(masks)]
+    yield from ((start, end, bool(trained[start])) for start, end in itertools.pairwise(bounds))
 
 
 def check_data_of_run(folders: Iterable[Path], run: Path, key: str) -> None:

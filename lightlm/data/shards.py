@@ -26,7 +26,7 @@ LARGEST_UINT16_VOCABULARY = 65_536
 
 # Bits of a token's byte in a mask: it is trained on, it begins a conversation.
 MASK_TRAINED, MASK_BEGINS = 1, 2
-MASK_SUFFIX = ".mask"
+MASK_SUFFIX, MASK_DTYPE, MASK_VALUES = ".mask", np.dtype(np.uint8), 4
 TrainOn = Literal["all", "assistant", "last"]
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 10, 20_000  # a smaller validation split is noted

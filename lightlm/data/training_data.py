@@ -44,6 +44,11 @@ class TrainingData:
         return self.main.tokenizer
 
     @property
+    def chat(self) -> DataFolder | None:
+        """The first folder of conversations; None if all hold texts."""
+        return next((folder for folder in self.folders.values() if folder.manifest.chat is not None), None)
+
+    @property
     def end_of_text_id(self) -> int:
         return self.main.manifest.end_of_text_id
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.generate.batch import Batch, FinishReason, Request
-from lightlm.generate.prompts import encode_prompt
+from lightlm.generate.prompts import encode_chat, encode_prompt
 from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.sampling.draw import LogProbs
 from lightlm.generate.text import text_of
@@ -80,14 +80,23 @@ def generate(
 
 
 def sample_text(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int, sampling: Sampling = DEFAULT
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    seed: int,
+    sampling: Sampling = DEFAULT,
+    *,
+    chat: bool = False,
 ) -> str:
     """Return the prompt's continuation as text, to look at a model in training.
 
-    An empty prompt starts from end-of-text. Torch's global generators stay untouched, and the model returns to the mode
-    (training or evaluation) it was in. Errors are those of `generate`.
+    With `chat` it is the answer to a message, with an ellipsis where the model did not end it. An empty prompt starts
+    from end-of-text. Torch's global generators stay untouched, and the model returns to the mode (training or
+    evaluation) it was in. Errors are those of `generate`.
     """
-    ids = encode_prompt(tokenizer, prompt)
+    message = [{"role": "user", "content": prompt}]
+    ids = encode_chat(tokenizer, message)[1] if chat else encode_prompt(tokenizer, prompt)
     was_training = model.training
     model.eval()
     try:
@@ -96,7 +105,8 @@ def sample_text(
         [completion] = generate(model, [ids], max_new_tokens, sampling, seed, ends, vocab_size=size, fast=False)
     finally:
         model.train(was_training)
-    return text_of(tokenizer, ids, completion.ids)
+    text = text_of(tokenizer, ids, completion.ids)
+    return f"{text} …" if chat and completion.finish_reason != "stop" else text
 
 
 def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int, sampling: Sampling = DEFAULT) -> None:

@@ -1,13 +1,12 @@
 """From a text or a conversation to the token ids that a model continues."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightlm.data.chat.template import ChatTemplate, check_messages, parts_of, without_marks
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import LightLMError
-from lightlm.generate.chat import MARKED, ChatTemplate, check_messages, without_marks
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, parse_special: bool = False) -> list[int]:
@@ -35,15 +34,13 @@ def encode_chat(
     plain text, so that a message cannot end its turn, unless `parse_special` is set.
 
     Raises:
-        UsageError: the model has no chat template, or a message is malformed (see `lightlm.generate.chat`).
+        UsageError: the model has no chat template, or a message is malformed (see `lightlm.data.chat.template`).
         LightLMError: the template is faulty, or refuses the messages.
     """
     plain = None if parse_special else tokenizer.special_pattern
     rendered = ChatTemplate.of(tokenizer).render(messages, plain=plain)
-    # Of the parts, every second one was marked: special tokens in it are plain text.
-    parts = re.split(MARKED, rendered, flags=re.DOTALL)
     encoders = (tokenizer.encode_special, tokenizer.encode)
-    ids = [token for number, part in enumerate(parts) if part for token in encoders[number % 2](part)]
+    ids = [token for _, part, is_plain in parts_of(rendered) for token in encoders[is_plain](part)]
     return without_marks(rendered), ids or [tokenizer.start_id]
 
 

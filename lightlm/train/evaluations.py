@@ -38,6 +38,7 @@ class Evaluations:
         self._recipe, self._world, self._tokenizer = setup.recipe, setup.world, setup.tokenizer
         self._sampler, self._evaluator = sampler or self._continue, evaluator
         self._streams = {name: stream for name, stream in setup.data.streams("val").items() if len(stream)}
+        self._chat = setup.data.chat is not None  # prompts are messages
         self._token_bytes = torch.from_numpy(setup.tokenizer.token_bytes())
 
     def losses(self, stop: threading.Event, phase: str = "validating") -> dict[str, float] | None:
@@ -84,7 +85,10 @@ class Evaluations:
         return None if scores is None else {f"eval/{task}": value for task, value in scores.items()}
 
     def samples(self, stop: threading.Event, step: int) -> None:
-        """Let the model continue the recipe's prompts. An error, such as one of memory, becomes a note."""
+        """Let the model continue the recipe's prompts, or answer them as messages.
+
+        An error, such as one of memory, becomes a note.
+        """
         if not self._recipe.eval.prompts:
             return
         model = self._setup.loss.whole_model()
@@ -97,8 +101,9 @@ class Evaluations:
                     if stop.is_set():
                         return
                     text = self._sampler(model, prompt)
-                    texts.append(prompt + text)
-                    self._observer.sample(step, prompt, text)
+                    shown = f"user: {prompt}\nassistant: " if self._chat else prompt
+                    texts.append(shown + text)
+                    self._observer.sample(step, shown, text)
         except Exception as error:
             self._observer.note(f"eval.prompts could not be continued at step {step}: {error}")
             return
@@ -107,8 +112,8 @@ class Evaluations:
         files.write_text(samples, "\n\n---\n\n".join(texts) + "\n")
 
     def _continue(self, model: Transformer, prompt: str) -> str:
-        settings = self._recipe
-        return sample_text(model, self._tokenizer, prompt, settings.eval.max_new_tokens, seed=settings.train.seed)
+        most, seed = self._recipe.eval.max_new_tokens, self._recipe.train.seed
+        return sample_text(model, self._tokenizer, prompt, most, seed, chat=self._chat)
 
     def _stopped(self, stop: threading.Event) -> bool:
         """Return whether a signal to any process asks all to stop; all processes call this together."""

@@ -4,12 +4,18 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from lightlm.checkpoint import LoadedModel, build_model
 from lightlm.convert.load import load_pretrained, locate
 from lightlm.data.folder import DataFolder
 from lightlm.errors import DataError, LightLMError, RecipeError
 from lightlm.recipe import Recipe
 from lightlm.train.distributed import World
+
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
+_NEW_ROWS_SPREAD = 0.1  # standard deviation of new rows around the mean, of that of the known rows
 
 
 def load_initial(recipe: Recipe, data: DataFolder, world: World, note: Callable[[str], None]) -> LoadedModel:
@@ -24,10 +30,12 @@ def load_initial(recipe: Recipe, data: DataFolder, world: World, note: Callable[
     try:
         world.from_writer(lambda: locate(reference))  # one process downloads
         loaded = load_pretrained(reference)
-        model = build_model(recipe.model, loaded.model.state_dict(), reference)
+        weights = grown(loaded.model.state_dict(), recipe.model.vocab_size, recipe.train.seed)
+        model = build_model(recipe.model, weights, reference)
     except LightLMError as error:
         raise RecipeError(f"train.init_from: {error}") from None
-    if difference := loaded.tokenizer.difference(data.tokenizer):
+    lacking = [name for name in data.tokenizer.special_tokens.values() if loaded.tokenizer.id_of(name) is None]
+    if difference := loaded.tokenizer.with_special_tokens(lacking).difference(data.tokenizer):
         raise DataError(
             f"the tokenizer of {data.path} is not that of {reference} (train.init_from): {difference}. Prepare the "
             f"data with the model's: lightlm prepare-data SOURCE --tokenizer {shlex.quote(reference)}"
@@ -42,3 +50,19 @@ def load_initial(recipe: Recipe, data: DataFolder, world: World, note: Callable[
         begin = "".join(filter(None, map(loaded.tokenizer.name_of, loaded.tokenizer.prefix_ids)))
         note(f"{reference} expects {begin} before each text, which documents of {data.path} do not begin with")
     return replace(loaded, model=model)
+
+
+def grown(weights: dict[str, Tensor], vocab_size: int, seed: int) -> dict[str, Tensor]:
+    """Return weights whose tables have `vocab_size` rows: new tokens start near the mean of the others.
+
+    Where the table is also the head, a random row could be likelier than any known token (Hewitt, "Initializing new
+    word embeddings for pretrained language models", 2021).
+    """
+    tables = {name: weights[name] for name in _TABLES if name in weights and len(weights[name]) < vocab_size}
+    generator = torch.Generator().manual_seed(seed)
+    rows = {}
+    for name, table_VD in tables.items():
+        shape = vocab_size - len(table_VD), table_VD.shape[1]
+        noise = torch.randn(shape, generator=generator).to(table_VD) * (_NEW_ROWS_SPREAD * table_VD.std())
+        rows[name] = torch.cat([table_VD, table_VD.mean(0) + noise])
+    return weights | rows

@@ -172,6 +172,8 @@ def set_up(
     tokenizer = None if data is None else data.tokenizer
     if loaded is not None and tokenizer is not None:  # it does not say what comes before a text
         tokenizer = tokenizer.used_like(loaded.tokenizer)
+    if data is not None and tokenizer is not None and data.chat is not None:
+        tokenizer = tokenizer.chatting_like(data.chat.tokenizer)
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
     compiled = compiles(recipe, model, device, dtype, note)
@@ -290,6 +292,11 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
         names = ", ".join(map(str, missing))
         note(f"{names} {'is' if len(missing) == 1 else 'are'} not prepared yet. Make it with: {commands}.{until}")
         return recipe
+    added = data.chat.manifest.chat.added_tokens if data.chat and data.chat.manifest.chat else []
+    if recipe.train.init_from is not None and 0 < wanted < given <= wanted + len(added):
+        note(f"{recipe.train.init_from} gets {given - wanted} more rows in its embedding, for {' '.join(added)}")
+        recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
+        wanted = given
     if 0 < wanted < given:
         start, fit = recipe.train.init_from, f"a tokenizer that fits (for example --tokenizer train:{wanted}) or set "
         advice = f"{fit}model.vocab_size={given}" if start is None else f"the model's: --tokenizer {shlex.quote(start)}"

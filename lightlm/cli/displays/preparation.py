@@ -80,7 +80,7 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
     dropped = manifest.dropped or {"blank": manifest.skipped_documents}  # an older version counts only blank ones
     rows = [
         ("folder", f"{summary['folder']} ({summary['status']})"),
-        ("documents", f"{summary['documents']:,}"),
+        ("documents" if manifest.chat is None else "conversations", f"{summary['documents']:,}"),
         ("documents from", ": ".join(filter(None, [manifest.description, _causes(manifest.files_read)]))),
         ("files left out", _causes(manifest.files_left_out)),
         ("left out", _causes(dropped) or "nothing"),
@@ -91,6 +91,8 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         ),
         ("tokens", f"{summary['train_tokens']:,} train, {summary['val_tokens']:,} validation"),
         ("text", f"{summary['text_bytes'] / 1e6:,.1f} MB, {summary['bytes_per_token']:.2f} bytes per token"),
+        ("trained tokens", _trained(manifest)),
+        ("chat template", _template(manifest)),
         ("lost", describe_loss(manifest.lost)),
         ("vocabulary", f"{summary['vocab_size']:,}"),
         ("separator", f"{manifest.end_of_text} (id {manifest.end_of_text_id})" if manifest.end_of_text else ""),
@@ -110,6 +112,21 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         out.print(f"\n--- document {number} of the train split", markup=False)
         out.print(text, markup=False, soft_wrap=True)
     console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
+
+
+def _trained(manifest: Manifest) -> str:
+    if manifest.chat is None:
+        return ""
+    train, val = (manifest.chat.trained_tokens[split] for split in ("train", "val"))
+    return f"{train:,} train, {val:,} validation ({manifest.chat.train_on})"
+
+
+def _template(manifest: Manifest) -> str:
+    if manifest.chat is None:
+        return ""
+    names = {"tokenizer": "the tokenizer's", "chatml": "ChatML", "file": "as given"}
+    added = " ".join(manifest.chat.added_tokens)
+    return names[manifest.chat.template] + (f", which adds {added} to the tokenizer" if added else "")
 
 
 def _causes(counts: dict[str, int]) -> str:

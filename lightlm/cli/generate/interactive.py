@@ -13,8 +13,8 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.cli.console import console
 from lightlm.cli.generate.input import BLOCK, Entries, remembered, stop_text
 from lightlm.cli.generate.single import answer, speed, write
+from lightlm.data.chat.template import ChatTemplate
 from lightlm.errors import LightLMError, UsageError
-from lightlm.generate.chat import ChatTemplate
 from lightlm.generate.prompts import PromptReader
 from lightlm.generate.settings import Settings, changeable
 from lightlm.generate.speculation import Speculation

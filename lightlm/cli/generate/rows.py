@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightlm.cli.generate.input import checked, decoded
+from lightlm.data.chat.template import check_messages
 from lightlm.errors import DataError, UsageError
-from lightlm.generate.chat import check_messages
 from lightlm.generate.settings import Settings
 
 _SHOWN = 5  # mistakes that a message lists

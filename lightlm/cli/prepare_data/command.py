@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FROM_MANIFEST = (
     "source", "description", "files_read", "files_left_out", "skipped_documents", "dropped", "flagged", "lost",
-    "evaluation_sets", "vocab_size", "end_of_text", "end_of_text_id", "unigram",
+    "evaluation_sets", "vocab_size", "end_of_text", "end_of_text_id", "unigram", "chat",
 )  # fmt: skip
 
 
@@ -44,6 +44,22 @@ def prepare_data(
     text_column: Annotated[
         str, typer.Option(metavar="NAME", help="The column or JSON key with the text; dots lead to nested ones.")
     ] = "text",
+    form: Annotated[
+        Literal["text", "chat", "messages", "sharegpt", "prompt", "alpaca"],
+        typer.Option(
+            "--format",
+            metavar="text|chat|messages|sharegpt|prompt|alpaca",
+            help="Texts, or conversations: in whichever form a record has (chat), or in one of the four.",
+        ),
+    ] = "text",
+    train_on: Annotated[
+        Literal["all", "assistant", "last"],
+        typer.Option(metavar="all|assistant|last", help="The tokens of a conversation that a model learns to write."),
+    ] = "assistant",
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A chat template (Jinja). Default: the tokenizer's, else ChatML."),
+    ] = None,
     max_tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Stop after the document that reaches N tokens, for example 1B.")
     ] = None,
@@ -98,7 +114,14 @@ def prepare_data(
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
     from lightlm.cli.console import console
     from lightlm.cli.displays.preparation import print_summary, progress_line
-    from lightlm.cli.prepare_data.selection import evaluation_sets, open_named, opened, refuse_mixture
+    from lightlm.cli.prepare_data.selection import (
+        columns_of,
+        evaluation_sets,
+        open_named,
+        opened,
+        read_template,
+        refuse_mixture,
+    )
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.workspace import Workspace
@@ -108,6 +131,7 @@ def prepare_data(
     from lightlm.train.signals import interrupted_by_signals
 
     refuse_mixture(source, mix)
+    text_column, template = columns_of(form, text_column), read_template(chat_template)
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
 
@@ -141,7 +165,7 @@ def prepare_data(
                     text_source, tokenizer, folder, text_column=text_column, max_tokens=limit,
                     val_fraction=val_fraction, workers=workers, overwrite=overwrite, skip_bad=skip_bad,
                     encoder=encoder, dedup=dedup, decontaminate=sets, filter=row_filter, end_of_text=eot,
-                    engine=chosen_engine,
+                    train_on=train_on, chat_template=template, engine=chosen_engine,
                     progress=update,
                 )  # fmt: skip
             except KeyboardInterrupt:
@@ -171,6 +195,7 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
 
     text_bytes = sum(manifest.text_bytes.values())
     unread = verified or manifest.already_prepared
+    recipe = "demo" if manifest.chat is None else "chat"
     # The demo recipe reads data/pydocs by default.
     dataset = "" if folder == Path("data/pydocs") else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
     return {
@@ -186,5 +211,5 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "shards": len(manifest.shards),
         "seconds": round(seconds, 3),
         "megabytes_per_second": None if unread else round(text_bytes / 1e6 / seconds, 1),
-        "next": f"lightlm train recipes/demo.yaml{dataset}",
+        "next": f"lightlm train recipes/{recipe}.yaml{dataset}",
     }

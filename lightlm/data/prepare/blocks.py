@@ -18,6 +18,7 @@ import xxhash
 from lightlm.data.prepare.encoded_block import LeftOut
 from lightlm.data.readers.texts import LARGE_BYTES, Omitted, Texts, Unit, buffers_of, in_chunks, skippable
 from lightlm.data.select.deduplication import Signer
+from lightlm.data.shards import TrainOn
 from lightlm.errors import DataError
 
 BLOCK_BYTES = 4 << 20  # on disk; smaller units share a block, so that 100,000 small files are not 100,000 blocks
@@ -64,6 +65,7 @@ class Job:
     skip_bad: bool = False
     filters: tuple[DocumentFilter, ...] = ()
     end_of_text_id: int | None = None  # None: the tokenizer's, by the known names
+    train_on: TrainOn | None = None  # if given, texts are conversations, see `lightlm.data.chat.conversation`
     signer: Signer | None = None  # if given, blocks list their documents, see `lightlm.data.prepare.selection`
 
 

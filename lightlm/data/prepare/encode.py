@@ -13,7 +13,10 @@ import pyarrow
 import xxhash
 from pyarrow import compute
 
+from lightlm.data.chat.answers import Encoded
+from lightlm.data.chat.conversation import contents_of, from_text
 from lightlm.data.prepare.blocks import BLANK, HASHES, Block, BlockReader, Job, split_hashes
+from lightlm.data.prepare.conversations import conversation_encoder
 from lightlm.data.prepare.encoded_block import EncodedBlock, EncodedBlockWriter, LeftOut
 from lightlm.data.prepare.encoders import Encoder, EncoderError, check_ids, encode_large, worker_encoder
 from lightlm.data.readers import texts as sizes
@@ -33,8 +36,9 @@ def encode_block(job: Job, block: Block, report: Report | None = None) -> Encode
     """
     encoded = EncodedBlock(number=block.number, first_unit=block.units[0].id, limit=block.limit)
     encoder = worker_encoder(job.tokenizer, job.encoder, job.end_of_text_id)
+    kind = _BlockEncoder if job.train_on is None else _ConversationBlockEncoder
     with EncodedBlockWriter(job.folder, encoded, token_dtype(encoder.tokenizer.vocab_size)) as writer:
-        _BlockEncoder(job, block, encoder, writer, report or (lambda *_: None)).run()
+        kind(job, block, encoder, writer, report or (lambda *_: None)).run()
     return encoded
 
 
@@ -140,3 +144,49 @@ class _BlockEncoder:
         reached = np.flatnonzero(self._encoded.total_tokens + np.cumsum(lengths) >= self._block.limit)
         self._full = bool(reached.size)
         return int(reached[0]) + 1 if reached.size else len(lengths)
+
+
+class _ConversationBlockEncoder(_BlockEncoder):
+    """Moves the conversations of a block, which follow each other without a separator."""
+
+    def _chunk(self, texts: pyarrow.Array) -> None:
+        job = self._job
+        assert job.train_on is not None
+        encoder = conversation_encoder(job.tokenizer, job.end_of_text_id, job.train_on)
+        found: list[Encoded] = []
+        kept: list[int] = []
+        for number, text in enumerate(texts.to_pylist()):
+            messages = from_text(text)
+            try:
+                found.append(encoder.encode(messages))
+                kept.append(number)
+            except DataError as error:
+                beginning = f"the conversation that begins {messages[0]['content'][:60]!r}"
+                self._reader.reject(DataError(f"{self._block.units[0].id}: {beginning}: {error}"))
+        if not found:
+            return
+        hashes = split_hashes(texts.take(pyarrow.array(kept)))
+        count = self._fitting(np.array([len(each.ids) for each in found]))
+        found = found[:count]
+        lengths = np.array([len(each.ids) for each in found])
+        rendered = pyarrow.array([each.text for each in found], pyarrow.large_string())
+        text_bytes, ids = byte_lengths(rendered), np.concatenate([each.ids for each in found])
+        self._count_losses(rendered, ids)
+        if job.signer is not None:
+            signed = texts.take(pyarrow.array(kept[:count])).to_pylist()
+            self._writer.add_documents(job.signer.sign(signed), lengths, text_bytes)
+        val = hashes[:count] < job.val_fraction * HASHES
+        self._writer.count(val, text_bytes)
+        for_val, masks = np.repeat(val, lengths), np.concatenate([each.masks for each in found])
+        self._writer.add("train", ids[~for_val], masks[~for_val])
+        self._writer.add("val", ids[for_val], masks[for_val])
+        self._report(count, int(text_bytes.sum()), ids.size)
+
+    def _large(self, parts: Iterator[str]) -> None:
+        beginning = next(parts)
+        with contextlib.suppress(DataError):
+            for _ in parts:
+                pass
+        self._reader.reject(
+            DataError(f"{self._block.units[0].id}: a conversation is too large: {contents_of(beginning)[:60]!r}")
+        )

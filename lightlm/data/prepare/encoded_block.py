@@ -20,7 +20,8 @@ from lightlm.data.shards import SPLITS, Split
 from lightlm.files import checksum
 
 DOCUMENTS = "documents"
-DATA = (*SPLITS, DOCUMENTS)
+MASKS: dict[Split, str] = {split: f"{split}.mask" for split in SPLITS}  # of conversations: a byte per token
+DATA = (*SPLITS, DOCUMENTS, *MASKS.values())
 COPY_TOKENS = 4_000_000
 
 
@@ -141,9 +142,11 @@ class EncodedBlockWriter:
             for name in (*self._files, "json"):
                 self._temporary(name).unlink(missing_ok=True)
 
-    def add(self, split: Split, tokens: np.ndarray) -> None:
-        """Append tokens to a split."""
+    def add(self, split: Split, tokens: np.ndarray, masks: np.ndarray | None = None) -> None:
+        """Append tokens to a split, of conversations with their masks."""
         self._write(split, np.ascontiguousarray(tokens, self.dtype))
+        if masks is not None:
+            self._write(MASKS[split], np.ascontiguousarray(masks, np.uint8))
         self.encoded.tokens[split] += tokens.size
 
     def count(self, val: np.ndarray, text_bytes: np.ndarray) -> None:

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+import xxhash
+
 from lightlm.data.prepare.blocks import DocumentFilter
 from lightlm.data.prepare.encoders import AUTO
 from lightlm.data.prepare.workspace import Setting
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode, Signer
 from lightlm.data.select.filters import Filter
+from lightlm.data.shards import TrainOn
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.pydocs import PYDOCS
 from lightlm.data.tokenizer import Tokenizer
@@ -42,6 +45,8 @@ class Options:
     decontaminate: Decontaminator | None = None
     filter: Filter | None = None
     end_of_text: str | None = None
+    train_on: TrainOn | None = None  # None: the documents are texts
+    chat_template: str | None = None
 
     def check(self) -> None:
         """Raise UsageError where a value is out of its range, DataError where a package for an option is missing."""
@@ -52,6 +57,8 @@ class Options:
         for option, value in (("--max-tokens", self.max_tokens), ("shard_tokens", self.shard_tokens)):
             if value is not None and value < 1:
                 raise UsageError(f"{option} {value}: at least 1 is needed")
+        if self.train_on is None and self.chat_template is not None:
+            raise UsageError("--chat-template is for conversations: add --format chat")
         requested_vocab_size(self.tokenizer)
         if self.end_of_text is not None and not self.end_of_text.strip():
             raise UsageError("--eot: name a token, for example '<|im_end|>'")
@@ -80,5 +87,7 @@ class Options:
             "filter": None if self.filter is None else self.filter.text,
             "decontaminate": None if self.decontaminate is None else self.decontaminate.identity,
             "end_of_text": end_of_text,
+            "train_on": self.train_on,
+            "chat_template": self.chat_template and xxhash.xxh3_64_hexdigest(self.chat_template.encode()),
             "dedup": None if self.dedup is None else Signer(self.dedup).method,
         }

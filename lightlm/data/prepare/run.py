@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightlm import __version__
+from lightlm.data.chat.conversation import CHAT, ChatColumns, contents_of
 from lightlm.data.coverage import MOST_LOST, loss_shares
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.assembly import SPLIT_RULE, Assembly
 from lightlm.data.prepare.blocks import BLANK, Block, DocumentFilter, Job, blocks_of
+from lightlm.data.prepare.conversations import ChatTokenizer
 from lightlm.data.prepare.encoded_block import EncodedBlock, LeftOut
-from lightlm.data.prepare.encoders import AUTO, Encoder, EncoderError, choose_encoder
+from lightlm.data.prepare.encoders import AUTO, TOKENIZERS, Encoder, EncoderError, choose_encoder
 from lightlm.data.prepare.executors import Engine, ThreadEngine, read_or_encode
 from lightlm.data.prepare.options import SHARD_TOKENS, Options, defaults
 from lightlm.data.prepare.selection import Selector
@@ -27,17 +29,19 @@ from lightlm.data.prepare.workspace import Setting, Workspace, different_setting
 from lightlm.data.select.decontamination import Decontaminator
 from lightlm.data.select.deduplication import Mode
 from lightlm.data.select.filters import Filter
-from lightlm.data.shards import Manifest, token_dtype
+from lightlm.data.shards import MASK_SUFFIX, ChatData, Manifest, TrainOn, token_dtype
 from lightlm.data.sources.base import ChangedError, Source, at_revision, check_unchanged, file_counts
 from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.sources.registry import open_source
 from lightlm.data.sources.sample import training_sample
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from lightlm.data.tokenizer.named import requested_vocab_size
+from lightlm.data.tokenizer.folder import DEFINITION, MANIFEST, SETTINGS
+from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_settings
 from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors, restore_folder, write_text
 from lightlm.threads import cores
 
+OWN_FILES = (MANIFEST, DEFINITION, SETTINGS)  # of a data folder, beside its shards
 JUDGED = 10_000_000  # characters and tokens after which a tokenizer that loses text is refused, before the end
 MAX_DEFAULT_WORKERS = 8  # each takes about 80 MB of memory
 
@@ -82,6 +86,8 @@ def prepare(
     decontaminate: Decontaminator | None = None,
     filter: Filter | None = None,
     end_of_text: str | None = None,
+    train_on: TrainOn = "assistant",
+    chat_template: str | None = None,
     engine: Engine | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
@@ -103,6 +109,9 @@ def prepare(
         filter: read only the records that it keeps, if `source` is a name; the filter of a `Source` that has one.
         end_of_text: the token after each document; None is what the files of the tokenizer name, or a known name (see
             `Tokenizer.read`). Of a tokenizer that is trained, it is the token's characters.
+        train_on: of conversations (`text_column` is then a `ChatColumns`), the tokens to train on: those of the
+            assistant with the end of each turn, those of its last turn, or all.
+        chat_template: in place of the tokenizer's; None is that one, else ChatML.
         engine: runs the blocks; threads of this process by default.
         progress: called after each few megabytes of text.
 
@@ -118,11 +127,13 @@ def prepare(
         raise UsageError(f"--workers {workers}: at least 1 is needed")
     if isinstance(source, str):
         source = open_source(source, text_column, filter)
+    if getattr(source, "holds_conversations", False) and not isinstance(text_column, ChatColumns):
+        text_column = ChatColumns(CHAT)
     default_tokenizer, default_fraction = defaults(source)
     options = Options(
         tokenizer_spec or default_tokenizer, text_column, max_tokens,
         default_fraction if val_fraction is None else val_fraction, shard_tokens, skip_bad, encoder, filters, dedup,
-        decontaminate, filter, end_of_text,
+        decontaminate, filter, end_of_text, train_on if isinstance(text_column, ChatColumns) else None, chat_template,
     )  # fmt: skip
     options.check()
     if workers is not None:
@@ -157,7 +168,7 @@ def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Ma
     if not target.is_dir() or target.is_mount():
         raise DataError(f"{target} is a file or a mount point, which cannot be replaced; name a folder with --out")
     names = sorted(path.name for path in target.iterdir())
-    foreign = [name for name in names if not (name in ("manifest.json", "tokenizer.json") or name.endswith(".bin"))]
+    foreign = [name for name in names if not (name in OWN_FILES or name.endswith((".bin", MASK_SUFFIX)))]
     if not names:
         return None
     if "manifest.json" not in names or (overwrite and foreign):
@@ -224,14 +235,28 @@ class _Preparation:
                     self._progress(Progress(TRAINING_TOKENIZER, documents, characters, 0, None))
 
                 sample = training_sample(self._source.units(), report, skip_bad=options.skip_bad)
+                if options.train_on is not None:
+                    sample = map(contents_of, sample)
                 tokenizer = train_tokenizer(sample, vocab_size, options.end_of_text)
+            if options.train_on is not None:
+                tokenizer = self._with_template(tokenizer)
             self._workspace.save_end_of_text(tokenizer.end_of_text_id)
             tokenizer.save(definition)
-        encoder, reason = choose_encoder(options.encoder, definition, self._workspace.end_of_text_id)
+        wanted = options.encoder if options.train_on is None else TOKENIZERS
+        encoder, reason = choose_encoder(wanted, definition, self._workspace.end_of_text_id)
         if reason is not None:
             message = f"Encoding with tokenizers, which is slow: gigatoken cannot be used ({reason})."
             self._progress(Progress(TOKENIZING, 0, 0, 0, options.max_tokens, message=message))
         return encoder
+
+    def _with_template(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Return the tokenizer with the special tokens of its chat template, which the folder then holds."""
+        spec = self._options.tokenizer
+        settings = {} if requested_vocab_size(spec) is not None else tokenizer_settings(spec, download_tokenizer)
+        chat = ChatTokenizer.of(tokenizer, settings, self._options.chat_template)
+        chat.save(self._workspace.folder)
+        self._workspace.save_chat(chat.origin, chat.added)
+        return chat.tokenizer
 
     def _assemble(self, encoder: Encoder, settings: dict[str, Setting]) -> Manifest:
         workspace, options, source, tokenizer = self._workspace, self._options, self._source, encoder.tokenizer
@@ -243,10 +268,12 @@ class _Preparation:
             val_fraction=options.val_fraction,
             skip_bad=options.skip_bad,
             filters=(*options.filters, *([options.decontaminate] if options.decontaminate else [])),
+            train_on=options.train_on,
         )
         assembly = Assembly(
-            workspace.folder, workspace.state, job.folder, tokenizer, options.val_fraction, options.shard_tokens
-        )
+            workspace.folder, workspace.state, job.folder, tokenizer, options.val_fraction, options.shard_tokens,
+            conversations=options.train_on is not None,
+        )  # fmt: skip
         state = assembly.state
         self._counts = [state.documents, sum(assembly.text_bytes.values()), state.tokens]
         with contextlib.closing(assembly):
@@ -262,7 +289,13 @@ class _Preparation:
             assembly.finish()
         self._check(assembly)
         check_unchanged(source)
-        files = file_counts(source)
+        files, chat = file_counts(source), None
+        if options.train_on is not None:
+            template, added = workspace.chat
+            chat = ChatData(
+                train_on=options.train_on, template=template, added_tokens=added, masks=assembly.masks,
+                trained_tokens=assembly.trained_tokens,
+            )  # fmt: skip
         return Manifest(
             source=source.spec,
             description=source.description,
@@ -280,6 +313,7 @@ class _Preparation:
             files_read=files.read,
             files_left_out=files.left_out,
             unigram=assembly.unigram(),
+            chat=chat,
             lightlm_version=__version__,
             settings=settings,
         )

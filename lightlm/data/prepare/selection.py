@@ -21,6 +21,7 @@ from lightlm.data.prepare.blocks import HASHES, Block, Job
 from lightlm.data.prepare.encode import Report
 from lightlm.data.prepare.encoded_block import (
     DOCUMENTS,
+    MASKS,
     EncodedBlock,
     EncodedBlockWriter,
     LeftOut,
@@ -30,7 +31,7 @@ from lightlm.data.prepare.encoded_block import (
 )
 from lightlm.data.prepare.executors import Engine
 from lightlm.data.select.deduplication import EXACT_DUPLICATE, KEPT, NEAR_DUPLICATE, Deduplicator, Mode, Signer
-from lightlm.data.shards import SPLITS
+from lightlm.data.shards import MASK_DTYPE, SPLITS
 from lightlm.files import write_bytes
 
 CAUSES = {EXACT_DUPLICATE: "duplicate", NEAR_DUPLICATE: "near-duplicate"}
@@ -103,8 +104,14 @@ class Selector:
             writer.count(val[keep], text_bytes[keep])
             for split in SPLITS:
                 mine = val if split == "val" else ~val
+                path, masks = (block_path(self._before, old.number, kind) for kind in (split, MASKS[split]))
                 for start, end in _spans(lengths[mine], keep[mine]):
-                    for tokens in read_tokens(block_path(self._before, old.number, split), dtype, start, end):
+                    parts = read_tokens(path, dtype, start, end)
+                    if masks.is_file():
+                        for tokens, marks in zip(parts, read_tokens(masks, MASK_DTYPE, start, end), strict=True):
+                            writer.add(split, tokens, marks)
+                        continue
+                    for tokens in parts:
                         writer.add(split, tokens)
         return encoded
 

@@ -86,6 +86,16 @@ class Workspace:
         """The id that `save_end_of_text` saved; None in an unfinished preparation of an older version."""
         return (self._read() or {}).get("end_of_text_id")
 
+    def save_chat(self, template: str, added_tokens: tuple[str, ...]) -> None:
+        """Save where the chat template of conversations comes from, and the special tokens that it needed."""
+        self._save(chat_template=template, added_tokens=" ".join(added_tokens))
+
+    @property
+    def chat(self) -> tuple[str, list[str]]:
+        """What `save_chat` saved."""
+        saved = self._read() or {}
+        return saved["chat_template"], saved["added_tokens"].split()
+
     def _save(self, **values: Setting) -> None:
         write_text(self._settings, json.dumps((self._read() or {}) | values))
 

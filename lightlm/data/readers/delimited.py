@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, BinaryIO
 
+from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.file import File
 from lightlm.data.readers.opening import head_of, open_text
 from lightlm.data.readers.recognition import holds_nul, not_utf8
@@ -36,7 +37,7 @@ def delimited_has_column(separators: str, file: File, text_column: str) -> bool:
     except DataError:
         return True
     cut = len(head) >= io.DEFAULT_BUFFER_SIZE and b"\n" not in head and b"\r" not in head
-    return cut or any(text_column in _header(head, separator) for separator in separators)
+    return cut or any(_is_named(text_column, _header(head, separator)) for separator in separators)
 
 
 def read_delimited(
@@ -52,7 +53,7 @@ def read_delimited(
 
 def separator_of(head: bytes, separators: str, text_column: str) -> str:
     """Return the first separator with which the first line names the text column; else the first of all."""
-    return next((each for each in separators if text_column in _header(head, each)), separators[0])
+    return next((each for each in separators if _is_named(text_column, _header(head, each))), separators[0])
 
 
 def _header(head: bytes, separator: str) -> list[str]:
@@ -61,6 +62,10 @@ def _header(head: bytes, separator: str) -> list[str]:
         return [name.strip() for name in next(csv.reader(lines, delimiter=separator), [])]
     except csv.Error:
         return []
+
+
+def _is_named(text_column: str, names: list[str]) -> bool:
+    return text_column.found_in(names) if isinstance(text_column, ChatColumns) else text_column in names
 
 
 class _Table:
@@ -77,6 +82,11 @@ class _Table:
             self._columns = [name.strip() for name in next(self._rows)]
         except csv.Error as error:
             raise self._not_a_row(1, error) from error
+        self._text_column = text_column
+        if isinstance(text_column, ChatColumns):
+            if not text_column.found_in(self._columns):
+                raise text_column.missing(f"{file}, line 1", [name for name in self._columns if name])
+            return
         if text_column not in self._columns:
             raise missing_column(f"{file}, line 1", text_column, [name for name in self._columns if name])
         if self._columns.count(text_column) > 1:
@@ -104,19 +114,23 @@ class _Table:
             except DataError as error:
                 bad(error)
                 continue
-            if kept:
+            if kept and text is not None:
                 yield text
             else:
                 bad(Omitted(FILTERED))
 
-    def _text_of(self, row: list[str], begins: int) -> str:
+    def _text_of(self, row: list[str], begins: int) -> str | None:
         if len(row) != len(self._columns):
             raise DataError(
                 f"{self._line(begins)}: {len(row)} fields, but the first line names {len(self._columns)} columns. "
                 "Put quotes around a text that holds the separator"
             )
-        text = row[self._index]
-        if not text.isascii():
+        if isinstance(self._text_column, ChatColumns):
+            record = dict(zip(self._columns, row, strict=True))
+            text = self._text_column.text_of(record, partial(self._line, begins))
+        else:
+            text = row[self._index]
+        if text is not None and not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:

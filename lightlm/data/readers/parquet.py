@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow
 from pyarrow import compute, dataset, parquet, types
 
+from lightlm.data.chat.conversation import TOOLS, ChatColumns
 from lightlm.data.readers.file import File, is_local, raise_machine_fault
 from lightlm.data.readers.recognition import HEAD_BYTES, refuse_pointer, what_it_is
-from lightlm.data.readers.records import missing_column
+from lightlm.data.readers.records import missing_column, text_of
 from lightlm.data.readers.texts import (
     CHUNK_BYTES,
     NULL,
@@ -25,6 +26,7 @@ from lightlm.data.readers.texts import (
     Unit,
     byte_lengths,
     in_chunks,
+    pack,
     too_large,
     unreadable,
 )
@@ -66,6 +68,12 @@ def _row_groups(file: File, text_column: str, row_filter: Filter | None) -> int:
     except (pyarrow.ArrowException, OSError) as error:
         raise_machine_fault(error)
         raise DataError(f"{file}: not a readable Parquet file: {_explanation(file) or error}") from error
+    if isinstance(text_column, ChatColumns):
+        if not text_column.found_in(schema.names):
+            raise text_column.missing(str(file), _names(schema))
+        if row_filter is not None:
+            row_filter.arrow(schema, str(file))
+        return int(groups)
     try:
         path, kind = arrow_field(text_column, schema)
     except KeyError:
@@ -109,6 +117,9 @@ def read_row_group(
         source = file if is_local(file) else file.open("rb", buffering=0)
         buffer = LOCAL_BUFFER_BYTES if is_local(file) else REMOTE_BUFFER_BYTES
         with parquet.ParquetFile(source, metadata=footer, buffer_size=buffer, pre_buffer=False) as opened:
+            if isinstance(text_column, ChatColumns):
+                yield from pack(_conversations(opened, group, rows, text_column, where, bad, row_filter))
+                return
             path, _ = arrow_field(text_column, opened.schema_arrow)
             tested = row_filter.arrow_columns(opened.schema_arrow) if row_filter is not None else []
             expression = row_filter.arrow(opened.schema_arrow, where) if row_filter is not None else None
@@ -140,6 +151,27 @@ def read_row_group(
         if "UTF8" in str(error).replace("-", "").upper():
             raise DataError(f"{file}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{file}: row group {group} cannot be read: {error}") from error
+
+
+def _conversations(
+    opened: parquet.ParquetFile, group: int, rows: int, columns: ChatColumns, where: str, bad: BadRecord,
+    row_filter: Filter | None,
+) -> Iterator[str]:  # fmt: skip
+    """Yield the conversations of a row group as texts."""
+    schema = opened.schema_arrow
+    tested = row_filter.arrow_columns(schema) if row_filter is not None else []
+    read = [name for name in (*columns.columns, TOOLS) if name in schema.names]
+    number = 0
+    for batch in opened.iter_batches(row_groups=[group], columns=[*read, *tested], batch_size=rows):
+        for record in batch.to_pylist():
+            try:
+                text = text_of(record, partial("{}, row {} of it".format, where, number), columns, row_filter, bad)
+            except DataError as error:
+                bad(error)
+                text = None
+            number += 1
+            if text is not None:
+                yield text
 
 
 def _explanation(file: File) -> str | None:

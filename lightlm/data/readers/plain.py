@@ -7,15 +7,23 @@ from functools import partial
 
 import pyarrow
 
+from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.file import File
 from lightlm.data.readers.opening import open_text
 from lightlm.data.readers.recognition import HEAD_BYTES, holds_nul, not_utf8
-from lightlm.data.readers.texts import CHUNK_BYTES, BadRecord, Texts, Unit
+from lightlm.data.readers.texts import CHUNK_BYTES, BadRecord, Texts, Unit, unreadable
 from lightlm.data.select.filters import Filter
+from lightlm.errors import DataError
 
 
 def plain_units(file: File, name: str, text_column: str, row_filter: Filter | None) -> Iterator[Unit]:
-    """Yield the one unit of a text file; it has no columns."""
+    """Yield the one unit of a text file; it has no columns, and so no conversation."""
+    if isinstance(text_column, ChatColumns):
+        fault = DataError(
+            f"{file}: plain text holds no conversations; write them as lines of JSON with {text_column.wanted}"
+        )
+        yield Unit(name, partial(unreadable, fault), file.stat().st_size)
+        return
     yield Unit(name, partial(read_text, file), file.stat().st_size)
 
 

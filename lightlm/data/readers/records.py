@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.texts import NULL, BadRecord, Omitted
 from lightlm.data.select.columns import field_of
 from lightlm.data.select.filters import FILTERED, Filter
@@ -21,6 +22,8 @@ def text_of(
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where()}: a JSON object was expected, with the text under {text_column!r}")
+    if isinstance(text_column, ChatColumns):
+        return _kept(text_column.text_of(record, where), record, where, row_filter, bad)
     try:
         text = record[text_column] if text_column in record else field_of(record, text_column)
     except KeyError:
@@ -31,6 +34,12 @@ def text_of(
             f"{where()}: the column {text_column!r} holds {type(text).__name__}, not text. "
             f"Name the one with the text{inside}: --text-column NAME"
         )
+    return _kept(text, record, where, row_filter, bad)
+
+
+def _kept(
+    text: str | None, record: Mapping[str, Any], where: Callable[[], str], row_filter: Filter | None, bad: BadRecord
+) -> str | None:
     if row_filter is not None and not row_filter.keeps(record, where):
         bad(Omitted(FILTERED))
         return None
@@ -40,7 +49,9 @@ def text_of(
 
 
 def holds_column(record: Mapping[str, Any], text_column: str) -> bool:
-    """Return whether a record has the text column, by its name or along its dots."""
+    """Return whether a record has the text column, by its name or along its dots, or is a conversation."""
+    if isinstance(text_column, ChatColumns):
+        return text_column.found_in(record)
     try:
         field_of(record, text_column)
     except KeyError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import xxhash
 
+from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.file import raise_machine_fault
 from lightlm.data.readers.registry import SUPPORTED, reader_of, suffix_of
 from lightlm.data.readers.texts import Unit, unreadable
@@ -82,7 +83,9 @@ class LocalSource:
                 self._left_out["broken link" if path.is_symlink() else "pipe or device"] += 1
             elif reader is None:
                 self._left_out[kind_of(path.name)] += 1
-            elif reader.holds and not self._asked_for(path) and path.exists() and not reader.holds(path, self._column):
+            elif (isinstance(self._column, ChatColumns) and not reader.has_columns) or (
+                reader.holds and not self._asked_for(path) and path.exists() and not reader.holds(path, self._column)
+            ):
                 without_column.append(path)
             else:  # a broken link with such a name is to be read, and so an error
                 files.append(path)
@@ -90,7 +93,8 @@ class LocalSource:
         if not files:  # reading the first says which columns there are
             return without_column
         for path in without_column:
-            self._left_out[f"{suffix_of(path)} without a column {self._column!r}"] += 1
+            what = "conversations" if isinstance(self._column, ChatColumns) else f"a column {self._column!r}"
+            self._left_out[f"{suffix_of(path)} without {what}"] += 1
         return files
 
     def _asked_for(self, path: Path) -> bool:

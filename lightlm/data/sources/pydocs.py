@@ -22,6 +22,7 @@ from pathlib import Path
 
 import xxhash
 
+from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.texts import Unit, pack_strings
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
@@ -66,6 +67,8 @@ def open_pydocs(spec: str, text_column: str, row_filter: Filter | None) -> Pydoc
     """Return the source `pydocs`; see `lightlm.data.sources.base.Opener`."""
     if spec != PYDOCS:
         raise DataError(f"{spec}: {PYDOCS} has no configurations or revisions; write {PYDOCS}")
+    if isinstance(text_column, ChatColumns):
+        raise DataError(f"{PYDOCS} holds texts and no conversations; leave --format out")
     if row_filter is not None:
         raise DataError(f'--filter "{row_filter.text}": {PYDOCS} has no columns to judge')
     return PydocsSource()

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from lightlm.data.bpe_training import train_bpe
 from lightlm.data.tokenizer.end_of_text import END_OF_TEXT_NAMES
+from lightlm.data.tokenizer.folder import read_settings, tokenizer_folder
 from lightlm.data.tokenizer.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError, DataError, UsageError
 from lightlm.names import note_clash
@@ -71,6 +73,17 @@ def load_tokenizer(spec: str, download: Callable[[str, str], Path], end_of_text:
         raise DataError(f"There is no tokenizer {spec}. Give the path of a tokenizer.json, gpt2, a run, or a Hub id.")
     repo = NAMED_TOKENIZERS.get(spec, spec)
     return Tokenizer.read(download(repo, _OFFLINE_HINT), origin=repo, end_of_text=end_of_text)
+
+
+def tokenizer_settings(spec: str, download: Callable[[str, str], Path]) -> dict[str, Any]:
+    """Return what the files of the tokenizer that `spec` names say about special tokens and the chat template.
+
+    See `load_tokenizer` for the arguments, and `folder.read_settings`.
+    """
+    path = None if spec in NAMED_TOKENIZERS else tokenizer_path(spec)
+    path = path or download(NAMED_TOKENIZERS.get(spec, spec), _OFFLINE_HINT)
+    folder = tokenizer_folder(path)
+    return {} if folder is None else read_settings(folder)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str | None = None) -> Tokenizer:

@@ -120,6 +120,14 @@ class Tokenizer:
         """Return this tokenizer with what `other` knows of its model: beginnings and ends of texts, chat template."""
         return self.used_as(other.bos_id, other.adds_bos, other.settings, other.generation_config)
 
+    def chatting_like(self, other: "Tokenizer") -> "Tokenizer":
+        """Return this tokenizer with the chat template of `other`, whose end of an answer also ends one here."""
+        ends = self.generation_config.get("eos_token_id")
+        known = [*(ends if isinstance(ends, list) else [ends]), self.id_of(other.settings.get("eos_token"))]
+        ids = list(dict.fromkeys(end for end in reversed(known) if isinstance(end, int)))
+        generation = dict(self.generation_config) | ({"eos_token_id": ids} if ids else {})
+        return self.used_as(self.bos_id, self.adds_bos, dict(self.settings) | dict(other.settings), generation)
+
     @property
     def start_id(self) -> int:
         """The context of a text without one: an imported model's beginning-of-text token, else end-of-text.
@@ -166,6 +174,30 @@ class Tokenizer:
             return self._parser.encode(text, add_special_tokens=False).ids
         except Exception as error:  # as in `encode_batch`
             raise DataError(f"The tokenizer cannot encode {text[:40]!r}: {error}") from error
+
+    def encode_with_places(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of a text and where each begins and ends in it, in characters.
+
+        Args:
+            special: the characters of a special token mean that token.
+        """
+        try:
+            encoding = (self._parser if special else self._tokenizer).encode(text, add_special_tokens=False)
+        except Exception as error:  # as in `encode_batch`
+            raise DataError(f"The tokenizer cannot encode {text[:40]!r}: {error}") from error
+        return encoding.ids, encoding.offsets
+
+    def with_special_tokens(self, names: Sequence[str]) -> "Tokenizer":
+        """Return this tokenizer with special tokens of these characters; those that it lacks get new ids at its end."""
+        import tokenizers
+
+        if not (missing := [name for name in names if name not in self.special_tokens.values()]):
+            return self
+        extended = tokenizers.Tokenizer.from_str(self.definition.decode("utf-8"))
+        extended.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in missing])
+        definition = extended.to_str(pretty=True).encode()
+        made = Tokenizer(definition, origin="the extended tokenizer", end_of_text_id=self.end_of_text_id)
+        return made.used_like(self)
 
     @functools.cached_property
     def _parser(self) -> Any:

@@ -9,9 +9,9 @@ import pytest
 from lightlm.checkpoint import LoadedModel, load_model, save_model
 from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
 from lightlm.convert.load import load_pretrained
+from lightlm.data.chat.template import ChatTemplate
 from lightlm.errors import CheckpointError, ConvertError
 from lightlm.files import checksum
-from lightlm.generate.chat import ChatTemplate
 from tests.evaluate.tiny_run import tiny_model
 from tests.generate.tokenizers_at_hand import tokenizer_of
 

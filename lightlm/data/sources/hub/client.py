@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightlm.data.tokenizer.folder import ADDED, COMPANIONS, DEFINITION, MERGES, VOCABULARY
+from lightlm.data.tokenizer.folder import ADDED, CHAT_TEMPLATE, COMPANIONS, DEFINITION, MERGES, VOCABULARY
 from lightlm.errors import DataError, LightLMError
 
 PROBE_SECONDS = 5.0
@@ -216,7 +216,7 @@ def download_tokenizer(repo: str, alternative: str) -> Path:
     require_hub(f"the tokenizer {repo!r}", alternative)
     try:
         with quiet_libraries():
-            for name in (*COMPANIONS, DEFINITION):
+            for name in (*COMPANIONS, CHAT_TEMPLATE, DEFINITION):
                 path = _download_if_there(repo, name)
             for name in (ADDED, VOCABULARY, MERGES) if path is None else ():
                 path = _download_if_there(repo, name)

@@ -1,4 +1,4 @@
-"""Chat templates: how an imported model expects a conversation to be written.
+"""Chat templates: how a model expects a conversation to be written.
 
 A template is a program in Jinja that comes with a model from anywhere, so it runs in a sandbox: it sees the messages,
 the names of the special tokens and a few functions, and reaches nothing else. It may still waste time.
@@ -10,7 +10,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightlm.data.tokenizer import Tokenizer
@@ -21,7 +21,19 @@ if TYPE_CHECKING:
 
 # Around characters that are to be read as plain text. Unicode reserves both for a program's inside.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-MARKED = f"{_OPEN}(.*?){_CLOSE}"
+_MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
+# Around what a template marks as the answer with {% generation %}.
+ANSWER_BEGINS, ANSWER_ENDS = "\ufdd4", "\ufdd5"
+_ANSWER_MARKS = str.maketrans("", "", ANSWER_BEGINS + ANSWER_ENDS)
+
+# ChatML, for tokenizers without a template of their own. llama.cpp and Ollama recognize it.
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' ~ message['role'] ~ '\\n' ~ message['content'] ~ '<|im_end|>' ~ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 # What a template may call; the other functions that Jinja offers are of no use in one.
 _GLOBALS = ("range", "namespace")
@@ -57,11 +69,17 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[dict[str, Any]], *, plain: re.Pattern[str] | None = None, answer: bool = True
     ) -> str:
-        """Return the text of a conversation.
+        """Return the text of a conversation; see `marked`."""
+        return self.marked(messages, plain=plain, answer=answer).translate(_ANSWER_MARKS)
+
+    def marked(
+        self, messages: Sequence[dict[str, Any]], *, plain: re.Pattern[str] | None = None, answer: bool = True
+    ) -> str:
+        """Return the text of a conversation, with `ANSWER_BEGINS` and `ANSWER_ENDS` where the template marks answers.
 
         Args:
             messages: each with `role` and `content`; see `check_messages`.
-            plain: what to put between marks in messages, see `MARKED`; None marks nothing.
+            plain: what to put between marks in messages, see `parts_of`; None marks nothing.
             answer: whether the beginning of the model's answer follows.
 
         Raises:
@@ -95,6 +113,22 @@ def check_messages(messages: Any) -> None:
                 raise UsageError(f"message {number}: {key} is missing or not a text")
 
 
+def parts_of(text: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield the parts of a rendered conversation: (place, text, whether it is plain text and holds no special tokens).
+
+    The marks of `render` are not part of them.
+    """
+    at = 0
+    for match in _MARKED.finditer(text):
+        if match.start() > at:
+            yield at, text[at : match.start()], False
+        if match[1]:
+            yield match.start(1), match[1], True
+        at = match.end()
+    if at < len(text):
+        yield at, text[at:], False
+
+
 def without_marks(text: str) -> str:
     """Return a rendered conversation as it reads, without the marks of `render`."""
     return text.replace(_OPEN, "").replace(_CLOSE, "")
@@ -117,13 +151,16 @@ def _compiled(source: str) -> Template:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """The tag around an answer, which marks it for training on it; its content is rendered as it is."""
+        """The tag around an answer, which marks it for training on it."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            line = next(parser.stream).lineno
+            begins, ends = (
+                nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (ANSWER_BEGINS, ANSWER_ENDS)
+            )
+            return [begins, *parser.parse_statements(("name:endgeneration",), drop_needle=True), ends]
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

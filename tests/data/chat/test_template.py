@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from lightlm.data.chat.template import ChatTemplate
 from lightlm.errors import LightLMError, UsageError
-from lightlm.generate.chat import ChatTemplate
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -1,0 +1,175 @@
+"""Conversations: how records of data sets write them, and how they pass through preparation as texts.
+
+A form is a row of `FORMS`. Roles are those of chat templates; other names for them are rows of `ROLES`.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightlm.errors import DataError
+
+Message = dict[str, str]  # with the keys `role` and `content`
+Record = Mapping[str, Any]
+
+ROLES = {
+    "system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
+    "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response", "ipython")
+
+# Before a role and before a content, where a conversation is one text. Unicode reserves them for a program's inside.
+_ROLE, _CONTENT = "\ufdd2", "\ufdd3"
+_RESERVED = re.compile("[\ufdd0-\ufdd5]")  # also those that mark parts of a rendered conversation
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write a conversation.
+
+    Attributes:
+        needs: the columns by which a record is known to have it.
+        may: further columns that it reads.
+        read: the messages of a record, not checked yet.
+    """
+
+    needs: tuple[str, ...]
+    may: tuple[str, ...]
+    read: Callable[[Record], list[Any]]
+
+
+def _of_prompt(record: Record) -> list[Any]:
+    sides: list[Any] = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record[key]
+        sides += value if isinstance(value, list) else [{"role": role, "content": value}]
+    return sides
+
+
+def _of_instruction(record: Record) -> list[Any]:
+    more = record.get("input")
+    question = f"{record['instruction']}\n\n{more}" if isinstance(more, str) and more.strip() else record["instruction"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+
+
+FORMS = {
+    "messages": Form(("messages",), (), lambda record: record["messages"]),
+    "sharegpt": Form(("conversations",), (), lambda record: record["conversations"]),
+    "prompt": Form(("prompt", "completion"), (), _of_prompt),
+    "alpaca": Form(("instruction", "output"), ("input",), _of_instruction),
+}
+TOOLS = "tools"  # a column of tools that a conversation uses
+CHAT = "chat"  # whichever form a record has
+
+
+class ChatColumns(str):
+    """In place of a text column's name: `chat` or the name of a form, and with `:COLUMN` the column with the messages.
+
+    A record with it is read as a conversation.
+    """
+
+    @property
+    def column(self) -> str:
+        """The column that the user named, or an empty text."""
+        return self.partition(":")[2]
+
+    @property
+    def _forms(self) -> dict[str, Form]:
+        name = self.partition(":")[0]
+        if self.column:
+            column = self.column
+            return {"messages": Form((column.partition(".")[0],), (), lambda record: _field(record, column))}
+        return FORMS if name == CHAT else {name: FORMS[name]}
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns that a form may read."""
+        return list(dict.fromkeys(name for form in self._forms.values() for name in (*form.needs, *form.may)))
+
+    def found_in(self, columns: Collection[str]) -> bool:
+        """Return whether a record with these columns is a conversation."""
+        return self._form(columns) is not None
+
+    @property
+    def wanted(self) -> str:
+        """The columns of the forms, for messages."""
+        return ", or ".join(" and ".join(form.needs) for form in self._forms.values())
+
+    def text_of(self, record: Record, where: Callable[[], str]) -> str | None:
+        """Return a record's conversation as a text (see `as_text`), None for a null. Raises DataError naming it."""
+        form = self._form(record)
+        if form is None:
+            raise self.missing(where(), list(map(str, record)))
+        if all(record.get(name) is None for name in form.needs):
+            return None
+        if record.get(TOOLS):
+            raise DataError(f"{where()}: the conversation has tools, which are not read")
+        return as_text(check_conversation(form.read(record), where))
+
+    def missing(self, where: str, columns: list[str]) -> DataError:
+        """Return the error for a record that has no form."""
+        return DataError(
+            f"{where}: no conversation: the columns {self.wanted} were expected; there are: "
+            f"{', '.join(columns[:30]) or 'none'}. Name the one with the messages: --text-column NAME"
+        )
+
+    def _form(self, columns: Collection[str]) -> Form | None:
+        return next((form for form in self._forms.values() if all(name in columns for name in form.needs)), None)
+
+
+def _field(record: Any, column: str) -> Any:
+    for part in column.split("."):
+        record = record.get(part) if isinstance(record, Mapping) else None
+    return record
+
+
+def check_conversation(given: Any, where: Callable[[], str]) -> list[Message]:
+    """Return messages with the roles of chat templates and texts as contents.
+
+    Raises DataError, which begins with `where()`, for what is not a conversation to learn answers from.
+    """
+    if not isinstance(given, list) or not given:
+        raise DataError(f"{where()}: a list of messages was expected, with role and content")
+    messages = []
+    for number, message in enumerate(given, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"{where()}: message {number} is not an object with role and content")
+        named = message.get("role") or message.get("from")
+        if named in _TOOL_ROLES or message.get("tool_calls"):
+            raise DataError(f"{where()}: message {number} uses a tool; conversations with tools are not read")
+        if not isinstance(named, str) or named.lower() not in ROLES:
+            raise DataError(f"{where()}: message {number} has the unknown role {named!r}; known are {', '.join(ROLES)}")
+        role = ROLES[named.lower()]
+        content = _text_of_content(message.get("value") if message.get("content") is None else message["content"])
+        if content is None:
+            raise DataError(f"{where()}: message {number} ({role}) holds no text")
+        if not content.strip():
+            raise DataError(f"{where()}: message {number} ({role}) is empty")
+        messages.append({"role": role, "content": content})
+    if all(message["role"] != "assistant" for message in messages):
+        raise DataError(f"{where()}: the conversation has no message of an assistant to learn from")
+    return messages
+
+
+def _text_of_content(content: Any) -> str | None:
+    """Return a content that is a text, or a list of parts that are texts; None for anything else."""
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text") or "") for part in content)
+    return content if isinstance(content, str) else None
+
+
+def as_text(messages: list[Message]) -> str:
+    """Return a conversation as one text, which is compared, split and counted like any document."""
+    return "".join(f"{_ROLE}{message['role']}{_CONTENT}{_RESERVED.sub('', message['content'])}" for message in messages)
+
+
+def from_text(text: str) -> list[Message]:
+    """Return the messages of `as_text`."""
+    halves = (part.partition(_CONTENT) for part in text.split(_ROLE)[1:])
+    return [{"role": role, "content": content} for role, _, content in halves]
+
+
+def contents_of(text: str) -> str:
+    """Return the contents of the messages of `as_text`, a line each: what people wrote."""
+    return "\n".join(message["content"] for message in from_text(text))
