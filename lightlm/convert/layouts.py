@@ -46,6 +46,7 @@ class Layout:
     # Their keys for biases, where the class leaves the choice, and the parts that get them (`ModelConfig.has_bias`).
     bias_keys: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     zero_centered: bool = False  # norms multiply by 1 + weight
+    neighboring_pairs: bool = False  # rotary pairs are neighboring channels (2i, 2i + 1); ours are (i, i + K/2)
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
     rope: dict[str, float] = field(default_factory=dict)  # rotary settings where config.json has none
     layer_types: tuple[str, ...] = ()  # what a missing `layer_types` means, where it is not full_attention throughout
@@ -84,7 +85,7 @@ def as_yaml(value: Any) -> str:
 
 # The nearest layout to a configuration that none expresses: the one with the fewest obstacles among the first fields,
 # then among the next, then among all.
-_DECISIVE = (("norm", "position", "mlp"), ("router",), ("num_experts",), ("attention_gate",), ("qk_norm",))
+_DECISIVE = (("attention", "norm", "position", "mlp"), ("router",), ("num_experts",), ("attention_gate",), ("qk_norm",))
 
 
 def nearest_layout(layouts: dict[str, Layout], config: ModelConfig) -> tuple[str, str]:

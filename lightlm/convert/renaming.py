@@ -21,6 +21,8 @@ def their_state(
 ) -> dict[str, Tensor]:
     """Return the tensors under their names, from those of our model; a selection bias keeps its precision."""
     theirs = {}
+    if layout.neighboring_pairs:
+        state = {name: _to_neighbors(name, tensor, config) for name, tensor in state.items()}
     for link in layer_links(layout.links, config.depth, config.layer_sharing):
         ours = link.ours.split()
         for kind in _KINDS:
@@ -54,7 +56,7 @@ def our_state(layout: Layout, config: ModelConfig, given: dict[str, Tensor], whe
             f"are {len(given):,}"
         )
     with torch.device("meta"):
-        wanted = Transformer(config).state_dict().keys()
+        wanted = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
     state: dict[str, Tensor] = {}
     problems = []
     for link in layer_links(layout.stacked_links if stacked else layout.links, config.num_layers):
@@ -74,12 +76,15 @@ def our_state(layout: Layout, config: ModelConfig, given: dict[str, Tensor], whe
                 problems.append(f"{names[0]} and those of the other experts differ in shape")
                 continue
             tensor = torch.stack(tensors) if "*" in link.theirs else _turned(link, tensors[0])
-            if link.by_head and len(tensor) % (len(ours) * config.num_heads):
-                problems.append(f"{names[0]} has {len(tensor)} rows, not {len(ours)} x {config.num_heads} heads")
+            rows = [wanted[name + kind][-2 if tensor.ndim == 3 else 0] for name in ours]
+            if len(ours) > 1 and sum(rows) != (found := tensor.shape[-2 if tensor.ndim == 3 else 0]):
+                problems.append(f"{names[0]} has {found} rows, not {' + '.join(map(str, rows))}")
                 continue
             if offset := layout.offset(link.ours):
                 tensor = tensor + offset
-            for name, part in zip(ours, _as_several(link, tensor, len(ours), config), strict=True):
+            for name, part in zip(ours, _as_several(link, tensor, rows, config), strict=True):
+                if layout.neighboring_pairs:
+                    part = _from_neighbors(name + kind, part, config)
                 state[name + kind] = part.clone(memory_format=torch.contiguous_format)
     problems += [f"{name} belongs to no part of {layout.architecture}" for name in sorted(given)]
     if problems:
@@ -110,16 +115,47 @@ def _names(link: Link, kind: str, config: ModelConfig) -> list[str]:
 def _as_one(link: Link, tensors: list[Tensor], config: ModelConfig) -> Tensor:
     """Return their tensor, before it is transposed, from our tensors of a link."""
     if link.by_head:
-        return torch.stack([tensor.unflatten(0, (config.num_heads, -1)) for tensor in tensors], 1).flatten(0, 2)
+        return torch.cat([tensor.unflatten(0, (config.num_heads, -1)) for tensor in tensors], 1).flatten(0, 1)
     return torch.cat(tensors)
 
 
-def _as_several(link: Link, tensor: Tensor, count: int, config: ModelConfig) -> Sequence[Tensor]:
-    """Return our `count` tensors of a link from theirs, undoing `_as_one`."""
+def _as_several(link: Link, tensor: Tensor, rows: list[int], config: ModelConfig) -> Sequence[Tensor]:
+    """Return our tensors of a link, which have so many rows, from theirs, undoing `_as_one`."""
+    if len(rows) == 1:
+        return [tensor]
     if link.by_head:
-        return [part.flatten(0, 1) for part in tensor.unflatten(0, (config.num_heads, count, -1)).unbind(1)]
-    # The parts are equal: gate and up are, and GPT-2 has as many key heads as query heads.
-    return tensor.tensor_split(count, dim=1 if tensor.ndim == 3 else 0)
+        heads = tensor.unflatten(0, (config.num_heads, -1)).split([count // config.num_heads for count in rows], dim=1)
+        return [part.flatten(0, 1) for part in heads]
+    return tensor.split(rows, dim=1 if tensor.ndim == 3 else 0)
+
+
+def _rotary_rows(name: str, config: ModelConfig) -> tuple[int, int] | None:
+    """Return the rows of a head in one of our tensors, and how many of them, at its end, rotate; None if none do."""
+    module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    if config.attention == "mla":
+        heads = {"q_proj": config.head_dim, "q_b_proj": config.head_dim, "k_rope_proj": config.rotary_dim}
+    else:
+        heads = dict.fromkeys(("q_proj", "k_proj"), config.head_dim)
+    return (heads[module], config.rotary_dim) if module in heads else None
+
+
+def _to_neighbors(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Return one of our tensors with rotary channels 0, K/2, 1, K/2 + 1, ... in each head."""
+    return _paired(tensor, _rotary_rows(name, config), (2, config.rotary_dim // 2))
+
+
+def _from_neighbors(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Undo `_to_neighbors`."""
+    return _paired(tensor, _rotary_rows(name, config), (config.rotary_dim // 2, 2))
+
+
+def _paired(tensor: Tensor, rows: tuple[int, int] | None, pairs: tuple[int, int]) -> Tensor:
+    if rows is None or len(tensor) % rows[0]:  # whoever builds the model names the shape
+        return tensor
+    heads = tensor.unflatten(0, (-1, rows[0]))
+    still, turned = heads.split((rows[0] - rows[1], rows[1]), dim=1)
+    turned = turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
+    return torch.cat((still, turned), dim=1).flatten(0, 1)
 
 
 def _turned(link: Link, tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lightlm.model import fused
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import LATENT_NORM_EPS, ModelConfig
 from lightlm.model.norms import RMSNorm
 from lightlm.model.rotary import rotate
 from lightlm.model.scaling import Linear
@@ -216,10 +216,6 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, scale: fl
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped, scale=scale
     )
-
-
-# DeepSeek's code gives the norms of latents this eps whatever `rms_norm_eps` is, and so does transformers.
-LATENT_NORM_EPS = 1e-6
 
 
 class LatentAttention(nn.Module):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from lightlm.model import attention as attention_module
 from lightlm.model.attention import (
-    LATENT_NORM_EPS,
     LatentAttention,
     Mask,
     absorbs,
@@ -18,7 +17,7 @@ from lightlm.model.attention import (
     attend_latents,
     build_mask,
 )
-from lightlm.model.config import ModelConfig
+from lightlm.model.config import LATENT_NORM_EPS, ModelConfig
 from lightlm.model.counting import count_parameters
 from lightlm.model.rotary import rotary_table
 from lightlm.model.transformer import Transformer

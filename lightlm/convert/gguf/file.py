@@ -15,6 +15,7 @@ from lightlm.convert.gguf.modelfile import modelfile
 from lightlm.convert.gguf.shape import DIVISORS, INIT_STD, SHARED_EXPERTS, read_shape, write_rotary
 from lightlm.convert.gguf.tensors import PRECISIONS, gguf_tensors, our_tensors, stored, stored_type
 from lightlm.convert.gguf.vocabulary import read_vocabulary, write_vocabulary
+from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
 
@@ -101,11 +102,24 @@ def _shape(name: str, config: ModelConfig) -> dict[str, Any]:
     rotary, extra = write_rotary(config) if config.position == "rope" else ({}, {})
     values |= rotary
     values |= {copy: values[key] for copy, key in REPEATED.items() if key in values}
+    if config.attention == "mla":
+        values |= _latent_shape(config, layout)
     values["vocab_size"] = config.vocab_size
     extra |= {INIT_STD: float(config.init_std)}
     if config.num_experts:
         extra[SHARED_EXPERTS] = config.num_shared_experts
     return {f"{layout.architecture}.{key}": value for key, value in values.items()} | extra
+
+
+def _latent_shape(config: ModelConfig, layout: Layout) -> dict[str, Any]:
+    """Return the keys of latent attention that follow from others, and those of models without experts."""
+    rank = config.kv_lora_rank
+    values: dict[str, Any] = {"attention.head_count_kv": 1, "attention.value_length": rank}
+    values["attention.key_length"] = rank + config.qk_rope_head_dim
+    if not config.num_experts:
+        values |= {layout.keys["num_experts_per_tok"]: 0, layout.keys["first_k_dense"]: config.depth}
+        values[layout.keys["moe_intermediate_size"]] = config.intermediate_size
+    return values
 
 
 def _add(writer: gguf.GGUFWriter, metadata: dict[str, Any]) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from lightlm.convert.gguf.header import Header
-from lightlm.convert.gguf.layouts import GATING, HARMLESS, LAYOUTS, REPEATED
+from lightlm.convert.gguf.layouts import ABSORBED, GATING, HARMLESS, LAYOUTS, REPEATED
 from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
-from lightlm.model.config import BIASED, ModelConfig, Part
+from lightlm.model.config import BIASED, EXPERT_FIELDS, ModelConfig, Part
 
 # What other programs have no key for: the standard deviation of initial weights, and that shared experts are zeros.
 INIT_STD, SHARED_EXPERTS = "lightlm.init_std", "lightlm.num_shared_experts"
@@ -50,6 +50,10 @@ def read_shape(header: Header) -> tuple[str, ModelConfig]:
         settings["router"] = next((ours for ours, theirs in GATING.items() if theirs == settings["router"]), None)
         if settings["router"] is None:
             raise ConvertError(f"{header.path}: expert_gating_func must be one of {sorted(GATING.values())}")
+    if layout.fixed["attention"] == "mla":
+        settings["qk_nope_head_dim"] = settings["head_dim"] - settings["qk_rope_head_dim"]
+        if not settings["num_experts"]:
+            settings |= {name: getattr(ModelConfig, name) for name in EXPERT_FIELDS}
     try:
         config = ModelConfig(**(layout.fixed | settings)).resolved()
     except (TypeError, ValueError) as error:
@@ -64,7 +68,8 @@ def _check_sizes(header: Header, config: ModelConfig) -> None:
         raise ConvertError(f"{header.path} has {config.num_layers:,} blocks, but {len(header.tensors)} tensors")
     largest = max(max(place.shape) for place in header.tensors.values())
     experts = (config.num_experts, config.num_shared_experts * config.moe_intermediate_size)
-    sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim, *experts)
+    heads = config.num_heads * max(config.head_dim, config.value_dim)
+    sizes = (config.hidden_size, config.intermediate_size, heads, config.kv_lora_rank, config.q_lora_rank, *experts)
     if max(sizes) > largest:
         raise ConvertError(
             f"{header.path} does not describe a model: it says {max(sizes):,}, but no tensor has more than {largest:,}"
@@ -118,7 +123,9 @@ def _value(header: Header, key: str, kind: type, default: Any) -> Any:
 def _problems(header: Header, layout: Layout) -> list[str]:
     """Return what a file says that LightLM does not compute; a key that no one placed counts."""
     prefix = f"{layout.architecture}."
-    known = {*layout.keys.values(), *layout.constants, *layout.defaults, *REPEATED, *HARMLESS}
+    latent = layout.fixed["attention"] == "mla"
+    repeated, harmless = ({}, (*HARMLESS, *ABSORBED)) if latent else (REPEATED, HARMLESS)
+    known = {*layout.keys.values(), *layout.constants, *layout.defaults, *repeated, *harmless}
     found = []
     for full, value in header.metadata.items():
         key = full.removeprefix(prefix)
@@ -128,6 +135,6 @@ def _problems(header: Header, layout: Layout) -> list[str]:
             found.append(f"{full} is {str(value)[:40]!r}, which it does not compute")
         elif key in layout.constants and value not in layout.constants[key]:
             found.append(f"{full} is {value!r}, must be {' or '.join(map(repr, layout.constants[key]))}")
-        elif (other := REPEATED.get(key)) and str(value) != str(header.metadata.get(prefix + other, value)):
+        elif (other := repeated.get(key)) and str(value) != str(header.metadata.get(prefix + other, value)):
             found.append(f"{full} is {value}, must be {prefix}{other}, {header.metadata[prefix + other]}")
     return found

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lightlm.convert.gguf.header import Header, TensorPlace
-from lightlm.convert.gguf.layouts import LAYOUTS, NEIGHBORING_PAIRS
+from lightlm.convert.gguf.layouts import LAYOUTS
 from lightlm.convert.gguf.shape import DIVISORS
 from lightlm.convert.huggingface.weights import with_all_biases, with_shared_experts
-from lightlm.convert.layouts import Layout
 from lightlm.convert.renaming import our_state, their_state
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
@@ -35,7 +34,7 @@ PRECISIONS = {
 _ALWAYS_FLOAT32 = ("ffn_gate_inp.weight", "position_embd.weight")
 # Token tables and heads lose most by quantization; with fewer bits than this they are stored as q8_0.
 _TABLES = ("token_embd.weight", "output.weight")
-_ROTATED = ("attn_q.", "attn_k.")
+_ABSORBED = ("attn_k_b.", "attn_v_b.")  # projections from latents, which llama.cpp has head by head
 
 
 def gguf_tensors(name: str, config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,9 +50,7 @@ def gguf_tensors(name: str, config: ModelConfig, state: dict[str, Tensor]) -> di
     tensors = their_state(layout, config, state)
     if config.rope_scaling == "llama3" and config.position == "rope":
         tensors[DIVISORS] = rotary_divisors(config)
-    return {
-        key: _to_neighbors(tensor, config) if _is_rotated(layout, key) else tensor for key, tensor in tensors.items()
-    }
+    return {key: _by_head(key, tensor, config) for key, tensor in tensors.items()}
 
 
 def our_tensors(name: str, config: ModelConfig, header: Header) -> dict[str, Tensor]:
@@ -74,7 +71,7 @@ def our_tensors(name: str, config: ModelConfig, header: Header) -> dict[str, Ten
                     "and LightLM has no other rule for it"
                 )
             continue
-        given[key] = _from_neighbors(tensor, config) if _is_rotated(layout, key) else tensor
+        given[key] = _joined_heads(key, tensor)
     return our_state(layout, config, given, header.path)
 
 
@@ -82,22 +79,19 @@ def _are_close(tensor: Tensor, other: Tensor) -> bool:
     return tensor.shape == other.shape and torch.allclose(tensor, other, rtol=1e-5)
 
 
-def _is_rotated(layout: Layout, key: str) -> bool:
-    return layout.architecture in NEIGHBORING_PAIRS and any(part in key for part in _ROTATED)
+def _by_head(key: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Return absorbed projections as one matrix per head: keys (H, L, N), values (H, V, L); other tensors as given."""
+    if not any(part in key for part in _ABSORBED):
+        return tensor
+    heads = tensor.unflatten(0, (config.num_heads, -1))
+    return heads.transpose(1, 2).contiguous() if _ABSORBED[0] in key else heads
 
 
-def _to_neighbors(tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Return a projection of heads (H K, ...) with channels 0, K/2, 1, K/2 + 1, ... in each head."""
-    pairs = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
-    return pairs.transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def _from_neighbors(tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Undo `_to_neighbors`."""
-    if len(tensor) % config.head_dim:
-        return tensor  # whoever builds the model names the shape
-    pairs = tensor.unflatten(0, (-1, config.head_dim // 2, 2))
-    return pairs.transpose(1, 2).flatten(0, 2).contiguous()
+def _joined_heads(key: str, tensor: Tensor) -> Tensor:
+    """Undo `_by_head`."""
+    if tensor.ndim != 3 or not any(part in key for part in _ABSORBED):
+        return tensor
+    return (tensor.transpose(1, 2) if _ABSORBED[0] in key else tensor).flatten(0, 1)
 
 
 def stored_type(key: str, shape: tuple[int, ...], precision: str) -> Type:

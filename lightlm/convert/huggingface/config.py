@@ -8,7 +8,7 @@ from lightlm import files
 from lightlm.convert.huggingface.layouts import LAYOUTS, MISSING_PARTS
 from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
-from lightlm.model.config import BIASED, ModelConfig
+from lightlm.model.config import BIASED, EXPERT_FIELDS, ModelConfig
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -48,6 +48,11 @@ def write_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
     dense_layers = config.first_k_dense * config.layer_sharing
     if "first_k_dense_replace" in values:
         values["first_k_dense_replace"] = dense_layers
+    if config.attention == "mla":
+        values |= {"q_lora_rank": config.q_lora_rank or None}
+        if not config.num_experts:  # experts that no layer has, in numbers that the class accepts
+            values |= {"first_k_dense_replace": config.depth, "n_routed_experts": 2, "n_shared_experts": 1}
+            values |= {"num_experts_per_tok": 2, "moe_intermediate_size": config.intermediate_size}
     if "mlp_only_layers" in values:
         values["mlp_only_layers"] = list(range(dense_layers))
     if layout.layer_types:
@@ -95,6 +100,9 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     if isinstance(settings.get("first_k_dense"), list):
         settings["first_k_dense"] = len(settings["first_k_dense"])
     settings |= rope_settings
+    if layout.fixed["attention"] == "mla" and _is_at_least(settings["first_k_dense"], settings["num_layers"]):
+        dense = {*settings} & {"num_experts", *EXPERT_FIELDS}
+        settings |= {name: getattr(ModelConfig, name) for name in dense}
     for ours, (theirs, names) in layout.choices.items():
         said = values.get(theirs, next(iter(names.values()))[0])
         settings[ours] = next(value for value, known in names.items() if said in known)
@@ -112,6 +120,10 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
         return model_type, ModelConfig(**settings, **layout.fixed).resolved()
     except (TypeError, ValueError) as error:
         raise ConvertError(f"{where} does not describe a model: {error}") from None
+
+
+def _is_at_least(value: Any, least: Any) -> bool:
+    return isinstance(value, int) and isinstance(least, int) and value >= least
 
 
 def _read_rope(layout: Layout, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

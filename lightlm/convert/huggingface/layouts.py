@@ -80,10 +80,25 @@ _GATED_LINKS = tuple(
     else link
     for link in _LLAMA_LINKS
 )
-_GLM_LINKS = (
-    *_LLAMA_LINKS,
+_SIGMOID_LINKS = (
     Link(f"model.layers.{{}}.mlp.gate.{SELECTION_BIAS}", "blocks.{}.mlp.router.selection_bias"),
     *(Link(f"model.layers.{{}}.mlp.shared_experts.{name}", f"blocks.{{}}.mlp.shared.{name}") for name in _MLP),
+)
+_GLM_LINKS = _LLAMA_LINKS + _SIGMOID_LINKS
+_LATENTS = "blocks.{}.attention."
+_DEEPSEEK_LINKS = (
+    *(
+        link
+        for link in _LLAMA_LINKS
+        if not any(name in link.theirs for name in ("k_proj", "v_proj", "q_norm", "k_norm"))
+    ),
+    Link("model.layers.{}.self_attn.q_a_proj", f"{_LATENTS}q_a_proj"),
+    Link("model.layers.{}.self_attn.q_a_layernorm", f"{_LATENTS}q_a_norm"),
+    Link("model.layers.{}.self_attn.q_b_proj", f"{_LATENTS}q_b_proj"),
+    Link("model.layers.{}.self_attn.kv_a_proj_with_mqa", f"{_LATENTS}kv_a_proj {_LATENTS}k_rope_proj"),
+    Link("model.layers.{}.self_attn.kv_a_layernorm", f"{_LATENTS}kv_a_norm"),
+    Link("model.layers.{}.self_attn.kv_b_proj", f"{_LATENTS}k_b_proj {_LATENTS}v_b_proj", by_head=True),
+    *_SIGMOID_LINKS,
 )
 _ROUTER_LINK = Link("model.layers.{}.mlp.gate", "blocks.{}.mlp.router")
 _EXPERT_LINKS = (
@@ -98,6 +113,7 @@ _STACKED_LINKS = (
 _MOE_KEYS = {name: name for name in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")}
 _MOE_FIXED = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "attention_gate": False}
 _MOE_FIXED |= {"attention": "gqa"}
+_ONE_GROUP = {"n_group": (1,), "topk_group": (1,)}
 _SIGMOID_HINT = "with router: sigmoid Glm4MoeForCausalLM has it"
 _SOFTMAX_RULES = {
     **_RULES,
@@ -280,12 +296,65 @@ LAYOUTS = {
             "norm_topk_prob": True,
             "routed_scaling_factor": 1.0,
         },
-        constants={"hidden_act": ("silu",), "attention_bias": (False,), "n_group": (1,), "topk_group": (1,)},
+        constants={"hidden_act": ("silu",), "attention_bias": (False,), **_ONE_GROUP},
         links=_GLM_LINKS + _EXPERT_LINKS,
         stacked_links=_GLM_LINKS + _STACKED_LINKS,
         # Layers for speculative decoding. It is ignored when read: transformers writes 1 for models without any.
         written={"num_nextn_predict_layers": 0},
         rope={"partial_rotary_factor": 0.5},
+    ),
+    "deepseek_v3": Layout(
+        architecture="DeepseekV3ForCausalLM",
+        keys={
+            **{ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "head_dim"},
+            **_MOE_KEYS,
+            **{name: name for name in LATENT_FIELDS},
+            "num_experts": "n_routed_experts",
+            "num_shared_experts": "n_shared_experts",
+            "first_k_dense": "first_k_dense_replace",
+            "routed_scaling_factor": "routed_scaling_factor",
+        },
+        fixed={**_MOE_FIXED, "attention": "mla", "qk_norm": False, "router": "sigmoid"},
+        rules={
+            **_RULES,
+            "head_dim": _ANY,  # the sum of its two parts
+            # The class chooses among groups of experts by the sum of the best two in each; there is one group. A model
+            # without experts has dense layers only.
+            "num_experts": Rule(lambda c: c.num_experts != 1, "must be 0 or at least 2"),
+        },
+        defaults={
+            **{key: value for key, value in _LLAMA_DEFAULTS.items() if key != "head_dim"},
+            "num_key_value_heads": 128,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 3,
+            "moe_intermediate_size": 2048,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+        constants={
+            "hidden_act": ("silu",),
+            "attention_bias": (False,),
+            "rope_interleave": (True,),
+            **_ONE_GROUP,
+        },
+        links=_DEEPSEEK_LINKS + _EXPERT_LINKS,
+        stacked_links=_DEEPSEEK_LINKS + _STACKED_LINKS,
+        # What remote code of DeepSeek reads: the kind of router. And no layers for speculative decoding, see glm4_moe.
+        written={
+            "num_nextn_predict_layers": 0,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "ep_size": 1,
+            "moe_layer_freq": 1,
+        },
+        neighboring_pairs=True,
     ),
     "qwen3_moe": Layout(
         architecture="Qwen3MoeForCausalLM",
@@ -326,7 +395,6 @@ LAYOUTS = {
 _AFTER = "it normalizes what attention and feed-forward networks put out, not what goes in"
 _PARALLEL = "attention and feed-forward network of a layer read the same input"
 _GELU_GATE = "the gate of its feed-forward networks is a GELU"
-_LATENT = "its keys and values are compressed (multi-head latent attention)"
 _OTHER_POSITIONS = "its positions are neither rotary nor learned in the way of GPT-2"
 MISSING_PARTS = {
     "olmo": "its norms have no weights",
@@ -346,7 +414,7 @@ MISSING_PARTS = {
     "gpt_neo": "half of its layers see a window, and attention is not scaled by the size of a head",
     "gpt_bigcode": "its projections are stored as one, with one head of keys",
     "qwen2_moe": "its shared expert has a gate of its own",
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _LATENT),
+    "deepseek_v2": "its experts are chosen otherwise than DeepSeek-V3's",
     **dict.fromkeys(("mamba", "mamba2", "rwkv", "jamba", "bamba", "zamba2", "qwen3_next"), "it has recurrent layers"),
 }
 

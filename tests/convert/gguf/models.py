@@ -6,6 +6,7 @@ from tests.shapes import SHAPES
 
 _LLAMA = SHAPES["llama"]
 _MOE = replace(_LLAMA, num_experts=4, num_experts_per_tok=2)
+_DEEPSEEK = replace(SHAPES["deepseek"], norm_eps=1e-6)
 
 MODELS = {
     name: SHAPES[name]
@@ -25,4 +26,7 @@ MODELS |= {
     "qwen3moe": replace(_MOE, router="softmax", qk_norm=True),
     "softmax": replace(_MOE, router="softmax", num_shared_experts=1, first_k_dense=1, norm_topk_prob=False),
     "not_shared": replace(_MOE, qk_norm=True),
+    "deepseek2": _DEEPSEEK,
+    "deepseek2_dense": replace(SHAPES["mla"], bias=False, bias_in="all", norm_eps=1e-6),
+    "deepseek2_softmax": replace(_DEEPSEEK, router="softmax", num_shared_experts=0, q_lora_rank=0, layer_sharing=2),
 }

@@ -211,7 +211,7 @@ SHAPES_THAT_LIE = [
     ({"tokenizer.ggml.merges": [1, 2]}, "has no array of texts tokenizer.ggml.merges"),
     ({"tokenizer.ggml.token_type": ["a"]}, "has no array of numbers tokenizer.ggml.token_type"),
     ({"llama.expert_count": 4}, "belongs to no part of llama|is missing"),
-    ({"general.architecture": "mamba"}, "of the architecture 'mamba'; LightLM reads glm4moe, gpt2, llama"),
+    ({"general.architecture": "mamba"}, "of the architecture 'mamba'; LightLM reads deepseek2, glm4moe, gpt2, llama"),
     ({"general.architecture": 5}, "is '5', which is not a str"),
     ({"tokenizer.ggml.model": "bert"}, "a tokenizer of the kind 'bert'; LightLM reads gpt2 and llama"),
     ({"tokenizer.ggml.pre": "tekken"}, "splits text as 'tekken'; LightLM reads"),

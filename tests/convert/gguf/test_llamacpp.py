@@ -38,7 +38,7 @@ def test_llama_cpp_reads_every_precision(precision, tmp_path, tokenizer):
 
 def test_a_wrong_file_is_found(tmp_path, tokenizer, monkeypatch):
     """One with other weights, and one whose weights mean something else to llama.cpp."""
-    from lightlm.convert.gguf import tensors
+    from lightlm.convert import renaming
 
     path = tmp_path / "model.gguf"
     model = loaded(replace(MODELS["llama"], vocab_size=0), tokenizer)
@@ -46,12 +46,14 @@ def test_a_wrong_file_is_found(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(verification, "import_gguf", lambda path: model)
     with pytest.raises(ConvertError, match=r"diverge by .* nats, more than rounding"):
         verify(model, path)
-    monkeypatch.setattr(tensors, "NEIGHBORING_PAIRS", ())
+    monkeypatch.setattr(renaming, "_to_neighbors", lambda name, tensor, config: tensor)
     with pytest.raises(ConvertError, match=r"blk.0.attn_q.weight is not the model's"):
         verify(model, path)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "moe", "mixtral", "softmax"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "qwen3", "moe", "mixtral", "softmax", "deepseek2", "deepseek2_dense"]
+)
 def test_greedy_continuations_are_equal(name, tmp_path, tokenizer):
     """To the end of the context, in float32; a token that ends a text is never taken by llama.cpp here, nor by us."""
     model = loaded(replace(MODELS[name], vocab_size=0), tokenizer)

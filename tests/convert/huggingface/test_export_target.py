@@ -33,6 +33,8 @@ MOE = replace(LLAMA, num_experts=4, num_experts_per_tok=2)
         (replace(MOE, num_shared_experts=1, routed_scaling_factor=2.5, first_k_dense=1), "Glm4MoeForCausalLM"),
         (replace(MOE, qk_norm=True, norm_topk_prob=False), "Glm4MoeForCausalLM"),
         (replace(MOE, router="softmax"), "MixtralForCausalLM"),
+        (SHAPES["deepseek"], "DeepseekV3ForCausalLM"),
+        (replace(LLAMA, num_kv_heads=0, attention="mla"), "DeepseekV3ForCausalLM"),
         (replace(MOE, router="softmax", qk_norm=True, first_k_dense=1, norm_topk_prob=False), "Qwen3MoeForCausalLM"),
     ],
 )
@@ -54,6 +56,9 @@ def test_class(config, architecture):
         (replace(GPT2, norm="rmsnorm"), ["GPT2LMHeadModel", "norm: rmsnorm (must be layernorm)"]),
         (replace(GPT2, qk_norm=True, num_kv_heads=2), ["qk_norm: true", "num_kv_heads: 2"]),
         (replace(GPT2, head_dim=16), ["head_dim: 16"]),
+        (SHAPES["mla"], ["DeepseekV3ForCausalLM", "bias: true (must be false)"]),
+        (SHAPES["mla_banded"], ["DeepseekV3ForCausalLM", "sliding_window: 6"]),
+        (replace(SHAPES["deepseek"], router="softmax"), ["DeepseekV3ForCausalLM", "router: softmax (must be sigmoid)"]),
         (replace(QWEN3, bias=True), ["Qwen3ForCausalLM", "bias: true"]),
         (replace(LLAMA, attention_gate=True), ["Qwen3_5ForCausalLM", "qk_norm: false (must be true)"]),
         (replace(QWEN3, attention_gate=True, sliding_window=5), ["Qwen3_5ForCausalLM", "sliding_window: 5"]),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lightlm.checkpoint import load_model, save_model
 from lightlm.convert.huggingface.folder import import_huggingface
-from lightlm.errors import CheckpointError, ConvertError, LightLMError
+from lightlm.errors import ConvertError, LightLMError
 from tests.convert.models import difference, edit, roughen, write
 
 transformers = pytest.importorskip("transformers")
@@ -224,7 +224,8 @@ def test_end_of_text(places, expected, folder, tokenizer, tmp_path):
             {"model_type": "gpt_neox"},
             [
                 "'gpt_neox'",
-                "arcee, glm4_moe, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_5_text, qwen3_moe, starcoder2",
+                "arcee, deepseek_v3, glm4_moe, gpt2, llama, mistral, mixtral, qwen2, qwen3, ",
+                "qwen3_5_text, qwen3_moe, starcoder2",
             ],
         ),
         ("llama", {"model_type": "olmo2"}, ["'olmo2', which LightLM does not have: it normalizes what attention"]),
@@ -317,17 +318,15 @@ def test_shapes_of_a_fused_weight(tokenizer, tmp_path):
     state = load_file(path / "model.safetensors")
     state["transformer.h.0.attn.c_attn.weight"] = torch.zeros(32, 64)
     save_file(state, path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.attention\.k_proj\.weight has shape"):
+    with pytest.raises(ConvertError, match=r"h\.0\.attn\.c_attn\.weight has 64 rows, not 32 \+ 32 \+ 32"):
         import_huggingface(path)
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"), [(64, r"q_proj\.weight has shape \(32, 32\)"), (70, r"q_proj\.weight has 70 rows")]
-)
-def test_queries_without_their_gate(rows, message, tokenizer, tmp_path):
+@pytest.mark.parametrize("rows", [64, 70])
+def test_queries_without_their_gate(rows, tokenizer, tmp_path):
     path = write(build("qwen3.5", tokenizer.vocab_size), tokenizer, tmp_path / "hf")
     state = load_file(path / "model.safetensors")
     state["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(rows, 32)
     save_file(state, path / "model.safetensors")
-    with pytest.raises(LightLMError, match=message):
+    with pytest.raises(LightLMError, match=rf"q_proj\.weight has {rows} rows, not 64 \+ 64"):
         import_huggingface(path)

@@ -14,6 +14,7 @@ from lightlm.convert.samples import sample_tokens
 from lightlm.errors import ConvertError, LightLMError
 from lightlm.model.config import ModelConfig
 from tests.convert.models import difference, edit, loaded, roughen, write
+from tests.shapes import SHAPES
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,7 +32,23 @@ BASE = ModelConfig(
 )
 GLM = replace(BASE, num_shared_experts=2, first_k_dense=1, routed_scaling_factor=2.5)
 QWEN = replace(BASE, router="softmax", qk_norm=True, first_k_dense=1)
+LATENT = replace(
+    GLM,
+    num_kv_heads=0,
+    head_dim=0,
+    attention="mla",
+    kv_lora_rank=24,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=6,
+    v_head_dim=10,
+)
 EXPORTED = {
+    "deepseek": replace(LATENT, q_lora_rank=20),
+    "deepseek no latent of queries, nothing shared, untied": replace(
+        LATENT, num_shared_experts=0, norm_topk_prob=False, tie_embeddings=False, rope_scaling="linear", rope_factor=2.5
+    ),
+    "deepseek dense": replace(SHAPES["mla"], vocab_size=0, bias=False, bias_in="all", norm_eps=1e-6),
+    "deepseek repeated blocks": replace(LATENT, num_layers=2, layer_sharing=2, v_head_dim=20),
     "glm": GLM,
     "glm qk-norm, untied": replace(GLM, qk_norm=True, tie_embeddings=False),
     "glm repeated blocks": replace(GLM, num_layers=2, layer_sharing=2),
@@ -46,7 +63,12 @@ EXPORTED = {
     "mixtral": replace(BASE, router="softmax"),
     "mixtral untied, repeated": replace(BASE, router="softmax", tie_embeddings=False, layer_sharing=2, rope_theta=1e3),
 }
-CLASSES = {"glm": "Glm4MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+CLASSES = {
+    "deepseek": "DeepseekV3ForCausalLM",
+    "glm": "Glm4MoeForCausalLM",
+    "qwen3": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 
 
 def written_out(config):
@@ -107,7 +129,27 @@ GLM4 = {
     "routed_scaling_factor": 2.5,
 }
 QWEN3 = {**SIZES, "intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 5}
+DEEPSEEK = {
+    **{key: value for key, value in SIZES.items() if key not in ("head_dim", "num_key_value_heads")},
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 5,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 10,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 FAMILIES = {
+    "deepseek_v3": (transformers.DeepseekV3Config, {**DEEPSEEK, "n_shared_experts": 2}),
+    "deepseek_v3 no latent of queries, tied": (
+        transformers.DeepseekV3Config,
+        {**DEEPSEEK, "q_lora_rank": None, "tie_word_embeddings": True, "norm_topk_prob": False},
+    ),
     "glm4_moe": (transformers.Glm4MoeConfig, {**GLM4, "n_shared_experts": 2}),
     "glm4_moe qk-norm, tied": (transformers.Glm4MoeConfig, {**GLM4, "use_qk_norm": True, "tie_word_embeddings": True}),
     "glm4_moe all layers, nothing shared": (
@@ -132,6 +174,14 @@ def build(family, vocab_size, **changes):
     torch.manual_seed(0)
     config = config_class(**{**values, **changes}, vocab_size=vocab_size, eos_token_id=0, bos_token_id=0)
     return roughen(transformers.AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("first", [3, 60])
+def test_a_deepseek_of_dense_layers_has_no_experts(first, tokenizer, tmp_path):
+    theirs = build("deepseek_v3", tokenizer.vocab_size, first_k_dense_replace=first)
+    model = import_huggingface(write(theirs, tokenizer, tmp_path / "hf")).model
+    assert model.config.num_experts == 0
+    assert difference(model, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["an expert a tensor", "stacked"])
