@@ -61,7 +61,7 @@ SHAPES |= {
     "scaled_mla": replace(SHAPES["deepseek"], **_SCALES),
 }
 
-# The model on the Hub that the recipe `finetune` starts from.
+# The model on the Hub that the recipes `finetune` and `chat` start from.
 SMOLLM2 = ModelConfig(
     num_layers=30,
     hidden_size=576,

@@ -14,6 +14,8 @@ from lightlm.recipe import CheckpointSection, load_recipe, load_run_recipe, ship
 from tests.shapes import without_hub
 
 PARAMETERS = {
+    "chat": 134_515_008,  # SmolLM2-135M's
+    "chat-demo": 902_784,
     "demo": 6_819_840,
     "finetune": 134_515_008,  # SmolLM2-135M's
     "gpt2-124m": 124_439_808,
@@ -27,6 +29,7 @@ PARAMETERS = {
     "speedrun": 4_722_880,
 }
 VOCABULARY = {
+    "chat-demo": 386,
     "demo": 8192,
     "moe-demo": 8192,
     "lightlm": 50_257,

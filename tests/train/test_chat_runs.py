@@ -18,7 +18,7 @@ from lightlm.train.setup import open_data, set_up
 from lightlm.train.trainer import Trainer
 from tests.train.watch import Recorder, empty_run, start
 
-CHAT = ("data.dataset=talk", "data.document_mask=true", "train.tokens=512", "eval.every=512", "eval.prompts=[Hi]")
+CHAT = ("data.dataset=answers", "data.document_mask=true", "train.tokens=512", "eval.every=512", "eval.prompts=[Hi]")
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,10 @@ def talk(workspace):
     """A folder of conversations with the tokenizer of a run, which lacks ChatML's tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        start("tiny.yaml", "train.tokens=256", "eval.prompts=[]", name="base")
+        start("tiny.yaml", "train.tokens=256", "eval.prompts=[]", name="chat-base")
         lines = [{"prompt": f"Say {n}", "completion": f"The old clock says {n}."} for n in range(200)]
         Path("talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        prepare("talk.jsonl", "base", "data/talk", text_column=ChatColumns("chat"), val_fraction=0.1)
+        prepare("talk.jsonl", "chat-base", "data/answers", text_column=ChatColumns("chat"), val_fraction=0.1)
         return workspace
 
 
@@ -41,10 +41,10 @@ def _in_workspace(talk, monkeypatch):
 def test_a_run_grows_the_model_that_it_starts_from():
     from lightlm.convert.load import find_start
 
-    recipe = load_recipe("tiny.yaml", [*CHAT, "model={}", "train.init_from=base"], find_start=find_start)
+    recipe = load_recipe("tiny.yaml", [*CHAT, "model={}", "train.init_from=chat-base"], find_start=find_start)
     notes = []
     setup = set_up(recipe, open_data(recipe), notes.append)
-    base = checkpoint.load_model(checkpoint.newest_checkpoint(RUNS / "base"))
+    base = checkpoint.load_model(checkpoint.newest_checkpoint(RUNS / "chat-base"))
     before, size = base.model.state_dict(), base.tokenizer.vocab_size
     assert setup.recipe.model.vocab_size == size + 2
     assert any("2 more rows in its embedding, for <|im_start|> <|im_end|>" in note for note in notes)
@@ -61,22 +61,22 @@ def test_checkpoints_hold_the_template_and_every_end():
     recipe = load_recipe("tiny.yaml", CHAT)
     watch = Recorder()
     setup = set_up(recipe, open_data(recipe), watch.note)
-    Trainer(setup, empty_run("talk"), watch).train()
+    Trainer(setup, empty_run("answers"), watch).train()
     [(_, shown, _)] = watch.samples
     assert shown == "user: Hi\nassistant: "
-    assert (RUNS / "talk" / "samples" / "step_000002.txt").read_text(encoding="utf-8").startswith(shown)
-    tokenizer = checkpoint.load_model(checkpoint.newest_checkpoint(RUNS / "talk")).tokenizer
+    assert (RUNS / "answers" / "samples" / "step_000002.txt").read_text(encoding="utf-8").startswith(shown)
+    tokenizer = checkpoint.load_model(checkpoint.newest_checkpoint(RUNS / "answers")).tokenizer
     assert tokenizer.end_ids == {tokenizer.end_of_text_id, tokenizer.id_of("<|im_end|>")}
     text, ids = encode_chat(tokenizer, [{"role": "user", "content": "Say 7"}])
     assert text == "<|im_start|>user\nSay 7<|im_end|>\n<|im_start|>assistant\n"
     # The model reads the prompt's tokens as it was trained on them.
-    documents = [document.tolist() for document in DataFolder.open("data/talk").split("train").documents()]
+    documents = [document.tolist() for document in DataFolder.open("data/answers").split("train").documents()]
     assert any(document[: len(ids)] == ids for document in documents)
 
 
 def test_text_with_the_same_tokenizer_can_be_mixed_in():
-    prepare("tiny.jsonl", "data/talk", "data/tiny-chat", val_fraction=0.1)
-    recipe = load_recipe("tiny.yaml", [*CHAT[1:], "data.mix={tiny-chat: 0.5, talk: 0.5}"])
+    prepare("tiny.jsonl", "data/answers", "data/tiny-chat", val_fraction=0.1)
+    recipe = load_recipe("tiny.yaml", [*CHAT[1:], "data.mix={tiny-chat: 0.5, answers: 0.5}"])
     setup = set_up(recipe, open_data(recipe), lambda note: None)
     assert "chat_template" in setup.tokenizer.settings
-    assert list(setup.loader.packings) == ["talk"]
+    assert list(setup.loader.packings) == ["answers"]

@@ -25,15 +25,17 @@ def prepare_data(
         str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="pydocs, fineweb-edu, another named data set, hf:org/name[:config]\\[@revision], a file, folder or "
-            "glob of .txt .md .jsonl .json .csv .tsv (also .gz .zst .xz .bz2) .parquet, or - for standard input",
+            help="pydocs, skills, fineweb-edu, another named data set, hf:org/name[:config]\\[@revision], a file, "
+            "folder or glob of .txt .md .jsonl .json .csv .tsv (also .gz .zst .xz .bz2) .parquet, or - for standard "
+            "input",
         ),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
             metavar="gpt2|MODEL|PATH|train:N",
-            help="That of a run, a model folder or a Hub id; a file; or a new one. Default: gpt2; pydocs: train:8192.",
+            help="That of a run, a model folder or a Hub id; a file; or a new one. Default: gpt2; pydocs: train:8192; "
+            "skills: train:384.",
         ),
     ] = None,
     eot: Annotated[
@@ -65,7 +67,10 @@ def prepare_data(
     ] = None,
     val_fraction: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Share of documents for validation, 0 for none. Default: 0.005; pydocs: 0.05."),
+        typer.Option(
+            metavar="X",
+            help="Share of documents for validation, 0 for none. Default: 0.005; pydocs: 0.05; skills: 0.02.",
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Threads or Ray tasks. Default: one per core, at most 8 threads.")
@@ -195,9 +200,10 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
 
     text_bytes = sum(manifest.text_bytes.values())
     unread = verified or manifest.already_prepared
-    recipe = "demo" if manifest.chat is None else "chat"
-    # The demo recipe reads data/pydocs by default.
-    dataset = "" if folder == Path("data/pydocs") else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
+    recipe = "demo" if manifest.chat is None else "chat-demo" if manifest.source == "skills" else "chat"
+    # The demo recipes read these by default.
+    default = folder in (Path("data/pydocs"), Path("data/skills"))
+    dataset = "" if default else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
     return {
         "folder": folder.as_posix(),
         **manifest.model_dump(include=set(FROM_MANIFEST)),

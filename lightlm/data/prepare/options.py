@@ -13,20 +13,24 @@ from lightlm.data.select.filters import Filter
 from lightlm.data.shards import TrainOn
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.pydocs import PYDOCS
+from lightlm.data.sources.skills import SKILLS_SOURCE
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_path
 from lightlm.errors import UsageError
 
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
 
+_DEFAULTS = {PYDOCS: ("train:8192", 0.05), SKILLS_SOURCE: ("train:384", 0.02)}
+
 
 def defaults(source: Source) -> tuple[str, float]:
     """Return the tokenizer and the share of validation documents of a preparation that names none.
 
     pydocs must work without a network, and its 9 MB are too little for a vocabulary of 50,257. Of its 1,600 documents
-    0.5% would be 8, too few for a stable validation loss.
+    0.5% would be 8, too few for a stable validation loss. skills, too, must work without a network; its few words need
+    no vocabulary.
     """
-    return ("train:8192", 0.05) if source.spec == PYDOCS else ("gpt2", 0.005)
+    return _DEFAULTS.get(source.spec, ("gpt2", 0.005))
 
 
 @dataclass(frozen=True)

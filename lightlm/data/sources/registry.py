@@ -12,10 +12,11 @@ from lightlm.data.sources.hub.names import HUB_DATASETS, PREFIX
 from lightlm.data.sources.hub.source import open_hub
 from lightlm.data.sources.local import LocalSource
 from lightlm.data.sources.pydocs import PYDOCS, open_pydocs
+from lightlm.data.sources.skills import SKILLS_SOURCE, open_skills
 from lightlm.errors import DataError
 from lightlm.names import note_clash
 
-NAMES: dict[str, Opener] = {PYDOCS: open_pydocs, **dict.fromkeys(HUB_DATASETS, open_hub)}
+NAMES: dict[str, Opener] = {PYDOCS: open_pydocs, SKILLS_SOURCE: open_skills, **dict.fromkeys(HUB_DATASETS, open_hub)}
 PREFIXES: dict[str, Opener] = {PREFIX: open_hub}
 
 

@@ -17,6 +17,7 @@ def write_conversations(folder, tokenizer_of, lengths, seed=0):
     """Random tokens; of each conversation, one part in the middle and the end are trained on."""
     folder.mkdir(parents=True)
     shutil.copyfile(tokenizer_of / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": ""}', encoding="utf-8")
     like = DataFolder.open(tokenizer_of).manifest
     generator = np.random.default_rng(seed)
     shards, masks, trained = [], [], {}
