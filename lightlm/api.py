@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from lightlm.checkpoint import LoadedModel
 from lightlm.choices import check_weights
 from lightlm.convert.load import find_start, load_pretrained
 from lightlm.cpu import restored_threads
+from lightlm.data.chat.conversation import columns_of
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare as prepare_folder
+from lightlm.data.shards import TrainOn
 from lightlm.data.sources.registry import open_source
 from lightlm.device import pick_device, pick_dtype
 from lightlm.errors import UsageError
@@ -244,6 +246,9 @@ def prepare(
     max_tokens: int | str | None = None,
     val_fraction: float | None = None,
     text_column: str = "text",
+    format: Literal["text", "chat", "messages", "sharegpt", "prompt", "alpaca"] = "text",
+    train_on: TrainOn = "assistant",
+    chat_template: str | None = None,
     overwrite: bool = False,
 ) -> DataFolder:
     """Tokenize a source into a data folder and open it. A folder with the same settings is only opened.
@@ -255,17 +260,22 @@ def prepare(
             default.
         max_tokens: stop after the document that reaches this many tokens; text such as "1B" also works.
         val_fraction: share of documents for validation; None is the source's default.
-        text_column: the column or JSON key with the text.
+        text_column: the column or JSON key with the text, or with the messages of a conversation.
+        format: texts, or conversations: in whichever form a record has (`chat`), or in one of the four.
+        train_on: the tokens of a conversation that a model learns to write: `all`, `assistant` or `last`.
+        chat_template: a template in Jinja; None is the tokenizer's, else ChatML.
         overwrite: replace a folder that was prepared with other settings.
 
     Raises:
         UsageError: an argument is out of its range.
         DataError: the source cannot be read, or `out` holds something else.
     """
+    text_column = columns_of(format, text_column)
     opened = open_source(str(source), text_column)
     folder = Path("data") / opened.name if out is None else Path(out)
     limit = None if max_tokens is None else parse_quantity(max_tokens)
     settings: dict[str, Any] = {"max_tokens": limit, "val_fraction": val_fraction, "overwrite": overwrite}
+    settings |= {"train_on": train_on, "chat_template": chat_template}
     prepare_folder(opened, tokenizer, folder, text_column=text_column, **settings)
     return DataFolder.open(folder)
 

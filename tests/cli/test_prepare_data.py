@@ -202,3 +202,16 @@ def test_a_validation_split_that_says_little_is_a_warning(run) -> None:  # type:
     size = json.loads(result.stdout)["small_validation"]
     assert size is not None
     assert f"Warning: validation is {size}, so its loss says little; raise --val-fraction of " in result.stderr
+
+
+def test_conversations_are_shown_with_the_trained_tokens_marked(run):  # type: ignore[no-untyped-def]
+    Path("talks.jsonl").write_text('{"prompt": "Name a color", "completion": "Red"}\n' * 3, encoding="utf-8")
+    command = ("talks.jsonl", "--tokenizer", "train:300", "--val-fraction", "0")
+    shown = run(*command, "--format", "chat", "--sample", "1").output
+    assert "⟦Red<|im_end|>⟧" in shown
+    assert "ChatML, which adds <|im_start|> <|im_end|>" in shown
+    assert "lightlm train recipes/chat.yaml data.dataset=talks" in shown
+    with pytest.raises(DataError, match="the columns instruction and output were expected"):
+        run(*command, "--format", "alpaca", "--out", "data/other")
+    with pytest.raises(UsageError, match=r"--chat-template x\.jinja: cannot be read"):
+        run(*command, "--format", "chat", "--chat-template", "x.jinja")

@@ -120,13 +120,13 @@ def prepare_data(
     from lightlm.cli.console import console
     from lightlm.cli.displays.preparation import print_summary, progress_line
     from lightlm.cli.prepare_data.selection import (
-        columns_of,
         evaluation_sets,
         open_named,
         opened,
         read_template,
         refuse_mixture,
     )
+    from lightlm.data.chat.conversation import columns_of
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.workspace import Workspace

@@ -74,15 +74,6 @@ def evaluation_sets(names: str | None, contaminated: str) -> Decontaminator | No
         return Decontaminator(scored_examples(tasks), drops=contaminated == "drop")
 
 
-def columns_of(form: str, text_column: str) -> str:
-    """Return what to read of a record: the text column, or with `--format` the conversation."""
-    from lightlm.data.chat.conversation import ChatColumns
-
-    if form == "text":
-        return text_column
-    return ChatColumns(form if text_column == "text" else f"{form}:{text_column}")
-
-
 def read_template(path: Path | None) -> str | None:
     """Return the chat template in a file. Raises UsageError where it cannot be read."""
     from lightlm.errors import UsageError

@@ -118,6 +118,16 @@ class ChatColumns(str):
         return next((form for form in self._forms.values() if all(name in columns for name in form.needs)), None)
 
 
+def columns_of(form: str, text_column: str) -> str:
+    """Return what to read of a record: the text column for the form `text`, else its conversation.
+
+    `form` is also `CHAT` or a row of `FORMS`; `text_column` may then name the column with the messages.
+    """
+    if form == "text":
+        return text_column
+    return ChatColumns(form if text_column == "text" else f"{form}:{text_column}")
+
+
 def _field(record: Any, column: str) -> Any:
     for part in column.split("."):
         record = record.get(part) if isinstance(record, Mapping) else None

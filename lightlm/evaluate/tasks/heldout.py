@@ -60,6 +60,8 @@ def _folder(metadata: dict[str, Any]) -> tuple[Path, str]:
     """Return the data folder and a fingerprint of its contents, which may be replaced during a process."""
     path = common_folder([metadata.get("pretrained")], metadata.get("data")).resolve()
     manifest = DataFolder.open(path).manifest
+    if manifest.chat is not None:
+        raise DataError(f"the task {HELDOUT} scores texts, and {path} holds conversations; name a folder of texts")
     return path, " ".join([manifest.tokenizer_sha256, *(shard.xxh3 for shard in manifest.shards)])
 
 
