@@ -213,5 +213,7 @@ def test_conversations_are_shown_with_the_trained_tokens_marked(run):  # type: i
     assert "lightlm train recipes/chat.yaml data.dataset=talks" in shown
     with pytest.raises(DataError, match="the columns instruction and output were expected"):
         run(*command, "--format", "alpaca", "--out", "data/other")
+    with pytest.raises(UsageError, match="--train-on last is for conversations: add --format chat"):
+        run(*command, "--train-on", "last")
     with pytest.raises(UsageError, match=r"--chat-template x\.jinja: cannot be read"):
         run(*command, "--format", "chat", "--chat-template", "x.jinja")

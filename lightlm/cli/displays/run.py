@@ -82,6 +82,11 @@ def print_result(result: Result, trainer: Trainer, page: Path | None, as_json: b
 
 def _next_commands(trainer: Trainer) -> list[str]:
     """Return commands to try on a finished run. The prompt is the beginning of a text of its own data."""
+    if trainer.data.main.manifest.chat is not None:
+        return [
+            f"lightlm generate --chat {shlex.quote(next(iter(trainer.recipe.eval.prompts), 'Hello'))}",
+            "lightlm convert",
+        ]
     words = trainer.data.main.beginnings(1)[0].split()[:_PROMPT_WORDS]
     prompt = shlex.quote(" ".join(words).replace("\N{REPLACEMENT CHARACTER}", "") or "Hello")
     held_out = ["lightlm eval --tasks heldout"] if len(trainer.data.main.split("val")) else []

@@ -55,9 +55,12 @@ def prepare_data(
         ),
     ] = "text",
     train_on: Annotated[
-        Literal["all", "assistant", "last"],
-        typer.Option(metavar="all|assistant|last", help="The tokens of a conversation that a model learns to write."),
-    ] = "assistant",
+        Literal["all", "assistant", "last"] | None,
+        typer.Option(
+            metavar="all|assistant|last",
+            help="The tokens of a conversation that a model learns to write. Default: assistant.",
+        ),
+    ] = None,
     chat_template: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A chat template (Jinja). Default: the tokenizer's, else ChatML."),
@@ -131,11 +134,14 @@ def prepare_data(
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.workspace import Workspace
     from lightlm.data.select.filters import Filter
+    from lightlm.data.sources.skills import SKILLS_SOURCE
     from lightlm.errors import UsageError
     from lightlm.quantities import parse_quantity
     from lightlm.train.signals import interrupted_by_signals
 
     refuse_mixture(source, mix)
+    if form == "text" and source != SKILLS_SOURCE and train_on is not None:
+        raise UsageError(f"--train-on {train_on} is for conversations: add --format chat")
     text_column, template = columns_of(form, text_column), read_template(chat_template)
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
@@ -170,7 +176,7 @@ def prepare_data(
                     text_source, tokenizer, folder, text_column=text_column, max_tokens=limit,
                     val_fraction=val_fraction, workers=workers, overwrite=overwrite, skip_bad=skip_bad,
                     encoder=encoder, dedup=dedup, decontaminate=sets, filter=row_filter, end_of_text=eot,
-                    train_on=train_on, chat_template=template, engine=chosen_engine,
+                    train_on=train_on or "assistant", chat_template=template, engine=chosen_engine,
                     progress=update,
                 )  # fmt: skip
             except KeyboardInterrupt:
