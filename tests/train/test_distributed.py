@@ -148,10 +148,17 @@ SHAPES = [
         "data.document_mask=true",
     ),
     ("model.multipliers=both", "model.residual_scale=0.5", "model.embedding_scale=3", "model.base_depth=1"),
+    (
+        "model.attention=mla",
+        "model.num_kv_heads=0",
+        "model.qk_norm=false",
+        "model.q_lora_rank=12",
+        "model.kv_lora_rank=9",
+    ),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["shared", "untied", "scaled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["shared", "untied", "scaled", "latents"])
 def test_shared_blocks_untied_heads_and_learned_scales_in_both_strategies(shape):
     name, short = shape[0].partition(".")[2].partition("=")[0], (*shape, "train.tokens=768", "eval.prompts=[]")
     _, single = start("tiny.yaml", *short, name=f"{name}-single")

@@ -176,6 +176,22 @@ def build(family, vocab_size, **changes):
     return roughen(transformers.AutoModelForCausalLM.from_config(config))
 
 
+def test_a_trained_deepseek_is_the_same_in_both_directions(tokenizer, tmp_path):
+    model = loaded(EXPORTED["deepseek"], tokenizer)
+    tokens_BT = sample_tokens(model)[:, : model.model.config.max_seq_len]
+    optimizer = torch.optim.AdamW(model.model.parameters(), lr=3e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        logits_BTV = model.model(tokens_BT[:, :-1])
+        torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten()).backward()
+        optimizer.step()
+    export_huggingface(model, tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert difference(model.model, theirs) < 1e-4
+    back = import_huggingface(write(theirs, tokenizer, tmp_path / "again")).model
+    assert difference(back, theirs) < 1e-4
+
+
 @pytest.mark.parametrize("first", [3, 60])
 def test_a_deepseek_of_dense_layers_has_no_experts(first, tokenizer, tmp_path):
     theirs = build("deepseek_v3", tokenizer.vocab_size, first_k_dense_replace=first)
