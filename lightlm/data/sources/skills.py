@@ -20,6 +20,7 @@ SKILLS_SOURCE = "skills"
 CONVERSATIONS = 40_000
 VERSION = 1  # of the questions; another one is another source
 HELD_OUT = 10  # one question in so many
+_TRIES = 20_000  # a skill with few questions may have fewer that are held out than somebody wants
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _NAMES = ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo"]
 _COLORS = ["red", "blue", "green", "black", "white", "brown", "pink", "gray"]
@@ -88,7 +89,7 @@ def open_skills(spec: str, text_column: str, row_filter: Filter | None) -> Skill
 
 
 def held_out(skill: str, count: int) -> list[Pair]:
-    """Return different questions of a skill that the source does not have, with their answers."""
+    """Return up to `count` different questions of a skill that the source does not have, with their answers."""
     return list(itertools.islice(_questions(partial(SKILLS[skill], random.Random(skill)), held_out=True), count))
 
 
@@ -111,7 +112,7 @@ def _texts(bad: BadRecord) -> Iterator[Texts]:
 def _questions(ask: Callable[[], Pair], *, held_out: bool) -> Iterator[Pair]:
     """Yield questions that are held out, each once, or others."""
     seen: set[str] = set()
-    while True:
+    for _ in range(_TRIES):
         question, answer = ask()
         if (xxhash.xxh3_64_intdigest(question.encode()) % HELD_OUT == 0) is held_out and question not in seen:
             seen.add(question)
