@@ -14,6 +14,7 @@ recipes = typer.Typer(no_args_is_help=True, help="List, show and copy shipped re
 
 
 _GPT2_VOCABULARY = 50_257  # of the tokenizer that prepare-data takes for a Hub data set
+_SKILLS_VOCABULARY = 386  # train:384 and the two tokens of ChatML
 _EDITOR_LINE = "# yaml-language-server: $schema="  # tells editors where the JSON Schema of recipes is
 
 
@@ -73,7 +74,9 @@ def _prepared_vocabulary(lines: list[str]) -> int:
     """Return the vocabulary that the prepare-data command in a recipe's first comment makes; GPT-2's by default."""
     command = next(line for line in lines if "lightlm prepare-data" in line)
     trained = re.search(r"--tokenizer train:(\d+)", command)
-    return int(trained[1]) if trained else _GPT2_VOCABULARY
+    if trained:
+        return int(trained[1])
+    return _SKILLS_VOCABULARY if "prepare-data skills" in command else _GPT2_VOCABULARY
 
 
 @recipes.command("show")

@@ -68,6 +68,6 @@ def test_the_table_of_recipes_counts_each_with_its_own_vocabulary_and_without_to
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     rows = {row["recipe"]: row for row in json.loads(done.stdout)}
-    counted = PARAMETERS | {"finetune": None}  # its shape is the model's that it starts from
+    counted = PARAMETERS | {"finetune": None, "chat": None}  # their shape is the model's that they start from
     assert {name: row["parameters"] for name, row in rows.items()} == counted
     assert {name: rows[name]["vocab_size"] for name in VOCABULARY} == VOCABULARY

@@ -175,7 +175,7 @@ def test_any_configuration_is_read_or_refused(data):
     model_type = data.draw(st.sampled_from(sorted(LAYOUTS)))
     layout = LAYOUTS[model_type]
     shape = {name: next(iter(known)) for name, (_, known) in layout.choices.items()}
-    shape |= {"attention": layout.fixed["attention"], "head_dim": 4}
+    shape["attention"] = layout.fixed["attention"]
     config = ModelConfig(num_layers=2, hidden_size=8, num_heads=2, max_seq_len=8, vocab_size=9, **shape).resolved()
     values = {**write_config(model_type, config), "rope_scaling": None, "sliding_window": None, "layer_types": None}
     names = data.draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3, unique=True))
