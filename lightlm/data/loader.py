@@ -91,6 +91,10 @@ class _Source:
             for window in self.windows(ranks)
         ]
 
+    def trained(self, ranks: np.ndarray) -> int:
+        """Return the targets of samples that are trained on."""
+        return len(ranks) * self._seq_len
+
     def _offset(self, epoch: int) -> int:
         """Return where the first window of an epoch begins; 0 in the first."""
         if not epoch or self._offsets == 1:
@@ -122,6 +126,10 @@ class _Conversations:
     def masks(self, ranks: np.ndarray) -> list[np.ndarray]:
         """Return the masks of the same samples."""
         return [self.packing.sequence(number)[1] for number in self._numbers(ranks)]
+
+    def trained(self, ranks: np.ndarray) -> int:
+        """Return the targets of samples that are trained on."""
+        return int(self.packing.trained[self._numbers(ranks)].sum())
 
     def _numbers(self, ranks: np.ndarray) -> list[int]:
         epochs, positions = np.divmod(ranks, self.num_samples)
@@ -168,9 +176,8 @@ class BatchLoader:
 
     def trained(self, start: int, count: int) -> int:
         """Return the targets that are trained on in the samples that `batch` gives."""
-        if not self.packings:
-            return count * self.seq_len
-        return int(np.count_nonzero(self._read(start, count, masks=True)[:, 1:] & MASK_TRAINED))
+        numbers, ranks = self.order.locate(np.arange(start, start + count, dtype=np.int64))
+        return sum(self._sources[number].trained(ranks[numbers == number]) for number in np.unique(numbers).tolist())
 
     def _read(self, start: int, count: int, *, masks: bool = False) -> np.ndarray:
         """Return the tokens of samples, or their masks: int64 of shape (count, seq_len + 1)."""

@@ -47,6 +47,7 @@ class Packing:
     Attributes:
         cut: conversations that lose their end, because they are longer than a sequence.
         left_out: conversations without a token to train on in a sequence, and with `drop` all that are longer.
+        trained: tokens of each sequence that are trained on, int64 of shape (sequences,).
     """
 
     def __init__(self, stream: TokenStream, capacity: int, too_long: TooLong = "cut") -> None:
@@ -56,10 +57,8 @@ class Packing:
         starts = stream.mask.find(MASK_BEGINS)
         lengths = np.diff(np.concatenate([starts, [len(stream)]]))
         longer = lengths > capacity
-        # Trained tokens up to each conversation's end in a sequence; the first token has nothing to be predicted from.
-        trained = stream.mask.find(MASK_TRAINED)
-        ends = starts + np.minimum(lengths, capacity)
-        kept = np.searchsorted(trained, ends) > np.searchsorted(trained, starts + 1)
+        trained = _trained(stream.mask, starts, starts + np.minimum(lengths, capacity))
+        kept = trained > 0
         if too_long == "drop":
             kept &= ~longer
         self.cut, self.left_out = int((longer & kept).sum()), int((~kept).sum())
@@ -67,6 +66,7 @@ class Packing:
         sequences = best_fit(self._lengths, capacity)
         self._order = np.argsort(sequences, kind="stable")
         self._bounds = np.concatenate([[0], np.cumsum(np.bincount(sequences))]) if len(sequences) else np.zeros(1, int)
+        self.trained = np.bincount(sequences, trained[kept]).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -85,7 +85,15 @@ class Packing:
         masks[at : at + 1] = MASK_BEGINS
         return tokens, masks
 
-    @property
-    def share(self) -> float:
-        """The share of all sequences that is not padding."""
-        return float(self._lengths.sum() / max(1, len(self) * self._capacity))
+
+def _trained(masks: TokenStream, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the tokens of each conversation that are trained on: int64 of the shape of `starts`.
+
+    The first token of a conversation does not count: there is nothing to predict it from.
+    """
+    counts = np.zeros(len(starts), np.int64)
+    for positions in masks.found(MASK_TRAINED):
+        items = np.searchsorted(starts, positions, side="right") - 1
+        inside = (positions > starts[items]) & (positions < ends[items])
+        counts += np.bincount(items[inside], minlength=len(starts))
+    return counts

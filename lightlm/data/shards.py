@@ -27,6 +27,7 @@ LARGEST_UINT16_VOCABULARY = 65_536
 # Bits of a token's byte in a mask: it is trained on, it begins a conversation.
 MASK_TRAINED, MASK_BEGINS = 1, 2
 MASK_SUFFIX, MASK_DTYPE, MASK_VALUES = ".mask", np.dtype(np.uint8), 4
+FOUND_TOKENS = 1 << 22  # looked at together: 32 MB of memory
 TrainOn = Literal["all", "assistant", "last"]
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 10, 20_000  # a smaller validation split is noted
@@ -230,13 +231,14 @@ class TokenStream:
             out[place : place + len(part)] = part
         return out
 
+    def found(self, bit: int) -> Iterator[np.ndarray]:
+        """Yield where a stream of masks has a bit set, block by block: int64 positions, in order."""
+        for start in range(0, len(self), FOUND_TOKENS):
+            yield np.flatnonzero(self.slice(start, min(FOUND_TOKENS, len(self) - start)) & bit) + start
+
     def find(self, bit: int) -> np.ndarray:
-        """Return where a stream of masks has a bit set: int64 positions, in order."""
-        found = [
-            np.flatnonzero(np.bitwise_and(shard, bit)) + start
-            for shard, start in zip(self._shards, self._starts.tolist(), strict=False)
-        ]
-        return np.concatenate([np.zeros(0, np.int64), *found])
+        """Return all positions of `found`."""
+        return np.concatenate([np.zeros(0, np.int64), *self.found(bit)])
 
     def holds_documents(self) -> bool:
         """Return whether an end-of-text token separates two documents, in other words whether more follows one.

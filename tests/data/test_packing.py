@@ -34,7 +34,7 @@ def stream_of(conversations):
     return TokenStream(np.split(tokens, cuts), 0, np.split(masks.astype(np.uint8), cuts))
 
 
-def test_long_ones_are_cut_or_left_out_and_counted():
+def test_long_ones_are_cut_or_left_out_and_counted(monkeypatch):
     short, long = ([5, 6, 7], [0, 1, 1]), (list(range(10, 20)), [0, 0, 1, 0, 0, 0, 0, 0, 0, 1])
     late = (list(range(20, 29)), [0] * 8 + [1])  # nothing to train on before the cut
     stream = stream_of([short, long, late, short])
@@ -43,7 +43,9 @@ def test_long_ones_are_cut_or_left_out_and_counted():
     assert (cut.cut, cut.left_out, len(cut)) == (1, 1, 2)
     assert [cut.sequence(0)[part].tolist() for part in (0, 1)] == [[5, 6, 7, 5, 6, 7, 0, 0], [2, 1, 1, 2, 1, 1, 2, 0]]
     assert cut.sequence(1)[0].tolist() == list(range(10, 18))
-    assert cut.share == (3 + 3 + 8) / 16
+    assert cut.trained.tolist() == [4, 1]
+    monkeypatch.setattr("lightlm.data.shards.FOUND_TOKENS", 4)  # blocks that begin anywhere in a conversation
+    assert Packing(stream, 8).trained.tolist() == [4, 1]
     dropped = Packing(stream, 8, "drop")
     assert (dropped.cut, dropped.left_out, len(dropped)) == (0, 2, 1)
 

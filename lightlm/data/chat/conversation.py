@@ -3,19 +3,21 @@
 A form is a row of `FORMS`. Roles are those of chat templates; other names for them are rows of `ROLES`.
 """
 
+import contextlib
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightlm.errors import DataError
+from lightlm.errors import DataError, UsageError
 
 Message = dict[str, str]  # with the keys `role` and `content`
 Record = Mapping[str, Any]
 
 ROLES = {
-    "system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
-    "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "system": "system", "user": "user", "assistant": "assistant", "developer": "system", "human": "user",
+    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response", "ipython")
 
@@ -24,19 +26,28 @@ _ROLE, _CONTENT = "\ufdd2", "\ufdd3"
 _RESERVED = re.compile("[\ufdd0-\ufdd5]")  # also those that mark parts of a rendered conversation
 
 
+SYSTEM = "system"
+
+
 @dataclass(frozen=True)
 class Form:
     """A way to write a conversation.
 
     Attributes:
         needs: the columns by which a record is known to have it.
-        may: further columns that it reads.
         read: the messages of a record, not checked yet.
+        may: further columns that it reads; `SYSTEM` is a message before the others.
+        refuses: columns that would change the conversation: a record in which one is not empty is an error.
     """
 
     needs: tuple[str, ...]
-    may: tuple[str, ...]
-    read: Callable[[Record], list[Any]]
+    read: Callable[[Record], Any]
+    may: tuple[str, ...] = (SYSTEM,)
+    refuses: tuple[str, ...] = ("tools",)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.needs, *self.may, *self.refuses)
 
 
 def _of_prompt(record: Record) -> list[Any]:
@@ -54,12 +65,11 @@ def _of_instruction(record: Record) -> list[Any]:
 
 
 FORMS = {
-    "messages": Form(("messages",), (), lambda record: record["messages"]),
-    "sharegpt": Form(("conversations",), (), lambda record: record["conversations"]),
-    "prompt": Form(("prompt", "completion"), (), _of_prompt),
-    "alpaca": Form(("instruction", "output"), ("input",), _of_instruction),
+    "messages": Form(("messages",), lambda record: record["messages"]),
+    "sharegpt": Form(("conversations",), lambda record: record["conversations"]),
+    "prompt": Form(("prompt", "completion"), _of_prompt),
+    "alpaca": Form(("instruction", "output"), _of_instruction, (SYSTEM, "input"), ("tools", "history")),
 }
-TOOLS = "tools"  # a column of tools that a conversation uses
 CHAT = "chat"  # whichever form a record has
 
 
@@ -76,20 +86,21 @@ class ChatColumns(str):
 
     @property
     def _forms(self) -> dict[str, Form]:
+        """The forms that a record may have."""
         name = self.partition(":")[0]
         if self.column:
             column = self.column
-            return {"messages": Form((column.partition(".")[0],), (), lambda record: _field(record, column))}
+            return {name: Form((column.partition(".")[0],), lambda record: _field(record, column))}
         return FORMS if name == CHAT else {name: FORMS[name]}
 
     @property
     def columns(self) -> list[str]:
-        """All columns that a form may read."""
-        return list(dict.fromkeys(name for form in self._forms.values() for name in (*form.needs, *form.may)))
+        """All columns that a form looks at."""
+        return list(dict.fromkeys(name for form in self._forms.values() for name in form.columns))
 
     def found_in(self, columns: Collection[str]) -> bool:
         """Return whether a record with these columns is a conversation."""
-        return self._form(columns) is not None
+        return bool(self._having(columns))
 
     @property
     def wanted(self) -> str:
@@ -98,14 +109,20 @@ class ChatColumns(str):
 
     def text_of(self, record: Record, where: Callable[[], str]) -> str | None:
         """Return a record's conversation as a text (see `as_text`), None for a null. Raises DataError naming it."""
-        form = self._form(record)
-        if form is None:
+        if not (forms := self._having(record)):
             raise self.missing(where(), list(map(str, record)))
-        if all(record.get(name) is None for name in form.needs):
+        # A table has the columns of every form, and nulls in those of the others.
+        form = next((form for form in forms if any(record[name] is not None for name in form.needs)), None)
+        if form is None:
             return None
-        if record.get(TOOLS):
-            raise DataError(f"{where()}: the conversation has tools, which are not read")
-        return as_text(check_conversation(form.read(record), where))
+        for name in form.refuses:
+            if _parsed(record.get(name)):
+                raise DataError(f"{where()}: the conversation has {name}, which LightLM does not read")
+        messages = check_conversation(form.read(record), where)
+        system = record.get(SYSTEM)
+        if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return as_text(messages)
 
     def missing(self, where: str, columns: list[str]) -> DataError:
         """Return the error for a record that has no form."""
@@ -114,17 +131,23 @@ class ChatColumns(str):
             f"{', '.join(columns[:30]) or 'none'}. Name the one with the messages: --text-column NAME"
         )
 
-    def _form(self, columns: Collection[str]) -> Form | None:
-        return next((form for form in self._forms.values() if all(name in columns for name in form.needs)), None)
+    def _having(self, columns: Collection[str]) -> list[Form]:
+        return [form for form in self._forms.values() if all(name in columns for name in form.needs)]
 
 
 def columns_of(form: str, text_column: str) -> str:
     """Return what to read of a record: the text column for the form `text`, else its conversation.
 
-    `form` is also `CHAT` or a row of `FORMS`; `text_column` may then name the column with the messages.
+    `form` is also `CHAT` or a row of `FORMS`; `text_column` may then name the column with the messages. Raises
+    UsageError for another form, and for a column of a form that has no messages.
     """
     if form == "text":
         return text_column
+    if form not in (CHAT, *FORMS):
+        raise UsageError(f"the format {form!r} is unknown; known are {', '.join(('text', CHAT, *FORMS))}")
+    columns = FORMS[form].needs if form in FORMS else ()
+    if text_column != "text" and len(columns) > 1:
+        raise UsageError(f"--text-column names the messages, but {form} reads {' and '.join(columns)}; leave it out")
     return ChatColumns(form if text_column == "text" else f"{form}:{text_column}")
 
 
@@ -134,11 +157,20 @@ def _field(record: Any, column: str) -> Any:
     return record
 
 
+def _parsed(value: Any) -> Any:
+    """Return what the JSON in a text says: in CSV, a list can only be written so. Anything else is left as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def check_conversation(given: Any, where: Callable[[], str]) -> list[Message]:
     """Return messages with the roles of chat templates and texts as contents.
 
     Raises DataError, which begins with `where()`, for what is not a conversation to learn answers from.
     """
+    given = _parsed(given)
     if not isinstance(given, list) or not given:
         raise DataError(f"{where()}: a list of messages was expected, with role and content")
     messages = []
@@ -146,11 +178,16 @@ def check_conversation(given: Any, where: Callable[[], str]) -> list[Message]:
         if not isinstance(message, Mapping):
             raise DataError(f"{where()}: message {number} is not an object with role and content")
         named = message.get("role") or message.get("from")
-        if named in _TOOL_ROLES or message.get("tool_calls"):
+        name = named.strip().lower() if isinstance(named, str) else ""
+        if name in _TOOL_ROLES or message.get("tool_calls"):
             raise DataError(f"{where()}: message {number} uses a tool; conversations with tools are not read")
-        if not isinstance(named, str) or named.lower() not in ROLES:
+        if name not in ROLES:
             raise DataError(f"{where()}: message {number} has the unknown role {named!r}; known are {', '.join(ROLES)}")
-        role = ROLES[named.lower()]
+        if (weight := message.get("weight")) not in (None, 1):
+            raise DataError(
+                f"{where()}: message {number} has the weight {weight!r}, but every answer weighs the same here"
+            )
+        role = ROLES[name]
         content = _text_of_content(message.get("value") if message.get("content") is None else message["content"])
         if content is None:
             raise DataError(f"{where()}: message {number} ({role}) holds no text")

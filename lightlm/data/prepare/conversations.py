@@ -67,8 +67,11 @@ class ChatTokenizer:
         write_text(folder / SETTINGS, json.dumps(dict(self.tokenizer.settings), indent=2, ensure_ascii=False) + "\n")
 
 
-@functools.lru_cache(maxsize=4)
-def conversation_encoder(definition: Path, end_of_text_id: int | None, train_on: TrainOn) -> ConversationEncoder:
-    """Return the encoder for the tokenizer.json at a path and the template in the files beside it."""
-    tokenizer = Tokenizer.from_file(definition, end_of_text_id)
-    return ConversationEncoder(tokenizer.used_as(None, False, read_settings(definition.parent), {}), train_on)
+def conversation_encoder(tokenizer: Tokenizer, folder: Path, train_on: TrainOn) -> ConversationEncoder:
+    """Return the encoder for a tokenizer and the template in a folder; each process makes it once."""
+    return _made(tokenizer, json.dumps(read_settings(folder)), train_on)
+
+
+@functools.lru_cache(maxsize=2)
+def _made(tokenizer: Tokenizer, settings: str, train_on: TrainOn) -> ConversationEncoder:
+    return ConversationEncoder(tokenizer.used_as(None, False, json.loads(settings), {}), train_on)

@@ -152,7 +152,7 @@ class _ConversationBlockEncoder(_BlockEncoder):
     def _chunk(self, texts: pyarrow.Array) -> None:
         job = self._job
         assert job.train_on is not None
-        encoder = conversation_encoder(job.tokenizer, job.end_of_text_id, job.train_on)
+        encoder = conversation_encoder(self._encoder.tokenizer, job.tokenizer.parent, job.train_on)
         found: list[Encoded] = []
         kept: list[int] = []
         for number, text in enumerate(texts.to_pylist()):
@@ -188,5 +188,8 @@ class _ConversationBlockEncoder(_BlockEncoder):
             for _ in parts:
                 pass
         self._reader.reject(
-            DataError(f"{self._block.units[0].id}: a conversation is too large: {contents_of(beginning)[:60]!r}")
+            DataError(
+                f"{self._block.units[0].id}: the conversation that begins {contents_of(beginning)[:60]!r} is above "
+                f"{sizes.LARGE_BYTES >> 20} MB"
+            )
         )

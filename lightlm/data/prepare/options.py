@@ -1,6 +1,7 @@
 """The options of a preparation, their ranges, and those that determine the content of the folder."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import xxhash
 
@@ -15,6 +16,7 @@ from lightlm.data.sources.base import Source
 from lightlm.data.sources.pydocs import PYDOCS
 from lightlm.data.sources.skills import SKILLS_SOURCE
 from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer.folder import read_settings, tokenizer_folder
 from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_path
 from lightlm.errors import UsageError
 
@@ -61,6 +63,8 @@ class Options:
         for option, value in (("--max-tokens", self.max_tokens), ("shard_tokens", self.shard_tokens)):
             if value is not None and value < 1:
                 raise UsageError(f"{option} {value}: at least 1 is needed")
+        if self.train_on not in (None, *get_args(TrainOn)):
+            raise UsageError(f"train_on {self.train_on!r}: known are {', '.join(get_args(TrainOn))}")
         if self.train_on is None and self.chat_template is not None:
             raise UsageError("--chat-template is for conversations: add --format chat")
         requested_vocab_size(self.tokenizer)
@@ -74,12 +78,14 @@ class Options:
 
         A setting that an older version lacks is None at its default, so that older folders are recognized.
         """
-        digest, end_of_text = None, self.end_of_text
+        digest, end_of_text, template = None, self.end_of_text, self.chat_template
         # A local file may change under the same path.
         if requested_vocab_size(self.tokenizer) is None and (path := tokenizer_path(self.tokenizer)) is not None:
             tokenizer = Tokenizer.read(path, end_of_text=self.end_of_text)
             digest = f"sha256 {tokenizer.sha256}"
             end_of_text = None if tokenizer.end_of_text_id == tokenizer.known_end_of_text_id else tokenizer.end_of_text
+            if self.train_on is not None and template is None and (folder := tokenizer_folder(path)) is not None:
+                template = read_settings(folder).get("chat_template")
         return {
             "source": source.spec,
             "content": source.fingerprint,
@@ -92,6 +98,6 @@ class Options:
             "decontaminate": None if self.decontaminate is None else self.decontaminate.identity,
             "end_of_text": end_of_text,
             "train_on": self.train_on,
-            "chat_template": self.chat_template and xxhash.xxh3_64_hexdigest(self.chat_template.encode()),
+            "chat_template": None if template is None else xxhash.xxh3_64_hexdigest(template.encode()),
             "dedup": None if self.dedup is None else Signer(self.dedup).method,
         }

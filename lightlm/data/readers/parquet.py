@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 from pyarrow import compute, dataset, parquet, types
 
-from lightlm.data.chat.conversation import TOOLS, ChatColumns
+from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.file import File, is_local, raise_machine_fault
 from lightlm.data.readers.recognition import HEAD_BYTES, refuse_pointer, what_it_is
 from lightlm.data.readers.records import missing_column, text_of
@@ -160,7 +160,7 @@ def _conversations(
     """Yield the conversations of a row group as texts."""
     schema = opened.schema_arrow
     tested = row_filter.arrow_columns(schema) if row_filter is not None else []
-    read = [name for name in (*columns.columns, TOOLS) if name in schema.names]
+    read = [name for name in columns.columns if name in schema.names]
     number = 0
     for batch in opened.iter_batches(row_groups=[group], columns=[*read, *tested], batch_size=rows):
         for record in batch.to_pylist():

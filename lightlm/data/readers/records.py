@@ -1,6 +1,7 @@
 """The texts of records with columns: JSON objects, rows of CSV, rows that `datasets` streams."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightlm.data.chat.conversation import ChatColumns
@@ -21,9 +22,22 @@ def text_of(
     mapping, the text column is missing or holds something else, or the filter does not fit; `where()` names the record.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"{where()}: a JSON object was expected, with the text under {text_column!r}")
-    if isinstance(text_column, ChatColumns):
-        return _kept(text_column.text_of(record, where), record, where, row_filter, bad)
+        held = f"the text under {text_column!r}"
+        if isinstance(text_column, ChatColumns):
+            held = f"the columns {text_column.wanted}"
+        raise DataError(f"{where()}: a JSON object was expected, with {held}")
+    if row_filter is not None and not row_filter.keeps(record, where):
+        bad(Omitted(FILTERED))
+        return None
+    read = text_column.text_of if isinstance(text_column, ChatColumns) else partial(_text, text_column)
+    text = read(record, where)
+    if text is None:
+        bad(Omitted(NULL))
+    return text
+
+
+def _text(text_column: str, record: Mapping[str, Any], where: Callable[[], str]) -> str | None:
+    """Return the text in a column. Raises DataError."""
     try:
         text = record[text_column] if text_column in record else field_of(record, text_column)
     except KeyError:
@@ -34,17 +48,6 @@ def text_of(
             f"{where()}: the column {text_column!r} holds {type(text).__name__}, not text. "
             f"Name the one with the text{inside}: --text-column NAME"
         )
-    return _kept(text, record, where, row_filter, bad)
-
-
-def _kept(
-    text: str | None, record: Mapping[str, Any], where: Callable[[], str], row_filter: Filter | None, bad: BadRecord
-) -> str | None:
-    if row_filter is not None and not row_filter.keeps(record, where):
-        bad(Omitted(FILTERED))
-        return None
-    if text is None:
-        bad(Omitted(NULL))
     return text
 
 

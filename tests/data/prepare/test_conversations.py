@@ -1,16 +1,19 @@
 """Conversations prepared: the four forms in every kind of file, bad ones, and the same folder after interruptions."""
 
+import csv
 import json
+import shutil
 
 import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lightlm.data.chat.conversation import ChatColumns
+from lightlm.data.chat.conversation import ChatColumns, columns_of
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.executors import ThreadEngine
 from lightlm.data.prepare.run import prepare
+from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError, UsageError
 
 CHAT = ChatColumns("chat")
@@ -23,6 +26,9 @@ RECORDS = [
     {"instruction": "Hi", "input": "", "output": "Hello"},
     {"prompt": HI[:1], "completion": HI[1:]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, HI[1]]},
+    {"messages": json.dumps(HI), "tools": "[]"},  # as a table writes lists
+    {"messages": None, "prompt": "Hi", "completion": "Hello", "system": " "},  # a table with the columns of two forms
+    {"messages": [HI[0] | {"role": " User"}, HI[1] | {"weight": 1, "tool_calls": None}]},
 ]
 WRITTEN = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
 
@@ -51,8 +57,8 @@ def shown(folder):
 def test_every_form_is_detected(tmp_path):
     manifest = prepared(write_lines(tmp_path / "a.jsonl", RECORDS), tmp_path / "a")
     assert shown(tmp_path / "a") == [WRITTEN] * len(RECORDS)
-    assert manifest.chat.trained_tokens == {"train": 6 * 2, "val": 0}  # Hello is one token
-    assert manifest.documents("train") == 6
+    assert manifest.chat.trained_tokens == {"train": 9 * 2, "val": 0}  # Hello is one token
+    assert manifest.documents("train") == 9
     assert (manifest.chat.template, manifest.chat.added_tokens) == ("chatml", ["<|im_start|>", "<|im_end|>"])
     assert DataFolder.open(tmp_path / "a").tokenizer.settings["eos_token"] == "<|im_end|>"
     DataFolder.open(tmp_path / "a").verify()
@@ -67,11 +73,13 @@ def test_every_kind_of_file_is_read(tmp_path, kind):
         path.write_text('instruction,input,output\nHi,,Hello\n"H\ni",x,Hello\n', encoding="utf-8")
     else:
         rows = [{"id": 1, "messages": HI}, {"id": 2, "messages": None}, {"id": 3, "messages": HI}]
+        rows.append({"id": 4, "prompt": "Hi", "completion": "Hello"})
+        rows = [dict.fromkeys(("messages", "prompt", "completion")) | row for row in rows]
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     manifest = prepared(path, tmp_path / "out")
     found = shown(tmp_path / "out")
     assert found[0] == WRITTEN
-    assert len(found) == {"json": 6, "csv": 2, "parquet": 2}[kind]
+    assert len(found) == {"json": 9, "csv": 2, "parquet": 3}[kind]
     assert manifest.dropped == ({"null": 1} if kind == "parquet" else {})
     if kind == "csv":
         assert found[1] == WRITTEN.replace("Hi", "H\ni\n\nx")
@@ -84,6 +92,49 @@ def test_a_named_form_and_column(tmp_path):
     assert "no<|im_end|>⟧" in shown(tmp_path / "a")[0]
     prepared(path, tmp_path / "b", text_column=ChatColumns("chat:deep.talk"))
     assert shown(tmp_path / "b") == [WRITTEN * 2]
+
+
+def test_a_system_prompt_beside_the_messages(tmp_path):
+    system = [{"role": "system", "content": "Be kind."}]
+    records = [record | {"system": "Be kind."} for record in RECORDS[:4]]
+    records += [{"messages": system + HI, "system": "no"}, {"messages": [system[0] | {"role": "developer"}, *HI]}]
+    prepared(write_lines(tmp_path / "a.jsonl", records), tmp_path / "a")
+    assert shown(tmp_path / "a") == ["<|im_start|>system\nBe kind.<|im_end|>\n" + WRITTEN] * 6
+
+
+def test_a_csv_of_messages_and_a_filter_before_the_check(tmp_path):
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "messages"], ["1", json.dumps(HI)], ["2", json.dumps(SHARED)]])
+    prepared(tmp_path / "a.csv", tmp_path / "a")
+    assert shown(tmp_path / "a") == [WRITTEN] * 2
+    path = write_lines(tmp_path / "b.jsonl", [{"messages": HI, "turns": 2}, {"messages": [], "turns": 0}])
+    assert prepared(path, tmp_path / "b", filter=Filter("turns > 1")).dropped == {"filtered": 1}
+
+
+def test_another_template_in_the_same_process_is_used(tmp_path):
+    """Also one in the folder of the tokenizer, which keeps its name."""
+    path, out = write_lines(tmp_path / "a.jsonl", RECORDS[:1]), tmp_path / "out"
+    prepared(path, out)
+    (folder := tmp_path / "own").mkdir()
+    shutil.copyfile(out / "tokenizer.json", folder / "tokenizer.json")
+    for number, text in enumerate("xy"):
+        template = f"{text}{{% for m in messages %}}{{{{ m.content + eos_token }}}}{{% endfor %}}"
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"chat_template": template, "eos_token": "<|im_end|>"}), encoding="utf-8"
+        )
+        if number:
+            with pytest.raises(DataError, match=r"other settings .*chat_template"):
+                prepare(str(path), str(folder), out, text_column=CHAT, val_fraction=0.0)
+        prepare(str(path), str(folder), out, text_column=CHAT, val_fraction=0.0, overwrite=True)
+        assert shown(out) == [f"{text}Hi<|im_end|>⟦Hello<|im_end|>⟧"]
+
+
+def test_a_form_without_messages_takes_no_column():
+    with pytest.raises(UsageError, match="alpaca reads instruction and output; leave it out"):
+        columns_of("alpaca", "talk")
+    with pytest.raises(UsageError, match="'alpacca' is unknown; known are text, chat, messages"):
+        columns_of("alpacca", "text")
+    assert columns_of("sharegpt", "talk") == "sharegpt:talk"
 
 
 def test_a_folder_leaves_out_what_holds_no_conversation(tmp_path):
@@ -105,8 +156,12 @@ BAD = {
     r"message 2 \(assistant\) is empty": {"messages": [HI[0], {"role": "assistant", "content": " \n"}]},
     r"message 1 \(user\) holds no text": {"messages": [{"role": "user", "content": [{"type": "image"}]}, HI[1]]},
     "message 2 uses a tool": {"messages": [HI[0], {"role": "tool", "content": "4"}, HI[1]]},
+    "message 1 uses a tool": {"messages": [{"role": "Function", "content": "4"}, *HI]},
     "has tools": {"messages": HI, "tools": [{"name": "f"}]},
-    "a list of messages was expected": {"messages": "Hi"},
+    "has history": {"instruction": "Hi", "output": "Hello", "history": [["a", "b"]]},
+    "has the weight 0": {"messages": [HI[0], HI[1] | {"weight": 0}]},
+    "a JSON object was expected, with the columns messages": HI[0]["content"],
+    "a list of messages was expected": {"messages": "[{'role'"},
     "no conversation: the columns messages, or conversations": {"text": "Hi"},
 }
 
