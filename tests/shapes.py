@@ -74,7 +74,7 @@ SMOLLM2 = ModelConfig(
 ).resolved()
 
 
-def without_hub(reference: str) -> Start:
+def without_hub(reference: str, key: str = "train.init_from") -> Start:
     """What `find_start` finds on the Hub, for recipes that LightLM ships."""
     assert reference == "HuggingFaceTB/SmolLM2-135M"
     return Start(reference, SMOLLM2)

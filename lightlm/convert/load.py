@@ -78,8 +78,8 @@ def with_model(reference: str | Path | None, use: Callable[[Path], T]) -> T:
                 raise
 
 
-def find_start(reference: str) -> Start:
-    """Return the model of `train.init_from`, which is what `load_pretrained` takes, without reading its weights.
+def find_start(reference: str, key: str = "train.init_from") -> Start:
+    """Return the model that a key of a recipe names, which is what `load_pretrained` takes, without its weights.
 
     Raises:
         RecipeError: there is none, it is damaged, or LightLM cannot represent it.
@@ -88,7 +88,7 @@ def find_start(reference: str) -> Start:
         path = locate(reference, weights=False)
         shape = reader_of(path).shape(path)
     except LightLMError as error:
-        raise RecipeError(f"train.init_from: {error}") from None
+        raise RecipeError(f"{key}: {error}") from None
     # A reference that a later run of the same name does not change, such as one that is called gpt2.
     if is_hub_id(reference):
         return Start(NAMED_MODELS.get(reference, reference), shape)

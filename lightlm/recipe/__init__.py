@@ -13,6 +13,7 @@ from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
 from lightlm.recipe.sections.checkpoint import CheckpointSection
+from lightlm.recipe.sections.distill import STORED, DistillSection
 from lightlm.recipe.sections.evaluation import EvalSection
 from lightlm.recipe.sections.schedule import ScheduleSection
 from lightlm.recipe.sections.section import NAME_PATTERN
@@ -22,7 +23,9 @@ from lightlm.recipe.start import Start
 
 __all__ = [
     "NAME_PATTERN",
+    "STORED",
     "CheckpointSection",
+    "DistillSection",
     "EvalSection",
     "Recipe",
     "ScheduleSection",

@@ -13,6 +13,7 @@ from lightlm.recipe.mistakes import IdleSettingsError, parse_recipe
 from lightlm.recipe.renamed import with_new_names
 from lightlm.recipe.schema import Recipe
 from lightlm.recipe.sections.data import SOURCES
+from lightlm.recipe.sections.distill import STORED
 from lightlm.recipe.sections.section import NAME_PATTERN
 from lightlm.recipe.start import FindStart
 from lightlm.recipe.yaml_text import read_sections, read_value
@@ -29,8 +30,8 @@ def load_recipe(
     one counts; `note` receives a message for each.
 
     Args:
-        find_start: finds the model of `train.init_from` (`lightlm.convert.load.find_start`), whose shape becomes the
-            section `model`. Without it, the recipe must have that section itself.
+        find_start: finds the models that the recipe names (`lightlm.convert.load.find_start`). The shape of that of
+            `train.init_from` becomes the section `model`; without it, the recipe must have that section itself.
 
     Raises:
         RecipeError: the recipe does not exist, or has mistakes; the message lists all of them.
@@ -75,9 +76,8 @@ def load_run_recipe(run: Path, overrides: Sequence[str] = (), note: Note = warn)
 
 def _load(path: Path, overrides: Sequence[str], note: Note, find_start: FindStart | None, *, earlier: bool) -> Recipe:
     values, origins, given = _overridden(path, overrides, note, earlier=earlier)
-    reference = _lookup(values, "train.init_from")
-    if find_start is not None and isinstance(reference, str) and reference:
-        values = find_start(reference).complete(values, str(path), origins)
+    if find_start is not None:
+        values = _with_models(values, find_start, str(path), origins)
     while True:
         try:
             return parse_recipe(values, str(path), origins, earlier=earlier)
@@ -87,6 +87,18 @@ def _load(path: Path, overrides: Sequence[str], note: Note, find_start: FindStar
             for key, reason in error.idle.items():
                 section, _, name = key.partition(".")
                 note(f"{key} {values[section].pop(name)} of {path} {reason}, and is left out")
+
+
+def _with_models(values: dict[str, Any], find_start: FindStart, where: str, origins: dict[str, str]) -> dict[str, Any]:
+    """Return a recipe's values with the models that it names: their references for good, and the shape of its start."""
+    reference, distill = _lookup(values, "train.init_from"), _lookup(values, "train.distill")
+    if isinstance(reference, str) and reference:
+        values = find_start(reference, "train.init_from").complete(values, where, origins)
+    teacher = distill.get("teacher") if isinstance(distill, dict) else None
+    if isinstance(distill, dict) and isinstance(teacher, str) and teacher not in ("", STORED):
+        fixed = {"teacher": find_start(teacher, "train.distill.teacher").reference}
+        values = values | {"train": values["train"] | {"distill": distill | fixed}}
+    return values
 
 
 def _overridden(

@@ -17,12 +17,13 @@ from lightlm.optim.section import NO_EFFECT, Problem
 from lightlm.recipe.renamed import ELSEWHERE, RENAMED
 from lightlm.recipe.schema import Recipe
 from lightlm.recipe.sections.data import Stage
+from lightlm.recipe.sections.distill import DistillSection
 from lightlm.recipe.sections.section import EARLIER_RUN
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _NO_SECTION = ("model_type", "model_attributes_type", "dataclass_type", "dict_type")
 _LEAVE_OUT = "; leave it out"
-_NESTED = (("data", "mix"), ("data", "stages"))  # keys whose values have keys of their own
+_NESTED = (("data", "mix"), ("data", "stages"), ("train", "distill"))  # keys whose values have keys of their own
 
 
 class IdleSettingsError(RecipeError):
@@ -75,6 +76,10 @@ def _without_bools(section: str, settings: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
     types = _types().get(section, {})
+    settings = {
+        key: _without_bools(f"{section}.{key}", value) if f"{section}.{key}" in _types() else value
+        for key, value in settings.items()
+    }
     return {
         key: str(value).lower() if isinstance(value, bool) and "bool" not in str(types.get(key)) else value
         for key, value in settings.items()
@@ -87,6 +92,7 @@ def _types() -> dict[str, dict[str, Any]]:
         name: {key: inner.annotation for key, inner in getattr(field.annotation, "model_fields", {}).items()}
         for name, field in Recipe.model_fields.items()
     }
+    found["train.distill"] = {key: inner.annotation for key, inner in DistillSection.model_fields.items()}
     optimizers = (section.model_fields.items() for section in OPTIMIZERS.values())
     found["optimizer"] = {key: inner.annotation for items in optimizers for key, inner in items}
     return found | {"model": {field.name: field.type for field in fields(ModelConfig)}}

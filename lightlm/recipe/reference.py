@@ -91,6 +91,9 @@ def _all_keys(schema: Schema) -> Iterator[Key]:
                 [properties[inner] for properties in having],
                 tag and f" Only with {name}.name={tag}.",
             )
+            for nested in _variants(having[0][inner], schema):
+                for key, nested_entry in nested["properties"].items():
+                    yield _key(f"{name}.{inner}.{key}", [nested_entry])
 
 
 def _variants(entry: Schema, schema: Schema) -> list[Schema]:
@@ -114,6 +117,8 @@ def _key(key: str, entries: list[Schema], only: str = "") -> Key:
 
 def _allowed(entry: Schema) -> str:
     """Return the type of a value, or the values allowed, in words."""
+    if "$ref" in entry:
+        return "section"
     if "title" in entry:
         return str(entry["title"])
     if "anyOf" in entry:

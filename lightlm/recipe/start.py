@@ -15,7 +15,7 @@ _FREE = ("max_seq_len", *ROPE_FIELDS, "init_std")
 
 @dataclass(frozen=True)
 class Start:
-    """The model that `train.init_from` names.
+    """The model that `train.init_from` or `train.distill.teacher` names.
 
     Attributes:
         reference: names the same weights for good: a run's checkpoint rather than the run, which may train on.
@@ -68,7 +68,8 @@ class Start:
             return False
 
 
-FindStart = Callable[[str], Start]
+FindStart = Callable[[str, str], Start]
+"""Finds the model of a reference, which a key of a recipe gives: (reference, key)."""
 
 
 def _place(key: str, origins: dict[str, str]) -> str:

@@ -16,7 +16,8 @@ from lightlm.errors import RecipeError, UsageError
 
 # Keys whose values are text even if they look like something else: a folder may be called 2024 or no.
 _SPANS = ("schedule.warmup", "schedule.rewarmup", "schedule.batch_warmup", "data.stages.until", "train.ema")
-_TEXTS = ("name", "data.dataset", "data.stages.dataset", "train.device", "tracking.project", *_SPANS)
+_NAMES = ("name", "data.dataset", "data.stages.dataset", "train.device", "train.distill.teacher", "tracking.project")
+_TEXTS = (*_NAMES, *_SPANS)
 _TEXTS_OR_NULL = ("train.init_from", "eval.data_dir", "schedule.decay")
 _LISTS_OF_TEXTS = ("eval.prompts", "eval.tasks")
 _FOLDERS = ("data.mix", "data.stages.mix")  # their keys are names of folders

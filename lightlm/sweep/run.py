@@ -194,6 +194,8 @@ class Sweep:
         name, changes = cell.contestant.name, cell.changes
         if (start := self._recipes[name].train.init_from) is not None:  # not a newer checkpoint of that run
             changes.append(f"train.init_from={start}")
+        if (distill := self._recipes[name].train.distill) is not None:
+            changes.append(f"train.distill.teacher={distill.teacher}")
         if self._recipes[name].train.dtype == "auto" and (dtype := self.definition.fixed.get("train.dtype")):
             changes.append(f"train.dtype={dtype}")
         if (tokens := self.definition.tokens.get(name)) is not None:

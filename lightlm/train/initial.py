@@ -10,15 +10,18 @@ from torch import Tensor
 from lightlm.checkpoint import LoadedModel, build_model
 from lightlm.convert.load import load_pretrained, locate
 from lightlm.data.folder import DataFolder
+from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError, LightLMError, RecipeError
 from lightlm.recipe import Recipe
 from lightlm.train.distributed import World
+
+Note = Callable[[str], None]
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
 _NEW_ROWS_SPREAD = 0.1  # standard deviation of new rows around the mean, of that of the known rows
 
 
-def load_initial(recipe: Recipe, data: DataFolder, world: World, note: Callable[[str], None]) -> LoadedModel:
+def load_initial(recipe: Recipe, data: DataFolder, world: World, note: Note) -> LoadedModel:
     """Return the model of `train.init_from` in the recipe's shape, with its tokenizer. All processes call this.
 
     Raises:
@@ -40,16 +43,21 @@ def load_initial(recipe: Recipe, data: DataFolder, world: World, note: Callable[
             f"the tokenizer of {data.path} is not that of {reference} (train.init_from): {difference}. Prepare the "
             f"data with the model's: lightlm prepare-data SOURCE --tokenizer {shlex.quote(reference)}"
         )
-    ends = [tokenizer.end_of_text for tokenizer in (data.tokenizer, loaded.tokenizer)]
+    note_on_texts(loaded.tokenizer, reference, data, note)
+    return replace(loaded, model=model)
+
+
+def note_on_texts(tokenizer: Tokenizer, reference: str, data: DataFolder, note: Note) -> None:
+    """Tell where the documents of a data folder begin or end otherwise than the texts of a model."""
+    ends = data.tokenizer.end_of_text, tokenizer.end_of_text
     if ends[0] != ends[1]:
         note(
             f"documents of {data.path} end with {ends[0]}, texts of {reference} with {ends[1]}; to train on the "
             f"model's, prepare the data with --tokenizer {shlex.quote(reference)}"
         )
-    if loaded.tokenizer.adds_bos:
-        begin = "".join(filter(None, map(loaded.tokenizer.name_of, loaded.tokenizer.prefix_ids)))
+    if tokenizer.adds_bos:
+        begin = "".join(filter(None, map(tokenizer.name_of, tokenizer.prefix_ids)))
         note(f"{reference} expects {begin} before each text, which documents of {data.path} do not begin with")
-    return replace(loaded, model=model)
 
 
 def grown(weights: dict[str, Tensor], vocab_size: int, seed: int) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ from lightlm.train.step.compilation import compiles
 from lightlm.train.step.gradients import Gradients, check_shares, micro_batch_size
 from lightlm.train.step.parallel import ParallelLoss
 from lightlm.train.step.scaling import LossScale
+from lightlm.train.teaching.load import Taught, load_taught
 
 ASSUMED_VOCABULARY = 50_257  # GPT-2's, if neither the recipe nor prepared data names one
 
@@ -64,6 +65,7 @@ class Setup:
         progress: where the run starts.
         resumed_from: the checkpoint that it continues from.
         average: with `train.ema`.
+        taught: with `train.distill`, the teacher.
     """
 
     recipe: Recipe
@@ -81,6 +83,12 @@ class Setup:
     progress: Progress
     resumed_from: Path | None
     average: WeightAverage | None
+    taught: Taught | None
+
+    @property
+    def teacher(self) -> str | None:
+        """The identity of the teacher; None without one."""
+        return self.taught.identity if self.taught else None
 
     @property
     def total_tokens(self) -> int:
@@ -111,6 +119,7 @@ class Setup:
             "compile": recipe.train.compile,
             "epochs": self.loader.epochs(samples)[0] if data and not data.mixed else None,
             "sources": self.sources(samples) if data and data.mixed else None,
+            "teacher": self.taught.description if self.taught else None,
         }
 
     @property
@@ -177,17 +186,22 @@ def set_up(
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
     compiled = compiles(recipe, model, device, dtype, note)
-    resolved = {"threads": threads, "compile": compiled, "dtype": str(dtype).removeprefix("torch.")}
+    resolved: dict[str, Any] = {"threads": threads, "compile": compiled, "dtype": str(dtype).removeprefix("torch.")}
+    taught = load_taught(recipe, data, world, device, note)
+    if taught is not None:
+        resolved["distill"] = taught.section
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=resolved)})
     if recipe.train.parallel == "fsdp" and world.size == 1:
         note("train.parallel=fsdp has no effect in one process: there is nothing to shard")
     separator = data.end_of_text_id if data else 0  # of random tokens, any
-    loss = ParallelLoss(model, world, recipe, device, dtype, separator if recipe.data.document_mask else None)
+    document_separator = separator if recipe.data.document_mask else None
+    teacher = taught.live if taught else None
+    loss = ParallelLoss(model, world, recipe, device, dtype, document_separator, teacher)
     optimizer = build_optimizer(model, recipe.optimizer, dtype)
     progress = Progress()
     if resume_from is not None:
         assert data is not None, "a run resumes with its data"
-        progress, optimizer_state = unpack(resume_from, data)
+        progress, optimizer_state = unpack(resume_from, data, recipe, taught.identity if taught else None)
         load_named_state(model, optimizer, optimizer_state)
         recipe = begin_rewarmup(recipe, progress.tokens)
         if world.is_writer:
@@ -218,7 +232,7 @@ def set_up(
     progress = replace(progress, averaged_from=average.began if average else None)
     return Setup(
         recipe, data, tokenizer, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress,
-        resume_from, average,
+        resume_from, average, taught,
     )  # fmt: skip
 
 

@@ -305,6 +305,8 @@ class Trainer:
         }
         if outcome.z_loss is not None:
             metrics["z_loss"] = outcome.z_loss
+        if outcome.kl_loss is not None:
+            metrics["kl_loss"] = outcome.kl_loss
         if self.setup.loader.packings:
             metrics["trained_tokens"] = outcome.trained
         if self.data.mixed:
@@ -381,7 +383,9 @@ class Trainer:
             weights, raw = self.loss.whole_model().state_dict(), None
             if self.average is not None:
                 weights, raw = self.average.state(), weights
-            state = pack(self.progress, named_state(self.model, self.optimizer), self.data, self.recipe)
+            state = pack(
+                self.progress, named_state(self.model, self.optimizer), self.data, self.recipe, self.setup.teacher
+            )
             if saver is not None:
                 milestone = self._due(self.recipe.checkpoint.keep_every)
                 saver.save(self.progress.step, weights, state, raw, milestone=milestone, best=best, wait=wait)

@@ -21,7 +21,7 @@ SHAPE = replace(SHAPES["llama"], vocab_size=320).resolved()
 def load(tmp_path, text, *overrides, shape=SHAPE):
     path = tmp_path / "further.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_recipe(path, overrides, lambda _: None, lambda reference: Start(f"{reference}/step_7", shape))
+    return load_recipe(path, overrides, lambda _: None, lambda reference, _: Start(f"{reference}/step_7", shape))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -65,7 +65,7 @@ def test_all_contradictions_are_named_at_once_with_their_places(tmp_path):
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
 def test_every_shipped_recipe_can_start_from_a_model(path):
     overrides = ["train.init_from=there", "model={}", "train.seq_len=32", "moe={}"]
-    recipe = load_recipe(path, overrides, lambda _: None, lambda reference: Start(reference, SHAPE))
+    recipe = load_recipe(path, overrides, lambda _: None, lambda reference, _: Start(reference, SHAPE))
     assert recipe.model.resolved() == SHAPE
 
 

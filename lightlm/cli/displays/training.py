@@ -108,6 +108,8 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         )
         for part in facts.get("sources") or ():
             self._log(f"{escape(part['name'])}: {describe_source(part)}")
+        if facts.get("teacher"):
+            self._log(f"teacher: {escape(facts['teacher'])}")
 
     def initial(self, metrics: dict[str, Any]) -> None:
         self._last_validation = f"{metrics['val_loss']:.4f}"
@@ -197,6 +199,7 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
             ("step", f"{metrics['step']:,}/{self._facts['steps']:,}"),
             ("loss", f"{metrics['loss']:.4f}" + (" spike" if "spike" in metrics else "")),
             ("validation", self._last_validation or "-"),
+            *([("divergence", f"{metrics['kl_loss']:.4f}")] if "kl_loss" in metrics else []),
             ("lr", f"{metrics['lr']:.2e}"),
             ("grad norm", f"{metrics['grad_norm']:.2f}"),
             ("tokens/s", f"{speed:,.0f}"),

@@ -15,7 +15,7 @@ from lightlm.data.tokenizer.named import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import LightLMError
 from lightlm.model.transformer import Transformer
 from lightlm.quantities import format_quantity
-from lightlm.recipe import Recipe, load_run_recipe
+from lightlm.recipe import STORED, Recipe, load_run_recipe
 from lightlm.runs import run_of
 
 # Metrics of docs/metrics.md, and their names on a card.
@@ -176,6 +176,8 @@ def _origin(recipe: Recipe | None) -> Iterator[str]:
         yield f"Training data: `{source}` ({manifest.description}{revision}), {size} tokens of {documents}."
     if recipe.train.init_from is not None:
         yield f"Finetuned from `{recipe.train.init_from}`."
+    if recipe.train.distill is not None and recipe.train.distill.teacher != STORED:
+        yield f"Distilled from `{recipe.train.distill.teacher}`."
     yield (
         f"Recipe: `{recipe.name}`, {format_quantity(recipe.train.tokens)} training tokens in all, "
         f"{format_quantity(recipe.train.batch_tokens)} per step, by {recipe.optimizer.name}."

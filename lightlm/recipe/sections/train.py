@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lightlm.quantities.types import BatchTokens, Span, Tokens, span_tokens
+from lightlm.recipe.sections.distill import DistillSection
 from lightlm.recipe.sections.section import Section
 
 
@@ -48,6 +49,8 @@ class TrainSection(Section):
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of mean(logsumexp(logits)^2), which keeps logits small. PaLM uses 1e-4 (arXiv 2204.02311). The losses
     shown leave it out."""
+    distill: DistillSection | None = None
+    """Learn from a larger model as well as from the tokens: {teacher: MODEL, weight: 0.5}. null learns from tokens."""
     ema: Span = "0%"
     """Half-life of an exponential moving average of the weights, a share of train.tokens or tokens. It is what the run
     validates, samples, scores and exports; checkpoints also hold the last weights. 0% keeps no average."""

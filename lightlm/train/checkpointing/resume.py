@@ -70,22 +70,29 @@ def _identities(data: TrainingData) -> list[str]:
     return [data_identity(folder) for folder in data.folders.values()]
 
 
-def pack(progress: Progress, optimizer: dict[str, Any], data: TrainingData, recipe: Recipe) -> dict[str, Any]:
-    """Return the training state of a checkpoint; `recipe` is what the run was trained with."""
+def pack(
+    progress: Progress, optimizer: dict[str, Any], data: TrainingData, recipe: Recipe, teacher: str | None
+) -> dict[str, Any]:
+    """Return the training state of a checkpoint; `recipe` is what the run was trained with.
+
+    `teacher` identifies the one of `train.distill`.
+    """
     return {
         "progress": asdict(progress),
         "optimizer": optimizer,
         "rng": torch.get_rng_state(),
         "data": _identities(data),
         "recipe": recipe.to_dict(),
+        "teacher": teacher,
     }
 
 
-def unpack(folder: Path, data: TrainingData) -> tuple[Progress, dict[str, Any]]:
+def unpack(folder: Path, data: TrainingData, recipe: Recipe, teacher: str | None) -> tuple[Progress, dict[str, Any]]:
     """Return a checkpoint's progress and optimizer state, and restore torch's random generator.
 
     Raises:
         CheckpointError: the checkpoint holds only weights, or its state cannot be read.
+        RecipeError: the run had another teacher.
         DataError: `data` is not the run's data. It may have further folders at its end.
     """
     checkpoint.check(folder, [checkpoint.TRAINING_STATE])
@@ -104,12 +111,24 @@ def unpack(folder: Path, data: TrainingData) -> tuple[Progress, dict[str, Any]]:
             f"{folder} was trained on {len(before)} folders, and the recipe names {len(paths)}; name them all, in "
             "their order"
         )
+    _check_teacher(folder, state.get("teacher"), teacher, recipe)
     torch.set_rng_state(state["rng"])
     progress = dict(state["progress"])
     spikes = SpikeHistory(**progress.pop("spikes", {}))
     scale = ScaleState(**progress.pop("loss_scale", {}))
     best = Best(**progress.pop("best", {}))
     return Progress(**progress, spikes=spikes, loss_scale=scale, best=best), state["optimizer"]
+
+
+def _check_teacher(folder: Path, before: str | None, now: str | None, recipe: Recipe) -> None:
+    """Refuse another teacher than that of the checkpoint. A run may lose its teacher, or get one, by an override."""
+    if before is None or now is None or recipe.train.distill is None or before == now:
+        return
+    raise RecipeError(
+        f"{recipe.train.distill.teacher} (train.distill.teacher) is not the teacher that {folder} was trained with: "
+        "its weights, or the probabilities stored of it, differ. Restore it, name a model with the same weights with "
+        "train.distill.teacher=MODEL, or start a new run"
+    )
 
 
 def check_resumable(folder: Path) -> None:

@@ -28,9 +28,7 @@ from lightlm.train.step.scaling import LossScale
 _MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
 _MEMORY_SHARE = 0.6  # of free device memory that activations may take
 
-_Sums = tuple[
-    Tensor, Tensor | None
-]  # sums of the loss and, with one, of the z-loss, and tokens per expert and layer, of this process
+_Sums = tuple[Tensor, Tensor | None]  # of this process: sums of its losses, and tokens per expert and layer
 
 _Passed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Inputs, targets, with dropout the numbers of the samples, with conversations which inputs begin a document."""
@@ -45,6 +43,7 @@ class BatchOutcome:
     load_LE: Tensor | None = None  # int64, on the device: tokens per expert and layer
     loads: list[list[int]] | None = None  # the same, on the host
     z_loss: float | None = None  # mean of logsumexp(logits)^2, with `train.z_loss`
+    kl_loss: float | None = None  # mean divergence from the teacher, times T^2, with `train.distill`
     trained: int = 0  # targets that are trained on: all of text, the assistant's of conversations
 
 
@@ -119,7 +118,9 @@ class Gradients:
         self.loss_scale = loss_scale
         self.micro_batch, self._adjustable = micro_batch, recipe.train.micro_batch_size == "auto"
         self._clip = recipe.train.grad_clip or math.inf
-        self._with_z, self._with_dropout = recipe.train.z_loss > 0, recipe.train.dropout > 0
+        self._with_dropout = recipe.train.dropout > 0
+        given = {"loss": True, "z_loss": recipe.train.z_loss > 0, "kl_loss": recipe.train.distill is not None}
+        self._losses = [name for name, there in given.items() if there]
         self._loss, self._loader, self._note = loss, loader, note
         self._world, self._device, self._dtype = loss.world, loss.device, loss.dtype
         self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
@@ -167,9 +168,9 @@ class Gradients:
             numbers = torch.cat([numbers, self._world.sum(load_LE).flatten().to(totals.dtype)])
         norm_value, *flat = numbers.tolist()
         trained = self._loader.trained(first, count)
-        loss, *z = (total / max(trained, 1) for total in flat[: len(totals)])
+        means = {name: total / max(trained, 1) for name, total in zip(self._losses, flat, strict=False)}
         loads = None if load_LE is None else torch.tensor(flat[len(totals) :]).long().view(load_LE.shape).tolist()
-        return BatchOutcome(loss, norm_value, load_LE, loads, z[0] if z else None, trained)
+        return BatchOutcome(norm=norm_value, load_LE=load_LE, loads=loads, trained=trained, **means)
 
     def passes(self, count: int) -> int:
         """Return the micro-batches per process of a global batch of `count` sequences."""
@@ -186,7 +187,7 @@ class Gradients:
         """Return (this process's sums, False), (None, True) after a signal, or (None, False) without memory."""
         parts, full = self._parts(first, count), False
         trained = self._loader.trained(first, count)
-        totals, load_LE = torch.zeros(1 + self._with_z, device=self._device), None
+        totals, load_LE = torch.zeros(len(self._losses), device=self._device), None
         for index, (start, size) in enumerate(parts):
             # Before each pass, all processes agree whether to continue, so that none waits for another's gradients.
             stopped, full = self._world.any(stop.is_set() or self._world.abandoned, full)
@@ -197,7 +198,7 @@ class Gradients:
             if losses is None:
                 full = True
                 continue
-            totals += torch.stack([losses.loss.detach(), *([losses.z] if losses.z is not None else [])])
+            totals += torch.stack([part for part in (losses.loss.detach(), losses.z, losses.kl) if part is not None])
             if losses.load_LE is not None:
                 load_LE = losses.load_LE if load_LE is None else load_LE + losses.load_LE
             if self._device.type == "cuda":  # read the next micro-batch while the GPU computes

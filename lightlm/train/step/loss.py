@@ -15,6 +15,7 @@ from lightlm.model.fused import add_
 from lightlm.model.moe import Routing
 from lightlm.model.products import has_slow_mkl, product
 from lightlm.model.transformer import Transformer
+from lightlm.train.step.divergence import Mix, SoftTargets, mixed_gradient_
 
 # Matrix units are slower on rows whose length is not a multiple of a cache line, such as GPT-2's 50,257 entries.
 _VOCAB_MULTIPLE = 128
@@ -24,14 +25,23 @@ _CHUNK = {"cpu": 2048, "mps": 2048, "cuda": 4096}
 # Elements that the fp32 softmax works on at once on a CPU: 1 MB, which stays in its caches; and the fewest rows, below
 # which launching the operations dominates. A GPU takes a whole chunk.
 _SLICE_ELEMENTS, _SLICE_ROWS = 1 << 18, 16
+_TAUGHT_ROWS = 1024  # beside a teacher's, a GPU takes fewer: five fp32 tensors of them exist at once
 
 
 class TokenLosses(NamedTuple):
     """Sums over the tokens of a batch, fp32 scalars."""
 
-    objective: Tensor  # what is differentiated: `loss` plus the coefficient times `z`
+    objective: Tensor  # what is differentiated: `loss`, mixed with `kl`, plus the coefficient times `z`
     loss: Tensor  # -ln p(target), in nats
-    z: Tensor | None  # logsumexp(logits)^2; None with a coefficient of 0
+    z: Tensor | None = None  # logsumexp(logits)^2; None with a coefficient of 0
+    kl: Tensor | None = None  # divergence from a teacher, times the square of the temperature; None without one
+
+
+class Lesson(NamedTuple):
+    """What a teacher says about the next tokens of a micro-batch, and how it mixes with the tokens themselves."""
+
+    targets: SoftTargets
+    mix: Mix
 
 
 def token_losses(
@@ -44,6 +54,7 @@ def token_losses(
     dropout: Dropout | None = None,
     offsets_BT: Tensor | None = None,
     masked: bool = False,
+    lesson: Lesson | None = None,
 ) -> TokenLosses:
     """Return the cross-entropy of a batch and the z-loss of its logits (PaLM, arXiv 2204.02311, section 5).
 
@@ -51,14 +62,18 @@ def token_losses(
         routings, dropout, offsets_BT: see `Transformer.hidden_states`.
         z_loss: coefficient of logsumexp(logits)^2 per token.
         masked: negative targets are not trained on: the head does not see their tokens.
+        lesson: of a teacher, see `lightlm.train.step.divergence`.
     """
-    x_ND = _head_input(model, inputs_BT, routings=routings, dropout=dropout, offsets_BT=offsets_BT)
+    x_ND = head_input(model, inputs_BT, routings=routings, dropout=dropout, offsets_BT=offsets_BT)
     targets_N = targets_BT.flatten()
-    if masked:
-        sums = _masked_head_loss(x_ND, model.head_weight, targets_N, z_loss)
+    if masked or lesson is not None:
+        sums = _uncompiled_head_loss(x_ND, model.head_weight, targets_N, z_loss, lesson, masked)
     else:
-        sums = _HeadLoss.apply(x_ND, model.head_weight, targets_N, z_loss)
-    return TokenLosses(*sums) if z_loss else TokenLosses(sums[0], sums[0], None)
+        sums = _HeadLoss.apply(x_ND, model.head_weight, targets_N, z_loss, None)
+    if not z_loss and lesson is None:
+        return TokenLosses(sums[0], sums[0])
+    objective, loss, *others = sums
+    return TokenLosses(objective, loss, others[0] if z_loss else None, others[-1] if lesson is not None else None)
 
 
 def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, offsets_BT: Tensor | None = None) -> Tensor:
@@ -79,7 +94,7 @@ def target_losses(
 
     With `masked`, it is 0 for a negative target.
     """
-    x_ND, targets_N = _head_input(model, inputs_BT, offsets_BT=offsets_BT), targets_BT.flatten()
+    x_ND, targets_N = head_input(model, inputs_BT, offsets_BT=offsets_BT), targets_BT.flatten()
     with torch.autocast(x_ND.device.type, enabled=False):
         if not masked:
             return _head_loss(x_ND, model.head_weight, targets_N, 0.0, with_gradients=False)[0]
@@ -91,7 +106,7 @@ def target_losses(
         return losses_N
 
 
-def _head_input(model: Transformer, inputs_BT: Tensor, **options: Any) -> Tensor:
+def head_input(model: Transformer, inputs_BT: Tensor, **options: Any) -> Tensor:
     """Return the last hidden states as (N, D), in the precision of products."""
     x_ND = model.hidden_states(inputs_BT, **options).flatten(0, 1)
     if torch.is_autocast_enabled(x_ND.device.type):
@@ -100,10 +115,15 @@ def _head_input(model: Transformer, inputs_BT: Tensor, **options: Any) -> Tensor
 
 
 @torch.compiler.disable  # the number of trained tokens differs from batch to batch
-def _masked_head_loss(x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, z_loss: float) -> tuple[Tensor, ...]:
-    """Return the sums of `_HeadLoss` over the tokens whose target is not negative."""
-    trained_N = targets_N >= 0
-    sums: tuple[Tensor, ...] = _HeadLoss.apply(x_ND[trained_N], master_VD, targets_N[trained_N], z_loss)
+def _uncompiled_head_loss(
+    x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, z_loss: float, lesson: Lesson | None, masked: bool
+) -> tuple[Tensor, ...]:
+    """Return the sums of `_HeadLoss`, with `masked` over the tokens whose target is not negative."""
+    if masked:
+        trained_N = targets_N >= 0
+        x_ND, targets_N = x_ND[trained_N], targets_N[trained_N]
+        lesson = lesson and lesson._replace(targets=lesson.targets.select(trained_N))
+    sums: tuple[Tensor, ...] = _HeadLoss.apply(x_ND, master_VD, targets_N, z_loss, lesson)
     return sums
 
 
@@ -111,50 +131,66 @@ class _HeadLoss(torch.autograd.Function):
     """Linear layer and summed cross-entropy in one. The forward pass also makes the gradients, chunk by chunk.
 
     Products run in the precision of x; the loss, the softmax and the sums of the weight's gradient are fp32. The
-    outputs are those of `TokenLosses`, of which only the objective has gradients.
+    outputs are the objective, which alone has gradients, and where one is not the other, the loss, then with their
+    settings z and kl of `TokenLosses`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, z_loss: float) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, z_loss: float, lesson: Lesson | None
+    ) -> tuple[Tensor, ...]:
         with torch.autocast(x_ND.device.type, enabled=False):
-            losses_N, lse_N, *grads = _head_loss(
-                x_ND, master_VD, targets_N, z_loss, with_gradients=any(ctx.needs_input_grad)
+            losses_N, lse_N, kl_N, *grads = _head_loss(
+                x_ND, master_VD, targets_N, z_loss, lesson, with_gradients=any(ctx.needs_input_grad)
             )
         ctx.grads = grads  # not saved for backward, which would keep a reference: see there
         loss = losses_N.sum()
-        if not z_loss:
+        if not z_loss and lesson is None:
             return (loss,)
-        z = lse_N.square().sum()
-        ctx.mark_non_differentiable(loss, z)
-        return loss + z_loss * z, loss, z
+        objective, parts = loss, [loss]
+        if kl_N is not None and lesson is not None:
+            parts.append(kl_N.sum())
+            objective = (1 - lesson.mix.weight) * loss + lesson.mix.weight * parts[1]
+        if z_loss:
+            parts.insert(1, lse_N.square().sum())
+            objective = objective + z_loss * parts[1]
+        ctx.mark_non_differentiable(*parts)
+        return objective, *parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_objective: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_objective: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Nothing else may refer to the weight's gradient: autograd then adds a tied table's sparse part in place.
         (grad_x_ND, grad_weight_VD), ctx.grads = ctx.grads, None
-        return grad_x_ND * grad_objective, grad_weight_VD.mul_(grad_objective), None, None
+        return grad_x_ND * grad_objective, grad_weight_VD.mul_(grad_objective), None, None, None
 
 
 def _head_loss(
-    x_ND: Tensor, master_VD: Tensor, targets_N: Tensor, z_loss: float, *, with_gradients: bool
-) -> tuple[Tensor, ...]:
-    """Return the loss and the log-sum-exp of each target's logits.
+    x_ND: Tensor,
+    master_VD: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    lesson: Lesson | None = None,
+    *,
+    with_gradients: bool,
+) -> tuple[Any, ...]:
+    """Return the loss and the log-sum-exp of each target's logits, and its divergence from the teacher, if any.
 
-    `with_gradients`, also return the gradients of x and of the weight by the sum of the losses plus `z_loss` times that
-    of the squared log-sum-exps.
+    `with_gradients`, also return the gradients of x and of the weight by the objective: the sum of the losses, mixed
+    with that of the divergences, plus `z_loss` times that of the squared log-sum-exps.
     """
     if not len(x_ND):  # a micro-batch without a token to train on
         none_N = x_ND.new_empty(0, dtype=torch.float32)
         grads = (torch.empty_like(x_ND), torch.zeros_like(master_VD)) if with_gradients else ()
-        return none_N, none_N, *grads
+        return none_N, none_N, None if lesson is None else none_N, *grads
     if x_ND.device.type == "cpu" and x_ND.dtype == master_VD.dtype == torch.float32:
-        return _full_head_loss(x_ND, master_VD, targets_N, z_loss, with_gradients=with_gradients)
+        return _full_head_loss(x_ND, master_VD, targets_N, z_loss, lesson, with_gradients=with_gradients)
     vocab_size = len(master_VD)
-    weight_WD = _padded(master_VD, x_ND.dtype)
+    weight_WD = padded(master_VD, x_ND.dtype)
     rows = min(_CHUNK[x_ND.device.type], len(x_ND))
     logits_RW = x_ND.new_empty(rows, len(weight_WD))
     losses_N, lse_N = (torch.empty(len(x_ND), device=x_ND.device, dtype=torch.float32) for _ in range(2))
+    kl_N = None if lesson is None else torch.empty_like(losses_N)
     if with_gradients:
         grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), torch.empty_like(master_VD)
         product_WD = torch.empty_like(weight_WD)
@@ -162,30 +198,48 @@ def _head_loss(
         chunk = slice(start, start + rows)
         x_RD, targets_R = x_ND[chunk], targets_N[chunk]
         logits = torch.mm(x_RD, weight_WD.T, out=logits_RW[: len(x_RD)])
-        losses_N[chunk], lse_N[chunk] = _softmax_(logits[:, :vocab_size], targets_R, z_loss)
+        if lesson is None or kl_N is None:
+            losses_N[chunk], lse_N[chunk] = _softmax_(logits[:, :vocab_size], targets_R, z_loss)
+            if with_gradients:
+                at_targets = _target_gradient(losses_N[chunk], lse_N[chunk], z_loss).to(x_ND.dtype)
+                logits[torch.arange(len(x_RD), device=logits.device), targets_R] = at_targets
+        else:
+            losses_N[chunk], lse_N[chunk], kl_N[chunk] = _taught_gradient_(
+                logits[:, :vocab_size], targets_R, lesson, chunk, z_loss
+            )
         if with_gradients:
-            at_targets = _target_gradient(losses_N[chunk], lse_N[chunk], z_loss).to(x_ND.dtype)
-            logits[torch.arange(len(x_RD), device=logits.device), targets_R] = at_targets
             torch.mm(logits, weight_WD, out=grad_x_ND[chunk])
             torch.mm(logits.T, x_RD, out=product_WD)
             add_(grad_weight_VD, product_WD[:vocab_size], first=start == 0)
-    return (losses_N, lse_N, grad_x_ND, grad_weight_VD) if with_gradients else (losses_N, lse_N)
+    return (losses_N, lse_N, kl_N, grad_x_ND, grad_weight_VD) if with_gradients else (losses_N, lse_N, kl_N)
 
 
 def _full_head_loss(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, *, with_gradients: bool
-) -> tuple[Tensor, ...]:
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    lesson: Lesson | None,
+    *,
+    with_gradients: bool,
+) -> tuple[Any, ...]:
     """Compute `_head_loss` in fp32 on a CPU, where nothing needs a copy: neither the weight nor the softmax's input."""
     rows = min(_CHUNK["cpu"], len(x_ND))
     losses_N, lse_N = x_ND.new_empty(len(x_ND)), x_ND.new_empty(len(x_ND))
+    kl_N = None if lesson is None else torch.empty_like(losses_N)
     grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), None
     for start in range(0, len(x_ND), rows):
         chunk = slice(start, start + rows)
         x_RD, targets_R = x_ND[chunk], targets_N[chunk]
         logits_RV = product(x_RD, weight_VD.T)
-        losses_N[chunk], lse_N[chunk] = _softmax_(logits_RV, targets_R, z_loss)
+        if lesson is None or kl_N is None:
+            losses_N[chunk], lse_N[chunk] = _softmax_(logits_RV, targets_R, z_loss)
+            if with_gradients:
+                at_targets = _target_gradient(losses_N[chunk], lse_N[chunk], z_loss)
+                logits_RV[torch.arange(len(x_RD)), targets_R] = at_targets
+        else:
+            losses_N[chunk], lse_N[chunk], kl_N[chunk] = _taught_gradient_(logits_RV, targets_R, lesson, chunk, z_loss)
         if with_gradients:
-            logits_RV[torch.arange(len(x_RD)), targets_R] = _target_gradient(losses_N[chunk], lse_N[chunk], z_loss)
             grad_x_ND[chunk] = product(logits_RV, weight_VD)
             if grad_weight_VD is None:
                 grad_weight_VD = product(logits_RV.T, x_RD)
@@ -194,7 +248,22 @@ def _full_head_loss(
             else:
                 grad_weight_VD.addmm_(logits_RV.T, x_RD)
         del logits_RV  # before the next chunk's
-    return (losses_N, lse_N, grad_x_ND, grad_weight_VD) if grad_weight_VD is not None else (losses_N, lse_N)
+    sums = losses_N, lse_N, kl_N
+    return (*sums, grad_x_ND, grad_weight_VD) if grad_weight_VD is not None else sums
+
+
+def _taught_gradient_(
+    logits_RV: Tensor, targets_R: Tensor, lesson: Lesson, chunk: slice, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace the logits of a chunk as `mixed_gradient_` does; return what it returns."""
+    rows, vocab_size = logits_RV.shape
+    size = softmax_rows(vocab_size) if logits_RV.device.type == "cpu" else min(rows, _TAUGHT_ROWS)
+    return mixed_gradient_(logits_RV, targets_R, lesson.targets.chunk(chunk), lesson.mix, z_loss, size)
+
+
+def softmax_rows(vocab_size: int) -> int:
+    """Return the rows of logits that the fp32 softmax works on at once on a CPU."""
+    return max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS)
 
 
 def _target_gradient(losses_R: Tensor, lse_R: Tensor, z_loss: float) -> Tensor:
@@ -220,17 +289,18 @@ def head_loss_bytes(
         product_bytes = 4 * vocab_size * hidden_size if tokens > rows and has_slow_mkl() else 0
         return 4 * rows * vocab_size + product_bytes + 8 * hidden_size * tokens + earlier
     padded = -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-    softmax_rows = max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS) if device_type == "cpu" else rows
+    fp32_rows = softmax_rows(vocab_size) if device_type == "cpu" else rows
     return (
         element * rows * padded  # logits
-        + 4 * softmax_rows * vocab_size
+        + 4 * fp32_rows * vocab_size
         + 2 * element * padded * hidden_size  # the weight's copy, and its gradient from one chunk
         + 2 * element * tokens * hidden_size  # x and its gradient
         + earlier
     )
 
 
-def _padded(master_VD: Tensor, dtype: torch.dtype) -> Tensor:
+def padded(master_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in this precision, with rows of zeros up to a multiple that matrix units like."""
     vocab_size, hidden_size = master_VD.shape
     weight_WD = master_VD.new_empty(-(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE, hidden_size, dtype=dtype)
     weight_WD[:vocab_size] = master_VD
@@ -244,7 +314,7 @@ def _softmax_(logits_RV: Tensor, targets_R: Tensor, z_loss: float) -> tuple[Tens
     This gradient is the softmax times 1 + 2 z_loss logsumexp(logits).
     """
     rows, vocab_size = logits_RV.shape
-    size = max(_SLICE_ELEMENTS // vocab_size, _SLICE_ROWS) if logits_RV.device.type == "cpu" else rows
+    size = softmax_rows(vocab_size) if logits_RV.device.type == "cpu" else rows
     copied = logits_RV.dtype != torch.float32
     full_SV = logits_RV.new_empty(size, vocab_size, dtype=torch.float32) if copied else logits_RV
     losses_R, lse_R = (logits_RV.new_empty(rows, dtype=torch.float32) for _ in range(2))

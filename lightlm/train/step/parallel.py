@@ -16,8 +16,10 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe, TrainSection
 from lightlm.sharding import whole
 from lightlm.train.distributed import World
-from lightlm.train.step.loss import target_losses, token_losses
+from lightlm.train.step.divergence import Mix, SoftTargets
+from lightlm.train.step.loss import Lesson, target_losses, token_losses
 from lightlm.train.step.routers import RouterLosses, router_losses
+from lightlm.train.step.teacher import Teacher
 
 
 class PassLoss(NamedTuple):
@@ -29,6 +31,7 @@ class PassLoss(NamedTuple):
     loss: Tensor  # the summed cross-entropy, in nats
     load_LE: Tensor | None  # tokens per expert and layer; None without experts
     z: Tensor | None = None  # the summed logsumexp(logits)^2; None without `train.z_loss`
+    kl: Tensor | None = None  # the summed divergence from a teacher, times T^2; None without `train.distill`
 
 
 class LossModule(nn.Module):
@@ -50,6 +53,8 @@ class LossModule(nn.Module):
         self.model = model
         self.router_losses = router_losses
         self.z_loss = train.z_loss if train else 0.0
+        distill = train.distill if train else None
+        self.mix = Mix(distill.weight, distill.temperature) if distill else None
         self.dropout, self.seed = (train.dropout, train.seed) if train else (0.0, 0)
 
     def forward(
@@ -59,6 +64,7 @@ class LossModule(nn.Module):
         samples_B: Tensor | None = None,
         starts_BT: Tensor | None = None,
         trained_share: Tensor | None = None,
+        taught: SoftTargets | None = None,
         *,
         each_target: bool = False,
     ) -> PassLoss | Tensor:
@@ -69,13 +75,10 @@ class LossModule(nn.Module):
         Args:
             starts_BT: in a run with conversations, which inputs begin a document; negative targets then do not count.
             trained_share: then, the share of the global batch's targets that counts: a scalar.
+            taught: with `train.distill`, what the teacher says.
         """
         masked = starts_BT is not None
-        offsets_BT = None
-        if self.separator is not None:
-            offsets_BT = (
-                offsets_in_documents(inputs_BT, self.separator) if starts_BT is None else offsets_from(starts_BT)
-            )
+        offsets_BT = self.offsets(inputs_BT, starts_BT)
         if each_target:
             return target_losses(self.model, inputs_BT, targets_BT, offsets_BT, masked=masked)
         routings: list[Routing] = []
@@ -85,15 +88,22 @@ class LossModule(nn.Module):
             "dropout": dropout,
             "offsets_BT": offsets_BT,
             "masked": masked,
+            "lesson": None if taught is None or self.mix is None else Lesson(taught, self.mix),
         }
         sums = token_losses(self.model, inputs_BT, targets_BT, routings, **settings)
         if not routings:
-            return PassLoss(sums.objective, sums.loss, None, sums.z)
+            return PassLoss(sums.objective, sums.loss, None, sums.z, sums.kl)
         # Routers learn from every token. The sums are divided by the targets that count, this one by all.
         weight = targets_BT.numel() if trained_share is None else targets_BT.numel() * trained_share
         objective = sums.objective + weight * self.router_losses(routings)
         load_LE = torch.stack([routing.load_E for routing in routings])
-        return PassLoss(objective, sums.loss.detach(), load_LE, sums.z)
+        return PassLoss(objective, sums.loss.detach(), load_LE, sums.z, sums.kl)
+
+    def offsets(self, inputs_BT: Tensor, starts_BT: Tensor | None) -> Tensor | None:
+        """Return the place of each input in its document, if attention stays inside documents."""
+        if self.separator is None:
+            return None
+        return offsets_in_documents(inputs_BT, self.separator) if starts_BT is None else offsets_from(starts_BT)
 
 
 class ParallelLoss:
@@ -104,6 +114,7 @@ class ParallelLoss:
             optimizer state (FSDP2). With one process, both are the plain model. `train.compile` is true or false.
         dtype: the precision of matrix products, in which FSDP gathers the blocks' weights.
         separator: see `LossModule`.
+        teacher: computes what `train.distill` learns from, where it is not stored.
     """
 
     def __init__(
@@ -114,6 +125,7 @@ class ParallelLoss:
         device: torch.device,
         dtype: torch.dtype,
         separator: int | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         strategy, compiled = recipe.train.parallel, recipe.train.compile is True
         self.model = model
@@ -128,6 +140,7 @@ class ParallelLoss:
             keep_padding_uncompiled()
             self._local.compile()
         self._root: nn.Module = self._local
+        self._teacher = teacher  # beside the module: neither sharded nor saved
         if self.sharded:
             _shard(self._local, world, device, dtype)
         elif self.replicated:
@@ -140,9 +153,15 @@ class ParallelLoss:
         samples_B: Tensor | None = None,
         starts_BT: Tensor | None = None,
         trained_share: Tensor | None = None,
+        taught: SoftTargets | None = None,
     ) -> PassLoss:
-        """Return the losses of a training pass. The objective's backward pass must run inside `synchronized`."""
-        return self._root(inputs_BT, targets_BT, samples_B, starts_BT, trained_share)
+        """Return the losses of a training pass. The objective's backward pass must run inside `synchronized`.
+
+        `taught` is what a stored teacher says.
+        """
+        if self._teacher is not None:
+            taught = self._teacher(inputs_BT, self._local.offsets(inputs_BT, starts_BT))
+        return self._root(inputs_BT, targets_BT, samples_B, starts_BT, trained_share, taught)
 
     def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the cross-entropy of each target, in nats: fp32 (B x T,), without gradients.

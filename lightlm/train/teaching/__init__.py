@@ -1,0 +1,1 @@
+"""Teachers: larger models that a run learns from."""
