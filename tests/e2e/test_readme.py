@@ -88,6 +88,15 @@ def write_hellaswag(folder):
         pq.write_table(pa.Table.from_pylist(rows), folder / f"data/{split}-00000-of-00001.parquet")
 
 
+def write_conversations(folder):
+    talks = [
+        [{"role": "user", "content": text[:40]}, {"role": "assistant", "content": text[40:80]}] for text in texts(40)
+    ]
+    folder.joinpath("data").mkdir(parents=True)
+    pq.write_table(pa.table({"messages": talks}), folder / "data/train-00000-of-00001.parquet")
+    return folder
+
+
 def write_recipe(path, name):
     """The shipped recipe's architecture in sizes that train in a second."""
     values = yaml.safe_load(load_recipe(name).to_yaml())
@@ -110,6 +119,7 @@ def stand_ins(tmp_path, monkeypatch):
         (tmp_path / "served-gpt2").mkdir()
         train_tokenizer(texts(100), 320).save(tmp_path / "served-gpt2" / "tokenizer.json")
         hub.add("openai-community/gpt2", tmp_path / "served-gpt2", kind="models")
+        hub.add("HuggingFaceTB/smol-smoltalk", write_conversations(tmp_path / "served-smoltalk"))
         use(hub, tmp_path / "cache", monkeypatch)
         yield write_stand_ins(tmp_path)
 

@@ -57,6 +57,19 @@ def test_a_run_grows_the_model_that_it_starts_from():
     assert torch.equal(again, table)  # the same in every process
 
 
+def test_the_shipped_recipe_trains_a_run():
+    from lightlm.convert.load import find_start
+
+    here = ["train.init_from=chat-base", "data.dataset=answers", "train.seq_len=32", "train.device=cpu"]
+    small = ["train.tokens=2560", "train.batch_tokens=256", "train.dtype=float32", "eval.every=2560", "eval.tokens=512"]
+    watch = Recorder()
+    recipe = load_recipe("chat", [*here, *small], find_start=find_start)
+    Trainer(set_up(recipe, open_data(recipe), watch.note), empty_run("shipped-chat"), watch).train()
+    losses = [metrics["val_loss"] for metrics in watch.metrics if "val_loss" in metrics]
+    assert losses[-1] < losses[0]
+    assert watch.samples[0][1] == "user: Name a color\nassistant: "
+
+
 def test_checkpoints_hold_the_template_and_every_end():
     recipe = load_recipe("tiny.yaml", CHAT)
     watch = Recorder()

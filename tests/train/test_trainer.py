@@ -296,7 +296,7 @@ def test_rows_beyond_the_tokenizer_are_noted():
     assert watch.notes == ["model.vocab_size 384 exceeds the tokenizer's 320: 64 rows stay unused"]
 
 
-@pytest.mark.parametrize("name", sorted(set(PARAMETERS) - {"finetune"}))  # that one is in test_initial.py
+@pytest.mark.parametrize("name", sorted(set(PARAMETERS) - {"finetune", "chat"}))  # they start from a model
 def test_every_recipe_trains_two_steps_in_a_tiny_shape(name):
     """The recipe's own architecture, schedule and optimizer; sizes and data replaced."""
     model = load_recipe(name).model

@@ -30,7 +30,7 @@ def export(name, tokenizer, out, dtype=torch.float32, quantize=""):
     return model, path
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name].attention == "gqa"])
 @torch.no_grad()
 def test_prompts_and_single_tokens(name, tokenizer, tmp_path):
     """One graph computes both, for two rows at once; also past the window of banded layers."""
@@ -159,4 +159,5 @@ def test_a_field_that_the_graph_does_not_compute_is_refused():
     shape = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_seq_len": 8}
     assert FORMATS["onnx"].refusal(_Softer(**shape)) == ""
     assert "does not compute softcap: 30.0" in FORMATS["onnx"].refusal(_Softer(**shape, softcap=30.0))
+    assert "does not compute attention: mla" in FORMATS["onnx"].refusal(SHAPES["mla"])
     assert "does not compute mlp: new" in FORMATS["onnx"].refusal(ModelConfig(**shape, mlp="new"))

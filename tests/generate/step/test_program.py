@@ -1,5 +1,7 @@
 """Compiled code computes models of any size, for any number of tokens."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,7 +56,8 @@ def test_models_of_any_width(shape, rows, length, seed):
         exact_BTV = rounded.float()(tokens_BT)
     forward = FastForward(rounded.bfloat16())
     found_BTV = forward(tokens_BT, rounded.new_cache(rows))
-    errors_BT = (found_BTV - exact_BTV).norm(dim=-1) / exact_BTV.norm(dim=-1).clamp(min=0.1)
+    usual = 0.3 * 0.3 * math.sqrt(shape.hidden_size * shape.vocab_size)  # of weights and of the last norm's scales
+    errors_BT = (found_BTV - exact_BTV).norm(dim=-1) / exact_BTV.norm(dim=-1).clamp(min=usual)
     assert errors_BT.median() < 0.05  # rounding may change which experts a token is sent to
 
 
