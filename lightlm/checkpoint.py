@@ -9,6 +9,9 @@
 A model that began with an imported one keeps what its files say about special tokens, its chat template and generation
 in tokenizer_config.json and generation_config.json, as transformers names and writes them.
 
+With `train.mtp`, both files of weights also hold the heads of multi-token prediction, under `mtp.`. Only what asks for
+them loads them, as a run that resumes.
+
 With `train.ema`, `model.safetensors` is the average of the weights, and `raw.safetensors` the last ones.
 
 `complete.json` is written last and lists every file's size and xxh3 checksum: a folder without it is not a checkpoint.
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 TRAINING_STATE = "training_state.pt"
 BEST = "best"
 GENERATION = "generation_config.json"
+MTP = "mtp."  # how names of weights of multi-token prediction begin
 MODEL_WEIGHTS, RAW_WEIGHTS = "model.safetensors", "raw.safetensors"
 _MODEL_FILES = (MODEL_WEIGHTS, "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
 warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
@@ -248,6 +252,15 @@ def has_average(folder: Path) -> bool:
     return (folder / MARKER).is_file() and RAW_WEIGHTS in _listing(folder)
 
 
+def has_mtp(folder: Path) -> bool:
+    """Return whether a checkpoint holds heads of multi-token prediction."""
+    from safetensors import safe_open
+
+    with safe_open(folder / MODEL_WEIGHTS, "pt") as file:
+        names = list(file.keys())
+    return any(name.startswith(MTP) for name in names)
+
+
 def load_weights(folder: Path, name: str = MODEL_WEIGHTS) -> dict[str, Tensor]:
     """Verify and load a file of weights."""
     check(folder, [name])
@@ -261,12 +274,15 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     weights: str | None = None,
+    *,
+    mtp: bool = False,
 ) -> LoadedModel:
     """Verify and load a checkpoint folder of LightLM's own format; the model is in evaluation mode.
 
     Args:
         dtype: precision of the weights; float32 unless given.
         weights: `ema` or `raw`, for a checkpoint that has both; None is the average where there is one.
+        mtp: load the heads of multi-token prediction too, where the checkpoint has them.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, or its weights do not fit its configuration.
@@ -286,7 +302,10 @@ def load_model(
         files.read_object(folder / name, CheckpointError) if name in said else {} for name in (SETTINGS, GENERATION)
     )
     tokenizer = tokenizer.used_as(config.get("bos_token_id"), config.get("adds_bos", False), settings, generation)
-    model = build_model(shape, load_file(folder / file), str(folder)).to(device=device, dtype=dtype or torch.float32)
+    state = load_file(folder / file)
+    if not mtp:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(MTP)}
+    model = build_model(shape, state, str(folder)).to(device=device, dtype=dtype or torch.float32)
     return LoadedModel(model.eval(), tokenizer, folder, (folder / file,))
 
 
@@ -322,6 +341,8 @@ def read_shape(folder: Path) -> ModelConfig:
 def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Transformer:
     """Return a model with exactly these weights, in their precision; `where` is their folder, for messages.
 
+    It has as many heads of multi-token prediction as the weights.
+
     Raises:
         CheckpointError: a weight is missing, unknown, or has the wrong shape; the message lists up to five.
     """
@@ -330,7 +351,7 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> Tr
     from lightlm.model.transformer import Transformer
 
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config, len({name.split(".")[1] for name in state if name.startswith(MTP)}))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wanted != given:

@@ -104,6 +104,7 @@ def convert(
         return
     writer = format_named("--to", to) if to is not None else None
     reader = format_named("--from", from_) if from_ is not None else None
+    from lightlm.checkpoint import has_mtp
     from lightlm.choices import DTYPES, check_weights
     from lightlm.convert.load import locate, with_model
 
@@ -152,6 +153,8 @@ def convert(
         read=read,
     )
     facts, source = with_model(model, lambda path: (write(path), path))
+    if reader.name == "lightlm" and has_mtp(source):
+        console.print("Its heads of multi-token prediction are left out: only training needs them", style="dim")
     if push is not None:
         from lightlm.convert.huggingface.hub import upload
 

@@ -61,6 +61,7 @@ def _print(plan: dict[str, Any]) -> None:
         "parameters": format_quantity(model["parameters"]),
         "active per token": format_quantity(model["active_parameters"]),
         "in tables and head": format_quantity(model["embedding_parameters"]),
+        **({"multi-token prediction": format_quantity(model["mtp_parameters"])} if model["mtp_parameters"] else {}),
         "vocabulary": f"{model['vocab_size']:,}",
         "FLOPs per token": format_quantity(model["flops_per_token"]),
         "training tokens": format_quantity(run["tokens"]),

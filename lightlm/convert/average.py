@@ -42,8 +42,9 @@ def load_average(newest: Path, count: int, weights: str | None = None) -> Loaded
     file = loaded.weights[0].name
     sums = {name: tensor.double() for name, tensor in state.items()}
     for path in chosen[:-1]:
-        for name, tensor in checkpoint.load_weights(path, file).items():
-            sums[name] += tensor
+        found = checkpoint.load_weights(path, file)
+        for name, tensor in sums.items():
+            tensor += found[name]
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(sums[name] / count)

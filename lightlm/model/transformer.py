@@ -6,6 +6,7 @@ Shapes: B batch, T positions in this call, D hidden size, V vocabulary.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,14 +101,45 @@ def _compiled_run() -> Callable[..., tuple[Tensor, Routing | None]]:
     return torch.compile(Block._run)
 
 
+class MTPHead(nn.Module):
+    """Multi-token prediction, one token further (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+
+    It turns the states of the model, or of the head before it, and the embeddings of the next tokens into states.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.state_norm, self.embedding_norm = build_norm(config), build_norm(config)
+        self.merge = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = Block(config, index)
+        self.norm = build_norm(config)
+
+    def forward(
+        self,
+        state_BTD: Tensor,
+        embedding_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        dropout: BranchDropout | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """Return the states (B, T, D), normalized, and what the block's router did; see `Block.forward`."""
+        joined_BTX = torch.cat([self.state_norm(state_BTD), self.embedding_norm(embedding_BTD)], -1)
+        x_BTD = self.merge(joined_BTX).to(embedding_BTD.dtype)  # the stream is fp32 under autocast, as in the model
+        x_BTD, routing = self.block(x_BTD, rotation, mask, None, dropout)
+        return self.norm(x_BTD), routing
+
+
 class Transformer(nn.Module):
     """A decoder-only language model of the shape `config`, with its `vocab_size` set.
+
+    Args:
+        mtp_depth: heads of multi-token prediction, which only training has.
 
     Raises:
         ValueError: the configuration is not a model; the message lists every reason.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mtp_depth: int = 0) -> None:
         super().__init__()
         self.config = config = config.resolved()
         if not config.vocab_size:
@@ -121,10 +153,13 @@ class Transformer(nn.Module):
         self.norm = build_norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.initialize()
+        self._initialize(self)
+        # Last, so that the rest has the same initial weights with and without heads.
+        self.mtp = nn.ModuleList(MTPHead(config, config.num_layers + index) for index in range(mtp_depth))
+        self._initialize(self.mtp)
 
     @torch.no_grad()
-    def initialize(self) -> None:
+    def _initialize(self, part: nn.Module) -> None:
         """Draw normal weights of standard deviation `init_std`; set biases to 0, norm weights and multipliers to 1.
 
         The two projections that write to the residual stream are scaled by 1/sqrt(2 x depth), so that the stream's
@@ -133,7 +168,7 @@ class Transformer(nn.Module):
         in OpenAI's gpt-2 code).
         """
         config, std = self.config, self.config.init_std
-        for name, parameter in self.named_parameters():
+        for name, parameter in part.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith("residual.scale") and config.residual_scale is not None:
@@ -164,8 +199,9 @@ class Transformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """Run each block through torch.compile in training. All blocks share one graph, so it is compiled once."""
-        for block in self.blocks.children():
-            block.compiled = True  # type: ignore[assignment]
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.compiled = True
 
     def round_decoding_to(self, precision: str | None) -> None:
         """Let `lightlm.generate.batch` compute with copies of the weights rounded to "int8"; None keeps them as is.
@@ -197,6 +233,7 @@ class Transformer(nn.Module):
         trees: Trees | None = None,
         dropout: Dropout | None = None,
         offsets_BT: Tensor | None = None,
+        mtp_states: list[Tensor] | None = None,
     ) -> Tensor:
         """Return the final norm's output (B, T, D), from which `head` makes logits.
 
@@ -211,6 +248,9 @@ class Transformer(nn.Module):
             dropout: that of a training pass.
             offsets_BT: keeps attention inside documents (see `offsets_in_documents`), and begins learned positions anew
                 in each; for rows without a cache that are no trees. Rotary positions run on: only distances matter.
+            mtp_states: a list to which each head of multi-token prediction appends its states (B, T, D), for rows
+                without a cache that are no trees. Column t of head k, counted from 1, predicts the token k + 1 columns
+                on; the last k columns are meaningless, since the tokens that they need are not there.
 
         Raises:
             ValueError: there are more positions than max_seq_len or than the cache holds, counts without a cache, or
@@ -218,7 +258,8 @@ class Transformer(nn.Module):
         """
         config = self.config
         batch, length = tokens_BT.shape
-        windows = {config.window(layer) for layer in range(config.depth)}
+        layers = config.depth + (0 if mtp_states is None else len(self.mtp))
+        windows = {config.window(layer) for layer in range(layers)}
         step: Step | None = None
         extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # the first argument is the layer
         if trees is not None:
@@ -255,23 +296,39 @@ class Transformer(nn.Module):
         else:
             cos, sin = rotary_table(positions_BT, config)
             rotation = cos[:, None], sin[:, None]
-        branches: list[BranchDropout | None] = [None] * config.depth
+        branches: list[BranchDropout | None] = [None] * layers
         if dropout is not None:
             x_BTD = dropout.embeddings(x_BTD)
-            branches[:] = dropout.branches(config.depth, length)
+            branches[:] = dropout.branches(layers, length)
+        embedding_BTD = x_BTD
         for layer in range(config.depth):
             block = self.blocks[layer // config.layer_sharing]
             extend_layer = functools.partial(extend, layer) if extend is not None else None
             arguments = x_BTD, rotation, masks[config.window(layer)], extend_layer, branches[layer]
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x_BTD, routing = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_BTD, routing = block(*arguments)
-            if routings is not None and routing is not None:
-                routings.append(routing)
+            x_BTD = self._run(block, arguments, routings)
         if cache is not None and step is not None:
             cache.commit(step)
-        return self.norm(x_BTD)
+        x_BTD = state_BTD = self.norm(x_BTD)
+        for number, (head, layer) in enumerate(zip(self.mtp, range(config.depth, layers), strict=False), 1):
+            assert mtp_states is not None
+            last = embedding_BTD[:, -1:].expand(-1, number, -1)
+            ahead_BTD = torch.cat([embedding_BTD[:, number:], last], 1)
+            state_BTD = self._run(
+                head, (state_BTD, ahead_BTD, rotation, masks[config.window(layer)], branches[layer]), routings
+            )
+            mtp_states.append(state_BTD)
+        return x_BTD
+
+    def _run(self, part: nn.Module, arguments: tuple[Any, ...], routings: list[Routing] | None) -> Tensor:
+        """Run a block or a head; append what its router did."""
+        if self.recompute_blocks and torch.is_grad_enabled():
+            x_BTD, routing = checkpoint(part, *arguments, use_reentrant=False)
+        else:
+            x_BTD, routing = part(*arguments)
+        if routings is not None and routing is not None:
+            routings.append(routing)
+        output: Tensor = x_BTD
+        return output
 
     def _document_masks(self, offsets_BT: Tensor, windows: set[int]) -> dict[int, Mask]:
         """Return the mask of each window."""
@@ -285,19 +342,24 @@ class Transformer(nn.Module):
         }
 
     def num_parameters(self) -> dict[str, int]:
-        """Return parameter counts.
+        """Return parameter counts, without the heads of multi-token prediction.
 
         `total` counts a tied head once, `active` leaves out the experts that a token is not sent to, and `embedding`
         is the part of the total in embedding tables and head.
         """
         tables = ("embed_tokens.", "embed_positions.", "lm_head.")
-        total = sum(parameter.numel() for parameter in self.parameters())
+        total = sum(parameter.numel() for parameter in self.parameters()) - self.mtp_parameters
         embedding = sum(p.numel() for name, p in self.named_parameters() if name.startswith(tables))
-        return {"total": total, "active": total - self._idle_parameters(), "embedding": embedding}
+        return {"total": total, "active": total - self._idle_parameters(self.blocks), "embedding": embedding}
 
-    def _idle_parameters(self) -> int:
-        """Return the parameters of the experts that a token is not sent to."""
-        experts = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+    @property
+    def mtp_parameters(self) -> int:
+        """The parameters of the heads of multi-token prediction."""
+        return sum(parameter.numel() for parameter in self.mtp.parameters())
+
+    def _idle_parameters(self, part: nn.Module) -> int:
+        """Return the parameters of the experts in a part of the model that a token is not sent to."""
+        experts = sum(p.numel() for m in part.modules() if isinstance(m, Experts) for p in m.parameters())
         config = self.config
         return experts // config.num_experts * (config.num_experts - config.num_experts_per_tok) if experts else 0
 
@@ -305,12 +367,14 @@ class Transformer(nn.Module):
         """Return the forward and backward floating-point operations per token (arXiv 2204.02311, appendix B).
 
         They are 6 per active weight and 6 (K + V) H S per layer for attention over S visible positions, where K and V
-        are the widths of a key and a value head, without a discount for causality.
+        are the widths of a key and a value head, without a discount for causality. Heads of multi-token prediction
+        count, each with the output head.
         """
-        config = self.config
-        block_weights = sum(p.numel() for p in self.blocks.parameters()) - self._idle_parameters()
-        visible = sum(min(config.window(layer) or seq_len, seq_len) for layer in range(config.depth))
+        config, depth = self.config, len(self.mtp)
+        block_weights = sum(p.numel() for p in self.blocks.parameters()) - self._idle_parameters(self.blocks)
+        mtp_weights = self.mtp_parameters - self._idle_parameters(self.mtp)
+        visible = sum(min(config.window(layer) or seq_len, seq_len) for layer in range(config.depth + depth))
         return (
-            6 * (block_weights * config.layer_sharing + self.head_weight.numel())
+            6 * (block_weights * config.layer_sharing + mtp_weights + (1 + depth) * self.head_weight.numel())
             + 6 * config.num_heads * (config.head_dim + config.value_dim) * visible
         )

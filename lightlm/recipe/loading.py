@@ -1,6 +1,8 @@
 """Read recipes from files, and apply overrides such as `optimizer.lr=1e-3`."""
 
+import functools
 import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -82,11 +84,12 @@ def _load(path: Path, overrides: Sequence[str], note: Note, find_start: FindStar
         try:
             return parse_recipe(values, str(path), origins, earlier=earlier)
         except IdleSettingsError as error:
-            if not given or any(key in given or key.partition(".")[0] in given for key in error.idle):
+            if not given or any(f"{key}.".startswith(f"{other}.") for key in error.idle for other in given):
                 raise
             for key, reason in error.idle.items():
-                section, _, name = key.partition(".")
-                note(f"{key} {values[section].pop(name)} of {path} {reason}, and is left out")
+                *outer, name = key.split(".")
+                section = functools.reduce(operator.getitem, outer, values)
+                note(f"{key} {section.pop(name)} of {path} {reason}, and is left out")
 
 
 def _with_models(values: dict[str, Any], find_start: FindStart, where: str, origins: dict[str, str]) -> dict[str, Any]:

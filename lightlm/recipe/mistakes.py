@@ -19,11 +19,12 @@ from lightlm.recipe.schema import Recipe
 from lightlm.recipe.sections.data import Stage
 from lightlm.recipe.sections.distill import DistillSection
 from lightlm.recipe.sections.section import EARLIER_RUN
+from lightlm.recipe.sections.train import MTPSection
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _NO_SECTION = ("model_type", "model_attributes_type", "dataclass_type", "dict_type")
 _LEAVE_OUT = "; leave it out"
-_NESTED = (("data", "mix"), ("data", "stages"), ("train", "distill"))  # keys whose values have keys of their own
+_NESTED = (("data", "mix"), ("data", "stages"), ("train", "distill"), ("train", "mtp"))  # have keys of their own
 
 
 class IdleSettingsError(RecipeError):
@@ -93,6 +94,7 @@ def _types() -> dict[str, dict[str, Any]]:
         for name, field in Recipe.model_fields.items()
     }
     found["train.distill"] = {key: inner.annotation for key, inner in DistillSection.model_fields.items()}
+    found["train.mtp"] = {key: inner.annotation for key, inner in MTPSection.model_fields.items()}
     optimizers = (section.model_fields.items() for section in OPTIMIZERS.values())
     found["optimizer"] = {key: inner.annotation for items in optimizers for key, inner in items}
     return found | {"model": {field.name: field.type for field in fields(ModelConfig)}}

@@ -113,6 +113,11 @@ class Recipe(BaseModel):
         if not spans and not is_earlier(info) and (end := schedule.idle_end(tokens)):
             rest = f"{schedule.decay} of {schedule.name} leaves the last {1 - end / tokens:.0%} of the run at rate 0"
             found.append(("schedule.decay", f"{rest}; leave it out to fill the run, or set schedule.min_lr_ratio"))
+        mtp = self.train.mtp
+        if mtp.depth and span_tokens(mtp.anneal, tokens) > tokens:
+            found.append(("train.mtp.anneal", f"{mtp.anneal} exceeds the run's {tokens:,} tokens; write a share: 66%"))
+        if mtp.depth >= self.seq_len:
+            found.append(("train.mtp.depth", f"must be below the {self.seq_len} tokens of a sequence, is {mtp.depth}"))
         if self.seq_len > self.model.max_seq_len:
             found.append(("train.seq_len", f"{self.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"))
         elif batch % self.seq_len:

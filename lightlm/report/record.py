@@ -119,7 +119,7 @@ def _read_recipe(run: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str,
         notes.append(f"This version of LightLM cannot read the recipe, so it cannot count parameters: {error}")
         return values if isinstance(values, dict) else {}, {}
     with torch.device("meta"):
-        model = Transformer(recipe.model)
+        model = Transformer(recipe.model, recipe.train.mtp.depth)
     counts = model.num_parameters() | {"flops_per_token": model.flops_per_token(recipe.seq_len)}
     return recipe.to_dict(), counts | {"planned_tokens": batch_plan(recipe).remaining()[1]}
 

@@ -191,7 +191,8 @@ def _flops(folder: SweepFolder, definition: Definition) -> dict[str, float]:
             if folder.status(cell).state == "done":
                 with contextlib.suppress(LightLMError), torch.device("meta"):  # the recipe of another version
                     recipe = load_run_recipe(folder.run(cell), (), lambda note: None)
-                    found[name] = float(Transformer(recipe.model).flops_per_token(recipe.seq_len))
+                    model = Transformer(recipe.model, recipe.train.mtp.depth)
+                    found[name] = float(model.flops_per_token(recipe.seq_len))
                 break
     return found
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightlm.checkpoint import LoadedModel, build_model
+from lightlm.checkpoint import MTP, LoadedModel, build_model
 from lightlm.convert.load import load_pretrained, locate
 from lightlm.data.folder import DataFolder
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import DataError, LightLMError, RecipeError
+from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.distributed import World
 
@@ -34,6 +35,9 @@ def load_initial(recipe: Recipe, data: DataFolder, world: World, note: Note) -> 
         world.from_writer(lambda: locate(reference))  # one process downloads
         loaded = load_pretrained(reference)
         weights = grown(loaded.model.state_dict(), recipe.model.vocab_size, recipe.train.seed)
+        depth = recipe.train.mtp.depth
+        heads = Transformer(recipe.model, depth).state_dict() if depth else {}
+        weights |= {name: tensor for name, tensor in heads.items() if name.startswith(MTP)}
         model = build_model(recipe.model, weights, reference)
     except LightLMError as error:
         raise RecipeError(f"train.init_from: {error}") from None

@@ -31,6 +31,15 @@ def step_settings(recipe: Recipe, tokens: int, batch_tokens: int, total_tokens: 
     )
 
 
+def mtp_weight(recipe: Recipe, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+    """Return the weight of multi-token prediction in the batch of `batch_tokens` tokens that begins after `tokens`.
+
+    It is DeepSeek-V3's (arXiv 2412.19437, section 4.2): 0.3 at first and 0.1 for the last third, by a batch's middle.
+    """
+    mtp, middle = recipe.train.mtp, tokens + batch_tokens // 2
+    return mtp.weight if middle < span_tokens(mtp.anneal, total_tokens) else mtp.final_weight
+
+
 def scheduled_metrics(recipe: Recipe, settings: StepSettings) -> dict[str, float]:
     """Return the metrics of what the recipe schedules beside the learning rate."""
     metrics = {}

@@ -102,6 +102,7 @@ class Setup:
         return {
             "parameters": parameters["total"],
             "active_parameters": parameters["active"],
+            "mtp_parameters": self.model.mtp_parameters,
             "flops_per_token": self.model.flops_per_token(recipe.seq_len),
             "device": describe(self.device),
             "processes": self.world.size,
@@ -174,10 +175,10 @@ def set_up(
     loaded = None
     if resume_from is not None:
         last = "raw" if checkpoint.has_average(resume_from) else None
-        loaded = checkpoint.load_model(resume_from, device, weights=last)
+        loaded = checkpoint.load_model(resume_from, device, weights=last, mtp=True)
     elif recipe.train.init_from is not None and data is not None:  # else only a step is measured
         loaded = load_initial(recipe, data.main, world, note)
-    model = Transformer(recipe.model).to(device) if loaded is None else loaded.model.to(device)
+    model = (loaded.model if loaded else Transformer(recipe.model, recipe.train.mtp.depth)).to(device)
     tokenizer = None if data is None else data.tokenizer
     if loaded is not None and tokenizer is not None:  # it does not say what comes before a text
         tokenizer = tokenizer.used_like(loaded.tokenizer)

@@ -32,7 +32,7 @@ from lightlm.train.observe.metrics import MetricsFile, peak_memory
 from lightlm.train.observe.observers import Observer
 from lightlm.train.observe.slowness import SlowSteps
 from lightlm.train.observe.spikes import judge
-from lightlm.train.schedules import scheduled_metrics, step_settings
+from lightlm.train.schedules import mtp_weight, scheduled_metrics, step_settings
 from lightlm.train.setup import Setup
 from lightlm.train.signals import stop_on_signals
 from lightlm.train.step.gradients import BatchOutcome
@@ -260,7 +260,8 @@ class Trainer:
         recipe, before = self.recipe, self.progress
         sequences = self.setup.batches.sequences(before.tokens)
         batch_tokens = sequences * recipe.seq_len
-        if (outcome := self.gradients(before.samples, sequences, stop)) is None:
+        weight = mtp_weight(recipe, before.tokens, batch_tokens, self.total_tokens)
+        if (outcome := self.gradients(before.samples, sequences, stop, weight)) is None:
             return False
         verdict = judge(before.spikes, outcome.loss, outcome.norm, recipe.train)
         if verdict.diverged:
@@ -307,6 +308,8 @@ class Trainer:
             metrics["z_loss"] = outcome.z_loss
         if outcome.kl_loss is not None:
             metrics["kl_loss"] = outcome.kl_loss
+        if outcome.mtp_loss is not None:
+            metrics |= {"mtp_loss": outcome.mtp_loss, "mtp_weight": weight}
         if self.setup.loader.packings:
             metrics["trained_tokens"] = outcome.trained
         if self.data.mixed:

@@ -23,7 +23,7 @@ _PLAIN_SECONDS = (10.0, 60.0)
 _SPEED_STEPS = 20  # steps over which the shown speed is averaged
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may generate codes that move the cursor
 # Cells that the live line leaves out, in this order, until it fits.
-_LEAST_IMPORTANT = ("data wait", "MFU", "grad norm", "memory", "lr", "validation", "elapsed", "tokens/s")
+_LEAST_IMPORTANT = ("data wait", "MFU", "grad norm", "memory", "lr", "MTP loss", "validation", "elapsed", "tokens/s")
 _LEAST_IMPORTANT_OF_EXPERTS = ("dropped", "bias range", "entropy", "by layer", "dead experts")
 # Name, metric and format of each cell on the balance of experts.
 _EXPERT_CELLS = (
@@ -93,6 +93,8 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
             format_quantity(facts[key]) for key in ("parameters", "active_parameters", "flops_per_token", "tokens")
         )
         active = f" ({used} active per token, {flops} FLOPs)" if used != total else ""
+        if facts.get("mtp_parameters"):
+            active += f" and {format_quantity(facts['mtp_parameters'])} of multi-token prediction"
         self._log(
             f"[bold]{escape(facts['run'])}[/]: {total} parameters{active} on "
             f"{processes}{facts['device']}, {facts['dtype']}{resumed}"
@@ -198,6 +200,7 @@ class TrainingDisplay(Observer, contextlib.AbstractContextManager["TrainingDispl
         cells = [
             ("step", f"{metrics['step']:,}/{self._facts['steps']:,}"),
             ("loss", f"{metrics['loss']:.4f}" + (" spike" if "spike" in metrics else "")),
+            *([("MTP loss", f"{metrics['mtp_loss']:.4f}")] if "mtp_loss" in metrics else []),
             ("validation", self._last_validation or "-"),
             *([("divergence", f"{metrics['kl_loss']:.4f}")] if "kl_loss" in metrics else []),
             ("lr", f"{metrics['lr']:.2e}"),

@@ -4,9 +4,30 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lightlm.optim.section import Problem
 from lightlm.quantities.types import BatchTokens, Span, Tokens, span_tokens
 from lightlm.recipe.sections.distill import DistillSection
 from lightlm.recipe.sections.section import Section
+
+
+class MTPSection(Section):
+    """Multi-token prediction, as DeepSeek-V3 trains with it (arXiv 2412.19437, section 2.2)."""
+
+    depth: int = Field(default=0, ge=0)
+    """Heads, each with a block of its own, that predict the tokens after the next one: 1 is DeepSeek-V3's. They share
+    the token table and the output head with the model. 0 trains without them."""
+    weight: float = Field(default=0.3, gt=0)
+    """Factor of their mean loss in what is minimized, until `anneal`."""
+    anneal: Span = "66%"
+    """Part of the run after which the weight is `final_weight`. 100% keeps `weight`."""
+    final_weight: float = Field(default=0.1, ge=0)
+    """Factor in the rest of the run. DeepSeek-V3's is 0.1; 0 trains the model on the next token only."""
+
+    def idle(self) -> dict[str, str]:
+        if not self.depth:
+            return dict.fromkeys(("weight", "anneal", "final_weight"), "without train.mtp.depth")
+        whole_run = span_tokens(self.anneal, 10**6) == 10**6 and self.anneal.endswith("%")
+        return {"final_weight": "with train.mtp.anneal=100%"} if whole_run else {}
 
 
 class TrainSection(Section):
@@ -51,6 +72,9 @@ class TrainSection(Section):
     shown leave it out."""
     distill: DistillSection | None = None
     """Learn from a larger model as well as from the tokens: {teacher: MODEL, weight: 0.5}. null learns from tokens."""
+    mtp: MTPSection = MTPSection()
+    """Multi-token prediction: an objective beside the next token. The losses shown and validated leave it out; exports
+    leave out its heads."""
     ema: Span = "0%"
     """Half-life of an exponential moving average of the weights, a share of train.tokens or tokens. It is what the run
     validates, samples, scores and exports; checkpoints also hold the last weights. 0% keeps no average."""
@@ -62,6 +86,9 @@ class TrainSection(Section):
     """Robust standard deviations above the median of the last steps at which a step is a spike."""
     spike_window: int = Field(default=128, ge=8)
     """Steps that a step is compared with to find spikes."""
+
+    def problems(self) -> list[Problem]:
+        return super().problems() + [(f"mtp.{key}", message) for key, message in self.mtp.problems()]
 
     @property
     def averages(self) -> bool:

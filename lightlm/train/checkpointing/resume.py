@@ -34,6 +34,7 @@ _FIXED = frozenset(
         "train.seq_len",
         "train.seed",
         "train.init_from",
+        "train.mtp.depth",
         "data.shift_windows",
         "data.too_long",
         "optimizer.name",
@@ -209,7 +210,7 @@ def _follow_changes(
     if overridden & (sources := {f"data.{key}" for key in SOURCES}):
         overridden |= sources
     changed = {
-        key: f"{key} is {_written(new.get(key))} in {'an override' if key in overridden else run / RECIPE}, "
+        key: f"{key} is {_written(new.get(key))} in {'an override' if _is_in(key, overridden) else run / RECIPE}, "
         f"{_written(old.get(key))} in {since}"
         for key in [*old, *(key for key in new if key not in old)]
         if old.get(key) != new.get(key)
@@ -219,7 +220,7 @@ def _follow_changes(
             f"{', '.join(fixed)} cannot change in a resumed run ({run}): {'; '.join(changed[key] for key in fixed)}. "
             "Undo that, or start a new run instead"
         )
-    if edited := [text for key, text in changed.items() if key not in overridden]:
+    if edited := [text for key, text in changed.items() if not _is_in(key, overridden)]:
         warn(f"the recipe has changed and is followed: {'; '.join(edited)}")
 
 
@@ -248,7 +249,13 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     for section, values in recipe.to_dict().items():
         inner = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else None
         flat |= {section: values} if inner is None else inner
-    return flat
+    mtp = flat.pop("train.mtp")
+    return flat | {f"train.mtp.{key}": value for key, value in mtp.items()}
+
+
+def _is_in(key: str, overridden: set[str]) -> bool:
+    """Return whether a key is one of those overridden, or belongs to one, as `train.mtp.weight` to `train.mtp`."""
+    return ".".join(key.split(".")[:2]) in overridden
 
 
 def _written(value: Any) -> str:

@@ -4,6 +4,7 @@ import math
 import re
 
 import torch
+from torch.nn import Parameter
 
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import parameter_groups
@@ -36,23 +37,31 @@ def training_parts(
         sequences: sequences per micro-batch.
     """
     config, mixed, tokens = model.config, dtype != torch.float32, sequences * recipe.seq_len
-    parameters, recompute = model.num_parameters()["total"], recipe.train.activation_checkpointing
+    recompute, depth = recipe.train.activation_checkpointing, len(model.mtp)
+    parameters = model.num_parameters()["total"] + model.mtp_parameters
     compiled, on_cpu = compiles(recipe, model, device, dtype), device.type == "cpu"
     if mixed:
-        copies = 2 * sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
+        copies = 2 * sum(p.numel() for name, p in _layers(model) if "norm" not in name)
     else:
         copies = 4 * _joined(model) if on_cpu and not compiled else 0
     if config.multipliers != "none" and (compiled or not on_cpu):  # products with rows, and in fp32 with columns too
         copies += (4 * (not mixed) + 4 * (config.multipliers == "both")) * _multiplied(model)
     accumulates = recipe.batch_sequences > sequences  # the head's gradient then exists twice
     activations = activation_bytes(
-        config, mixed=mixed, fused=compiled or on_cpu, recompute=recompute, dropout=recipe.train.dropout > 0
+        config,
+        mixed=mixed,
+        fused=compiled or on_cpu,
+        recompute=recompute,
+        dropout=recipe.train.dropout > 0,
+        mtp_depth=depth,
     )
     average = {"ema": 4 * parameters} if recipe.train.averages else {}
-    masks = mask_bytes(config, recipe.seq_len, mixed=mixed)
+    masks = mask_bytes(config, recipe.seq_len, mixed=mixed, mtp_depth=depth)
     if recipe.data.document_mask:
         way = {"mixed": mixed, "compiled": compiled, "recompute": recompute}
-        masks = document_mask_bytes(config, recipe.seq_len, sequences, device_type=device.type, **way)
+        masks = document_mask_bytes(config, recipe.seq_len, sequences, device_type=device.type, **way, mtp_depth=depth)
+    # Of the output head by each earlier loss: the gradients of its weight and of its input, and the input.
+    earlier = depth * (4 * config.vocab_size + (4 if dtype == torch.float32 else 2) * 2 * tokens) * config.hidden_size
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
@@ -60,11 +69,15 @@ def training_parts(
         **average,
         "weight_copies": copies,
         "activations": tokens * activations + masks,
-        "logits": head_loss_bytes(
-            tokens, config.hidden_size, config.vocab_size, device.type, dtype, accumulates=accumulates
-        ),
+        "logits": earlier
+        + head_loss_bytes(tokens, config.hidden_size, config.vocab_size, device.type, dtype, accumulates=accumulates),
         "backward": tokens * backward_bytes(config, mixed=mixed) + expert_gradient_bytes(config, mixed=mixed),
     }
+
+
+def _layers(model: Transformer) -> list[tuple[str, Parameter]]:
+    """Return the parameters of the blocks and of the heads of multi-token prediction, by name."""
+    return [*model.blocks.named_parameters(), *model.mtp.named_parameters()]
 
 
 def _joined(model: Transformer) -> int:
@@ -74,15 +87,15 @@ def _joined(model: Transformer) -> int:
     names |= {"gate_proj", "up_proj"} if model.config.mlp == "swiglu" else set()
     if model.config.multipliers != "none":
         joined = re.compile(rf"\b({'|'.join(sorted(names))})\.bias$")
-        return _multiplied(model) + sum(p.numel() for name, p in model.blocks.named_parameters() if joined.search(name))
+        return _multiplied(model) + sum(p.numel() for name, p in _layers(model) if joined.search(name))
     joined = re.compile(rf"\b({'|'.join(sorted(names))})\b|experts\.(gate|up)_proj")
-    return sum(p.numel() for name, p in model.blocks.named_parameters() if joined.search(name))
+    return sum(p.numel() for name, p in _layers(model) if joined.search(name))
 
 
 def _multiplied(model: Transformer) -> int:
     """Return the weights that have multipliers."""
     matrix = re.compile(r"_proj(\.weight)?$")
-    return sum(p.numel() for name, p in model.blocks.named_parameters() if matrix.search(name))
+    return sum(p.numel() for name, p in _layers(model) if matrix.search(name))
 
 
 def inference_parts(model: Transformer) -> dict[str, int]:

@@ -48,7 +48,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     data = open_data(recipe, required=False)
     recipe = fit_recipe(recipe, data, note)
     with torch.device("meta"):
-        model = Transformer(recipe.model)
+        model = Transformer(recipe.model, recipe.train.mtp.depth)
     counts, flops = model.num_parameters(), model.flops_per_token(recipe.seq_len)
     if recipe.eval.tasks:
         note(f"the hours leave out eval.tasks ({', '.join(recipe.eval.tasks)})")
@@ -68,6 +68,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
             "parameters": counts["total"],
             "active_parameters": counts["active"],
             "embedding_parameters": counts["embedding"],
+            "mtp_parameters": model.mtp_parameters,
             "vocab_size": recipe.model.vocab_size,
             "flops_per_token": flops,
         },
@@ -185,7 +186,8 @@ def _measurements(probe: Probe, recipe: Recipe, run: dict[str, Any], copy: int) 
 
 def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: dict[str, Any]) -> dict[str, Any]:
     """Estimate one GPU of this kind, with the given micro-batch or the largest automatic one that fits."""
-    device, weights = torch.device("cuda"), 4 * model.num_parameters()["total"]
+    device = torch.device("cuda")
+    weights = 4 * (model.num_parameters()["total"] + model.mtp_parameters)
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
     sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0), dtype=dtype)
     memory = sum(training_parts(recipe, model, device, dtype, sequences).values())

@@ -35,20 +35,23 @@ def step_seconds(gpu: Accelerator, recipe: Recipe, model: Transformer, sequences
         return _PRODUCTS * max(arithmetic / flops_rate, moved / byte_rate)
 
     seconds = 0.0
-    for parameter in model.blocks.parameters():
-        shape = parameter.shape
-        if len(shape) == 2:
-            seconds += config.layer_sharing * product(tokens, shape[1], shape[0])
-        elif len(shape) == 3:  # stacked experts
-            rows = max(tokens * config.num_experts_per_tok // shape[0], 1)
-            seconds += config.layer_sharing * product(rows, shape[1], shape[2], shape[0])
-    visible = sum(min(config.window(layer) or recipe.seq_len, recipe.seq_len) for layer in range(config.depth))
+    depth = len(model.mtp)
+    for part, repeats in ((model.blocks, config.layer_sharing), (model.mtp, 1)):
+        for parameter in part.parameters():
+            shape = parameter.shape
+            if len(shape) == 2:
+                seconds += repeats * product(tokens, shape[1], shape[0])
+            elif len(shape) == 3:  # stacked experts
+                rows = max(tokens * config.num_experts_per_tok // shape[0], 1)
+                seconds += repeats * product(rows, shape[1], shape[2], shape[0])
+    visible = sum(min(config.window(layer) or recipe.seq_len, recipe.seq_len) for layer in range(config.depth + depth))
     # Fused attention skips the masked half of a causal layer.
     seconds += tokens * 6 * config.num_heads * (config.head_dim + config.value_dim) * visible / 2 / flops_rate
-    activations = tokens * activation_bytes(config, mixed=True, fused=True)
+    activations = tokens * activation_bytes(config, mixed=True, fused=True, mtp_depth=depth)
     seconds += _ACTIVATION_PASSES * activations / byte_rate
-    seconds += product(tokens, config.hidden_size, config.vocab_size)
-    seconds += (_LOGIT_PASSES - _PRODUCTS) * _ELEMENT * tokens * config.vocab_size / byte_rate
+    seconds += (1 + depth) * product(tokens, config.hidden_size, config.vocab_size)
+    seconds += (1 + depth) * (_LOGIT_PASSES - _PRODUCTS) * _ELEMENT * tokens * config.vocab_size / byte_rate
     passes = recipe.batch_sequences / sequences
     # A GPU runs an update once per step, whatever the number of passes.
-    return passes * seconds + _UPDATE_BYTES * model.num_parameters()["total"] / byte_rate
+    parameters = model.num_parameters()["total"] + model.mtp_parameters
+    return passes * seconds + _UPDATE_BYTES * parameters / byte_rate

@@ -13,9 +13,15 @@ _PADDING = 1.15
 
 
 def activation_bytes(
-    config: ModelConfig, *, mixed: bool, fused: bool, recompute: bool = False, dropout: bool = False
+    config: ModelConfig,
+    *,
+    mixed: bool,
+    fused: bool,
+    recompute: bool = False,
+    dropout: bool = False,
+    mtp_depth: int = 0,
 ) -> int:
-    """Return the bytes that autograd keeps per token up to the head.
+    """Return the bytes that autograd keeps per token up to the output head.
 
     Args:
         mixed: matrix products run in 16 bits.
@@ -24,6 +30,7 @@ def activation_bytes(
             CUDA, whose RMSNorm keeps less. Mixed and not fused, experts are CUDA's grouped products.
         recompute: with activation checkpointing: the blocks' inputs, and what one block computes again at the peak.
         dropout: with its masks, one byte per value.
+        mtp_depth: heads of multi-token prediction.
     """
     config = config.resolved()
     element = 2 if mixed else 4
@@ -31,9 +38,13 @@ def activation_bytes(
     mask = config.hidden_size * dropout
     layers = {kind: _layer(config, element, kind, fused) + 2 * mask for kind in counts}
     ends = mask + _norm(config, fused)
-    if recompute:
-        return config.depth * 4 * config.hidden_size + max(layers.values()) + ends
-    return sum(counts[kind] * layers[kind] for kind in counts) + ends
+    # A head has the inputs of three norms, and joins two of their outputs.
+    head = layers["experts" if "experts" in layers else "dense"] + 3 * _norm(config, fused)
+    head += (2 * element + (0 if fused else 2 * element if mixed else 0)) * config.hidden_size
+    if recompute:  # the inputs of a head are the states and the embeddings
+        kept = (config.depth + 2 * mtp_depth) * 4 * config.hidden_size
+        return kept + max([*layers.values(), *[head] * (mtp_depth > 0)]) + ends
+    return sum(counts[kind] * layers[kind] for kind in counts) + mtp_depth * head + ends
 
 
 Kind = Literal["dense", "experts"]
@@ -46,25 +57,33 @@ def _layers(config: ModelConfig) -> dict[Kind, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
-def mask_bytes(config: ModelConfig, seq_len: int, *, mixed: bool) -> int:
+def mask_bytes(config: ModelConfig, seq_len: int, *, mixed: bool, mtp_depth: int = 0) -> int:
     """Return the bytes of the banded layers' masks, (T, T) each in the precision of queries; sequences share them."""
-    banded = sum(0 < config.window(layer) < seq_len for layer in range(config.depth))
+    banded = sum(0 < config.window(layer) < seq_len for layer in range(config.depth + mtp_depth))
     return banded * (2 if mixed else 4) * seq_len**2
 
 
 def document_mask_bytes(
-    config: ModelConfig, seq_len: int, sequences: int, *, mixed: bool, device_type: str, compiled: bool, recompute: bool
+    config: ModelConfig,
+    seq_len: int,
+    sequences: int,
+    *,
+    mixed: bool,
+    device_type: str,
+    compiled: bool,
+    recompute: bool,
+    mtp_depth: int = 0,
 ) -> int:
     """Return the bytes that `data.document_mask` adds to the activations, the banded layers' masks included.
 
     See `build_document_mask` for its ways. One document may fill each sequence.
     """
-    windows = [config.window(layer) for layer in range(config.depth)]
+    windows = [config.window(layer) for layer in range(config.depth + mtp_depth)]
     element, scores = 2 if mixed else 4, sequences * seq_len**2
     if device_type == "cpu" and not compiled:
         banded = sum(0 < window < seq_len for window in windows)
         joined = sequences * seq_len * config.num_heads * _padded(config)  # the outputs of all documents
-        return element * ((1 if recompute else config.depth) * joined + banded * scores)
+        return element * ((1 if recompute else len(windows)) * joined + banded * scores)
     if device_type == "cuda" and compiled and config.head_dim >= FLEX_HEAD_DIM:
         return 0
     return element * len(set(windows)) * scores

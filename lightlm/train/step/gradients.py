@@ -28,7 +28,9 @@ from lightlm.train.step.scaling import LossScale
 _MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
 _MEMORY_SHARE = 0.6  # of free device memory that activations may take
 
-_Sums = tuple[Tensor, Tensor | None]  # of this process: sums of its losses, and tokens per expert and layer
+# Of this process: sums of its losses, with multi-token prediction also of that loss and of its targets; and tokens per
+# expert and layer.
+_Sums = tuple[Tensor, Tensor | None]
 
 _Passed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Inputs, targets, with dropout the numbers of the samples, with conversations which inputs begin a document."""
@@ -45,6 +47,7 @@ class BatchOutcome:
     z_loss: float | None = None  # mean of logsumexp(logits)^2, with `train.z_loss`
     kl_loss: float | None = None  # mean divergence from the teacher, times T^2, with `train.distill`
     trained: int = 0  # targets that are trained on: all of text, the assistant's of conversations
+    mtp_loss: float | None = None  # mean nats per token of multi-token prediction, with `train.mtp`
 
 
 def check_shares(recipe: Recipe, plan: BatchPlan, processes: int) -> None:
@@ -85,7 +88,12 @@ def micro_batch_size(
         recompute, dropout = recipe.train.activation_checkpointing, recipe.train.dropout > 0
         mixed = dtype != torch.float32
         per_token = activation_bytes(  # an upper bound
-            recipe.model, mixed=mixed, fused=False, recompute=recompute, dropout=dropout
+            recipe.model,
+            mixed=mixed,
+            fused=False,
+            recompute=recompute,
+            dropout=dropout,
+            mtp_depth=recipe.train.mtp.depth,
         )
         tokens = min(tokens, int(free * _MEMORY_SHARE) // per_token)
     most = max(tokens // recipe.seq_len, 1)
@@ -122,21 +130,27 @@ class Gradients:
         given = {"loss": True, "z_loss": recipe.train.z_loss > 0, "kl_loss": recipe.train.distill is not None}
         self._losses = [name for name, there in given.items() if there]
         self._loss, self._loader, self._note = loss, loader, note
+        self._mtp_weight: Tensor | None = None  # in the present batch
         self._world, self._device, self._dtype = loss.world, loss.device, loss.dtype
         self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
         self.seconds_waited = 0.0  # seconds spent waiting for batches, over all steps
         self._ahead: tuple[tuple[int, int], _Passed] | None = None
         self._warm = not loss.replicated
 
-    def __call__(self, first: int, count: int, stop: threading.Event) -> BatchOutcome | None:
+    def __call__(self, first: int, count: int, stop: threading.Event, mtp_weight: float = 0.0) -> BatchOutcome | None:
         """Compute the clipped gradients of samples `first` to `first + count` of the run.
 
         They are the mean over the batch's trained tokens, whatever the number of processes. After a signal to any
         process before the last micro-batch, all processes drop them and return None.
 
+        Args:
+            mtp_weight: the weight of multi-token prediction, for a model that has it.
+
         Raises:
             LightLMError: a micro-batch does not fit into memory and cannot shrink.
         """
+        if self._loss.model.mtp:
+            self._mtp_weight = torch.full((), mtp_weight, device=self._device)
         if not self._warm:
             self._warm_up(first, count)
         while True:
@@ -168,8 +182,12 @@ class Gradients:
             numbers = torch.cat([numbers, self._world.sum(load_LE).flatten().to(totals.dtype)])
         norm_value, *flat = numbers.tolist()
         trained = self._loader.trained(first, count)
-        means = {name: total / max(trained, 1) for name, total in zip(self._losses, flat, strict=False)}
-        loads = None if load_LE is None else torch.tensor(flat[len(totals) :]).long().view(load_LE.shape).tolist()
+        of_totals, of_loads = flat[: len(totals)], flat[len(totals) :]
+        means = {name: total / max(trained, 1) for name, total in zip(self._losses, of_totals, strict=False)}
+        if self._mtp_weight is not None:
+            total, targets = of_totals[-2:]
+            means["mtp_loss"] = total / max(targets, 1)
+        loads = None if load_LE is None else torch.tensor(of_loads).long().view(load_LE.shape).tolist()
         return BatchOutcome(norm=norm_value, load_LE=load_LE, loads=loads, trained=trained, **means)
 
     def passes(self, count: int) -> int:
@@ -187,7 +205,8 @@ class Gradients:
         """Return (this process's sums, False), (None, True) after a signal, or (None, False) without memory."""
         parts, full = self._parts(first, count), False
         trained = self._loader.trained(first, count)
-        totals, load_LE = torch.zeros(len(self._losses), device=self._device), None
+        number = len(self._losses) + (0 if self._mtp_weight is None else 2)
+        totals, load_LE = torch.zeros(number, device=self._device), None
         for index, (start, size) in enumerate(parts):
             # Before each pass, all processes agree whether to continue, so that none waits for another's gradients.
             stopped, full = self._world.any(stop.is_set() or self._world.abandoned, full)
@@ -198,7 +217,9 @@ class Gradients:
             if losses is None:
                 full = True
                 continue
-            totals += torch.stack([part for part in (losses.loss.detach(), losses.z, losses.kl) if part is not None])
+            mtp = () if losses.mtp_2 is None else losses.mtp_2.unbind()
+            found = (losses.loss.detach(), losses.z, losses.kl, *mtp)
+            totals += torch.stack([part for part in found if part is not None])
             if losses.load_LE is not None:
                 load_LE = losses.load_LE if load_LE is None else load_LE + losses.load_LE
             if self._device.type == "cuda":  # read the next micro-batch while the GPU computes
@@ -219,7 +240,7 @@ class Gradients:
                 share = torch.full((), trained / (count * self._loader.seq_len), device=self._device)
             with self._loss.synchronized(last):
                 with autocast(self._device, self._dtype):
-                    losses = self._loss(inputs, targets, samples, starts, share)
+                    losses = self._loss(inputs, targets, samples, starts, share, mtp_weight=self._mtp_weight)
                 # The processes' gradients are averaged, so each is divided by its own share of the tokens.
                 mean = losses.objective / (max(trained, 1) / self._world.size)
                 self.loss_scale(mean).backward()

@@ -35,6 +35,7 @@ class TokenLosses(NamedTuple):
     loss: Tensor  # -ln p(target), in nats
     z: Tensor | None = None  # logsumexp(logits)^2; None with a coefficient of 0
     kl: Tensor | None = None  # divergence from a teacher, times the square of the temperature; None without one
+    mtp_2: Tensor | None = None  # the cross-entropy of multi-token prediction, and its number of targets
 
 
 class Lesson(NamedTuple):
@@ -55,8 +56,12 @@ def token_losses(
     offsets_BT: Tensor | None = None,
     masked: bool = False,
     lesson: Lesson | None = None,
+    mtp_weight: Tensor | None = None,
 ) -> TokenLosses:
     """Return the cross-entropy of a batch and the z-loss of its logits (PaLM, arXiv 2204.02311, section 5).
+
+    With `mtp_weight`, the objective also has the losses of multi-token prediction, averaged over the heads, times this
+    weight (arXiv 2412.19437, equations 24 and 25).
 
     Args:
         routings, dropout, offsets_BT: see `Transformer.hidden_states`.
@@ -64,16 +69,46 @@ def token_losses(
         masked: negative targets are not trained on: the head does not see their tokens.
         lesson: of a teacher, see `lightlm.train.step.divergence`.
     """
-    x_ND = head_input(model, inputs_BT, routings=routings, dropout=dropout, offsets_BT=offsets_BT)
-    targets_N = targets_BT.flatten()
+    mtp_states: list[Tensor] | None = None if mtp_weight is None else []
+    options: dict[str, Any] = {"routings": routings, "dropout": dropout, "offsets_BT": offsets_BT}
+    x_ND = head_input(model, inputs_BT, **options, mtp_states=mtp_states)
+    objective, *others = _sums(x_ND, model, targets_BT, z_loss, lesson, masked=masked)
+    loss = others[0] if others else objective
+    z, kl = others[1] if z_loss else None, others[-1] if lesson is not None else None
+    if mtp_weight is None or not mtp_states:
+        return TokenLosses(objective, loss, z, kl)
+    mtp_2 = _mtp_loss(model, mtp_states, targets_BT, offsets_BT, masked=masked)
+    return TokenLosses(objective + mtp_weight / len(mtp_states) * mtp_2[0], loss, z, kl, mtp_2.detach())
+
+
+def _sums(
+    x_ND: Tensor, model: Transformer, targets_BT: Tensor, z_loss: float, lesson: Lesson | None, *, masked: bool
+) -> tuple[Tensor, ...]:
+    """Return the outputs of `_HeadLoss`; `masked` leaves out negative targets."""
     if masked or lesson is not None:
-        sums = _uncompiled_head_loss(x_ND, model.head_weight, targets_N, z_loss, lesson, masked)
-    else:
-        sums = _HeadLoss.apply(x_ND, model.head_weight, targets_N, z_loss, None)
-    if not z_loss and lesson is None:
-        return TokenLosses(sums[0], sums[0])
-    objective, loss, *others = sums
-    return TokenLosses(objective, loss, others[0] if z_loss else None, others[-1] if lesson is not None else None)
+        return _uncompiled_head_loss(x_ND, model.head_weight, targets_BT.flatten(), z_loss, lesson, masked)
+    sums: tuple[Tensor, ...] = _HeadLoss.apply(x_ND, model.head_weight, targets_BT.flatten(), z_loss, None)
+    return sums
+
+
+def _mtp_loss(
+    model: Transformer, mtp_states: list[Tensor], targets_BT: Tensor, offsets_BT: Tensor | None, *, masked: bool
+) -> Tensor:
+    """Return the cross-entropy of all heads of multi-token prediction, and the number of their targets: fp32 (2,).
+
+    A target counts where it counts for the model. Inside documents, head k predicts only from columns whose next k
+    tokens belong to the same document; the token after them may begin another, as for the model.
+    """
+    loss, count = torch.zeros((), device=targets_BT.device), torch.zeros((), device=targets_BT.device)
+    for number, state_BTD in enumerate(mtp_states, 1):
+        ahead_BT = targets_BT[:, number:]
+        if offsets_BT is not None:
+            ahead_BT = torch.where(offsets_BT[:, number:] >= number, ahead_BT, -1)
+        x_ND = _for_products(state_BTD[:, :-number].flatten(0, 1))
+        only_some = masked or offsets_BT is not None
+        loss = loss + _sums(x_ND, model, ahead_BT, 0.0, None, masked=only_some)[0]
+        count = count + ((ahead_BT >= 0).sum() if only_some else ahead_BT.numel())
+    return torch.stack([loss, count])
 
 
 def token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor, offsets_BT: Tensor | None = None) -> Tensor:
@@ -108,7 +143,11 @@ def target_losses(
 
 def head_input(model: Transformer, inputs_BT: Tensor, **options: Any) -> Tensor:
     """Return the last hidden states as (N, D), in the precision of products."""
-    x_ND = model.hidden_states(inputs_BT, **options).flatten(0, 1)
+    return _for_products(model.hidden_states(inputs_BT, **options).flatten(0, 1))
+
+
+def _for_products(x_ND: Tensor) -> Tensor:
+    """Return states in the precision of products."""
     if torch.is_autocast_enabled(x_ND.device.type):
         x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
     return x_ND

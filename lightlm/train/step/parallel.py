@@ -32,6 +32,7 @@ class PassLoss(NamedTuple):
     load_LE: Tensor | None  # tokens per expert and layer; None without experts
     z: Tensor | None = None  # the summed logsumexp(logits)^2; None without `train.z_loss`
     kl: Tensor | None = None  # the summed divergence from a teacher, times T^2; None without `train.distill`
+    mtp_2: Tensor | None = None  # the summed cross-entropy of multi-token prediction, and its number of targets
 
 
 class LossModule(nn.Module):
@@ -65,6 +66,7 @@ class LossModule(nn.Module):
         starts_BT: Tensor | None = None,
         trained_share: Tensor | None = None,
         taught: SoftTargets | None = None,
+        mtp_weight: Tensor | None = None,
         *,
         each_target: bool = False,
     ) -> PassLoss | Tensor:
@@ -76,6 +78,7 @@ class LossModule(nn.Module):
             starts_BT: in a run with conversations, which inputs begin a document; negative targets then do not count.
             trained_share: then, the share of the global batch's targets that counts: a scalar.
             taught: with `train.distill`, what the teacher says.
+            mtp_weight: the weight of multi-token prediction in this step, a scalar; None without it.
         """
         masked = starts_BT is not None
         offsets_BT = self.offsets(inputs_BT, starts_BT)
@@ -89,15 +92,16 @@ class LossModule(nn.Module):
             "offsets_BT": offsets_BT,
             "masked": masked,
             "lesson": None if taught is None or self.mix is None else Lesson(taught, self.mix),
+            "mtp_weight": mtp_weight,
         }
         sums = token_losses(self.model, inputs_BT, targets_BT, routings, **settings)
         if not routings:
-            return PassLoss(sums.objective, sums.loss, None, sums.z, sums.kl)
+            return PassLoss(sums.objective, sums.loss, None, sums.z, sums.kl, sums.mtp_2)
         # Routers learn from every token. The sums are divided by the targets that count, this one by all.
         weight = targets_BT.numel() if trained_share is None else targets_BT.numel() * trained_share
         objective = sums.objective + weight * self.router_losses(routings)
         load_LE = torch.stack([routing.load_E for routing in routings])
-        return PassLoss(objective, sums.loss.detach(), load_LE, sums.z, sums.kl)
+        return PassLoss(objective, sums.loss.detach(), load_LE, sums.z, sums.kl, sums.mtp_2)
 
     def offsets(self, inputs_BT: Tensor, starts_BT: Tensor | None) -> Tensor | None:
         """Return the place of each input in its document, if attention stays inside documents."""
@@ -154,6 +158,7 @@ class ParallelLoss:
         starts_BT: Tensor | None = None,
         trained_share: Tensor | None = None,
         taught: SoftTargets | None = None,
+        mtp_weight: Tensor | None = None,
     ) -> PassLoss:
         """Return the losses of a training pass. The objective's backward pass must run inside `synchronized`.
 
@@ -161,7 +166,7 @@ class ParallelLoss:
         """
         if self._teacher is not None:
             taught = self._teacher(inputs_BT, self._local.offsets(inputs_BT, starts_BT))
-        return self._root(inputs_BT, targets_BT, samples_B, starts_BT, trained_share, taught)
+        return self._root(inputs_BT, targets_BT, samples_B, starts_BT, trained_share, taught, mtp_weight)
 
     def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the cross-entropy of each target, in nats: fp32 (B x T,), without gradients.
@@ -214,7 +219,7 @@ def _replicate(module: nn.Module, device: torch.device, compiled: bool) -> nn.Mo
 
 
 def _shard(module: LossModule, world: World, device: torch.device, dtype: torch.dtype) -> None:
-    """Apply FSDP2 (arXiv 2304.11277): one group per block, then one for all that remains.
+    """Apply FSDP2 (arXiv 2304.11277): one group per block and head of multi-token prediction, then one for the rest.
 
     Under mixed precision, blocks are gathered in `dtype`, which halves the traffic. Routers, tables and the head stay
     fp32: the head sums its gradient chunk by chunk, and autocast casts for its products anyway.
@@ -227,7 +232,7 @@ def _shard(module: LossModule, world: World, device: torch.device, dtype: torch.
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for block in module.model.blocks:
+    for block in (*module.model.blocks, *module.model.mtp):
         for router in (part for part in block.modules() if isinstance(part, Router)):
             fully_shard(router, mesh=mesh, mp_policy=full)
         fully_shard(block, mesh=mesh, mp_policy=low)

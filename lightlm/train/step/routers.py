@@ -43,9 +43,9 @@ def move_selection_biases(model: Transformer, load_LE: Tensor, rate: float) -> N
     Args:
         load_LE: tokens per expert, from the whole global batch. Layers that repeat a block share its bias.
     """
-    routers = [module for module in model.blocks.modules() if isinstance(module, Router)]
-    load_LRE = load_LE.view(len(routers), model.config.layer_sharing, -1)
-    for router, load_E in zip(routers, load_LRE.sum(1).unbind(), strict=True):
+    loads = load_LE.unbind()
+    for router, layers in _layers_of_routers(model):
+        load_E = torch.stack([loads[layer] for layer in layers]).sum(0)
         assert router.selection_bias is not None
         # Integers, E times the mean: exact, also on MPS, which lacks float64.
         router.selection_bias += rate * torch.sign(load_E.sum() - len(load_E) * load_E)
@@ -57,9 +57,19 @@ def selection_bias_ranges(model: Transformer) -> list[float] | None:
 
     Waits for the device.
     """
-    routers = [module for module in model.blocks.modules() if isinstance(module, Router)]
-    biases = [router.selection_bias for router in routers if router.selection_bias is not None]
-    if not biases:
+    biases = [router.selection_bias for router, layers in _layers_of_routers(model) for _ in layers]
+    known = [bias for bias in biases if bias is not None]
+    if not known:
         return None
-    bias_RE = torch.stack(biases)
-    return (bias_RE.amax(1) - bias_RE.amin(1)).repeat_interleave(model.config.layer_sharing).tolist()
+    bias_LE = torch.stack(known)
+    return (bias_LE.amax(1) - bias_LE.amin(1)).tolist()
+
+
+def _layers_of_routers(model: Transformer) -> list[tuple[Router, range]]:
+    """Return each router with its layers, in the order of the routings that `Transformer.hidden_states` appends."""
+    found: list[tuple[Router, range]] = []
+    for part, repeats in ((model.blocks, model.config.layer_sharing), (model.mtp, 1)):
+        for router in (module for module in part.modules() if isinstance(module, Router)):
+            first = found[-1][1].stop if found else 0
+            found.append((router, range(first, first + repeats)))
+    return found

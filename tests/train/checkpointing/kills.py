@@ -45,6 +45,7 @@ RECIPE = (
     "checkpoint.keep_best=true",
     "train.ema=25%",
     "train.dropout=0.1",
+    "train.mtp={depth: 1}",
 )
 
 

@@ -25,10 +25,10 @@ from tests.shapes import SHAPES
 LENGTH = 16
 
 
-def saved_bytes(config, sequences, dtype, length=LENGTH, dropout=0.0, ends=None):
+def saved_bytes(config, sequences, dtype, length=LENGTH, dropout=0.0, ends=None, mtp_depth=0):
     """Storage of all that autograd saves in a forward pass; `ends`: of documents that are attended to alone."""
     dropped = Dropout(dropout, 1, torch.arange(sequences)) if dropout else None
-    model = Transformer(config)
+    model = Transformer(config, mtp_depth)
     kept = {}
 
     def pack(tensor):
@@ -44,7 +44,8 @@ def saved_bytes(config, sequences, dtype, length=LENGTH, dropout=0.0, ends=None)
         if ends is not None:
             begins = torch.isin(torch.arange(length), torch.tensor(ends)).int().expand(sequences, -1)
             offsets = offsets_in_documents(begins, 1)
-        output = model.hidden_states(tokens, dropout=dropped, offsets_BT=offsets)
+        states = []
+        output = model.hidden_states(tokens, dropout=dropped, offsets_BT=offsets, mtp_states=states)
     assert output.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -75,6 +76,26 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     rel = 1e-3 if config.num_experts else 1e-6
     expected = a_token + indices_of_rows(config)
     assert activation_bytes(config, mixed=mixed, fused=True) == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.usefixtures("unpadded")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek"])
+@pytest.mark.parametrize("fused_layers", [True, False])
+def test_heads_of_multi_token_prediction_are_counted(name, fused_layers, monkeypatch):
+    config = SHAPES[name]
+    if not fused_layers:
+        monkeypatch.setattr("lightlm.model.fused.applies", lambda x: False)
+        monkeypatch.setattr(experts, "_has_grouped_mm", lambda x, weight: True)  # as on CUDA
+    found = {}
+    for depth in (1, 2):
+        saved = [saved_bytes(config, sequences, torch.bfloat16, mtp_depth=depth) for sequences in (3, 1)]
+        found[depth] = (saved[0] - saved[1]) / (2 * LENGTH)
+    counted = [activation_bytes(config, mixed=True, fused=fused_layers, mtp_depth=depth) for depth in (1, 2)]
+    kept = found[2] - found[1]
+    if config.num_experts and fused_layers:
+        kept += 24 * config.num_experts_per_tok  # as in `indices_of_rows`
+    # RMSNorm's output, and so the states that a head normalizes, may have 16 bits: the count is a bound from above.
+    assert 0.999 < (counted[1] - counted[0]) / kept < 1.05
 
 
 @pytest.mark.parametrize("name", ["qwen3", "shared", "gpt2"])
