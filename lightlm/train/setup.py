@@ -132,12 +132,12 @@ class Setup:
     def sources(self, samples: int) -> list[dict[str, Any]]:
         """Return name, tokens and epochs of each source in the run's first `samples` sequences."""
         assert self.data is not None
+        sizes = {name: len(stream) for name, stream in self.data.streams("train").items()}
+        sizes |= {name: len(packing) * self.recipe.seq_len for name, packing in self.loader.packings.items()}
         counts = self.loader.order.counts(samples).tolist()
         return [
-            {"name": name, "train_tokens": len(stream), "tokens": count * self.recipe.seq_len, "epochs": epochs}
-            for (name, stream), count, epochs in zip(
-                self.data.streams("train").items(), counts, self.loader.epochs(samples), strict=True
-            )
+            {"name": name, "train_tokens": size, "tokens": count * self.recipe.seq_len, "epochs": epochs}
+            for (name, size), count, epochs in zip(sizes.items(), counts, self.loader.epochs(samples), strict=True)
         ]
 
 
@@ -243,6 +243,10 @@ def _note_conversations(loader: BatchLoader, recipe: Recipe, note: Note) -> None
         for count, what in ((packing.cut, "cut to that length"), (packing.left_out, "left out")):
             if count:
                 note(f"{name}: {count:,} conversations do not fit into {recipe.seq_len + 1:,} tokens and are {what}")
+    if loader.packings and recipe.data.shift_windows:
+        note(
+            f"data.shift_windows does not apply to conversations ({', '.join(loader.packings)}), which are packed whole"
+        )
     if loader.packings and not recipe.data.document_mask:
         note(
             f"conversations of {', '.join(loader.packings)} that share a sequence see each other; "

@@ -70,10 +70,9 @@ class ConversationEncoder:
         begins, ends = np.array(places, np.int64).reshape(-1, 2).T
         for start, end in spans:
             masks[(ends > start) & (begins < end)] = MASK_TRAINED
-        masks[:1] = 0  # nothing comes before it
-        if not masks.any():
+        masks[:1] = MASK_BEGINS  # and nothing comes before it to predict it from
+        if not (masks & MASK_TRAINED).any():
             raise DataError("no token of the assistant is left in what the chat template writes")
-        masks[0] = MASK_BEGINS
         return Encoded(without_marks(text), np.array(ids, np.int64), masks)
 
     def _rendered(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lightlm.data.chat.conversation import ChatColumns
+from lightlm.data.chat.conversation import CHAT, ChatColumns
 from lightlm.data.readers.texts import NULL, BadRecord, Omitted
 from lightlm.data.select.columns import field_of
 from lightlm.data.select.filters import FILTERED, Filter
@@ -84,7 +84,9 @@ def _names(record: Mapping[str, Any]) -> list[str]:
 
 
 def _hint(record: Mapping[str, Any]) -> str:
-    """Return what to do with a list of records under a key, which is not searched."""
+    """Return what to do with a conversation, or with a list of records under a key, which is not searched."""
+    if ChatColumns(CHAT).found_in(record):
+        return ". If these are conversations, add --format chat"
     for name, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             return f". The records in the list under {name!r} are not read; write them as lines: jq -c '.{name}[]' FILE"

@@ -137,6 +137,7 @@ def test_any_contents_keep_their_turns(contents):
     ("template", "message"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% generation %}{{ eos_token }}{% endgeneration %}", "no token of the assistant is left"),
         ("{{ messages[9].content }}", "does not take these messages"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not show where the assistant's answers are"),
     ],

@@ -129,6 +129,12 @@ def test_another_template_in_the_same_process_is_used(tmp_path):
         assert shown(out) == [f"{text}Hi<|im_end|>⟦Hello<|im_end|>⟧"]
 
 
+def test_conversations_read_as_text_are_a_hint(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", RECORDS[:1])
+    with pytest.raises(DataError, match=r"no column 'text'.* If these are conversations, add --format chat"):
+        prepared(path, tmp_path / "a", text_column="text")
+
+
 def test_a_form_without_messages_takes_no_column():
     with pytest.raises(UsageError, match="alpaca reads instruction and output; leave it out"):
         columns_of("alpaca", "talk")

@@ -131,5 +131,7 @@ def test_every_token_of_text_counts_in_a_mixture():
     assert (targets[text] >= 0).all()
     assert (starts[text] == (inputs[text] == setup.data.end_of_text_id)).all()
     assert setup.loader.trained(0, 8) == int((targets >= 0).sum()) < targets.numel()
+    for part in setup.sources(setup.recipe.train.tokens // SEQUENCE):
+        assert part["tokens"] == pytest.approx(part["epochs"] * part["train_tokens"], rel=0.01)
     metrics = start("tiny.yaml", *mix, "data.mix={talk: 0.5, tiny: 0.5}", name="talk-mixed")[1].metrics
     assert metrics[-1].keys() >= {"val_loss/talk", "val_loss/tiny", "trained_tokens"}
