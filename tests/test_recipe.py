@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from lightlm.convert.formats import FORMATS
 from lightlm.errors import RecipeError, UsageError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import CheckpointSection, load_recipe, load_run_recipe, shipped_recipes, span_tokens
@@ -16,6 +18,8 @@ from tests.shapes import without_hub
 PARAMETERS = {
     "chat": 134_515_008,  # SmolLM2-135M's
     "chat-demo": 902_784,
+    "deepseek-demo": 12_516_992,
+    "deepseek-mini": 142_901_760,
     "demo": 6_819_840,
     "finetune": 134_515_008,  # SmolLM2-135M's
     "gpt2-124m": 124_439_808,
@@ -30,6 +34,8 @@ PARAMETERS = {
 }
 VOCABULARY = {
     "chat-demo": 386,
+    "deepseek-demo": 8192,
+    "deepseek-mini": 50_257,
     "demo": 8192,
     "moe-demo": 8192,
     "lightlm": 50_257,
@@ -79,6 +85,26 @@ def test_the_stages_in_a_recipes_comment_change_the_data_where_the_decay_begins(
     assert first == {"fineweb-edu": 1.0}
     assert sum(last.values()) == 100
     assert staged.data.main == "fineweb-edu"  # heldout stays what it is without stages
+
+
+def test_deepseek_mini_stays_below_150m_in_training_and_its_caches_are_small():
+    recipe = load_recipe("deepseek-mini")
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(recipe.model, vocab_size=50_257), recipe.train.mtp.depth)
+    assert model.num_parameters() == {"total": 142_901_760, "active": 79_200_768, "embedding": 25_731_584}
+    assert model.num_parameters()["total"] + model.mtp_parameters == 147_647_616 < 150_000_000
+    of_mini, of_moe, of_demo, of_moe_demo = (
+        2 * load_recipe(name).model.resolved().depth * math.prod(load_recipe(name).model.resolved().cached_shape)
+        for name in ("deepseek-mini", "moe", "deepseek-demo", "moe-demo")
+    )  # bytes per token in bf16
+    assert (of_mini, of_moe, of_demo, of_moe_demo) == (8960, 15_360, 960, 3072)
+
+
+@pytest.mark.parametrize("name", ["deepseek-mini", "deepseek-demo"])
+def test_deepseek_recipes_export(name):
+    config = dataclasses.replace(load_recipe(name).model, vocab_size=8192).resolved()
+    assert FORMATS["hf"].target(config) == "DeepseekV3ForCausalLM"
+    assert not FORMATS["gguf"].refusal(config)
 
 
 def test_resolved_recipe_reads_back_the_same(tmp_path):

@@ -1,11 +1,14 @@
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from lightlm.model.transformer import Transformer
 from lightlm.quantities import format_quantity
 from lightlm.recipe import load_recipe
 from tests.corpus import TINY_RECIPE, make_data
@@ -143,6 +146,28 @@ def test_every_shipped_recipe_can_be_planned(lightlm, folder):
     for name in ("gpt2-124m", "gpt3-125m", "mobilellm-ls-125m"):
         plan = json.loads(lightlm("plan", name, "--no-probe", "--json").stdout)
         assert plan["run"]["tokens"] >= load_recipe(name).train.tokens
+
+
+def test_heads_of_multi_token_prediction_are_counted(lightlm, folder):
+    plain, ahead = (
+        json.loads(lightlm("plan", "tiny.yaml", *more, "--no-probe", "--json").stdout)
+        for more in ((), ("train.mtp.depth=1",))
+    )
+    config = load_recipe("tiny.yaml").model
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(config, vocab_size=plain["model"]["vocab_size"]), 1)
+    heads = model.mtp_parameters
+    assert (plain["model"]["mtp_parameters"], ahead["model"]["mtp_parameters"]) == (0, heads)
+    assert plain["model"]["parameters"] == ahead["model"]["parameters"]
+    assert ahead["model"]["flops_per_token"] == model.flops_per_token(32) > plain["model"]["flops_per_token"]
+    before, after = plain["machine"]["memory"], ahead["machine"]["memory"]
+    assert after["weights"] - before["weights"] == after["gradients"] - before["gradients"] == 4 * heads
+    assert after["optimizer"] - before["optimizer"] == 8 * heads
+    assert after["activations"] > before["activations"]
+    assert after["logits"] > before["logits"]
+    assert ahead["inference"] == plain["inference"]
+    assert all(b["memory"] > a["memory"] for a, b in zip(plain["gpus"], ahead["gpus"], strict=True))
+    assert "multi-token prediction" in lightlm("plan", "tiny.yaml", "train.mtp.depth=1", "--no-probe").stdout
 
 
 def test_an_average_of_the_weights_is_counted_here_and_in_the_copy_that_a_save_takes(lightlm, folder):
