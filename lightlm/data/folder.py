@@ -16,6 +16,7 @@ from lightlm.data.shards import (
     MASK_BEGINS,
     MASK_SUFFIX,
     MASK_TRAINED,
+    JoinedArrays,
     Manifest,
     ShardEntry,
     Split,
@@ -27,6 +28,7 @@ from lightlm.data.shards import (
 )
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.data.tokenizer.folder import SETTINGS, read_settings
+from lightlm.data.top_tokens import TEACHER_FOLDER, StoredTeacher, open_top_tokens, read_stored_teacher
 from lightlm.errors import DataError
 from lightlm.files import checksum
 
@@ -89,6 +91,10 @@ class DataFolder:
         """Return the token stream of `train` or `val`; it may be empty."""
         return self._streams[name]
 
+    def top_tokens(self) -> tuple[StoredTeacher, JoinedArrays]:
+        """Return the teacher that is stored beside the train split; see `open_top_tokens` for errors."""
+        return open_top_tokens(self.path, self.manifest)
+
     def verify(self) -> Manifest:
         """Compare the shards with the manifest, checksums included, and return the manifest.
 
@@ -96,6 +102,9 @@ class DataFolder:
         """
         manifest = read_manifest(self.path)  # raises for a foreign folder, which has none
         entries = [*manifest.shards, *(manifest.chat.masks if manifest.chat else [])]
+        if read_stored_teacher(self.path) is not None:
+            stored, _ = open_top_tokens(self.path, manifest)
+            entries += [entry.model_copy(update={"file": f"{TEACHER_FOLDER}/{entry.file}"}) for entry in stored.shards]
         found = {path.name for pattern in ("*.bin", f"*{MASK_SUFFIX}") for path in self.path.glob(pattern)}
         stray = sorted(found - {entry.file for entry in entries})
         if stray:

@@ -7,7 +7,7 @@ first. Each source of a mixture has epochs and an order of its own.
 A sample of conversations is a sequence of their packing. Targets that are not trained on are `IGNORED`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ import torch
 from lightlm.data.hashing import mix
 from lightlm.data.mixture import ONE_SOURCE, SourceOrder
 from lightlm.data.packing import Packing, TooLong
-from lightlm.data.shards import MASK_BEGINS, MASK_TRAINED, TokenStream
+from lightlm.data.shards import MASK_BEGINS, MASK_TRAINED, JoinedArrays, TokenStream
+from lightlm.data.top_tokens import TopRecords, unpacked
 from lightlm.errors import DataError
 
 # In theory four rounds make a Feistel network indistinguishable from random (Luby and Rackoff, 1988). Two more
@@ -74,6 +75,13 @@ class _Source:
 
     def windows(self, ranks: np.ndarray) -> list[np.ndarray]:
         """Return samples by their rank over all epochs: int64 of shape (seq_len + 1,) each."""
+        return [self._stream.slice(start, self._seq_len + 1) for start in self._starts(ranks)]
+
+    def top_records(self, ranks: np.ndarray, records: JoinedArrays) -> list[np.ndarray]:
+        """Return the records of the inputs of the same samples, of shape (seq_len,) each."""
+        return [records.slice(start, self._seq_len) for start in self._starts(ranks)]
+
+    def _starts(self, ranks: np.ndarray) -> list[int]:
         epochs, positions = np.divmod(ranks - self.num_samples, self._later)
         first = ranks < self.num_samples
         epochs, positions = np.where(first, 0, epochs + 1), np.where(first, ranks, positions)
@@ -82,7 +90,7 @@ class _Source:
             chosen, size = epochs == epoch, self._later if epoch else self.num_samples
             order = permute(positions[chosen], size, self._seed, epoch, self._number)
             starts[chosen] = order * self._seq_len + self._offset(epoch)
-        return [self._stream.slice(start, self._seq_len + 1) for start in starts.tolist()]
+        return starts.tolist()
 
     def masks(self, ranks: np.ndarray) -> list[np.ndarray]:
         """Return the masks of samples of text: every token is trained on, and end-of-text begins a document."""
@@ -131,6 +139,10 @@ class _Conversations:
         """Return the targets of samples that are trained on."""
         return int(self.packing.trained[self._numbers(ranks)].sum())
 
+    def top_records(self, ranks: np.ndarray, records: JoinedArrays) -> list[np.ndarray]:
+        """Return the records of the inputs of the same samples, of shape (seq_len,) each."""
+        return [self.packing.top_records(number, records) for number in self._numbers(ranks)]
+
     def _numbers(self, ranks: np.ndarray) -> list[int]:
         epochs, positions = np.divmod(ranks, self.num_samples)
         numbers = np.empty_like(positions)
@@ -152,11 +164,14 @@ class BatchLoader:
         *,
         shift_windows: bool = False,
         too_long: TooLong = "cut",
+        taught: Sequence[JoinedArrays] = (),
     ) -> None:
         """Take the train streams by name, one per source of `order`. Raise DataError for one too short for a sample.
 
-        `too_long` says what becomes of conversations that are longer than a sample.
+        `too_long` says what becomes of conversations that are longer than a sample. `taught` are the records of a
+        stored teacher, see `lightlm.data.top_tokens`, for each stream.
         """
+        self.taught = taught
         self.seq_len, self.order = seq_len, order
         self.packings: dict[str, Packing] = {}  # of the sources that hold conversations
         self._sources: list[_Source | _Conversations] = []
@@ -173,6 +188,15 @@ class BatchLoader:
         Counts samples over all epochs. With several processes, each requests its own part of the global batch.
         """
         return _batch(self._read(start, count), self._read(start, count, masks=True) if self.packings else None)
+
+    def top_tokens(self, start: int, count: int) -> TopRecords:
+        """Return what the stored teacher says of the targets that `batch` gives, by token: (count x seq_len, ...)."""
+        numbers, ranks = self.order.locate(np.arange(start, start + count, dtype=np.int64))
+        rows = np.empty((count, self.seq_len), self.taught[0].dtype)
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
+            rows[chosen] = self._sources[number].top_records(ranks[chosen], self.taught[number])
+        return unpacked(rows.reshape(-1))
 
     def trained(self, start: int, count: int) -> int:
         """Return the targets that are trained on in the samples that `batch` gives."""

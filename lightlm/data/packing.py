@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from lightlm.data.shards import MASK_BEGINS, MASK_TRAINED, TokenStream
+from lightlm.data.shards import MASK_BEGINS, MASK_TRAINED, JoinedArrays, TokenStream
 
 TooLong = Literal["cut", "drop"]
 PADDING = 0  # a token that fills the rest of a sequence; it is not trained on, and nothing else sees it
@@ -84,6 +84,16 @@ class Packing:
             at += length
         masks[at : at + 1] = MASK_BEGINS
         return tokens, masks
+
+    def top_records(self, number: int, records: JoinedArrays) -> np.ndarray:
+        """Return the records of a sequence's inputs, of shape (capacity - 1,); those of padding are zeros."""
+        found = np.zeros(self._capacity - 1, records.dtype)
+        at = 0
+        for item in self._order[self._bounds[number] : self._bounds[number + 1]].tolist():
+            start, length = int(self._starts[item]), min(int(self._lengths[item]), self._capacity - 1 - at)
+            found[at : at + length] = records.slice(start, length)
+            at += length
+        return found
 
 
 def _trained(masks: TokenStream, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ of llm.c and modded-nanogpt.
 import itertools
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,24 +199,18 @@ class Manifest(BaseModel):
         return sum(self.text_bytes.values()) / max(1, sum(shard.tokens for shard in self.shards))
 
 
-class TokenStream:
-    """The shards of one split as one array of tokens that stays on disk.
+class JoinedArrays:
+    """The shards of one split as one array that stays on disk. `dtype` is that of its parts in memory."""
 
-    Attributes:
-        mask: of conversations, a stream of a byte per token, see `MASK_TRAINED`; None for text.
-    """
-
-    def __init__(self, shards: list[np.ndarray], end_of_text_id: int, masks: list[np.ndarray] | None = None) -> None:
-        self._shards = shards
-        self.mask = None if masks is None else TokenStream(masks, end_of_text_id)
+    def __init__(self, shards: Sequence[np.ndarray], dtype: np.dtype[Any]) -> None:
+        self._shards, self.dtype = shards, dtype
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
-        self.end_of_text_id = end_of_text_id
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def slice(self, start: int, count: int) -> np.ndarray:
-        """Return `count` tokens from position `start`, across shards: int64 of shape (count,).
+        """Return `count` entries from position `start`, across shards, of shape (count,).
 
         Raises IndexError where the stream ends before.
         """
@@ -224,12 +218,25 @@ class TokenStream:
             raise IndexError(f"tokens {start} to {start + count} of a stream of {len(self)}")
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         last = int(np.searchsorted(self._starts, start + count, side="left"))
-        out = np.empty(count, np.int64)
+        out = np.empty(count, self.dtype)
         for shard, begin in zip(self._shards[first:last], self._starts[first:last].tolist(), strict=True):
             part = shard[max(0, start - begin) : start + count - begin]
             place = max(0, begin - start)
             out[place : place + len(part)] = part
         return out
+
+
+class TokenStream(JoinedArrays):
+    """The tokens of one split; slices are int64.
+
+    Attributes:
+        mask: of conversations, a stream of a byte per token, see `MASK_TRAINED`; None for text.
+    """
+
+    def __init__(self, shards: list[np.ndarray], end_of_text_id: int, masks: list[np.ndarray] | None = None) -> None:
+        super().__init__(shards, np.dtype(np.int64))
+        self.mask = None if masks is None else TokenStream(masks, end_of_text_id)
+        self.end_of_text_id = end_of_text_id
 
     def found(self, bit: int) -> Iterator[np.ndarray]:
         """Yield where a stream of masks has a bit set, block by block: int64 positions, in order."""
@@ -239,6 +246,18 @@ class TokenStream:
     def find(self, bit: int) -> np.ndarray:
         """Return all positions of `found`."""
         return np.concatenate([np.zeros(0, np.int64), *self.found(bit)])
+
+    def document_starts(self) -> np.ndarray:
+        """Return where documents begin, int64 positions in order: at an end-of-text token, or as the masks say."""
+        if self.mask is not None:
+            return self.mask.find(MASK_BEGINS)
+        block = 1 << 20
+        found = [
+            np.flatnonzero(self.slice(start, min(block, len(self) - start)) == self.end_of_text_id) + start
+            for start in range(0, len(self), block)
+        ]
+        starts = np.concatenate([np.zeros(0, np.int64), *found])
+        return starts if len(starts) and not starts[0] else np.concatenate([np.zeros(1, np.int64), starts])
 
     def holds_documents(self) -> bool:
         """Return whether an end-of-text token separates two documents, in other words whether more follows one.

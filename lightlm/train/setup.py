@@ -221,6 +221,7 @@ def set_up(
     loader = BatchLoader(
         streams, recipe.seq_len, recipe.train.seed, order,
         shift_windows=recipe.data.shift_windows, too_long=recipe.data.too_long,
+        taught=taught.records if taught else (),
     )  # fmt: skip
     _note_conversations(loader, recipe, note)
     given = recipe.train.micro_batch_size

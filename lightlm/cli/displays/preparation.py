@@ -97,6 +97,7 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         ("vocabulary", f"{summary['vocab_size']:,}"),
         ("separator", f"{manifest.end_of_text} (id {manifest.end_of_text_id})" if manifest.end_of_text else ""),
         ("shards", f"{summary['shards']:,}"),
+        ("teacher", _teacher(summary["teacher"])),
     ]
     if manifest.unigram:
         nats, bits = manifest.unigram.nats_per_token, manifest.unigram.bits_per_byte
@@ -127,6 +128,13 @@ def _template(manifest: Manifest) -> str:
     names = {"tokenizer": "the tokenizer's", "chatml": "ChatML", "file": "as given"}
     added = " ".join(manifest.chat.added_tokens)
     return names[manifest.chat.template] + (f", which adds {added} to the tokenizer" if added else "")
+
+
+def _teacher(stored: dict[str, Any] | None) -> str:
+    if stored is None:
+        return ""
+    left_out = f"{stored['rest']:.1%} of the mass is that of others"
+    return f"the top {stored['top_k']} tokens of {stored['teacher']} in a context of {stored['context']:,}; {left_out}"
 
 
 def _causes(counts: dict[str, int]) -> str:

@@ -112,6 +112,17 @@ def prepare_data(
         Literal["threads", "ray"],
         typer.Option(metavar="threads|ray", help="Run on this machine or on a Ray cluster; the folder is the same."),
     ] = "threads",
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Also store what a larger model says of each next token (train.distill)."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Likeliest tokens of the teacher that are stored. Default: 64.")
+    ] = None,
+    teacher_context: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens that the teacher sees at most. Default: its context, at most 1,024."),
+    ] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="The cluster of --engine ray. Default: RAY_ADDRESS, or this machine's."),
@@ -129,17 +140,22 @@ def prepare_data(
         read_template,
         refuse_mixture,
     )
+    from lightlm.cli.prepare_data.teacher import check_tokenizer, store
     from lightlm.data.chat.conversation import columns_of
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
     from lightlm.data.prepare.workspace import Workspace
     from lightlm.data.select.filters import Filter
     from lightlm.data.sources.skills import SKILLS_SOURCE
+    from lightlm.data.top_tokens import unfinished
     from lightlm.errors import UsageError
     from lightlm.quantities import parse_quantity
     from lightlm.train.signals import interrupted_by_signals
 
     refuse_mixture(source, mix)
+    for option, given in (("--top-k", top_k), ("--teacher-context", teacher_context)):
+        if given is not None and teacher is None:
+            raise UsageError(f"{option} is for what a teacher says: add --teacher MODEL")
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
 
@@ -172,6 +188,8 @@ def prepare_data(
             progress_line() as update,
         ):
             try:
+                if teacher is not None:
+                    check_tokenizer(teacher, tokenizer, text_source)
                 manifest = prepare(
                     text_source, tokenizer, folder, text_column=text_column, max_tokens=limit,
                     val_fraction=val_fraction, workers=workers, overwrite=overwrite, skip_bad=skip_bad,
@@ -179,8 +197,10 @@ def prepare_data(
                     train_on=train_on or "assistant", chat_template=template, engine=chosen_engine,
                     progress=update,
                 )  # fmt: skip
+                if teacher is not None:
+                    store(teacher, folder, top_k, teacher_context, update)
             except KeyboardInterrupt:
-                if Workspace(folder.absolute()).path.exists():
+                if Workspace(folder.absolute()).path.exists() or unfinished(folder).exists():
                     console.print("Stopped. Progress is saved. Rerun the same command to resume.")
                 raise
     summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
@@ -203,13 +223,16 @@ def _finished_folder(source: str | None) -> Path | None:
 def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool) -> dict[str, Any]:
     """Return what `--json` prints and the table shows."""
     from lightlm.data.folder import dataset_reference
+    from lightlm.data.top_tokens import read_stored_teacher
 
+    stored = read_stored_teacher(folder)
     text_bytes = sum(manifest.text_bytes.values())
     unread = verified or manifest.already_prepared
     recipe = "demo" if manifest.chat is None else "chat-demo" if manifest.source == "skills" else "chat"
     # The demo recipes read these by default.
     default = folder in (Path("data/pydocs"), Path("data/skills"))
     dataset = "" if default else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
+    taught = "" if stored is None else " train.distill.teacher=stored"
     return {
         "folder": folder.as_posix(),
         **manifest.model_dump(include=set(FROM_MANIFEST)),
@@ -223,5 +246,6 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "shards": len(manifest.shards),
         "seconds": round(seconds, 3),
         "megabytes_per_second": None if unread else round(text_bytes / 1e6 / seconds, 1),
-        "next": f"lightlm train recipes/{recipe}.yaml{dataset}",
+        "teacher": None if stored is None else stored.model_dump(exclude={"of", "shards"}),
+        "next": f"lightlm train recipes/{recipe}.yaml{dataset}{taught}",
     }

@@ -37,11 +37,12 @@ from lightlm.data.sources.sample import training_sample
 from lightlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lightlm.data.tokenizer.folder import DEFINITION, MANIFEST, SETTINGS
 from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_settings
+from lightlm.data.top_tokens import TEACHER_FOLDER
 from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors, restore_folder, write_text
 from lightlm.threads import cores
 
-OWN_FILES = (MANIFEST, DEFINITION, SETTINGS)  # of a data folder, beside its shards
+OWN_FILES = (MANIFEST, DEFINITION, SETTINGS, TEACHER_FOLDER)  # of a data folder, beside its shards
 JUDGED = 10_000_000  # characters and tokens after which a tokenizer that loses text is refused, before the end
 MAX_DEFAULT_WORKERS = 8  # each takes about 80 MB of memory
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lightlm.optim.section import Problem
 from lightlm.quantities.types import BatchTokens, Span, Tokens, span_tokens
-from lightlm.recipe.sections.distill import DistillSection
+from lightlm.recipe.sections.distill import STORED, DistillSection
 from lightlm.recipe.sections.section import Section
 
 
@@ -88,7 +88,11 @@ class TrainSection(Section):
     """Steps that a step is compared with to find spikes."""
 
     def problems(self) -> list[Problem]:
-        return super().problems() + [(f"mtp.{key}", message) for key, message in self.mtp.problems()]
+        found = super().problems() + [(f"mtp.{key}", message) for key, message in self.mtp.problems()]
+        if self.distill is not None and self.distill.teacher == STORED and self.distill.temperature != 1:
+            given = f"{self.distill.temperature:g}, but stored probabilities are those at temperature 1"
+            found.append(("distill.temperature", f"{given}; leave it out, or name a model in train.distill.teacher"))
+        return found
 
     @property
     def averages(self) -> bool:

@@ -20,6 +20,7 @@ from lightlm.recipe import Recipe
 from lightlm.sharding import whole
 from lightlm.train.schedules import BatchPlan
 from lightlm.train.step.activations import activation_bytes
+from lightlm.train.step.divergence import TopTokens
 from lightlm.train.step.parallel import ParallelLoss, PassLoss
 from lightlm.train.step.scaling import LossScale
 
@@ -32,8 +33,9 @@ _MEMORY_SHARE = 0.6  # of free device memory that activations may take
 # expert and layer.
 _Sums = tuple[Tensor, Tensor | None]
 
-_Passed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""Inputs, targets, with dropout the numbers of the samples, with conversations which inputs begin a document."""
+_Passed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, TopTokens | None]
+"""Inputs, targets, with dropout the numbers of the samples, with conversations which inputs begin a document, with a
+stored teacher what it says."""
 
 
 @dataclass(frozen=True)
@@ -234,13 +236,13 @@ class Gradients:
             count, trained: samples and trained targets of the global batch.
         """
         try:
-            inputs, targets, samples, starts = self._batch(start, size)
+            inputs, targets, samples, starts, taught = self._batch(start, size)
             share = None
             if starts is not None:  # conversations
                 share = torch.full((), trained / (count * self._loader.seq_len), device=self._device)
             with self._loss.synchronized(last):
                 with autocast(self._device, self._dtype):
-                    losses = self._loss(inputs, targets, samples, starts, share, mtp_weight=self._mtp_weight)
+                    losses = self._loss(inputs, targets, samples, starts, share, taught, mtp_weight=self._mtp_weight)
                 # The processes' gradients are averaged, so each is divided by its own share of the tokens.
                 mean = losses.objective / (max(trained, 1) / self._world.size)
                 self.loss_scale(mean).backward()
@@ -265,11 +267,16 @@ class Gradients:
         """Return samples on the device; to CUDA from pinned memory, asynchronously."""
         inputs, targets, *starts = self._loader.batch(start, size)
         samples = torch.arange(start, start + size) if self._with_dropout else None
+        taught = None
+        if self._loader.taught:
+            records = self._loader.top_tokens(start, size)
+            taught = TopTokens(*(self._moved(torch.from_numpy(part)) for part in records))
         return (
             self._moved(inputs),
             self._moved(targets),
             self._moved(samples),
             self._moved(starts[0] if starts else None),
+            taught,
         )
 
     def _moved(self, tensor: Tensor | None) -> Any:

@@ -21,13 +21,14 @@ class Teacher:
     """
 
     def __init__(self, model: Transformer, vocab_size: int, dtype: torch.dtype) -> None:
-        self.model, self.vocab_size, self.dtype = model.eval().requires_grad_(False), vocab_size, dtype
+        self.model, self.dtype = model.eval().requires_grad_(False), dtype
         if dtype != torch.float32:
             routed = {id(p) for part in model.modules() if isinstance(part, Router) for p in part.parameters()}
             for parameter in model.blocks.parameters():
                 if parameter.ndim > 1 and id(parameter) not in routed:
                     parameter.data = parameter.data.to(dtype)
         head_VE = model.head_weight.data[:vocab_size]
+        self.vocab_size = len(head_VE)
         # On a CPU, fp32 products take the table itself.
         whole = model.device.type == "cpu" and dtype == torch.float32
         self._head_WE = head_VE if whole else padded(head_VE, dtype)

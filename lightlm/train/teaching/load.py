@@ -2,23 +2,29 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import xxhash
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import find_start, load_pretrained, locate
 from lightlm.data.folder import DataFolder
+from lightlm.data.shards import JoinedArrays
+from lightlm.data.top_tokens import record_dtype
 from lightlm.data.training_data import TrainingData
 from lightlm.device import pick_dtype
 from lightlm.errors import DataError, LightLMError, RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.quantities import format_quantity
-from lightlm.recipe import DistillSection, Recipe
+from lightlm.recipe import STORED, DistillSection, Recipe
 from lightlm.train.distributed import World
 from lightlm.train.initial import Note, note_on_texts
 from lightlm.train.step.teacher import Teacher
+
+ASSUMED_TOP_K = 64  # of a stored teacher, to measure a step before the data is prepared
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,14 @@ class Taught:
         identity: changes with the teacher's weights.
         description: for displays.
         live: the model, unless its probabilities are stored.
+        records: those of a stored teacher, for each folder of the data.
     """
 
     section: DistillSection
     identity: str
     description: str
-    live: Teacher | None
+    live: Teacher | None = None
+    records: Sequence[JoinedArrays] = ()
 
 
 def load_taught(
@@ -48,11 +56,13 @@ def load_taught(
 
     Raises:
         RecipeError: there is no such model, it is damaged, or its context is shorter than a sequence.
-        DataError: its tokenizer is not that of the data.
+        DataError: its tokenizer is not that of the data, or a folder of the data does not hold what it says.
     """
     section = recipe.train.distill
     if section is None:
         return None
+    if section.teacher == STORED:
+        return _stored(section, recipe, data)
     if data is None:
         shape = find_start(section.teacher, "train.distill.teacher").model
         model, identity, tokens = Transformer(shape), "", recipe.model.vocab_size
@@ -66,7 +76,28 @@ def load_taught(
     description = f"{section.teacher}, {size} parameters, {section.dtype}: weight {section.weight:g}"
     if section.temperature != 1:
         description += f", temperature {section.temperature:g}"
-    return Taught(section, identity, description, Teacher(model.to(device), tokens, dtype))
+    return Taught(section, identity, description, live=Teacher(model.to(device), tokens, dtype))
+
+
+def _stored(section: DistillSection, recipe: Recipe, data: TrainingData | None) -> Taught:
+    """Return the teacher that is stored beside the data; without data, random records."""
+    if data is None:
+        vocab_size = recipe.model.vocab_size
+        top_k, generator = min(ASSUMED_TOP_K, vocab_size), np.random.default_rng(recipe.train.seed)
+        dtype = record_dtype(top_k, vocab_size)
+        records = np.zeros(recipe.train.batch_tokens + 1, dtype)
+        records["ids"] = generator.integers(vocab_size - top_k + 1, size=(len(records), 1)) + np.arange(top_k)
+        return Taught(section, "", STORED, records=[JoinedArrays([records], dtype)])
+    found = {label: folder.top_tokens() for label, folder in data.folders.items()}
+    (first, one), *others = ((label, stored) for label, (stored, _) in found.items())
+    for label, stored in others:
+        if stored.key != one.key:
+            raise DataError(
+                f"{first} and {label} hold the probabilities of different teachers, or other numbers of them: the top "
+                f"{one.top_k} of {one.teacher}, the top {stored.top_k} of {stored.teacher}; store the same in both"
+            )
+    description = f"stored, the top {one.top_k} tokens of {one.teacher}: weight {section.weight:g}"
+    return Taught(section, one.key, description, records=[records for _, records in found.values()])
 
 
 def _load(reference: str, recipe: Recipe, data: TrainingData, world: World, note: Note) -> tuple[Transformer, str]:
