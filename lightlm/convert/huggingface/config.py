@@ -142,6 +142,8 @@ def _read_rope(layout: Layout, values: dict[str, Any]) -> tuple[dict[str, Any], 
     problems = []
     if rope["partial_rotary_factor"] != 1.0:
         problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, must be 1.0")
+    if layout.fixed["attention"] == "mla" and rope_type != "default" and nested.get("mscale_all_dim"):
+        problems.append(f"{key} has mscale_all_dim {nested['mscale_all_dim']!r}, a factor on scores, must be 0")
     defaults = {"original_max_position_embeddings": values.get("max_position_embeddings")}
     if values.get("original_max_position_embeddings"):  # transformers prefers it
         nested = nested | {"original_max_position_embeddings": values["original_max_position_embeddings"]}
@@ -155,11 +157,12 @@ def _read_rope(layout: Layout, values: dict[str, Any]) -> tuple[dict[str, Any], 
 
 def _problems(layout: Layout, values: dict[str, Any]) -> list[str]:
     """Return what a config.json says that LightLM does not compute."""
-    problems = [
-        f"{key} is {values[key]!r}, must be {' or '.join(map(repr, allowed))}"
-        for key, allowed in layout.constants.items()
-        if values.get(key, allowed[0]) not in allowed
-    ]
+    problems = []
+    for key, allowed in layout.constants.items():
+        value = values.get(key, layout.defaults.get(key, allowed[0]))
+        if value not in allowed:
+            said = "is" if key in values else "is missing, which means"
+            problems.append(f"{key} {said} {value!r}, must be {' or '.join(map(repr, allowed))}")
     for key, names in layout.choices.values():
         known = [name for each in names.values() for name in each]
         if values.get(key, known[0]) not in known:
@@ -187,6 +190,9 @@ def _problems(layout: Layout, values: dict[str, Any]) -> list[str]:
     dense = values.get("mlp_only_layers") or []
     if "mlp_only_layers" in layout.defaults and (not isinstance(dense, list) or dense != list(range(len(dense)))):
         problems.append(f"mlp_only_layers is {dense!r}, must be the first layers without a gap")
+    rotary = values.get("qk_rope_head_dim", layout.defaults.get("qk_rope_head_dim"))
+    if layout.fixed["attention"] == "mla" and values.get("head_dim", rotary) != rotary:  # the width that it rotates
+        problems.append(f"head_dim is {values['head_dim']!r}, must be qk_rope_head_dim, {rotary!r}")
     if values.get("is_causal", True) is not True:
         problems.append(f"is_causal is {values['is_causal']!r}, must be true")
     if quantization := values.get("quantization_config"):

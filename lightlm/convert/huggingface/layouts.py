@@ -331,6 +331,8 @@ LAYOUTS = {
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
             "n_routed_experts": 256,
+            "n_group": 8,
+            "topk_group": 4,
             "n_shared_experts": 1,
             "num_experts_per_tok": 8,
             "first_k_dense_replace": 3,
