@@ -270,11 +270,11 @@ class ModelConfig:
         given, size = ("qk_nope_head_dim" if self.attention == "mla" else "head_dim"), self.hidden_size
         if getattr(self, given) == 0 and size % self.num_heads != 0:
             yield "num_heads", f"{self.num_heads} does not divide hidden_size {size}; set {given}"
-        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads != 0:
-            yield "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
         if self.attention == "mla":
             yield from self._broken_latent_rules()
         else:
+            if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads != 0:
+                yield "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
             yield from ((key, message) for key, message in self.idle_given() if key in LATENT_FIELDS)
             if self.position == "rope" and (self.head_dim or size // self.num_heads) % 2 != 0:
                 yield "head_dim", "must be even for rotary positions (position: rope)"

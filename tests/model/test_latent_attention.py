@@ -161,7 +161,7 @@ def test_defaults_are_those_of_deepseek():
     [
         ({"position": "learned"}, "position: must be rope with attention: mla"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim: must be even, is 3"),
-        ({"num_kv_heads": 2}, "num_kv_heads: has no meaning with attention: mla; leave it out or set 4"),
+        ({"num_kv_heads": 3}, "^num_kv_heads: has no meaning with attention: mla; leave it out or set 4"),
         ({"head_dim": 8}, "head_dim: is qk_nope_head_dim [+] qk_rope_head_dim, 12, with attention: mla"),
         ({"qk_norm": True}, "qk_norm: is not there with attention: mla"),
         ({"attention_gate": True}, "attention_gate: is not there with attention: mla"),
