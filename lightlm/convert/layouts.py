@@ -38,7 +38,7 @@ class Layout:
     fixed: dict[str, Any]  # ModelConfig field -> the value that it has in every model of this class
     rules: dict[str, Rule]  # ModelConfig field -> which values the class expresses without a key, or in spite of one
     defaults: dict[str, Any]  # their keys that may be missing (in files of older versions), and what that means
-    constants: dict[str, tuple[Any, ...]]  # their keys that must hold one of these; missing means the default, or the first
+    constants: dict[str, tuple[Any, ...]]  # their keys that must hold one of these; missing means the default or first
     links: tuple[Link, ...]
     # ModelConfig field -> their key, and for each value that the class has their names, the one to write first.
     choices: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = field(default_factory=dict)

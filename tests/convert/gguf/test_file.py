@@ -12,8 +12,10 @@ import torch
 from lightlm.convert.folding import as_plain
 from lightlm.convert.formats import FORMATS
 from lightlm.convert.gguf.file import export_gguf, import_gguf, modelfile_path
+from lightlm.convert.gguf.header import read_header
 from lightlm.convert.gguf.layouts import LAYOUTS, gguf_layout
 from lightlm.convert.gguf.modelfile import modelfile, quoted
+from lightlm.convert.gguf.shape import read_shape
 from lightlm.errors import ConvertError
 from tests.convert.gguf.models import MODELS
 from tests.convert.models import loaded
@@ -132,6 +134,43 @@ def test_what_llama_cpp_cannot_compute_is_refused(name, message, tmp_path, token
     with pytest.raises(ConvertError, match=message):
         export_gguf(loaded(config, tokenizer), tmp_path / "model.gguf", "float32")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_eps": 1e-5}, "norm_eps: 1e-05 (must be 1e-6, that of the latents' norms)"),
+        ({"rope_scaling": "linear", "rope_factor": 2.0}, "rope_scaling: linear (must be none)"),
+        *(({"num_layers": depth}, "q_lora_rank: 20 (must be 0 with 26, 27 or 48 layers") for depth in (26, 27, 48)),
+        ({"num_layers": 13, "layer_sharing": 2}, "q_lora_rank: 20 (must be 0 with 26, 27 or 48 layers"),
+        ({"sliding_window": 5}, "sliding_window: 5"),
+    ],
+)
+def test_what_deepseek2_cannot_hold_is_named(changes, message):
+    assert message in gguf_layout(replace(MODELS["deepseek2"], **changes))[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention.head_count_kv": 4}, "head_count_kv is 4, must be 1"),
+        ({"expert_group_count": 2}, "expert_group_count is 2, must be 1"),
+        ({"nextn_predict_layers": 1}, "nextn_predict_layers is 1, must be 0"),
+        ({"rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn', must be 'none'"),
+        ({"rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier is '0.1', which it does not compute"),
+        ({"expert_gating_func": 3}, "expert_gating_func must be one of"),
+        ({"rope.dimension_count": 3}, "qk_rope_head_dim: must be even"),
+        ({"rope.dimension_count": 64}, "qk_nope_head_dim: must be at least 0"),
+        ({"attention.kv_lora_rank": 10**6}, "it says 1,000,000, but no tensor has more than"),
+        ({"attention.q_lora_rank": 10**6}, "it says 1,000,000, but no tensor has more than"),
+        ({"attention.value_length_mla": 10**6}, "it says 4,000,000, but no tensor has more than"),
+    ],
+)
+def test_metadata_of_latents_that_lies(changes, message, write):
+    header = read_header(write("deepseek2")[1])
+    metadata = header.metadata | {f"deepseek2.{key}": value for key, value in changes.items()}
+    with pytest.raises(ConvertError, match=message):
+        read_shape(replace(header, metadata=metadata))
 
 
 def test_a_failed_export_leaves_the_old_file(write, monkeypatch):

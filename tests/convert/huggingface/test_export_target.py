@@ -57,6 +57,7 @@ def test_class(config, architecture):
         (replace(GPT2, qk_norm=True, num_kv_heads=2), ["qk_norm: true", "num_kv_heads: 2"]),
         (replace(GPT2, head_dim=16), ["head_dim: 16"]),
         (SHAPES["mla"], ["DeepseekV3ForCausalLM", "bias: true (must be false)"]),
+        (replace(SHAPES["deepseek"], num_experts=1, num_experts_per_tok=1, norm_topk_prob=False), ["num_experts: 1"]),
         (SHAPES["mla_banded"], ["DeepseekV3ForCausalLM", "sliding_window: 6"]),
         (replace(SHAPES["deepseek"], router="softmax"), ["DeepseekV3ForCausalLM", "router: softmax (must be sigmoid)"]),
         (replace(QWEN3, bias=True), ["Qwen3ForCausalLM", "bias: true"]),

@@ -250,11 +250,13 @@ def test_optimizer_state_is_counted(name):
     assert optimizer_bytes(model, section) == sum(value.nbytes for value in state)
 
 
-def test_inference_counts_the_cache_that_generation_makes():
-    model = Transformer(SHAPES["shared"])
+@pytest.mark.parametrize("name", ["shared", "mla", "mla_banded"])
+def test_inference_counts_the_cache_that_generation_makes(name):
+    model = Transformer(SHAPES[name])
     cache = model.new_cache(1)
     parts = inference_parts(model)
-    assert parts["cache_float32"] == 2 * parts["cache_bfloat16"] == cache.keys.nbytes + cache.values.nbytes
+    assert parts["cache_float32"] == 2 * parts["cache_bfloat16"] == cache.pairs.nbytes
+    assert parts["token_float32"] == 2 * parts["token_bfloat16"] == cache.pairs.nbytes / model.config.max_seq_len
     assert parts["weights_float32"] == sum(p.nbytes for p in model.parameters())
 
 
