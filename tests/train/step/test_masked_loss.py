@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightlm.data.folder import DataFolder
+from lightlm.errors import RecipeError
 from lightlm.model.config import ModelConfig
+from lightlm.model.moe import Router
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
+from lightlm.train.checkpointing.resume import data_identity
 from lightlm.train.evaluations import Evaluations
 from lightlm.train.observe.observers import Observer
 from lightlm.train.setup import open_data, set_up
 from lightlm.train.step.loss import token_losses
 from tests.train.group import together, train_together
 from tests.train.step.conversations import conversations, one_by_one, write_conversations
+from tests.train.step.routed import SOFTMAX
 from tests.train.watch import Recorder, comparable, resume, start
 
 SEQUENCE = 32
@@ -97,6 +102,26 @@ def test_untrained_tokens_have_no_gradient(z_loss, trained):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_routers_learn_from_every_token():
+    """The z-loss adds the gradient of its mean over all tokens of the batch, whatever share of them is trained on."""
+
+    def last_router(coefficient):
+        extra = (*SOFTMAX, "train.micro_batch_size=4", "moe.balance_loss_coef=0", f"moe.z_loss_coef={coefficient}")
+        recipe = load_recipe("tiny.yaml", [*CHAT, *extra])
+        setup = set_up(recipe, open_data(recipe), lambda message: None)
+        routers = [module for module in setup.model.modules() if isinstance(module, Router)]
+        inputs = []
+        routers[-1].register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach().double()))
+        outcome = setup.gradients(0, 16, threading.Event())
+        assert outcome.trained < 16 * SEQUENCE
+        return routers[-1].weight, torch.cat([each.flatten(0, -2) for each in inputs])
+
+    weight, inputs_ND = last_router(1.0)
+    exact = weight.detach().double().requires_grad_()
+    (inputs_ND @ exact.T).logsumexp(-1).square().mean().backward()
+    torch.testing.assert_close((weight.grad - last_router(0.0)[0].grad).double(), exact.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_losses_do_not_depend_on_micro_batches_and_resume_is_exact():
     whole = start("tiny.yaml", *CHAT, name="talk-whole")[1].metrics
     for size in (1, 16):
@@ -105,6 +130,8 @@ def test_losses_do_not_depend_on_micro_batches_and_resume_is_exact():
         assert found[-1]["val_loss"] == pytest.approx(whole[-1]["val_loss"], rel=1e-5)
     stopped = Recorder(terminate_at=2)
     start("tiny.yaml", *CHAT, name="talk-stopped", watch=stopped)
+    with pytest.raises(RecipeError, match=r"data\.too_long cannot change"):
+        resume("talk-stopped", "data.too_long=drop")
     assert comparable(stopped.metrics + resume("talk-stopped")[1].metrics) == comparable(whole)
 
 
@@ -119,6 +146,13 @@ def test_losses_do_not_depend_on_processes(size, strategy):
         assert [row[key] for row in metrics] == pytest.approx([row[key] for row in one], rel=1e-5)
     assert [row["grad_norm"] for row in metrics] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
     assert metrics[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+
+
+def test_other_masks_are_other_data():
+    folder = DataFolder.open("data/talk")
+    manifest = folder.manifest.model_copy(deep=True)
+    manifest.chat.masks[0].xxh3 = "0" * 16
+    assert data_identity(DataFolder(folder.path, manifest, {})) != data_identity(folder)
 
 
 def test_every_token_of_text_counts_in_a_mixture():
