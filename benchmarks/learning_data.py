@@ -5,6 +5,11 @@
 makes WORK/data/corpus-4k, corpus-8k, corpus-16k and corpus-32k (as train:4096 and so on), and corpus-750k and
 corpus-375k, which hold the first documents of the corpus (as many training tokens) and all its documents for
 validation, with the tokenizer of corpus-8k. CORPUS is a folder of Parquet files with a column `text`.
+
+    python benchmarks/learning_data.py CORPUS --work WORK --teacher HuggingFaceTB/SmolLM2-135M-Instruct
+
+makes WORK/data/corpus-smollm2 alone: some 1M tokens for training with that model's tokenizer, and what it says of them,
+258 bytes per token. The same command resumes.
 """
 
 import json
@@ -31,6 +36,13 @@ def prepare(source: Path, tokenizer: str, out: Path) -> None:
     subprocess.run(command, check=True)
 
 
+def prepare_taught(source: Path, teacher: str, out: Path) -> None:
+    """Run `lightlm prepare-data` with a teacher."""
+    size = ["--max-tokens", "1.15M", "--val-fraction", "0.1"]
+    names = ["--tokenizer", teacher, "--teacher", teacher, "--out", str(out)]
+    subprocess.run([sys.executable, "-m", "lightlm", "prepare-data", str(source), *size, *names], check=True)
+
+
 def beginning(corpus: Path, tokenizer_file: Path, tokens: int) -> Iterator[str]:
     """Yield all documents for validation, and the first others until they have so many tokens; the last one is cut."""
     from lightlm.data.tokenizer import Tokenizer
@@ -50,8 +62,12 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--teacher", metavar="MODEL", help="make only the data of the study `teacher`")
     options = parser.parse_args()
     data = options.work / "data"
+    if options.teacher is not None:
+        prepare_taught(options.corpus, options.teacher, data / "corpus-smollm2")
+        return
     for name, size in VOCABULARIES.items():
         prepare(options.corpus, f"train:{size}", data / f"corpus-{name}")
     tokenizer = data / "corpus-8k" / "tokenizer.json"

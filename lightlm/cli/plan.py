@@ -14,6 +14,8 @@ _PARTS = {
     "activations": "activations of a micro-batch",
     "logits": "logits and the head's gradients",
     "backward": "backward pass of one layer",
+    "teacher": "teacher",
+    "teacher_pass": "pass and logits of the teacher",
     "ema": "average of the weights (train.ema)",
     "gaps": "gaps between these parts, a tenth",
     "checkpoint_copy": "copy for saving",
@@ -70,6 +72,7 @@ def _print(plan: dict[str, Any]) -> None:
         "validations": f"{run['validations']:,}, {format_quantity(run['validation_tokens'])} tokens in total",
         **{f"read of {part['name']}": _source(part) for part in run["sources"]},
         "FLOPs in total": f"{run['flops']:.3g}",
+        **_teacher(run["teacher"]),
     }
     tables = {f"Plan of {plan['recipe']}": facts}
     training = {"micro-batch": f"{machine['micro_batch']} sequences, {machine['accumulation']} per step"}
@@ -118,6 +121,21 @@ def _print(plan: dict[str, Any]) -> None:
     )
     for note in plan["notes"]:
         out.print(f"Note: {note}", soft_wrap=True, markup=False)
+
+
+def _teacher(teacher: dict[str, Any] | None) -> dict[str, str]:
+    """Return what learning from a teacher takes, beside memory."""
+    from lightlm.quantities import format_quantity
+
+    if teacher is None:
+        return {}
+    rows = {"teacher": teacher["teacher"]}
+    if teacher["flops"] is not None:
+        rows["parameters of the teacher"] = format_quantity(teacher["parameters"])
+        rows["its FLOPs per token"] = format_quantity(teacher["flops_per_token"])
+        rows["its FLOPs in total"] = f"{teacher['flops']:.3g}"
+    disk = "" if teacher["disk"] is None else f", {_bytes(teacher['disk'])} of disk"
+    return rows | {"its probabilities, stored": f"{teacher['record_bytes']} bytes per token{disk}"}
 
 
 def _source(part: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from lightlm.recipe import Recipe
 from lightlm.train.planning.memory import inference_parts, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
 from lightlm.train.planning.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, step_seconds
+from lightlm.train.planning.teacher import forward_flops, teacher_bytes, teacher_facts, teacher_of
 from lightlm.train.schedules import (
     batch_plan,
     corner_points,
@@ -49,6 +50,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
     recipe = fit_recipe(recipe, data, note)
     with torch.device("meta"):
         model = Transformer(recipe.model, recipe.train.mtp.depth)
+    teacher = teacher_of(recipe)
     counts, flops = model.num_parameters(), model.flops_per_token(recipe.seq_len)
     if recipe.eval.tasks:
         note(f"the hours leave out eval.tasks ({', '.join(recipe.eval.tasks)})")
@@ -61,6 +63,7 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "momenta": momentum_points(recipe),
         "flops": flops * run["tokens"],
         "sources": _sources(recipe, run["tokens"]),
+        "teacher": teacher_facts(recipe, teacher, data, run["tokens"]),
     }
     return {
         "recipe": recipe.name,
@@ -73,9 +76,9 @@ def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
             "flops_per_token": flops,
         },
         "run": run,
-        "machine": _machine(recipe, model, run, probe, note),
+        "machine": _machine(recipe, model, teacher, run, probe, note),
         "inference": inference_parts(model),
-        "gpus": [_gpu(name, gpu, recipe, model, run) for name, gpu in ACCELERATORS.items()],
+        "gpus": [_gpu(name, gpu, recipe, model, teacher, run) for name, gpu in ACCELERATORS.items()],
         "assumed": {"compute": COMPUTE_SHARE, "bandwidth": BANDWIDTH_SHARE},
         "notes": notes,
     }
@@ -133,7 +136,24 @@ def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool
     return device, training_dtype(recipe.train.dtype, device, width), True
 
 
-def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: bool, note: Note) -> dict[str, Any]:
+def _parts(
+    recipe: Recipe,
+    model: Transformer,
+    teacher: Transformer | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    sequences: int,
+) -> dict[str, int]:
+    """Return the bytes of training by part, those of a teacher included; see `training_parts`."""
+    tokens = sequences * recipe.seq_len
+    return training_parts(recipe, model, device, dtype, sequences) | teacher_bytes(
+        recipe, teacher, device, dtype, tokens
+    )
+
+
+def _machine(
+    recipe: Recipe, model: Transformer, teacher: Transformer | None, run: dict[str, Any], probe: bool, note: Note
+) -> dict[str, Any]:
     """Return memory by part on the recipe's device, and the probe's measurements of a full batch."""
     device, dtype, present = _target(recipe, note)
     measured = None
@@ -147,7 +167,7 @@ def _machine(recipe: Recipe, model: Transformer, run: dict[str, Any], probe: boo
     # The memory of a missing device is unknown, so any micro-batch fits.
     free = None if present else sys.maxsize
     sequences = measured.micro_batch if measured else micro_batch_size(recipe, device, free=free, dtype=dtype)
-    parts = training_parts(recipe, model, device, dtype, sequences)
+    parts = _parts(recipe, model, teacher, device, dtype, sequences)
     # The host's copy that a run saves from. The last save of a run makes none.
     settings = recipe.checkpoint
     spans = (settings.every, settings.keep_every, recipe.eval.every if settings.keep_best else 0)
@@ -184,18 +204,23 @@ def _measurements(probe: Probe, recipe: Recipe, run: dict[str, Any], copy: int) 
     }
 
 
-def _gpu(name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, run: dict[str, Any]) -> dict[str, Any]:
+def _gpu(
+    name: str, gpu: Accelerator, recipe: Recipe, model: Transformer, teacher: Transformer | None, run: dict[str, Any]
+) -> dict[str, Any]:
     """Estimate one GPU of this kind, with the given micro-batch or the largest automatic one that fits."""
     device = torch.device("cuda")
     weights = 4 * (model.num_parameters()["total"] + model.mtp_parameters)
     dtype = torch.float32 if recipe.train.dtype == "float32" else torch.bfloat16
     sequences = micro_batch_size(recipe, device, free=max(int(gpu.memory) - weights, 0), dtype=dtype)
-    memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
+    memory = sum(_parts(recipe, model, teacher, device, dtype, sequences).values())
     while memory > _USABLE * gpu.memory and recipe.train.micro_batch_size == "auto" and sequences > 1:
         sequences = max(size for size in range(1, sequences // 2 + 1) if sequences % size == 0)
-        memory = sum(training_parts(recipe, model, device, dtype, sequences).values())
+        memory = sum(_parts(recipe, model, teacher, device, dtype, sequences).values())
     # The peak is that of bf16, so there is no estimate of hours for fp32. A forward pass has a third of the operations.
-    speed = run["batch_tokens"] / step_seconds(gpu, recipe, model, sequences)
+    seconds = step_seconds(gpu, recipe, model, sequences)
+    if teacher is not None:
+        seconds += run["batch_tokens"] * forward_flops(teacher, recipe.seq_len) / (COMPUTE_SHARE * gpu.peak)
+    speed = run["batch_tokens"] / seconds
     hours = (run["tokens"] + run["validation_tokens"] / 3) / speed / 3600
     return {
         "gpu": name,

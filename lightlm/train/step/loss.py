@@ -296,8 +296,18 @@ def _taught_gradient_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replace the logits of a chunk as `mixed_gradient_` does; return what it returns."""
     rows, vocab_size = logits_RV.shape
-    size = softmax_rows(vocab_size) if logits_RV.device.type == "cpu" else min(rows, _TAUGHT_ROWS)
+    size = min(rows, taught_rows(vocab_size, logits_RV.device.type))
     return mixed_gradient_(logits_RV, targets_R, lesson.targets.chunk(chunk), lesson.mix, z_loss, size)
+
+
+def chunk_rows(device_type: str) -> int:
+    """Return the tokens whose logits are held at once."""
+    return _CHUNK[device_type]
+
+
+def taught_rows(vocab_size: int, device_type: str) -> int:
+    """Return the rows of logits that the fp32 divergence from a teacher works on at once."""
+    return softmax_rows(vocab_size) if device_type == "cpu" else _TAUGHT_ROWS
 
 
 def softmax_rows(vocab_size: int) -> int:
