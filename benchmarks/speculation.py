@@ -1,7 +1,8 @@
-"""Tokens per second of one text with and without guesses, from a model's own text (--lookup) or a draft.
+"""Tokens per second of one text with and without guesses: from the text so far, a draft, or the model's own MTP head.
 
     python benchmarks/speculation.py SmolLM2-135M-Instruct --out benchmarks/results/speculation-smollm2-cpu.json
     python benchmarks/speculation.py runs/demo --draft runs/draft --out benchmarks/results/speculation-demo-cpu.json
+    python benchmarks/speculation.py runs/demo      # of a run with train.mtp.depth=1
 
 In each round the ways take turns on the same text, a repetitive one and a plain one, greedily and at temperature 0.8;
 the first round is not counted. Ratios to plain decoding are taken within a round, and printed as the median with the
@@ -24,10 +25,11 @@ import torch
 from common import make_parser, write_json
 from measure import dtype_name, machine_facts
 
-from lightlm.checkpoint import LoadedModel
+from lightlm.checkpoint import LoadedModel, has_mtp, is_checkpoint
 from lightlm.device import keep_freed_memory, pick_device
 from lightlm.generate.batch import Batch, Request, row_generator
 from lightlm.generate.load import load_for_decoding
+from lightlm.generate.own_draft import own_draft_of
 from lightlm.generate.pace import Pace, round_costs
 from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.sampling.draw import draw
@@ -86,14 +88,16 @@ class Way:
 
 def ways(loaded: LoadedModel, draft: LoadedModel | None, count: int) -> tuple[dict[str, Way], dict[str, Any]]:
     """Return the ways to decode by name, and what a round costs in each."""
-    sources: dict[str, Callable[[], Guesser]] = {"lookup": Lookup}
+    sources: dict[str, tuple[Callable[[], Guesser], int]] = {"lookup": (Lookup, count)}
     if draft is not None:
-        sources["draft"] = lambda: draft_of(draft, loaded)
+        sources["draft"] = (lambda: draft_of(draft, loaded)), count
+    if is_checkpoint(loaded.path) and has_mtp(loaded.path):
+        sources["mtp"] = (lambda: own_draft_of(loaded)), 1
     found, costs = {"no guesses": Way(lambda: None)}, {}
-    for name, source in sources.items():
-        costs[name] = round_costs(loaded.model, source(), count)
-        found[name] = Way(lambda source=source, name=name: Speculation(source(), count, Pace(costs[name])))
-        found[f"{name}, always"] = Way(lambda source=source: Speculation(source(), count, Always()))
+    for name, (source, most) in sources.items():
+        costs[name] = round_costs(loaded.model, source(), most)
+        found[name] = Way(lambda source=source, most=most, name=name: Speculation(source(), most, Pace(costs[name])))
+        found[f"{name}, always"] = Way(lambda source=source, most=most: Speculation(source(), most, Always()))
     return found, {name: [round(cost, 3) for cost in each] for name, each in costs.items()}
 
 

@@ -243,9 +243,11 @@ class Batch:
             return
         self._make_room(length + 1 + len(guesses))
         tokens_1T = torch.tensor([[row.state.new[-1], *guesses]], device=self.model.device)
-        logits_TV = self._forward(tokens_1T, self._cache)[0]
+        x_1TD = self._forward.hidden_states(tokens_1T, self._cache)
+        logits_TV = self._forward.head(x_1TD)[0]
         tokens = self._speculation.keep(logits_TV, guesses, row.state, self._vocab_size)
         self._cache.cut(0, length + len(tokens))
+        self._speculation.follow(row.state, length, x_1TD[0, : len(tokens)])
         told: list[LogProbs] | list[None] = [None] * len(tokens)
         if row.request.logprobs:
             told = log_probs(logits_TV[: len(tokens)], tokens, row.request.logprobs, self._vocab_size)
@@ -270,7 +272,10 @@ class Batch:
         """Return the logits (B, V) after each running row's last token."""
         self._make_room(max(self._cache.lengths) + 1)
         tokens_B1 = torch.tensor([[row.state.new[-1]] for row in self._running], device=self.model.device)
-        return self._forward(tokens_B1, self._cache)[:, -1]
+        x_B1D = self._forward.hidden_states(tokens_B1, self._cache)
+        if self._speculation is not None and len(self._running) == 1:
+            self._speculation.follow(self._running[0].state, self._cache.lengths[0] - 1, x_B1D[0])
+        return self._forward.head(x_B1D)[:, -1]
 
     @property
     def _forward(self) -> FastForward | Transformer:
@@ -337,6 +342,8 @@ class Batch:
         for line, piece in enumerate(pieces):
             tokens_BT[line, : len(piece)] = torch.tensor(piece)
         x_BTD = self._forward.hidden_states(tokens_BT.to(self.model.device), reading.cache, counts)
+        if self._speculation is not None and len(self) == 1:
+            self._speculation.follow(reading.rows[0][0].state, reading.done, x_BTD[0, : counts[0]])
         reading.done += width
         if reading.done < max(map(len, reading.prompts)):
             return None

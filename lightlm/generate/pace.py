@@ -14,7 +14,7 @@ import torch
 
 from lightlm.generate.sampling import GREEDY
 from lightlm.generate.sampling.draw import Row
-from lightlm.generate.speculation import Guesser
+from lightlm.generate.speculation import Follower, Guesser
 from lightlm.generate.step.fast import forward_of
 from lightlm.generate.step.measured import measured_once, speed_facts
 from lightlm.model.transformer import Transformer
@@ -89,7 +89,7 @@ def _measure(model: Transformer, guesser: Guesser, count: int) -> list[float]:
     read = min(_PROMPT, context - 1 - count)
     row = Row(GREEDY, prompt=[place % model.config.vocab_size for place in range(read)], new=[0])
     forward, cache = forward_of(model), model.new_cache(1, read + 1 + count)
-    forward(torch.tensor([row.prompt], device=model.device), cache)
+    states_1TD = forward.hidden_states(torch.tensor([row.prompt], device=model.device), cache)
     passes = [torch.zeros(1, 1 + guesses, dtype=torch.long, device=model.device) for guesses in range(count + 1)]
     best = [math.inf] * len(passes)
     begun = time.perf_counter()
@@ -97,6 +97,8 @@ def _measure(model: Transformer, guesser: Guesser, count: int) -> list[float]:
         if number >= _ROUNDS and time.perf_counter() - begun >= _SECONDS:
             break
         for guesses, tokens_1T in enumerate(passes):
+            if guesses and isinstance(guesser, Follower):
+                guesser.follow(row, read - 1, states_1TD[0, -1:])
             started = time.perf_counter()
             if guesses:
                 guesser.guess(row, guesses)

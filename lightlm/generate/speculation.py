@@ -7,13 +7,13 @@ probability of keeping it is that of the rule of Leviathan et al. (arXiv 2211.17
 draft model guesses with a copy of the row's random generator, so that both models draw with the same random number (see
 `draw`).
 
-Shapes: T positions, V vocabulary.
+Shapes: T positions, D hidden size, V vocabulary.
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from lightlm.checkpoint import LoadedModel
 from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.prefill import read
-from lightlm.generate.sampling.draw import Row, sample
+from lightlm.generate.sampling.draw import Row, copy_of, sample
 from lightlm.generate.step.fast import forward_of
 from lightlm.generate.step.measured import speed_facts
 from lightlm.model.transformer import Transformer
@@ -52,6 +52,14 @@ class Guesser(Protocol):
 
     def guess(self, row: Row, count: int) -> list[int]:
         """Return up to `count` tokens that may follow the row's prompt and answer."""
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A source of guesses that needs the states of the model that decodes."""
+
+    def follow(self, row: Row, position: int, states_TD: Tensor) -> None:
+        """Take the model's final states of a row's columns from `position` on."""
 
 
 class Lookup:
@@ -109,11 +117,7 @@ class Draft:
         if len(ids) + count > self._cache.max_len:
             slots = max(len(ids) + count, self._cache.max_len * 3 // 2)
             self._cache.reserve(1, min(slots, self._max_seq_len))
-        generator = None
-        if row.generator is not None:
-            generator = torch.Generator()
-            generator.set_state(row.generator.get_state())
-        guessing = replace(row, generator=generator, new=list(row.new))
+        guessing = copy_of(row)
         logits_1V = read(self._forward, ids[shared:], self._cache)
         guesses: list[int] = []
         while True:
@@ -158,6 +162,11 @@ class Speculation:
         self.pace = pace
         self.guessed = self.kept = 0  # tokens since `take_counts`
         self._guesser, self._count = guesser, count
+
+    def follow(self, row: Row, position: int, states_TD: Tensor) -> None:
+        """Tell the guesser the model's final states of the row's columns from `position` on, if it needs them."""
+        if isinstance(self._guesser, Follower):
+            self._guesser.follow(row, position, states_TD)
 
     def take_counts(self) -> tuple[int, int]:
         """Return how many guesses were kept, and how many there were, since the last call."""

@@ -121,11 +121,12 @@ class MTPHead(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         mask: Mask,
         dropout: BranchDropout | None = None,
+        extend: KeysAndValues | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Return the states (B, T, D), normalized, and what the block's router did; see `Block.forward`."""
         joined_BTX = torch.cat([self.state_norm(state_BTD), self.embedding_norm(embedding_BTD)], -1)
         x_BTD = self.merge(joined_BTX).to(embedding_BTD.dtype)  # the stream is fp32 under autocast, as in the model
-        x_BTD, routing = self.block(x_BTD, rotation, mask, None, dropout)
+        x_BTD, routing = self.block(x_BTD, rotation, mask, extend, dropout)
         return self.norm(x_BTD), routing
 
 

@@ -149,6 +149,20 @@ def test_exports_leave_the_heads_out_and_say_so(runs, workspace):
     assert "left out" not in done.output
 
 
+@pytest.mark.parametrize("more", [(), ("--quantize", "int8"), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize("kind", ["plain", "experts"])
+def test_generate_guesses_with_the_head_and_the_text_stays(kind, more, runs):
+    def text(*options):
+        given = ["generate", "The old", "--checkpoint", f"mtp-{kind}", "--max-new-tokens", "24", *more, *options]
+        done = CliRunner().invoke(app, given)
+        assert done.exit_code == 0, done.output
+        return done.stdout, done.stderr
+
+    (plain, _), (guessed, notes) = text(), text("--mtp")
+    assert guessed == plain
+    assert "guesses were right" in notes
+
+
 def test_the_weight_is_a_function_of_tokens():
     recipe = load_recipe("tiny.yaml", ["train.mtp={depth: 1, weight: 0.4, anneal: 512, final_weight: 0}"])
     assert [mtp_weight(recipe, tokens, 256, 5120) for tokens in (0, 256, 384, 512)] == [0.4, 0.4, 0.0, 0.0]

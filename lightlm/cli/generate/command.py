@@ -26,6 +26,7 @@ from lightlm.cli.generate.options import (
     LookupOption,
     MinNewTokensOption,
     MinPOption,
+    MTPOption,
     NoRepeatNgramOption,
     PresencePenaltyOption,
     RepetitionPenaltyOption,
@@ -174,6 +175,7 @@ def generate(
     ] = None,
     lookup: LookupOption = False,
     draft: DraftOption = None,
+    mtp: MTPOption = False,
     guesses: GuessesOption = None,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 1337,
     weights: WeightsOption = None,
@@ -216,7 +218,7 @@ def generate(
         min_new_tokens=min_new_tokens,
     )
     alone = num_samples == 1 and jsonl is None
-    _check_speed(sampling, beams, length_penalty, lookup=lookup, draft=draft, alone=alone)
+    _check_speed(sampling, beams, length_penalty, lookup=lookup, draft=draft, mtp=mtp, alone=alone)
     if beams is not None and (interactive or jsonl or logprobs is not None or sliding_window or num_samples > beams):
         raise UsageError(
             "--beams searches the continuations of one prompt, at least as many as --num-samples; leave out "
@@ -239,14 +241,15 @@ def generate(
     loaded = choice.load(_note)
     sampling.check_ids(loaded.tokenizer.vocab_size)
     speculation = None
-    if lookup or draft is not None:
+    if lookup or mtp or draft is not None:
+        from lightlm.generate.own_draft import own_draft_of
         from lightlm.generate.pace import Pace, round_costs
         from lightlm.generate.speculation import Guesser, Lookup, Speculation, draft_of
 
-        guesser: Guesser = Lookup()
+        guesser: Guesser = own_draft_of(loaded) if mtp else Lookup()
         if draft is not None:
             guesser = draft_of(choice.load_another(draft), loaded)
-        count = guesses or _GUESSES
+        count = 1 if mtp else guesses or _GUESSES
         speculation = Speculation(guesser, count, Pace(round_costs(loaded.model, guesser, count)))
     context = loaded.model.config.max_seq_len
     reader = PromptReader(loaded.tokenizer, context, parse_special, truncate is not None, _noted_once())
@@ -307,18 +310,25 @@ def _check_mode(
 
 
 def _check_speed(
-    sampling: Sampling, beams: int | None, length_penalty: float | None, *, lookup: bool, draft: str | None, alone: bool
+    sampling: Sampling,
+    beams: int | None,
+    length_penalty: float | None,
+    *,
+    lookup: bool,
+    draft: str | None,
+    mtp: bool,
+    alone: bool,
 ) -> None:
     """Raise UsageError for options of beam search and of speculation that exclude others."""
     if length_penalty is not None and beams is None:
         raise UsageError("--length-penalty compares beams; add --beams N")
     if beams is not None and sampling.filters != DEFAULT.filters:
         raise UsageError("--beams draws nothing; leave out --temperature, --top-k, --top-p, --min-p and --typical-p")
-    if lookup and draft is not None:
-        raise UsageError("--lookup and --draft both guess the next tokens; choose one of them")
-    if (lookup or draft is not None) and (beams is not None or not alone):
+    if lookup + mtp + (draft is not None) > 1:
+        raise UsageError("--lookup, --draft and --mtp all guess the next tokens; choose one of them")
+    if (lookup or mtp or draft is not None) and (beams is not None or not alone):
         raise UsageError(
-            "--lookup and --draft make one text faster; leave them out with --num-samples, --jsonl and --beams"
+            "--lookup, --draft and --mtp make one text faster; leave them out with --num-samples, --jsonl and --beams"
         )
 
 

@@ -48,6 +48,12 @@ DraftOption = Annotated[
         show_default=False,
     ),
 ]
+MTPOption = Annotated[
+    bool,
+    typer.Option(
+        "--mtp", help="Guess a token with the model's own head of multi-token prediction, where that is faster."
+    ),
+]
 GuessesOption = Annotated[int | None, _option("Guesses per pass, with --lookup or --draft.", "4", min=1, metavar="N")]
 
 

@@ -4,7 +4,7 @@ Shapes: B rows, V vocabulary, C candidates of a row.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ class Row:
     prompt: Sequence[int] = ()
     new: list[int] = field(default_factory=list)
     stop_ids: Collection[int] = ()
+
+
+def copy_of(row: Row) -> Row:
+    """Return a row that draws the same tokens and leaves this one as it is."""
+    generator = None
+    if row.generator is not None:
+        generator = torch.Generator()
+        generator.set_state(row.generator.get_state())
+    return replace(row, generator=generator, new=list(row.new))
 
 
 @dataclass(frozen=True)
