@@ -353,6 +353,8 @@ def evaluate(
     data: PathLike | None = None,
     data_dir: PathLike | None = None,
     include_path: PathLike | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
 ) -> dict[str, Any]:
     """Score a model with lm-evaluation-harness; a run keeps the results in its folder `eval/`.
 
@@ -365,20 +367,33 @@ def evaluate(
         data: data folder of heldout; None is the folder that the run was trained on.
         data_dir: a folder with data sets, laid out like the Hub.
         include_path: a folder with further lm-eval tasks.
+        apply_chat_template: write prompts as conversations, with the model's chat template.
+        system_instruction: what prompts begin with; with a chat template, the system's message.
 
     Returns:
         The model's facts and `results`: a list with task, metric, value and standard error, as `lightlm eval --json`
         prints them. `failed` has the reasons of tasks without results, which are also logged as warnings.
 
     Raises:
-        UsageError: a task or a folder does not exist, or `limit` is below 1.
+        UsageError: a task, a folder or the model's chat template does not exist, or `limit` is below 1.
         DataError: some tasks cannot be scored, found before any is (the message lists all of them); or all failed.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, is {limit}; leave it out to score all documents")
     names = split_list(tasks) if isinstance(tasks, str) else list(tasks)
     own, further, sets = (None if folder is None else str(folder) for folder in (data, include_path, data_dir))
-    chosen = Tasks(Settings(names, limit, num_fewshot, own, further, sets, dtype=dtype))
+    settings = Settings(
+        names,
+        limit,
+        num_fewshot,
+        own,
+        further,
+        sets,
+        dtype=dtype,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+    )
+    chosen = Tasks(settings)
     chosen.require_data()
     loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=chosen.dtype))._loaded
     done = evaluate_model(

@@ -62,6 +62,21 @@ def evaluate(
             help="Beginning-of-text token before every prompt: auto follows an imported model's tokenizer.",
         ),
     ] = "auto",
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Write prompts as conversations, with the model's template.")
+    ] = False,
+    system_instruction: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What prompts begin with; with a chat template, the system's message."),
+    ] = None,
+    fewshot_as_multiturn: Annotated[
+        bool | None,
+        typer.Option(
+            "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+            help="Examples are earlier turns of the conversation (the default), or stand in the question.",
+            show_default=False,
+        ),
+    ] = None,
     prefetch: Annotated[
         str | None,
         typer.Option(metavar="T1,T2", help="Only fetch the data of these tasks, into the Hub's cache or --data-dir."),
@@ -95,7 +110,20 @@ def evaluate(
     references: list[str | None] = [*models, *further] if models else [None, *further]
     if out_path is not None:
         _check_out(out_path, len(references))
-    settings = Settings(split_list(tasks), limit, num_fewshot, data, include_path, data_dir, bos, dtype, weights)
+    settings = Settings(
+        split_list(tasks),
+        limit,
+        num_fewshot,
+        data,
+        include_path,
+        data_dir,
+        bos,
+        dtype,
+        weights,
+        apply_chat_template,
+        system_instruction,
+        fewshot_as_multiturn,
+    )
     batch_sequences(batch_size)
     from lightlm import choices
     from lightlm.convert.formats import require_average

@@ -10,9 +10,11 @@ with all of its arguments. In Python, import `lightlm.evaluate.harness` before c
 
 import contextlib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -25,11 +27,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.load import load_pretrained
+from lightlm.data.chat.template import ChatTemplate
 from lightlm.device import pick_device, pick_dtype
+from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.generation import Generation
 from lightlm.evaluate.results.truncation import Truncation
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
+from lightlm.evaluate.tasks.index import warn
 from lightlm.generate.engine import generate
 from lightlm.generate.text import TextStream
 
@@ -89,6 +94,8 @@ class LightLM(TemplateLM):
         super().__init__()
         self._show_progress = show_progress
         self._task, self._truncation = "", Truncation()
+        self._in_conversations = False  # whether prompts are; their special tokens are then tokens
+        self._left_out_system = False
         if not isinstance(pretrained, LoadedModel):
             target = pick_device(device)
             pretrained = load_pretrained(pretrained, target, pick_dtype(dtype, target))
@@ -115,9 +122,77 @@ class LightLM(TemplateLM):
         return self.model.config.max_seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the string's token ids, after `prefix_ids` unless `add_special_tokens` is False."""
-        ids = self.loaded.tokenizer.encode(string)
-        return ids if add_special_tokens is False else [*self.prefix_ids, *ids]
+        """Return the string's token ids, after `prefix_ids` unless `add_special_tokens` is False.
+
+        Once a chat template was applied, the characters of special tokens mean these, as they always do in lm-eval's
+        `hf`, and nothing precedes a text that begins with `prefix_ids`.
+        """
+        tokenizer, before = self.loaded.tokenizer, self.prefix_ids
+        ids = tokenizer.encode_special(string) if self._in_conversations else tokenizer.encode(string)
+        if add_special_tokens is False or (self._in_conversations and ids[: len(before)] == before):
+            return ids
+        return [*before, *ids]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The model's path as part of a file name, for lm-eval's cache of requests."""
+        return re.sub(r"[^\w.-]+", "__", str(self.loaded.path))
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the source of the model's chat template, which lm-eval writes into its results; None for False.
+
+        Raises:
+            UsageError: the model has none, or another one than the default is named.
+        """
+        if isinstance(chat_template, str) and chat_template != "default":
+            raise UsageError(f"the chat template {chat_template!r} cannot be chosen; the model's default is applied")
+        if not chat_template:
+            return None
+        self.require_chat_template()
+        return str(self.loaded.tokenizer.settings["chat_template"])
+
+    def require_chat_template(self, system_instruction: str | None = None) -> None:
+        """Raise UsageError if the model has no chat template, or one that refuses the system's message."""
+        if self.loaded.tokenizer.settings.get("chat_template") is None:
+            raise UsageError(
+                f"{self.loaded.name} has no chat template, because it was not trained on conversations; leave out "
+                "--apply-chat-template"
+            )
+        template, question = ChatTemplate.of(self.loaded.tokenizer), {"role": "user", "content": "Hello"}
+        template.render([question])
+        if system_instruction is None:
+            return
+        try:
+            template.render([{"role": "system", "content": system_instruction}, question])
+        except LightLMError as error:
+            raise UsageError(f"{self.loaded.name}: {error}; leave out --system-instruction") from error
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the model's chat template writes it.
+
+        As in lm-eval's `hf`, a template that refuses it gets it without the system's message, such as a task's
+        description.
+
+        Args:
+            add_generation_prompt: whether the beginning of an answer follows; else the last message is continued.
+
+        Raises:
+            LightLMError: the model has no chat template, or the template refuses the messages.
+        """
+        self._in_conversations = True
+        template = ChatTemplate.of(self.loaded.tokenizer)
+        write = template.render if add_generation_prompt else template.render_begun
+        try:
+            return write(chat_history)
+        except LightLMError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) in (0, len(chat_history)):
+                raise
+            text = write(others)
+        if not self._left_out_system:
+            warn("the model's chat template refuses system messages, so the tasks' descriptions are left out")
+        self._left_out_system = True
+        return text
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
@@ -136,7 +211,7 @@ class LightLM(TemplateLM):
         Context and answer are encoded apart and without special tokens, as ArithMark-3 asks (see
         lightlm/evaluate/tasks/arithmark.py). lm-eval's `loglikelihood` encodes them together.
         """
-        encode = self.loaded.tokenizer.encode
+        encode = partial(self.tok_encode, add_special_tokens=False)
         pairs = [(encode(context), encode(answer)) for context, answer in (request.args for request in requests)]
         scores = self._score_answers(pairs)
         return [(nats, len(answer)) for (nats, _), (_, answer) in zip(scores, pairs, strict=True)]
@@ -165,7 +240,7 @@ class LightLM(TemplateLM):
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = [*self.prefix_ids, *self.loaded.tokenizer.encode(request.args[0])]  # a document, not a prompt
             pairs = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             windows += map(make_disjoint_window, pairs)
             owners += [owner] * (len(windows) - len(owners))

@@ -87,7 +87,7 @@ class OneByOne:
         for name, task in tasks.items():
             wrong = len(findings.problems)
             check_settings(task, lm, findings)
-            if len(findings.problems) > wrong or not build_requests(task, options["limit"], findings):
+            if len(findings.problems) > wrong or not build_requests(task, lm, options, findings):
                 continue
             chance = check_requests(task, lm, findings)
             if chance is not None:

@@ -73,11 +73,13 @@ def run_tasks(
     tracker = EvaluationTracker()
     dtype = str(lm.model.embed_tokens.weight.dtype).removeprefix("torch.")
     arguments = {"pretrained": str(path), "dtype": dtype}
+    if (settings := tasks.settings).apply_chat_template:
+        lm.require_chat_template(settings.system_instruction)
     off_protocol: list[str] = []
 
     def outcome(results: dict[str, Any]) -> Outcome:
         if tasks.board:
-            off_protocol[:] = board.add_index(results, dtype, tasks.settings.bos)
+            off_protocol[:] = board.add_index(results, dtype, settings)
         return Outcome(results, each.failed, each.truncated, each.chances, each.interruption)
 
     each = OneByOne(tasks.note, around, lambda results: on_done(outcome(results)))
@@ -87,9 +89,12 @@ def run_tasks(
             model_args=arguments,
             tasks=tasks.names,
             task_manager=tasks,
-            limit=tasks.settings.limit,
+            limit=settings.limit,
             bootstrap_iters=bootstrap_iters,
-            num_fewshot=tasks.settings.num_fewshot,
+            num_fewshot=settings.num_fewshot,
+            apply_chat_template=settings.apply_chat_template,
+            system_instruction=settings.system_instruction,
+            fewshot_as_multiturn=settings.apply_chat_template and settings.fewshot_as_multiturn is not False,
             batch_size=lm.limits.sequences or "auto",
             device=str(lm.device),
             evaluation_tracker=tracker,

@@ -21,9 +21,13 @@ class Settings:
         bos: whether a beginning-of-text token precedes contexts: a key of `BOS` (see `LightLM`).
         dtype: the requested precision of the models, for the names of result files.
         chosen_weights: `ema` or `raw` of a run with `train.ema`, likewise; None is the models' own.
+        apply_chat_template: whether prompts are conversations, written with the models' chat templates.
+        system_instruction: what prompts begin with; with a chat template, the system's message.
+        fewshot_as_multiturn: whether examples are earlier turns of the conversation; else they stand in the question.
+            None is yes, as in lm-eval.
 
     Raises:
-        UsageError: no task is given, or `bos` is unknown.
+        UsageError: no task is given, `bos` is unknown, or examples are to be turns without a chat template.
     """
 
     tasks: list[str]
@@ -35,12 +39,17 @@ class Settings:
     bos: str = "auto"
     dtype: str = "auto"
     chosen_weights: str | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise UsageError("--tasks names no task; for example --tasks heldout,hellaswag")
         if self.bos not in BOS:
             raise UsageError(f"--bos {self.bos}: choose {', '.join(BOS)}")
+        if self.fewshot_as_multiturn is not None and not self.apply_chat_template:
+            raise UsageError("--fewshot-as-multiturn is about conversations; give --apply-chat-template too")
 
 
 def batch_sequences(batch_size: int | str) -> int | None:

@@ -9,7 +9,7 @@ from lightlm.report.record import Record
 
 
 def score_lines(records: Sequence[Record]) -> list[Line]:
-    """Return all scores; other documents or another number of examples in the prompt make another line.
+    """Return all scores; other documents or other prompts make another line.
 
     Each line has the score of each run's newest checkpoint that has this metric.
     """
@@ -18,7 +18,9 @@ def score_lines(records: Sequence[Record]) -> list[Line]:
         shots = score.answers.protocol.num_fewshot
         if not (count := count_documents(score)):
             return ""
-        return f"{count}{' (cut)' if score.limit else ''}{f', {shots}-shot' if shots else ''}"
+        chat = score.answers.protocol.chat
+        prompts = f"{f', {shots}-shot' if shots else ''}{f', {chat}' if chat else ''}"
+        return f"{count}{' (cut)' if score.limit else ''}{prompts}"
 
     return lines_of([sorted(record.scores, key=lambda score: score.step or 0) for record in records], describe)
 

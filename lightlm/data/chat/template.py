@@ -1,7 +1,8 @@
 """Chat templates: how a model expects a conversation to be written.
 
 A template is a program in Jinja that comes with a model from anywhere, so it runs in a sandbox: it sees the messages,
-the names of the special tokens and a few functions, and reaches nothing else. It may still waste time.
+the names of the special tokens and a few functions, and reaches nothing else. Its steps, and the texts and numbers
+that it makes, are bounded (see `lightlm.data.chat.sandbox`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 # Around what a template marks as the answer with {% generation %}.
 ANSWER_BEGINS, ANSWER_ENDS = "\ufdd4", "\ufdd5"
+_ENDS_HERE = "\ufdd6"  # after the message that an answer continues
 _ANSWER_MARKS = str.maketrans("", "", ANSWER_BEGINS + ANSWER_ENDS)
 
 # ChatML, for tokenizers without a template of their own. llama.cpp and Ollama recognize it.
@@ -90,15 +92,37 @@ class ChatTemplate:
         given: Any = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if plain is not None:
             given = _marked(given, plain)
+        from lightlm.data.chat.sandbox import render_bounded
+
         try:
-            return self._template.render(
-                messages=given, tools=None, documents=None, add_generation_prompt=answer, **self._special_tokens
+            return render_bounded(
+                self._template,
+                messages=given,
+                tools=None,
+                documents=None,
+                add_generation_prompt=answer,
+                **self._special_tokens,
             )
         except Exception as error:  # whatever a template does wrong
             kind = (
                 "" if type(error).__name__ in ("TemplateError", "TemplateRuntimeError") else f"{type(error).__name__}: "
             )
             raise LightLMError(f"the model's chat template does not take these messages: {kind}{error}") from None
+
+    def render_begun(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Return the text of a conversation up to the end of its last message, which the model continues.
+
+        Raises:
+            UsageError: a message is malformed.
+            LightLMError: the template refuses the messages, fails, or does not write the last message.
+        """
+        check_messages(messages)
+        last = messages[-1]
+        marked = [*messages[:-1], last | {"content": f"{last['content']}{_ENDS_HERE} "}]
+        text, mark, after = self.render(marked, answer=False).partition(_ENDS_HERE)
+        if not mark:
+            raise LightLMError("the model's chat template does not write the message that is to be continued")
+        return text if after.startswith(" ") else text.rstrip()  # a template that trims contents trims this one
 
 
 def check_messages(messages: Any) -> None:
@@ -148,7 +172,8 @@ def _compiled(source: str) -> Template:
     """Compile a template for the variables and functions that transformers gives it."""
     from jinja2 import TemplateError, TemplateSyntaxError, nodes
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from lightlm.data.chat.sandbox import BoundedEnvironment
 
     class Generation(Extension):
         """The tag around an answer, which marks it for training on it."""
@@ -174,9 +199,7 @@ def _compiled(source: str) -> Template:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.globals = {name: environment.globals[name] for name in _GLOBALS} | {
         "dict": lambda *values, **named: dict(*values, **named),  # the class itself has more than a template needs
         "raise_exception": raise_exception,

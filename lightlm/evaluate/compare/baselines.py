@@ -21,7 +21,7 @@ from lightlm.evaluate.settings import split_list
 from lightlm.quantities import parse_quantity
 
 if TYPE_CHECKING:
-    from lightlm.evaluate.compare.comparison import Answers
+    from lightlm.evaluate.compare.comparison import Answers, Protocol
 
 _TASKS = {"lambada": ("lambada_openai", "lambada_standard")}  # the sources do not say which of the two
 _NORMALIZED = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "openbookqa")  # tasks with both acc and acc_norm
@@ -64,7 +64,7 @@ class Figure:
         """The score as in tables: a share, or the index in points."""
         return self.percent if self.task == board.BOARD else self.percent / 100
 
-    def differences(self, num_fewshot: int | None, limit: int | None) -> list[str]:
+    def differences(self, num_fewshot: int | None, limit: int | None, chat: str = "") -> list[str]:
         """Return what differs from a run of lm-eval with these settings, or is not stated."""
         shots = self.source.num_fewshot
         facts = {
@@ -74,6 +74,7 @@ class Figure:
             "metric not stated": self.metric is None,
             "which LAMBADA not stated": self.task in _TASKS,
             "all documents": limit is not None,
+            "prompts as text": bool(chat),
         }
         return [fact for fact, differs in facts.items() if differs]
 
@@ -117,7 +118,7 @@ class Baseline:
                 "url": figure.source.url,
                 "harness": figure.source.harness,
                 "num_fewshot": figure.source.num_fewshot,
-                "differences": figure.differences(one.protocol.num_fewshot, limit),
+                "differences": figure.differences(one.protocol.num_fewshot, limit, one.protocol.chat),
             }
             for one in answers
             for figure in self.find(one.row.task, one.row.metric)
@@ -135,10 +136,10 @@ class Legend:
         self._letters: dict[str, str] = {}  # by the legend's text
         self._cut = False
 
-    def cell(self, figure: Figure, num_fewshot: int | None, limit: int | None) -> str:
+    def cell(self, figure: Figure, protocol: "Protocol", limit: int | None) -> str:
         """Return the figure beside a run of lm-eval with these settings: `0.389* (a)`."""
         self._cut = self._cut or limit is not None
-        star = "*" if figure.differences(num_fewshot, limit) else ""
+        star = "*" if figure.differences(protocol.num_fewshot, limit, protocol.chat) else ""
         source, shots = figure.source, figure.source.num_fewshot
         about = f"{source.title}: {source.harness or 'harness not stated'}, "
         about += "examples in the prompt not stated" if shots is None else f"{shots}-shot"

@@ -29,7 +29,8 @@ class Protocol:
     """Settings under which a model was scored.
 
     Args:
-        version, num_fewshot: figures that differ in these belong to different tasks.
+        version, num_fewshot, chat: figures that differ in these belong to different tasks.
+        chat: how prompts become conversations; empty without a chat template or a system instruction.
         dtype, bos: these change scores slightly.
     """
 
@@ -37,6 +38,7 @@ class Protocol:
     num_fewshot: Any = None
     dtype: str | None = None
     bos: str | None = None
+    chat: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ def answers_of(
     found = []
     for row in rows(dict(results)):
         version, shots = (results.get(key, {}).get(row.task) for key in ("versions", "n-shot"))
-        protocol = Protocol(version, shots, str(dtype).removeprefix("torch.") if dtype else None, precedes)
+        precision = str(dtype).removeprefix("torch.") if dtype else None
+        protocol = Protocol(version, shots, precision, precedes, _chat(results, row.task))
         # A group that stands for its tasks has their documents, numbered anew.
         members = [task for task in leaf_tasks(results, row.task) if task in folded]
         scored = [document for task in members or [row.task] for document in by_task.get(task, ())]
@@ -214,6 +217,8 @@ def compare(first: Answers, second: Answers) -> Comparison:
         return Comparison(*about, 0, reason=f"task versions {ours.version} and {theirs.version}")
     if ours.num_fewshot != theirs.num_fewshot:
         return Comparison(*about, 0, reason=f"{ours.num_fewshot} and {theirs.num_fewshot} examples in the prompt")
+    if ours.chat != theirs.chat:
+        return Comparison(*about, 0, reason=f"prompts {ours.chat or 'as text'} and {theirs.chat or 'as text'}")
     if not (first.documents and second.documents):
         model = second.model if first.documents else first.model
         return Comparison(*about, 0, reason=f"{model} has no scores per document; score it again")
@@ -234,6 +239,17 @@ def compare(first: Answers, second: Answers) -> Comparison:
         notes.append(f"{' and '.join(shares)} of requests cut")
     difference = paired.difference(x_N, y_N, w_N, form)
     return Comparison(*about, len(numbers), difference, difference.p_value, share=share, notes=notes)
+
+
+def _chat(results: Mapping[str, Any], task: str) -> str:
+    """Return how lm-eval's results say that prompts were written, if not as text; empty for tasks without prompts."""
+    if (results.get("configs") or {}).get(task, {}).get("output_type") == "loglikelihood_rolling":
+        return ""
+    facts = ["with a chat template"] if results.get("chat_template") else []
+    if results.get("chat_template") and results.get("n-shot", {}).get(task):
+        facts += [] if results.get("fewshot_as_multiturn") else ["examples in one turn"]
+    instruction = results.get("system_instruction")
+    return ", ".join([*facts, *([f"system instruction {instruction!r}"] if instruction else [])])
 
 
 def _columns(values: Sequence[Value]) -> tuple[paired.Floats, paired.Floats]:

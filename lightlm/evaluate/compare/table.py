@@ -123,10 +123,10 @@ def score_table(
         if winner is not None and len(line.scores) == 2:
             best.add((len(rows), TEXT_COLUMNS + 1 + with_chance + winner))
         score = next(iter(line.scores.values()))
-        shots = score.answers.protocol.num_fewshot
+        protocol = score.answers.protocol
         published = [baseline.find(line.task, line.metric) for baseline in baselines]
         cells = [str(line.scores.get(number, "")) for number in range(len(models))]
-        cells += [legend.cell(found[0], shots, score.limit) if found else "–" for found in published]
+        cells += [legend.cell(found[0], protocol, score.limit) if found else "–" for found in published]
         metric = line.metric + ARROWS[score.row.higher_is_better]
         rows.append([line.task, metric, line.documents, *([chance] if with_chance else []), *cells])
     columns = ["Task", "Metric", "Documents", *(["Chance"] if with_chance else []), *figures]

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightlm.evaluate.settings import Settings
+
 BOARD = "open_slm"
 ARITHMARK = "arithmark_3"
 INDEX, PART_INDEX = "index", "part_index"
@@ -74,12 +76,12 @@ def _total_weight(scores: Mapping[str, float]) -> float:
     return sum(part.weight for part in _present(scores).values())
 
 
-def add_index(results: dict[str, Any], dtype: str, bos: str) -> list[str]:
+def add_index(results: dict[str, Any], dtype: str, settings: Settings) -> list[str]:
     """Add the group `open_slm` with its index to lm-eval's results, if the scores that it needs are there.
 
     Args:
         dtype: precision of the weights.
-        bos: the setting of the token before contexts; the board's is `auto`.
+        settings: those of prompts; the board's are the defaults.
 
     Returns:
         What differs from the board's protocol. The figure is then called `index (off-protocol)`.
@@ -100,7 +102,9 @@ def add_index(results: dict[str, Any], dtype: str, bos: str) -> list[str]:
         differences = [f"{next(iter(counts.values())):,} documents per task"]
     differences += [f"{max(shots)} example{'s' * (max(shots) != 1)} in the prompt"] if shots != {0} else []
     differences += [f"{dtype} instead of {DTYPE}"] if dtype != DTYPE else []
-    differences += [f"--bos {bos}"] if bos != "auto" else []
+    differences += [f"--bos {settings.bos}"] if settings.bos != "auto" else []
+    differences += ["chat template"] if settings.apply_chat_template else []
+    differences += ["system instruction"] if settings.system_instruction is not None else []
     variant = OFF_PROTOCOL if differences else "none"
     error = standard_error(scores, counts)
     entry = {

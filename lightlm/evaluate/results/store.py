@@ -35,6 +35,10 @@ def file_stem(settings: Settings) -> str:
         stem = f"{stem[:_MAX_STEM]}~{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
     stem += "" if settings.num_fewshot is None else f"_{settings.num_fewshot}shot"
     stem += {"auto": "", "yes": "_bos", "no": "_nobos"}[settings.bos]
+    stem += "_chat" if settings.apply_chat_template else ""
+    stem += "_singleturn" if settings.fewshot_as_multiturn is False else ""
+    if settings.system_instruction is not None:
+        stem += f"_system~{hashlib.sha256(settings.system_instruction.encode()).hexdigest()[:8]}"
     stem += "" if settings.dtype == "auto" else f"_{settings.dtype}"
     stem += "" if settings.chosen_weights is None else f"_{settings.chosen_weights}"
     stem += "" if settings.data is None else f"_{Path(settings.data).resolve().name}"

@@ -182,8 +182,8 @@ def _replaced(task: Task, method: str, function: Callable[..., Any]) -> Iterator
         delattr(task, method)  # that of its class remains
 
 
-def build_requests(task: Task, limit: int | None, findings: Findings) -> bool:
-    """Build the requests of a task, as lm-eval's `evaluate` does, and return whether that worked.
+def build_requests(task: Task, lm: TemplateLM, options: Mapping[str, Any], findings: Findings) -> bool:
+    """Build the requests of a task, as lm-eval's `evaluate` does with these options, and return whether that worked.
 
     A document without a request is a problem: lm-eval would stop at it once everything is scored.
     """
@@ -200,7 +200,7 @@ def build_requests(task: Task, limit: int | None, findings: Findings) -> bool:
 
     try:
         with _replaced(task, "construct_requests", counting):
-            task.build_all_requests(limit=limit)
+            task.build_all_requests(limit=options["limit"], **_prompting(lm, options))
     except Exception as error:
         findings.problems.append((task.task_name, f"document {done}: {reason_of(error)}"))
         return False
@@ -209,6 +209,19 @@ def build_requests(task: Task, limit: int | None, findings: Findings) -> bool:
         more = _and_others(len(without) - 1)
         findings.problems.append((task.task_name, f"document {without[0]}: {why}{more}"))
     return not without
+
+
+def _prompting(lm: TemplateLM, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how to write prompts, as lm-eval's `evaluate` passes it to a task."""
+    plain = {"system_instruction": options.get("system_instruction")}
+    if not options.get("apply_chat_template"):
+        return plain
+    return plain | {
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": options["fewshot_as_multiturn"],
+        "chat_template": lm.apply_chat_template,
+        "tokenizer_name": lm.tokenizer_name,
+    }
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import jinja2
 import pytest
 
+from lightlm.data.chat import sandbox
 from lightlm.data.chat.template import ChatTemplate
 from lightlm.errors import LightLMError, UsageError
 
@@ -89,6 +91,48 @@ def test_a_hostile_template_reaches_nothing(attack: str, tmp_path: Any, monkeypa
     assert not any(word in text for word in ("class", "function", "module", "builtin", "uid=", "root:"))
     assert messages == [{"role": "user", "content": "hi"}]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("endless", "words"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in 'x' %}{% endfor %}{% endfor %}{% endfor %}",
+         "more than 10,000 steps"),
+        ("{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}", "steps|recursion"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}", "steps"),
+        ("{% macro f(n) %}{% if n %}{% call g(n - 1) %}{% endcall %}{% endif %}{% endmacro %}"
+         "{% macro g(n) %}{{ caller() }}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(80) }}",
+         "steps"),
+        ("{% set ns = namespace(x='ab') %}{% for n in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+         "makes a text or list of"),
+        ("{% set ns = namespace(x=[1]) %}{% for n in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+         "makes a text or list of"),
+        ("{{ 'a' * 10 ** 12 }}", "makes a text or list of"),
+        ("{{ 1000000000000 * ['a'] }}", "makes a text or list of"),
+        ("{% set s = 'a' * 1000000 %}{% for n in range(1000) %}{{ s }}{% endfor %}", "makes a text or list of"),
+        ("{% set n = namespace(x=9) %}{% for _ in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}", "10,000 bits"),
+        ("{{ 9 ** (9 ** 9) }}", "more than 10,000 bits"),
+    ],
+)  # fmt: skip
+def test_what_a_template_computes_is_bounded(endless: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 10_000)
+    with pytest.raises(LightLMError, match=words):
+        ChatTemplate(endless, NAMES).render(TALK)
+
+
+def test_bounds_hold_for_each_rendering_alone_and_change_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 1_000)
+    source = (
+        "{% macro twice(x) %}{{ x ~ x }}{{ caller() if caller }}{% endmacro %}"
+        "{% for m in messages recursive %}{{ loop.index }}{{ loop.last }}{{ loop.length }}{{ twice(m.content) }}"
+        "{% if m.content is string and loop.depth < 2 and m.parts is defined %}{{ loop(m.parts) }}{% endif %}"
+        "{% else %}none{% endfor %}{% call twice('a' + 'b' * 2) %}in{{ 2 ** 3 }}{{ unknown ~ 1 }}{% endcall %}"
+        "{% for n in range(800) %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "ho"}]
+    expected = jinja2.Environment().from_string(source).render(messages=messages)
+    template = ChatTemplate(source, NAMES)
+    assert [template.render(messages) for _ in range(3)] == [expected] * 3
 
 
 def test_a_template_that_refuses_or_is_broken_is_one_message() -> None:

@@ -9,7 +9,10 @@ from lightlm.errors import UsageError
 from lightlm.evaluate.compare import baselines
 from lightlm.evaluate.compare.baselines import Legend, find_baseline, load_baselines, split_names
 from lightlm.evaluate.compare.chance import chance_of
+from lightlm.evaluate.compare.comparison import Protocol
 from lightlm.evaluate.results import board
+
+PLAIN = Protocol(num_fewshot=0)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ def test_a_missing_index_is_computed_from_the_scores_of_one_source():
     assert part.value == pytest.approx(three / 3)
     assert index.value == pytest.approx((three + 0.65 * (arithmark - 25) / 0.75) / 3.65)
     assert index.computed
-    assert "computed from its scores" in (legend := Legend()).cell(index, 0, None) + "".join(legend.lines())
+    assert "computed from its scores" in (legend := Legend()).cell(index, PLAIN, None) + "".join(legend.lines())
     assert [figure.value for figure in find_baseline("speck1").find("open_slm", "index (off-protocol)")] == [18.15]
 
 
@@ -128,14 +131,15 @@ def test_what_differs_from_the_run_is_marked_and_explained():
     assert mobile.differences(5, 100) == ["MobileLLM's own script", "0-shot", "metric not stated", "all documents"]
     arc, _ = find_baseline("gpt2").find("arc_easy", "acc_norm")
     assert arc.differences(10, None) == ["CORE", "metric not stated"]
+    assert "prompts as text" in arc.differences(10, None, "with a chat template")
     legend = Legend()
     assert legend.lines() == []
-    assert legend.cell(mobile, 0, None) == "0.653* (a)"
-    assert legend.cell(arc, 0, None) == "0.412* (b)"
-    assert legend.cell(find_baseline("gpt2").find("hellaswag", "acc")[0], 0, None) == "0.2892* (c)"
+    assert legend.cell(mobile, PLAIN, None) == "0.653* (a)"
+    assert legend.cell(arc, PLAIN, None) == "0.412* (b)"
+    assert legend.cell(find_baseline("gpt2").find("hellaswag", "acc")[0], PLAIN, None) == "0.2892* (c)"
     text = "\n".join(legend.lines([find_baseline("smollm-135m")]))
     assert "use all documents" not in text
-    legend.cell(mobile, 0, 100)
+    legend.cell(mobile, PLAIN, 100)
     assert "Published figures use all documents; this run uses fewer." in legend.lines()[0]
     for part in (
         "(a) MobileLLM README: MobileLLM's own script, 0-shot, metric not stated",

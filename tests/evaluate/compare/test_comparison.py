@@ -112,6 +112,7 @@ def test_among_many_comparisons_each_must_be_the_clearer():
     [
         ({"protocol": Protocol(2.0, 0, "float32", "yes")}, "task versions 1.0 and 2.0"),
         ({"protocol": Protocol(1.0, 5, "float32", "yes")}, "0 and 5 examples in the prompt"),
+        ({"protocol": replace(SAME, chat="with a chat template")}, "prompts as text and with a chat template"),
         ({"salt": "other"}, "different documents (100 and 100)"),
     ],
 )

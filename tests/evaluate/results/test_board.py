@@ -7,6 +7,7 @@ import pytest
 
 from lightlm.evaluate.results.board import PARTS, add_index, index, metric_of, standard_error
 from lightlm.evaluate.results.rows import rows
+from lightlm.evaluate.settings import Settings
 
 # Percent in the order of PARTS, and the index that the leaderboard or the models' cards give for them.
 PUBLISHED = {
@@ -89,7 +90,7 @@ def results_of(scores: dict[str, float], documents: dict[str, int], shots: int =
 def test_the_index_is_a_group_in_the_results() -> None:
     scores = scores_of(PUBLISHED["SmolLM2-135M"][0])
     results = results_of(scores, DOCUMENTS)
-    assert add_index(results, "float32", "auto") == []
+    assert add_index(results, "float32", Settings(["open_slm"])) == []
     first = rows(results)[0]
     assert (first.task, first.metric, first.documents, first.higher_is_better) == ("open_slm", "index", None, True)
     assert first.value == pytest.approx(27.13, abs=0.006)
@@ -98,22 +99,24 @@ def test_the_index_is_a_group_in_the_results() -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents", "shots", "dtype", "bos", "said"),
+    ("documents", "shots", "dtype", "prompts", "said"),
     [
-        (dict.fromkeys(PARTS, 50), 0, "float32", "auto", ["50 documents per task"]),
-        (DOCUMENTS | {"piqa": 1_837}, 0, "float32", "auto", ["1,837 of 1,838 documents of piqa"]),
-        (DOCUMENTS, 5, "float32", "auto", ["5 examples in the prompt"]),
-        (DOCUMENTS, 0, "bfloat16", "no", ["bfloat16 instead of float32", "--bos no"]),
+        (dict.fromkeys(PARTS, 50), 0, "float32", {}, ["50 documents per task"]),
+        (DOCUMENTS | {"piqa": 1_837}, 0, "float32", {}, ["1,837 of 1,838 documents of piqa"]),
+        (DOCUMENTS, 5, "float32", {}, ["5 examples in the prompt"]),
+        (DOCUMENTS, 0, "bfloat16", {"bos": "no"}, ["bfloat16 instead of float32", "--bos no"]),
+        (DOCUMENTS, 0, "float32", {"apply_chat_template": True}, ["chat template"]),
+        (DOCUMENTS, 0, "float32", {"system_instruction": "Be brief."}, ["system instruction"]),
     ],
 )
-def test_another_protocol_does_not_give_the_index(documents, shots, dtype, bos, said) -> None:
+def test_another_protocol_does_not_give_the_index(documents, shots, dtype, prompts, said) -> None:
     results = results_of(scores_of((43, 58, 30, 68, 39)), documents, shots)
-    assert add_index(results, dtype, bos) == said
+    assert add_index(results, dtype, Settings(["open_slm"], **prompts)) == said
     assert rows(results)[0].metric == "index (off-protocol)"
     assert math.isfinite(rows(results)[0].value)
 
 
 def test_without_the_scores_there_is_no_index() -> None:
     results = results_of({"hellaswag": 0.4, "piqa": 0.6}, DOCUMENTS)
-    assert add_index(results, "float32", "auto") == []
+    assert add_index(results, "float32", Settings(["open_slm"])) == []
     assert "open_slm" not in results["results"]
