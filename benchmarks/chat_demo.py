@@ -1,30 +1,40 @@
 """Ask a chat model the held-out questions of the source `skills`: exact answers per skill, and answers that stop.
 
-    python benchmarks/chat_demo.py runs/chat-demo
-    python benchmarks/chat_demo.py runs/chat-demo/hf --program transformers
-    python benchmarks/chat_demo.py chat-demo.gguf --program llama.cpp      # needs llama-cpp-python
+    python benchmarks/chat_demo.py runs/chat-demo [--questions 100] [--out FILE]
 
-Each question is a conversation of its own, answered with the likeliest tokens.
+The model is asked in LightLM, in transformers after `convert --to huggingface`, and in llama.cpp after `convert --to
+gguf`; the last with the template in the file, through the server's chat endpoint. The same model untrained shows what
+training gave. Each question is a conversation of its own, answered with the likeliest tokens. It needs `lightlm[gguf]`.
 """
 
-import argparse
-import json
-from collections.abc import Callable
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import torch
+from common import make_parser, write_json
+
+from lightlm.checkpoint import LoadedModel
+from lightlm.convert.gguf.file import export_gguf
+from lightlm.convert.gguf.llamacpp import llama_cpp
+from lightlm.convert.huggingface.folder import export_huggingface
+from lightlm.convert.load import load_pretrained
 from lightlm.data.sources.skills import SKILLS, held_out
+from lightlm.generate.engine import generate
+from lightlm.generate.prompts import encode_chat
+from lightlm.generate.sampling import Sampling
+from lightlm.generate.text import text_of
+from lightlm.model.transformer import Transformer
 
-MOST_TOKENS = 32  # an answer has 13 tokens at most
+MOST_TOKENS = 64  # the longest answer has 20 words
 Ask = Callable[[str], tuple[str, bool]]  # a question to its answer and whether the model ended it
 
 
-def with_lightlm(path: str) -> Ask:
-    from lightlm.convert.load import load_pretrained
-    from lightlm.generate.engine import generate
-    from lightlm.generate.prompts import encode_chat
-    from lightlm.generate.sampling import Sampling
-    from lightlm.generate.text import text_of
-
-    loaded = load_pretrained(path)
+@contextlib.contextmanager
+def in_lightlm(loaded: LoadedModel) -> Iterator[Ask]:
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
 
     def ask(question: str) -> tuple[str, bool]:
@@ -32,13 +42,24 @@ def with_lightlm(path: str) -> Ask:
         [answer] = generate(model, [ids], MOST_TOKENS, Sampling(temperature=0), 0, tokenizer.end_ids)
         return text_of(tokenizer, ids, answer.ids), answer.finish_reason == "stop"
 
-    return ask
+    yield ask
 
 
-def with_transformers(path: str) -> Ask:
+@contextlib.contextmanager
+def untrained(loaded: LoadedModel) -> Iterator[Ask]:
+    torch.manual_seed(0)
+    with in_lightlm(replace(loaded, model=Transformer(loaded.model.config))) as ask:
+        yield ask
+
+
+@contextlib.contextmanager
+def in_transformers(loaded: LoadedModel) -> Iterator[Ask]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    with tempfile.TemporaryDirectory() as folder:
+        export_huggingface(loaded, Path(folder) / "hf")
+        tokenizer = AutoTokenizer.from_pretrained(f"{folder}/hf")
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/hf")
 
     def ask(question: str) -> tuple[str, bool]:
         given = tokenizer.apply_chat_template(
@@ -49,43 +70,53 @@ def with_transformers(path: str) -> Ask:
         stopped = int(out[-1]) in (ends if isinstance(ends, list) else [ends])
         return tokenizer.decode(out, skip_special_tokens=True), stopped
 
-    return ask
+    yield ask
 
 
-def with_llama_cpp(path: str) -> Ask:
-    from llama_cpp import Llama
+@contextlib.contextmanager
+def in_llama_cpp(loaded: LoadedModel) -> Iterator[Ask]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        export_gguf(loaded, path, "float32")
+        with llama_cpp(path, positions=loaded.model.config.max_seq_len) as server:
 
-    model = Llama(path, n_ctx=128, verbose=False)
+            def ask(question: str) -> tuple[str, bool]:
+                request = {"messages": [{"role": "user", "content": question}], "max_tokens": MOST_TOKENS}
+                [choice] = server.ask("/v1/chat/completions", request | {"temperature": 0.0})["choices"]
+                return choice["message"]["content"] or "", choice["finish_reason"] == "stop"
 
-    def ask(question: str) -> tuple[str, bool]:
-        answer = model.create_chat_completion(
-            [{"role": "user", "content": question}], max_tokens=MOST_TOKENS, temperature=0
-        )
-        choice = answer["choices"][0]
-        return choice["message"]["content"], choice["finish_reason"] == "stop"
-
-    return ask
+            yield ask
 
 
-PROGRAMS = {"lightlm": with_lightlm, "transformers": with_transformers, "llama.cpp": with_llama_cpp}
+PLACES = {
+    "untrained": untrained, "lightlm": in_lightlm, "transformers": in_transformers, "llama.cpp": in_llama_cpp,
+}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("model")
-    parser.add_argument("--program", choices=PROGRAMS, default="lightlm")
-    parser.add_argument("--questions", type=int, default=40, help="held-out questions per skill")
+    parser.add_argument("--questions", type=int, default=100, help="held-out questions per skill")
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    ask = PROGRAMS[options.program](options.model)
-    found = {}
-    for skill in SKILLS:
-        questions = held_out(skill, options.questions)
-        answers = [ask(question) for question, _ in questions]
-        right = sum(text.strip() == answer for (text, _), (_, answer) in zip(answers, questions, strict=True))
-        found[skill] = {"exact": right / len(questions), "stopped": sum(end for _, end in answers) / len(questions)}
-        print(f"{skill:<8}  exact {found[skill]['exact']:4.0%}  stopped {found[skill]['stopped']:4.0%}", flush=True)
-    print(json.dumps({"model": options.model, "program": options.program, "skills": found}))
+    loaded = load_pretrained(options.model)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for place in options.places:
+        results[place] = {}
+        with PLACES[place](loaded) as ask:
+            for skill in SKILLS:
+                questions = held_out(skill, options.questions)
+                answers = [ask(question) for question, _ in questions]
+                exact = sum(text.strip() == right for (text, _), (_, right) in zip(answers, questions, strict=True))
+                shares = {"exact": exact / len(questions), "stopped": sum(end for _, end in answers) / len(questions)}
+                results[place][skill] = {"questions": len(questions), **shares}
+                print(
+                    f"{place:<13} {skill:<10} exact {shares['exact']:4.0%}  stopped {shares['stopped']:4.0%}",
+                    flush=True,
+                )
+    write_json({"model": options.model, "places": results}, options.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

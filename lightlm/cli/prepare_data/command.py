@@ -35,7 +35,7 @@ def prepare_data(
         typer.Option(
             metavar="gpt2|MODEL|PATH|train:N",
             help="That of a run, a model folder or a Hub id; a file; or a new one. Default: gpt2; pydocs: train:8192; "
-            "skills: train:384.",
+            "skills: train:512.",
         ),
     ] = None,
     eot: Annotated[

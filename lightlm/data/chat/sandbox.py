@@ -64,7 +64,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def _generate(self, source: nodes.Template, *arguments: Any, **options: Any) -> str:
-        return super()._generate(_Counted(self).visit(source), *arguments, **options)
+        _Counted(self).visit(source)  # changes it in place; a template is neither a loop nor an expression
+        return super()._generate(source, *arguments, **options)
 
 
 class _Counted(NodeTransformer):

@@ -22,7 +22,7 @@ from lightlm.errors import UsageError
 
 SHARD_TOKENS = 100_000_000  # 200 MB, the shard size of llm.c and modded-nanogpt
 
-_DEFAULTS = {PYDOCS: ("train:8192", 0.05), SKILLS_SOURCE: ("train:384", 0.02)}
+_DEFAULTS = {PYDOCS: ("train:8192", 0.05), SKILLS_SOURCE: ("train:512", 0.02)}
 
 
 def defaults(source: Source) -> tuple[str, float]:

@@ -39,6 +39,32 @@ TOOLS = """{% set ns = namespace(seen=0) %}
 {% endfor %}
 {% if tools is not none and tools %}tools{% endif %}{{ documents }}{{ unknown }}{{ pad_token }}
 {% for n in range(2) %}{{ n }}{% endfor %}"""
+MISTRAL = """{{ bos_token }}{% set system = namespace(text='') %}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{%- set system.text = message['content'] ~ '\n\n' -%}
+{%- elif message['role'] == 'user' -%}{{ '[INST] ' }}{{ system.text if loop.last else '' }}{{ message['content'] }}
+{{- ' [/INST]' -}}
+{%- else -%}{{ ' ' + message['content'] + eos_token }}{%- endif -%}
+{%- endfor -%}"""
+PHI = (
+    "{% macro turn(role, text) %}<|{{ role }}|>\n{{ text }}<|end|>\n{% endmacro %}"
+    "{% for m in messages %}{{ turn(m.role, m['content'] | trim) }}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+)
+QWEN = """{%- if tools %}{{- '# Tools\n' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}{%- endif %}
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages[::-1] %}
+    {%- if m.role == 'user' and ns.last < 0 %}{%- set ns.last = messages | length - loop.index %}{%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- set text = m.content if m.content is string else '' %}
+    {%- if m.role == 'assistant' and '</think>' in text %}
+        {%- set text = text.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\n' + text + '<|im_end|>' }}
+    {{- '\n' if not loop.last or loop.index0 >= ns.last else '' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 TALK = [
     {"role": "user", "content": "  Grüße & <b>hi</b>  "},
     {"role": "assistant", "content": "naïve 'quotes' \"too\"\n"},
@@ -50,7 +76,11 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 @pytest.mark.parametrize("answer", [True, False])
 @pytest.mark.parametrize("messages", [TALK, TALK[:1], SYSTEM + TALK], ids=["talk", "first", "system"])
-@pytest.mark.parametrize("source", [SMOLLM2, LLAMA2, TOOLS], ids=["smollm2", "llama2", "tools"])
+@pytest.mark.parametrize(
+    "source",
+    [SMOLLM2, LLAMA2, TOOLS, MISTRAL, PHI, QWEN],
+    ids=["smollm2", "llama2", "tools", "mistral", "phi", "qwen"],
+)
 def test_the_text_is_that_of_transformers(source: str, messages: list[dict[str, Any]], answer: bool) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     [expected], _ = utils.render_jinja_template([messages], chat_template=source, add_generation_prompt=answer, **NAMES)
