@@ -17,7 +17,7 @@ from tests.shapes import without_hub
 
 PARAMETERS = {
     "chat": 134_515_008,  # SmolLM2-135M's
-    "chat-demo": 193_664,
+    "chat-demo": 190_848,
     "deepseek-demo": 12_516_992,
     "deepseek-mini": 142_901_760,
     "demo": 6_819_840,
@@ -33,7 +33,7 @@ PARAMETERS = {
     "speedrun": 4_722_880,
 }
 VOCABULARY = {
-    "chat-demo": 514,
+    "chat-demo": 470,
     "deepseek-demo": 8192,
     "deepseek-mini": 50_257,
     "demo": 8192,

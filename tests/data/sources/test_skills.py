@@ -46,6 +46,6 @@ def test_the_source_needs_no_option(tmp_path, monkeypatch):
     monkeypatch.setattr(skills, "CONVERSATIONS", 1_000)
     manifest = prepare("skills", None, tmp_path / "skills", max_tokens=3_000)
     assert manifest.chat.train_on == "assistant"
-    assert manifest.vocab_size == 514
+    assert 386 < manifest.vocab_size <= 470  # that of all conversations
     texts = DataFolder.open(tmp_path / "skills").beginnings(9)
     assert all(text.count("⟦") == text.count("<|im_end|>⟧\n") > 0 for text in texts)
