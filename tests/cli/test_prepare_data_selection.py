@@ -121,7 +121,7 @@ def test_a_download_refuses_what_says_how_to_prepare() -> None:
     """Every option but those of the download itself, so that a new one is refused until it is honored."""
     values = {"--max-tokens": "1B", "--val-fraction": "0.1", "--workers": "2", "--sample": "3", "--engine": "ray"}
     values |= {"--encoder": "auto", "--dedup": "near", "--contaminated": "flag"}
-    values |= {"--format": "chat", "--train-on": "last"}
+    values |= {"--format": "chat", "--train-on": "last", "--top-k": "8", "--teacher-context": "64"}
     app = typer.Typer()
     app.command()(prepare_data)
     options = {option.opts[0]: option for option in typer.main.get_command(app).params if option.opts[0][:2] == "--"}

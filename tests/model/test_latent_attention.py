@@ -143,7 +143,7 @@ def test_counts_and_operations(name):
     assert count_parameters(SHAPES[name]) == model.num_parameters()
     config, length = model.config, 30
     visible = sum(min(config.window(layer) or length, length) for layer in range(config.depth))
-    weights = sum(p.numel() for p in model.blocks.parameters()) - model._idle_parameters()
+    weights = sum(p.numel() for p in model.blocks.parameters()) - model._idle_parameters(model.blocks)
     attention = 3 * 2 * config.num_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     expected = 6 * (weights * config.layer_sharing + model.head_weight.numel()) + attention * visible
     assert model.flops_per_token(length) == expected

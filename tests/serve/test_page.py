@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from lightlm.generate.sampling import Sampling
 from lightlm.serve.access import Access
-from lightlm.serve.loop import Limits
+from lightlm.serve.loop import DecodeLoop, Limits
 from tests.serve.served import PROMPT, Served, served, tiny_loaded, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
@@ -124,7 +125,11 @@ def test_the_keyboard_reaches_everything(page: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["Escape", "#stop"])
-def test_stopping_frees_the_rows_and_keeps_the_text(page: Any, server: Served, how: str) -> None:
+def test_stopping_frees_the_rows_and_keeps_the_text(
+    page: Any, server: Served, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = DecodeLoop._step
+    monkeypatch.setattr(DecodeLoop, "_step", lambda loop: (time.sleep(0.01), step(loop)))  # however slow the browser is
     page.route("**/v1/completions", lambda route: route.continue_(post_data=longer(route.request.post_data)))
     fill(page, n=2)
     page.click("#generate")

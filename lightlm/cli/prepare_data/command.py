@@ -153,14 +153,14 @@ def prepare_data(
     from lightlm.train.signals import interrupted_by_signals
 
     refuse_mixture(source, mix)
-    for option, given in (("--top-k", top_k), ("--teacher-context", teacher_context)):
-        if given is not None and teacher is None:
-            raise UsageError(f"{option} is for what a teacher says: add --teacher MODEL")
     if download_only:
         from lightlm.cli.prepare_data.download import download_data, refuse_other_options
 
         refuse_other_options(context)
         return download_data(open_named(source, text_column, None), tokenizer, as_json)
+    for option, given in (("--top-k", top_k), ("--teacher-context", teacher_context)):
+        if given is not None and teacher is None:
+            raise UsageError(f"{option} is for what a teacher says: add --teacher MODEL")
     if form == "text" and source != SKILLS_SOURCE and train_on is not None:
         raise UsageError(f"--train-on {train_on} is for conversations: add --format chat")
     text_column, template = columns_of(form, text_column), read_template(chat_template)

@@ -181,7 +181,7 @@ def test_the_peak_of_the_head_in_fp32(slow_mkl, tokens, monkeypatch):
     monkeypatch.setitem(loss._CHUNK, "cpu", 16)
     x_ND, weight_VD = torch.randn(tokens, 64, requires_grad=True), torch.randn(2048, 64, requires_grad=True)
     with Peak() as peak:
-        loss._HeadLoss.apply(x_ND, weight_VD, torch.zeros(tokens, dtype=torch.long), 0.0)
+        loss._HeadLoss.apply(x_ND, weight_VD, torch.zeros(tokens, dtype=torch.long), 0.0, None)
     weight_and_gradient = 2 * weight_VD.nbytes  # which are counted elsewhere
     counted = loss.head_loss_bytes(tokens, 64, 2048, "cpu", torch.float32, accumulates=False)
     assert peak.peak == pytest.approx(counted + weight_and_gradient, rel=0.02)
