@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from lightlm.data.sources import skills
 from lightlm.data.sources.hub.names import parse_hub
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.recipe import load_recipe
@@ -37,6 +38,7 @@ NEEDS_MORE = (
     "hf auth",  # another program
     "--push",  # the Hub
     "open_slm",  # the tasks' data
+    "gsm8k",
     "small_lm",
     "--fold",  # a model with scales
     "--average",  # more checkpoints
@@ -111,6 +113,7 @@ def write_recipe(path, name):
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(skills, "CONVERSATIONS", 300)
     with Hub() as hub:
         hub.add(REPO, make_fineweb_edu(tmp_path / "served", texts(300)))
         for number, name in enumerate(("cosmopedia-v2", "finemath")):
@@ -127,7 +130,7 @@ def stand_ins(tmp_path, monkeypatch):
 def write_stand_ins(tmp_path):
     write_hellaswag(tmp_path / "Rowan" / "hellaswag")
     (tmp_path / "recipes").mkdir()
-    for name in ("moe", "lightlm", "demo", "speedrun"):
+    for name in ("moe", "lightlm", "demo", "speedrun", "chat-demo"):
         write_recipe(tmp_path / "recipes" / f"{name}.yaml", name)
     (tmp_path / "my-books").mkdir()
     for number, text in enumerate(texts(60, seed=1)):

@@ -23,6 +23,7 @@ TOLERANCE = 1e-4
 # 1 to 2 % of tokens tie.
 TIE = 1e-5
 SAMPLE = "Hello, I am a language model: naïve café, 3.14,\n\tdon't stop.  The end"
+_NUMBERS = " ".join(map(str, range(100)))  # some programs split them into digits
 
 
 @torch.no_grad()
@@ -95,7 +96,18 @@ def check_tokenizer(loaded: LoadedModel, folder: Path) -> None:
     """Raise ConvertError if `AutoTokenizer` gives other ids of a sample text than our tokenizer."""
     import transformers
 
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)(SAMPLE, verbose=False)["input_ids"]
-    ours = [*loaded.tokenizer.context_ids, *loaded.tokenizer.encode(SAMPLE)]
-    if theirs != ours:
-        raise ConvertError(f"{folder}: AutoTokenizer encodes a sample text as {theirs}, LightLM as {ours}")
+    for text in (SAMPLE, _NUMBERS):
+        ours = [*loaded.tokenizer.context_ids, *loaded.tokenizer.encode(text)]
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        if (found := theirs(text, verbose=False)["input_ids"]) == ours:
+            continue
+        message = f"{folder}: AutoTokenizer encodes a sample text as {found}, LightLM as {ours}"
+        plain = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        if plain(text, verbose=False)["input_ids"] == ours:
+            message = (
+                f"{folder}: the logits are right, but AutoTokenizer of transformers {transformers.__version__} reads "
+                f"the tokenizer of every model of type {read_json(folder / 'config.json')['model_type']} as "
+                f"{type(theirs).__name__}, which splits text otherwise than this one; load it by "
+                "PreTrainedTokenizerFast.from_pretrained"
+            )
+        raise ConvertError(message)

@@ -16,7 +16,7 @@ from lightlm.convert.huggingface.folder import export_huggingface, import_huggin
 from lightlm.convert.huggingface.layouts import export_target
 from lightlm.convert.huggingface.verify import check_tokenizer, largest_difference
 from lightlm.convert.record import is_untouched_export
-from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer import Tokenizer, train_tokenizer
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
 from tests.convert import models
@@ -273,6 +273,21 @@ def test_verification_counts_the_token_that_an_imported_tokenizer_adds(tokenizer
     framing.adds_bos = False
     with pytest.raises(ConvertError, match="AutoTokenizer encodes a sample text"):
         check_tokenizer(model, tmp_path / "hf")
+
+
+def test_verification_names_a_tokenizer_that_transformers_replaces(tmp_path):
+    """For every model of type qwen2 it splits numbers into digits, whatever tokenizer.json says."""
+    numbers = train_tokenizer([" ".join(map(str, range(10, 99))) + " the cat sat"] * 2, 400)
+    for kind in ("all", "qkv"):
+        model = loaded(replace(SIZED["llama"], bias=True, bias_in="attention" if kind == "all" else kind), numbers)
+        export_huggingface(model, tmp_path / kind)
+    check_tokenizer(model, tmp_path / "all")
+    with pytest.raises(
+        ConvertError, match=r"type qwen2 as Qwen2Tokenizer, .* PreTrainedTokenizerFast\.from_pretrained"
+    ):
+        check_tokenizer(model, tmp_path / "qkv")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "qkv")
+    assert theirs("12 34")["input_ids"] == numbers.encode("12 34")
 
 
 def test_existing_folder_is_kept(tokenizer, tmp_path):
