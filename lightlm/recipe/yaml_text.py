@@ -15,7 +15,10 @@ import yaml
 from lightlm.errors import RecipeError, UsageError
 
 # Keys whose values are text even if they look like something else: a folder may be called 2024 or no.
-_SPANS = ("schedule.warmup", "schedule.rewarmup", "schedule.batch_warmup", "data.stages.until", "train.ema")
+_SPANS = (
+    "schedule.warmup", "schedule.rewarmup", "schedule.batch_warmup", "data.stages.until", "train.ema",
+    "train.mtp.anneal",
+)  # fmt: skip
 _NAMES = ("name", "data.dataset", "data.stages.dataset", "train.device", "train.distill.teacher", "tracking.project")
 _TEXTS = (*_NAMES, *_SPANS)
 _TEXTS_OR_NULL = ("train.init_from", "eval.data_dir", "schedule.decay")

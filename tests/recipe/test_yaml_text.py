@@ -8,6 +8,8 @@ from pydantic import BaseModel
 from lightlm.errors import RecipeError, UsageError
 from lightlm.recipe import Recipe, load_recipe
 from lightlm.recipe.sections.data import Stage
+from lightlm.recipe.sections.distill import DistillSection
+from lightlm.recipe.sections.train import MTPSection
 from lightlm.recipe.yaml_text import TEXT_KEYS, read_sections, read_value
 
 RECIPE = """\
@@ -136,7 +138,8 @@ def test_every_text_of_the_schema_is_known_as_one():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and name != "optimizer":
             keys = field.annotation.model_fields.items()
             found |= {f"{name}.{key}" for key, inner in keys if is_text(inner.annotation)}
-    found |= {f"data.stages.{key}" for key, inner in Stage.model_fields.items() if is_text(inner.annotation)}
+    for name, section in {"data.stages": Stage, "train.distill": DistillSection, "train.mtp": MTPSection}.items():
+        found |= {f"{name}.{key}" for key, inner in section.model_fields.items() if is_text(inner.annotation)}
     assert found == TEXT_KEYS | {"schedule.weight_decay"}  # its points are shares or numbers of tokens
 
 
