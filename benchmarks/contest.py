@@ -26,7 +26,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.recipe import Recipe
 from lightlm.train.observe.metrics import peak_memory
-from lightlm.train.step.parallel import LossModule
+from lightlm.train.step.parallel import LossModule, MicroBatch
 from lightlm.train.step.routers import router_losses
 
 WARM_UP = 4  # rounds that are not counted: the first steps fault in their memory and compile
@@ -74,7 +74,7 @@ def lightlm(options: argparse.Namespace, device: torch.device, suffix: str, *, d
 
     def mean_loss(tokens: Tensor) -> Tensor:
         targets = tokens[:, 1:].contiguous()
-        return loss(tokens[:, :-1], targets).objective / targets.numel()
+        return loss(MicroBatch(tokens[:, :-1], targets)).objective / targets.numel()
 
     return model, mean_loss, build_optimizer(model, recipe.optimizer, pick_dtype(options.dtype, device))
 

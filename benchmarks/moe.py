@@ -34,7 +34,7 @@ from lightlm.convert.renaming import their_state
 from lightlm.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
-from lightlm.train.step.parallel import LossModule
+from lightlm.train.step.parallel import LossModule, MicroBatch
 from lightlm.train.step.routers import move_selection_biases, router_losses
 
 SETTLING_RATE = 0.1  # of the selection bias, falling to 0 over the steps: high, because they are few
@@ -87,7 +87,7 @@ def settle(options: argparse.Namespace) -> list[float]:
     for step in range(options.settle if options.start is None else 1):
         tokens = next(batches)
         with autocast(device, pick_dtype(options.dtype, device)):
-            result = loss(tokens[:, :-1], tokens[:, 1:].contiguous())
+            result = loss(MicroBatch(tokens[:, :-1], tokens[:, 1:].contiguous()))
         assert result.load_LE is not None, "this recipe has no experts"
         violations = (result.load_LE.amax(1) / result.load_LE.double().mean(1) - 1).tolist()
         if options.start is None:

@@ -8,7 +8,7 @@ from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import GREEDY
-from lightlm.train.step.parallel import LossModule
+from lightlm.train.step.parallel import LossModule, MicroBatch
 from lightlm.train.step.routers import RouterLosses
 from tests.corpus import make_workspace
 from tests.shapes import SHAPES, build
@@ -64,7 +64,7 @@ def test_documents_are_those_of_the_cpu(name, compiled):
         module = LossModule(build(name).to(device), RouterLosses(), separator=3)
         if compiled and device == "cuda":
             module.compile()
-        result = module(tokens[:, :-1].to(device), tokens[:, 1:].contiguous().to(device))
+        result = module(MicroBatch(tokens[:, :-1].to(device), tokens[:, 1:].contiguous().to(device)))
         result.objective.backward()
         losses.append(result.loss.item())
         gradients.append([parameter.grad.cpu() for parameter in module.parameters()])

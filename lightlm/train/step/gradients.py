@@ -21,7 +21,7 @@ from lightlm.sharding import whole
 from lightlm.train.schedules import BatchPlan
 from lightlm.train.step.activations import activation_bytes
 from lightlm.train.step.divergence import TopTokens
-from lightlm.train.step.parallel import ParallelLoss, PassLoss
+from lightlm.train.step.parallel import MicroBatch, ParallelLoss, PassLoss
 from lightlm.train.step.scaling import LossScale
 
 # Tokens per automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator, products
@@ -32,10 +32,6 @@ _MEMORY_SHARE = 0.6  # of free device memory that activations may take
 # Of this process: sums of its losses, with multi-token prediction also of that loss and of its targets; and tokens per
 # expert and layer.
 _Sums = tuple[Tensor, Tensor | None]
-
-_Passed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, TopTokens | None]
-"""Inputs, targets, with dropout the numbers of the samples, with conversations which inputs begin a document, with a
-stored teacher what it says."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ class Gradients:
         self._world, self._device, self._dtype = loss.world, loss.device, loss.dtype
         self._parameters = [parameter for parameter in loss.model.parameters() if parameter.requires_grad]
         self.seconds_waited = 0.0  # seconds spent waiting for batches, over all steps
-        self._ahead: tuple[tuple[int, int], _Passed] | None = None
+        self._ahead: tuple[tuple[int, int], MicroBatch] | None = None
         self._warm = not loss.replicated
 
     def __call__(self, first: int, count: int, stop: threading.Event, mtp_weight: float = 0.0) -> BatchOutcome | None:
@@ -236,13 +232,13 @@ class Gradients:
             count, trained: samples and trained targets of the global batch.
         """
         try:
-            inputs, targets, samples, starts, taught = self._batch(start, size)
-            share = None
-            if starts is not None:  # conversations
+            batch = self._batch(start, size)._replace(mtp_weight=self._mtp_weight)
+            if batch.starts_BT is not None:  # conversations
                 share = torch.full((), trained / (count * self._loader.seq_len), device=self._device)
+                batch = batch._replace(trained_share=share)
             with self._loss.synchronized(last):
                 with autocast(self._device, self._dtype):
-                    losses = self._loss(inputs, targets, samples, starts, share, taught, mtp_weight=self._mtp_weight)
+                    losses = self._loss(batch)
                 # The processes' gradients are averaged, so each is divided by its own share of the tokens.
                 mean = losses.objective / (max(trained, 1) / self._world.size)
                 self.loss_scale(mean).backward()
@@ -255,7 +251,7 @@ class Gradients:
                 raise self._too_large() from error
         return None
 
-    def _batch(self, start: int, size: int) -> _Passed:
+    def _batch(self, start: int, size: int) -> MicroBatch:
         if self._ahead is not None and self._ahead[0] == (start, size):
             return self._ahead[1]
         started = time.perf_counter()
@@ -263,7 +259,7 @@ class Gradients:
         self.seconds_waited += time.perf_counter() - started
         return batch
 
-    def _load(self, start: int, size: int) -> _Passed:
+    def _load(self, start: int, size: int) -> MicroBatch:
         """Return samples on the device; to CUDA from pinned memory, asynchronously."""
         inputs, targets, *starts = self._loader.batch(start, size)
         samples = torch.arange(start, start + size) if self._with_dropout else None
@@ -271,13 +267,8 @@ class Gradients:
         if self._loader.taught:
             records = self._loader.top_tokens(start, size)
             taught = TopTokens(*(self._moved(torch.from_numpy(part)) for part in records))
-        return (
-            self._moved(inputs),
-            self._moved(targets),
-            self._moved(samples),
-            self._moved(starts[0] if starts else None),
-            taught,
-        )
+        starts_BT = self._moved(starts[0] if starts else None)
+        return MicroBatch(self._moved(inputs), self._moved(targets), self._moved(samples), starts_BT, taught=taught)
 
     def _moved(self, tensor: Tensor | None) -> Any:
         if tensor is None:

@@ -22,6 +22,26 @@ from lightlm.train.step.routers import RouterLosses, router_losses
 from lightlm.train.step.teacher import Teacher
 
 
+class MicroBatch(NamedTuple):
+    """What one pass of training reads, on the device.
+
+    Attributes:
+        samples_B: with dropout, the numbers of the rows' samples in the run.
+        starts_BT: in a run with conversations, which inputs begin a document; negative targets then do not count.
+        trained_share: then, the share of the global batch's targets that counts: a scalar.
+        taught: with `train.distill`, what the teacher says.
+        mtp_weight: the weight of multi-token prediction in this step, a scalar; None without it.
+    """
+
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    samples_B: Tensor | None = None
+    starts_BT: Tensor | None = None
+    trained_share: Tensor | None = None
+    taught: SoftTargets | None = None
+    mtp_weight: Tensor | None = None
+
+
 class PassLoss(NamedTuple):
     """Results of one micro-batch."""
 
@@ -58,43 +78,26 @@ class LossModule(nn.Module):
         self.mix = Mix(distill.weight, distill.temperature) if distill else None
         self.dropout, self.seed = (train.dropout, train.seed) if train else (0.0, 0)
 
-    def forward(
-        self,
-        inputs_BT: Tensor,
-        targets_BT: Tensor,
-        samples_B: Tensor | None = None,
-        starts_BT: Tensor | None = None,
-        trained_share: Tensor | None = None,
-        taught: SoftTargets | None = None,
-        mtp_weight: Tensor | None = None,
-        *,
-        each_target: bool = False,
-    ) -> PassLoss | Tensor:
-        """Return the losses of a micro-batch, or with `each_target` the cross-entropy of each target, fp32 (B x T,).
-
-        Dropout applies where `samples_B` is given, the numbers of the rows' samples in the run.
-
-        Args:
-            starts_BT: in a run with conversations, which inputs begin a document; negative targets then do not count.
-            trained_share: then, the share of the global batch's targets that counts: a scalar.
-            taught: with `train.distill`, what the teacher says.
-            mtp_weight: the weight of multi-token prediction in this step, a scalar; None without it.
-        """
+    def forward(self, batch: MicroBatch, *, each_target: bool = False) -> PassLoss | Tensor:
+        """Return the losses of a micro-batch, or with `each_target` the cross-entropy of each target, fp32 (B x T,)."""
+        inputs_BT, targets_BT, samples_B, starts_BT, trained_share, taught, mtp_weight = batch
         masked = starts_BT is not None
-        offsets_BT = self.offsets(inputs_BT, starts_BT)
+        offsets_BT = self.offsets(batch)
         if each_target:
             return target_losses(self.model, inputs_BT, targets_BT, offsets_BT, masked=masked)
         routings: list[Routing] = []
-        dropout = Dropout(self.dropout, self.seed, samples_B) if self.dropout and samples_B is not None else None
-        settings: dict[str, Any] = {
-            "z_loss": self.z_loss,
-            "dropout": dropout,
-            "offsets_BT": offsets_BT,
-            "masked": masked,
-            "lesson": None if taught is None or self.mix is None else Lesson(taught, self.mix),
-            "mtp_weight": mtp_weight,
-        }
-        sums = token_losses(self.model, inputs_BT, targets_BT, routings, **settings)
+        sums = token_losses(
+            self.model,
+            inputs_BT,
+            targets_BT,
+            routings,
+            z_loss=self.z_loss,
+            dropout=Dropout(self.dropout, self.seed, samples_B) if self.dropout and samples_B is not None else None,
+            offsets_BT=offsets_BT,
+            masked=masked,
+            lesson=None if taught is None or self.mix is None else Lesson(taught, self.mix),
+            mtp_weight=mtp_weight,
+        )
         if not routings:
             return PassLoss(sums.objective, sums.loss, None, sums.z, sums.kl, sums.mtp_2)
         # Routers learn from every token. The sums are divided by the targets that count, this one by all.
@@ -103,11 +106,13 @@ class LossModule(nn.Module):
         load_LE = torch.stack([routing.load_E for routing in routings])
         return PassLoss(objective, sums.loss.detach(), load_LE, sums.z, sums.kl, sums.mtp_2)
 
-    def offsets(self, inputs_BT: Tensor, starts_BT: Tensor | None) -> Tensor | None:
+    def offsets(self, batch: MicroBatch) -> Tensor | None:
         """Return the place of each input in its document, if attention stays inside documents."""
         if self.separator is None:
             return None
-        return offsets_in_documents(inputs_BT, self.separator) if starts_BT is None else offsets_from(starts_BT)
+        if batch.starts_BT is None:
+            return offsets_in_documents(batch.inputs_BT, self.separator)
+        return offsets_from(batch.starts_BT)
 
 
 class ParallelLoss:
@@ -150,23 +155,11 @@ class ParallelLoss:
         elif self.replicated:
             self._root = _replicate(self._local, device, compiled)
 
-    def __call__(
-        self,
-        inputs_BT: Tensor,
-        targets_BT: Tensor,
-        samples_B: Tensor | None = None,
-        starts_BT: Tensor | None = None,
-        trained_share: Tensor | None = None,
-        taught: SoftTargets | None = None,
-        mtp_weight: Tensor | None = None,
-    ) -> PassLoss:
-        """Return the losses of a training pass. The objective's backward pass must run inside `synchronized`.
-
-        `taught` is what a stored teacher says.
-        """
+    def __call__(self, batch: MicroBatch) -> PassLoss:
+        """Return the losses of a training pass. The objective's backward pass must run inside `synchronized`."""
         if self._teacher is not None:
-            taught = self._teacher(inputs_BT, self._local.offsets(inputs_BT, starts_BT))
-        return self._root(inputs_BT, targets_BT, samples_B, starts_BT, trained_share, taught, mtp_weight)
+            batch = batch._replace(taught=self._teacher(batch.inputs_BT, self._local.offsets(batch)))
+        return self._root(batch)
 
     def evaluate(self, inputs_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the cross-entropy of each target, in nats: fp32 (B x T,), without gradients.
@@ -174,7 +167,7 @@ class ParallelLoss:
         With FSDP all processes must call it equally often.
         """
         with torch.no_grad():
-            return self._local(inputs_BT, targets_BT, starts_BT=starts_BT, each_target=True)
+            return self._local(MicroBatch(inputs_BT, targets_BT, starts_BT=starts_BT), each_target=True)
 
     def synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward and backward pass; `last`: the last one of a batch.

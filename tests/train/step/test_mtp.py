@@ -10,7 +10,7 @@ from lightlm.model.attention import offsets_in_documents
 from lightlm.model.config import ModelConfig
 from lightlm.model.transformer import Transformer
 from lightlm.train.step.loss import token_losses
-from lightlm.train.step.parallel import LossModule
+from lightlm.train.step.parallel import LossModule, MicroBatch
 from lightlm.train.step.routers import RouterLosses, move_selection_biases
 from tests.shapes import SHAPES
 
@@ -190,7 +190,7 @@ def test_the_routers_of_heads_are_balanced_and_their_losses_count():
     model = built(SHAPES["moe"])
     module = LossModule(model, RouterLosses(balance=0.1))
     inputs, targets = batch(length=20, vocab_size=97)
-    losses = module(inputs, targets, mtp_weight=torch.tensor(0.3))
+    losses = module(MicroBatch(inputs, targets, mtp_weight=torch.tensor(0.3)))
     assert losses.load_LE.shape == (2, 5)  # of the second block, and of the head's
     assert losses.load_LE.sum(1).tolist() == [3 * 20 * 2] * 2
     router = model.mtp[0].block.mlp.router

@@ -16,7 +16,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_recipe
 from lightlm.runs import RUNS
 from lightlm.train import trainer as trainer_module
-from lightlm.train.step.parallel import LossModule
+from lightlm.train.step.parallel import LossModule, MicroBatch
 from lightlm.train.step.routers import RouterLosses, move_selection_biases
 from tests.shapes import build
 from tests.train.step.routed import SHORT, SIGMOID, SIGMOID_MODEL, SOFTMAX, biases, expected_biases, loads, routed_run
@@ -217,8 +217,8 @@ def test_the_objective_is_counted_in_tokens():
     """Sums over tokens, so that micro-batches of other sizes weigh right."""
     model = build("moe")
     inputs, targets = torch.randint(97, (2, 3, 10), generator=torch.Generator().manual_seed(0)).unbind()
-    plain = LossModule(model, RouterLosses())(inputs, targets)
-    both = LossModule(model, RouterLosses(balance=0.5, z=0.25))(inputs, targets)
+    plain = LossModule(model, RouterLosses())(MicroBatch(inputs, targets))
+    both = LossModule(model, RouterLosses(balance=0.5, z=0.25))(MicroBatch(inputs, targets))
     model.hidden_states(inputs, routings=(routings := []))
     extra = sum(0.5 * r.balance + 0.25 * r.z for r in routings)
     assert plain.objective.item() == pytest.approx(plain.loss.item())
