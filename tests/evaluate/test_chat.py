@@ -20,7 +20,7 @@ from lightlm.evaluate.compare.comparison import answers_of, compare
 from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.tasks import index
 from tests.evaluate.test_harness import instances
-from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer, write_world
+from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer, write_task, write_world
 
 app = typer.Typer()
 app.command()(evaluate)
@@ -94,34 +94,15 @@ def test_a_template_that_refuses_a_conversation_without_a_system_message_is_an_e
         lm.chat_template("tool_use")
 
 
-QUESTIONS = """
-task: own
-dataset_path: json
-dataset_kwargs: {{data_files: {{train: {folder}/d.jsonl, validation: {folder}/d.jsonl}}, cache_dir: {folder}/cache}}
-training_split: train
-validation_split: validation
-fewshot_config: {{sampler: first_n}}
-description: "{description}"
-doc_to_text: "{{{{q}}}}"
-output_type: multiple_choice
-doc_to_choice: "{{{{c}}}}"
-doc_to_target: "{{{{a}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
-
-
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Score the model in hf/ at a task of three questions, with results in out/."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(index, "stock_tasks", dict)  # skips lm-eval's index: 5 s
-    Path("t").mkdir()
-    rows = [{"q": f"What is {n}?", "c": ["red", "blue"], "a": 0} for n in range(3)]
-    Path("t/d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def score(*arguments: str, description: str = "") -> Result:
-        text = QUESTIONS.format(folder=(tmp_path / "t").as_posix(), description=description)
-        Path("t/own.yaml").write_text(text)
+        changes = {"fewshot_config": "{sampler: first_n}", "description": json.dumps(description)}
+        write_task(tmp_path / "t", **changes)
         command = ["hf", "--tasks", "own", "--include-path", "t", "--log-samples", "--out", "out", *arguments]
         return CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
 

@@ -18,23 +18,10 @@ from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.tasks import index
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import GREEDY, Sampling
-from tests.evaluate.tiny_run import tiny_model, write_world
+from tests.evaluate.tiny_run import tiny_model, write_task, write_world
 
 app = typer.Typer()
 app.command()(evaluate)
-
-CHOICES = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{train: {folder}/d.jsonl, validation: {folder}/d.jsonl}}, cache_dir: {folder}/cache}}
-training_split: train
-validation_split: validation
-doc_to_text: "{{{{q}}}}"
-output_type: multiple_choice
-doc_to_choice: "{{{{c}}}}"
-doc_to_target: "{{{{a}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
 
 
 @pytest.fixture
@@ -46,14 +33,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     Path("t").mkdir()
 
     def task(name: str = "own", docs: list[dict] | None = None, **changes: str) -> None:
-        rows = docs or [{"q": f"What is {n}?", "c": ["red", "blue"], "a": 0} for n in range(3)]
-        folder = tmp_path / "t" / name
-        folder.mkdir()
-        (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        text = CHOICES.format(name=name, folder=folder.as_posix())
-        lines = [line for line in text.strip().splitlines() if line.partition(":")[0] not in changes]
-        lines += [f"{key}: {value}" for key, value in changes.items() if value]
-        (folder / f"{name}.yaml").write_text("\n".join(lines))
+        write_task(tmp_path / "t" / name, name, docs, **changes)
 
     return task
 

@@ -109,3 +109,28 @@ def write_world(folder: Path, **shape: Any) -> LoadedModel:
     (folder / "runs" / "latest").symlink_to("demo", target_is_directory=True)
     write_quiz(folder)
     return LoadedModel(model, tokenizer, path)
+
+
+_CHOICES = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {folder}/d.jsonl, validation: {folder}/d.jsonl}}, cache_dir: {folder}/cache}}
+training_split: train
+validation_split: validation
+doc_to_text: "{{{{q}}}}"
+output_type: multiple_choice
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: "{{{{a}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def write_task(folder: Path, name: str = "own", docs: list[dict] | None = None, **changes: str) -> None:
+    """A task of multiple choice in a folder: its documents, and changes to its text; an empty one drops a line."""
+    rows = docs or [{"q": f"What is {n}?", "c": ["red", "blue"], "a": 0} for n in range(3)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = _CHOICES.format(name=name, folder=folder.as_posix())
+    lines = [line for line in text.strip().splitlines() if line.partition(":")[0] not in changes]
+    lines += [f"{key}: {value}" for key, value in changes.items() if value]
+    (folder / f"{name}.yaml").write_text("\n".join(lines))

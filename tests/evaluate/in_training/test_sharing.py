@@ -44,7 +44,6 @@ RECIPE = (
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(tmp_path))
     source = tmp_path / "source.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(60)))
     prepare(str(source), "train:320", Path("data/tiny"), val_fraction=0.5)
