@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -22,8 +23,8 @@ _context.set_forkserver_preload(["lightlm.train.trainer", "lightlm.train.step.pa
 
 def together(size, action, *arguments):
     """What `action(world, *arguments)` returns in each of `size` processes, in the order of ranks."""
-    folder = Path(os.environ["PYTEST_GROUP_FOLDER"])
-    meeting = folder / f"meet-{time.monotonic_ns()}"
+    folder = tempfile.TemporaryDirectory()
+    meeting = Path(folder.name) / "meet"
     pipes, processes = [], []
     for rank in range(size):
         receiver, sender = _context.Pipe(duplex=False)
@@ -39,6 +40,7 @@ def together(size, action, *arguments):
         for process in processes:
             process.join(5)
             process.kill()
+        folder.cleanup()
     assert not any(error for _, error in outcomes), "\n".join(str(error) for _, error in outcomes)
     return [value for value, _ in outcomes]
 
@@ -72,6 +74,13 @@ def train_together(world, name, overrides=(), stop_at=None, stop_rank=0, resumed
     trainer.setup.loader.batch = batch
     result = trainer.train()
     return watch.metrics, watch.notes, result.interrupted
+
+
+def run_together(world, make_recipe, name, *overrides):
+    """A new run of `make_recipe(*overrides)` in one of its processes: its metrics."""
+    watch = Recorder()
+    make_trainer(world.from_writer(lambda: make_recipe(*overrides)), name, watch, world=world).train()
+    return watch.metrics
 
 
 class Command:

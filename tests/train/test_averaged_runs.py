@@ -26,7 +26,6 @@ EMA = (*SHORT, "train.ema=20%")
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Runs that learn from a teacher: what they log, how they resume, and teachers that do not fit."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from lightlm.errors import DataError, RecipeError
 from lightlm.recipe import load_recipe
 from lightlm.runs import RUNS
 from lightlm.train.observe.metrics import read_metrics
+from tests.cli.runner import Runner
 from tests.corpus import make_workspace, write_jsonl
-from tests.train.group import together, train_together
+from tests.train.group import run_together, together, train_together
 from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 
 LEARN = ("train.distill.teacher=large", "train.distill.weight=0.4", "train.distill.temperature=2")
@@ -36,7 +38,6 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
 
 
 def learning(*overrides):
@@ -120,18 +121,13 @@ def test_gradients_do_not_depend_on_the_passes(whole, change):
         assert metrics[0][key] == pytest.approx(whole.metrics[0][key], rel=1e-5)
 
 
-def learn_together(world, name, *overrides):
-    watch = Recorder()
-    recipe = world.from_writer(lambda: learning(*overrides))
-    make_trainer(recipe, name, watch, world=world).train()
-    return watch.metrics
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes the Linux way")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_compute_what_one_does_and_resume_it(whole, parallel):
     name = f"two-{parallel}"
-    together(2, learn_together, name, f"train.parallel={parallel}", "train.tokens=2560", "schedule.name=constant")
+    together(
+        2, run_together, learning, name, f"train.parallel={parallel}", "train.tokens=2560", "schedule.name=constant"
+    )
     longer = ("train.tokens=3072",)
     metrics = together(2, train_together, name, longer, None, 0, True)[0][0]
     assert [row["step"] for row in metrics] == [11, 12]
@@ -167,15 +163,19 @@ def test_a_missing_teacher_is_one_message():
         learning("train.distill.teacher=nowhere")
 
 
-def test_another_tokenizer_is_refused_with_what_to_do():
+def test_another_tokenizer_is_refused_with_what_to_do(monkeypatch, capsys):
     prepare(str(write_jsonl(Path("other.jsonl"), 100)), "train:310", "data/other", val_fraction=0.1)
     with pytest.raises(DataError) as error:
         train("mixed-up", "data.dataset=other")
     message = str(error.value)
     assert "has another tokenizer than data/other: 320 and 310 entries" in message
     assert "--tokenizer runs/large/checkpoints/step_000020" in message
-    assert "lightlm generate runs/large/checkpoints/step_000020 --jsonl PROMPTS --out TEXTS" in message
     assert not Path("runs/mixed-up").exists()
+    run = Runner(monkeypatch, capsys)
+    Path("PROMPTS.jsonl").write_text('{"prompt": "The old clock"}\n' * 3, encoding="utf-8")
+    advice = shlex.split(message.partition("train on text that the teacher writes: ")[2])
+    assert run(*advice[1:], "--max-new-tokens", "8").code == 0
+    assert run("prepare-data", "TEXTS.jsonl", "--tokenizer", "data/other", "--val-fraction", "0").code == 0
 
 
 def test_a_context_shorter_than_a_sequence_is_refused():

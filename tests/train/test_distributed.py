@@ -30,7 +30,6 @@ LONG = ("train.tokens=12800", "eval.every=0", "eval.prompts=[]", "checkpoint.eve
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,6 @@ def runs(workspace):
     """The same short run by 1, 2 and 4 processes: the metrics that each writer saw."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        patch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
         metrics = {1: start("tiny.yaml", *SHORT, name="world-1")[1].metrics}
         for size in (2, 4):
             outcomes = together(size, train_together, f"world-{size}", SHORT)
@@ -250,7 +248,6 @@ def test_a_given_micro_batch_that_does_not_fit_is_one_error(monkeypatch):
 def undisturbed(workspace):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        patch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
         together(2, train_together, "undisturbed", LONG)
     return "undisturbed"
 

@@ -33,7 +33,6 @@ PATIENT = (*BEST, "train.patience=3")
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
     monkeypatch.setattr(Trainer, "_evaluate_weights", scripted)
 
 

@@ -21,7 +21,7 @@ from lightlm.runs import RUNS
 from lightlm.train.observe.metrics import read_metrics
 from tests.convert.models import difference, edit, roughen, write
 from tests.corpus import make_workspace, write_jsonl
-from tests.train.group import together, train_together
+from tests.train.group import run_together, together, train_together
 from tests.train.watch import Recorder, comparable, make_trainer, resume, start
 
 FURTHER = """
@@ -48,7 +48,6 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
 
 
 def further(*overrides):
@@ -132,19 +131,11 @@ def test_a_resumed_run_cannot_start_from_another_model(whole):
         resume("whole", "train.init_from=elsewhere")
 
 
-def start_together(world, name, *overrides):
-    """A run from `base` in one of many processes: its writer's metrics."""
-    watch = Recorder()
-    recipe = world.from_writer(lambda: further(*overrides))
-    make_trainer(recipe, name, watch, world=world).train()
-    return watch.metrics
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes the Linux way")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_compute_what_one_does_and_resume_it(whole, parallel):
     name = f"two-{parallel}"
-    metrics = together(2, start_together, name, f"train.parallel={parallel}", "train.tokens=2560")[0]
+    metrics = together(2, run_together, further, name, f"train.parallel={parallel}", "train.tokens=2560")[0]
     longer = together(2, train_together, name, ("train.tokens=5120", "schedule.name=linear"), None, 0, True)[0][0]
     assert [row["step"] for row in (*metrics, *longer)] == [row["step"] for row in whole]
     for ours, theirs in zip(metrics[:2], whole[:2], strict=True):  # the schedule of the first part is shorter

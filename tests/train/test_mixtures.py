@@ -47,7 +47,6 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
 
 
 @pytest.fixture(scope="module")

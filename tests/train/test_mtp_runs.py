@@ -31,7 +31,6 @@ KINDS = {"plain": MTP, "masked": MASKED, "experts": EXPERTS}
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
 
 
 @pytest.fixture(scope="module")

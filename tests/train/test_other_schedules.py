@@ -193,7 +193,6 @@ def test_interrupted_scheduled_runs_continue_bit_for_bit(whole):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes the Linux way")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one_and_resume(whole, workspace, monkeypatch, parallel):
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
     name, overrides = f"scheduled-{parallel}", (*SCHEDULED, *GROWING, f"train.parallel={parallel}")
     (first_rows, _, interrupted), _ = together(2, train_together, name, overrides, 25)
     (last_rows, _, _), _ = together(2, train_together, name, (), None, 0, True)

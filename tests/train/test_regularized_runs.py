@@ -15,7 +15,6 @@ BOTH = ("train.tokens=1280", "eval.every=640", "eval.prompts=[]", "train.dropout
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
 
 
 @pytest.fixture(scope="module")

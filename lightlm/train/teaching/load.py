@@ -125,7 +125,7 @@ def check_tokenizer(teacher: LoadedModel, reference: str, data: DataFolder) -> N
             f"the teacher {reference} has another tokenizer than {data.path}: {difference}. So its probabilities are "
             f"of other tokens. Prepare the data with the teacher's: --tokenizer {shlex.quote(reference)}. To keep "
             "this tokenizer, train on text that the teacher writes: "
-            f"lightlm generate {shlex.quote(reference)} --jsonl PROMPTS --out TEXTS"
+            f"lightlm generate --checkpoint {shlex.quote(reference)} --jsonl PROMPTS.jsonl --out TEXTS.jsonl"
         )
 
 

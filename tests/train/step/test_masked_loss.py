@@ -35,7 +35,6 @@ CHAT = (
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
     if not Path("data/talk").is_dir():
         write_conversations(Path("data/talk"), Path("data/tiny"), LENGTHS)
 

@@ -22,7 +22,6 @@ BRIEF = ("train.tokens=768",)  # 3 steps, of two micro-batches in each
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("PYTEST_GROUP_FOLDER", str(workspace))
 
 
 def weights(name):
