@@ -90,6 +90,9 @@ def test_a_template_that_refuses_a_conversation_without_a_system_message_is_an_e
     lm = LightLM(load_pretrained(write_chat_model(tmp_path / "hf", STRICT.replace("'system'", "'user'"))))
     with pytest.raises(LightLMError, match="no system"):
         lm.apply_chat_template(TALKS[1])
+    strict = LightLM(load_pretrained(write_chat_model(tmp_path / "strict", STRICT)))
+    with pytest.raises(LightLMError, match="no system"):  # nothing would be left of it
+        strict.apply_chat_template([{"role": "system", "content": "Be brief."}])
     with pytest.raises(UsageError, match="'tool_use' cannot be chosen"):
         lm.chat_template("tool_use")
 

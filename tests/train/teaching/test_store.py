@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from lightlm.convert.load import load_pretrained
 from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
-from lightlm.data.top_tokens import read_stored_teacher, record_dtype, unpacked
+from lightlm.data.top_tokens import SUFFIX, read_stored_teacher, record_dtype, unfinished, unpacked
 from lightlm.errors import DataError, DiskFullError, RecipeError, UsageError
 from lightlm.recipe import load_recipe
 from lightlm.train.teaching import store
@@ -200,6 +201,38 @@ def test_settings_that_cannot_be_are_refused():
             store_teacher(Path("data/top"), "large", **options)
     with pytest.raises(RecipeError, match=r"train\.distill\.temperature: 2, but stored probabilities are those at"):
         load_recipe("tiny.yaml", ["train.distill={teacher: stored, temperature: 2}"])
+
+
+def test_records_behind_the_state_are_written_again(monkeypatch):
+    """A kill between the records of a block and the state that counts them."""
+    shutil.copytree("data/top", "data/behind", ignore=shutil.ignore_patterns("teacher"))
+    monkeypatch.setattr(store, "_BLOCK_TOKENS", 64)
+    plain, written = store.write_text, []
+
+    def dies(path, text):
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        plain(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "write_text", dies)
+        store_teacher(Path("data/behind"), "large", top_k=8, dtype="float32")
+    store_teacher(Path("data/behind"), "large", top_k=8, dtype="float32")
+    DataFolder.open(Path("data/behind")).verify()
+    for file in Path("data/top/teacher").glob(f"*{SUFFIX}"):
+        sizes = [Path(name, "teacher", file.name).stat().st_size for name in ("data/top", "data/behind")]
+        assert sizes[0] == sizes[1]
+
+
+def test_a_second_process_is_refused():
+    shutil.copytree("data/top", "data/held", ignore=shutil.ignore_patterns("teacher"))
+    unfinished(Path("data/held")).mkdir()
+    with (
+        FileLock(unfinished(Path("data/held")) / "lock"),
+        pytest.raises(DataError, match=r"Another `lightlm prepare-data` is writing data.held.teacher; wait for it"),
+    ):
+        store_teacher(Path("data/held"), "large", top_k=8)
 
 
 COMMAND = ("prepare-data", "tiny.jsonl", "--tokenizer", "large", "--val-fraction", "0.1", "--teacher", "large")
