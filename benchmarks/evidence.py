@@ -157,8 +157,8 @@ def rows(record: Record, others: Sequence[Record], metric: str) -> list[Row]:
     return [Row(first, values[first], math.nan, math.nan, "baseline"), *found]
 
 
-def table(record: Record, others: Sequence[Record] = (), metric: str | None = None) -> str:
-    """Return a study as Markdown: every contestant, with the mean and standard deviation of its seeds."""
+def table(record: Record, others: Sequence[Record] = (), metric: str | None = None, finding: str = "") -> str:
+    """Return a study as Markdown: its finding, and every contestant with mean and standard deviation of its seeds."""
     metric = metric or record["metric"]
     unit, digits = UNITS[metric]
     lines = []
@@ -170,8 +170,9 @@ def table(record: Record, others: Sequence[Record] = (), metric: str | None = No
     if used.freedom:
         whose = "" if used == own else " of all studies"
         note = f"standard deviation of a difference{whose}: {used.std:.{digits}f}, {used.freedom} degrees of freedom"
-    return (
-        f"### {record['study']}: {record['question']}\n\n`{command(record)}`; {_common(record)}; {note}.\n\n"
+    heading = [f"### {record['study']}: {record['question']}", *([finding] if finding else []), ""]
+    return "\n\n".join(heading) + (
+        f"`{command(record)}`; {_common(record)}; {note}.\n\n"
         f"| contestant | {unit} | seeds | difference | |\n| --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
     )
 
@@ -226,6 +227,25 @@ def summary(records: Sequence[Record]) -> str:
     )
     heading = "| study | baseline | best of the others | difference | | all others | runs |\n"
     return "\n".join(["### All studies", "", f"{heading}{'| --- ' * 7}|", *lines, "", *machines, ""])
+
+
+PAGE = """# The ladder
+
+How the defaults of LightLM's recipes were chosen: single changes, one study per question, on the same text in the same
+order, with the same documents for validation. Losers stay in the tables. This page is made by
+`python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
+`benchmarks/learning/studies.yaml` holds the settings of every contestant.
+
+A difference is to the baseline of its study, paired by seed; less is better. ± is half of the 95% interval, from the
+spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
+within it.
+"""
+
+
+def page(records: Sequence[Record], findings: dict[str, str]) -> str:
+    """Return all studies as a page: the summary, then each with its finding."""
+    tables = [table(record, records, finding=findings.get(record["study"], "")) for record in records]
+    return "\n".join([PAGE, summary(records), *tables]).replace("\n### ", "\n## ")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     python benchmarks/learning.py --work WORK optimizer batch --budget 2h --jobs 2
     python benchmarks/learning.py --table optimizer                      # from the results that are committed
     python benchmarks/learning.py --table                                # of all studies, with a summary
+    python benchmarks/learning.py --page docs/ladder.md                  # the same, with what each study says
     python benchmarks/learning.py --figure docs/assets/learning.png      # of the study `decisive`, and its sentences
     python benchmarks/learning.py --sentence decisive-again
 
@@ -62,6 +63,7 @@ class Study:
         settings: overrides that all contestants share.
         contestants: by name; differences are to the first.
         seeds: by contestant.
+        finding: what its results say, in words.
         keep: keep the checkpoints of finished runs.
     """
 
@@ -71,6 +73,7 @@ class Study:
     settings: list[str]
     contestants: dict[str, Entry]
     seeds: dict[str, list[int]]
+    finding: str
     keep: bool
 
     @classmethod
@@ -86,6 +89,7 @@ class Study:
             _flat(values.get("settings", [])),
             contestants,
             {key: more.get(key, values.get("seeds", [1])) for key in contestants},
+            values.get("finding", "").strip(),
             values.get("keep", False),
         )
 
@@ -182,13 +186,14 @@ def main() -> None:
     parser.add_argument("--budget", help="time for this call, such as 2h")
     parser.add_argument("--list", action="store_true", help="print the studies")
     parser.add_argument("--table", action="store_true", help="print committed results as Markdown, and run nothing")
+    parser.add_argument("--page", type=Path, metavar="MD", help="write the page of all committed results")
     parser.add_argument(
         "--figure", type=Path, metavar="PNG", help="draw a study's curves; writes PNG and two beside it"
     )
     parser.add_argument("--sentence", action="store_true", help="print the share of tokens that each recipe needs")
     parser.add_argument("--metric", choices=list(evidence.UNITS), help="in place of the study's own")
     options = parser.parse_args()
-    if options.table or options.figure or options.sentence:
+    if options.table or options.page or options.figure or options.sentence:
         show(options)
         return
     studies = read_studies()
@@ -219,12 +224,19 @@ def all_results() -> list[evidence.Record]:
     return evidence.read(RESULTS, list(read_studies()), missing_ok=True)
 
 
+def page() -> str:
+    """Return the page of all committed results, with the findings of studies.yaml."""
+    return evidence.page(all_results(), {name: study.finding for name, study in read_studies().items()})
+
+
 def show(options: argparse.Namespace) -> None:
-    """Print or draw committed results."""
+    """Print, write or draw committed results."""
     if options.table:
         records = evidence.read(RESULTS, options.studies) if options.studies else all_results()
         print("\n".join(evidence.table(record, all_results(), options.metric) for record in records))
         print(evidence.summary(records))
+    if options.page:
+        options.page.write_text(page(), encoding="utf-8")
     if options.figure or options.sentence:
         for record in evidence.read(RESULTS, options.studies or ["decisive"]):
             print(evidence.sentences(record))

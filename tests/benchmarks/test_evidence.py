@@ -193,6 +193,19 @@ def test_the_summary_has_a_row_per_study_and_the_machine(evidence, decisive):
     assert text.count("processor Abacus") == 1
 
 
+def test_the_page_has_every_study_with_its_finding(evidence, decisive):
+    other = record({"8k": entry("small", {1: 5.1}), "4k": entry("small", {1: 4.5})}, study="vocabulary")
+    text = evidence.page([decisive, other], {"vocabulary": "Fewer tokens."})
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# The ladder",
+        "## All studies",
+        "## decisive: Which?",
+        "## vocabulary: Which?",
+    ]
+    assert "## vocabulary: Which?\n\nFewer tokens.\n\n`python benchmarks/learning.py" in text
+    assert all(f"| {name} |" in text for name in [*decisive["contestants"], "4k"])
+
+
 def png_size(path):
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
@@ -224,7 +237,9 @@ def test_the_commands_read_committed_results_and_name_what_is_missing(tmp_path, 
 
     monkeypatch.setattr(learning, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match="no results of decisive"):
-        learning.show(learning.argparse.Namespace(table=False, figure=None, sentence=True, studies=[], metric=None))
+        learning.show(
+            learning.argparse.Namespace(table=False, page=None, figure=None, sentence=True, studies=[], metric=None)
+        )
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "learning.py"), "--list"], capture_output=True, text=True, timeout=100
     )

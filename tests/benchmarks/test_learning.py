@@ -74,6 +74,13 @@ def test_every_shipped_contestant_is_a_recipe_without_mistakes(learning):
             load_recipe(entry.path, [*study.settings, *entry.changes])
 
 
+def test_the_committed_page_is_that_of_the_committed_results(learning):
+    committed = BENCHMARKS.parent / "docs" / "ladder.md"
+    assert committed.read_text(encoding="utf-8") == learning.page(), (
+        "run `python benchmarks/learning.py --page docs/ladder.md`"
+    )
+
+
 def test_a_study_keeps_validations_speeds_sizes_and_states(learning, study, tmp_path):
     sweep, entries = folder(tmp_path / "sweep"), {}
     for name, seeds in (("GPT-2", (1, 2)), ("plain", (1,))):
