@@ -79,16 +79,16 @@ class Study:
     @classmethod
     def read(cls, name: str, values: dict[str, Any]) -> "Study":
         contestants = {key: Entry.read(entry, values["recipe"]) for key, entry in values["contestants"].items()}
-        more = values.get("more_seeds", {})
-        if unknown := sorted(set(more) - set(contestants)):
-            raise SystemExit(f"{TABLE}: {name}: more_seeds names {', '.join(unknown)}, which are no contestants")
+        named = values.get("seeds_of", {})
+        if unknown := sorted(set(named) - set(contestants)):
+            raise SystemExit(f"{TABLE}: {name}: seeds_of names {', '.join(unknown)}, which are no contestants")
         return cls(
             name,
             values["question"],
             values.get("metric", "val_loss"),
             _flat(values.get("settings", [])),
             contestants,
-            {key: more.get(key, values.get("seeds", [1])) for key in contestants},
+            {key: named.get(key, values.get("seeds", [1])) for key in contestants},
             values.get("finding", "").strip(),
             values.get("keep", False),
         )

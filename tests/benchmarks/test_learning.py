@@ -34,7 +34,7 @@ studies:
     metric: val_bpb
     settings: [*base]
     seeds: [1, 2]
-    more_seeds: {dense at 40%: [1, 2, 3]}
+    seeds_of: {dense at 40%: [1, 2, 3]}
     contestants:
       GPT-2: {recipe: gpt2, changes: [optimizer.lr=2e-3]}
       dense at 40%: [*base, train.tokens=1M]
@@ -64,7 +64,7 @@ def test_a_contestant_is_a_list_of_changes_or_has_a_recipe_of_its_own(study):
 
 def test_seeds_of_a_contestant_that_does_not_exist_are_refused(learning, study):
     learning.TABLE.write_text(STUDIES.replace("{dense at 40%:", "{dense at 50%:"), encoding="utf-8")
-    with pytest.raises(SystemExit, match="more_seeds names dense at 50%"):
+    with pytest.raises(SystemExit, match="seeds_of names dense at 50%"):
         learning.read_studies()
 
 
