@@ -81,7 +81,7 @@ class Study:
         contestants = {key: Entry.read(entry, values["recipe"]) for key, entry in values["contestants"].items()}
         named = values.get("seeds_of", {})
         if unknown := sorted(set(named) - set(contestants)):
-            raise SystemExit(f"{TABLE}: {name}: seeds_of names {', '.join(unknown)}, which are no contestants")
+            raise SystemExit(f"{TABLE}: {name}: seeds_of names {', '.join(unknown)}, which are not contestants")
         return cls(
             name,
             values["question"],

@@ -115,7 +115,7 @@ def print_table(
     whole: Container[int] = (),
     **style: Any,
 ) -> None:
-    """Print a table of texts, in which brackets are no markup; `style` goes to rich's `Table`.
+    """Print a table of texts, in which brackets are not markup; `style` goes to rich's `Table`.
 
     Columns numbered in `right` are right-aligned; these and those in `whole` never wrap.
     """

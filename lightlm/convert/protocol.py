@@ -56,7 +56,7 @@ class Format(ABC):
         return ""
 
     def shape(self, path: Path) -> "ModelConfig":
-        """Return the shape of a model, from its configuration alone; raise LightLMError if that is impossible."""
+        """Return the shape of a model, from only its configuration; raise LightLMError if that is impossible."""
         raise NotImplementedError
 
     def read(self, path: Path) -> "LoadedModel":

@@ -1,6 +1,6 @@
 """Conversations packed into training sequences: whole, several to a sequence, by best fit.
 
-The packing is a function of the conversations' lengths alone, so it is the same in every process and after an
+The packing is a function of only the conversations' lengths, so it is the same in every process and after an
 interruption.
 """
 

@@ -248,9 +248,9 @@ class Transformer(nn.Module):
             trees: the form of rows that are trees; without a cache.
             dropout: that of a training pass.
             offsets_BT: keeps attention inside documents (see `offsets_in_documents`), and begins learned positions anew
-                in each; for rows without a cache that are no trees. Rotary positions run on: only distances matter.
+                in each; for rows without a cache that are not trees. Rotary positions run on: only distances matter.
             mtp_states: a list to which each head of multi-token prediction appends its states (B, T, D), for rows
-                without a cache that are no trees. Column t of head k, counted from 1, predicts the token k + 1 columns
+                without a cache that are not trees. Column t of head k, counted from 1, predicts the token k + 1 columns
                 on; the last k columns are meaningless, since the tokens that they need are not there.
 
         Raises:

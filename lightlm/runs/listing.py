@@ -132,7 +132,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def mend_latest() -> Path | None:
-    """Point `runs/latest` to the newest run if the run that it points to is gone, or remove it without any run.
+    """Point `runs/latest` to the newest run if the run that it points to does not exist, or remove it without any run.
 
     Return the run that it points to now; None if nothing changed.
     """

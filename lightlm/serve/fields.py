@@ -212,7 +212,7 @@ def read(kind: type[AnyBody], document: Any) -> AnyBody:
         document: the parsed JSON.
 
     Raises:
-        RequestError: it is no object, or a field is unknown, unsupported or wrong; the message names one of them.
+        RequestError: it is not an object, or a field is unknown, unsupported or wrong; the message names one of them.
     """
     if not isinstance(document, Mapping):
         raise RequestError("the body must be a JSON object")

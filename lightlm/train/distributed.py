@@ -117,7 +117,7 @@ class World:
         """Return every process's value, in the order of ranks.
 
         Raises:
-            PeerLostError: another process is gone.
+            PeerLostError: another process has ended.
         """
         if self.size == 1:
             return [value]
@@ -131,7 +131,7 @@ class World:
         """Turn a failure of communication within the block into one message.
 
         Raises:
-            PeerLostError: another process is gone.
+            PeerLostError: another process has ended.
         """
         try:
             yield

@@ -65,7 +65,7 @@ def decisive():
         {
             "GPT-2 1e-3": entry("gpt2", losses(4.95, (0, 0, 0.2))),  # the best median, and a worse mean
             "GPT-2 4e-3": entry("gpt2", TUNED),
-            "GPT-2 8e-3": entry("gpt2", {1: 4.90}),  # one lucky seed is no tuned baseline
+            "GPT-2 8e-3": entry("gpt2", {1: 4.90}),  # one lucky seed is not a tuned baseline
             "dense at 60%": entry("small", DENSE_60, tokens=0.6 * BUDGET, flops=9e6, speed=500.0),
             "dense at 40%": entry("small", DENSE_40, tokens=0.4 * BUDGET, flops=9e6, speed=500.0),
             "moe at 30%": entry("moe", losses(4.95), tokens=0.3 * BUDGET),

@@ -132,7 +132,7 @@ def test_rm_without_anyone_to_ask_deletes_nothing(lightlm):
     ],
 )
 def test_rm_refuses_what_is_not_a_run_here_and_then_deletes_nothing(lightlm, name, message):
-    Path("recipe.yaml").write_text("train: {tokens: 1}")  # the folder here is no run to delete
+    Path("recipe.yaml").write_text("train: {tokens: 1}")  # the folder here is not a run
     before = sorted(Path().rglob("*"))
     lightlm("runs", "rm", "stopped", name, "--yes").assert_one_message(message)
     assert sorted(Path().rglob("*")) == before

@@ -230,4 +230,4 @@ def test_resumes_are_marked_and_named(tmp_path):
         line for line in charts["loss"].axes.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) > 1
     ]
     assert [line.get_xdata()[0] for line in marks] == [9 * 256, 29 * 256]
-    assert "mfu" not in charts  # a mark alone is no data
+    assert "mfu" not in charts  # a mark without a curve is not data

@@ -62,9 +62,9 @@ def stop_text(text: str) -> str:
 class Entries:
     """What a person types, entry by entry, or the lines of a pipe.
 
-    An entry is a line. It goes on in the next one after a backslash at its end, or until `\"\"\"` if it begins so; the
-    end of the input ends it, too. On a terminal, lines can be edited and recalled, also those of earlier sessions,
-    where Python has readline.
+    An entry is a line. After a backslash at its end it continues in the next line, and one that begins with `\"\"\"`
+    ends with them. The end of the input ends an entry, too. On a terminal with Python's readline, lines can be edited
+    and recalled, also those of earlier sessions.
     """
 
     def __init__(self) -> None:

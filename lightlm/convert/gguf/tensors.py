@@ -97,7 +97,7 @@ def _joined_heads(key: str, tensor: Tensor) -> Tensor:
 def stored_type(key: str, shape: tuple[int, ...], precision: str) -> Type:
     """Return how a tensor is stored in a file of this precision.
 
-    Vectors are float32. A matrix whose rows are no whole blocks is float16 in a quantized file, as llama.cpp does it.
+    Vectors are float32. A matrix whose rows are not whole blocks is float16 in a quantized file, as llama.cpp does it.
     """
     kind = PRECISIONS[precision][0]
     if len(shape) < 2 or key.endswith(_ALWAYS_FLOAT32):

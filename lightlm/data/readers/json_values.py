@@ -15,7 +15,7 @@ from lightlm.errors import DataError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LONGEST_TOKEN = 12  # characters that the parser may need to see whole: \ud83d\ude00, -Infinity
-_UNTIL_QUOTE = "Unterminated string"  # the parser's message for a string that goes on beyond the text
+_UNTIL_QUOTE = "Unterminated string"  # the parser's message for a string that does not end in the text
 
 _decode = json.JSONDecoder().raw_decode
 

@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
 
 
 def hash_weights(loaded: LoadedModel) -> dict[str, str | None]:
-    """Return the sha256 of each file with the model's weights, as the Hub shows it; None for a file that is gone."""
+    """Return the sha256 of each file with the model's weights, as the Hub shows it; None for a file that is missing."""
     return {path.name: sha256(path) if path.is_file() else None for path in loaded.weights}
 
 

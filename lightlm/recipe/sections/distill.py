@@ -15,8 +15,8 @@ class DistillSection(Section):
     sees the same sequences as the trained model. `stored` takes the probabilities that `prepare-data --teacher` has
     stored beside the data."""
     weight: float = Field(default=0.5, gt=0, le=1)
-    """Weight of the divergence from the teacher; the loss on tokens has the rest (arXiv 1503.02531). 1 learns from the
-    teacher alone."""
+    """Weight of the divergence from the teacher; the loss on tokens has the rest (arXiv 1503.02531). 1 learns
+    only from the teacher."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     """Divides the logits of both models in the divergence. Above 1, unlikely tokens count more."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

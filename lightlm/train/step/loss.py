@@ -170,7 +170,7 @@ class _HeadLoss(torch.autograd.Function):
     """Linear layer and summed cross-entropy in one. The forward pass also makes the gradients, chunk by chunk.
 
     Products run in the precision of x; the loss, the softmax and the sums of the weight's gradient are fp32. The
-    outputs are the objective, which alone has gradients, and where one is not the other, the loss, then with their
+    outputs are the objective, which has the gradients; the loss, where it differs from the objective; and with their
     settings z and kl of `TokenLosses`.
     """
 

@@ -174,7 +174,7 @@ def test_blimp_counts_ties_as_half(world: LoadedModel, monkeypatch: pytest.Monke
     pairs_of = {"train": [{"sentence_good": good, "sentence_bad": bad} for good, bad in pairs]}
     write_set(Path("evals/nyu-mll/blimp"), {"wh_island": pairs_of, "causative": pairs_of})
     found = scored(world, "blimp_ties")
-    first = found["blimp_causative", "acc"].value  # 1/3 for a pair that is no tie
+    first = found["blimp_causative", "acc"].value  # 1/3 for a pair that is not a tie
     assert found["blimp", "acc"].value == pytest.approx(first)
     assert found["blimp_ties", "acc_ties"].value == pytest.approx(first - 1 / 3)
     assert found["blimp_ties", "acc_ties"].higher_is_better
