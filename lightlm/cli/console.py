@@ -108,6 +108,9 @@ def print_json(document: Any) -> None:
         print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
+_LEAST_WRAPPED = 16  # characters of a column whose texts wrap
+
+
 def print_table(
     rows: Iterable[Sequence[str]],
     *headings: str,
@@ -130,8 +133,8 @@ def print_table(
     for i, column in enumerate(table.columns):
         column.justify, column.overflow = "right" if i in right else "left", "fold"
         column.no_wrap = i in right or i in whole
-        if column.no_wrap:
-            column.min_width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        longest = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        column.min_width = longest if column.no_wrap else min(longest, _LEAST_WRAPPED)
     # Where the terminal is narrower than the unwrapped columns, it wraps lines; rich would cut off their ends.
     least = Measurement.get(out, out.options.update(max_width=10_000), table).minimum
     table.width = least if least > out.width else table.width

@@ -44,6 +44,11 @@ class Paired:
     high: float | None = None
     p_value: float | None = None
 
+    @property
+    def margin(self) -> float | None:
+        """Half of the 95% interval; None for one seed."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
 
 @dataclass(frozen=True)
 class Line:

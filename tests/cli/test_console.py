@@ -122,6 +122,15 @@ def test_a_table_in_a_narrow_terminal_loses_nothing(monkeypatch, capsys):
     assert all(text in printed for text in ("a-run", "1,234,567", "3.1415"))
 
 
+def test_texts_are_not_squeezed_into_slivers(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(console, "out", Console())
+    console.print_table(
+        [["two KV heads, cache 128", "1,234,567", "3.1415926535897932"]], "", "tokens", "loss", right=(1, 2)
+    )
+    assert "two KV heads," in capsys.readouterr().out
+
+
 def test_json_that_could_not_be_written_is_noted(folder, full):
     done = subprocess.run(
         command(*SHORT, "--name", "lost", "--json"), cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True

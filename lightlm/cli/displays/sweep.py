@@ -140,8 +140,7 @@ def _cells(line: Line, spread: bool) -> list[str]:
         cells.append("-" if line.std is None else f"{line.std:.4f}")
     cells.append("-" if paired is None else f"{paired.value:+.4f}")
     if spread:
-        known = paired is not None and paired.low is not None
-        cells.append(f"{paired.low:+.4f} to {paired.high:+.4f}" if paired is not None and known else "-")
+        cells.append("-" if paired is None or paired.margin is None else f"±{paired.margin:.4f}")
         cells.append("-" if paired is None or paired.p_value is None else f"{paired.p_value:.3f}")
     cells.append("-" if line.tokens is None else format_quantity(line.tokens))
     return [*cells, duration(line.seconds), "" if line.verdict == "one seed" else line.verdict]
@@ -155,4 +154,4 @@ def _explanation(results: Results, spread: bool) -> list[str]:
     if not spread:
         return [f"{base}. One seed: no test. The spread of seeds is unknown; --seeds 3 measures it."]
     rule = "better or worse: p below 0.05 in the paired t-test over seeds, adjusted for all comparisons (Holm)"
-    return [f"{base}, on the same seeds. {rule}; noise otherwise. 95%: the interval of one difference."]
+    return [f"{base}, on the same seeds. {rule}; noise otherwise. 95%: half of the interval of one difference."]
