@@ -75,7 +75,7 @@ def ladder(rounds: int) -> None:
         losses = list(final.get(name, {}).values())
         counts, cached = model.num_parameters(), 2 * model.config.depth * math.prod(model.config.cached_shape)
         speeds = [f"{statistics.median(found[name, kind]):,.0f}" for kind in calls]
-        loss = f"{statistics.mean(losses):.4f} ({len(losses)} seeds)" if losses else "-"
+        loss = f"{statistics.mean(losses):.4f} ({len(losses)} seed{'s'[: len(losses) > 1]})" if losses else "-"
         weights = f"{counts['total'] - counts['embedding']:,}"
         print(f"| {' | '.join([name, weights, f'{cached:,}', loss, *speeds])} |", flush=True)
 
