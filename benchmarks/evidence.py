@@ -231,14 +231,15 @@ def summary(records: Sequence[Record]) -> str:
 
 PAGE = """# The ladder
 
-How the defaults of LightLM's recipes were chosen: single changes, one study per question, on the same text in the same
-order, with the same documents for validation. Losers stay in the tables. This page is made by
-`python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
+What single changes of a recipe give: one study per question, on the same text in the same order, with the same
+documents for validation. The defaults of the shipped recipes do not follow from it yet. Losers stay in the tables.
+
+This page is made by `python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
 `benchmarks/learning/studies.yaml` holds the settings of every contestant.
 
 A difference is to the baseline of its study, paired by seed; less is better. ± is half of the 95% interval, from the
 spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
-within it.
+within it. A contestant without a value has not run to its end.
 """
 
 

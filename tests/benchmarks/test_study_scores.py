@@ -17,7 +17,7 @@ def study_scores(monkeypatch):
 
 
 def test_differences_are_paired_by_seed(study_scores):
-    plain, taught = {1: 0.30, 2: 0.34, 3: 0.40}, {1: 0.35, 3: 0.42}
+    plain, taught = {1: 0.30, 2: 0.34, 3: 0.40}, {1: 0.35, 3: 0.42, 4: 0.9}
     scores = {
         name: {seed: {"cloze acc": value, "cloze acc_norm": 0.5} for seed, value in values.items()}
         for name, values in (("tokens only", plain), ("taught", taught))

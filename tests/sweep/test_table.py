@@ -58,6 +58,7 @@ def test_differences_are_paired_by_seed_and_adjusted_for_all_comparisons(results
         paired = lines[name].paired
         assert paired.value == pytest.approx(np.mean(list(values.values())) - base.mean())
         assert (paired.low, paired.high) == pytest.approx(tuple(interval))
+        assert (paired.value - paired.margin, paired.value + paired.margin) == pytest.approx(tuple(interval))
         assert lines[name].std == pytest.approx(np.std(list(values.values()), ddof=1))
     ordered = sorted(raw, key=raw.get)
     running = 0.0
@@ -83,6 +84,7 @@ def test_one_seed_has_no_test_and_a_missing_or_diverged_run_no_part_in_it(result
     assert verdicts(found) == {"k=a": "baseline", "k=b": "one seed", "k=c": "missing", "k=d": "diverged"}
     assert lines["k=b"].paired.value == pytest.approx(-0.1)
     assert lines["k=b"].paired.p_value is None
+    assert lines["k=b"].paired.margin is None
     assert lines["k=d"].finals == {1: 2.0}
     json.loads(json.dumps(found.to_dict(), allow_nan=False))
 
