@@ -1,4 +1,4 @@
-"""What the results of learning.py say: tables, a figure, and the share of tokens that a recipe needs.
+"""What the results of learning.py say: differences with intervals, and the share of tokens that a recipe needs.
 
 A study with contestants named `RECIPE at 40%` compares recipes with a baseline: the best of its other contestants, such
 as GPT-2 at several rates. Each is a training of its own, whose schedule ends there.
@@ -20,7 +20,6 @@ MACHINE = ("processor", "processors", "memory_gib", "device", "dtype", "system",
 UNITS = {"val_loss": ("nats per token", 3), "val_bpb": ("bits per byte", 4)}  # and digits
 CONFIDENCE = 0.95
 ENOUGH = 3  # degrees of freedom of a study's own spread; with fewer, the spread is that of all studies
-HEAD = 0.1  # of the baseline's tokens, its initial fall, that does not set the limits of the loss axis
 
 Record = dict[str, Any]
 Values = dict[str, dict[str, float]]  # by contestant and seed
@@ -157,98 +156,6 @@ def rows(record: Record, others: Sequence[Record], metric: str) -> list[Row]:
     return [Row(first, values[first], math.nan, math.nan, "baseline"), *found]
 
 
-def table(record: Record, others: Sequence[Record] = (), metric: str | None = None, finding: str = "") -> str:
-    """Return a study as Markdown: its finding, and every contestant with mean and standard deviation of its seeds."""
-    metric = metric or record["metric"]
-    unit, digits = UNITS[metric]
-    lines = []
-    for row in rows(record, others, metric):
-        cells = (row.name, _mean(row.values, digits), str(len(row.values)), _difference(row, digits), row.verdict)
-        lines.append(f"| {' | '.join(cells)} |")
-    own, used = pool([record], metric), spread_of(record, others, metric)
-    note = "no contestant has several seeds"
-    if used.freedom:
-        whose = "" if used == own else " of all studies"
-        note = f"standard deviation of a difference{whose}: {used.std:.{digits}f}, {used.freedom} degrees of freedom"
-    heading = [f"### {record['study']}: {record['question']}", *([finding] if finding else []), ""]
-    return "\n\n".join(heading) + (
-        f"`{command(record)}`; {_common(record)}; {note}.\n\n"
-        f"| contestant | {unit} | seeds | difference | |\n| --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
-    )
-
-
-def _difference(row: Row, digits: int) -> str:
-    if not math.isfinite(row.difference):
-        return ""
-    margin = f" ± {row.margin:.{digits}f}" if math.isfinite(row.margin) else ""
-    return f"{row.difference:+.{digits}f}{margin}"
-
-
-def command(record: Record) -> str:
-    """Return the command that made a study's results."""
-    return f"python benchmarks/learning.py --work WORK {record['study']}"
-
-
-def _mean(values: dict[str, float], digits: int) -> str:
-    if not values:
-        return ""
-    spread = f" ({statistics.stdev(values.values()):.{digits}f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values.values()):.{digits}f}{spread}"
-
-
-def _common(record: Record) -> str:
-    """Return the recipes of a study, the settings that all contestants share, and the most tokens of a run."""
-    from lightlm.quantities import format_quantity
-
-    entries = record["contestants"].values()
-    recipes = dict.fromkeys(f"{entry['recipe']}.yaml" for entry in entries if "recipe" in entry)
-    tokens = max((curve[-1][0] for entry in entries for curve in entry["runs"].values() if curve), default=0)
-    shared = [f"`{' '.join(record['settings'])}`"] if record["settings"] else []
-    return ", ".join([*recipes, *shared, f"{format_quantity(tokens)} tokens"])
-
-
-def summary(records: Sequence[Record]) -> str:
-    """Return one row per study: what is best, what else was tried, and on which machines."""
-    lines = []
-    for record in records:
-        metric = record["metric"]
-        unit, digits = UNITS[metric]
-        first, *found = rows(record, records, metric)
-        best = found[0] if found and math.isfinite(found[0].difference) else None
-        gain = f"{_difference(best, digits)} {unit}" if best else ""
-        counts = [row.verdict.split(",")[0] for row in found]
-        tried = ", ".join(f"{counts.count(each)} {each}" for each in dict.fromkeys(sorted(counts)))
-        runs = sum(len(row.values) for row in (first, *found))
-        cells = (record["study"], first.name, best.name if best else "", gain, best.verdict if best else "", tried)
-        lines.append(f"| {' | '.join(cells)} | {runs} |")
-    machines = dict.fromkeys(
-        ", ".join(f"{key} {value}" for key, value in record["machine"].items() if value is not None)
-        for record in records
-    )
-    heading = "| study | baseline | best of the others | difference | | all others | runs |\n"
-    return "\n".join(["### All studies", "", f"{heading}{'| --- ' * 7}|", *lines, "", *machines, ""])
-
-
-PAGE = """# The ladder
-
-What single changes of a recipe give: one study per question, on the same text in the same order, with the same
-documents for validation. The defaults of the shipped recipes do not follow from it yet. Losers stay in the tables.
-
-This page is made by `python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
-`benchmarks/learning/studies.yaml` holds the settings of every contestant.
-
-A difference is to the baseline of its study, paired by seed; less is better. ± is half of the 95% interval, from the
-spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
-within it. A contestant without a value has not run to its end.
-"""
-
-
-def page(records: Sequence[Record], findings: dict[str, str]) -> str:
-    """Return all studies as a page: the summary, then each with its finding."""
-    tables = [table(record, records, finding=findings.get(record["study"], "")) for record in records]
-    return "\n".join([PAGE, summary(records), *tables]).replace("\n### ", "\n## ")
-
-
 @dataclass(frozen=True)
 class Reached:
     """How many tokens a recipe needs for the baseline's final loss, as a share of the baseline's tokens.
@@ -283,9 +190,11 @@ def reach(record: Record, family: str, metric: str = "val_loss") -> Reached:
     members = [name for name in families(record)[family] if paired(record, metric)[name]]
     if not members:
         raise SystemExit(f"{record['study']}: {family} has no result yet on a seed of {first}")
-    flops, seconds = (_cost(entries[members[0]], cost) / _cost(entries[first], cost) for cost in ("flops", "seconds"))
-    all_tokens = _last_tokens(entries[first])
-    shares = [_last_tokens(entries[name]) / all_tokens for name in members]
+    flops, seconds = (
+        cost_of(entries[members[0]], cost) / cost_of(entries[first], cost) for cost in ("flops", "seconds")
+    )
+    all_tokens = last_tokens(entries[first])
+    shares = [last_tokens(entries[name]) / all_tokens for name in members]
     seeds = sorted(set.intersection(*(set(paired(record, metric)[name]) for name in members)))
     above_ES = np.array([[paired(record, metric)[name][seed] for seed in seeds] for name in members])
     means_E = above_ES.mean(1)
@@ -307,117 +216,12 @@ def reach(record: Record, family: str, metric: str = "val_loss") -> Reached:
     return Reached(math.exp(crossing), math.exp(low), math.exp(high), "", 0.0, flops, seconds)
 
 
-def _cost(entry: dict[str, Any], cost: str) -> float:
+def cost_of(entry: dict[str, Any], cost: str) -> float:
     """Return FLOPs or seconds per token of a contestant."""
     if cost == "flops":
         return float(entry["parameters"]["flops_per_token"])
     return 1 / statistics.fmean(entry["tokens_per_second"].values())
 
 
-def _last_tokens(entry: dict[str, Any]) -> float:
+def last_tokens(entry: dict[str, Any]) -> float:
     return statistics.fmean(curve[-1][0] for curve in entry["runs"].values() if curve)
-
-
-def sentences(record: Record, metric: str = "val_loss") -> str:
-    """Return how many tokens each recipe needs for the tuned baseline's final loss, and what is compared."""
-    first, values = baseline(record, metric), finals(record, metric)
-    unit, digits = UNITS[metric]
-    target = f"the final loss of {first} ({_mean(values[first], digits)} {unit}, {len(values[first])} seeds)"
-    lines = []
-    for family in families(record):
-        found = reach(record, family, metric)
-        if found.bound:
-            needs = f"with {found.bound} of its tokens ({found.margin:+.{digits}f} {unit} there)"
-            verb = "reaches" if found.bound.startswith("at most") else "would reach"
-        else:
-            interval = f" (95% interval {found.low:.0%} to {found.high:.0%})" if math.isfinite(found.low) else ""
-            verb, needs = "reaches", f"with {found.share:.0%} of its tokens{interval}"
-            needs += f", {found.share * found.flops:.0%} of its FLOPs and {found.share * found.seconds:.0%} of its time"
-        lines.append(f"{family} {verb} {target} {needs}.")
-    sizes = {first: first} | {family: members[0] for family, members in families(record).items()}
-    texts = (f"{name} {_weights(record['contestants'][member]):,}" for name, member in sizes.items())
-    return "\n".join([*lines, f"Active parameters without embeddings and head: {', '.join(texts)}."])
-
-
-def _weights(entry: dict[str, Any]) -> int:
-    return int(entry["parameters"]["active"] - entry["parameters"]["embedding"])
-
-
-def draw(record: Record, path: Path) -> list[Path]:
-    """Draw the loss over tokens as `path`, over FLOPs and over time as two files beside it; return all three."""
-    from lightlm.report.charts.chart import compute_unit
-
-    first, entries = baseline(record, "val_loss"), record["contestants"]
-    names = [first, *(name for members in families(record).values() for name in members)]
-    most = max(_cost(entries[name], "flops") * _last_tokens(entries[name]) for name in names if entries[name]["runs"])
-    size, unit = compute_unit(most)
-    axes = {
-        "": ("tokens", "training tokens", lambda entry: 1.0),
-        "-flops": ("FLOPs", f"training {unit}", lambda entry: _cost(entry, "flops") / size),
-        "-time": ("time", "training time (min)", lambda entry: _cost(entry, "seconds") / 60),
-    }
-    paths = []
-    for suffix, (title, label, scale) in axes.items():
-        chart = _chart(record, f"Validation loss over {title}", label, scale)
-        if not suffix:
-            _mark_shares(chart, record)
-            chart.quantities("x")
-        paths.append(path.with_name(f"{path.stem}{suffix}{path.suffix}"))
-        paths[-1].write_bytes(chart.finish().png())
-    return paths
-
-
-def _chart(record: Record, title: str, x_label: str, scale: Any) -> Any:
-    """Return a chart of the baseline and the families: means with the range of the seeds, and the ends of trainings."""
-    from lightlm.report.charts.chart import Chart
-
-    first, entries = baseline(record, "val_loss"), record["contestants"]
-    groups = {
-        f"{first}, best of {_settings(record)}" if _settings(record) > 1 else first: [first],
-        **families(record),
-    }
-    chart = Chart(title, x_label, "nats per token", name_all=True)
-    tokens, loss = record["curve"].index("tokens"), record["curve"].index("val_loss")
-    highest, lowest, widest = -math.inf, math.inf, 0.0
-    head = HEAD * _last_tokens(entries[first])
-    for color, (group, members) in enumerate(groups.items()):
-        for name in members:
-            if not (runs := [curve for curve in entries[name]["runs"].values() if curve]):
-                continue
-            length = min(map(len, runs))
-            curves_SPC = np.array([curve[:length] for curve in runs])
-            x_P = curves_SPC[0, :, tokens] * scale(entries[name])
-            y_SP = curves_SPC[:, :, loss]
-            chart.line(group, x_P, y_SP.mean(0), color)
-            chart.band(x_P, y_SP.min(0), y_SP.max(0), color)
-            chart.points("", x_P[-1:], y_SP.mean(0)[-1:], color, joined=False)
-            shown = y_SP[:, curves_SPC[0, :, tokens] >= head]
-            highest, lowest = max(highest, shown.max()), min(lowest, shown.min())
-            widest = max(widest, x_P[-1])
-    target = statistics.fmean(finals(record, "val_loss")[first].values())
-    chart.levels(f"final loss of {first}", np.array([widest / 2]), np.array([target]), widest)
-    margin = 0.06 * (highest - lowest)
-    chart.axes.set_ylim(lowest - 2 * margin, highest + margin)  # below is room for the shares
-    chart.axes.set_xlim(0, 1.03 * widest)
-    return chart
-
-
-def _settings(record: Record) -> int:
-    members = {name for group in families(record).values() for name in group}
-    return len(set(record["contestants"]) - members)
-
-
-def _mark_shares(chart: Any, record: Record) -> None:
-    """Mark where each family has the baseline's final loss."""
-    from lightlm.report.charts.chart import run_color
-
-    first = baseline(record, "val_loss")
-    target = statistics.fmean(finals(record, "val_loss")[first].values())
-    for color, family in enumerate(families(record), start=1):
-        found = reach(record, family)
-        if not found.bound:
-            x = found.share * _last_tokens(record["contestants"][first])
-            chart.axes.plot([x], [target], marker="D", markersize=7, color=run_color(color), zorder=5)
-            style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "weight": "bold"}
-            text = f"{found.share:.0%}"  # below the line: the curves come from above
-            chart.axes.annotate(text, (x, target), xytext=(0, -18), color=run_color(color), **style)

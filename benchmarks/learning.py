@@ -11,7 +11,8 @@
 
 A study is a sweep (`lightlm sweep`): contestants, recipes with changes, all on the same shards, order, tokens and
 validation documents. learning/studies.yaml lists them. The same command resumes; a new contestant or seed is added.
-Each call writes benchmarks/results/learning/STUDY.json, which holds all curves. evidence.py reads them.
+Each call writes benchmarks/results/learning/STUDY.json, which holds all curves. evidence.py reads them,
+evidence_page.py and evidence_figure.py show them.
 
 Runs use one thread each (--jobs of them at a time), so that their numbers do not depend on the other runs. Data of
 other vocabularies are WORK/data/corpus-4k, corpus-16k and corpus-32k, prepared with train:4096 and so on.
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import evidence
+import evidence_figure
+import evidence_page
 import numpy as np
 import yaml
 from common import make_parser, write_json
@@ -216,7 +219,7 @@ def main() -> None:
         if not run_study(study, options.work.resolve(), options.jobs, budget):
             print(f"{study.name} is not complete; the same command resumes it")
             break
-        print(evidence.table(evidence.read(RESULTS, [study.name])[0], all_results(), options.metric))
+        print(evidence_page.table(evidence.read(RESULTS, [study.name])[0], all_results(), options.metric))
 
 
 def all_results() -> list[evidence.Record]:
@@ -226,22 +229,22 @@ def all_results() -> list[evidence.Record]:
 
 def page() -> str:
     """Return the page of all committed results, with the findings of studies.yaml."""
-    return evidence.page(all_results(), {name: study.finding for name, study in read_studies().items()})
+    return evidence_page.page(all_results(), {name: study.finding for name, study in read_studies().items()})
 
 
 def show(options: argparse.Namespace) -> None:
     """Print, write or draw committed results."""
     if options.table:
         records = evidence.read(RESULTS, options.studies) if options.studies else all_results()
-        print("\n".join(evidence.table(record, all_results(), options.metric) for record in records))
-        print(evidence.summary(records))
+        print("\n".join(evidence_page.table(record, all_results(), options.metric) for record in records))
+        print(evidence_page.summary(records))
     if options.page:
         options.page.write_text(page(), encoding="utf-8")
     if options.figure or options.sentence:
         for record in evidence.read(RESULTS, options.studies or ["decisive"]):
-            print(evidence.sentences(record))
+            print(evidence_page.sentences(record))
             if options.figure:
-                for path in evidence.draw(record, options.figure):
+                for path in evidence_figure.draw(record, options.figure):
                     print(f"wrote {path}")
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/evidence.py says of results, against scipy and numpy."""
+"""What benchmarks/evidence.py, evidence_page.py and evidence_figure.py say of results, against scipy and numpy."""
 
 import json
 import math
@@ -17,12 +17,30 @@ SEEDS = (1, 2, 3)
 NOISE = {1: 0.020, 2: -0.005, 3: -0.015}  # of all contestants alike, so that pairing removes it
 
 
-@pytest.fixture
-def evidence(monkeypatch):
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def evidence():
     import evidence
 
     return evidence
+
+
+@pytest.fixture
+def evidence_page():
+    import evidence_page
+
+    return evidence_page
+
+
+@pytest.fixture
+def evidence_figure():
+    import evidence_figure
+
+    return evidence_figure
 
 
 def entry(recipe, ends, *, tokens=BUDGET, flops=6e6, speed=1000.0, points=20, embedding=500):
@@ -96,18 +114,18 @@ def test_the_share_of_tokens_is_where_the_means_of_the_ends_cross_the_baseline(e
     assert found.low < found.share < found.high
 
 
-def test_ends_on_one_side_give_a_bound(evidence, decisive):
+def test_ends_on_one_side_give_a_bound(evidence, evidence_page, decisive):
     assert evidence.reach(decisive, "moe").bound == "at most 30%"
-    assert "moe reaches" in evidence.sentences(decisive)
+    assert "moe reaches" in evidence_page.sentences(decisive)
     decisive["contestants"]["moe at 30%"] = entry("moe", losses(5.3), tokens=0.3 * BUDGET)
     decisive["contestants"]["moe at 45%"] = entry("moe", losses(5.1), tokens=0.45 * BUDGET)
     assert evidence.reach(decisive, "moe").bound == "more than 45%"
-    assert "moe would reach" in evidence.sentences(decisive)
-    assert "(+0.100 nats per token there)" in evidence.sentences(decisive)
+    assert "moe would reach" in evidence_page.sentences(decisive)
+    assert "(+0.100 nats per token there)" in evidence_page.sentences(decisive)
 
 
-def test_sentences_say_the_share_with_its_interval_and_what_is_compared(evidence, decisive):
-    dense, moe, sizes = evidence.sentences(decisive).splitlines()
+def test_sentences_say_the_share_with_its_interval_and_what_is_compared(evidence, evidence_page, decisive):
+    dense, moe, sizes = evidence_page.sentences(decisive).splitlines()
     found = evidence.reach(decisive, "dense")
     assert dense.startswith("dense reaches the final loss of GPT-2 4e-3 (5.000 (0.020) nats per token, 3 seeds) with ")
     assert f"with {found.share:.0%} of its tokens (95% interval {found.low:.0%} to {found.high:.0%})" in dense
@@ -116,7 +134,7 @@ def test_sentences_say_the_share_with_its_interval_and_what_is_compared(evidence
     assert "GPT-2 4e-3 1,000, dense 1,000, moe 1,000" in sizes  # 1,500 active, of which 500 are tables
 
 
-def test_the_spread_of_a_study_is_pooled_over_paired_differences(evidence):
+def test_the_spread_of_a_study_is_pooled_over_paired_differences(evidence, evidence_page):
     first = {1: 5.0, 2: 5.1, 3: 4.9}
     others = {
         "clear": {1: 4.80, 2: 4.92, 3: 4.71},
@@ -147,10 +165,10 @@ def test_the_spread_of_a_study_is_pooled_over_paired_differences(evidence):
         "bad": "worse",
     }
     assert list(rows) == ["base", "lucky", "clear", "noise", "flat", "bad"]  # best first
-    assert f"| clear | 4.810 (0.105) | 3 | -0.190 ± {rows['clear'].margin:.3f} | better |" in evidence.table(study)
+    assert f"| clear | 4.810 (0.105) | 3 | -0.190 ± {rows['clear'].margin:.3f} | better |" in evidence_page.table(study)
 
 
-def test_a_study_of_single_seeds_borrows_the_spread_of_the_others_of_its_metric(evidence):
+def test_a_study_of_single_seeds_borrows_the_spread_of_the_others_of_its_metric(evidence, evidence_page):
     alone = record({"base": entry("small", {1: 5.0}), "change": entry("small", {1: 4.99})})
     assert evidence.rows(alone, [alone], "val_loss")[1].verdict == "one seed"
     noisy = record({"a": entry("small", losses(5)), "b": entry("small", losses(5, (0.03, -0.02, 0.05)))})
@@ -159,10 +177,10 @@ def test_a_study_of_single_seeds_borrows_the_spread_of_the_others_of_its_metric(
     other = record(noisy["contestants"], metric="val_bpb", study="other")
     assert evidence.rows(alone, [alone, noisy], "val_loss")[1].verdict == "noise"
     assert evidence.rows(alone, [alone, other], "val_loss")[1].verdict == "one seed"
-    assert "of all studies" in evidence.table(alone, [alone, noisy])
+    assert "of all studies" in evidence_page.table(alone, [alone, noisy])
 
 
-def test_a_study_is_shown_in_its_own_metric_with_every_contestant(evidence):
+def test_a_study_is_shown_in_its_own_metric_with_every_contestant(evidence_page):
     study = record(
         {
             "8k": entry("small", {1: 5.1, 2: 5.1}),
@@ -172,19 +190,19 @@ def test_a_study_is_shown_in_its_own_metric_with_every_contestant(evidence):
         metric="val_bpb",
         settings=["optimizer.name=muon"],
     )
-    text = evidence.table(study)
+    text = evidence_page.table(study)
     assert "| contestant | bits per byte |" in text
     assert "| 4k | 1.5000 (0.0000) | 2 | -0.2000 ±" in text
     assert "| hot |  | 0 |  | diverged |" in text
     assert "`python benchmarks/learning.py --work WORK decisive`; small.yaml, `optimizer.name=muon`, 10M tokens" in text
-    assert "| 4k | 4.500 " in evidence.table(study, metric="val_loss")
+    assert "| 4k | 4.500 " in evidence_page.table(study, metric="val_loss")
 
 
-def test_the_summary_has_a_row_per_study_and_the_machine(evidence, decisive):
+def test_the_summary_has_a_row_per_study_and_the_machine(evidence_page, decisive):
     vocabulary = record(
         {"8k": entry("small", {1: 5.1}), "4k": entry("small", {1: 4.5})}, study="vocabulary", metric="val_bpb"
     )
-    text = evidence.summary([decisive, vocabulary])
+    text = evidence_page.summary([decisive, vocabulary])
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| decisive", "| vocabulary"))]
     assert [row[0] for row in rows] == ["| decisive", "| vocabulary"]
     assert rows[0][1:3] == ["GPT-2 4e-3", "GPT-2 8e-3"]
@@ -193,9 +211,9 @@ def test_the_summary_has_a_row_per_study_and_the_machine(evidence, decisive):
     assert text.count("processor Abacus") == 1
 
 
-def test_the_page_has_every_study_with_its_finding(evidence, decisive):
+def test_the_page_has_every_study_with_its_finding(evidence_page, decisive):
     other = record({"8k": entry("small", {1: 5.1}), "4k": entry("small", {1: 4.5})}, study="vocabulary")
-    text = evidence.page([decisive, other], {"vocabulary": "Fewer tokens."})
+    text = evidence_page.page([decisive, other], {"vocabulary": "Fewer tokens."})
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# The ladder",
         "## All studies",
@@ -212,9 +230,11 @@ def png_size(path):
     return struct.unpack(">II", content[16:24])
 
 
-def test_the_figure_shows_the_tuned_baseline_the_families_and_where_they_cross(evidence, decisive, tmp_path):
-    chart = evidence._chart(decisive, "Loss", "tokens", lambda entry: 1.0)
-    evidence._mark_shares(chart, decisive)
+def test_the_figure_shows_the_tuned_baseline_the_families_and_where_they_cross(
+    evidence, evidence_figure, decisive, tmp_path
+):
+    chart = evidence_figure._chart(decisive, "Loss", "tokens", lambda entry: 1.0)
+    evidence_figure._mark_shares(chart, decisive)
     chart.finish()
     legend = [text.get_text() for text in chart.figure.legends[0].get_texts()]
     assert legend == ["GPT-2 4e-3, best of 3", "dense", "moe", "final loss of GPT-2 4e-3"]
@@ -227,12 +247,12 @@ def test_the_figure_shows_the_tuned_baseline_the_families_and_where_they_cross(e
         diamond.get_xydata(), [[evidence.reach(decisive, "dense").share * BUDGET, np.mean(list(TUNED.values()))]]
     )
     assert [text.get_text() for text in chart.axes.texts] == [f"{evidence.reach(decisive, 'dense').share:.0%}"]
-    paths = evidence.draw(decisive, tmp_path / "learning.png")
+    paths = evidence_figure.draw(decisive, tmp_path / "learning.png")
     assert [path.name for path in paths] == ["learning.png", "learning-flops.png", "learning-time.png"]
     assert all(png_size(path)[0] == 1020 for path in paths)
 
 
-def test_the_commands_read_committed_results_and_name_what_is_missing(tmp_path, decisive, monkeypatch, evidence):
+def test_the_commands_read_committed_results_and_name_what_is_missing(evidence, tmp_path, decisive, monkeypatch):
     import learning
 
     monkeypatch.setattr(learning, "RESULTS", tmp_path)

@@ -117,4 +117,4 @@ def test_a_study_keeps_validations_speeds_sizes_and_states(learning, study, tmp_
     assert plain["runs"] == {}
     assert record["machine"] == {"processor": "Abacus", "device": "cpu"}
     assert (record["metric"], record["settings"]) == ("val_bpb", study.settings)
-    assert learning.evidence.table(record).count("| diverged |") == 1
+    assert learning.evidence_page.table(record).count("| diverged |") == 1

@@ -1,0 +1,125 @@
+"""The results of learning.py in words: a table per study, the page of all, and the share of tokens a recipe needs."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from evidence import UNITS, Record, Row, baseline, families, finals, pool, reach, rows, spread_of
+
+
+def table(record: Record, others: Sequence[Record] = (), metric: str | None = None, finding: str = "") -> str:
+    """Return a study as Markdown: its finding, and every contestant with mean and standard deviation of its seeds."""
+    metric = metric or record["metric"]
+    unit, digits = UNITS[metric]
+    lines = []
+    for row in rows(record, others, metric):
+        cells = (row.name, _mean(row.values, digits), str(len(row.values)), _difference(row, digits), row.verdict)
+        lines.append(f"| {' | '.join(cells)} |")
+    own, used = pool([record], metric), spread_of(record, others, metric)
+    note = "no contestant has several seeds"
+    if used.freedom:
+        whose = "" if used == own else " of all studies"
+        note = f"standard deviation of a difference{whose}: {used.std:.{digits}f}, {used.freedom} degrees of freedom"
+    heading = [f"### {record['study']}: {record['question']}", *([finding] if finding else []), ""]
+    return "\n\n".join(heading) + (
+        f"`{command(record)}`; {_common(record)}; {note}.\n\n"
+        f"| contestant | {unit} | seeds | difference | |\n| --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _difference(row: Row, digits: int) -> str:
+    if not math.isfinite(row.difference):
+        return ""
+    margin = f" ± {row.margin:.{digits}f}" if math.isfinite(row.margin) else ""
+    return f"{row.difference:+.{digits}f}{margin}"
+
+
+def command(record: Record) -> str:
+    """Return the command that made a study's results."""
+    return f"python benchmarks/learning.py --work WORK {record['study']}"
+
+
+def _mean(values: dict[str, float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = f" ({statistics.stdev(values.values()):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values.values()):.{digits}f}{spread}"
+
+
+def _common(record: Record) -> str:
+    """Return the recipes of a study, the settings that all contestants share, and the most tokens of a run."""
+    from lightlm.quantities import format_quantity
+
+    entries = record["contestants"].values()
+    recipes = dict.fromkeys(f"{entry['recipe']}.yaml" for entry in entries if "recipe" in entry)
+    tokens = max((curve[-1][0] for entry in entries for curve in entry["runs"].values() if curve), default=0)
+    shared = [f"`{' '.join(record['settings'])}`"] if record["settings"] else []
+    return ", ".join([*recipes, *shared, f"{format_quantity(tokens)} tokens"])
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Return one row per study: what is best, what else was tried, and on which machines."""
+    lines = []
+    for record in records:
+        metric = record["metric"]
+        unit, digits = UNITS[metric]
+        first, *found = rows(record, records, metric)
+        best = found[0] if found and math.isfinite(found[0].difference) else None
+        gain = f"{_difference(best, digits)} {unit}" if best else ""
+        counts = [row.verdict.split(",")[0] for row in found]
+        tried = ", ".join(f"{counts.count(each)} {each}" for each in dict.fromkeys(sorted(counts)))
+        runs = sum(len(row.values) for row in (first, *found))
+        cells = (record["study"], first.name, best.name if best else "", gain, best.verdict if best else "", tried)
+        lines.append(f"| {' | '.join(cells)} | {runs} |")
+    machines = dict.fromkeys(
+        ", ".join(f"{key} {value}" for key, value in record["machine"].items() if value is not None)
+        for record in records
+    )
+    heading = "| study | baseline | best of the others | difference | | all others | runs |\n"
+    return "\n".join(["### All studies", "", f"{heading}{'| --- ' * 7}|", *lines, "", *machines, ""])
+
+
+PAGE = """# The ladder
+
+What single changes of a recipe give: one study per question, on the same text in the same order, with the same
+documents for validation. The defaults of the shipped recipes do not follow from it yet. Losers stay in the tables.
+
+This page is made by `python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
+`benchmarks/learning/studies.yaml` holds the settings of every contestant.
+
+A difference is to the baseline of its study, paired by seed; less is better. ± is half of the 95% interval, from the
+spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
+within it. A contestant without a value has not run to its end.
+"""
+
+
+def page(records: Sequence[Record], findings: dict[str, str]) -> str:
+    """Return all studies as a page: the summary, then each with its finding."""
+    tables = [table(record, records, finding=findings.get(record["study"], "")) for record in records]
+    return "\n".join([PAGE, summary(records), *tables]).replace("\n### ", "\n## ")
+
+
+def sentences(record: Record, metric: str = "val_loss") -> str:
+    """Return how many tokens each recipe needs for the tuned baseline's final loss, and what is compared."""
+    first, values = baseline(record, metric), finals(record, metric)
+    unit, digits = UNITS[metric]
+    target = f"the final loss of {first} ({_mean(values[first], digits)} {unit}, {len(values[first])} seeds)"
+    lines = []
+    for family in families(record):
+        found = reach(record, family, metric)
+        if found.bound:
+            needs = f"with {found.bound} of its tokens ({found.margin:+.{digits}f} {unit} there)"
+            verb = "reaches" if found.bound.startswith("at most") else "would reach"
+        else:
+            interval = f" (95% interval {found.low:.0%} to {found.high:.0%})" if math.isfinite(found.low) else ""
+            verb, needs = "reaches", f"with {found.share:.0%} of its tokens{interval}"
+            needs += f", {found.share * found.flops:.0%} of its FLOPs and {found.share * found.seconds:.0%} of its time"
+        lines.append(f"{family} {verb} {target} {needs}.")
+    sizes = {first: first} | {family: members[0] for family, members in families(record).items()}
+    texts = (f"{name} {_weights(record['contestants'][member]):,}" for name, member in sizes.items())
+    return "\n".join([*lines, f"Active parameters without embeddings and head: {', '.join(texts)}."])
+
+
+def _weights(entry: dict[str, Any]) -> int:
+    return int(entry["parameters"]["active"] - entry["parameters"]["embedding"])
