@@ -152,6 +152,11 @@ class _Conversations:
         return numbers.tolist()
 
 
+def epoch_tokens(stream: TokenStream, seq_len: int, too_long: TooLong) -> int:
+    """Return the tokens of an epoch of a train stream; of conversations, those of their padded sequences."""
+    return len(stream) if stream.mask is None else len(Packing(stream, seq_len + 1, too_long)) * seq_len
+
+
 class BatchLoader:
     """Training batches from token streams, in the order of a mixture."""
 

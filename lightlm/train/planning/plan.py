@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lightlm.data.folder import DataFolder
+from lightlm.data.loader import epoch_tokens
 from lightlm.data.training_data import TrainingData, folder_paths
 from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype, training_dtype
 from lightlm.errors import UsageError
@@ -109,8 +110,9 @@ def _sources(recipe: Recipe, tokens: int) -> list[dict[str, Any]]:
     counts = source_order(recipe).counts(tokens // recipe.seq_len).tolist()
     rows = []
     for (name, path), count in zip(folder_paths(recipe.data.sources).items(), counts, strict=True):
-        size = len(DataFolder.open(path).split("train")) if path.is_dir() else None
-        read = count * recipe.seq_len
+        size, read = None, count * recipe.seq_len
+        if path.is_dir():
+            size = epoch_tokens(DataFolder.open(path).split("train"), recipe.seq_len, recipe.data.too_long)
         rows.append({"name": name, "tokens": read, "train_tokens": size, "epochs": read / size if size else None})
     return rows
 

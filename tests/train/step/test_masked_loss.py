@@ -16,6 +16,7 @@ from lightlm.recipe import load_recipe
 from lightlm.train.checkpointing.resume import data_identity
 from lightlm.train.evaluations import Evaluations
 from lightlm.train.observe.observers import Observer
+from lightlm.train.planning.plan import make_plan
 from lightlm.train.setup import open_data, set_up
 from lightlm.train.step.loss import token_losses
 from tests.train.group import together, train_together
@@ -145,6 +146,17 @@ def test_losses_do_not_depend_on_processes(size, strategy):
         assert [row[key] for row in metrics] == pytest.approx([row[key] for row in one], rel=1e-5)
     assert [row["grad_norm"] for row in metrics] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
     assert metrics[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+
+
+def test_a_plan_counts_the_epochs_of_conversations_as_the_run_does():
+    """Their sequences are padded, and cut conversations that are longer."""
+    recipe = load_recipe("tiny.yaml", CHAT)
+    [planned] = make_plan(recipe, probe=False)["run"]["sources"]
+    setup = set_up(recipe, open_data(recipe), lambda message: None)
+    [read] = setup.sources(setup.recipe.train.tokens // SEQUENCE)
+    assert planned["epochs"] == pytest.approx(read["epochs"], rel=1e-9)
+    assert (planned["tokens"], planned["train_tokens"]) == (read["tokens"], read["train_tokens"])
+    assert read["train_tokens"] != len(setup.data.streams("train")["talk"])
 
 
 def test_other_masks_are_other_data():
