@@ -40,7 +40,7 @@ RESULTS = HERE / "results" / "learning"
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant: the name of its recipe in learning/, and its overrides."""
+    """A contestant: the name of its recipe, in learning/ or one that LightLM ships, and its overrides."""
 
     recipe: str
     changes: list[str]
@@ -54,7 +54,8 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        return HERE / "learning" / f"{self.recipe}.yaml"
+        own = HERE / "learning" / f"{self.recipe}.yaml"
+        return own if own.is_file() else HERE.parent / "recipes" / f"{self.recipe}.yaml"
 
 
 @dataclass(frozen=True)
