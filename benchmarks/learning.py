@@ -150,7 +150,8 @@ def _record(study: Study, results: Any) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     machine: dict[str, Any] = {}
-    for line in results.lines:
+    places = {name: place for place, name in enumerate(study.contestants)}  # a sweep has them as they were added
+    for line in sorted(results.lines, key=lambda line: places.get(line.contestant.name, len(places))):
         name = line.contestant.name
         entry = study.contestants.get(name)
         known = {"recipe": entry.recipe, "changes": entry.changes} if entry else {}

@@ -83,7 +83,7 @@ def test_the_committed_page_is_that_of_the_committed_results(learning):
 
 def test_a_study_keeps_validations_speeds_sizes_and_states(learning, study, tmp_path):
     sweep, entries = folder(tmp_path / "sweep"), {}
-    for name, seeds in (("GPT-2", (1, 2)), ("plain", (1,))):
+    for name, seeds in (("plain", (1,)), ("GPT-2", (1, 2))):  # the study's baseline was added later
         contestant = Contestant(name, "demo", ())
         entries[name] = Entry(contestant, list(seeds), {"train": {}, "model": {}})
         for seed in seeds:
@@ -102,6 +102,7 @@ def test_a_study_keeps_validations_speeds_sizes_and_states(learning, study, tmp_
             sweep.record(Cell(contestant, seed), End("done" if name == "GPT-2" else "diverged", 5.0))
     definition = Definition(entries)
     record = json.loads(json.dumps(learning._record(study, read_results(sweep, definition, "val_loss"))))
+    assert list(record["contestants"]) == ["GPT-2", "plain"]
     gpt2, plain = record["contestants"]["GPT-2"], record["contestants"]["plain"]
     assert gpt2["runs"] == {
         "1": [[4096, 1, 6.0, 2.0], [12288, 3, 6.0, 1.5]],
