@@ -40,10 +40,8 @@ def _chart(record: Record, title: str, x_label: str, scale: Any) -> Any:
     from lightlm.report.charts.chart import Chart
 
     first, entries = baseline(record, "val_loss"), record["contestants"]
-    groups = {
-        f"{first}, best of {_settings(record)}" if _settings(record) > 1 else first: [first],
-        **families(record),
-    }
+    short = first.partition(",")[0]  # without its settings
+    groups = {short: [first], **families(record)}
     chart = Chart(title, x_label, "nats per token", name_all=True)
     tokens, loss = record["curve"].index("tokens"), record["curve"].index("val_loss")
     highest, lowest, widest = -math.inf, math.inf, 0.0
@@ -63,16 +61,11 @@ def _chart(record: Record, title: str, x_label: str, scale: Any) -> Any:
             highest, lowest = max(highest, shown.max()), min(lowest, shown.min())
             widest = max(widest, x_P[-1])
     target = statistics.fmean(finals(record, "val_loss")[first].values())
-    chart.levels(f"final loss of {first}", np.array([widest / 2]), np.array([target]), widest)
+    chart.levels(f"final loss of {short}", np.array([widest / 2]), np.array([target]), widest)
     margin = 0.06 * (highest - lowest)
     chart.axes.set_ylim(lowest - 2 * margin, highest + margin)  # below is room for the shares
     chart.axes.set_xlim(0, 1.03 * widest)
     return chart
-
-
-def _settings(record: Record) -> int:
-    members = {name for group in families(record).values() for name in group}
-    return len(set(record["contestants"]) - members)
 
 
 def _mark_shares(chart: Any, record: Record) -> None:

@@ -52,6 +52,8 @@ def make_data(folder: Path, count: int = 300) -> Path:
     return folder / "data" / "tiny"
 
 
+STEADY = Path(__file__).with_name("steady.yaml")  # a recipe whose numbers tests know
+
 TINY_RECIPE = """
 name: tiny
 model: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, intermediate_size: 64, max_seq_len: 32}

@@ -13,6 +13,7 @@ from lightlm.convert.formats import FORMATS
 from lightlm.errors import RecipeError, UsageError
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import CheckpointSection, load_recipe, load_run_recipe, shipped_recipes, span_tokens
+from tests.corpus import STEADY
 from tests.shapes import without_hub
 
 PARAMETERS = {
@@ -234,7 +235,7 @@ evals: {}
 )
 def test_settings_that_cannot_work_are_refused(override, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        load_recipe("demo", [override])
+        load_recipe(STEADY, [override])
 
 
 def test_the_settings_of_an_unknown_optimizer_are_checked_as_far_as_they_can_be():

@@ -81,9 +81,9 @@ TUNED = losses(5.00, (0.003, -0.003, 0))
 def decisive():
     return record(
         {
-            "GPT-2 1e-3": entry("gpt2", losses(4.95, (0, 0, 0.2))),  # the best median, and a worse mean
-            "GPT-2 4e-3": entry("gpt2", TUNED),
-            "GPT-2 8e-3": entry("gpt2", {1: 4.90}),  # one lucky seed is not a tuned baseline
+            "GPT-2, 1e-3": entry("gpt2", losses(4.95, (0, 0, 0.2))),  # the best median, and a worse mean
+            "GPT-2, 4e-3": entry("gpt2", TUNED),
+            "GPT-2, 8e-3": entry("gpt2", {1: 4.90}),  # one lucky seed is not a tuned baseline
             "dense at 60%": entry("small", DENSE_60, tokens=0.6 * BUDGET, flops=9e6, speed=500.0),
             "dense at 40%": entry("small", DENSE_40, tokens=0.4 * BUDGET, flops=9e6, speed=500.0),
             "moe at 30%": entry("moe", losses(4.95), tokens=0.3 * BUDGET),
@@ -93,7 +93,7 @@ def decisive():
 
 
 def test_the_baseline_is_the_best_of_the_rates_with_all_seeds(evidence, decisive):
-    assert evidence.baseline(decisive, "val_loss") == "GPT-2 4e-3"
+    assert evidence.baseline(decisive, "val_loss") == "GPT-2, 4e-3"
     assert evidence.families(decisive) == {
         "dense": ["dense at 40%", "dense at 60%"],
         "moe": ["moe at 30%", "moe at 45%"],
@@ -127,11 +127,11 @@ def test_ends_on_one_side_give_a_bound(evidence, evidence_page, decisive):
 def test_sentences_say_the_share_with_its_interval_and_what_is_compared(evidence, evidence_page, decisive):
     dense, moe, sizes = evidence_page.sentences(decisive).splitlines()
     found = evidence.reach(decisive, "dense")
-    assert dense.startswith("dense reaches the final loss of GPT-2 4e-3 (5.000 (0.020) nats per token, 3 seeds) with ")
+    assert dense.startswith("dense reaches the final loss of GPT-2, 4e-3 (5.000 (0.020) nats per token, 3 seeds) with ")
     assert f"with {found.share:.0%} of its tokens (95% interval {found.low:.0%} to {found.high:.0%})" in dense
     assert f"{1.5 * found.share:.0%} of its FLOPs and {2 * found.share:.0%} of its time." in dense
     assert moe.endswith("with at most 30% of its tokens (-0.050 nats per token there).")
-    assert "GPT-2 4e-3 1,000, dense 1,000, moe 1,000" in sizes  # 1,500 active, of which 500 are tables
+    assert "GPT-2, 4e-3 1,000, dense 1,000, moe 1,000" in sizes  # 1,500 active, of which 500 are tables
 
 
 def test_the_spread_of_a_study_is_pooled_over_paired_differences(evidence, evidence_page):
@@ -205,7 +205,7 @@ def test_the_summary_has_a_row_per_study_and_the_machine(evidence_page, decisive
     text = evidence_page.summary([decisive, vocabulary])
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| decisive", "| vocabulary"))]
     assert [row[0] for row in rows] == ["| decisive", "| vocabulary"]
-    assert rows[0][1:3] == ["GPT-2 4e-3", "GPT-2 8e-3"]
+    assert rows[0][1:3] == ["GPT-2, 4e-3", "GPT-2, 8e-3"]
     assert rows[0][6] == "19 |"
     assert rows[1][3] == "-0.2000 bits per byte"
     assert text.count("processor Abacus") == 1
@@ -237,7 +237,7 @@ def test_the_figure_shows_the_tuned_baseline_the_families_and_where_they_cross(
     evidence_figure._mark_shares(chart, decisive)
     chart.finish()
     legend = [text.get_text() for text in chart.figure.legends[0].get_texts()]
-    assert legend == ["GPT-2 4e-3, best of 3", "dense", "moe", "final loss of GPT-2 4e-3"]
+    assert legend == ["GPT-2", "dense", "moe", "final loss of GPT-2"]
     ends = {tuple(line.get_xydata()[0]) for line in chart.axes.lines if line.get_marker() == "o"}
     means = {1.0: TUNED, 0.4: DENSE_40, 0.6: DENSE_60, 0.3: losses(4.95), 0.45: losses(4.90)}
     for (x, y), (share, values) in zip(sorted(ends), sorted(means.items(), key=lambda item: item[0]), strict=True):

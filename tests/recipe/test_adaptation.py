@@ -7,6 +7,7 @@ import pytest
 from lightlm.errors import RecipeError
 from lightlm.model.config import ModelConfig
 from lightlm.recipe import load_recipe, load_run_recipe, shipped_recipes
+from tests.corpus import STEADY
 from tests.shapes import without_hub
 
 
@@ -31,7 +32,7 @@ from tests.shapes import without_hub
 )
 def test_a_setting_without_effect_is_refused(overrides, key, why):
     with pytest.raises(RecipeError) as error:
-        load_recipe("demo", overrides)
+        load_recipe(STEADY, overrides)
     assert f"{key}: has no effect" in str(error.value)
     assert why in str(error.value)
 
@@ -51,9 +52,9 @@ def test_no_shipped_recipe_has_a_setting_without_effect(path):
 @pytest.mark.parametrize(
     ("recipe", "override", "notes"),
     [
-        ("demo", "schedule.name=cosine", ["schedule.decay 20%"]),
-        ("demo", "schedule.name=constant", ["schedule.decay 20%"]),
-        ("demo", "schedule.name=wsd", []),
+        (STEADY, "schedule.name=cosine", ["schedule.decay 20%"]),
+        (STEADY, "schedule.name=constant", ["schedule.decay 20%"]),
+        (STEADY, "schedule.name=wsd", []),
         ("gpt2-124m", "schedule.name=constant", ["schedule.min_lr_ratio 0.1"]),
         ("gpt3-125m", "schedule.name=wsd", ["schedule.decay 260B"]),
         ("gpt3-125m", "model.sliding_window=0", []),
@@ -86,11 +87,11 @@ def test_an_override_that_has_no_effect_itself_is_refused():
 
 def test_a_decay_given_with_its_schedule_is_kept_if_the_rate_stays_above_zero():
     given = ["schedule.name=cosine", "schedule.decay=60%", "schedule.min_lr_ratio=0.1"]
-    assert load_recipe("demo", given).schedule.decay == "60%"
-    assert load_recipe("demo", ["schedule={name: cosine, warmup: 2%, decay: 98%}"]).schedule.decay == "98%"
+    assert load_recipe(STEADY, given).schedule.decay == "60%"
+    assert load_recipe(STEADY, ["schedule={name: cosine, warmup: 2%, decay: 98%}"]).schedule.decay == "98%"
     for name in ("cosine", "linear"):
         with pytest.raises(RecipeError, match=r"schedule\.decay: 20% of .* leaves the last 78% of the run at rate 0"):
-            load_recipe("demo", [f"schedule.name={name}", "schedule.decay=20%"])
+            load_recipe(STEADY, [f"schedule.name={name}", "schedule.decay=20%"])
 
 
 @pytest.mark.parametrize(

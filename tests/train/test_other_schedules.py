@@ -16,6 +16,7 @@ from lightlm.errors import RecipeError
 from lightlm.recipe import ScheduleSection, load_recipe
 from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.schedules import describe_other_schedules, step_settings, weight_decay_factor
+from tests.corpus import STEADY
 from tests.train.group import together, train_together
 from tests.train.watch import Recorder, comparable, resume, start
 
@@ -59,7 +60,7 @@ def test_two_points_at_one_place_are_a_jump():
 
 def momenta(tokens, schedule="{name: wsd, warmup: 0%, decay: 40%}", **keys):
     given = {"name": "muon", "momentum": 0.97} | keys
-    recipe = load_recipe("demo", [f"optimizer={yaml.safe_dump({'lr': 0.01} | given)}", f"schedule={schedule}"])
+    recipe = load_recipe(STEADY, [f"optimizer={yaml.safe_dump({'lr': 0.01} | given)}", f"schedule={schedule}"])
     return [step_settings(recipe, at, 0, 1000).momentum for at in tokens]
 
 
@@ -130,30 +131,30 @@ def test_momentum_rises_at_the_start_and_follows_the_rates_decay():
 )
 def test_settings_without_effect_or_sense_are_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
-        load_recipe("demo", overrides)
+        load_recipe(STEADY, overrides)
 
 
 def test_a_resolved_recipe_reads_back_as_it_is():
-    recipe = load_recipe("demo", SCHEDULED)
+    recipe = load_recipe(STEADY, SCHEDULED)
     assert recipe.optimizer.betas == (0.9, None)
     assert (
-        load_recipe("demo", [f"{k}={yaml.safe_dump(v)}" for k, v in recipe.to_dict().items() if k != "name"]) == recipe
+        load_recipe(STEADY, [f"{k}={yaml.safe_dump(v)}" for k, v in recipe.to_dict().items() if k != "name"]) == recipe
     )
 
 
 def test_other_schedules_in_words():
-    texts = describe_other_schedules(load_recipe("demo", SCHEDULED))
+    texts = describe_other_schedules(load_recipe(STEADY, SCHEDULED))
     assert texts == {
         "weight decay": "0.5, constant to step 48 (195K tokens), -> 0.0625 at step 195 (797K tokens), -> 0.58 at step "
         "367 (1.5M tokens)",
         "momentum": "0.85 -> 0.97 at step 74 (301K tokens), constant to step 294 (1.2M tokens), -> 0.9 at step 367 "
         "(1.5M tokens)",
     }
-    assert describe_other_schedules(load_recipe("demo")) == {}
-    assert describe_other_schedules(load_recipe("demo", ["schedule.weight_decay=cosine"])) == {
+    assert describe_other_schedules(load_recipe(STEADY)) == {}
+    assert describe_other_schedules(load_recipe(STEADY, ["schedule.weight_decay=cosine"])) == {
         "weight decay": "0.1 -> 0 at step 367 (1.5M tokens) (cosine)"
     }
-    jump = describe_other_schedules(load_recipe("demo", ["schedule.weight_decay=[[50%, 1], [50%, 0]]"]))
+    jump = describe_other_schedules(load_recipe(STEADY, ["schedule.weight_decay=[[50%, 1], [50%, 0]]"]))
     assert jump["weight decay"].startswith("0.1, constant to step 184 (752K tokens), then 0 at once, constant to")
 
 

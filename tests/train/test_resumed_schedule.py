@@ -11,6 +11,7 @@ from lightlm import checkpoint
 from lightlm.errors import RecipeError
 from lightlm.recipe import load_recipe, load_run_recipe
 from lightlm.train.schedules import learning_rate_factor, notes_on_short_spans
+from tests.corpus import STEADY
 from tests.train.watch import Recorder, resume, start
 
 SHORT = ("tiny.yaml", "eval.every=0", "eval.prompts=[]", "checkpoint.every=1280")  # 20 steps
@@ -118,13 +119,13 @@ def test_data_read_too_often_is_named_at_the_start(workspace):
     ],
 )
 def test_a_span_below_a_batch_is_named_with_its_tokens(override, named):
-    notes = list(notes_on_short_spans(load_recipe("demo", [override])))
+    notes = list(notes_on_short_spans(load_recipe(STEADY, [override])))
     assert len(notes) == named
     assert all("20 tokens, less than one batch of 4,096" in note and "as 2%" in note for note in notes)
 
 
 def test_a_half_life_below_a_batch_is_named():
     for half_life, named in (("4095", True), ("4096", False)):
-        notes = list(notes_on_short_spans(load_recipe("demo", [f"optimizer.beta2_half_life={half_life}"])))
+        notes = list(notes_on_short_spans(load_recipe(STEADY, [f"optimizer.beta2_half_life={half_life}"])))
         assert len(notes) == named
         assert all("optimizer.beta2_half_life is 4,095 tokens, less than one batch of 4,096" in n for n in notes)

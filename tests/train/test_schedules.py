@@ -13,6 +13,7 @@ from lightlm.train.schedules import (
     learning_rate_factor,
     note_on_repeats,
 )
+from tests.corpus import STEADY
 from tests.shapes import without_hub
 
 
@@ -89,7 +90,7 @@ def test_every_schedule_trains_every_shipped_recipe_at_half_time(path, name):
     ],
 )
 def test_the_corner_points_in_words(overrides, text):
-    assert describe_schedule(load_recipe("demo", overrides)) == text
+    assert describe_schedule(load_recipe(STEADY, overrides)) == text
 
 
 @settings(deadline=None, max_examples=25)
@@ -97,7 +98,7 @@ def test_the_corner_points_in_words(overrides, text):
 def test_between_corner_points_the_rate_rises_falls_or_stays(name, warmup, decay):
     values = {"name": name, "warmup": f"{warmup}%", "min_lr_ratio": 0.1, "decay": f"{decay}%"}
     shown = ", ".join(f"{k}: {v}" for k, v in values.items() if name != "constant" or k in ("name", "warmup"))
-    recipe = load_recipe("demo", [f"schedule={{{shown}}}"])
+    recipe = load_recipe(STEADY, [f"schedule={{{shown}}}"])
     points, total = corner_points(recipe), batch_plan(recipe).remaining()[1]
     assert (points[0]["step"], points[-1]["step"]) == (0, batch_plan(recipe).remaining()[0])
     for left, right in itertools.pairwise(points):
