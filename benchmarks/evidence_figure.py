@@ -41,7 +41,8 @@ def _chart(record: Record, title: str, x_label: str, scale: Any) -> Any:
 
     first, entries = baseline(record, "val_loss"), record["contestants"]
     short = first.partition(",")[0]  # without its settings
-    groups = {short: [first], **families(record)}
+    groups = {f"{short}, tuned": [first]}
+    groups |= {f"LightLM, {family}": members for family, members in families(record).items()}
     chart = Chart(title, x_label, "nats per token", name_all=True)
     tokens, loss = record["curve"].index("tokens"), record["curve"].index("val_loss")
     highest, lowest, widest = -math.inf, math.inf, 0.0

@@ -237,7 +237,7 @@ def test_the_figure_shows_the_tuned_baseline_the_families_and_where_they_cross(
     evidence_figure._mark_shares(chart, decisive)
     chart.finish()
     legend = [text.get_text() for text in chart.figure.legends[0].get_texts()]
-    assert legend == ["GPT-2", "dense", "moe", "final loss of GPT-2"]
+    assert legend == ["GPT-2, tuned", "LightLM, dense", "LightLM, moe", "final loss of GPT-2"]
     ends = {tuple(line.get_xydata()[0]) for line in chart.axes.lines if line.get_marker() == "o"}
     means = {1.0: TUNED, 0.4: DENSE_40, 0.6: DENSE_60, 0.3: losses(4.95), 0.45: losses(4.90)}
     for (x, y), (share, values) in zip(sorted(ends), sorted(means.items(), key=lambda item: item[0]), strict=True):

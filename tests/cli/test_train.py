@@ -39,7 +39,7 @@ def test_a_dry_run_needs_no_data_and_a_run_does(lightlm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = lightlm("train", "demo", "--dry-run", "--json")
     plan = json.loads(outcome.stdout)
-    assert (plan["steps"], plan["train_tokens"], plan["epochs"]) == (367, None, None)
+    assert (plan["steps"], plan["train_tokens"], plan["epochs"]) == (733, None, None)
     assert plan["parameters"] == 6_819_840 + (50_257 - 8192) * 256
     for words in ("data/pydocs is not prepared yet", "lightlm prepare-data pydocs", "vocabulary of 50,257"):
         assert words in outcome.stderr.replace("\n", " ")
