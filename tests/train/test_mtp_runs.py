@@ -35,10 +35,11 @@ def _in_workspace(workspace, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(workspace):
-    """What one process logged, uninterrupted."""
+    """What one process logged, uninterrupted, with heads of each kind and without (`off`)."""
+    kinds = KINDS | {"off": MTP[1:]}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        return {kind: start("tiny.yaml", *given, name=f"mtp-{kind}")[1].metrics for kind, given in KINDS.items()}
+        return {kind: start("tiny.yaml", *given, name=f"mtp-{kind}")[1].metrics for kind, given in kinds.items()}
 
 
 def assert_same(found, wanted):
@@ -49,13 +50,13 @@ def assert_same(found, wanted):
 
 def test_its_loss_is_apart_and_its_weight_falls(runs):
     assert [m["mtp_weight"] for m in runs["plain"]] == [0.5, 0.5, 0.5, 0.1, 0.1]
-    _, plain = start("tiny.yaml", *MTP[1:], name="mtp-off")
-    assert "mtp_loss" not in plain.metrics[0]
+    off = runs["off"]
+    assert "mtp_loss" not in off[0]
     # The first step: the same weights see the same batch.
-    assert runs["plain"][0]["loss"] == plain.metrics[0]["loss"]
+    assert runs["plain"][0]["loss"] == off[0]["loss"]
     assert runs["plain"][0]["mtp_loss"] == pytest.approx(5.77, abs=0.2)  # ln(320)
-    assert runs["plain"][0]["grad_norm"] > plain.metrics[0]["grad_norm"]
-    assert runs["plain"][-1]["loss"] != plain.metrics[-1]["loss"]
+    assert runs["plain"][0]["grad_norm"] > off[0]["grad_norm"]
+    assert runs["plain"][-1]["loss"] != off[-1]["loss"]
 
 
 def test_the_validation_loss_is_that_of_the_exported_model(runs):
