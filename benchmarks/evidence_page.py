@@ -83,8 +83,8 @@ def summary(records: Sequence[Record]) -> str:
 PAGE = """# The ladder
 
 What single changes of a recipe give: one study per question, on the same text in the same order, with the same
-documents for validation. The optimizer and the schedule of LightLM's own recipes follow from it.
-Losers stay in the tables.
+documents for validation. Optimizer and schedule of `demo`, `moe-demo`, `speedrun`, `lightlm-30m`, `lightlm` and `moe`
+follow from it. Losers stay in the tables.
 
 This page is made by `python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
 `benchmarks/learning/studies.yaml` holds the settings of every contestant.

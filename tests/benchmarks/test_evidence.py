@@ -18,7 +18,7 @@ NOISE = {1: 0.020, 2: -0.005, 3: -0.015}  # of all contestants alike, so that pa
 
 
 @pytest.fixture(autouse=True)
-def path(monkeypatch):
+def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
