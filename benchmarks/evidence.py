@@ -16,9 +16,22 @@ from typing import Any
 import numpy as np
 
 CURVE = ("tokens", "seconds", "val_loss", "val_bpb")
-MACHINE = ("processor", "processors", "memory_gib", "device", "dtype", "system", "python", "torch", "lightlm")
+MACHINE = (
+    "processor",
+    "cpu_features",
+    "processors",
+    "memory_gib",
+    "device",
+    "dtype",
+    "system",
+    "python",
+    "torch",
+    "lightlm",
+)
+SPEED = ("processor", "cpu_features", "processors", "device", "dtype", "torch")  # what a speed depends on
 UNITS = {"val_loss": ("nats per token", 3), "val_bpb": ("bits per byte", 4)}  # and digits
 CONFIDENCE = 0.95
+NOT_TRAINED = "not trained"  # the verdict of a contestant without a result
 ENOUGH = 3  # degrees of freedom of a study's own spread; with fewer, the spread is that of all studies
 
 Record = dict[str, Any]
@@ -36,6 +49,11 @@ def read(results: Path, names: Sequence[str], *, missing_ok: bool = False) -> li
     if missing and not missing_ok:
         raise SystemExit(f"{results} has no results of {', '.join(missing)}; run learning.py --work WORK first")
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values() if path.is_file()]
+
+
+def speed_facts(machine: dict[str, Any]) -> dict[str, Any]:
+    """Return what the speed of a run depends on, of the facts about its machine."""
+    return {key: machine[key] for key in SPEED if key in machine}
 
 
 def finals(record: Record, metric: str) -> Values:
@@ -151,7 +169,7 @@ def rows(record: Record, others: Sequence[Record], metric: str) -> list[Row]:
             found.append(Row(name, values[name], difference, margin, verdict(difference, margin, len(pairs))))
         else:
             states = sorted(set(record["contestants"][name].get("states", {}).values()))
-            found.append(Row(name, values[name], math.nan, math.nan, ", ".join(states) or "missing"))
+            found.append(Row(name, values[name], math.nan, math.nan, ", ".join(states) or NOT_TRAINED))
     found.sort(key=lambda row: (math.isnan(row.difference), row.difference))
     return [Row(first, values[first], math.nan, math.nan, "baseline"), *found]
 
@@ -164,7 +182,7 @@ class Reached:
         share: NaN if the runs that ended lie all on one side; then `bound` says which.
         low, high: the 95% interval; NaN for a single seed.
         bound: such as "at most 40%", and `margin`, the mean difference there.
-        flops, seconds: the recipe's cost per token over the baseline's.
+        flops, seconds: the recipe's cost per token over the baseline's; NaN seconds if they share no machine.
     """
 
     share: float
@@ -187,16 +205,19 @@ def reach(record: Record, family: str, metric: str = "val_loss") -> Reached:
     from scipy import stats
 
     first, entries = baseline(record, metric), record["contestants"]
-    members = [name for name in families(record)[family] if paired(record, metric)[name]]
+    pairs = paired(record, metric)
+    # With a seed less than the others an end would take that seed from all.
+    most = max(len(pairs[name]) for name in families(record)[family])
+    members = [name for name in families(record)[family] if len(pairs[name]) == most > 0]
     if not members:
         raise SystemExit(f"{record['study']}: {family} has no result yet on a seed of {first}")
-    flops, seconds = (
-        cost_of(entries[members[0]], cost) / cost_of(entries[first], cost) for cost in ("flops", "seconds")
-    )
+    flops = cost_of(entries[members[0]], "flops") / cost_of(entries[first], "flops")
+    timed = filter(math.isfinite, (cost_of(entries[name], "seconds") for name in members))
+    seconds = next(timed, math.nan) / cost_of(entries[first], "seconds")
     all_tokens = last_tokens(entries[first])
     shares = [last_tokens(entries[name]) / all_tokens for name in members]
-    seeds = sorted(set.intersection(*(set(paired(record, metric)[name]) for name in members)))
-    above_ES = np.array([[paired(record, metric)[name][seed] for seed in seeds] for name in members])
+    seeds = sorted(set.intersection(*(set(pairs[name]) for name in members)))
+    above_ES = np.array([[pairs[name][seed] for seed in seeds] for name in members])
     means_E = above_ES.mean(1)
     unknown = math.nan, math.nan, math.nan
     if means_E[0] <= 0:
@@ -217,10 +238,12 @@ def reach(record: Record, family: str, metric: str = "val_loss") -> Reached:
 
 
 def cost_of(entry: dict[str, Any], cost: str) -> float:
-    """Return FLOPs or seconds per token of a contestant."""
+    """Return FLOPs or seconds per token of a contestant; NaN seconds if no run was on the study's machine."""
     if cost == "flops":
         return float(entry["parameters"]["flops_per_token"])
-    return 1 / statistics.fmean(entry["tokens_per_second"].values())
+    elsewhere = entry.get("elsewhere", {})
+    speeds = [speed for seed, speed in entry["tokens_per_second"].items() if seed not in elsewhere]
+    return 1 / statistics.median(speeds) if speeds else math.nan  # other work slows single runs
 
 
 def last_tokens(entry: dict[str, Any]) -> float:

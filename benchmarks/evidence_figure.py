@@ -51,6 +51,8 @@ def _chart(record: Record, title: str, x_label: str, scale: Any) -> Any:
         for name in members:
             if not (runs := [curve for curve in entries[name]["runs"].values() if curve]):
                 continue
+            if not math.isfinite(scale(entries[name])):  # its time is another machine's
+                continue
             length = min(map(len, runs))
             curves_SPC = np.array([curve[:length] for curve in runs])
             x_P = curves_SPC[0, :, tokens] * scale(entries[name])

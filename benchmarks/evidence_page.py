@@ -5,7 +5,20 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from evidence import UNITS, Record, Row, baseline, families, finals, pool, reach, rows, spread_of
+from evidence import (
+    NOT_TRAINED,
+    UNITS,
+    Record,
+    Row,
+    baseline,
+    families,
+    finals,
+    pool,
+    reach,
+    rows,
+    speed_facts,
+    spread_of,
+)
 
 
 def table(record: Record, others: Sequence[Record] = (), metric: str | None = None, finding: str = "") -> str:
@@ -13,9 +26,11 @@ def table(record: Record, others: Sequence[Record] = (), metric: str | None = No
     metric = metric or record["metric"]
     unit, digits = UNITS[metric]
     lines = []
-    for row in rows(record, others, metric):
-        cells = (row.name, _mean(row.values, digits), str(len(row.values)), _difference(row, digits), row.verdict)
-        lines.append(f"| {' | '.join(cells)} |")
+    found = rows(record, others, metric)
+    for row in found:
+        if row.verdict != NOT_TRAINED:
+            cells = (row.name, _mean(row.values, digits), str(len(row.values)), _difference(row, digits), row.verdict)
+            lines.append(f"| {' | '.join(cells)} |")
     own, used = pool([record], metric), spread_of(record, others, metric)
     note = "no contestant has several seeds"
     if used.freedom:
@@ -24,8 +39,33 @@ def table(record: Record, others: Sequence[Record] = (), metric: str | None = No
     heading = [f"### {record['study']}: {record['question']}", *([finding] if finding else []), ""]
     return "\n\n".join(heading) + (
         f"`{command(record)}`; {_common(record)}; {note}.\n\n"
-        f"| contestant | {unit} | seeds | difference | |\n| --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
+        f"| contestant | {unit} | seeds | difference | |\n| --- | --- | --- | --- | --- |\n"
+        + "\n".join(lines)
+        + "\n"
+        + "".join(f"\n{line}\n" for line in (*_not_trained(found), *_elsewhere(record)))
     )
+
+
+def _not_trained(found: Sequence[Row]) -> list[str]:
+    names = [row.name for row in found if row.verdict == NOT_TRAINED]
+    return [f"Not trained yet: {'; '.join(names)}."] if names else []
+
+
+def _elsewhere(record: Record) -> list[str]:
+    """Return which runs were trained on another machine than the study's."""
+    found: dict[str, list[str]] = {}
+    for name, entry in record["contestants"].items():
+        seeds: dict[str, list[str]] = {}
+        for seed, machine in entry.get("elsewhere", {}).items():
+            seeds.setdefault(_machine(speed_facts(machine)), []).append(seed)
+        for machine, group in seeds.items():
+            found.setdefault(machine, []).append(f"{name}, seed {' and '.join(group)}")
+    return [f"On another machine ({machine}): {'; '.join(runs)}." for machine, runs in found.items()]
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    """Return a machine in words."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
 def _difference(row: Row, digits: int) -> str:
@@ -72,10 +112,7 @@ def summary(records: Sequence[Record]) -> str:
         runs = sum(len(row.values) for row in (first, *found))
         cells = (record["study"], first.name, best.name if best else "", gain, best.verdict if best else "", tried)
         lines.append(f"| {' | '.join(cells)} | {runs} |")
-    machines = dict.fromkeys(
-        ", ".join(f"{key} {value}" for key, value in record["machine"].items() if value is not None)
-        for record in records
-    )
+    machines = dict.fromkeys(_machine(record["machine"]) for record in records)
     heading = "| study | baseline | best of the others | difference | | all others | runs |\n"
     return "\n".join(["### All studies", "", f"{heading}{'| --- ' * 7}|", *lines, "", *machines, ""])
 
@@ -83,22 +120,28 @@ def summary(records: Sequence[Record]) -> str:
 PAGE = """# The ladder
 
 What single changes of a recipe give: one study per question, on the same text in the same order, with the same
-documents for validation. Optimizer and schedule of `demo`, `moe-demo`, `speedrun`, `lightlm-30m`, `lightlm` and `moe`
-follow from it. Losers stay in the tables.
+documents for validation. `demo`, `moe-demo` and `speedrun` take optimizer, betas and schedule from it; `lightlm-30m`,
+`lightlm` and `moe` take Muon and the schedule. Losers stay in the tables.
 
 This page is made by `python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
 `benchmarks/learning/studies.yaml` holds the settings of every contestant.
 
 A difference is to the baseline of its study, paired by seed; less is better. ± is half of the 95% interval, from the
 spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
-within it. A contestant without a value has not run to its end.
+within it. Intervals are not adjusted for the number of contestants, so the best of many looks better than it is.
+
+In the names, 4K is `train.batch_tokens` and "rate" the learning rate; "initial spread" is `model.init_std`; "tables"
+are those of token and position embeddings, "vectors" the gains of norms and biases.
 """
 
 
-def page(records: Sequence[Record], findings: dict[str, str]) -> str:
-    """Return all studies as a page: the summary, then each with its finding."""
+def page(records: Sequence[Record], findings: dict[str, str], questions: dict[str, str]) -> str:
+    """Return the page of all studies: a summary, each with its finding, and the questions without results."""
     tables = [table(record, records, finding=findings.get(record["study"], "")) for record in records]
-    return "\n".join([PAGE, summary(records), *tables]).replace("\n### ", "\n## ")
+    trained = {record["study"] for record in records}
+    missing = [f"- `{name}`: {question}" for name, question in questions.items() if name not in trained]
+    last = ["### Studies without results yet", "", *missing, ""] if missing else []
+    return "\n".join([PAGE, summary(records), *tables, *last]).replace("\n### ", "\n## ")
 
 
 def sentences(record: Record, metric: str = "val_loss") -> str:
@@ -115,7 +158,9 @@ def sentences(record: Record, metric: str = "val_loss") -> str:
         else:
             interval = f" (95% interval {found.low:.0%} to {found.high:.0%})" if math.isfinite(found.low) else ""
             verb, needs = "reaches", f"with {found.share:.0%} of its tokens{interval}"
-            needs += f", {found.share * found.flops:.0%} of its FLOPs and {found.share * found.seconds:.0%} of its time"
+            needs += f", {found.share * found.flops:.0%} of its FLOPs"
+            if math.isfinite(found.seconds):
+                needs += f" and {found.share * found.seconds:.0%} of its time"
         lines.append(f"{family} {verb} {target} {needs}.")
     sizes = {first: first} | {family: members[0] for family, members in families(record).items()}
     texts = (f"{name} {_weights(record['contestants'][member]):,}" for name, member in sizes.items())

@@ -245,7 +245,7 @@ def main() -> None:
             contestant.pipe.close()
             contestant.process.join(10)
             contestant.process.kill()
-    from measure import cpu_features, machine_facts
+    from measure import machine_facts
 
     packages = sorted({engine.package.replace("_", "-") for engine, _ in ENGINES.values()} - {"lightlm"})
     result = {
@@ -257,12 +257,11 @@ def main() -> None:
         "threads": threads,
         "baseline": options.baseline,
         **machine_facts(None, *packages),
-        "cpu_features": cpu_features(),
         "programs": programs,
         "left_out": absent,
     }
     text = table(result)
-    print(f"{result['machine']} ({', '.join(result['cpu_features'])}), {threads} threads")
+    print(f"{result['machine']}, {threads} threads")
     print(f"prompts of {options.prompt} tokens, {options.tokens} decoded; tokens/s of all sequences together, medians")
     print(f"of {options.rounds} rounds; ratios of decoding to {options.baseline}\n\n{text}")
     write_json(result, options.out)

@@ -4,13 +4,12 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightlm.device import describe
-from lightlm.machine import processor, versions
+from lightlm.machine import cpu_features, processor, versions
 from lightlm.model.config import ModelConfig
 from lightlm.recipe import Recipe, load_recipe
 
@@ -53,33 +52,10 @@ def seconds_of(
 def machine_facts(device: torch.device | None = None, *packages: str) -> dict[str, Any]:
     """Return where a result was measured: device, machine, and versions of LightLM, torch and further packages."""
     facts = {} if device is None else {"device": describe(device)}
-    return facts | {"machine": f"{platform.platform()}, {cpu()}", "versions": versions(*packages)}
-
-
-def cpu() -> str:
-    """Return the CPU's name, and AMX if it has it, which decides its speed here."""
-    path = Path("/proc/cpuinfo")
-    amx = path.exists() and "amx_bf16" in path.read_text(encoding="utf-8", errors="replace")
-    return processor() + (" with AMX" if amx else "")
-
-
-def cpu_features() -> list[str]:
-    """Return the instructions for matrix products that the CPU has, of those that programs choose by; Linux only."""
-    path = Path("/proc/cpuinfo")
-    flags = set(path.read_text(encoding="utf-8", errors="replace").split()) if path.exists() else set()
-    known = [
-        "avx2",
-        "avx_vnni",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "amx_bf16",
-        "amx_int8",
-        "asimd",
-        "bf16",
-        "i8mm",
-    ]
-    return [name for name in known if name in flags]
+    return facts | {
+        "machine": f"{platform.platform()}, {processor()} ({cpu_features()})",
+        "versions": versions(*packages),
+    }
 
 
 def dtype_name(dtype: torch.dtype) -> str:

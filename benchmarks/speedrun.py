@@ -21,6 +21,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -94,10 +95,12 @@ def train_lightlm(options: argparse.Namespace) -> Trained:
     arguments = ["train", options.recipe, f"data.dataset={options.data}", *options.overrides]
     arguments += ["--runs-dir", str(runs), "--name", RUN, "--auto-resume", "--max-minutes", f"{options.minutes:g}"]
     run_lightlm([*arguments, "--no-report"])
+    from lightlm.machine import read_machine
     from lightlm.report.record import read_records
 
     summary = read_records([runs / RUN])[0].summary()
     facts = {key: summary[key] for key in ("parameters", "flops_per_token", "val_loss", "val_bpb", "device")}
+    facts["dtype"] = read_machine(runs / RUN)["dtype"]
     return Trained(str(runs / RUN), summary["tokens"], 3600 * summary["hours"], facts)
 
 
@@ -126,6 +129,8 @@ def write_nanogpt_data(data: Path, out: Path) -> int:
 
 def train_nanogpt(options: argparse.Namespace) -> Trained:
     """Train nanoGPT for the limit, or resume; write its model as a GPT-2 folder."""
+    from lightlm.machine import git_commit
+
     place = options.work / "nanogpt"
     data, checkpoint, log = place / "data", place / "ckpt.pt", place / "train.log"
     if not (data / "meta.pkl").is_file():
@@ -149,7 +154,8 @@ def train_nanogpt(options: argparse.Namespace) -> Trained:
     difference = export_nanogpt(checkpoint, options, hf)
     tokens = iterations * settings["batch_size"] * settings["block_size"] * settings["gradient_accumulation_steps"]
     seconds = sum(iteration_seconds(log)[:iterations])
-    return Trained(str(hf), tokens, seconds, {"settings": settings, **difference})
+    facts = {"settings": settings, "commit": git_commit(options.nanogpt), **difference}
+    return Trained(str(hf), tokens, seconds, facts)
 
 
 def plan_nanogpt(minutes: float, seconds: float) -> dict[str, int]:
@@ -317,10 +323,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def check_work(options: argparse.Namespace) -> None:
-    """Keep what a folder was started with; refuse to go on with something else."""
+    """Keep what a folder was started with, and where; refuse to resume it with something else or elsewhere."""
+    from lightlm.machine import cpu_features, processor
+
     options.work.mkdir(parents=True, exist_ok=True)
     asked = {key: str(getattr(options, key)) for key in ("minutes", "data", "recipe", "overrides", "set")}
     asked |= {key: str(getattr(options, key)) for key in ("tasks", "limit", "heldout")}
+    asked["machine"] = f"{processor()}, {os.cpu_count()} cores, {cpu_features()}"
     kept = options.work / "settings.json"
     if not kept.is_file():
         write_json(asked, kept)

@@ -33,25 +33,25 @@ _LEAST_THREADS_GAIN = 1.15
 
 
 @functools.cache
-def bf16_gain(width: int = WIDTH) -> float:
-    """Return how many times as fast as in fp32 this CPU multiplies in bf16: (N, D) x (D, 3 D), and both gradients.
+def gain(dtype: torch.dtype, width: int = WIDTH) -> float:
+    """Return how many times as fast as in fp32 this CPU multiplies in bf16 or fp16: (N, D) x (D, 3 D), both gradients.
 
     Takes some 40 ms at 512 features on one core of an AMD EPYC. The precisions take turns, and the fastest round of
     each counts, so that a busy core slows neither.
     """
     width = min(width, WIDTH)
     x_ND, weight_FD, grad_NF = torch.ones(_ROWS, width), torch.ones(3 * width, width), torch.ones(_ROWS, 3 * width)
-    products = {dtype: _products(dtype, x_ND, weight_FD, grad_NF) for dtype in (torch.float32, torch.bfloat16)}
+    products = {each: _products(each, x_ND, weight_FD, grad_NF) for each in (torch.float32, dtype)}
     best = dict.fromkeys(products, math.inf)
     for round_number in range(_ROUNDS + 1):
-        for dtype, run in products.items():
+        for each, run in products.items():
             started = time.perf_counter()
             run()
             if round_number:  # the first call of a shape builds its kernel
-                best[dtype] = min(best[dtype], time.perf_counter() - started)
-        if round_number >= _TRIES and best[torch.bfloat16] > _HOPELESS * best[torch.float32]:
+                best[each] = min(best[each], time.perf_counter() - started)
+        if round_number >= _TRIES and best[dtype] > _HOPELESS * best[torch.float32]:
             break
-    return best[torch.float32] / best[torch.bfloat16]
+    return best[torch.float32] / best[dtype]
 
 
 def _products(dtype: torch.dtype, x_ND: Tensor, weight_FD: Tensor, grad_NF: Tensor) -> Callable[[], None]:
@@ -67,7 +67,7 @@ def _products(dtype: torch.dtype, x_ND: Tensor, weight_FD: Tensor, grad_NF: Tens
 
 def has_fast_bf16(width: int = WIDTH) -> bool:
     """Return whether training and inference are faster in bf16 on this CPU."""
-    return bf16_gain(width) >= _LEAST_GAIN
+    return gain(torch.bfloat16, width) >= _LEAST_GAIN
 
 
 def use_threads(wanted: int | str, note: Callable[[str], None], width: int = WIDTH, slices: int = _SLICES) -> int:

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from lightlm import choices, cpu
 from lightlm.errors import UsageError
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
+_SLOW = 1.5  # products that take this many times as long as in fp32 are worth a note
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,22 @@ def release_memory(device: torch.device) -> None:
 
 
 def has_fast_bf16(device_type: str, width: int = cpu.WIDTH) -> bool:
-    """Return whether bf16 products are fast: on CUDA from Ampere, on a CPU by measurement (`cpu.bf16_gain`)."""
+    """Return whether bf16 products are fast: on CUDA from Ampere, on a CPU by measurement (`cpu.gain`)."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     return device_type == "cpu" and cpu.has_fast_bf16(width)
 
 
-def pick_dtype(name: str, device: torch.device, width: int = cpu.WIDTH) -> torch.dtype:
+def pick_dtype(
+    name: str, device: torch.device, width: int = cpu.WIDTH, note: Callable[[str], None] | None = None
+) -> torch.dtype:
     """Return the compute precision; `auto` is bfloat16 where it is fast, else float32.
 
     On a CPU, the first call measures for some milliseconds, and the process keeps the answer.
 
     Args:
         width: the model's hidden size, which is that of the measured products.
+        note: receives that a named precision is slow here, as "NAME: ..."; None skips that measurement.
 
     Raises:
         UsageError: the precision is unknown.
@@ -98,17 +103,27 @@ def pick_dtype(name: str, device: torch.device, width: int = cpu.WIDTH) -> torch
     if name == "auto":
         return torch.bfloat16 if has_fast_bf16(device.type, width) else torch.float32
     choices.check_dtype(name)
-    return DTYPES[name]
+    dtype = DTYPES[name]
+    if note is not None and dtype != torch.float32:
+        if device.type == "cpu" and (times := 1 / cpu.gain(dtype, width)) >= _SLOW:
+            note(
+                f"{name}: products take {times:.1f} times as long as in float32 on this CPU; float32 or auto is faster"
+            )
+        elif device.type == "cuda" and dtype == torch.bfloat16 and not has_fast_bf16("cuda"):
+            note(f"{name}: this GPU emulates it; auto takes a precision that it computes in")
+    return dtype
 
 
-def training_dtype(name: str, device: torch.device, width: int = cpu.WIDTH) -> torch.dtype:
+def training_dtype(
+    name: str, device: torch.device, width: int = cpu.WIDTH, note: Callable[[str], None] | None = None
+) -> torch.dtype:
     """Return the precision of training, as `pick_dtype`.
 
     On CUDA before Ampere bf16 is emulated, so that `auto` is float16 where there are units for it (Volta, Turing).
     """
     if name == "auto" and device.type == "cuda" and (7, 0) <= torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
-    return pick_dtype(name, device, width)
+    return pick_dtype(name, device, width, note)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -1,5 +1,6 @@
 """The environment of a run or an evaluation: machine, versions and commits, for `machine.json` and `*.meta.json`."""
 
+import contextlib
 import json
 import os
 import platform
@@ -15,8 +16,14 @@ import lightlm
 from lightlm import files
 
 _RECORD = "machine.json"
+_COMPUTER = ("processor", "cpu_features", "processors", "accelerator")
 _TRAINING = ("device", "dtype", "micro_batch", "accumulation", "processes", "compile")
 _GIB = 2**30
+# Instructions by which libraries choose how to multiply matrices; processors of one name may differ in them.
+_FEATURES = (
+    "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
+    "amx_fp16", "asimd", "asimdhp", "bf16", "i8mm", "sve", "svebf16",
+)  # fmt: skip
 
 
 def environment(device: torch.device, *packages: str) -> dict[str, Any]:
@@ -36,11 +43,14 @@ def environment(device: torch.device, *packages: str) -> dict[str, Any]:
     }
 
 
-def record_machine(run: Path, device: torch.device, facts: dict[str, Any]) -> None:
+def record_machine(run: Path, device: torch.device, facts: dict[str, Any]) -> bool:
     """Write a run's `machine.json`: the environment, and what the trainer's facts say of batches and processes.
 
     It describes where the steps after `after_step` were trained. If a resumed run finds another environment than
     before, the list `earlier` keeps the old records, as far as they describe steps that the run still has.
+
+    Returns:
+        Whether the run's last steps were trained on a computer with another processor, number of cores or accelerator.
     """
     found, first = environment(device), facts.get("first_step", 0)
     document = {key: facts[key] for key in _TRAINING if key in facts} | found.pop("machine") | found.pop("versions")
@@ -48,10 +58,12 @@ def record_machine(run: Path, device: torch.device, facts: dict[str, Any]) -> No
     before = read_machine(run) if first else {}  # a run that starts over has no steps of earlier machines
     earlier = [*before.pop("earlier", []), *([before] if before else [])]
     earlier = [record for record in earlier if record.get("after_step", 0) < first]
-    if earlier and {key: value for key, value in earlier[-1].items() if key != "after_step"} == document:
+    last = earlier[-1] if earlier else document
+    if earlier and {key: value for key, value in last.items() if key != "after_step"} == document:
         first = earlier.pop().get("after_step", 0)
     document = {"after_step": first} | document | ({"earlier": earlier} if earlier else {})
     files.write_text(run / _RECORD, json.dumps(document, indent=2) + "\n")
+    return any(last[key] != document[key] for key in _COMPUTER if key in last and key in document)
 
 
 def read_machine(run: Path) -> dict[str, Any]:
@@ -67,6 +79,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "system": platform.platform(),
         "processor": processor(),
+        "cpu_features": cpu_features(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
@@ -114,6 +127,23 @@ def processor() -> str:
     except (OSError, StopIteration, subprocess.SubprocessError):
         pass
     return platform.processor() or platform.machine()
+
+
+def cpu_features() -> str:
+    """Return the CPU's instructions for matrix products, as in "avx2 fma".
+
+    On Linux these are names of /proc/cpuinfo, elsewhere torch's level.
+    """
+    flags = cpu_flags().split()
+    return " ".join(name for name in _FEATURES if name in flags) or torch.backends.cpu.get_cpu_capability().lower()
+
+
+def cpu_flags() -> str:
+    """Return all instructions of the CPU as Linux names them; elsewhere nothing."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").strip()
+    return ""
 
 
 def _memory_gib() -> float:

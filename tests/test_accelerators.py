@@ -51,6 +51,9 @@ def test_training_takes_the_precision_that_a_gpu_has_units_for(cuda, capability,
     getattr(devices.has_fast_bf16, "cache_clear", int)()
     assert devices.training_dtype("auto", torch.device("cuda")) == dtype
     assert devices.training_dtype("float32", torch.device("cuda")) == torch.float32
+    notes: list[str] = []
+    devices.training_dtype("bfloat16", torch.device("cuda"), 64, notes.append)
+    assert bool(notes) == (capability < (8, 0))
 
 
 @pytest.mark.parametrize("lacking", ["capability", "triton", "compiler"])

@@ -14,7 +14,7 @@ from lightlm import cpu, device, threads
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    cpu.bf16_gain.cache_clear()
+    cpu.gain.cache_clear()
 
 
 def pretend(monkeypatch, seconds, busy=lambda index: 0.0):
@@ -29,7 +29,7 @@ def pretend(monkeypatch, seconds, busy=lambda index: 0.0):
 
     monkeypatch.setattr(cpu, "_products", products)
     monkeypatch.setattr(cpu.time, "perf_counter", lambda: now[0])
-    cpu.bf16_gain.cache_clear()
+    cpu.gain.cache_clear()
     return calls
 
 
@@ -59,8 +59,23 @@ def test_a_cpu_without_bf16_is_asked_once(monkeypatch):
     assert next(calls) <= 9, "the answer was not kept"
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_named_precision_that_is_slow_is_noted(monkeypatch, name):
+    where, notes = torch.device("cpu"), []
+    pretend(monkeypatch, {torch.float32: 1.0, getattr(torch, name): 8.0})
+    assert device.pick_dtype(name, where, 64, notes.append) == getattr(torch, name)
+    assert notes == [f"{name}: products take 8.0 times as long as in float32 on this CPU; float32 or auto is faster"]
+    pretend(monkeypatch, {torch.float32: 1.0, getattr(torch, name): 1.2})
+    device.training_dtype(name, where, 64, notes.append)
+    assert len(notes) == 1, "near a draw there is nothing to gain"
+    calls = pretend(monkeypatch, {})
+    device.pick_dtype("float32", where, 64, notes.append)
+    device.pick_dtype(name, where, 64)
+    assert next(calls) == 0, "products were measured that nobody asks for"
+
+
 def test_this_cpu_answers():
-    assert cpu.bf16_gain(64) > 0
+    assert cpu.gain(torch.bfloat16, 64) > 0
 
 
 class FakeThreads:

@@ -30,6 +30,7 @@ def test_a_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
 def test_the_machine_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = machine.describe_machine(torch.device("cpu"))
     assert facts["processor"]
+    assert facts["cpu_features"]
     assert facts["processors"] >= 1
     assert facts["memory_gib"] > 0.1
     assert "accelerator" not in facts
@@ -37,6 +38,13 @@ def test_the_machine_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     facts = machine.describe_machine(torch.device("cuda", 1))
     assert (facts["accelerator"], facts["accelerator_memory_gib"]) == ("NVIDIA H100", 80.0)
+
+
+def test_processors_of_one_name_differ_in_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", lambda: "fpu sse4_2 fma avx2 avx512f amx_tile")
+    assert machine.cpu_features() == "avx2 fma avx512f"
+    monkeypatch.setattr(machine, "cpu_flags", lambda: "")  # not Linux
+    assert machine.cpu_features() == torch.backends.cpu.get_cpu_capability().lower()
 
 
 def test_a_runs_record_is_read_back_whatever_version_wrote_it(tmp_path: Path) -> None:
@@ -58,10 +66,12 @@ def test_a_run_that_moves_keeps_the_record_of_its_steps_on_each_machine(
     def record(first_step: int, processor: str) -> list[tuple[int, str]]:
         """The steps and processors on record after a process has begun after `first_step`."""
         monkeypatch.setattr(machine, "processor", lambda: processor)
-        machine.record_machine(tmp_path, torch.device("cpu"), {"first_step": first_step})
+        moved = machine.record_machine(tmp_path, torch.device("cpu"), {"first_step": first_step})
+        notes.append(moved)
         found = machine.read_machine(tmp_path)
         return [(part["after_step"], part["processor"]) for part in (*found.pop("earlier", []), found)]
 
+    notes: list[bool] = []
     assert record(0, "old") == [(0, "old")]
     assert record(10, "old") == [(0, "old")]
     assert record(20, "new") == [(0, "old"), (20, "new")]
@@ -69,6 +79,7 @@ def test_a_run_that_moves_keeps_the_record_of_its_steps_on_each_machine(
     assert record(20, "third") == [(0, "old"), (20, "third")]  # killed before a checkpoint: no step of "new" is left
     assert record(40, "old") == [(0, "old"), (20, "third"), (40, "old")]
     assert record(0, "old") == [(0, "old")]
+    assert notes == [False, False, True, False, True, True, False]
 
 
 def test_versions_of_what_is_not_installed_are_null() -> None:

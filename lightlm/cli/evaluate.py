@@ -152,7 +152,7 @@ def evaluate(
         if target.type == "cpu":
             use_threads("auto", _note, slices=FEW_SLICES)
         chosen = Tasks(settings, _note)
-        precision = pick_dtype(chosen.dtype, target)
+        precision = pick_dtype(chosen.dtype, target, note=lambda slow: _note(f"--dtype {slow}"))
         status.update("Reading the tasks' data ...")
         chosen.require_data()
     if (folder := chosen.find_data([] if data else located, data)) is not None:  # reports different folders

@@ -19,11 +19,16 @@ _ENDLESS = 10**12  # tokens of a run that any limit of time shortens
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that runs use, the numbers of its GPUs, and the precision that `auto` means."""
+    """The device that runs use, the numbers of its GPUs, and the precision that `auto` means.
+
+    Attributes:
+        slow: what `device.pick_dtype` notes of a named precision; empty if it is not slow here.
+    """
 
     device: str
     gpus: tuple[str, ...]
     dtype: str
+    slow: str = ""
 
 
 def look_at_machine(recipe: Recipe) -> Machine:
@@ -37,7 +42,7 @@ def look_at_machine(recipe: Recipe) -> Machine:
     if found["device"] == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = tuple(visible.split(",") if visible else map(str, range(found["gpus"])))
-    return Machine(found["device"], gpus, found["dtype"])
+    return Machine(found["device"], gpus, found["dtype"], found["slow"])
 
 
 def fitting_tokens(recipe: Recipe, minutes: float, environment: Mapping[str, str]) -> int:
@@ -74,9 +79,10 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     recipe = parse_recipe(request["recipe"], "the request", earlier=True)
     if "minutes" not in request:
         device = pick_device(recipe.train.device)
-        dtype = training_dtype(recipe.train.dtype, device, recipe.model.hidden_size)
+        notes: list[str] = []
+        dtype = training_dtype(recipe.train.dtype, device, recipe.model.hidden_size, notes.append)
         gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
-        return {"device": device.type, "gpus": gpus, "dtype": str(dtype).removeprefix("torch.")}
+        return {"device": device.type, "gpus": gpus, "dtype": str(dtype).removeprefix("torch."), "slow": "".join(notes)}
     from lightlm.train.planning.time_limit import fit_time
     from lightlm.train.setup import open_data
 

@@ -158,6 +158,8 @@ class Sweep:
             machine = self._look_at_machine()
             self._places = environments(self._limits.jobs or max(len(machine.gpus), 1), machine.gpus)
             self.definition.fixed.setdefault("train.dtype", machine.dtype)
+            if machine.slow:
+                self.watch.note(f"train.dtype={machine.slow}")
         if self.definition.minutes is not None:
             for name, recipe in self._recipes.items():
                 if name not in self.definition.tokens:
@@ -169,12 +171,17 @@ class Sweep:
         self.folder.write(self.definition)
 
     def _look_at_machine(self) -> Machine:
-        recipe = next(iter(self._recipes.values()))
-        automatic = next((other for other in self._recipes.values() if other.train.dtype == "auto"), None)
-        dtype = self.definition.fixed.get("train.dtype")
-        if recipe.train.device == "cpu" and (automatic is None or dtype):
-            return Machine("cpu", (), dtype or recipe.train.dtype)
-        return look_at_machine(automatic or recipe)
+        first, fixed = next(iter(self._recipes.values())), self.definition.fixed.get("train.dtype", "auto")
+        named = {}  # a recipe for each precision, what is fixed in place of `auto`
+        for recipe in self._recipes.values():
+            dtype = fixed if recipe.train.dtype == "auto" else recipe.train.dtype
+            named.setdefault(
+                dtype, recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": dtype})})
+            )
+        if first.train.device == "cpu" and set(named) == {"float32"}:
+            return Machine("cpu", (), "float32")
+        # What is not measured yet comes first, then what may be slow.
+        return look_at_machine(named.get("auto") or next((named[each] for each in named if each != "float32"), first))
 
     def _engine(self) -> Engine:
         tokens = {name: self.definition.tokens.get(name, recipe.train.tokens) for name, recipe in self._recipes.items()}

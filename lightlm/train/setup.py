@@ -166,7 +166,8 @@ def set_up(
     elif world.size > 1 and device.type == "cpu" and threads not in ("auto", torch.get_num_threads()):
         note(f"train.threads={threads} is for one process; each of the {world.size} has {torch.get_num_threads()}")
     # Measured for `auto` on a CPU, so one process decides. The run's recipe.yaml records it, as it does `compile`.
-    dtype = world.from_writer(lambda: training_dtype(recipe.train.dtype, device, recipe.model.hidden_size))
+    wanted, width = recipe.train.dtype, recipe.model.hidden_size
+    dtype = world.from_writer(lambda: training_dtype(wanted, device, width, lambda slow: note(f"train.dtype={slow}")))
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda" and dtype == torch.float32:

@@ -38,6 +38,11 @@ from lightlm.train.signals import stop_on_signals
 from lightlm.train.step.gradients import BatchOutcome
 from lightlm.train.step.routers import move_selection_biases
 
+_MOVED = (
+    "this run comes from another computer, and keeps the precision, threads and compilation that were chosen there; "
+    "resume it with train.dtype=auto train.threads=auto train.compile=auto to choose anew"
+)
+
 
 @dataclass
 class _DivergenceError(Exception):
@@ -114,19 +119,21 @@ class Trainer:
             TrainingDivergedError: a loss or gradient is NaN or infinite, and with `train.skip_spikes` so were those
                 of the steps before it. The last checkpoint stays as it was.
         """
-        run, metrics_file, saver = self.run_folder, None, None
+        run, metrics_file, saver, moved = self.run_folder, None, None, False
         try:
             with contextlib.ExitStack() as stack:
                 if self.world.is_writer:
                     files.write_text(run / "recipe.yaml", self.recipe.to_yaml())
                     mark_latest(run)
-                    record_machine(run, self.setup.device, self.facts())
+                    moved = record_machine(run, self.setup.device, self.facts())
                     tidy(run, self.setup.resumed_from, self.observer)
                     metrics_file = stack.enter_context(MetricsFile(run, self.progress.step))
                     saver = stack.enter_context(
                         Saver(run, self.recipe.checkpoint, self.tokenizer, self.model.config, self.observer)
                     )
                 self.observer.start(self.facts() | {"logged_step": metrics_file.logged_step if metrics_file else 0})
+                if moved:
+                    self.observer.note(_MOVED)
                 stop = stack.enter_context(stop_on_signals(launched=self.world.launched))
                 interrupted = not self._begin(stop, metrics_file, saver)
                 while not (interrupted or self.ended):

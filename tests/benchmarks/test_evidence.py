@@ -134,6 +134,27 @@ def test_sentences_say_the_share_with_its_interval_and_what_is_compared(evidence
     assert "GPT-2, 4e-3 1,000, dense 1,000, moe 1,000" in sizes  # 1,500 active, of which 500 are tables
 
 
+def test_times_are_those_of_one_machine(evidence, evidence_page, evidence_figure, decisive, tmp_path):
+    zuse, dense = {"processor": "Zuse"}, decisive["contestants"]["dense at 40%"]
+    dense["elsewhere"] = {"2": zuse}
+    dense["tokens_per_second"]["2"] = 1e6
+    assert evidence.reach(decisive, "dense").seconds == pytest.approx(2.0)
+    dense["elsewhere"] = dict.fromkeys(("1", "2", "3"), zuse)
+    assert evidence.reach(decisive, "dense").seconds == pytest.approx(2.0), "the other end was trained here"
+    decisive["contestants"]["dense at 60%"]["elsewhere"] = dense["elsewhere"]
+    assert math.isnan(evidence.reach(decisive, "dense").seconds)
+    sentence = evidence_page.sentences(decisive).splitlines()[0]
+    assert "of its FLOPs." in sentence
+    assert "time" not in sentence
+    assert len(evidence_figure.draw(decisive, tmp_path / "all.png")) == 3
+
+
+def test_an_end_with_a_seed_less_takes_no_seed_from_the_others(evidence, decisive):
+    before = evidence.reach(decisive, "dense")
+    decisive["contestants"]["dense at 50%"] = entry("small", {1: 4.9}, tokens=0.5 * BUDGET)
+    assert evidence.reach(decisive, "dense") == before
+
+
 def test_the_spread_of_a_study_is_pooled_over_paired_differences(evidence, evidence_page):
     first = {1: 5.0, 2: 5.1, 3: 4.9}
     others = {
@@ -213,15 +234,20 @@ def test_the_summary_has_a_row_per_study_and_the_machine(evidence_page, decisive
 
 def test_the_page_has_every_study_with_its_finding(evidence_page, decisive):
     other = record({"8k": entry("small", {1: 5.1}), "4k": entry("small", {1: 4.5})}, study="vocabulary")
-    text = evidence_page.page([decisive, other], {"vocabulary": "Fewer tokens."})
+    decisive["contestants"] |= {"moe at 50%": {"runs": {}}, "GPT-2, 1": {"runs": {}}}
+    questions = {"vocabulary": "Which?", "depth": "How deep?"}
+    text = evidence_page.page([decisive, other], {"vocabulary": "Fewer tokens."}, questions)
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# The ladder",
         "## All studies",
         "## decisive: Which?",
         "## vocabulary: Which?",
+        "## Studies without results yet",
     ]
+    assert text.endswith("\n- `depth`: How deep?\n")
+    assert "\nNot trained yet: moe at 50%; GPT-2, 1.\n" in text
     assert "## vocabulary: Which?\n\nFewer tokens.\n\n`python benchmarks/learning.py" in text
-    assert all(f"| {name} |" in text for name in [*decisive["contestants"], "4k"])
+    assert all((f"| {name} |" in text) == bool(entry["runs"]) for name, entry in decisive["contestants"].items())
 
 
 def png_size(path):

@@ -217,11 +217,15 @@ def test_an_evaluation_does_not_count_as_time_of_training(speedrun, tmp_path):
     assert speedrun.iteration_seconds(log) == pytest.approx([median, 1.001, median, 1.5, 1.001])
 
 
-def test_a_folder_keeps_what_it_was_started_with(speedrun, options):
+def test_a_folder_keeps_what_it_was_started_with(speedrun, options, monkeypatch):
     speedrun.check_work(options)
     speedrun.check_work(options)
     options.minutes = 2.0
     with pytest.raises(SystemExit, match=r"started with minutes 1\.0; give another --work"):
+        speedrun.check_work(options)
+    options.minutes = 1.0
+    monkeypatch.setattr("lightlm.machine.processor", lambda: "Abacus")  # an hour of another machine
+    with pytest.raises(SystemExit, match=r"started with machine .*; give another --work"):
         speedrun.check_work(options)
 
 

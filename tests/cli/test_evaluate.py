@@ -51,6 +51,14 @@ def test_the_newest_run_is_scored_and_the_results_lie_in_it(world: Path) -> None
     assert facts["working_directory_commit"] is None
 
 
+def test_a_named_precision_that_is_slow_here_is_noted(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: 0.125)
+    done = CliRunner().invoke(app, ["--tasks", "quiz.yaml", "--dtype", "bfloat16"])
+    assert done.exit_code == 0, done.output
+    assert "Note: --dtype bfloat16: products take 8.0 times" in done.stderr
+    assert "products" not in CliRunner().invoke(app, ["--tasks", "quiz.yaml", "--dtype", "float32"]).stderr
+
+
 def test_scores_enter_the_page_that_the_run_has(world: Path) -> None:
     run = Path("runs/demo")
     assert "report.html" not in CliRunner().invoke(app, ["--tasks", "quiz.yaml"]).stderr  # no page, and none is made

@@ -3,7 +3,9 @@
 import os
 
 import pytest
+import torch
 
+from lightlm import cpu
 from lightlm.data.folder import DataFolder
 from lightlm.errors import UsageError
 from lightlm.recipe import load_recipe
@@ -25,9 +27,16 @@ def test_the_precision_of_auto_is_found_and_a_given_one_kept():
     assert look_at_machine(load_recipe("tiny.yaml")) == Machine("cpu", (), "float32")
 
 
-def test_a_missing_device_is_one_message():
-    import torch
+def test_a_named_precision_is_kept_and_what_is_slow_here_is_said():
+    found = look_at_machine(load_recipe("tiny.yaml", ["train.dtype=bfloat16"]))
+    assert (found.device, found.dtype) == ("cpu", "bfloat16")
+    if (gain := cpu.gain(torch.bfloat16, load_recipe("tiny.yaml").model.hidden_size)) < 0.4:
+        assert "bfloat16: products take" in found.slow
+    elif gain > 1:
+        assert not found.slow
 
+
+def test_a_missing_device_is_one_message():
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")
     with pytest.raises(UsageError, match="device 'cuda' is not available"):

@@ -1,6 +1,7 @@
 """A whole sweep with fake runs: what is fixed for all, extended, refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,6 +105,22 @@ def test_auto_precision_is_chosen_once_for_all_runs(path, monkeypatch):
         monkeypatch.setattr(sweep_run, "look_at_machine", lambda recipe, dtype=answer: Machine("cpu", (), dtype))
         _, fleet, _ = sweep(path, auto, seeds=(1,) if answer == "bfloat16" else (1, 2))
         assert [arguments.count("train.dtype=bfloat16") for arguments in fleet.arguments] == [1, 1]
+
+
+def test_a_precision_that_is_slow_here_is_noted_before_the_runs(path, monkeypatch):
+    asked, notes = [], []
+    watch = SimpleNamespace(**dict.fromkeys(("started", "ended", "progress"), lambda *_: None), note=notes.append)
+
+    def look(recipe):
+        asked.append(recipe.train.dtype)
+        return Machine("cpu", (), "bfloat16", "bfloat16: products take 8 times as long")
+
+    monkeypatch.setattr(sweep_run, "look_at_machine", look)
+    sweep(path, [A], seeds=(1,), watch=watch)
+    assert (asked, notes) == ([], []), "float32 needs no look"
+    half = Contestant("half", "tiny.yaml", (*SHORT, "train.dtype=bfloat16"), {})
+    sweep(path, [A, half], seeds=(1,), watch=watch)
+    assert (asked, notes) == (["bfloat16"], ["train.dtype=bfloat16: products take 8 times as long"])
 
 
 def test_all_runs_start_from_the_checkpoint_that_a_run_had_when_the_sweep_began(path):

@@ -394,15 +394,33 @@ def test_the_runs_recipe_keeps_whether_it_was_compiled(whole_run):
 
 @pytest.mark.parametrize("gain", [0.5, 4.0])
 def test_a_run_keeps_the_precision_that_was_measured_at_its_start(gain, workspace, monkeypatch):
-    monkeypatch.setattr("lightlm.cpu.bf16_gain", lambda width: gain)
+    monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: gain)
     name = f"measured-{gain}"
     result, _ = start("tiny.yaml", "train.dtype=auto", "train.tokens=256", "schedule.warmup=128", name=name)
     kept = "bfloat16" if gain > 1 else "float32"
     assert load_recipe(result.run / "recipe.yaml").train.dtype == kept
     # Resumed where the other precision is faster, it stays what it was.
-    monkeypatch.setattr("lightlm.cpu.bf16_gain", lambda width: 1 / gain)
+    monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: 1 / gain)
     _, watch = resume(name, "train.tokens=512")
     assert watch.facts["dtype"] == kept
+    assert any("train.dtype=bfloat16: products take 4.0 times as long" in note for note in watch.notes) == (
+        kept == "bfloat16"
+    )
+
+
+def test_a_run_that_moves_says_what_it_keeps_and_chooses_anew_if_asked(workspace, monkeypatch):
+    monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: 4.0)
+    start("tiny.yaml", "train.dtype=auto", "train.tokens=256", "schedule.warmup=128", name="moved")
+    assert not any("another computer" in note for note in resume("moved", "train.tokens=512")[1].notes)
+    monkeypatch.setattr("lightlm.machine.cpu_features", lambda: "abacus")
+    monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: 1.0)
+    _, watch = resume("moved", "train.tokens=768")
+    assert any("another computer" in note and "train.dtype=auto" in note for note in watch.notes)
+    assert watch.facts["dtype"] == "bfloat16"
+    anew = ("train.dtype=auto", "train.threads=auto", "train.compile=auto")
+    _, watch = resume("moved", "train.tokens=1024", *anew)
+    assert watch.facts["dtype"] == "float32"
+    assert not any("another computer" in note for note in watch.notes), "its last steps are of this one"
 
 
 def test_a_run_keeps_the_threads_that_were_measured_at_its_start(workspace, monkeypatch):

@@ -12,7 +12,7 @@ import lightlm
 from lightlm.files import cache_folder, write_text
 from lightlm.generate.step.fast import forward_of
 from lightlm.generate.step.native import library
-from lightlm.machine import processor
+from lightlm.machine import cpu_features, processor
 from lightlm.model.transformer import Transformer
 
 T = TypeVar("T", bound=str | list[float])
@@ -27,9 +27,8 @@ def measured_once(facts: Any, measure: Callable[[], T], accepts: Callable[[Any],
         facts: what the measurement depends on, as JSON.
         accepts: whether a value in the file, which others may have changed, is one that `measure` may return.
     """
-    content = json.dumps(
-        [lightlm.__version__, processor(), torch.__version__, library() is not None, facts], default=str
-    )
+    machine = [processor(), cpu_features()]  # a home folder may be shared between machines
+    content = json.dumps([lightlm.__version__, machine, torch.__version__, library() is not None, facts], default=str)
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     known = _read()
     if key in known and accepts(known[key]):

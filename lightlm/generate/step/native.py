@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lightlm.files import cache_folder
-from lightlm.machine import processor
+from lightlm.machine import cpu_flags, processor
 
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -187,8 +187,4 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _machine() -> str:
     """Return what the compiled code depends on: a home folder may be shared between machines."""
-    flags = ""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{processor()} {flags}"
+    return f"{processor()} {cpu_flags()}"

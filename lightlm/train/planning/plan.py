@@ -135,7 +135,7 @@ def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool
         device = torch.device(name)
         fast = device.type == "cuda" and recipe.train.dtype == "auto"
         return device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU, width), False
-    return device, training_dtype(recipe.train.dtype, device, width), True
+    return device, training_dtype(recipe.train.dtype, device, width, lambda slow: note(f"train.dtype={slow}")), True
 
 
 def _parts(

@@ -70,7 +70,9 @@ def load_taught(
         model, identity = _load(section.teacher, recipe, data, world, note)
         tokens = data.tokenizer.vocab_size
     wanted, width = section.dtype, model.config.hidden_size
-    dtype = world.from_writer(lambda: pick_dtype(wanted, device, width))
+    dtype = world.from_writer(
+        lambda: pick_dtype(wanted, device, width, lambda slow: note(f"train.distill.dtype={slow}"))
+    )
     section = section.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     size = format_quantity(model.num_parameters()["total"])
     description = f"{section.teacher}, {size} parameters, {section.dtype}: weight {section.weight:g}"

@@ -26,6 +26,13 @@ def test_the_answer_is_measured_once_for_each_shape(measured):
     assert not measured
 
 
+def test_a_home_folder_serves_processors_of_one_name(measured, monkeypatch):
+    measured += [2.0, 0.5]
+    for features, expected in (("avx2 avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        monkeypatch.setattr("lightlm.generate.step.measured.cpu_features", lambda features=features: features)
+        assert [decoding_dtype(build("llama")) for _ in range(2)] == [expected] * 2
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}'])
 def test_a_damaged_file_is_replaced(measured, tmp_path, damage):
     (tmp_path / "lightlm").mkdir()

@@ -74,3 +74,14 @@ def test_a_stored_teacher_takes_its_records():
     plan = make_plan(load_recipe("tiny.yaml", [stored, "data.dataset=planned"]), probe=False)
     assert plan["run"]["teacher"]["flops"] is None
     assert plan["run"]["teacher"]["disk"] == 42 * len(DataFolder.open("data/tiny").split("train"))
+
+
+def test_a_plan_notes_a_named_precision_that_is_slow_here(monkeypatch):
+    monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: 0.125)
+    slow, automatic = (
+        make_plan(load_recipe("demo", ["train.device=cpu", f"train.dtype={name}"]), probe=False)["notes"]
+        for name in ("bfloat16", "auto")
+    )
+    assert [note for note in slow if note not in automatic] == [
+        "train.dtype=bfloat16: products take 8.0 times as long as in float32 on this CPU; float32 or auto is faster"
+    ]
