@@ -9,6 +9,7 @@ with all of its arguments. In Python, import `lightlm.evaluate.harness` before c
 """
 
 import contextlib
+import itertools
 import math
 import re
 import sys
@@ -33,7 +34,7 @@ from lightlm.errors import LightLMError, UsageError
 from lightlm.evaluate.generation import Generation
 from lightlm.evaluate.results.truncation import Truncation
 from lightlm.evaluate.scoring.batches import BatchSize
-from lightlm.evaluate.scoring.score import score
+from lightlm.evaluate.scoring.score import answer_windows, score
 from lightlm.evaluate.tasks.index import warn
 from lightlm.generate.engine import generate
 from lightlm.generate.text import TextStream
@@ -217,10 +218,19 @@ class LightLM(TemplateLM):
         return [(nats, len(answer)) for (nats, _), (_, answer) in zip(scores, pairs, strict=True)]
 
     def _score_answers(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Score token ids of (context, answer), and count the contexts whose beginning does not fit."""
+        """Score token ids of (context, answer), and count the contexts whose beginning does not fit.
+
+        An answer that is longer than the model's context is scored in windows; see `answer_windows`.
+        """
+        windows = [answer_windows(context, answer, self.max_length) for context, answer in pairs]
         room = self.max_length + 1  # the last token is only predicted
-        self._truncation += Truncation.of(len(context) + len(answer) - room for context, answer in pairs)
-        return self._score(pairs, "scoring answers")
+        self._truncation += Truncation.of(sum(map(len, first)) - room for first, *_ in windows)
+        scores = iter(self._score([window for group in windows for window in group], "scoring answers"))
+        found = []
+        for group in windows:
+            parts = list(itertools.islice(scores, len(group)))
+            found.append((sum(nats for nats, _ in parts), all(greedy for _, greedy in parts)))
+        return found
 
     @contextlib.contextmanager
     def _bar(self, total: int, description: str) -> Iterator[Callable[[int], None]]:

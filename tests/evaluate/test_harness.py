@@ -43,6 +43,28 @@ def test_a_document_is_scored_once_per_token_in_windows_of_the_context(lm: Light
     assert empty == 0.0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["The cat", "The cat" + " sat" * 40])
+def test_an_answer_longer_than_the_models_context_is_scored_in_windows(lm: LightLM, context: str) -> None:
+    prompt = lm.tok_encode(context)
+    answer = lm.tok_encode(f"{context} {LONG}")[len(prompt) :]
+    assert len(answer) > 2 * lm.max_length
+    # Each token of the answer after at least half a context of what precedes it, as far as there is so much.
+    total, half = 0.0, (lm.max_length + 1) // 2
+    for start in range(0, len(answer), half):
+        targets = answer[start : start + half]
+        inputs = [*prompt, *answer][: len(prompt) + start + len(targets) - 1][-lm.max_length :]
+        logits = lm.model(torch.tensor([inputs]))[0].double()[-len(targets) :]
+        total += float(logits.log_softmax(-1)[range(len(targets)), targets].sum())
+    lm.begin("long")
+    pairs = [(context, f" {LONG}"), ("The cat", " sat")]
+    (nats, greedy), short = lm.loglikelihood(instances("loglikelihood", pairs))
+    assert nats == pytest.approx(total, abs=1e-3)
+    assert not greedy
+    assert short[0] == pytest.approx(lm.loglikelihood(instances("loglikelihood", pairs[1:]))[0][0], abs=1e-4)
+    assert lm.truncation.cut == (len(prompt) + half > lm.max_length + 1)
+
+
 def test_spaces_at_the_end_of_a_context_count_as_the_answers(lm: LightLM) -> None:
     moved, plain = lm.loglikelihood(instances("loglikelihood", [("The cat ", "sat"), ("The cat", " sat")]))
     assert moved == plain

@@ -74,6 +74,15 @@ def test_what_is_wrong_with_a_task_is_known_before_anything_is_scored(
     assert words in str(done.exception)
 
 
+def test_an_answer_longer_than_the_context_is_noted_and_scored(write: Callable[..., None]) -> None:
+    long = {"q": "Which color?", "c": ["red " * 60, "blue"], "a": 1}
+    write(docs=[long])
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert "Note: own: document 0: an answer has" in done.stderr
+    assert "but the context holds 40; it is scored in windows" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -33,6 +33,18 @@ class Score:
     greedy: bool
 
 
+def answer_windows(context: list[int], answer: list[int], size: int) -> list[tuple[list[int], list[int]]]:
+    """Return (context, answer) as one pair or, if a context of `size` tokens does not hold the answer, as several.
+
+    Each of them scores the next tokens of the answer, half a context of them, after the half that precedes them. The
+    log-likelihoods add up to that of the answer.
+    """
+    if len(answer) <= size:
+        return [(context, answer)]
+    step = (size + 1) // 2
+    return [(context + answer[:start], answer[start : start + step]) for start in range(0, len(answer), step)]
+
+
 @torch.no_grad()
 def score(
     model: Transformer,

@@ -245,7 +245,7 @@ def prepared(task: Task) -> Iterator[None]:
 
 
 def check_requests(task: Task, lm: TemplateLM, findings: Findings) -> float | None:
-    """Check every document: choices, target, and answers that the model's context does not hold.
+    """Check every document: choices and target; note answers that the model's context does not hold.
 
     Returns:
         The accuracy that guessing reaches; None for a task without choices.
@@ -263,8 +263,9 @@ def check_requests(task: Task, lm: TemplateLM, findings: Findings) -> float | No
             elif len(answer.encode()) > lm.max_length:
                 size = len(lm.tok_encode(answer, add_special_tokens=False))
                 if size > lm.max_length:
-                    text = f"an answer has {size:,} tokens, but the model's context holds only {lm.max_length:,}"
-                    _add(wrong, "long", number, text)
+                    _add(
+                        wrong, "long", number, f"an answer has {size:,} tokens, but the context holds {lm.max_length:,}"
+                    )
         if task.OUTPUT_TYPE == "multiple_choice" and isinstance(task, ConfigurableTask) and number not in seen:
             seen.add(number)
             if problem := next(_choices(task, instance.doc), None):
@@ -285,6 +286,8 @@ def check_requests(task: Task, lm: TemplateLM, findings: Findings) -> float | No
         # lm-eval's own tasks run as they are: documents without a right answer are wrong for every model.
         if kind == "target" and _is_stock(task) and others + 1 < len(seen):
             findings.notes.append(f"{task.task_name}: document {first}: {text}{more}; it counts as wrong")
+        elif kind == "long":
+            findings.notes.append(f"{task.task_name}: document {first}: {text}{more}; it is scored in windows")
         else:
             findings.problems.append((task.task_name, f"document {first}: {text}{more}"))
     return sum(chances) / len(chances) if chances else None
