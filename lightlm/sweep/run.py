@@ -172,7 +172,7 @@ class Sweep:
 
     def _look_at_machine(self) -> Machine:
         first, fixed = next(iter(self._recipes.values())), self.definition.fixed.get("train.dtype", "auto")
-        named = {}  # a recipe for each precision, what is fixed in place of `auto`
+        named: dict[str, Recipe] = {}  # one for each precision, what is fixed in place of `auto`
         for recipe in self._recipes.values():
             dtype = fixed if recipe.train.dtype == "auto" else recipe.train.dtype
             named.setdefault(
