@@ -30,17 +30,27 @@ def gradients(model, *, dtype=None, plain=False):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_fused_training_is_as_exact_as_plain_autocast(name):
-    """Both paths' gradients are equally far from float64, and none is missing."""
-    model = build(name)
-    exact_loss, exact = gradients(copy.deepcopy(model).double())
-    plain_loss, plain = gradients(copy.deepcopy(model), dtype=torch.bfloat16, plain=True)
-    fused_loss, ours = gradients(model, dtype=torch.bfloat16)
-    assert fused_loss == pytest.approx(exact_loss, rel=2e-3)
-    assert plain_loss == pytest.approx(exact_loss, rel=2e-3)
-    for key, expected in exact.items():
-        slack = (0.1 if key == "residual scales" else 0.01) * expected.norm()
-        assert (ours[key] - expected).norm() <= 1.5 * (plain[key] - expected).norm() + slack, key
-    assert any(not torch.equal(ours[key], plain[key]) for key in exact), "the fused path did not run"
+    """Both paths' gradients are equally far from float64, and none is missing.
+
+    Rounding may send a token to another expert, in either path and on some CPUs only. So with experts the median of
+    several models counts.
+    """
+    found, differ = {}, False
+    for seed in range(5) if SHAPES[name].num_experts else (0,):
+        model = build(name, seed=seed)
+        exact_loss, exact = gradients(copy.deepcopy(model).double())
+        plain_loss, plain = gradients(copy.deepcopy(model), dtype=torch.bfloat16, plain=True)
+        fused_loss, ours = gradients(model, dtype=torch.bfloat16)
+        assert fused_loss == pytest.approx(exact_loss, rel=2e-3)
+        assert plain_loss == pytest.approx(exact_loss, rel=2e-3)
+        for key, expected in exact.items():
+            errors = [(gradient[key] - expected).norm() for gradient in (ours, plain)]
+            found.setdefault(key, []).append(torch.stack([*errors, expected.norm()]))
+            differ = differ or not torch.equal(ours[key], plain[key])
+    for key, values in found.items():
+        our_error, plain_error, size = torch.stack(values).median(0).values
+        assert our_error <= 1.5 * plain_error + (0.1 if key == "residual scales" else 0.01) * size, key
+    assert differ, "the fused path did not run"
 
 
 @pytest.mark.parametrize("slow_mkl", [False, True])

@@ -410,15 +410,15 @@ def test_a_run_keeps_the_precision_that_was_measured_at_its_start(gain, workspac
 
 def test_a_run_that_moves_says_what_it_keeps_and_chooses_anew_if_asked(workspace, monkeypatch):
     monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: 4.0)
-    start("tiny.yaml", "train.dtype=auto", "train.tokens=256", "schedule.warmup=128", name="moved")
-    assert not any("another computer" in note for note in resume("moved", "train.tokens=512")[1].notes)
+    start("tiny.yaml", "train.dtype=auto", "train.tokens=256", "schedule.warmup=128", name="other-computer")
+    assert not any("another computer" in note for note in resume("other-computer", "train.tokens=512")[1].notes)
     monkeypatch.setattr("lightlm.machine.cpu_features", lambda: "abacus")
     monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: 1.0)
-    _, watch = resume("moved", "train.tokens=768")
+    _, watch = resume("other-computer", "train.tokens=768")
     assert any("another computer" in note and "train.dtype=auto" in note for note in watch.notes)
     assert watch.facts["dtype"] == "bfloat16"
     anew = ("train.dtype=auto", "train.threads=auto", "train.compile=auto")
-    _, watch = resume("moved", "train.tokens=1024", *anew)
+    _, watch = resume("other-computer", "train.tokens=1024", *anew)
     assert watch.facts["dtype"] == "float32"
     assert not any("another computer" in note for note in watch.notes), "its last steps are of this one"
 

@@ -26,7 +26,8 @@ class FakeHub:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                outer.tokens.add(self.headers.get("authorization"))
+                if "/me/" in self.path:  # a thread that another test has left may ask for something else
+                    outer.tokens.add(self.headers.get("authorization"))
                 name = self.path.removeprefix("/api/models/").partition("?")[0]
                 if outer.refuses:
                     return self.answer({"error": "no"}, outer.refuses)
