@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -131,6 +132,7 @@ class _Request:
     as_json: bool = False
     max_minutes: float | None = None
     with_report: bool = True
+    began: float = field(default_factory=time.monotonic)  # what --max-minutes counts from
 
     @property
     def exact(self) -> bool:
@@ -285,7 +287,7 @@ def _shortened(
 
     try:
         with console.status("Timing a few steps ..."):
-            fit = fit_time(recipe, data, minutes)
+            fit = fit_time(recipe, data, minutes, request.began)
     except ProbeError as error:
         display.note(f"--max-minutes {minutes:g} has no effect: {error}")
         return recipe

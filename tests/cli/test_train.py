@@ -240,11 +240,13 @@ def test_a_time_limit_shortens_a_new_run_and_says_so(lightlm, workspace, monkeyp
     outcome = lightlm(*command, "--name", "limited")
     assert outcome.code == 0
     words = " ".join(outcome.stderr.split())
-    assert re.search(r"at 64 tokens/s, the 1M tokens of this recipe would take 26\d minutes; training on 3.33K", words)
+    assert re.search(
+        r"at 64 tokens/s, the 1M tokens of this recipe would take 26\d minutes; training on [23][.\d]*K", words
+    )
     tokens = yaml.safe_load((workspace / "runs" / "limited" / "recipe.yaml").read_text(encoding="utf-8"))["train"]
     steps = (workspace / "runs" / "limited" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(steps[-1])
-    assert tokens["tokens"] == last["tokens"] == 3328
+    assert 2500 < tokens["tokens"] == last["tokens"] <= 3328  # 54 seconds, less what the start took
     assert last["lr"] < 0.5 * max(json.loads(step)["lr"] for step in steps)  # the schedule fits
     more = lightlm("train", "--resume", "limited", "train.tokens=3584")
     assert more.code == 0

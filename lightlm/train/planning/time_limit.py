@@ -1,5 +1,6 @@
 """A limit of time for a run: the tokens that this machine can train on within it."""
 
+import time
 from dataclasses import dataclass
 
 from lightlm.data.training_data import TrainingData
@@ -27,25 +28,30 @@ class Fit:
     tokens_per_second: float
 
 
-def fit_time(recipe: Recipe, data: TrainingData, minutes: float) -> Fit:
+def fit_time(recipe: Recipe, data: TrainingData, minutes: float, began: float | None = None) -> Fit:
     """Run a few steps of the recipe in a process of their own, and return how much of it fits into the limit.
+
+    Args:
+        began: when the limit began, on `time.monotonic`'s clock, so that the start and these steps count; None is
+            after them.
 
     Raises:
         ProbeError: the steps failed or do not fit into memory.
     """
     recipe = fit_recipe(recipe, data, lambda message: None)
-    return fit_probe(run_probe(recipe), recipe, data, minutes)
+    probe = run_probe(recipe)
+    return fit_probe(probe, recipe, data, minutes, 0.0 if began is None else time.monotonic() - began)
 
 
-def fit_probe(probe: Probe, recipe: Recipe, data: TrainingData, minutes: float) -> Fit:
-    """Return how much of the recipe fits into the limit, at the speed of this probe."""
+def fit_probe(probe: Probe, recipe: Recipe, data: TrainingData, minutes: float, spent: float = 0.0) -> Fit:
+    """Return how much of the recipe fits into the limit less the seconds spent, at the speed of this probe."""
 
     def seconds(tokens: int) -> float:
         shorter = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens": tokens})})
         return run_seconds(probe, shorter, run_sizes(shorter, data))
 
     whole, batch = recipe.train.tokens, recipe.batch_sequences * recipe.seq_len
-    total, limit = seconds(whole), 60 * minutes
+    total, limit = seconds(whole), 60 * minutes - spent
     sizes = run_sizes(recipe, data)
     rate = sizes["tokens"] / probe.training_seconds(recipe, sizes["tokens"], sizes["steps"])
     if total <= limit:
