@@ -11,7 +11,8 @@ from lightlm.errors import UsageError
 from lightlm.sweep.values import Range, read_duration, read_range, read_settings, split_values
 
 plain = st.text("abcXYZ0123456789.-_%/", min_size=1)
-texts = st.text(st.characters(codec="utf-8", exclude_categories=["C"]))  # also commas, brackets, quotes, backslashes
+# Also commas, brackets, quotes, backslashes. YAML's keys have at most 1,024 characters, and JSON escapes one as twelve.
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=80)
 trees = st.recursive(
     st.integers() | texts | st.booleans(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
