@@ -39,8 +39,8 @@ from lightlm.train.step.gradients import BatchOutcome
 from lightlm.train.step.routers import move_selection_biases
 
 _MOVED = (
-    "this run comes from another computer, and keeps the precision, threads and compilation that were chosen there; "
-    "resume it with train.dtype=auto train.threads=auto train.compile=auto to choose anew"
+    "this run comes from another computer; unless set now, precision, threads and compilation are those chosen there "
+    "(train.dtype=auto train.threads=auto train.compile=auto choose anew)"
 )
 
 
