@@ -99,7 +99,7 @@ def sweep(
     path = _folder(name, recipe, [*space, *(["search"] if search else [])])
     limits, display = Limits(jobs, seconds, minutes), SweepDisplay()
     if dry_run:
-        planned = Sweep.peek(path, limits, watch=display)
+        planned = Sweep.peek(path, limits, overwrite=overwrite, watch=display)
         planned.add(contestants, chosen_seeds)
         _print_plan(path, planned.overview(), search or 0, as_json)
         return

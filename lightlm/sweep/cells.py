@@ -43,14 +43,18 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of its run's folder, which does not depend on the other cells."""
-        return f"{_folder_name(self.contestant.name)}_seed-{self.seed}"
+        return f"{folder_name(self.contestant.name)}_seed-{self.seed}"
+
+    @property
+    def seed_override(self) -> str:
+        return f"{_SEED}={self.seed}"
 
     @property
     def changes(self) -> list[str]:
-        return [*self.contestant.changes, f"{_SEED}={self.seed}"]
+        return [*self.contestant.changes, self.seed_override]
 
 
-def _folder_name(name: str) -> str:
+def folder_name(name: str) -> str:
     """Return a name that is a folder's on every system. It ends in a hash where it says less than `name`."""
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._")
     if len(plain) <= _LONGEST and re.fullmatch(r"[A-Za-z0-9._]+([=, -][A-Za-z0-9._]+)*", name):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -117,6 +117,13 @@ def environments(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
     return [base | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(jobs)]
 
 
+def without_threads(environment: Mapping[str, str]) -> Mapping[str, str]:
+    """Return an environment of `environments` for a recipe that says how many threads it takes."""
+    if THREADS_VARIABLE in os.environ:
+        return environment
+    return {key: value for key, value in environment.items() if key != THREADS_VARIABLE}
+
+
 @dataclass
 class _Running:
     row: Row
@@ -138,7 +145,10 @@ class Engine:
         cells: Sequence[Cell],
         tokens: Mapping[str, int],
         *,
-        changes: Callable[[Cell], list[str]] = lambda cell: cell.changes,
+        begin: Callable[[Cell], list[str]] = lambda cell: [cell.contestant.recipe, *cell.changes],
+        resume: Callable[[Cell], list[str]] = lambda cell: [],
+        skip: Container[str] = (),
+        own_threads: Container[str] = (),
         places: Sequence[Mapping[str, str]] | None = None,
         budget: float | None = None,
         watch: Watch | None = None,
@@ -151,16 +161,20 @@ class Engine:
         Args:
             cells: in the order in which they are to run.
             tokens: of a run, by contestant; the predictions need them.
-            changes: the overrides of a new run.
+            begin: the recipe and overrides of a new run.
+            resume: the overrides of a run that is resumed.
+            skip: names of cells that do not run.
+            own_threads: names of contestants whose recipes say how many threads they take.
             places: the environment of each run at a time; one run unless given.
             budget: seconds. A run that is expected to end later is not started. One that takes longer than expected is
                 saved and stopped at the end.
         """
-        self.folder, self._tokens, self._changes = folder, tokens, changes
+        self.folder, self._tokens, self._begin, self._resume = folder, tokens, begin, resume
+        self._own_threads = own_threads
         self._places, self._budget, self._watch = places or environments(1), budget, watch or Watch()
         self._start, self._clock, self._sleep = start, clock, sleep
         self._rows = {cell.name: self._read(cell) for cell in cells}
-        self._waiting = [row for row in self._rows.values() if row.state not in FINAL]
+        self._waiting = [row for row in self._rows.values() if row.state not in FINAL and row.cell.name not in skip]
         self._running: list[_Running] = []
         self._began = clock()
         self._signals: list[int] = []
@@ -253,11 +267,14 @@ class Engine:
             log, run = folder.log(cell), folder.run(cell)
             log_from = log.stat().st_size if log.is_file() else 0
             if (run / "recipe.yaml").is_file():
-                arguments = ["train", f"--resume={run}"]
+                arguments = ["train", f"--resume={run}", *self._resume(cell)]
             else:
                 options = [f"--name={cell.name}", f"--runs-dir={folder.runs}"]
-                arguments = ["train", cell.contestant.recipe, *self._changes(cell), *options]
-            process = self._start([*arguments, "--no-report"], self._places[slot], log)
+                arguments = ["train", *self._begin(cell), *options]
+            place = self._places[slot]
+            if cell.contestant.name in self._own_threads:
+                place = without_threads(place)
+            process = self._start([*arguments, "--no-report"], place, log)
         row.state = "running"
         self._running.append(_Running(row, slot, process, now, row.share, row.seconds, log_from))
         if process is not None:

@@ -2,6 +2,7 @@
 
 sweeps/<name>/
   sweep.json      contestants with their seeds and settings, and what this sweep has fixed for all
+  recipes/        the recipe of each contestant as the sweep has read it: an edit of the file changes no later run
   runs/<cell>/    run folders, as `lightlm train` makes them
   ends/<cell>.json, logs/<cell>.log
   results.json, plots/*.png
@@ -16,11 +17,11 @@ from typing import Any, Literal, get_args
 
 from lightlm import files
 from lightlm.errors import CheckpointError, LightLMError, UsageError
-from lightlm.recipe import Recipe, parse_recipe, with_new_names
+from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, with_new_names
 from lightlm.runs import RECIPE, holder, locked, require_unlocked, run_folder
 from lightlm.runs.listing import summarize
 from lightlm.runs.metrics import METRICS, last_metrics
-from lightlm.sweep.cells import Cell, Contestant
+from lightlm.sweep.cells import Cell, Contestant, folder_name
 
 SWEEPS = Path("sweeps")
 _FILE = "sweep.json"  # a folder with this file is a sweep
@@ -36,6 +37,7 @@ _FREE = frozenset(
         "train.compile",
     }
 )
+_OF_THE_CELL = ("name", "train.seed")  # of these, what each run has for itself
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class SweepFolder:
         A folder in which no sweep has begun when the context ends is removed.
 
         Args:
-            overwrite: delete the sweep that is there.
+            overwrite: the sweep that is there will be deleted; see `clear`.
 
         Raises:
             CheckpointError: another sweep runs in it, a process trains a run that would be deleted, or the folder is
@@ -155,11 +157,8 @@ class SweepFolder:
         """
         if self.path.exists() and not self._is_sweep():
             raise CheckpointError(f"{self} exists already and is not a sweep; choose another --name")
-        if overwrite and self.path.exists():
-            require_unlocked(self.path, "run")
-            for run in self.runs.glob("*"):
-                require_unlocked(run)
-            files.remove_folder(self.path)
+        if overwrite:
+            self._require_unlocked_runs()
         self.runs.mkdir(parents=True, exist_ok=True)
         with locked(self.path, "run"):
             try:
@@ -168,6 +167,23 @@ class SweepFolder:
                 if not (self.path / _FILE).is_file() and self._is_sweep():
                     with contextlib.suppress(OSError):  # Windows deletes no folder whose lock is open
                         files.remove_folder(self.path)
+
+    def _require_unlocked_runs(self) -> None:
+        for run in self.runs.glob("*"):
+            require_unlocked(run)
+
+    def clear(self) -> None:
+        """Delete what the sweep has written, its definition last: a kill leaves a sweep, which can be deleted again.
+
+        Raises:
+            RunLockedError: a process trains one of its runs.
+        """
+        self._require_unlocked_runs()
+        for name in ("runs", "ends", "logs", "plots", "recipes"):
+            files.remove_folder(self.path / name)
+        for name in ("results.json", _FILE):
+            (self.path / name).unlink(missing_ok=True)
+        self.runs.mkdir()
 
     def _is_sweep(self) -> bool:
         """Return whether the folder is a sweep's, or holds at most what the start of one leaves when it is killed."""
@@ -200,6 +216,17 @@ class SweepFolder:
     def run(self, cell: Cell) -> Path:
         """Return the folder of a cell's run, which need not exist."""
         return run_folder(cell.name, self.runs)
+
+    def recipe(self, contestant: Contestant) -> Path:
+        """Return the file of a contestant's recipe, which need not exist."""
+        return self.path / "recipes" / f"{folder_name(contestant.name)}.yaml"
+
+    def write_recipe(self, contestant: Contestant, recipe: Recipe) -> None:
+        """Write the recipe that new runs of a contestant train."""
+        path, text = self.recipe(contestant), recipe.to_yaml()
+        path.parent.mkdir(exist_ok=True)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            files.write_text(path, text)
 
     def log(self, cell: Cell) -> Path:
         return self.path / "logs" / f"{cell.name}.log"
@@ -274,8 +301,27 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return [
         f"{key} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and key not in _FREE and key.partition(".")[0] not in _FREE
+        if old.get(key) != new.get(key) and not _is_free(key)
     ]
+
+
+def free_changes(run: Path, recipe: Recipe) -> list[str]:
+    """Return the settings in which a run differs from its recipe of now and that it may change, as overrides.
+
+    Where the recipe says `auto`, the run keeps what it has chosen.
+    """
+    with contextlib.suppress(LightLMError):  # `train --resume` says what is wrong with the run's recipe
+        old, new = _flat(load_run_recipe(run, (), lambda note: None).to_dict()), _flat(recipe.to_dict())
+        return [
+            f"{key}={json.dumps(value, ensure_ascii=False)}"
+            for key, value in new.items()
+            if _is_free(key) and key not in _OF_THE_CELL and value not in ("auto", old.get(key))
+        ]
+    return []
+
+
+def _is_free(key: str) -> bool:
+    return key in _FREE or key.partition(".")[0] in _FREE
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,18 @@ from lightlm import files
 from lightlm.errors import LightLMError, UsageError
 from lightlm.recipe import Recipe
 from lightlm.sweep.cells import Cell, Contestant, check_needs, read_recipe, resolve
-from lightlm.sweep.engine import Ending, Engine, Overview, Start, Watch, environments, start_process
-from lightlm.sweep.folder import FINAL, Definition, SweepFolder
+from lightlm.sweep.engine import (
+    Ending,
+    Engine,
+    Overview,
+    Row,
+    Start,
+    Watch,
+    environments,
+    start_process,
+    without_threads,
+)
+from lightlm.sweep.folder import FINAL, Definition, SweepFolder, free_changes
 from lightlm.sweep.machine import Machine, fitting_tokens, look_at_machine
 from lightlm.sweep.table import Results, find_baseline, read_results
 
@@ -47,14 +57,24 @@ NO_LIMITS = Limits()
 class Sweep:
     """A sweep whose folder is held. See the module's example."""
 
-    def __init__(self, folder: SweepFolder, definition: Definition, limits: Limits, watch: Watch, start: Start) -> None:
+    def __init__(
+        self,
+        folder: SweepFolder,
+        definition: Definition,
+        limits: Limits,
+        watch: Watch,
+        start: Start,
+        *,
+        overwrite: bool = False,
+    ) -> None:
         """Take the parts of a sweep; see `open`."""
         self.folder, self.definition, self.watch = folder, definition, watch
-        self._limits, self._start = limits, start
+        self._limits, self._start, self._overwrite = limits, start, overwrite
         self._ends = None if limits.budget is None else time.monotonic() + limits.budget
         self._recipes: dict[str, Recipe] = {}
         self._cells: dict[str, Cell] = {}
         self._places: list[dict[str, str]] | None = None
+        self._failed: set[str] = set()  # cells that this call has tried
 
     @classmethod
     @contextlib.contextmanager
@@ -70,7 +90,7 @@ class Sweep:
         """Context manager that gives the new or existing sweep of a folder, and keeps other processes out of it.
 
         Args:
-            overwrite: delete the sweep that is there.
+            overwrite: delete the sweep that is there, when the first run of this one is about to start.
             watch: receives what happens.
             start: starts a run.
 
@@ -80,22 +100,28 @@ class Sweep:
         """
         folder = SweepFolder(path)
         with folder.held(overwrite=overwrite):
-            yield cls.peek(path, limits, watch=watch, start=start)
+            yield cls.peek(path, limits, overwrite=overwrite, watch=watch, start=start)
 
     @classmethod
     def peek(
-        cls, path: Path, limits: Limits = NO_LIMITS, *, watch: Watch | None = None, start: Start | None = None
+        cls,
+        path: Path,
+        limits: Limits = NO_LIMITS,
+        *,
+        overwrite: bool = False,
+        watch: Watch | None = None,
+        start: Start | None = None,
     ) -> "Sweep":
         """Return the sweep of a folder, to look at it: as `open`, but it must not run."""
         folder = SweepFolder(path)
-        definition = folder.read() or Definition(minutes=limits.minutes)
+        definition = (None if overwrite else folder.read()) or Definition(minutes=limits.minutes)
         if definition.minutes != limits.minutes:
             before, now = (
                 f"{minutes:g} minutes per run" if minutes else "equal tokens"
                 for minutes in (definition.minutes, limits.minutes)
             )
             raise UsageError(f"{folder} compares at {before}, not at {now}; {_elsewhere(folder)}")
-        return cls(folder, definition, limits, watch or Watch(), start or start_process)
+        return cls(folder, definition, limits, watch or Watch(), start or start_process, overwrite=overwrite)
 
     def add(self, contestants: Sequence[Contestant], seeds: Sequence[int]) -> None:
         """Add contestants with seeds to what this call runs. What the sweep has run already is not repeated.
@@ -130,19 +156,30 @@ class Sweep:
 
     def overview(self) -> Overview:
         """Return the state of all cells, with a prediction if runs are done."""
+        if self._overwrite:
+            return Overview([Row(cell, "waiting") for cell in self.cells], None)
         return self._engine().overview()
 
     def run(self) -> Ending:
-        """Run what is left; return why it ended.
+        """Run what is left; return why it ended. What fails is tried again by the next call of `lightlm sweep`.
 
         Raises:
             LightLMError: the time of a step could not be measured, or the tokens that fit into a limit are too few.
         """
+        if self._overwrite:
+            self.folder.clear()
+            self._overwrite = False
         self.folder.write(self.definition)
-        if all(self.folder.status(cell).state in FINAL for cell in self.cells):
+        for name, recipe in self._recipes.items():
+            self.folder.write_recipe(self.definition.entries[name].contestant, recipe)
+        left = [cell for cell in self.cells if cell.name not in self._failed]
+        if all(self.folder.status(cell).state in FINAL for cell in left):
             return "complete"
         self._prepare()
-        return self._engine().run()
+        engine = self._engine()
+        ending = engine.run()
+        self._failed |= {row.cell.name for row in engine.overview().rows if row.state == "failed"}
+        return ending
 
     def check_baseline(self, baseline: str | None) -> None:
         """Raise UsageError if no contestant has this name or value."""
@@ -164,7 +201,8 @@ class Sweep:
             for name, recipe in self._recipes.items():
                 if name not in self.definition.tokens:
                     self.watch.note(f"timing a few steps of '{name}'")
-                    tokens = fitting_tokens(recipe, self.definition.minutes, self._places[0])
+                    place = self._places[0] if recipe.train.threads == "auto" else without_threads(self._places[0])
+                    tokens = fitting_tokens(recipe, self.definition.minutes, place)
                     entry = self.definition.entries[name].contestant
                     read_recipe(entry.recipe, [*entry.changes, f"train.tokens={tokens}"])
                     self.definition.tokens[name] = tokens
@@ -189,25 +227,28 @@ class Sweep:
             self.folder,
             self.cells,
             tokens,
-            changes=self._changes,
+            begin=self._begin,
+            resume=lambda cell: free_changes(self.folder.run(cell), self._recipes[cell.contestant.name]),
+            skip=self._failed,
+            own_threads=[name for name, recipe in self._recipes.items() if recipe.train.threads != "auto"],
             places=self._places,
             budget=None if self._ends is None else self._ends - time.monotonic(),
             watch=self.watch,
             start=self._start,
         )
 
-    def _changes(self, cell: Cell) -> list[str]:
-        """Return the overrides of a cell's run: its own, and what the sweep has fixed where its recipe says `auto`."""
-        name, changes = cell.contestant.name, cell.changes
-        if (start := self._recipes[name].train.init_from) is not None:  # not a newer checkpoint of that run
-            changes.append(f"train.init_from={start}")
-        if (distill := self._recipes[name].train.distill) is not None:
-            changes.append(f"train.distill.teacher={distill.teacher}")
+    def _begin(self, cell: Cell) -> list[str]:
+        """Return recipe, seed and what the sweep has fixed, for a new run.
+
+        The recipe is the sweep's copy. Its references to models are those of the checkpoints that were there then.
+        """
+        name = cell.contestant.name
+        arguments = [str(self.folder.recipe(cell.contestant)), cell.seed_override]
         if self._recipes[name].train.dtype == "auto" and (dtype := self.definition.fixed.get("train.dtype")):
-            changes.append(f"train.dtype={dtype}")
+            arguments.append(f"train.dtype={dtype}")
         if (tokens := self.definition.tokens.get(name)) is not None:
-            changes.append(f"train.tokens={tokens}")
-        return changes
+            arguments.append(f"train.tokens={tokens}")
+        return arguments
 
 
 def write_results(folder: SweepFolder, definition: Definition, metric: str | None, baseline: str | None) -> Results:

@@ -25,8 +25,9 @@ from lightlm.sweep.folder import Definition, State, SweepFolder
 
 SIGNIFICANCE = 0.05
 Verdict = Literal["baseline", "better", "worse", "noise", "one seed", "diverged", "missing"]
-# Metrics of which more is better; of all others, less is.
-_MORE_IS_BETTER = ("tokens_per_second", "mfu", "acc", "exact_match", "f1", "index")
+# Of scores (eval/TASK/METRIC) more is better, apart from these; of other metrics less is better, apart from those.
+_LOSSES = ("perplexity", "bits_per_byte", "brier_score", "loss", "nll", "/ter")  # ends of their names
+_SPEEDS = ("tokens_per_second", "mfu")
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,10 @@ class Results:
 
 
 def more_is_better(metric: str) -> bool:
-    """Return whether more of a metric is better: of accuracies and speeds, but not of losses."""
-    return metric.rpartition("/")[2].startswith(_MORE_IS_BETTER)
+    """Return whether more of a metric is better: of scores and speeds, but not of losses."""
+    if not metric.startswith("eval/"):
+        return metric in _SPEEDS
+    return not metric.endswith(_LOSSES)
 
 
 def read_results(

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import yaml
 
+from lightlm.convert.load import find_start
 from lightlm.errors import TrainingDivergedError
+from lightlm.recipe import Recipe, load_recipe
 from lightlm.sweep.folder import SweepFolder
 
 TOKENS = 1000
@@ -101,6 +103,12 @@ class Process:
 
     def kill(self):
         self.signals.append(getattr(signal, "SIGKILL", "kill"))
+
+
+def recipe_of(arguments: list[str]) -> Recipe:
+    """The recipe that a new run was started with, as `lightlm train` reads it."""
+    overrides = [argument for argument in arguments[2:] if not argument.startswith("--")]
+    return load_recipe(arguments[1], overrides, find_start=find_start)
 
 
 def folder(path: Path) -> SweepFolder:

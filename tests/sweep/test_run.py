@@ -1,18 +1,21 @@
 """A whole sweep with fake runs: what is fixed for all, extended, refused."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from lightlm.errors import CheckpointError, UsageError
+from lightlm.errors import CheckpointError, LightLMError, RecipeError, UsageError
+from lightlm.recipe import load_recipe
 from lightlm.runs import locked
 from lightlm.sweep import run as sweep_run
 from lightlm.sweep.cells import Contestant
 from lightlm.sweep.machine import Machine
 from lightlm.sweep.run import Limits, Sweep
+from lightlm.threads import THREADS_VARIABLE, cores
 from tests.corpus import make_workspace
-from tests.sweep.fleet import TOKENS, Fleet
+from tests.sweep.fleet import TOKENS, Fleet, recipe_of
 from tests.train.watch import start
 
 SHORT = (f"train.tokens={TOKENS}",)
@@ -85,6 +88,73 @@ def test_the_same_name_with_other_settings_is_refused_unless_they_change_no_resu
     assert len(fleet.started) == 2
 
 
+def test_a_sweep_is_deleted_when_the_new_one_can_start(path):
+    sweep(path, [A])
+    (path / "notes.txt").write_text("mine")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    for wrong, problem in (("train.rate=1", RecipeError), ("data.dataset=nowhere", LightLMError)):
+        with pytest.raises(problem):
+            sweep(path, [A, Contestant("wrong", "tiny.yaml", (wrong,), {})], overwrite=True)
+    with Sweep.open(path, start=Instant().start, overwrite=True) as opened:
+        opened.add([B], [1])
+        assert [row.state for row in opened.overview().rows] == ["waiting"]
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    _, fleet, results = sweep(path, [B], seeds=(1,), overwrite=True)
+    assert fleet.started == ["new b_seed-1"]
+    assert [line.contestant.name for line in results.lines] == ["b"]
+    assert sorted(run.name for run in (path / "runs").iterdir()) == ["b_seed-1"]
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_an_edit_of_the_recipe_changes_no_run_of_a_sweep_that_goes_on(path):
+    text = Path("tiny.yaml").read_text()
+    copied = Contestant("a", "copied.yaml", SHORT, {})
+    Path("copied.yaml").write_text(text)
+
+    class Edited(Instant):
+        def start(self, *arguments):
+            Path("copied.yaml").write_text(text.replace("num_layers: 2", "num_layers: 3"))
+            return super().start(*arguments)
+
+    _, fleet, _ = sweep(path, [copied], fleet=Edited())
+    assert load_recipe("copied.yaml").model.num_layers == 3
+    recipes = [recipe_of(arguments) for arguments in fleet.arguments]
+    assert recipes == [load_recipe("tiny.yaml", [*SHORT, f"train.seed={seed}"]) for seed in (1, 2)]
+    with pytest.raises(UsageError, match=r"model\.num_layers was 2 and is 3"):
+        sweep(path, [copied], seeds=(3,))
+
+
+def test_what_a_sweep_may_change_reaches_the_runs_that_are_left(path):
+    class Real(Instant):
+        """Runs with the recipe of a real one."""
+
+        def start(self, arguments, environment, log):
+            process = super().start(arguments, environment, log)
+            if not arguments[1].startswith("--resume"):
+                (process.run / "recipe.yaml").write_text(recipe_of(arguments).to_yaml())
+            return process
+
+    free = ("train.micro_batch_size=4", "checkpoint.keep_last=3", "train.threads=auto")
+    sweep(path, [Contestant("a", "tiny.yaml", (*SHORT, *free))], (1,), Real(codes={"a_seed-1": 1}))
+    free = ("train.micro_batch_size=2", "checkpoint.keep_last=1", "train.threads=auto", "train.device=cpu")
+    _, fleet, _ = sweep(path, [Contestant("a", "tiny.yaml", (*SHORT, *free))], (1,), Real())
+    (resumed,) = fleet.arguments
+    assert resumed[1].startswith("--resume=")
+    assert sorted(resumed[2:]) == ["--no-report", "checkpoint.keep_last=1", "train.micro_batch_size=2"]
+
+
+@pytest.mark.parametrize("chosen", [None, "1"])
+def test_a_recipe_that_names_its_threads_gets_them(path, monkeypatch, chosen):
+    monkeypatch.delenv(THREADS_VARIABLE, raising=False)
+    if chosen:
+        monkeypatch.setenv(THREADS_VARIABLE, chosen)
+    named = Contestant("named", "tiny.yaml", (*SHORT, "train.threads=2"))
+    automatic = Contestant("automatic", "tiny.yaml", (*SHORT, "train.threads=auto", "optimizer.lr=1e-3"))
+    _, fleet, _ = sweep(path, [named, automatic], (1,), limits=Limits(jobs=2))
+    shared = chosen or str(max(1, cores() // 2))
+    assert [environment.get(THREADS_VARIABLE) for environment in fleet.environments] == [chosen, shared]
+
+
 def test_two_processes_never_share_a_sweep_and_other_folders_are_left_alone(path):
     path.mkdir()
     with locked(path), pytest.raises(CheckpointError, match="rates is being run by process"):
@@ -127,9 +197,8 @@ def test_all_runs_start_from_the_checkpoint_that_a_run_had_when_the_sweep_began(
     start("tiny.yaml", "train.tokens=512", "eval.every=0", name="origin")
     tuned = Contestant("tuned", "tiny.yaml", (*SHORT, "train.init_from=origin"), {})
     _, fleet, _ = sweep(path, [A, tuned], seeds=(1,))
-    pinned = "train.init_from=runs/origin/checkpoints/step_000002"
-    assert [pinned in arguments for arguments in fleet.arguments] == [False, True]
-    assert fleet.arguments[1].index(pinned) > fleet.arguments[1].index("train.init_from=origin")  # the last one counts
+    starts = [recipe_of(arguments).train.init_from for arguments in fleet.arguments]
+    assert starts == [None, "runs/origin/checkpoints/step_000002"]
 
 
 def test_gpus_run_one_each(path, monkeypatch):

@@ -10,7 +10,7 @@ from lightlm.sweep.run import Limits, Sweep
 from lightlm.sweep.search import draw, run_search
 from lightlm.sweep.values import Range
 from tests.corpus import make_workspace
-from tests.sweep.fleet import TOKENS, Fleet
+from tests.sweep.fleet import TOKENS, Fleet, recipe_of
 
 pytest.importorskip("optuna", reason="optuna is not installed: pip install 'lightlm[search]'")
 
@@ -45,8 +45,10 @@ class Instant(Fleet):
         if len(self.started) == self.dies:
             raise KeyboardInterrupt
         process = super().start(arguments, environment, log)
-        rates = [argument.partition("=")[2] for argument in arguments if argument.startswith("optimizer.lr=")]
-        self.losses[process.run.name] = 2 + abs(math.log10(float(rates[0])) + 2) if rates else 4.0
+        if not arguments[1].startswith("--resume"):
+            drawn = not process.run.name.startswith("recipe_")
+            rate = recipe_of(arguments).optimizer.lr
+            self.losses[process.run.name] = 2 + abs(math.log10(rate) + 2) if drawn else 4.0
         self.now += 1e6
         return process
 
@@ -108,6 +110,33 @@ def test_a_killed_search_goes_on_with_the_same_draws(path, tmp_path):
     more = Instant()
     search(other, more, 7)
     assert len(more.started) == 2
+
+
+class Failing(Instant):
+    """The first runs fail, as many as `fail`."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.fail = fail
+
+    def start(self, arguments, environment, log):
+        process = super().start(arguments, environment, log)
+        if len(self.started) <= self.fail:
+            self.codes[process.run.name] = 1
+        else:
+            self.codes.pop(process.run.name, None)
+        return process
+
+
+def test_what_fails_is_tried_once_per_call(path):
+    fleet = Failing(2)
+    _, results = search(path, fleet, 4)
+    assert len(fleet.started) == 1 + 4
+    assert sorted(state for line in results.lines for state in line.states.values()) == ["done"] * 3 + ["failed"] * 2
+    again = Instant()
+    _, results = search(path, again, 4)
+    assert again.started == [started.replace("new", "resume") for started in fleet.started[:2]]
+    assert {state for line in results.lines for state in line.states.values()} == {"done"}
 
 
 def test_several_runs_at_a_time_are_different_draws(path):

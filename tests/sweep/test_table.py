@@ -74,8 +74,10 @@ def test_differences_are_paired_by_seed_and_adjusted_for_all_comparisons(results
 def test_of_an_accuracy_more_is_better(results):
     found = results({"k=base": BASE, "k=better": BETTER, "k=worse": WORSE}, metric="eval/quiz/acc")
     assert verdicts(found) == {"k=base": "baseline", "k=better": "worse", "k=worse": "better"}
-    for metric, more in (("eval/hellaswag/acc_norm", True), ("eval/heldout/bits_per_byte", False), ("loss", False)):
-        assert more_is_better(metric) == more
+    more = ["eval/hellaswag/acc_norm", "eval/ifeval/prompt_level_strict_acc", "eval/qa/em", "tokens_per_second"]
+    less = ["eval/heldout/bits_per_byte", "eval/wikitext/word_perplexity", "eval/mt/ter", "loss", "val_bpb", "seconds"]
+    assert [more_is_better(metric) for metric in more] == [True] * len(more)
+    assert [more_is_better(metric) for metric in less] == [False] * len(less)
 
 
 def test_one_seed_has_no_test_and_a_missing_or_diverged_run_no_part_in_it(results):
