@@ -49,7 +49,8 @@ def new_run(name: str, *, exact: bool, overwrite: bool = False, parent: Path = R
         require_free(path, overwrite=overwrite)
         if (path / RECIPE).is_file():
             remove_run(path)
-        path.mkdir(parents=True, exist_ok=True)
+        _make_folder(parent)
+        path.mkdir(exist_ok=True)
     else:
         path = claim_folder(name, parent)
     with locked(path):
@@ -63,14 +64,28 @@ def new_run(name: str, *, exact: bool, overwrite: bool = False, parent: Path = R
 def claim_folder(name: str, parent: Path = RUNS) -> Path:
     """Create the first free folder of `name`, `name-2`, ... and return it. Two processes never get the same one."""
     path, number = run_folder(name, parent), 1
+    _make_folder(parent)
     while True:
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
         except FileExistsError:
             number += 1
             path = parent / f"{name}-{number}"
         else:
             return path
+
+
+def _make_folder(parent: Path) -> None:
+    """Create the folder of runs unless it is there.
+
+    Raises:
+        CheckpointError: something else has its name.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        what = "leads to nothing (is its disk mounted?)" if parent.is_symlink() else "is not a folder"
+        raise CheckpointError(f"{parent} {what}; runs cannot be kept there") from None
 
 
 def require_free(path: Path, *, overwrite: bool = False) -> None:
@@ -139,6 +154,11 @@ def find_run(reference: str | Path | None = None) -> Path:
         if path.name == newest.name and (target := files.follow(path)) is not None and target.is_dir():
             return target
         if (path / RECIPE).is_file():
+            if path == newest:
+                raise CheckpointError(
+                    f"{newest} is a copy of a run and not a link to the newest one, made by a tool that copies what "
+                    f"links lead to; name one of these: {run_names()}"
+                )
             return path
     if reference == newest and runs_here():
         raise CheckpointError(f"{newest} leads to no run; name one of these: {run_names()}")

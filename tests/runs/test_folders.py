@@ -44,6 +44,32 @@ def test_starts_at_the_same_time_get_folders_of_their_own():
     assert {path.name for path in claimed} == {f"demo-{number}" for number in range(2, 18)}
 
 
+def test_a_folder_of_runs_that_cannot_be_made_is_one_message():
+    os.symlink("unmounted", "runs", target_is_directory=True)
+    for exact in (False, True):
+        with pytest.raises(CheckpointError, match=r"runs leads to nothing \(is its disk mounted\?\)"):
+            new_run("demo", exact=exact).__enter__()
+    Path("runs").unlink()
+    Path("runs").write_text("mine")
+    with pytest.raises(CheckpointError, match="runs is not a folder"):
+        claim_folder("demo")
+    assert Path("runs").read_text() == "mine"
+
+
+def test_a_copy_of_the_newest_run_in_place_of_the_link_is_not_taken_for_it():
+    run = make_run("demo")
+    mark_latest(run)
+    shutil.copytree("runs", "copied")  # follows links, as scp -r
+    shutil.rmtree("runs")
+    os.rename("copied", "runs")
+    for reference in (None, "latest", "runs/latest"):
+        with pytest.raises(CheckpointError, match=r"runs/latest is a copy of a run .*name one of these: demo$"):
+            find_run(reference)
+    mark_latest(find_run("demo"))
+    assert find_run() == run
+    assert (run / "recipe.yaml").is_file()
+
+
 def test_processes_started_together_get_folders_of_their_own():
     start = "import sys; from lightlm.runs import new_run\nwith new_run('demo', exact=False) as run: "
     start += "(run / 'recipe.yaml').touch(); print(run.name)"

@@ -193,7 +193,7 @@ def reopen_run(
 def _recorded_recipe(folder: Path) -> Recipe | None:
     """Return the recipe in a checkpoint's training state; None if there is none that this version can read."""
     try:
-        return parse_recipe(with_new_names(_read(folder, mmap=True)["recipe"]), str(folder))
+        return parse_recipe(with_new_names(_read(folder, mmap=True)["recipe"]), str(folder), earlier=True)
     except (KeyError, RecipeError):
         return None
 

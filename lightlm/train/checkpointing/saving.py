@@ -176,5 +176,13 @@ def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:
         observer.note(f"{path} is renamed to {renamed.name}")
     if resumed is not None:
         files.point_to(run / "checkpoints" / "latest", resumed.name)
+    best = run / "checkpoints" / checkpoint.BEST
+    if best.is_dir() and not best.is_symlink():  # made by a tool that copies what links lead to
+        marker = (best / checkpoint.MARKER).read_bytes() if (best / checkpoint.MARKER).is_file() else None
+        same = (path for path in checkpoint.checkpoints(run) if (path / checkpoint.MARKER).read_bytes() == marker)
+        if (step := next(same, None)) is not None:
+            checkpoint.mark_best(step)
+        else:
+            files.replace_folder(best, best.with_name(f"{best.name}.copied"))
     if checkpoint.best_checkpoint(run) is None:  # it was damaged: the run finds its best step again
-        (run / "checkpoints" / checkpoint.BEST).unlink(missing_ok=True)
+        best.unlink(missing_ok=True)

@@ -106,6 +106,24 @@ def test_the_run_writes_a_damaged_step_again_and_ends_the_same(copied, whole):
     assert differences(result.run, whole) == []
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_run_resumes_after_a_copy_that_follows_links(stopped, workspace, pruned):
+    run = Path("runs/followed")
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(stopped, run, symlinks=True)
+    checkpoint.mark_best(run / "checkpoints/step_000005")
+    shutil.copytree(run, "moved")  # as scp -r
+    shutil.rmtree(run)
+    shutil.move("moved", run)
+    if pruned:
+        shutil.rmtree(run / "checkpoints/step_000005")
+    resume("followed")
+    best = checkpoint.best_checkpoint(run)
+    assert best == (None if pruned else run / "checkpoints/step_000005")
+    assert (run / "checkpoints/best.copied/model.safetensors").is_file()
+    assert (run / "checkpoints/step_000012").is_dir()
+
+
 def test_a_state_that_cannot_be_read_is_passed_over(copied):
     """Its checksum is right: it was written like this."""
     folder = copied / "checkpoints/step_000010"
@@ -145,7 +163,7 @@ class Gate:
         monkeypatch.setattr(checkpoint, "write_checkpoint", self._held)
 
     def _held(self, run, step, *args, **kwargs):
-        assert step != self.step or self.event.wait(20)
+        assert step != self.step or self.event.wait(120)
         return self._write(run, step, *args, **kwargs)
 
 
