@@ -67,8 +67,8 @@ def launch(command: Sequence[str], restart: Sequence[str], processes: int, max_r
 def _environment(processes: int, attempt: int, folder: Path) -> dict[str, str]:
     """Return the environment that all processes share."""
     return {
-        # Otherwise each process starts a thread for every core.
-        THREADS_VARIABLE: str(max(1, cores() // processes)),
+        # Otherwise each process starts a thread for every core. A single one follows train.threads.
+        **({THREADS_VARIABLE: str(max(1, cores() // processes))} if processes > 1 else {}),
         **os.environ,
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),

@@ -26,7 +26,7 @@ NEWEST = "runs/latest"  # the value of a bare --resume
 
 def is_override(argument: str) -> bool:
     """Return whether an argument is `key=value`: it has a "=", and no file or folder here is called so."""
-    return "=" in argument and not Path(argument).exists()
+    return "=" in argument and not os.path.exists(argument)  # pathlib raises an error for a long text
 
 
 def train(

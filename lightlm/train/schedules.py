@@ -309,7 +309,7 @@ def note_on_idle_end(recipe: Recipe) -> str | None:
 
 
 def notes_on_short_spans(recipe: Recipe) -> Iterator[str]:
-    """Yield a warning for spans of fewer tokens than a batch, which may be meant as percent or steps."""
+    """Yield a warning for tokens of less than a batch, which may be meant as percent or steps."""
     schedule, batch = recipe.schedule, recipe.train.batch_tokens
     spans = {"schedule.warmup": schedule.warmup, "schedule.decay": schedule.decay, "train.ema": recipe.train.ema}
     spans["optimizer.momentum_warmup"] = getattr(recipe.optimizer, "momentum_warmup", None)
@@ -319,6 +319,12 @@ def notes_on_short_spans(recipe: Recipe) -> Iterator[str]:
         if span and not span.endswith("%") and 0 < span_tokens(span, 1) < batch:
             means = f"{key} {span} means {span_tokens(span, 1):,} tokens, less than one batch of {batch:,}"
             yield f"{means}; write a share of the run as 2%"
+    intervals = {"eval.every": recipe.eval.every, "eval.tasks_every": recipe.eval.tasks_every}
+    intervals |= {"checkpoint.every": recipe.checkpoint.every, "checkpoint.keep_every": recipe.checkpoint.keep_every}
+    for key, every in intervals.items():
+        if 0 < every < batch:
+            means = f"{key} is {every:,} tokens, less than one batch of {batch:,}, so every step counts"
+            yield f"{means}; write tokens, such as 500K"
     half_life = getattr(recipe.optimizer, "beta2_half_life", None)
     if half_life and half_life < batch:
         yield (

@@ -47,6 +47,15 @@ def test_any_signal_to_end_asks_the_workers_to_save(group, monkeypatch, number):
     assert [worker.received for worker in workers] == [["terminate"], ["terminate"]]
 
 
+def test_processes_share_the_cores_and_a_single_one_follows_its_recipe(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch, "cores", lambda: 8)
+    threads = [launch._environment(count, 0, tmp_path).get("OMP_NUM_THREADS") for count in (1, 2, 16)]
+    assert threads == [None, "4", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launch._environment(2, 0, tmp_path)["OMP_NUM_THREADS"] == "3"
+
+
 def test_windows_workers_that_save_are_not_killed(group, monkeypatch):
     """There Ctrl-C reaches them too, and `terminate` would end them at once."""
     monkeypatch.setattr(launch, "_WORKERS_ARE_TOLD", True)

@@ -170,6 +170,22 @@ def test_heads_of_multi_token_prediction_are_counted(lightlm, folder):
     assert "multi-token prediction" in lightlm("plan", "tiny.yaml", "train.mtp.depth=1", "--no-probe").stdout
 
 
+def test_a_validation_at_every_step_is_counted_once_per_step(lightlm, folder):
+    run = json.loads(lightlm("plan", "tiny.yaml", "eval.every=1", "--no-probe", "--json").stdout)["run"]
+    assert run["validations"] == run["steps"] == 20
+
+
+def test_a_save_by_the_clock_is_counted_where_the_run_may_be_that_long(lightlm, folder):
+    def copy(*more):
+        plan = json.loads(lightlm("plan", "tiny.yaml", "checkpoint.every=0", *more, "--json").stdout)
+        return plan["machine"]["memory"]["checkpoint_copy"]
+
+    assert copy("--no-probe") > 0
+    assert copy("--no-probe", "checkpoint.every_minutes=0") == 0
+    assert copy() == 0, "it takes seconds"
+    assert copy("train.tokens=100M", "checkpoint.every_minutes=0.01") > 0
+
+
 def test_an_average_of_the_weights_is_counted_here_and_in_the_copy_that_a_save_takes(lightlm, folder):
     plain, averaged = (
         json.loads(lightlm("plan", "tiny.yaml", *more, "--no-probe", "--json").stdout)

@@ -124,6 +124,15 @@ def test_a_span_below_a_batch_is_named_with_its_tokens(override, named):
     assert all("20 tokens, less than one batch of 4,096" in note and "as 2%" in note for note in notes)
 
 
+@pytest.mark.parametrize("key", ["eval.every", "eval.tasks_every", "checkpoint.every", "checkpoint.keep_every"])
+def test_an_interval_below_a_batch_is_named(key):
+    more = ["eval.tasks=[arc_easy]"] if key == "eval.tasks_every" else []
+    for every, named in (("0", False), ("100", True), ("4096", False)):
+        notes = list(notes_on_short_spans(load_recipe(STEADY, [*more, f"{key}={every}"])))
+        assert len(notes) == named
+        assert all(f"{key} is 100 tokens, less than one batch of 4,096" in note for note in notes)
+
+
 def test_a_half_life_below_a_batch_is_named():
     for half_life, named in (("4095", True), ("4096", False)):
         notes = list(notes_on_short_spans(load_recipe(STEADY, [f"optimizer.beta2_half_life={half_life}"])))

@@ -95,7 +95,7 @@ def run_sizes(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
     batch_tokens = recipe.batch_sequences * recipe.seq_len
     # Validations come at each step that reaches a multiple of eval.every, and at the last step. With train.ema, each is
     # one of the average and one of the last weights.
-    validations = (tokens - batch_tokens) // recipe.eval.every + 1 if recipe.eval.every else 1
+    validations = min((tokens - batch_tokens) // recipe.eval.every + 1, steps) if recipe.eval.every else 1
     return {
         "tokens": tokens,
         "steps": steps,
@@ -174,9 +174,9 @@ def _machine(
     settings = recipe.checkpoint
     spans = (settings.every, settings.keep_every, recipe.eval.every if settings.keep_best else 0)
     saves = any(0 < every < run["tokens"] for every in spans)
-    copy = (
-        parts["weights"] + parts["optimizer"] + parts.get("ema", 0) if saves and recipe.checkpoint.asynchronous else 0
-    )
+    if settings.every_minutes:  # without a measurement, the run is taken to be longer
+        saves |= measured is None or run_seconds(measured, recipe, run) > 60 * settings.every_minutes
+    copy = parts["weights"] + parts["optimizer"] + parts.get("ema", 0) if saves and settings.asynchronous else 0
     if device.type == "cpu":
         # With a GPU, the copy and the process take memory of the host instead.
         base = measured.process_memory if measured else process_memory()
