@@ -25,6 +25,7 @@ from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.sampling.draw import LogProbs, Row, log_probs, sample
 from lightlm.generate.speculation import Speculation
 from lightlm.generate.step.fast import FastForward, forward_of
+from lightlm.model.config import ModelConfig
 from lightlm.model.decoding.cache import KVCache
 from lightlm.model.transformer import Transformer
 
@@ -63,12 +64,17 @@ class Request:
         if not self.ids:
             raise LightLMError("a prompt has no tokens; start from the end-of-text token instead")
 
-    def check_length(self, max_seq_len: int) -> None:
-        """Raise LightLMError if the prompt is longer than the model's context."""
-        if len(self.ids) > max_seq_len:
+    def check(self, config: ModelConfig) -> None:
+        """Raise LightLMError if the prompt is longer than the model's context, or has an id that it has no row for."""
+        if len(self.ids) > config.max_seq_len:
             raise LightLMError(
-                f"the prompt has {len(self.ids):,} tokens, the model's context holds {max_seq_len:,}; "
+                f"the prompt has {len(self.ids):,} tokens, the model's context holds {config.max_seq_len:,}; "
                 "shorten the prompt"
+            )
+        if (highest := max(self.ids, default=0)) >= config.vocab_size:
+            raise LightLMError(
+                f"the prompt has the token {highest:,}, but the model's embedding has {config.vocab_size:,} rows; "
+                "leave that token out"
             )
 
 
@@ -172,12 +178,12 @@ class Batch:
         """Add requests, to be read by the next steps, and return a handle for each. Equal prompts are read once.
 
         Raises:
-            LightLMError: a prompt is longer than the model's context.
+            LightLMError: a prompt does not fit the model; see `Request.check`.
             UsageError: more requests than `free`, or `sampling` names an id that does not exist.
         """
         for request in requests:
             request.sampling.check_ids(self._vocab_size or self.model.config.vocab_size)
-            request.check_length(self.model.config.max_seq_len)
+            request.check(self.model.config)
         if len(requests) > self.free:
             raise UsageError(f"{len(requests)} requests for {self.free} free rows of {self.max_rows}")
         if not self:

@@ -51,6 +51,8 @@ class Start:
         # What only another kind of rotary scaling needs is not taken over.
         idle = replace(self.model, rope_scaling=kept.get("rope_scaling", self.model.rope_scaling)).idle()
         model = {key: value for key, value in known.items() if key not in idle} | kept
+        if model.get("rope_scaling") == "llama3" and not model.get("rope_original_seq_len"):
+            model["rope_original_seq_len"] = self.model.max_seq_len
         return values | {"model": model, "train": values["train"] | {"init_from": self.reference}}
 
     def _allows(self, key: str, value: Any) -> bool:

@@ -40,6 +40,8 @@ class Reader:
         self._choices = choices
         self.name, self.context = loaded.name, loaded.model.config.max_seq_len
         self._tokenizer = loaded.tokenizer
+        # A table may have fewer rows than the tokenizer has entries.
+        self._ids = min(loaded.tokenizer.vocab_size, loaded.model.config.vocab_size)
         self.chats = "chat_template" in loaded.tokenizer.settings  # whether the model answers messages
 
     def completion(self, body: CompletionBody) -> TextRequest:
@@ -49,7 +51,7 @@ class Reader:
             raise RequestError("echo with logprobs is not supported; `lightlm eval` scores texts", param="echo")
         self._check_choices(len(body.prompts) * body.n)
         prompts = [
-            self._encode(given, body.parse_special) if isinstance(given, str) else self._checked(given)
+            self._encode(given, body.parse_special) if isinstance(given, str) else self._fitting(given, "prompt")
             for given in body.prompts
         ]
         texts = [given if isinstance(given, str) else self._tokenizer.decode(given) for given in body.prompts]
@@ -107,15 +109,10 @@ class Reader:
             text.encode()
             return self._fitting(encode_prompt(self._tokenizer, text, parse_special=parse_special), "prompt")
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        if wrong := [index for index in ids if not 0 <= index < self._tokenizer.vocab_size]:
-            size = self._tokenizer.vocab_size
-            raise RequestError(
-                f"prompt: {str(wrong[0])[:40]} is not a token id; they are below {size:,}", param="prompt"
-            )
-        return self._fitting(ids, "prompt")
-
     def _fitting(self, ids: list[int], param: str) -> list[int]:
+        if wrong := [index for index in ids if not 0 <= index < self._ids]:
+            message = f"{param}: {str(wrong[0])[:40]} is not a token id of this model; they are below {self._ids:,}"
+            raise RequestError(message, param=param)
         if len(ids) > self.context:
             message = f"the prompt has {len(ids):,} tokens, the model's context holds {self.context:,}; shorten it"
             raise RequestError(message, param=param, code="context_length_exceeded")

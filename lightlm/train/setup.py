@@ -313,9 +313,11 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
         names = ", ".join(map(str, missing))
         note(f"{names} {'is' if len(missing) == 1 else 'are'} not prepared yet. Make it with: {commands}.{until}")
         return recipe
-    added = data.chat.manifest.chat.added_tokens if data.chat and data.chat.manifest.chat else []
-    if recipe.train.init_from is not None and 0 < wanted < given <= wanted + len(added):
-        note(f"{recipe.train.init_from} gets {given - wanted} more rows in its embedding, for {' '.join(added)}")
+    # Special tokens that the data's preparation has added, or that the model's own tokenizer has and its table lacks.
+    added = [data.tokenizer.special_tokens.get(index, "") for index in range(wanted, given)] if wanted else []
+    if recipe.train.init_from is not None and added and all(added):
+        rows = "1 more row" if len(added) == 1 else f"{len(added)} more rows"
+        note(f"{recipe.train.init_from} gets {rows} in its embedding, for {' '.join(added)}")
         recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
         wanted = given
     if 0 < wanted < given:

@@ -186,3 +186,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     assert batch.step() == []
     with pytest.raises(UsageError, match="at least 1 row"):
         Batch(MODELS["llama"], 0)
+
+
+def test_an_id_without_a_row_is_refused_and_leaves_the_others_alone():
+    model = MODELS["llama"]
+    batch, request = Batch(model, 4), Request([1, 2, 3], 4, GREEDY)
+    batch.join([request])
+    with pytest.raises(LightLMError, match="the prompt has the token 97, but the model's embedding has 97 rows"):
+        batch.join([Request([1], 4, GREEDY), Request([3, 97], 4, GREEDY)])
+    assert list(run(batch).values()) == [alone(model, request)]

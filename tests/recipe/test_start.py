@@ -49,6 +49,15 @@ def test_a_run_may_train_on_longer_texts_where_positions_rotate(tmp_path):
         load(tmp_path, GIVEN + "model: {max_seq_len: 4096}", shape=SHAPES["gpt2"].resolved())
 
 
+def test_llama3_scaling_counts_from_the_length_that_the_model_was_trained_with(tmp_path):
+    longer = "model: {max_seq_len: 4096, rope_scaling: llama3, rope_factor: 4"
+    recipe = load(tmp_path, f"{GIVEN}{longer}}}")
+    assert recipe.model.resolved().rope_original_seq_len == SHAPE.max_seq_len == 48
+    assert load(tmp_path, f"{GIVEN}{longer}, rope_original_seq_len: 32}}").model.rope_original_seq_len == 32
+    scaled = replace(SHAPE, rope_scaling="llama3", rope_factor=2.0, rope_original_seq_len=16).resolved()
+    assert load(tmp_path, f"{GIVEN}{longer}}}", shape=scaled).model.rope_original_seq_len == 16
+
+
 def test_all_contradictions_are_named_at_once_with_their_places(tmp_path):
     with pytest.raises(RecipeError) as error:
         load(tmp_path, GIVEN + "model:\n  num_layers: 3\n  norm: layernorm\n  num_kv_heads: 0", "model.qk_norm=true")

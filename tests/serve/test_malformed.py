@@ -3,12 +3,16 @@
 import json
 import random
 import socket
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lightlm.serve.errors import RequestError
 from lightlm.serve.fields import ChatBody, CompletionBody
+from lightlm.serve.questions import Reader
 from tests.serve.served import PROMPT, Served
 
 JSON = {"Content-Type": "application/json"}
@@ -111,3 +115,16 @@ def test_broken_http_and_early_ends_leave_the_server_serving(server: Served) -> 
             status = client.recv(65536)[9:12]
             assert status == b"" or status == b"200" or status.startswith(b"4"), (changed, status)
     assert server.texts(max_tokens=2)
+
+
+@pytest.mark.parametrize("given_as", ["id", "text"])
+def test_an_entry_of_the_tokenizer_without_a_row_is_refused(server: Served, given_as: str) -> None:
+    """As in a character-level model of nanoGPT, which has no row for the end of text."""
+    tokenizer = server.loaded.tokenizer.with_special_tokens(["<extra>"])
+    config = replace(server.loaded.model.config, vocab_size=tokenizer.vocab_size - 1)
+    reader = Reader(replace(server.loaded, tokenizer=tokenizer, model=SimpleNamespace(config=config)), 4)
+    index = tokenizer.id_of("<extra>")
+    body = {"prompt": [index]} if given_as == "id" else {"prompt": "<extra>", "parse_special": True}
+    with pytest.raises(RequestError, match=f"{index} is not a token id of this model; they are below {index}") as error:
+        reader.completion(CompletionBody.model_validate(body))
+    assert error.value.param == "prompt"

@@ -237,6 +237,21 @@ def test_data_prepared_with_the_models_tokenizer_fit():
     assert train("fits", "data.dataset=again", "train.tokens=512")[0].step == 2
 
 
+def test_data_prepared_with_the_models_tokenizer_fit_where_a_special_token_has_no_row(tmp_path):
+    loaded, folder = load_pretrained("base"), tmp_path / "hf"
+    export_huggingface(loaded, folder, dtype=torch.float32)
+    tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tree["added_tokens"].append({"id": loaded.tokenizer.vocab_size, "content": "<pad>", "special": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+    prepare(str(write_jsonl(Path("padded.jsonl"), 100)), str(folder), "data/padded", val_fraction=0.1)
+    _, watch = train("padded", f"train.init_from={folder}", "data.dataset=padded", "train.tokens=512")
+    assert any("1 more row in its embedding, for <pad>" in note for note in watch.notes)
+    saved = load_pretrained("padded")
+    assert saved.model.config.vocab_size == saved.tokenizer.vocab_size == loaded.tokenizer.vocab_size + 1
+    assert watch.metrics[0]["val_loss"] < 4
+
+
 def test_a_damaged_checkpoint_is_one_message(tmp_path):
     shutil.copytree("runs/base/checkpoints/step_000020", tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"broken")
