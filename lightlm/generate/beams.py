@@ -90,7 +90,7 @@ def beam_search(
         raise UsageError(f"beams must be at least 1, is {num_beams}")
     if not math.isfinite(length_penalty):
         raise UsageError(f"length-penalty must be a finite number, is {length_penalty}")
-    Request(prompt, max_new_tokens, sampling).check_length(model.config.max_seq_len)
+    Request(prompt, max_new_tokens, sampling).check(model.config)
     sampling.check_ids(vocab_size or model.config.vocab_size)
     cache = model.new_cache(1, len(prompt) + max_new_tokens)
     forward = forward_of(model)

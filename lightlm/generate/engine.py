@@ -107,9 +107,3 @@ def sample_text(
         model.train(was_training)
     text = text_of(tokenizer, ids, completion.ids)
     return f"{text} …" if chat and completion.finish_reason != "stop" else text
-
-
-def check(prompts: list[list[int]], max_new_tokens: int, max_seq_len: int, sampling: Sampling = DEFAULT) -> None:
-    """Raise what `generate` raises for such a request, before any work."""
-    for prompt in prompts:
-        Request(prompt, max_new_tokens, sampling).check_length(max_seq_len)
