@@ -11,7 +11,7 @@ from lightlm.errors import UsageError
 from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.names import nearest
 
-_TYPES = {"float": "a number", "int": "a whole number", "int | None": "a whole number", "bool": "true or false"}
+_TYPES: dict[Any, str] = {float: "a number", int: "a whole number", int | None: "a whole number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _validated(name: str, value: Any, kind: Any) -> Any:
         return TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError:
         words = {"stop": "a text or a list of texts", "logit_bias": "an object from token ids to numbers"}.get(name)
-        words = words or _TYPES[getattr(kind, "__name__", None) or str(kind)]
+        words = words or _TYPES[kind]
         raise UsageError(f"{name.replace('_', '-')} must be {words}, is {value!r}") from None
 
 

@@ -1,8 +1,9 @@
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
 from lightlm.errors import UsageError
+from lightlm.generate import settings
 from lightlm.generate.sampling import Sampling
 from lightlm.generate.settings import Settings, changeable
 
@@ -43,3 +44,10 @@ def test_settings_change_by_their_names_in_json() -> None:
 def test_a_wrong_value_is_named(values: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Settings().changed(values)
+
+
+def test_a_wrong_value_is_named_where_a_union_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `int | None` has from Python 3.14, and `Optional` had before."""
+    monkeypatch.setattr(settings, "changeable", lambda: {"top_k": Optional[int]})  # noqa: UP045
+    with pytest.raises(UsageError, match="top-k must be a whole number"):
+        Settings().changed({"top_k": 1.5})
