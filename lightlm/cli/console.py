@@ -99,12 +99,13 @@ def reader_left() -> bool:
 def write_utf8() -> None:
     """Let standard output write UTF-8 whatever the locale: a model's text has any characters, and files no locale."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # an encoding alone would make errors strict
 
 
 def print_json(document: Any) -> None:
-    """Print the one JSON document that `--json` promises on standard output."""
+    """Print the one JSON document that `--json` promises on standard output, in UTF-8."""
     if not out.quiet:
+        write_utf8()
         print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 

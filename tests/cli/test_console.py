@@ -114,6 +114,14 @@ def test_a_pipe_that_another_program_made_non_blocking_gets_everything():
     assert writer.wait(10) == 0
 
 
+def test_json_is_utf8_whatever_the_locale():
+    told = r"guard_streams(); print_json({'text': 'Ω 🙂', 'path': 'half \ud83d'})"
+    code = f"from lightlm.cli.console import guard_streams, print_json; {told}"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, check=True)
+    assert json.loads(done.stdout.decode()) == {"text": "Ω 🙂", "path": "half ?"}
+
+
 def test_a_table_in_a_narrow_terminal_loses_nothing(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "12")
     monkeypatch.setattr(console, "out", Console())
