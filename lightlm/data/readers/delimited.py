@@ -13,7 +13,7 @@ from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.file import File
 from lightlm.data.readers.opening import head_of, open_text
 from lightlm.data.readers.recognition import holds_nul, not_utf8
-from lightlm.data.readers.records import missing_column
+from lightlm.data.readers.records import missing_column, text_of
 from lightlm.data.readers.texts import RECORD_BYTES, BadRecord, Omitted, Texts, Unit, pack, too_large
 from lightlm.data.select.filters import FILTERED, Filter
 from lightlm.errors import DataError
@@ -107,7 +107,7 @@ class _Table:
             if not row:  # a blank line
                 continue
             try:
-                text = self._text_of(row, begins)
+                text = self._text_of(row, begins, bad)
                 kept = row_filter is None or row_filter.keeps(
                     self._record(row, row_filter), partial(self._line, begins)
                 )
@@ -119,7 +119,7 @@ class _Table:
             else:
                 bad(Omitted(FILTERED))
 
-    def _text_of(self, row: list[str], begins: int) -> str | None:
+    def _text_of(self, row: list[str], begins: int, bad: BadRecord) -> str | None:
         if len(row) != len(self._columns):
             raise DataError(
                 f"{self._line(begins)}: {len(row)} fields, but the first line names {len(self._columns)} columns. "
@@ -127,16 +127,21 @@ class _Table:
             )
         if isinstance(self._text_column, ChatColumns):
             record = dict(zip(self._columns, row, strict=True))
-            text = self._text_column.text_of(record, partial(self._line, begins))
-        else:
-            text = row[self._index]
-        if text is not None and not text.isascii():
+            for name in self._text_column.columns:
+                self._require_utf8(record.get(name, ""), begins)
+            return text_of(record, partial(self._line, begins), self._text_column, None, bad)
+        text = row[self._index]
+        self._require_utf8(text, begins)
+        return text
+
+    def _require_utf8(self, text: str, begins: int) -> None:
+        """Raise DataError for a field with bytes that are not UTF-8."""
+        if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 data = text.encode("utf-8", "surrogateescape")
                 raise not_utf8(self._line(begins), data, ord(text[error.start]) - 0xDC00, "in its text") from error
-        return text
 
     def _record(self, row: list[str], row_filter: Filter) -> dict[str, Any]:
         """Return the row as a record; the values that the filter compares are of the kind that it compares with."""

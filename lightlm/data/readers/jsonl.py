@@ -139,7 +139,7 @@ def _texts_of_lines(
             bad(error)
             continue
         if text is not None:
-            yield _valid(text)
+            yield text
 
 
 def _texts_of_values(
@@ -153,7 +153,7 @@ def _texts_of_values(
             bad(error)
             continue
         if text is not None:
-            yield _valid(text)
+            yield text
 
 
 def _parse(line: bytes, where: Callable[[], str], number: int) -> Any:
@@ -170,15 +170,6 @@ def _parse(line: bytes, where: Callable[[], str], number: int) -> Any:
         known = what_it_is(line[:HEAD_BYTES]) if number == 1 else None
         place = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
         raise DataError(f"{where()}: not valid JSON ({known or place})") from error
-
-
-def _valid(text: str) -> str:
-    """Replace each half of a surrogate pair ("\\ud83d"), which JSON can spell, by U+FFFD."""
-    try:
-        text.encode("utf-16")  # faster than UTF-8
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _line_in_block(file: File, start: int, number: int) -> str:

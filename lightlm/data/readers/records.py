@@ -18,8 +18,9 @@ def text_of(
 ) -> str | None:
     """Return the text of a record; None for a null, and where `row_filter` does not keep it: `bad` counts both.
 
-    Dots in `text_column` lead to nested fields, unless a column has that name. Raises DataError where `record` is not a
-    mapping, the text column is missing or holds something else, or the filter does not fit; `where()` names the record.
+    Dots in `text_column` lead to nested fields, unless a column has that name. Half a surrogate pair becomes
+    U+FFFD. Raises DataError where `record` is not a mapping, the text column is missing or holds something else, or the
+    filter does not fit; `where()` names the record.
     """
     if not isinstance(record, Mapping):
         held = f"the text under {text_column!r}"
@@ -33,6 +34,16 @@ def text_of(
     text = read(record, where)
     if text is None:
         bad(Omitted(NULL))
+        return None
+    return _valid(text)
+
+
+def _valid(text: str) -> str:
+    """Replace each half of a surrogate pair ("\\ud83d"), which JSON can spell, by U+FFFD."""
+    try:
+        text.encode("utf-16")  # faster than UTF-8
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 

@@ -111,6 +111,26 @@ def test_a_csv_of_messages_and_a_filter_before_the_check(tmp_path):
     assert prepared(path, tmp_path / "b", filter=Filter("turns > 1")).dropped == {"filtered": 1}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_half_a_surrogate_pair_in_messages_as_json_becomes_the_replacement_character(tmp_path, kind):
+    talk, path = json.dumps([HI[0] | {"content": "Hi \ud83d"}, HI[1]]), tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_lines(path, [{"messages": talk}])
+    elif kind == "parquet":
+        parquet.write_table(pyarrow.table({"messages": [talk]}), path)
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["messages"], [talk]])
+    prepared(path, tmp_path / "out")
+    assert shown(tmp_path / "out") == [WRITTEN.replace("Hi", "Hi \ufffd")]
+
+
+def test_bytes_of_a_conversation_in_csv_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"instruction,output\nHi,Hello\ncaf\xe9,Hello\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 3: not UTF-8: byte 0xe9"):
+        prepared(tmp_path / "a.csv", tmp_path / "a")
+
+
 def test_another_template_in_the_same_process_is_used(tmp_path):
     """Also one in the folder of the tokenizer, which keeps its name."""
     path, out = write_lines(tmp_path / "a.jsonl", RECORDS[:1]), tmp_path / "out"
