@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from lightlm.errors import DataError, DiskFullError, LightLMError
+from lightlm.errors import DataError, DiskFullError, LightLMError, UsageError
 
 _STALE_SECONDS = 3600  # a temporary file of this age was left by a kill: writing one file takes less
 _NO_ROOM = {
@@ -134,6 +134,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
+        UsageError: `path` is or holds the working directory.
         DiskFullError: there is no room.
         OSError: `path` is a mount point, which cannot be renamed.
     """
@@ -141,6 +142,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     restore_folder(path)
     if path.exists() and not overwrite:
         raise FileExistsError(path)
+    refuse_working_folder(path)
     if path.is_mount():
         raise OSError(f"{path} is a mount point, which cannot be replaced; name a folder inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +157,15 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         remove_folder(temporary)
         raise
     replace_folder(temporary, path)
+
+
+def refuse_working_folder(path: Path) -> None:
+    """Raise UsageError if a folder to replace is or holds the working directory, which would be renamed and deleted."""
+    if path.exists() and Path.cwd().is_relative_to(path.resolve()):
+        raise UsageError(
+            f"{path.resolve()} is or holds the working directory, which would be replaced; name a folder inside it, or "
+            "run the command in another folder"
+        )
 
 
 def sync_tree(folder: Path) -> None:

@@ -2,11 +2,12 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lightlm import files
-from lightlm.errors import DataError, DiskFullError
+from lightlm.errors import DataError, DiskFullError, UsageError
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -39,6 +40,18 @@ def test_a_failed_overwrite_leaves_the_old_folder(tmp_path):
 def test_an_existing_folder_is_not_replaced_unasked(tmp_path):
     with pytest.raises(FileExistsError), files.new_folder(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("inside", [".", "deep"])
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, inside):
+    (here := tmp_path / "out" / inside).mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with (
+        pytest.raises(UsageError, match="out is or holds the working directory"),
+        files.new_folder(tmp_path / "out", overwrite=True),
+    ):
+        pass
+    assert Path.cwd().samefile(here)
 
 
 def test_left_over_partial_folders_are_cleared(tmp_path):

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lightlm import files
 from lightlm.cli.console import console, out, print_json, print_table
 from lightlm.cli.generate.model import WeightsOption
 from lightlm.convert.formats import FORMATS, convert_model, format_named, format_of, read_model, reader_of
@@ -251,6 +252,7 @@ def _check_target(target: Path, source: Path, writer: Format, *, replace: bool) 
         raise UsageError(f"--out {target}: {writer.name} is a folder, and this is a file; choose another path")
     if source.resolve().is_relative_to(target.resolve()):
         raise UsageError(f"{target} is or holds the model to convert; choose another path with --out")
+    files.refuse_working_folder(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if format_of(target) is None:

@@ -255,6 +255,15 @@ def test_given_folder_is_replaced_only_with_overwrite(run):
     invoke("--out", "empty")
 
 
+def test_the_working_directory_is_refused_before_anything_is_converted(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightlm.cli.convert.convert_model", lambda *_, **__: pytest.fail("it was converted"))
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    for out in (".", str(tmp_path / "empty")):
+        with pytest.raises(UsageError, match="empty is or holds the working directory"):
+            invoke(str(tmp_path / STEP), "--out", out)
+
+
 def test_model_without_a_class(run, tokenizer):
     banded = Transformer(replace(SHAPES["gpt3"], vocab_size=tokenizer.vocab_size))
     save_model(Path("banded"), banded, tokenizer)

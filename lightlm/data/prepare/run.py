@@ -39,7 +39,7 @@ from lightlm.data.tokenizer.folder import DEFINITION, MANIFEST, SETTINGS
 from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_settings
 from lightlm.data.top_tokens import TEACHER_FOLDER
 from lightlm.errors import DataError, UsageError
-from lightlm.files import clear_errors, restore_folder, write_text
+from lightlm.files import clear_errors, refuse_working_folder, restore_folder, write_text
 from lightlm.threads import cores
 
 OWN_FILES = (MANIFEST, DEFINITION, SETTINGS, TEACHER_FOLDER)  # of a data folder, beside its shards
@@ -120,7 +120,7 @@ def prepare(
     preparation.
 
     Raises:
-        UsageError: an argument is out of its range.
+        UsageError: an argument is out of its range, or the folder to write is or holds the working directory.
         DataError: the source or the tokenizer cannot be read, the source or the train split is empty, `out` holds
             other files or cannot be written, or the encoder is wrong.
     """
@@ -151,6 +151,7 @@ def prepare(
         if existing is not None:
             workspace.clear()
             return existing
+        refuse_working_folder(target)
         with workspace.locked():
             existing = _existing(target, settings, overwrite)  # another process may have finished it before the lock
             if existing is not None:

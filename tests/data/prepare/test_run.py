@@ -185,6 +185,20 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path, source: str) -> None:
     assert prepare(source, "train:300", tmp_path / "out").documents("train") == 55
 
 
+def test_the_working_directory_is_not_replaced(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out := tmp_path / "out").mkdir()
+    monkeypatch.chdir(out)
+    with pytest.raises(UsageError, match="out is or holds the working directory"):
+        prepare(source, "train:300", ".")
+    monkeypatch.chdir(tmp_path)
+    prepare(source, "train:300", out)
+    monkeypatch.chdir(out)
+    with pytest.raises(UsageError, match="out is or holds the working directory"):
+        prepare(source, "train:300", ".", overwrite=True)
+    assert prepare(source, "train:300", ".").already_prepared  # nothing is replaced
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.jsonl"]
+
+
 def test_vocabularies_past_65536_are_written_as_uint32(tmp_path: Path, source: str) -> None:
     definition = train_tokenizer(DOCUMENTS, 300)
     definition.save(tmp_path / "tokenizer.json")
