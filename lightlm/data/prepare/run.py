@@ -326,18 +326,8 @@ class _Preparation:
         if limit is not None and tokens >= limit:
             return
         running: dict[int, Block] = {}
-
-        def blocks(start: int) -> Iterator[Block]:
-            for block in blocks_of(self._source.units()):
-                if block.number < start:
-                    self._done_bytes += block.size
-                    continue
-                running[block.number] = block
-                yield block
-
-        if tokens:
-            self._report(0, 0, 0)  # where this process resumes
-        with contextlib.closing(self._engine(job, blocks(assembly.state.blocks), self._report)) as engine:
+        blocks = self._blocks(assembly.state.blocks, running)
+        with contextlib.closing(self._engine(job, blocks, self._report)) as engine:
             for encoded in engine:
                 block = running.pop(encoded.number)
                 self._done_bytes += block.size
@@ -350,8 +340,28 @@ class _Preparation:
     def _selected(self, dedup: Mode, done: int, job: Job, tokenizer: Tokenizer) -> Generator[EncodedBlock, None, None]:
         """Yield encoded blocks of the documents that stay."""
         selector = Selector(self._workspace.work, dedup, self._options.max_tokens, done)
-        blocks = (block for block in blocks_of(self._source.units()) if block.number >= done)
-        return selector.select(blocks, self._engine, job, self._report, token_dtype(tokenizer.vocab_size))
+        running: dict[int, Block] = {}
+
+        def report(documents: int, text_bytes: int, tokens: int) -> None:
+            self._report(documents, text_bytes, 0)  # `max_tokens` counts the tokens that stay
+
+        blocks, dtype = self._blocks(done, running), token_dtype(tokenizer.vocab_size)
+        with contextlib.closing(selector.select(blocks, self._engine, job, report, dtype)) as selected:
+            for encoded in selected:
+                self._done_bytes += running.pop(encoded.number).size
+                self._report(0, 0, encoded.total_tokens)
+                yield encoded
+
+    def _blocks(self, done: int, running: dict[int, Block]) -> Iterator[Block]:
+        """Yield the blocks after the first `done`, which this process skips, and add them to `running`."""
+        for block in blocks_of(self._source.units()):
+            if block.number < done:
+                self._done_bytes += block.size
+                continue
+            if done and block.number == done:
+                self._report(0, 0, 0)  # where this process resumes
+            running[block.number] = block
+            yield block
 
     def _report(self, documents: int, text_bytes: int, tokens: int) -> None:
         with self._lock:

@@ -12,7 +12,8 @@ from lightlm.data.folder import DataFolder
 from lightlm.data.prepare import assembly, blocks
 from lightlm.data.prepare.encoded_block import EncodedBlock
 from lightlm.data.prepare.executors import ThreadEngine
-from lightlm.data.prepare.run import prepare
+from lightlm.data.prepare.run import Progress, prepare
+from lightlm.data.select.deduplication import Mode
 from lightlm.data.sources.base import Source
 from lightlm.data.sources.registry import open_source
 from tests.corpus import texts
@@ -95,6 +96,28 @@ def test_max_tokens_counts_what_stays(tmp_path: Path, tokenizer: str) -> None:
     assert made.text_bytes == expected.text_bytes
 
 
+@pytest.mark.parametrize("max_tokens", [None, 900])
+def test_progress_is_what_is_read_and_the_tokens_that_stay(
+    max_tokens: int | None, tmp_path: Path, tokenizer: str
+) -> None:
+    mixed, _, _ = with_repetitions(2)
+    reports: list[Progress] = []
+    source = str(write_files(tmp_path / "in", mixed))
+    options: dict[str, Any] = {
+        "dedup": "exact",
+        "max_tokens": max_tokens,
+        "val_fraction": 0,
+        "progress": reports.append,
+    }
+    made = prepare(source, tokenizer, tmp_path / "out", **options)
+    tokens = [report.tokens for report in reports]
+    assert tokens[-1] == max(tokens) == made.tokens("train") + made.tokens("val")
+    done = [report.done for report in reports if report.done is not None]
+    assert done == sorted(done)
+    assert done[0] == 0.0
+    assert done[-1] == 1.0 if max_tokens is None else 0.0 < done[-1] <= 1.0
+
+
 def test_a_large_document_repeats_too(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightlm.data.readers import texts as sizes
 
@@ -154,6 +177,18 @@ def test_interruptions_and_workers_change_nothing(max_tokens: int | None, tmp_pa
         assert made == json.loads(reference.model_dump_json())
         assert not (tmp_path / f".run{seed}.partial").exists()
     assert interruptions >= (1 if max_tokens else 5)
+
+
+@pytest.mark.parametrize("dedup", [None, "exact"])
+def test_the_first_report_of_a_resumed_preparation_is_what_is_done(
+    dedup: Mode | None, tmp_path: Path, tokenizer: str
+) -> None:
+    source, out = str(write_files(tmp_path / "in", texts(40))), tmp_path / "out"
+    with pytest.raises(InterruptedRunError):
+        prepare(source, tokenizer, out, dedup=dedup, engine=StoppingEngine(1, 4))
+    reports: list[Progress] = []
+    prepare(source, tokenizer, out, dedup=dedup, progress=reports.append)
+    assert next(report.done for report in reports if report.message is None) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path, tokenizer: str) -> None:
