@@ -26,11 +26,13 @@ from lightlm.runs import run_of
 
 _PACKAGES = ("lm_eval", "datasets", "tokenizers", "huggingface_hub", "safetensors")
 _MAX_STEM = 120  # file names end at 255 bytes; a long list of tasks is cut and gets a hash
+_REFUSED = re.compile(r'[<>:"/\\|?*]')  # in file names on Windows
 
 
 def file_stem(settings: Settings) -> str:
     """Return a file name for these settings, so that a trial with --limit never replaces a full result."""
     stem = "+".join(Path(task).stem for task in settings.tasks)
+    stem = _REFUSED.sub(lambda found: f"%{ord(found[0]):02X}", stem)  # of globs: `*` and `?` stay apart
     if len(stem) > _MAX_STEM:
         stem = f"{stem[:_MAX_STEM]}~{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
     stem += "" if settings.num_fewshot is None else f"_{settings.num_fewshot}shot"

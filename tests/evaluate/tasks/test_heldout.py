@@ -180,6 +180,15 @@ def test_file_names_stay_short_and_apart() -> None:
     assert first != second
 
 
+def test_file_names_of_globs_are_names_on_windows_and_stay_apart() -> None:
+    names = [store.file_stem(Settings([task])) for task in ("blimp_*", "blimp_?", "blimp_[ab]", 'a<b>:"|c')]
+    assert not set("".join(names)) & set('<>:"/\\|?*')
+    assert len(set(names)) == 4
+    assert store.file_stem(Settings(["blimp_[ab]", "arc-easy.v2", "t/own.yaml"], limit=3)) == (
+        "blimp_[ab]+arc-easy+own_limit3"
+    )
+
+
 def test_lm_evals_own_command_runs_it_without_transformers(world: LoadedModel) -> None:
     """`python -m lightlm.evaluate` with stock arguments, in a process that finds no transformers."""
     arguments = ["run", "--model", "lightlm", "--model_args", "pretrained=runs/demo", "--tasks", "quiz.yaml,heldout"]
