@@ -149,7 +149,8 @@ def evaluate_model(
     Args:
         name: the model's name in tables.
         place: returns the file for the results of these settings; None stores nothing. It is asked again if tasks
-            failed, so that the results of some tasks never replace those of all.
+            failed. If it then names the same file, the results go to `store.progress_file`: those of some tasks never
+            replace those of all.
         data: the data folder of heldout; None uses that of the settings or of the model's run.
         log_samples: also write prompts and answers.
 
@@ -197,14 +198,19 @@ def evaluate_model(
     scored = documents.of_samples(samples)
     problems = [describe(outcome.failed)] if outcome.failed else []
     complete = not outcome.failed and outcome.interruption is None
-    file = place(settings if complete else replace(settings, tasks=without_companions(samples)))
-    if file is not None:
+    file = whole = place(settings)
+    if not complete:
+        file = place(replace(settings, tasks=without_companions(samples)))
+    if file is not None and whole is not None:
+        if file == whole and not complete:  # `--out FILE` names one file for any tasks
+            file = store.progress_file(whole)
         try:
             provenance = store.provenance(loaded, weights, tasks.data_sets.origins, lm.device)
             store.write(file, results, facts | provenance, scored)
             if log_samples:
                 store.write_samples(file, samples)
-            store.remove_progress(place(settings) or file)
+            if file != store.progress_file(whole):
+                store.remove_progress(whole)
         except files.DiskFullError as error:
             problems.append(str(error))
             file = None

@@ -177,6 +177,37 @@ def test_an_interruption_keeps_the_finished_tasks(write: Callable[..., None], mo
     assert names == {"step_000007_first"}
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_results_of_some_tasks_never_replace_a_file_of_all(
+    write: Callable[..., None], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    write("first")
+    write("second")
+    arguments = ("--out", "r.json", "--log-samples")
+    assert run(*arguments, tasks="first,second").exit_code == 0
+    before = Path("r.json").read_bytes()
+    scored = LightLM._loglikelihood_tokens
+
+    def failing(self: LightLM, requests: list, **options: object) -> list:
+        if self._task == "second: ":
+            raise error
+        return scored(self, requests, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LightLM, "_loglikelihood_tokens", failing)
+        done = run(*arguments, "--overwrite", tasks="first,second")
+    assert done.exit_code == (130 if error is KeyboardInterrupt else 1)
+    assert "s, r.partial.json" in done.stderr
+    assert json.loads(Path("r.partial.json").read_text())["results"].keys() == {"first"}
+    assert Path("r.json").read_bytes() == before
+    for path in Path(".").glob("r.[!p]*"):
+        path.unlink()
+    assert run(*arguments, tasks="first,second").exit_code == 0  # the partial results do not stand in its way
+    assert {path.name.split(".")[1] for path in Path(".").glob("r.*")} == {
+        "json", "meta", "documents", "samples_first", "samples_second",
+    }  # fmt: skip
+
+
 def test_cut_prompts_are_counted_in_table_and_facts(write: Callable[..., None]) -> None:
     write(docs=[{"q": f"{n} cats sat on the mat. " * 30, "c": ["red", "blue"], "a": 0} for n in range(3)])
     done = run("--num-fewshot", "1")

@@ -4,9 +4,11 @@
 <name>.meta.json             settings, model, data, machine and versions, which lm-eval's format has no place for
 <name>.documents.jsonl       each document's figures (see `documents.py`)
 <name>.samples_<task>.jsonl  prompts and answers in lm-eval's format, with --log-samples
-<name>.partial.json          the finished tasks, while others are being scored; it remains if the process is killed
+<name>.partial.json          the finished tasks, while others are being scored; it remains if the process is killed, and
+                             where `--out` names a file and tasks failed or were interrupted
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -67,13 +69,15 @@ def out_file(out: Path, settings: Settings, name: str) -> Path:
 
 
 def progress_file(path: Path) -> Path:
-    """Return the file for the tasks that are finished while others are being scored."""
+    """Return the file for the tasks that are finished while others are being scored, or are missing at the end."""
     return path.with_suffix(".partial.json")
 
 
 def remove_progress(path: Path) -> None:
     """Remove what was written to `progress_file(path)`."""
-    for name in (partial := progress_file(path), partial.with_suffix(".meta.json"), documents.documents_file(partial)):
+    partial = progress_file(path)
+    samples = partial.parent.glob(f"{glob.escape(partial.stem)}.samples_*.jsonl")
+    for name in (partial, partial.with_suffix(".meta.json"), documents.documents_file(partial), *samples):
         name.unlink(missing_ok=True)
 
 
