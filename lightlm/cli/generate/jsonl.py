@@ -94,7 +94,8 @@ def _tasks(
     """Yield what to answer. Raises DataError where prompts do not fit the model; the message lists them."""
     wrong = []
     precision = [str(loaded.model.embed_tokens.weight.dtype), loaded.model.decoding_precision]
-    model = [loaded.name, [file.name for file in loaded.weights], *precision]
+    weights = [[file.name, files.checksum(file)] for file in loaded.weights]
+    model = [loaded.name, weights, *precision]
     for row in rows:
         try:
             most = row.settings.max_new_tokens

@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from lightlm.checkpoint import save_model
 from lightlm.cli.generate import jsonl
 from lightlm.cli.generate.command import PromptCommand, generate
 from lightlm.errors import DataError, UsageError
+from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("here")
 app = typer.Typer()
@@ -150,6 +152,18 @@ def test_answers_to_something_else_are_not_touched(tmp_path: Path) -> None:
     write(source, ROWS[:2])  # more lines are only added
     assert run(source, out).exit_code == 0
     assert out.read_bytes().startswith(kept)
+
+
+def test_another_model_of_the_same_name_is_told_by_its_weights(tmp_path: Path) -> None:
+    source, out, tokenizer = write(tmp_path / "in.jsonl", ROWS[:1]), tmp_path / "out.jsonl", tiny_tokenizer()
+    for seed, place in enumerate("ab"):
+        save_model(tmp_path / place / "hf", tiny_model(tokenizer, seed), tokenizer)
+    assert run(source, out, "--checkpoint", str(tmp_path / "a" / "hf")).exit_code == 0
+    done = run(source, out, "--checkpoint", str(tmp_path / "b" / "hf"))
+    assert isinstance(done.exception, DataError)
+    assert "out.jsonl:1 answers another prompt, or with another model" in str(done.exception)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert "All 1 answers are in" in run(source, out, "--checkpoint", str(tmp_path / "moved" / "hf")).stderr
 
 
 def test_conversations_and_prompts_as_messages(tmp_path: Path) -> None:
