@@ -40,6 +40,12 @@ class _Task:
     def place(self) -> tuple[int, int]:
         return self.row.line, self.question.sample
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """The values with which its line begins, before those of the answer."""
+        named = {} if self.row.id is None else {"id": self.row.id}
+        return {"line": self.row.line, **named, "sample": self.question.sample, "seed": self.row.settings.seed}
+
 
 def answer_rows(
     loaded: LoadedModel,
@@ -58,7 +64,7 @@ def answer_rows(
         DiskFullError: there is no room; what is written stays.
     """
     tasks = list(_tasks(loaded, reader, rows, source, num_samples))
-    lines = _finished(out, {task.place: task.key for task in tasks})
+    lines = _finished(out, tasks)
     todo = [task for task in tasks if task.place not in lines]
     if lines and todo:
         console.print(f"Resuming: {len(lines):,} of {len(tasks):,} answers are in {out}.", markup=False, soft_wrap=True)
@@ -111,12 +117,13 @@ def _tasks(
     refuse(wrong)
 
 
-def _finished(out: Path, keys: dict[tuple[int, int], str]) -> dict[tuple[int, int], bytes]:
+def _finished(out: Path, tasks: Sequence[_Task]) -> dict[tuple[int, int], bytes]:
     """Return the lines of answers in `out`, and cut off one that a kill has left unfinished at its end.
 
     Raises:
-        DataError: a line answers something else.
+        DataError: a line answers something else, or the end of the file is not the beginning of an answer.
     """
+    keys = {task.place: task.key for task in tasks}
     try:
         content = out.read_bytes()
     except FileNotFoundError:
@@ -130,19 +137,29 @@ def _finished(out: Path, keys: dict[tuple[int, int], str]) -> dict[tuple[int, in
             values = json.loads(line)
             place, key = (values["line"], values["sample"]), values["key"]
         except (ValueError, KeyError, TypeError):
-            raise DataError(
-                f"{out}:{number} is not an answer of this command; choose another file with --out"
-            ) from None
+            raise _foreign(out, number) from None
         if keys.get(place) != key:
             raise DataError(
                 f"{out}:{number} answers another prompt, or with another model, precision or settings; delete the "
                 "file, or choose another with --out"
             )
         lines.setdefault(place, line)
-    if len(whole) < len(content):
+    if torn := content[len(whole) :]:
+        if not any(_may_begin(torn, task) for task in tasks):
+            raise _foreign(out, whole.count(b"\n") + 1)
         with out.open("r+b") as file:
             file.truncate(len(whole))
     return lines
+
+
+def _may_begin(torn: bytes, task: _Task) -> bool:
+    """Return whether a line without its end may be one of the task."""
+    head = json.dumps(task.head, ensure_ascii=False).encode().removesuffix(b"}") + b", "
+    return torn.startswith(head) or head.startswith(torn)
+
+
+def _foreign(out: Path, number: int) -> DataError:
+    return DataError(f"{out}:{number} is not an answer of this command; choose another file with --out")
 
 
 def _answers(
@@ -162,11 +179,10 @@ def _answers(
                 if piece.answer is None:
                     continue
                 task = running.pop(piece.handle)
-                row, count = task.row, len(piece.answer.ids)
-                values: dict[str, Any] = {"line": row.line} | ({} if row.id is None else {"id": row.id})
-                values |= {"sample": task.question.sample, "seed": row.settings.seed, "text": piece.answer.text}
-                values |= {"finish_reason": piece.answer.finish_reason, "stop": piece.answer.stop}
-                values |= {"prompt_tokens": len(task.question.ids), "tokens": count, "key": task.key}
+                count = len(piece.answer.ids)
+                values = task.head | {"text": piece.answer.text, "finish_reason": piece.answer.finish_reason}
+                values |= {"stop": piece.answer.stop, "prompt_tokens": len(task.question.ids)}
+                values |= {"tokens": count, "key": task.key}
                 line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
                 file.write(line)
                 progress.advance(count)

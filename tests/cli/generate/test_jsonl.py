@@ -166,6 +166,23 @@ def test_another_model_of_the_same_name_is_told_by_its_weights(tmp_path: Path) -
     assert "All 1 answers are in" in run(source, out, "--checkpoint", str(tmp_path / "moved" / "hf")).stderr
 
 
+@pytest.mark.parametrize("content", ['{"acc": 0.5}', "my notes", '{"line": 1, "text": "mine"}', '{"line": 10'])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_file_of_others_without_a_line_end_is_not_taken_for_a_torn_answer(
+    tmp_path: Path, content: str, before: bool
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", ROWS[:1]), tmp_path / "scores.json"
+    if before:
+        run(source, out)
+    with out.open("a", encoding="utf-8") as file:
+        file.write(content)
+    kept = out.read_bytes()
+    done = run(source, out)
+    assert isinstance(done.exception, DataError)
+    assert f"scores.json:{1 + before} is not an answer of this command" in str(done.exception)
+    assert out.read_bytes() == kept
+
+
 def test_conversations_and_prompts_as_messages(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "the cat"}]
     source = write(tmp_path / "in.jsonl", [{"messages": talk, "seed": 1}, {"prompt": "the cat", "seed": 1}])
