@@ -1,12 +1,14 @@
-"""Parts that all benchmarks share: options, and results as JSON. Imports only the standard library.
+"""Parts that all benchmarks share: options, and results as JSON. Does not load torch.
 
-large_document.py and prepare_data.py measure whole processes, which must not load torch.
+large_document.py and prepare_data.py measure whole processes, which must be small.
 """
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from lightlm.files import write_text
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -15,9 +17,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def write_json(result: Any, out: Path | None) -> None:
-    """Write a result to the file `out`, if one was asked for."""
+    """Replace the file `out` by a result, if one was asked for; a kill or a full disk leaves the old one."""
     if out is not None:
-        out.write_text(json.dumps(result, indent=2, default=float) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(result, indent=2, default=float) + "\n")
 
 
 def report(result: Any, out: Path | None) -> None:
