@@ -82,6 +82,6 @@ def _mark_shares(chart: Any, record: Record) -> None:
         if not found.bound:
             x = found.share * last_tokens(record["contestants"][first])
             chart.axes.plot([x], [target], marker="D", markersize=7, color=run_color(color), zorder=5)
-            style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "weight": "bold"}
-            text = f"{found.share:.0%}"  # below the line: the curves come from above
-            chart.axes.annotate(text, (x, target), xytext=(0, -18), color=run_color(color), **style)
+            style: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "weight": "bold"}
+            text = f"{found.share:.0%}"  # below the line and left: the curves come from above and end to the right
+            chart.axes.annotate(text, (x, target), xytext=(-4, -18), color=run_color(color), **style)
