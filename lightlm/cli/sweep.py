@@ -56,7 +56,9 @@ def sweep(
     baseline: Annotated[
         str | None, typer.Option(metavar="VALUE", help="What the others are compared with. [dim]Default: the first[/]")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the sweep of this name first.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the sweep of this name, if the new one fits.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all recipes and list the runs; run none.")] = False,
     show: Annotated[
         str | None, typer.Option(metavar="NAME", help="Print the table of a sweep so far, and run nothing.")

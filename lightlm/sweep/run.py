@@ -167,6 +167,7 @@ class Sweep:
             LightLMError: the time of a step could not be measured, or the tokens that fit into a limit are too few.
         """
         if self._overwrite:
+            self._prepare()  # what can still fail, before anything is deleted
             self.folder.clear()
             self._overwrite = False
         self.folder.write(self.definition)
@@ -176,6 +177,7 @@ class Sweep:
         if all(self.folder.status(cell).state in FINAL for cell in left):
             return "complete"
         self._prepare()
+        self.folder.write(self.definition)
         engine = self._engine()
         ending = engine.run()
         self._failed |= {row.cell.name for row in engine.overview().rows if row.state == "failed"}
@@ -206,7 +208,6 @@ class Sweep:
                     entry = self.definition.entries[name].contestant
                     read_recipe(entry.recipe, [*entry.changes, f"train.tokens={tokens}"])
                     self.definition.tokens[name] = tokens
-        self.folder.write(self.definition)
 
     def _look_at_machine(self) -> Machine:
         first, fixed = next(iter(self._recipes.values())), self.definition.fixed.get("train.dtype", "auto")

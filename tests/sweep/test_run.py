@@ -88,7 +88,7 @@ def test_the_same_name_with_other_settings_is_refused_unless_they_change_no_resu
     assert len(fleet.started) == 2
 
 
-def test_a_sweep_is_deleted_when_the_new_one_can_start(path):
+def test_a_sweep_is_deleted_when_the_new_one_can_start(path, monkeypatch):
     sweep(path, [A])
     (path / "notes.txt").write_text("mine")
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
@@ -98,6 +98,14 @@ def test_a_sweep_is_deleted_when_the_new_one_can_start(path):
     with Sweep.open(path, start=Instant().start, overwrite=True) as opened:
         opened.add([B], [1])
         assert [row.state for row in opened.overview().rows] == ["waiting"]
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+    def too_few(*_):
+        raise LightLMError("too few tokens")
+
+    monkeypatch.setattr(sweep_run, "fitting_tokens", too_few)
+    with pytest.raises(LightLMError, match="too few"):
+        sweep(path, [B], limits=Limits(minutes=0.1), overwrite=True)
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
     _, fleet, results = sweep(path, [B], seeds=(1,), overwrite=True)
     assert fleet.started == ["new b_seed-1"]
