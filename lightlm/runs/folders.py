@@ -154,7 +154,7 @@ def find_run(reference: str | Path | None = None) -> Path:
         if path.name == newest.name and (target := files.follow(path)) is not None and target.is_dir():
             return target
         if (path / RECIPE).is_file():
-            if path == newest:
+            if os.path.abspath(path) == os.path.abspath(newest):
                 raise CheckpointError(
                     f"{newest} is a copy of a run and not a link to the newest one, made by a tool that copies what "
                     f"links lead to; name one of these: {run_names()}"

@@ -198,6 +198,20 @@ def test_an_edit_that_cannot_be_followed_is_refused_by_name(lightlm, run, sectio
     assert contents(run) == before
 
 
+def test_a_long_override_of_a_resumed_run_is_not_taken_for_a_path(lightlm, run):
+    outcome = lightlm("train", "--resume", "copy", f"eval.prompts=[{'a ' * 200}]")
+    outcome.assert_one_message("eval.prompts")
+    assert "too long" not in outcome.stderr, outcome.stderr
+
+
+def test_a_recipe_that_only_a_resumed_run_may_have_is_read_from_its_checkpoint(lightlm, run):
+    for more in (["eval.every=256", "checkpoint.keep_best=true"], ["eval.every=0"], []):
+        steps = len((run / "metrics.jsonl").read_text().splitlines()) + 1
+        outcome = lightlm("train", "--resume", "copy", f"train.tokens={256 * steps}", *more)
+        assert outcome.code == 0, outcome.stderr
+        assert "does not say which recipe it was trained with" not in outcome.stderr
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes_with_a_note(lightlm, run, monkeypatch):
     monkeypatch.setattr("lightlm.train.checkpointing.resume._recorded_recipe", lambda folder: None)
     edit(run, "optimizer", lr=0.002)

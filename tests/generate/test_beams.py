@@ -136,3 +136,8 @@ def test_wrong_numbers_are_refused() -> None:
             beam_search(model, [1], *arguments)
     with pytest.raises(LightLMError, match="context"):
         beam_search(model, [1] * 60, 2, 5)
+
+
+def test_an_id_without_a_row_is_refused(tiny):
+    with pytest.raises(LightLMError, match="the prompt has the token 5, but the model's embedding has 5 rows"):
+        beam_search(tiny, [1, 5], 3, 2)

@@ -62,7 +62,7 @@ def test_a_copy_of_the_newest_run_in_place_of_the_link_is_not_taken_for_it():
     shutil.copytree("runs", "copied")  # follows links, as scp -r
     shutil.rmtree("runs")
     os.rename("copied", "runs")
-    for reference in (None, "latest", "runs/latest"):
+    for reference in (None, "latest", "runs/latest", Path("runs/latest").absolute()):
         with pytest.raises(CheckpointError, match=r"runs/latest is a copy of a run .*name one of these: demo$"):
             find_run(reference)
     mark_latest(find_run("demo"))

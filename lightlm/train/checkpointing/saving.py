@@ -177,12 +177,18 @@ def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:
     if resumed is not None:
         files.point_to(run / "checkpoints" / "latest", resumed.name)
     best = run / "checkpoints" / checkpoint.BEST
-    if best.is_dir() and not best.is_symlink():  # made by a tool that copies what links lead to
-        marker = (best / checkpoint.MARKER).read_bytes() if (best / checkpoint.MARKER).is_file() else None
-        same = (path for path in checkpoint.checkpoints(run) if (path / checkpoint.MARKER).read_bytes() == marker)
-        if (step := next(same, None)) is not None:
-            checkpoint.mark_best(step)
-        else:
-            files.replace_folder(best, best.with_name(f"{best.name}.copied"))
+    if best.is_dir() and not best.is_symlink():
+        _replace_copy(best, run)
     if checkpoint.best_checkpoint(run) is None:  # it was damaged: the run finds its best step again
         best.unlink(missing_ok=True)
+
+
+def _replace_copy(best: Path, run: Path) -> None:
+    """Point `best` to its step again where a tool has copied what the link led to; the copy is renamed."""
+    marker = best / checkpoint.MARKER
+    content = marker.read_bytes() if marker.is_file() else None
+    same = (path for path in checkpoint.checkpoints(run) if (path / checkpoint.MARKER).read_bytes() == content)
+    if (step := next(same, None)) is not None:
+        checkpoint.mark_best(step)
+    else:
+        files.replace_folder(best, best.with_name(f"{best.name}.copied"))
