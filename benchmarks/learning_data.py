@@ -2,9 +2,9 @@
 
     python benchmarks/learning_data.py CORPUS --work WORK
 
-makes WORK/data/corpus-4k, corpus-8k, corpus-16k and corpus-32k (as train:4096 and so on), and corpus-750k and
-corpus-375k, which hold the first documents of the corpus (as many training tokens) and all its documents for
-validation, with the tokenizer of corpus-8k. CORPUS is a folder of Parquet files with a column `text`.
+makes WORK/data/corpus-4k, corpus-8k, corpus-16k and corpus-32k (as train:4096 and so on), and corpus-750k, corpus-375k,
+corpus-188k and corpus-94k, which hold the first documents of the corpus (as many training tokens) and all its documents
+for validation, with the tokenizer of corpus-8k. CORPUS is a folder of Parquet files with a column `text`.
 
     python benchmarks/learning_data.py CORPUS --work WORK --teacher HuggingFaceTB/SmolLM2-135M-Instruct
 
@@ -24,7 +24,7 @@ from common import make_parser
 
 VAL_FRACTION = 0.005  # that of `lightlm prepare-data`
 VOCABULARIES = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768}
-BEGINNINGS = {"750k": 750_000, "375k": 375_000}  # training tokens
+BEGINNINGS = {"750k": 750_000, "375k": 375_000, "188k": 187_500, "94k": 93_750}  # training tokens
 
 
 def prepare(source: Path, tokenizer: str, out: Path) -> None:
