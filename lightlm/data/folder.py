@@ -129,11 +129,15 @@ class DataFolder:
             bounds = [*starts.tolist(), len(stream)]
             numbers = dict.fromkeys(len(starts) * number // count for number in range(count))
             return [self._marked(stream, *bounds[n : n + 2]) for n in numbers] if len(starts) else []
+        shown = set[int]()
         for number in range(count):
             position = len(stream) * number // count
             tokens = stream.slice(position, min(SEARCH_TOKENS, len(stream) - position))
             ends = np.flatnonzero(tokens[:-1] == stream.end_of_text_id) if number else np.zeros(0, np.int64)
             start = int(ends[0]) + 1 if ends.size else 0
+            if position + start in shown:
+                continue
+            shown.add(position + start)
             beginning = tokens[start : start + SHOWN_TOKENS]
             stop = np.flatnonzero(beginning == stream.end_of_text_id)
             texts.append(self.tokenizer.decode(beginning[: stop[0]] if stop.size else beginning))

@@ -126,7 +126,8 @@ class BlockReader:
         if isinstance(error, Omitted):
             self._left_out.drop(error.cause, error.records)
         elif self._job.skip_bad:
-            self._left_out.add(LeftOut(dropped={UNREADABLE: 1}, bad=[str(error)]), LISTED)
+            message = str(error).encode("utf-8", "backslashreplace").decode()  # it may quote half of a surrogate pair
+            self._left_out.add(LeftOut(dropped={UNREADABLE: 1}, bad=[message]), LISTED)
         else:
             raise skippable(error)
 

@@ -52,10 +52,17 @@ class _BlockEncoder:
         self._full = False  # the limit is reached
 
     def run(self) -> None:
-        """Encode every document, up to the limit."""
+        """Encode every document, up to the limit. What comes before a mistake may reach it."""
         pending: list[pyarrow.Array] = []
-        waiting = 0
-        for texts in self._reader.texts():
+        waiting, mistake = 0, None
+        reader = self._reader.texts()
+        while True:
+            try:
+                texts = next(reader, None)
+            except DataError as error:
+                texts, mistake = None, error
+            if texts is None:
+                break
             if isinstance(texts, Texts):
                 pending.append(texts.array)
                 waiting += int(byte_lengths(texts.array).sum())
@@ -68,6 +75,8 @@ class _BlockEncoder:
             if self._full:
                 return
         self._flush(pending)
+        if mistake is not None and not self._full:
+            raise mistake
 
     def _flush(self, pending: list[pyarrow.Array]) -> None:
         for chunk, _ in in_chunks(pyarrow.concat_arrays(pending)) if pending else ():

@@ -326,7 +326,8 @@ class _Preparation:
         if limit is not None and tokens >= limit:
             return
         running: dict[int, Block] = {}
-        blocks = self._blocks(assembly.state.blocks, running)
+        # A block needs no more than that either, and what follows is not read: it may be large, or broken.
+        blocks = (replace(block, limit=limit) for block in self._blocks(assembly.state.blocks, running))
         with contextlib.closing(self._engine(job, blocks, self._report)) as engine:
             for encoded in engine:
                 block = running.pop(encoded.number)

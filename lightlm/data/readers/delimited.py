@@ -14,7 +14,7 @@ from lightlm.data.readers.file import File
 from lightlm.data.readers.opening import head_of, open_text
 from lightlm.data.readers.recognition import holds_nul, not_utf8
 from lightlm.data.readers.records import missing_column, text_of
-from lightlm.data.readers.texts import RECORD_BYTES, BadRecord, Omitted, Texts, Unit, pack, too_large
+from lightlm.data.readers.texts import CHUNK_BYTES, RECORD_BYTES, BadRecord, Omitted, Texts, Unit, pack, too_large
 from lightlm.data.select.filters import FILTERED, Filter
 from lightlm.errors import DataError
 
@@ -77,11 +77,14 @@ class _Table:
         csv.field_size_limit(RECORD_BYTES)
         # A byte that is not UTF-8 becomes half a surrogate pair, so that only its own row is a mistake.
         self._text = io.TextIOWrapper(opened, encoding="utf-8", errors="surrogateescape", newline="")
-        self._rows = csv.reader(self._lines(), delimiter=separator, strict=True)
+        self._lines = _Lines(file, self._text)
+        self._rows = csv.reader(self._lines, delimiter=separator, strict=True)
         try:
-            self._columns = [name.strip() for name in next(self._rows)]
+            header = next(self._rows)
         except csv.Error as error:
             raise self._not_a_row(1, error) from error
+        self._require_no_nul(header, 1)
+        self._columns = [name.strip() for name in header]
         self._text_column = text_column
         if isinstance(text_column, ChatColumns):
             if not text_column.found_in(self._columns):
@@ -96,17 +99,21 @@ class _Table:
     def texts(self, bad: BadRecord, row_filter: Filter | None) -> Iterator[str]:
         """Yield the texts of the rows that `row_filter` keeps. A mistake in a row leaves the others."""
         while True:
-            begins = self._rows.line_num + 1
+            begins = self._lines.number + 1
             try:
                 row = next(self._rows, None)
             except csv.Error as error:
                 bad(self._not_a_row(begins, error))
+                continue
+            except DataError as error:  # of `_Lines`
+                bad(error)
                 continue
             if row is None:
                 return
             if not row:  # a blank line
                 continue
             try:
+                self._require_no_nul(row, begins)
                 text = self._text_of(row, begins, bad)
                 kept = row_filter is None or row_filter.keeps(
                     self._record(row, row_filter), partial(self._line, begins)
@@ -134,6 +141,10 @@ class _Table:
         self._require_utf8(text, begins)
         return text
 
+    def _require_no_nul(self, row: list[str], begins: int) -> None:
+        if any("\0" in field for field in row):
+            raise holds_nul(self._line(begins), self._head, "")
+
     def _require_utf8(self, text: str, begins: int) -> None:
         """Raise DataError for a field with bytes that are not UTF-8."""
         if not text.isascii():
@@ -157,13 +168,27 @@ class _Table:
     def _not_a_row(self, begins: int, error: csv.Error) -> DataError:
         return DataError(f"{self._line(begins)}: not a row with the separator {self._separator!r} ({error})")
 
-    def _lines(self) -> Iterator[str]:
-        for number, line in enumerate(iter(partial(self._text.readline, RECORD_BYTES + 1), ""), start=1):
-            if len(line) > RECORD_BYTES:
-                raise too_large(self._line(number), "CSV")
-            if "\0" in line:
-                raise holds_nul(self._line(number), self._head, "")
-            yield line
+
+class _Lines:
+    """The lines of a file, `number` of which are read. Unlike a generator, it goes on after an error."""
+
+    def __init__(self, file: File, text: io.TextIOWrapper) -> None:
+        self._file, self._text, self.number = file, text, 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        """Return the next line. Raises DataError for one above `RECORD_BYTES`, which is passed over."""
+        line = self._text.readline(RECORD_BYTES + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if len(line) <= RECORD_BYTES:
+            return line
+        while line and not line.endswith(("\n", "\r")):
+            line = self._text.readline(CHUNK_BYTES)
+        raise too_large(f"{self._file}, line {self.number}", "CSV")
 
 
 def _number(value: str) -> int | float:

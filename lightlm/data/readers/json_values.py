@@ -49,7 +49,7 @@ def values_of_line(text: str) -> list[Any]:
             value, at = _decode(text, at)
             found += value if isinstance(value, list) else [value]
             at = _skip_space(text, at)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return []
     return found
 
@@ -105,7 +105,7 @@ class JsonValues:
                 if not unfinished or not self._more():
                     self._at = self._at if unfinished else error.pos
                     raise DataError(f"{self._place()}: not valid JSON ({error.msg})") from error
-            except RecursionError as error:  # thousands of nested brackets
+            except (ValueError, RecursionError) as error:  # thousands of digits, or of nested brackets
                 raise DataError(f"{place}: not valid JSON ({error})") from error
 
     def _next(self) -> str | None:

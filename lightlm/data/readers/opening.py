@@ -8,6 +8,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 import zstandard
@@ -53,12 +54,27 @@ class _Zstd(io.RawIOBase):
         return count
 
 
+class _ByPieces(io.RawIOBase):
+    """The content of a compressed file, as much at once as is decoded: a larger read would lose it to later damage."""
+
+    def __init__(self, opened: Callable[[BinaryIO], Any], raw: BinaryIO) -> None:
+        self._content = opened(raw)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        piece = self._content.read1(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
 Decompress = Callable[[BinaryIO], io.RawIOBase]
 COMPRESSIONS: dict[str, Decompress] = {
-    ".gz": gzip.open,  # type: ignore[dict-item]
+    ".gz": partial(_ByPieces, gzip.open),
     ".zst": _Zstd,
-    ".xz": lzma.open,  # type: ignore[dict-item]
-    ".bz2": bz2.open,  # type: ignore[dict-item]
+    ".xz": partial(_ByPieces, lzma.open),
+    ".bz2": partial(_ByPieces, bz2.open),
 }
 
 

@@ -7,6 +7,7 @@ thousands of row groups takes most of the time, and on the Hub a request each; s
 import functools
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -129,8 +130,10 @@ def read_row_group(
                 if path[1:]:
                     column = compute.struct_field(column, list(path[1:]))
                 first += len(batch)
-                if types.is_string_view(column.type) or types.is_binary_view(column.type):
-                    column = column.cast(pyarrow.large_string())  # views cannot be filtered
+                if types.is_string_view(column.type):  # views cannot be filtered
+                    column = column.cast(pyarrow.large_string())
+                elif types.is_binary_view(column.type):
+                    column = column.cast(pyarrow.large_binary())
                 if expression is not None:
                     kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
                     if len(kept) < len(batch):
@@ -139,8 +142,7 @@ def read_row_group(
                 if column.null_count:
                     bad(Omitted(NULL, column.null_count))
                     numbers, column = numbers[np.asarray(column.is_valid())], column.drop_null()
-                column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
-                column = column.cast(pyarrow.large_string())  # of bytes, too, which must be UTF-8
+                numbers, column = _decoded(numbers, column, where, bad)
                 large = byte_lengths(column) > RECORD_BYTES
                 for number in numbers[large]:
                     bad(too_large(f"{where}, row {number} of it", "text"))
@@ -148,9 +150,26 @@ def read_row_group(
                 del batch, column  # one large text would be held while the next is read
     except (pyarrow.ArrowException, OSError) as error:
         raise_machine_fault(error)
-        if "UTF8" in str(error).replace("-", "").upper():
-            raise DataError(f"{file}: row group {group} holds text that is not UTF-8 ({error})") from error
         raise DataError(f"{file}: row group {group} cannot be read: {error}") from error
+
+
+def _decoded(
+    numbers: np.ndarray, column: pyarrow.Array, where: str, bad: BadRecord
+) -> tuple[np.ndarray, pyarrow.Array]:
+    """Return the rows of a column of text or bytes without nulls as a LargeStringArray, and their numbers."""
+    try:
+        column.validate(full=True)  # Parquet's strings are not checked to be UTF-8 otherwise
+        return numbers, column.cast(pyarrow.large_string())
+    except pyarrow.ArrowInvalid:
+        if types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        texts: dict[int, str] = {}
+        for number, data in zip(numbers, column.cast(pyarrow.large_binary()).to_pylist(), strict=True):
+            try:
+                texts[number] = data.decode()
+            except UnicodeDecodeError as error:
+                bad(_not_utf8(where, number, error))
+        return np.fromiter(texts, np.int64), pyarrow.array(list(texts.values()), pyarrow.large_string())
 
 
 def _conversations(
@@ -161,17 +180,36 @@ def _conversations(
     schema = opened.schema_arrow
     tested = row_filter.arrow_columns(schema) if row_filter is not None else []
     read = [name for name in columns.columns if name in schema.names]
-    number = 0
+    first = 0
     for batch in opened.iter_batches(row_groups=[group], columns=[*read, *tested], batch_size=rows):
-        for record in batch.to_pylist():
+        for number, record in _records(first, batch, where, bad):
             try:
                 text = text_of(record, partial("{}, row {} of it".format, where, number), columns, row_filter, bad)
             except DataError as error:
                 bad(error)
-                text = None
-            number += 1
+                continue
             if text is not None:
                 yield text
+        first += len(batch)
+
+
+def _records(
+    first: int, batch: pyarrow.RecordBatch, where: str, bad: BadRecord
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a batch with their numbers."""
+    try:
+        yield from enumerate(batch.to_pylist(), first)
+    except UnicodeDecodeError:  # raised before the first
+        for number in range(len(batch)):
+            try:
+                yield first + number, batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                bad(_not_utf8(where, first + number, error))
+
+
+def _not_utf8(where: str, number: int, error: UnicodeDecodeError) -> DataError:
+    byte = f"byte 0x{error.object[error.start]:02x} at {error.start} of its text"
+    return DataError(f"{where}, row {number} of it: not UTF-8: {byte}")
 
 
 def _explanation(file: File) -> str | None:

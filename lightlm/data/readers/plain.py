@@ -11,7 +11,7 @@ from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.file import File
 from lightlm.data.readers.opening import open_text
 from lightlm.data.readers.recognition import HEAD_BYTES, holds_nul, not_utf8
-from lightlm.data.readers.texts import CHUNK_BYTES, BadRecord, Texts, Unit, unreadable
+from lightlm.data.readers.texts import CHUNK_BYTES, LARGE_BYTES, BadRecord, Texts, Unit, unreadable
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
 
@@ -28,10 +28,11 @@ def plain_units(file: File, name: str, text_column: str, row_filter: Filter | No
 
 
 def read_text(file: File, bad: BadRecord) -> Iterator[Texts]:
-    """Yield the document in parts. Line ends become \\n, and a byte-order mark is left out."""
+    """Yield the document, in parts if it is large. Line ends become \\n, and a byte-order mark is left out."""
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     lines = io.IncrementalNewlineDecoder(None, translate=False)  # withholds a CR at the end until it sees what follows
     pending, offset, head = "", 0, b""
+    held: list[str] = []  # until it is known whether they are parts of a large text
     with open_text(file) as opened:
         try:
             while block := opened.read(CHUNK_BYTES):
@@ -41,7 +42,10 @@ def read_text(file: File, bad: BadRecord) -> Iterator[Texts]:
                 offset += len(block)
                 text = lines.decode(utf8.decode(block)).replace("\r\n", "\n")
                 if pending and text:
-                    yield Texts(_array(pending), unfinished=True)
+                    held.append(pending)
+                    if offset > LARGE_BYTES:
+                        yield from (Texts(_array(part), unfinished=True) for part in held)
+                        held = []
                 pending = text or pending
             text = lines.decode(utf8.decode(b"", final=True), final=True)
         except UnicodeDecodeError as error:
@@ -49,7 +53,7 @@ def read_text(file: File, bad: BadRecord) -> Iterator[Texts]:
             around = error.object[max(0, error.start - HEAD_BYTES // 2) : error.start + HEAD_BYTES // 2]
             sample = around if place > HEAD_BYTES else head
             raise not_utf8(str(file), sample, error.object[error.start], f"at offset {place}") from error
-    yield Texts(_array(pending + text))
+    yield Texts(_array("".join([*held, pending, text])))
 
 
 def _array(text: str) -> pyarrow.Array:

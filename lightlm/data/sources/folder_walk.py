@@ -62,7 +62,19 @@ class FolderWalk:
                         else:
                             yield Entry(path, linked)
             except OSError as error:
-                raise DataError(f"{folder}: this folder cannot be read ({error.strerror})") from error
+                raise _unreadable(folder, error) from error
+
+
+def require_readable(folder: Path) -> None:
+    """Raise DataError for a folder that cannot be read."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"{folder}: this folder cannot be read ({error.strerror})")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

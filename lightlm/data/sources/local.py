@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import xxhash
 
@@ -16,7 +16,7 @@ from lightlm.data.readers.registry import SUPPORTED, reader_of, suffix_of
 from lightlm.data.readers.texts import Unit, unreadable
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import ChangedError, FileCounts
-from lightlm.data.sources.folder_walk import Entry, FolderWalk, kind_of, most_common
+from lightlm.data.sources.folder_walk import Entry, FolderWalk, kind_of, most_common, require_readable
 from lightlm.errors import DataError
 
 
@@ -108,11 +108,21 @@ class LocalSource:
             yield from walk
             self._left_out += walk.left_out
             return
+        self._require_readable_folders(self._pattern)
         for path in set(self._root.glob(self._pattern)):
             if any(part.startswith(".") for part in path.relative_to(self._root).parts):
                 self._left_out["hidden folder" if path.is_dir() else "hidden file"] += 1
             elif not path.is_dir():
                 yield Entry(path, linked=False)
+
+    def _require_readable_folders(self, pattern: str) -> None:
+        """Raise DataError for a folder on the way of the pattern that cannot be read: `glob` passes over it."""
+        parts = PurePath(pattern).parts
+        for count in range(len(parts)):
+            for folder in self._root.glob("/".join(parts[:count])) if count else [self._root]:
+                hidden = any(part.startswith(".") for part in folder.relative_to(self._root).parts)
+                if not hidden and folder.is_dir():
+                    require_readable(folder)
 
     def _relative(self, path: Path) -> str:
         """Return the file's name in unit ids: relative to the folder, with forward slashes on every system."""

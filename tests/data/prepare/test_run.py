@@ -243,3 +243,12 @@ def test_a_folder_made_before_a_setting_existed_is_recognized(tmp_path: Path, so
     assert prepare(source, "train:300", tmp_path / "out", val_fraction=0.2).already_prepared
     with pytest.raises(DataError, match="max_tokens: None there, 500 now"):
         prepare(source, "train:300", tmp_path / "out", val_fraction=0.2, max_tokens=500)
+
+
+def test_what_follows_max_tokens_is_not_read(tmp_path: Path) -> None:
+    path = Path(write_source(tmp_path / "s.jsonl", DOCUMENTS))
+    prepare(str(path), "train:300", tmp_path / "all")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("{broken\n" + '{"text": "words"}\n' * 50_000)
+    made = prepare(str(path), str(tmp_path / "all"), tmp_path / "out", max_tokens=20)
+    assert 20 <= made.tokens("train") + made.tokens("val") < 400

@@ -58,13 +58,25 @@ def test_mistakes_name_the_line(content: bytes, message: str, tmp_path: Path) ->
         read(tmp_path / "a.csv")
 
 
-def test_skip_bad_leaves_out_single_rows(tmp_path: Path) -> None:
+def test_skip_bad_leaves_out_single_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delimited, "RECORD_BYTES", 2_000)
+    monkeypatch.setattr(delimited, "CHUNK_BYTES", 100)
     rows = [["text", "n"], *([text, "1"] for text in texts(20))]
-    content = table(rows) + b"too,many,fields\r\n" + b"caf\xe9,1\r\n" + table([["the last row", "1"]])
+    bad = b"too,many,fields\r\n" + b"caf\xe9,1\r\n" + b"a\0b,1\r\n" + b"a," + b"x" * 3_000 + b"\r\n"
+    content = table(rows) + bad + table([["the last row", "1"]])
     (tmp_path / "a.csv").write_bytes(content)
     made = prepare(str(tmp_path / "a.csv"), "train:300", tmp_path / "out", skip_bad=True)
-    assert made.dropped == {"unreadable": 2}
-    assert [message.partition(":")[0].rpartition(" ")[2] for message in made.bad] == ["22", "23"]
+    assert made.dropped == {"unreadable": 4}
+    assert [message.partition(":")[0].rpartition(" ")[2] for message in made.bad] == ["22", "23", "24", "25"]
+    assert made.documents("train") + made.documents("val") == 21
+
+
+def test_a_header_in_another_encoding_is_one_bad_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("id;texte;cat\xe9gorie\n1;a;b\n".encode("latin-1"))
+    (tmp_path / "b.csv").write_text("text\nwords\n", encoding="utf-8")
+    made = prepare(str(tmp_path / "*.csv"), "train:300", tmp_path / "out", skip_bad=True, val_fraction=0)
+    assert made.dropped == {"unreadable": 1}
+    assert r"there are: id;texte;cat\udce9gorie" in made.bad[0]
 
 
 def test_filters_compare_fields_as_what_they_are_compared_with(tmp_path: Path) -> None:

@@ -105,3 +105,15 @@ def test_a_broken_first_line_does_not_change_how_the_others_are_read(tmp_path: P
         (unit,) = reader_of(path).units(path, "a", "text", None)
         assert [text for found in unit.texts(bad.append) for text in found.array.to_pylist()] == ["b", "c"]
         assert len(bad) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [f'[{{"text": "a"}}, {{"n": {"1" * 5_000}}}]', f'{{"n": {"1" * 5_000}}} {{"n": 2}}']
+)
+def test_a_number_that_python_refuses_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.json, line 1: not valid JSON \(Exceeds the limit"):
+        read(tmp_path / "a.json")
+    (tmp_path / "b.txt").write_text("words", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.json, line 1"):  # not left out as a file without the column
+        read(tmp_path)

@@ -1,6 +1,7 @@
 """Parquet files: footers are parsed once, large cells are refused, and Arrow gives memory back."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
+from lightlm.data.chat.conversation import columns_of
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import parquet as parquet_reader
 from lightlm.data.readers.texts import Omitted
@@ -122,3 +124,38 @@ def test_bytes_that_are_not_utf8_and_lists_are_named(tmp_path: Path) -> None:
         column("doc")
     with pytest.raises(DataError, match=r"there are: text, list, doc\.body, doc\.title"):
         column("absent")
+
+
+def _broken(values: list[bytes]) -> pyarrow.Array:
+    """Text that is not checked to be UTF-8, as some writers leave it."""
+    checked = pyarrow.array(values, pyarrow.binary())
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(values), checked.buffers())
+
+
+@pytest.mark.parametrize(
+    "kind", ["binary", "binary_view", "fixed", "string", "string_view", "dictionary", "conversations"]
+)
+def test_skip_bad_leaves_out_single_rows_that_are_not_utf8(kind: str, tmp_path: Path) -> None:
+    values = [b"%03d" % number for number in range(60)]
+    values[25] = b"\xff\xfe!"
+    column = _broken(values)
+    if kind in ("binary", "binary_view"):
+        column = pyarrow.array(values, pyarrow.binary()).cast(getattr(pyarrow, kind)())
+    elif kind == "fixed":
+        column = pyarrow.array(values, pyarrow.binary(3))
+    elif kind == "string_view":
+        column = column.cast(pyarrow.string_view())
+    elif kind == "dictionary":
+        column = column.dictionary_encode()
+    chat = kind == "conversations"
+    table = pyarrow.table({"prompt": column, "completion": ["yes"] * 60} if chat else {"text": column})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    bad: list[str] = []
+    found: list[str] = []
+    source = open_source(str(tmp_path / "a.parquet"), columns_of("prompt", "text") if chat else "text")
+    for unit in source.units():
+        for texts in unit.texts(lambda error: bad.append(str(error))):
+            found += texts.array.to_pylist()
+    wanted = [value.decode() for number, value in enumerate(values) if number != 25]
+    assert [re.sub("[^0-9]", "", text) for text in found] == wanted
+    assert bad == [f"{tmp_path / 'a.parquet'}, row group 1, row 5 of it: not UTF-8: byte 0xff at 0 of its text"]

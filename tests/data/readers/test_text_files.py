@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightlm.data.readers import plain
+from lightlm.data.readers.texts import raise_bad
 from lightlm.data.sources.registry import open_source
 from lightlm.errors import DataError
 from tests.corpus import read_unit
@@ -147,3 +150,34 @@ def test_a_column_named_by_dots_and_one_whose_name_has_a_dot(tmp_path: Path) -> 
         read(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"'doc' holds dict, not text.*for example doc\.body"):
         read(tmp_path / "a.jsonl", "doc")
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".xz", ".bz2"])
+def test_the_lines_before_a_cut_are_read(compression: str, tmp_path: Path) -> None:
+    noise = random.Random(0)
+    lines = [json.dumps({"text": f"{noise.random()}"}).encode() + b"\n" for _ in range(90_000)]
+    whole = COMPRESS[compression](b"".join(lines))
+    (tmp_path / f"a.jsonl{compression}").write_bytes(whole[: len(whole) * 3 // 4])
+    (unit,) = open_source(str(tmp_path / f"a.jsonl{compression}"), "text").units()
+    bad: list[str] = []
+    found: list[str] = []
+    texts = unit.texts(lambda error: bad.append(str(error)))
+    with pytest.raises(DataError, match="damaged or truncated"):
+        found.extend(text for each in texts for text in each.array.to_pylist())
+    assert not bad
+    assert found == [json.loads(line)["text"] for line in lines[: len(found)]]
+    # What a decompressor gives of the file before it meets the end, but for its last block.
+    assert len(found) > len(lines) * (0.25 if compression == ".bz2" else 0.7)
+
+
+def test_a_text_file_below_the_large_ones_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "CHUNK_BYTES", 40)
+    monkeypatch.setattr(plain, "LARGE_BYTES", 100)
+    path = tmp_path / "a.txt"
+    for size, parts in [(30, 1), (90, 1), (100, 1), (101, 3), (170, 5)]:
+        path.write_bytes(b"x" * size)
+        (unit,) = open_source(str(path), "text").units()
+        found = list(unit.texts(raise_bad))
+        assert len(found) == parts
+        assert [texts.unfinished for texts in found] == [True] * (parts - 1) + [False]
+        assert "".join(texts.array[0].as_py() for texts in found) == "x" * size

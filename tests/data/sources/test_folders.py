@@ -6,12 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightlm.data.prepare.run import prepare
 from lightlm.data.sources.folder_walk import kind_of
 from lightlm.data.sources.local import LocalSource
+from lightlm.data.sources.registry import open_source
 from lightlm.data.sources.stdin import standard_input, suffix_for
 from lightlm.errors import DataError
 from tests.corpus import read_unit, texts, write_jsonl
@@ -177,3 +179,23 @@ def test_a_mistake_in_a_pipe_names_standard_input(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         with standard_input(tmp_path / "out", "text") as source, pytest.raises(DataError, match=words):
             read(source)
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "a/*.txt"])
+def test_a_folder_that_cannot_be_read_ends_a_glob_too(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, a__b_txt="a", c__d_txt="c")
+    (tmp_path / ".hidden").mkdir()
+    scandir = os.scandir
+
+    def refused(path: Any = ".") -> Any:
+        if Path(path).name in ("a", ".hidden"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"a: this folder cannot be read \(Permission denied\)"):
+        open_source(str(tmp_path / pattern), "text")
+    source = open_source(str(tmp_path / "c*/*.txt"), "text")
+    assert [text for unit in source.units() for text in read_unit(unit)] == ["c"]
