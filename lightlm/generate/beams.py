@@ -18,6 +18,8 @@ from lightlm.generate.sampling.draw import Row, adjusted
 from lightlm.generate.step.fast import forward_of
 from lightlm.model.transformer import Transformer
 
+MAX_LENGTH_PENALTY = 10  # a length to this power is far from the largest float
+
 
 @dataclass(frozen=True)
 class Beam:
@@ -88,8 +90,10 @@ def beam_search(
     """
     if num_beams < 1:
         raise UsageError(f"beams must be at least 1, is {num_beams}")
-    if not math.isfinite(length_penalty):
-        raise UsageError(f"length-penalty must be a finite number, is {length_penalty}")
+    if not abs(length_penalty) <= MAX_LENGTH_PENALTY:
+        raise UsageError(
+            f"length-penalty must be from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}, is {length_penalty}"
+        )
     Request(prompt, max_new_tokens, sampling).check(model.config)
     sampling.check_ids(vocab_size or model.config.vocab_size)
     cache = model.new_cache(1, len(prompt) + max_new_tokens)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightlm.data.chat.template import ChatTemplate, check_messages, parts_of, without_marks
+from lightlm.data.chat.template import ChatTemplate, checked_messages, parts_of, without_marks
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import LightLMError
 
@@ -79,7 +79,7 @@ class PromptReader:
         Raises:
             LightLMError: it is too long and `truncate` is not set, or its last turn is.
         """
-        check_messages(messages)
+        messages = checked_messages(messages)
         for message in messages:
             self._note_special(f"a message of role {message['role']}", message["content"])
         kept = list(messages)

@@ -44,7 +44,7 @@ class Settings:
         """Return these settings with others in place of some, by their names in JSON.
 
         Besides the names here there are those of `Sampling`. `stop` is a text or a list of texts, `logit_bias` an
-        object from token ids to numbers.
+        object from token ids to numbers. None leaves a setting as it is, but for `top_k`, which it switches off.
 
         Raises:
             UsageError: a name is unknown, or a value has the wrong type or is out of its range.
@@ -55,6 +55,8 @@ class Settings:
             if name not in changeable():
                 hint = nearest(name, changeable())
                 raise UsageError(f"there is no setting {name}" + (f"; do you mean {hint}?" if hint else ""))
+            if value is None and name != "top_k":
+                continue
             if name == "stop":
                 own[name] = tuple(_validated(name, [value] if isinstance(value, str) else value, list[str]))
             elif name == "logit_bias":

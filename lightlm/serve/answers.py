@@ -98,7 +98,10 @@ class Completions:
         return {
             "tokens": [self._name(token) for token, _, _ in scored],
             "token_logprobs": [value for _, value, _ in scored],
-            "top_logprobs": [{self._name(token): value for token, value in top} for _, _, top in scored],
+            # Also the chosen token, as in OpenAI's API.
+            "top_logprobs": [
+                {self._name(token): value for token, value in (*top, (chosen, own))} for chosen, own, top in scored
+            ],
             "text_offset": [each.offset for each in tokens],
         }
 

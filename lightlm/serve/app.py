@@ -68,9 +68,15 @@ class Service:
             guards.append(Middleware(LocalHostOnly))
         if access.origins:  # before the key, which a browser's preflight request does not bring
             # With any header: OpenAI's client for browsers adds several of its own.
-            methods, headers = ["GET", "POST"], ["*"]
             guards.append(
-                Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=methods, allow_headers=headers)
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=access.origins,
+                    allow_methods=["GET", "POST"],
+                    allow_headers=["*"],
+                    # Chrome asks this where the page is public and the server is on the user's machine or network.
+                    allow_private_network=True,
+                )
             )
         if access.key is not None:
             guards.append(Middleware(RequireKey, access.key))

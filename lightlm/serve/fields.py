@@ -220,7 +220,8 @@ def read(kind: type[AnyBody], document: Any) -> AnyBody:
         if name in kind.model_fields:
             continue
         if name in _UNSUPPORTED:
-            if value is not None and value not in _UNSUPPORTED[name]:
+            no_more = (document.get("n"),) if name == "best_of" else ()  # the best n of n
+            if value is not None and value not in (*_UNSUPPORTED[name], *no_more):
                 raise RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
             continue
         guess = nearest(name, kind.model_fields)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import socket
 import threading
 import time
@@ -73,6 +74,7 @@ def serving(service: Service, listening: socket.socket) -> Iterator[Callable[[],
     server = uvicorn.Server(config)
     # Outside the main thread, uvicorn leaves the signals alone.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="lightlm-http", daemon=True)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # not a warning for each client that leaves a stream
     service.loop.start()
     thread.start()
     try:

@@ -131,6 +131,9 @@ def test_wrong_numbers_are_refused() -> None:
         ((0, 5), "beams"),
         ((2, 0), "max-new-tokens"),
         ((2, 5, GREEDY, math.nan), "length-penalty"),
+        ((2, 5, GREEDY, 400.0), "length-penalty must be from -10 to 10, is 400.0"),
+        ((2, 5, GREEDY, -400.0), "length-penalty"),
+        ((2, 2.5, GREEDY), "max-new-tokens must be a whole number"),
     ):
         with pytest.raises(UsageError, match=words):
             beam_search(model, [1], *arguments)

@@ -21,6 +21,8 @@ def test_settings_change_by_their_names_in_json() -> None:
     assert Settings(Sampling(0.5, 40)).changed(values) == expected
     assert Settings().changed({"stop": ["a", "b"]}).stop == ("a", "b")
     assert Settings().changed({}) == Settings()
+    nulls = dict.fromkeys(changeable())  # as pandas writes what a row lacks
+    assert Settings(Sampling(0.5, 40), 9, 3, ("a",)).changed(nulls) == Settings(Sampling(0.5, None), 9, 3, ("a",))
     assert {"temperature", "min_p", "max_new_tokens", "stop"} <= changeable().keys()
 
 
@@ -32,7 +34,7 @@ def test_settings_change_by_their_names_in_json() -> None:
         ({"temperature": True}, "temperature must be a number"),
         ({"top_k": 1.5}, "top-k must be a whole number"),
         ({"top_p": 2}, "top-p must be above 0"),
-        ({"max_new_tokens": 0}, "max-new-tokens must be at least 1"),
+        ({"max_new_tokens": 0}, "max-new-tokens must be a whole number, at least 1"),
         ({"max_new_tokens": 2, "min_new_tokens": 3}, "min-new-tokens is 3, above max-new-tokens, which is 2"),
         ({"stop": 5}, "stop must be a text or a list of texts"),
         ({"stop": ""}, "stop string is empty"),

@@ -43,6 +43,14 @@ def test_an_answer_is_what_the_template_and_the_seed_give(chat: Served) -> None:
     assert chat.client.get("/v1/models").json()["data"][0]["chat"] is True
 
 
+def test_developer_is_the_role_system_as_in_training_data(chat: Served) -> None:
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert encode_chat(chat.loaded.tokenizer, said)[0] == "system: Be brief.\nuser: Hello\ncat:"
+    as_system = [said[0] | {"role": "system"}, said[1]]
+    answers = [ask(chat, messages=messages, max_tokens=5, seed=1).json() for messages in (said, as_system)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
 def test_a_stream_begins_with_the_role_and_has_the_same_text(chat: Served) -> None:
     fields = {"messages": MESSAGES, "max_tokens": 14, "seed": 6, "n": 2, "logprobs": True, "top_logprobs": 2}
     events = chat.events("/v1/chat/completions", **fields)

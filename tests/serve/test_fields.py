@@ -16,7 +16,8 @@ def test_fields_become_settings_and_null_means_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"best_of": 1}, {"suffix": None}, {"tools": []}, {"response_format": {"type": "text"}}]
+    "field",
+    [{"best_of": 1}, {"best_of": 3, "n": 3}, {"suffix": None}, {"tools": []}, {"response_format": {"type": "text"}}],
 )
 def test_unsupported_fields_may_have_the_value_that_asks_for_nothing(field: dict) -> None:
     assert read(CompletionBody, {"prompt": "x", **field}).prompts == ["x"]
@@ -35,6 +36,7 @@ def read_all(document: dict) -> tuple:
         ({"tools": [{"type": "function"}]}, "tools", "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"best_of": 2}, "best_of", "not supported"),
+        ({"best_of": 3, "n": 2}, "best_of", "not supported"),
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"temperature": True}, "temperature", "valid number"),
         ({"temperature": -1}, "temperature", "0 (greedy) or above"),

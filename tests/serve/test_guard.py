@@ -88,6 +88,10 @@ def test_a_key_is_needed_for_all_but_the_page_and_health() -> None:
         preflight = server.client.options("/v1/completions", headers={"Origin": ORIGIN, **asked})
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == ORIGIN
+        # As Chrome asks where a public page uses a server on the user's own machine.
+        private = asked | {"Access-Control-Request-Private-Network": "true"}
+        local = server.client.options("/v1/completions", headers={"Origin": ORIGIN, **private})
+        assert (local.status_code, local.headers["access-control-allow-private-network"]) == (200, "true")
         other = server.client.options("/v1/completions", headers={"Origin": "https://evil.example", **asked})
         assert other.status_code == 400
         assert "access-control-allow-origin" not in other.headers

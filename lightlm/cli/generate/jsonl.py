@@ -136,9 +136,10 @@ def _finished(out: Path, tasks: Sequence[_Task]) -> dict[tuple[int, int], bytes]
         try:
             values = json.loads(line)
             place, key = (values["line"], values["sample"]), values["key"]
+            expected = keys.get(place)
         except (ValueError, KeyError, TypeError):
             raise _foreign(out, number) from None
-        if keys.get(place) != key:
+        if key != expected:
             raise DataError(
                 f"{out}:{number} answers another prompt, or with another model, precision or settings; delete the "
                 "file, or choose another with --out"

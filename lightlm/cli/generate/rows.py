@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightlm.cli.generate.input import checked, decoded
-from lightlm.data.chat.template import check_messages
+from lightlm.data.chat.template import checked_messages
 from lightlm.errors import DataError, UsageError
 from lightlm.generate.settings import Settings
 
@@ -65,7 +65,7 @@ def _row(number: int, line: str, settings: Settings, *, chat: bool, system: str 
     except UnicodeEncodeError as error:
         escape = f"\\u{ord(error.object[error.start]):04x}"
         raise UsageError(f"{escape} is half of a character; JSON writes the two halves as \\ud83d\\ude42") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UsageError('not an object such as {"prompt": "Once"}')
@@ -75,7 +75,7 @@ def _row(number: int, line: str, settings: Settings, *, chat: bool, system: str 
     if (prompt is None) == (messages is None):
         raise UsageError("one of prompt and messages must be there")
     if messages is not None:
-        check_messages(messages)
+        messages = checked_messages(messages)
     elif not isinstance(prompt, str):
         raise UsageError("prompt must be a text")
     elif chat:

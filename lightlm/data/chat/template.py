@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightlm.data.chat.conversation import SYSTEM
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import LightLMError, UsageError
 
@@ -80,7 +81,7 @@ class ChatTemplate:
         """Return the text of a conversation, with `ANSWER_BEGINS` and `ANSWER_ENDS` where the template marks answers.
 
         Args:
-            messages: each with `role` and `content`; see `check_messages`.
+            messages: each with `role` and `content`; see `checked_messages`.
             plain: what to put between marks in messages, see `parts_of`; None marks nothing.
             answer: whether the beginning of the model's answer follows.
 
@@ -88,7 +89,7 @@ class ChatTemplate:
             UsageError: a message is malformed.
             LightLMError: the template refuses the messages, or fails.
         """
-        check_messages(messages)
+        messages = checked_messages(messages)
         given: Any = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if plain is not None:
             given = _marked(given, plain)
@@ -116,7 +117,7 @@ class ChatTemplate:
             UsageError: a message is malformed.
             LightLMError: the template refuses the messages, fails, or does not write the last message.
         """
-        check_messages(messages)
+        messages = checked_messages(messages)
         last = messages[-1]
         marked = [*messages[:-1], last | {"content": f"{last['content']}{_ENDS_HERE} "}]
         text, mark, after = self.render(marked, answer=False).partition(_ENDS_HERE)
@@ -125,8 +126,11 @@ class ChatTemplate:
         return text if after.startswith(" ") else text.rstrip()  # a template that trims contents trims this one
 
 
-def check_messages(messages: Any) -> None:
-    """Raise UsageError unless these are messages: a list of objects with the texts `role` and `content`."""
+def checked_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return messages with the role `system` in place of `developer`, as in training data.
+
+    Raises UsageError unless they are a list of objects with the texts `role` and `content`.
+    """
     if not isinstance(messages, list | tuple) or not messages:
         raise UsageError('messages is not a list such as [{"role": "user", "content": "Hello"}]')
     for number, message in enumerate(messages, 1):
@@ -135,6 +139,7 @@ def check_messages(messages: Any) -> None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise UsageError(f"message {number}: {key} is missing or not a text")
+    return [each | {"role": SYSTEM} if each["role"] == "developer" else each for each in messages]
 
 
 def parts_of(text: str) -> Iterator[tuple[int, str, bool]]:

@@ -1,6 +1,7 @@
 """The settings of sampling and their ranges."""
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +101,8 @@ class Sampling:
 
     def check_most(self, max_new_tokens: int) -> None:
         """Raise UsageError if an answer may not have so many tokens at most."""
-        if max_new_tokens < 1:
-            raise UsageError(f"max-new-tokens must be at least 1, is {max_new_tokens}")
+        if not (_whole(max_new_tokens) and max_new_tokens >= 1):
+            raise UsageError(f"max-new-tokens must be a whole number, at least 1, is {max_new_tokens}")
         if max_new_tokens < self.min_new_tokens:
             raise UsageError(
                 f"min-new-tokens is {self.min_new_tokens}, above max-new-tokens, which is {max_new_tokens}"
@@ -115,7 +116,7 @@ class Sampling:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 DEFAULT = Sampling()

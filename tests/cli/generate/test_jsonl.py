@@ -145,9 +145,10 @@ def test_answers_to_something_else_are_not_touched(tmp_path: Path) -> None:
     assert isinstance(same.exception, UsageError)
     assert "in.jsonl is the file of prompts" in str(same.exception)
     assert read(source) == ROWS[:1]
-    out.write_text("my notes\n")
-    assert "out.jsonl:1 is not an answer" in str(run(source, out).exception)
-    assert out.read_text() == "my notes\n"
+    for foreign in ("my notes\n", '{"line": [1], "sample": 0, "key": "x"}\n'):
+        out.write_text(foreign)
+        assert "out.jsonl:1 is not an answer" in str(run(source, out).exception)
+        assert out.read_text() == foreign
     out.write_bytes(kept)
     write(source, ROWS[:2])  # more lines are only added
     assert run(source, out).exit_code == 0
@@ -224,6 +225,10 @@ def test_mistakes_are_listed_by_line_before_anything_is_answered(tmp_path: Path)
     message = str(run(tmp_path / "in.jsonl", tmp_path / "out.jsonl").exception)
     for number, half in enumerate(("d800", "dfff", "d83d"), 1):
         assert f"in.jsonl:{number}: \\u{half} is half of a character" in message
+    (tmp_path / "in.jsonl").write_text("[" * 100_000 + "\n")
+    assert "in.jsonl:1: not JSON: maximum recursion" in str(
+        run(tmp_path / "in.jsonl", tmp_path / "out.jsonl").exception
+    )
     write(tmp_path / "in.jsonl", [{"prompt": "x"}, {"prompt": "The cat ran " * 40}])
     assert "in.jsonl:2: the prompt has" in str(run(tmp_path / "in.jsonl", tmp_path / "out.jsonl").exception)
     write(tmp_path / "in.jsonl", [], "")
