@@ -75,8 +75,11 @@ class LoadedModel:
 
 
 def model_name(path: Path) -> str:
-    """Return run and step of a run's checkpoint (`demo/step_000200`), or the name of any other folder."""
+    """Return run and step of a run's checkpoint (`demo/step_000200`), a Hub model's name, or that of another folder."""
     run = run_of(path)
+    repository = path.parent.parent.name  # in the cache of the Hub: models--ORG--NAME/snapshots/REVISION
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
     return f"{run.name}/{path.name}" if run else path.name
 
 
@@ -236,6 +239,17 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
             )
         if files.checksum(folder / name) != checksum:
             raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {MARKER}")
+
+
+def is_untouched_model(folder: Path) -> bool:
+    """Return whether a folder outside any run holds exactly what `save_model` wrote."""
+    try:
+        check(folder)
+        names = {*_listing(folder), MARKER}
+    except CheckpointError:
+        return False
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return found == names and TRAINING_STATE not in names and run_of(folder) is None
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, str]]:

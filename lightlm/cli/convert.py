@@ -9,7 +9,15 @@ import typer
 from lightlm import files
 from lightlm.cli.console import console, out, print_json, print_table
 from lightlm.cli.generate.model import WeightsOption
-from lightlm.convert.formats import FORMATS, convert_model, format_named, format_of, read_model, reader_of
+from lightlm.convert.formats import (
+    FORMATS,
+    convert_model,
+    format_named,
+    format_of,
+    holds_weights,
+    read_model,
+    reader_of,
+)
 from lightlm.convert.protocol import Format
 from lightlm.errors import UsageError
 
@@ -130,7 +138,9 @@ def convert(
         raise UsageError(f"--to {writer.name}: {source} is in that format already; formats to convert it to: {other}")
     variant += f"-{quantize}" if quantize else ""
     target = out_path or _default_target(model, source, writer, "folded" if fold else writer.name, variant)
-    _check_target(target, source, writer, replace=overwrite or (out_path is None and writer.is_own(target)))
+    # --push repeats an export whose upload failed.
+    repeats = (out_path is None or push is not None) and writer.is_own(target)
+    _check_target(target, source, writer, repeats=repeats, overwrite=overwrite)
     import torch
 
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
@@ -241,7 +251,7 @@ def _publisher(writer: Format, license: str, repository: str | None, private: bo
     return HuggingFaceFolder(check_license(license), repository or "")
 
 
-def _check_target(target: Path, source: Path, writer: Format, *, replace: bool) -> None:
+def _check_target(target: Path, source: Path, writer: Format, *, repeats: bool, overwrite: bool) -> None:
     """Refuse to write where something would be lost, or to give a file the name of a folder or of another format."""
     if writer.suffix and (target.is_dir() or target.suffix.lower() != writer.suffix):
         name = (
@@ -253,11 +263,17 @@ def _check_target(target: Path, source: Path, writer: Format, *, replace: bool) 
     if source.resolve().is_relative_to(target.resolve()):
         raise UsageError(f"{target} is or holds the model to convert; choose another path with --out")
     files.refuse_working_folder(target)
+    if not overwrite and (changed := writer.changed_beside(target)) is not None:
+        raise UsageError(
+            f"{changed} would be replaced, and it is not what an export wrote; move it, or replace it with --overwrite"
+        )
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if format_of(target) is None:
+    if (target / ".git").exists():
+        raise UsageError(f"{target} is a git repository, so it is not replaced; choose another path with --out")
+    if format_of(target) is None or not (target.is_file() or holds_weights(target)):
         raise UsageError(f"{target} exists and is not a model, so it is not replaced; choose another path with --out")
-    if not replace:
+    if not (repeats or overwrite):
         raise UsageError(f"{target} exists already; choose another path with --out, or replace it with --overwrite")
 
 

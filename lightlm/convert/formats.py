@@ -45,6 +45,11 @@ class CheckpointFolder(Format):
             return is_checkpoint(path)
         return path.is_dir() and path.name.startswith("step_")  # an interrupted one: `read` says what is missing
 
+    def is_own(self, path: Path) -> bool:
+        from lightlm.checkpoint import is_untouched_model
+
+        return is_untouched_model(path)
+
     def target(self, config: "ModelConfig") -> str:
         return "LightLM checkpoint"
 
@@ -90,9 +95,17 @@ _WRITTEN = (HuggingFaceFolder(), GGUFFile(), ONNXFolder(), TorchProgram(), Check
 FORMATS: dict[str, Format] = {known.name: known for known in (*_WRITTEN, *_PROGRAMS)}
 
 
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".onnx", ".gguf")
+
+
 def format_of(path: Path) -> Format | None:
     """Return the format of the model at a path, or None if no format recognizes it."""
     return next((known for known in FORMATS.values() if known.detect(path)), None)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Return whether a folder holds files of weights in any format."""
+    return any(path.suffix in _WEIGHTS for place in (folder, folder / "onnx") for path in place.glob("*"))
 
 
 def reader_of(path: Path) -> Format:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-_SMALL_FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"]
+_SMALL_FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"]
 _SMALL_FILES += ["tokenizer.model", "spiece.model", "chat_template.jinja", "additional_chat_templates/*.jinja"]
 _SMALL_FILES += [checkpoint.MARKER]
 

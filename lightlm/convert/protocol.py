@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class Format(ABC):
     """A form in which a model is stored.
 
-    A format that is only read leaves `makes` empty, and `is_own`, `target`, `refusal` and `write` as they are here; one
-    that is only written leaves `takes` empty, and `shape` and `read` as they are here. Methods import torch and
-    libraries of the format inside, so that a format costs nothing until it is used.
+    A format that is only read leaves `makes` empty, and `is_own`, `changed_beside`, `target`, `refusal` and `write` as
+    they are here; one that is only written leaves `takes` empty, and `shape` and `read` as they are here. Methods
+    import torch and libraries of the format inside, so that a format costs nothing until it is used.
     """
 
     name: ClassVar[str]  # what --from and --to take
@@ -46,6 +46,10 @@ class Format(ABC):
     def is_own(self, path: Path) -> bool:
         """Return whether a path holds what `write` wrote and nobody changed, so that replacing it loses nothing."""
         return False
+
+    def changed_beside(self, path: Path) -> Path | None:
+        """Return a file beside `path` that `write` would replace too, if it is not as `write` wrote it."""
+        return None
 
     def target(self, config: "ModelConfig") -> str:
         """Return the name that a model of this shape has there, such as LlamaForCausalLM; empty if it has `refusal`."""

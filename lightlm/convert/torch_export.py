@@ -1,6 +1,7 @@
 """Programs of `torch.export` as a format: a .pt2 file that runs without LightLM. Imports nothing heavy."""
 
 import copy
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -49,8 +50,10 @@ class TorchProgram(Format):
         extra = {_MARK: __version__, "config.json": json.dumps(model.config.to_dict())}
         extra["tokenizer.json"] = json.dumps(loaded.tokenizer.content, ensure_ascii=False)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with files.new_file(out, alone=True) as temporary, temporary.open("wb") as file:
-            torch.export.save(exported(model), file, extra_files=extra)
+        content = io.BytesIO()  # torch's writer ends the process where a disk is full
+        torch.export.save(exported(model), content, extra_files=extra)
+        with files.new_file(out, alone=True) as temporary:
+            temporary.write_bytes(content.getbuffer())
         return {
             "parameters": loaded.model.num_parameters()["total"],
             "python": f'import torch; model = torch.export.load("{out.as_posix()}").module()  # logits = model(tokens)',

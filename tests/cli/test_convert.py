@@ -22,7 +22,7 @@ from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import CheckpointError, ConvertError, UsageError
 from lightlm.model.transformer import Transformer
 from tests.convert.models import roughen
-from tests.corpus import TINY_RECIPE
+from tests.corpus import TINY_RECIPE, make_data
 from tests.shapes import SHAPES
 
 STEP = "runs/demo/checkpoints/step_000020"
@@ -105,6 +105,11 @@ def test_the_model_card_names_path_data_and_scores(run):
     assert "| Layers | 4 of width 32 |" in card.text
     assert 'lightlm generate "Once upon a time" --checkpoint runs/demo/hf' in card.text
     assert yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])["name"] == "tiny"
+    make_data(Path.cwd())
+    invoke("--overwrite")
+    described = ModelCard.load("runs/demo/hf/README.md").text
+    assert "Training data: `tiny.jsonl` (1 file), " in described
+    assert str(Path.cwd()) not in described
     [result] = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("quiz", "acc", 0.5)
 
@@ -255,6 +260,74 @@ def test_given_folder_is_replaced_only_with_overwrite(run):
     invoke("--out", "empty")
 
 
+def test_what_only_looks_like_a_model_is_never_replaced(run):
+    Path("app/src").mkdir(parents=True)
+    Path("app/config.json").write_text('{"port": 80}')
+    Path("app/src/main.js").write_text("hi")
+    Path("step_notes").mkdir()
+    Path("step_notes/todo").write_text("milk")
+    invoke("--out", "clone")
+    Path("clone/.git").mkdir()
+    before = sorted(Path(".").rglob("*"))
+    for out, why in (("app", "is not a model"), ("step_notes", "is not a model"), ("clone", "is a git repository")):
+        with pytest.raises(UsageError, match=f"{out} .*{why}"):
+            invoke("--out", out, "--overwrite")
+    assert sorted(Path(".").rglob("*")) == before
+
+
+def test_an_earlier_checkpoint_is_replaced_while_nobody_changed_it(run):
+    for _ in range(2):
+        folder = Path(json.loads(invoke("--to", "lightlm", "--average", "2", "--json"))["folder"])
+    (folder / "notes").write_text("keep me")
+    with pytest.raises(UsageError, match="exists already"):
+        invoke("--to", "lightlm", "--average", "2")
+    (folder / "notes").unlink()
+    with (folder / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(UsageError, match="exists already"):
+        invoke("--to", "lightlm", "--average", "2")
+    assert not FORMATS["lightlm"].is_own(Path(STEP))
+
+
+def test_a_modelfile_that_was_changed_is_kept(run):
+    pytest.importorskip("gguf")
+    mine = Path("runs/demo/demo.Modelfile")
+    mine.write_text("FROM ./other.gguf\nSYSTEM Be brief.\n")
+    with pytest.raises(UsageError, match=r"demo\.Modelfile would be replaced"):
+        invoke("--to", "gguf")
+    assert not Path("runs/demo/demo.gguf").exists()
+    invoke("--to", "gguf", "--overwrite")
+    invoke("--to", "gguf")
+    written = mine.read_text()
+    mine.write_text(written.replace("PARAMETER", "SYSTEM Be brief.\nPARAMETER", 1))
+    for arguments in ([], ["--out", "runs/demo/demo.gguf"]):
+        with pytest.raises(UsageError, match=r"demo\.Modelfile would be replaced"):
+            invoke("--to", "gguf", *arguments)
+    mine.write_text(written)
+    invoke("--to", "gguf")
+
+
+def test_an_upload_that_failed_is_repeated_by_the_same_command(run, monkeypatch):
+    monkeypatch.setattr("lightlm.convert.huggingface.hub.check_upload", lambda repository: None)
+    monkeypatch.setattr("lightlm.convert.huggingface.hub.upload", fail := _Failing())
+    with pytest.raises(ConvertError, match="cannot be reached"):
+        invoke("--out", "pushed", "--push", "me/demo")
+    fail.fails = False
+    assert "Uploaded to https://hub" in invoke("--out", "pushed", "--push", "me/demo")
+    Path("pushed/README.md").write_text("my card")
+    with pytest.raises(UsageError, match="exists already"):
+        invoke("--out", "pushed", "--push", "me/demo")
+
+
+class _Failing:
+    fails = True
+
+    def __call__(self, folder, repository, *, private):
+        if self.fails:
+            raise ConvertError("the Hub cannot be reached")
+        return "https://hub"
+
+
 def test_the_working_directory_is_refused_before_anything_is_converted(run, tmp_path, monkeypatch):
     monkeypatch.setattr("lightlm.cli.convert.convert_model", lambda *_, **__: pytest.fail("it was converted"))
     Path("empty").mkdir()
@@ -327,6 +400,8 @@ def test_fold_writes_a_plain_checkpoint(run, tokenizer):
         invoke("runs/demo/folded", "--fold", "--out", "again")
     with pytest.raises(UsageError, match="--fold: a conversion to hf always folds"):
         invoke("--fold", "--to", "hf")
+    invoke("--fold")
+    Path("runs/demo/folded/notes").write_text("keep me")
     with pytest.raises(UsageError, match="folded exists already"):
         invoke("--fold")
     assert load_pretrained(invoke_named("runs/demo/checkpoints/step_000030", "--fold")).model.config == plain.config

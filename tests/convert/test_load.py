@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightlm import checkpoint, files
-from lightlm.checkpoint import LoadedModel, write_checkpoint
+from lightlm.checkpoint import LoadedModel, model_name, write_checkpoint
 from lightlm.convert.huggingface.folder import export_huggingface
 from lightlm.convert.load import find_start, load_pretrained, locate
 from lightlm.errors import CheckpointError, ConvertError, RecipeError
@@ -130,6 +130,13 @@ def test_hub_id(workplace, tokenizer, monkeypatch):
     assert len(asked) == 1
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(asked[0])
     assert not any("bin" in pattern for pattern in asked[0])
+    assert "vocab.txt" in asked[0]  # the whole tokenizer of some models
+
+
+def test_a_model_in_the_cache_of_the_hub_has_the_name_of_its_repository():
+    assert model_name(Path("hub/models--org--some-model/snapshots/0123abcd")) == "some-model"
+    assert model_name(Path("runs/demo/checkpoints/step_000010")) == "demo/step_000010"
+    assert model_name(Path("snapshots/mine")) == "mine"
 
 
 def test_hub_model_with_only_pytorch_weights(workplace, tokenizer, monkeypatch):

@@ -1,7 +1,9 @@
 """Programs of torch.export, held to the model's own forward pass."""
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from lightlm.convert.folding import as_plain
 from lightlm.convert.formats import FORMATS, format_of
 from lightlm.convert.torch_export import exported
-from lightlm.errors import ConvertError
+from lightlm.errors import ConvertError, DiskFullError
 from tests.convert.models import loaded
 from tests.shapes import SHAPES, build
 
@@ -46,6 +48,19 @@ def test_the_file(tokenizer, tmp_path):
     assert format_of(path).name == "pt2"
     assert PT2.is_own(path)
     assert [each.name for each in path.parent.iterdir()] == ["model.pt2"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    """torch's own writer would end the process."""
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = loaded(replace(SHAPES["qwen3"], vocab_size=0), tokenizer)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskFullError):
+        PT2.write(model, tmp_path / "model.pt2", torch.float32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_program_is_found(tokenizer, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from lightlm.checkpoint import LoadedModel, build_model, clean_state
 from lightlm.convert.folding import as_plain
 from lightlm.convert.gguf.header import read_header
 from lightlm.convert.gguf.layouts import GATING, LAYOUTS, REPEATED, gguf_layout
-from lightlm.convert.gguf.modelfile import modelfile
+from lightlm.convert.gguf.modelfile import modelfile, modelfile_path
 from lightlm.convert.gguf.shape import DIVISORS, INIT_STD, SHARED_EXPERTS, read_shape, write_rotary
 from lightlm.convert.gguf.tensors import PRECISIONS, gguf_tensors, our_tensors, stored, stored_type
 from lightlm.convert.gguf.vocabulary import read_vocabulary, write_vocabulary
@@ -54,11 +54,6 @@ def export_gguf(loaded: LoadedModel, out: Path, precision: str) -> int:
             writer.close()
     files.write_text(modelfile_path(out), modelfile(loaded, out))
     return sum(tensor.numel() for key, tensor in tensors.items() if "exp_probs_b" not in key and key != DIVISORS)
-
-
-def modelfile_path(out: Path) -> Path:
-    """Return where the Modelfile of a GGUF file is: `demo.gguf` has `demo.Modelfile`."""
-    return out.with_suffix(".Modelfile")
 
 
 def import_gguf(path: Path) -> LoadedModel:

@@ -40,6 +40,12 @@ class GGUFFile(Format):
         except ConvertError:
             return False
 
+    def changed_beside(self, path: Path) -> Path | None:
+        from lightlm.convert.gguf.modelfile import is_unchanged, modelfile_path
+
+        beside = modelfile_path(path)
+        return beside if beside.exists() and not is_unchanged(beside) else None
+
     def target(self, config: "ModelConfig") -> str:
         name, refusal = gguf_layout(config)
         return "" if refusal else f"{LAYOUTS[name].architecture} of llama.cpp"
@@ -59,7 +65,8 @@ class GGUFFile(Format):
         return import_gguf(path)
 
     def write(self, loaded: "LoadedModel", out: Path, dtype: "torch.dtype", quantize: str = "") -> dict[str, Any]:
-        from lightlm.convert.gguf.file import export_gguf, modelfile_path
+        from lightlm.convert.gguf.file import export_gguf
+        from lightlm.convert.gguf.modelfile import modelfile_path
 
         parameters = export_gguf(loaded, out, quantize or str(dtype).removeprefix("torch."))
         return {

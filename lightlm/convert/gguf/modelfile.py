@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import xxhash
+
 from lightlm.checkpoint import LoadedModel
 
 # Turns as Qwen and SmolLM2 write them.
@@ -11,6 +13,27 @@ _CHAT_ML = '''TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """'''
+
+
+_CHECKSUM = "# Written by LightLM. An export replaces this file as long as nothing above has changed: "
+
+
+def modelfile_path(out: Path) -> Path:
+    """Return where the Modelfile of a GGUF file is: `demo.gguf` has `demo.Modelfile`."""
+    return out.with_suffix(".Modelfile")
+
+
+def is_unchanged(path: Path) -> bool:
+    """Return whether a file is a Modelfile as `modelfile` made it."""
+    try:
+        body, _, checksum = path.read_bytes().decode().rpartition(_CHECKSUM)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return checksum.strip() == _checksum(body)
+
+
+def _checksum(body: str) -> str:
+    return xxhash.xxh3_64_hexdigest(body.encode())
 
 
 def modelfile(loaded: LoadedModel, out: Path) -> str:
@@ -33,7 +56,8 @@ def modelfile(loaded: LoadedModel, out: Path) -> str:
         *(f"PARAMETER stop {quoted(end)}" for end in ends if end.isprintable()),
         *(f"# Ollama drops the characters of the end token {end!a}" for end in ends if not end.isprintable()),
     ]
-    return "\n".join(lines) + "\n"
+    body = "\n".join(lines) + "\n"
+    return f"{body}{_CHECKSUM}{_checksum(body)}\n"
 
 
 def quoted(value: str) -> str:

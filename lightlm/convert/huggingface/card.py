@@ -171,9 +171,10 @@ def _origin(recipe: Recipe | None) -> Iterator[str]:
         # A local path tells readers of a published card nothing: its last part is enough.
         local = Path(manifest.source).is_absolute() or Path(manifest.source).exists()
         source = Path(manifest.source).name if local else manifest.source
+        description = manifest.description.partition(" under ")[0] if local else manifest.description
         revision = f", revision {manifest.revision}" if manifest.revision and not local else ""
         size, documents = format_quantity(manifest.tokens("train")), f"{manifest.documents('train'):,} documents"
-        yield f"Training data: `{source}` ({manifest.description}{revision}), {size} tokens of {documents}."
+        yield f"Training data: `{source}` ({description}{revision}), {size} tokens of {documents}."
     if recipe.train.init_from is not None:
         yield f"Finetuned from `{recipe.train.init_from}`."
     if recipe.train.distill is not None and recipe.train.distill.teacher != STORED:

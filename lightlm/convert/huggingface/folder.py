@@ -176,6 +176,9 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int | None, end: i
     }
     # An imported model may have no token for padding.
     settings |= dict(tokenizer.settings) or ({} if end is None else {"pad_token": settings["eos_token"]})
+    # transformers 4 reads further tokens under their old name only, and transformers 5 under both.
+    if further := [token for key in FURTHER_TOKENS for token in settings.pop(key, [])]:
+        settings[FURTHER_TOKENS[0]] = list(dict.fromkeys(further))
     if others := settings.pop(OTHER_TEMPLATES, None):
         templates = {"default": settings["chat_template"]} if "chat_template" in settings else {}
         named = (templates | others).items()
@@ -191,15 +194,19 @@ def _read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> To
     except DataError as error:
         raise ConvertError(str(error)) from None
     endless = config.get("eos_token_id", "") is None and tokenizer.end_of_text_id == vocab_size  # our own export
+    generation = _read_generation(folder, config)
     if tokenizer.vocab_size > vocab_size + endless:
         tokenizer = _without_surplus(tokenizer, folder, vocab_size)
+        settings = _known(settings, tokenizer)
+        if isinstance(pad := generation.get("pad_token_id"), int) and pad >= vocab_size:
+            del generation["pad_token_id"]
     # Beginning of text, as `AutoTokenizer`: where no tokenizer file names it, the id in config.json.
     bos_id = None
     if "bos_token" in settings:
         bos_id = tokenizer.id_of(settings["bos_token"])
     elif isinstance(bos := config.get("bos_token_id"), int) and 0 <= bos < tokenizer.vocab_size:
         bos_id = bos
-    return tokenizer.used_as(bos_id, bool(tokenizer.prefix_ids), settings, _read_generation(folder, config))
+    return tokenizer.used_as(bos_id, bool(tokenizer.prefix_ids), settings, generation)
 
 
 def _without_surplus(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> Tokenizer:
@@ -221,6 +228,19 @@ def _without_surplus(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> Tok
     names = ", ".join(f"{name} (id {index})" for index, name in surplus.items())
     warn(f"{folder / DEFINITION}: {names}: left out, because the model has rows for {vocab_size} tokens only")
     return Tokenizer(definition, origin=str(folder / DEFINITION), end_of_text_id=tokenizer.end_of_text_id)
+
+
+def _known(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return settings without the tokens that a tokenizer lacks; padding is then the end-of-text token's."""
+    known: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in FURTHER_TOKENS:
+            known[key] = [token for token in value if tokenizer.id_of(token) is not None]
+        elif not key.endswith("_token") or value is None or tokenizer.id_of(value) is not None:
+            known[key] = value
+    if "pad_token" in settings and "eos_token" in known:
+        known.setdefault("pad_token", known["eos_token"])
+    return known
 
 
 def _read_generation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

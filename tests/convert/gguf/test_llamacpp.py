@@ -15,6 +15,7 @@ from lightlm.errors import ConvertError
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import Sampling
 from tests.convert.gguf.models import MODELS
+from tests.convert.gguf.test_vocabulary import SPLITS, trained
 from tests.convert.models import loaded
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'lightlm[gguf]'")
@@ -27,6 +28,14 @@ def test_llama_cpp_computes_the_same(name, tmp_path, tokenizer):
     export_gguf(model, tmp_path / "model.gguf", "float32")
     # llama.cpp looks GELU up in a table of float16.
     assert verify(model, tmp_path / "model.gguf") < (5e-3 if "gpt2" in name else 1e-4)
+
+
+def test_composed_characters_are_compared_where_the_tokenizer_composes(tmp_path, tokenizer):
+    """Qwen's does, and llama.cpp does not: the file is right for composed text, as the guide says."""
+    composing = trained(SPLITS["qwen-2"], lambda content: content.update(normalizer={"type": "NFC"}))
+    model = loaded(replace(MODELS["qwen3"], vocab_size=0), composing)
+    export_gguf(model, tmp_path / "model.gguf", "float32")
+    assert verify(model, tmp_path / "model.gguf") < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])

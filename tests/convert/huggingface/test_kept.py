@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from lightlm.checkpoint import LoadedModel, load_model, save_model
 from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
@@ -170,11 +171,29 @@ def test_added_tokens_without_rows(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert f"<pad> (id {size}): left out, because the model has rows for {size} tokens only" in caplog.text
     assert given.vocab_size == size
     assert given.encode_special("hi<|im_end|><pad>") == before.encode_special("hi<|im_end|><pad>")
-    assert given.settings["pad_token"] == "<pad>"
+    assert given.settings["pad_token"] == given.settings["eos_token"]  # as for our own models
+    export_huggingface(import_huggingface(folder), tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert len(again) == size
+    assert again.pad_token_id < size
+    assert read(tmp_path / "again", "generation_config.json").get("pad_token_id", 0) < size
     add_token(folder, size + 1, "<end>")
     (folder / "config.json").write_text(json.dumps(read(folder, "config.json") | {"eos_token_id": size + 1}))
     with pytest.raises(ConvertError, match=r"tokenizer\.json has \d+ tokens, config\.json's vocab_size is"):
         import_huggingface(folder)
+
+
+def test_further_tokens_are_written_as_every_version_reads_them(tmp_path: Path) -> None:
+    """transformers 5 saves a list as `extra_special_tokens`, for which transformers 4 expects an object."""
+    named = {"additional_special_tokens": ["<|im_end|>"], "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    folder = write_folder(tmp_path / "hf", settings=SETTINGS | named)
+    export_huggingface(import_huggingface(folder), tmp_path / "again")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        written = read(tmp_path / "again", name)
+        assert written["additional_special_tokens"] == ["<|im_end|>", "<|im_start|>"]
+        assert "extra_special_tokens" not in written
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert {"<|im_start|>", "<|im_end|>"} <= set(again.all_special_tokens)
 
 
 def test_no_role_is_invented(tmp_path: Path) -> None:
