@@ -192,7 +192,7 @@ def _check(request: _Request) -> None:
     from lightlm.data.folder import check_data_of_run, check_prepared, prepared_beside
     from lightlm.data.training_data import folder_paths
     from lightlm.recipe import load_recipe, load_run_recipe, recipe_name
-    from lightlm.runs import RECIPE, find_run, run_folder
+    from lightlm.runs import RECIPE, find_run, later_overrides, run_folder
 
     if not request.dry_run:
         request.check_run()
@@ -204,7 +204,7 @@ def _check(request: _Request) -> None:
         assert request.recipe is not None
         folder = run_folder(request.name or recipe_name(request.recipe, request.changes), request.runs_dir)
         if request.auto_resume and (folder / RECIPE).is_file():
-            run, parsed = folder, load_run_recipe(folder, request.changes, _silently)
+            run, parsed = folder, load_run_recipe(folder, later_overrides(folder, request.changes), _silently)
         else:
             parsed = load_recipe(request.recipe, request.changes, _silently, find_start)
     check_device(parsed.train.device)
@@ -311,10 +311,10 @@ def _choose(
     """
     from lightlm.convert.load import find_start
     from lightlm.recipe import load_recipe, recipe_name
-    from lightlm.runs import RECIPE, find_run, locked, run_folder
+    from lightlm.runs import RECIPE, find_run, later_overrides, locked, run_folder
     from lightlm.train.checkpointing.resume import reopen_run
 
-    run = None
+    run, changes = None, request.changes
     if request.resume is not None:
         run = find_run(None if request.resume == NEWEST else request.resume)
     elif request.auto_resume:
@@ -322,12 +322,12 @@ def _choose(
         name = request.name or recipe_name(request.recipe, request.changes)
         named = run_folder(name, request.runs_dir)
         if (named / RECIPE).is_file():
-            run = named
+            run, changes = named, later_overrides(named, changes)
             display.note(f"{run} exists and is resumed with its own recipe, not {request.recipe}")
     if run is not None:
         if not request.dry_run:
             held.enter_context(locked(run))
-        return reopen_run(run, request.changes, display.note)
+        return reopen_run(run, changes, display.note)
     assert request.recipe is not None
     if not request.auto_resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")
@@ -337,13 +337,14 @@ def _choose(
 def _new_run(request: _Request, default: str, display: "TrainingDisplay", held: contextlib.ExitStack) -> Path:
     """Create the folder of a new run; name the newest unfinished one of that name, which the user may have meant."""
     from lightlm.recipe import load_run_recipe
-    from lightlm.runs import RUNS, new_run, run_folder
+    from lightlm.runs import RUNS, new_run, record_overrides, run_folder
     from lightlm.runs.listing import STATES_TO_RESUME, summarize
     from lightlm.train.schedules import batch_plan
 
     name = request.name or default
     exact, overwrite, parent = request.exact, request.overwrite, request.runs_dir
     run = held.enter_context(new_run(name, exact=exact, overwrite=overwrite, parent=parent))
+    record_overrides(run, request.changes)
     if run == run_folder(name, parent):
         return run
     number = int(run.name.rpartition("-")[2])  # the claimed name is name-2, name-3, ...

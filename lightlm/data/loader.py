@@ -231,17 +231,18 @@ def validation_batches(
     The last batch may be smaller. A stream shorter than one window gives one shorter window. Of conversations, yields
     the first sequences of their packing. Raises DataError, at the call, where the stream holds no token to predict.
     """
+    if not holds_targets(stream, seq_len, too_long):
+        raise DataError(
+            f"The validation split holds {len(stream)} tokens, and none to predict in sequences of {seq_len}. Prepare "
+            "the data with a larger --val-fraction."
+        )
     if stream.mask is not None:
         packing = Packing(stream, seq_len + 1, too_long)
-        if not len(packing):
-            raise _nothing_to_predict("no conversation to predict in sequences of this length")
         sequences = range(max(1, min(max_tokens // seq_len, len(packing))))
         return (
             _batch(*map(np.stack, zip(*map(packing.sequence, sequences[first : first + batch_size]), strict=True)))
             for first in range(0, len(sequences), batch_size)
         )
-    if len(stream) < 2:
-        raise _nothing_to_predict(f"{len(stream)} tokens, but predicting one needs 2")
     length = min(seq_len, len(stream) - 1)
     count = max(1, min(max_tokens // length, (len(stream) - 1) // length))
     starts = range(0, count * length, length)
@@ -251,11 +252,9 @@ def validation_batches(
     )
 
 
-def _nothing_to_predict(holds: str) -> DataError:
-    return DataError(
-        f"The validation split holds {holds}. "
-        "Prepare the data with a larger --val-fraction, or train without validation."
-    )
+def holds_targets(stream: TokenStream, seq_len: int, too_long: TooLong = "cut") -> bool:
+    """Return whether `validation_batches` finds a token to predict in a stream."""
+    return len(stream) >= 2 and (stream.mask is None or len(Packing(stream, seq_len + 1, too_long)) > 0)
 
 
 def _batch(windows: np.ndarray, masks: np.ndarray | None = None) -> Batch:

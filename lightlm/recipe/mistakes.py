@@ -130,7 +130,7 @@ def _unknown(key: str) -> str:
     section = re.sub(r"\.\d+$", "", section)  # the number of a stage
     if name in ELSEWHERE:
         return f"unknown key; {ELSEWHERE[name]}"
-    valid = keys.get(section, list(keys))
+    valid = keys.get(section, [known for known in keys if "." not in known])
     # A known name in the wrong section (train.lr) means that key. Spellings are compared without the section: with it,
     # any short name would resemble another of the same section.
     close = [f"{other}.{name}" for other, found in keys.items() if name in found]

@@ -1,6 +1,7 @@
 """Run folders `runs/<name>/`: name, find, lock, list and remove them.
 
-    runs/<name>/recipe.yaml metrics.jsonl machine.json checkpoints/ eval/ samples/ plots/ .lock
+    runs/<name>/recipe.yaml metrics.jsonl machine.json checkpoints/ eval/ samples/ plots/
+    .lock .overrides.json
 
 `lightlm.checkpoint` describes what a checkpoint holds.
 """
@@ -13,8 +14,10 @@ from lightlm.runs.folders import (
     claim_folder,
     discard_unstarted,
     find_run,
+    later_overrides,
     mark_latest,
     new_run,
+    record_overrides,
     remove_run,
     require_free,
     run_folder,
@@ -34,9 +37,11 @@ __all__ = [
     "discard_unstarted",
     "find_run",
     "holder",
+    "later_overrides",
     "locked",
     "mark_latest",
     "new_run",
+    "record_overrides",
     "remove_run",
     "require_free",
     "require_unlocked",

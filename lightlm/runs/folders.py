@@ -1,9 +1,10 @@
 """Run folders: name, claim, find and remove them, their checkpoints, and the pointer `runs/latest`."""
 
 import contextlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightlm import files
@@ -14,6 +15,7 @@ from lightlm.runs.lock import RunLockedError, locked, require_unlocked
 RUNS = Path("runs")
 RECIPE = "recipe.yaml"  # a folder with this file is a run
 MARKER = "complete.json"  # a checkpoint folder with this file is complete
+_OVERRIDES = ".overrides.json"  # of the command that began a run; hidden, so that the folder counts as unstarted
 _STEP_NAME = re.compile(r"step_(\d+)")
 
 
@@ -59,6 +61,24 @@ def new_run(name: str, *, exact: bool, overwrite: bool = False, parent: Path = R
             yield path
         finally:
             _discard(path)
+
+
+def record_overrides(run: Path, overrides: Sequence[str]) -> None:
+    """Keep the overrides of the command that begins a run."""
+    files.write_text(run / _OVERRIDES, json.dumps(list(overrides), ensure_ascii=False) + "\n")
+
+
+def later_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that a run did not begin with, for a command that is given again.
+
+    The others are in its recipe already, some of them worked out further: `train.init_from` names a checkpoint there,
+    and --max-minutes has made `train.tokens` smaller.
+    """
+    try:
+        began = json.loads((run / _OVERRIDES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # an earlier version began it
+        began = []
+    return [override for override in overrides if override not in began]
 
 
 def claim_folder(name: str, parent: Path = RUNS) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lightlm import checkpoint, files
+from lightlm.data.loader import holds_targets
 from lightlm.generate.engine import sample_text
 from lightlm.model.transformer import Transformer
 from lightlm.train.distributed import PeerLostError
@@ -37,7 +38,9 @@ class Evaluations:
         self._setup, self._run, self._observer = setup, run, observer
         self._recipe, self._world, self._tokenizer = setup.recipe, setup.world, setup.tokenizer
         self._sampler, self._evaluator = sampler or self._continue, evaluator
-        self._streams = {name: stream for name, stream in setup.data.streams("val").items() if len(stream)}
+        seq_len, too_long = self._recipe.seq_len, self._recipe.data.too_long
+        streams = setup.data.streams("val")
+        self._streams = {name: each for name, each in streams.items() if holds_targets(each, seq_len, too_long)}
         self._chat = setup.data.chat is not None  # prompts are messages
         self._token_bytes = torch.from_numpy(setup.tokenizer.token_bytes())
 

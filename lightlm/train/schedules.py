@@ -281,6 +281,8 @@ def note_on_resume(before: Recipe, after: Recipe, tokens: int) -> str | None:
         after: its recipe from now on.
         tokens: of the run so far.
     """
+    if not batch_plan(after).remaining(tokens)[0]:
+        return None
     if after.schedule.rewarmup_from == tokens != before.schedule.rewarmup_from:
         return f"the learning rate rises again from 0 over {after.schedule.rewarmup} of the run (schedule.rewarmup)"
     middle = tokens + batch_plan(after).sequences(tokens) * after.seq_len // 2

@@ -11,7 +11,7 @@ import torch
 
 from lightlm import checkpoint, cpu
 from lightlm.data.folder import check_data_of_run, prepare_command, prepared_beside, read_manifest
-from lightlm.data.loader import BatchLoader
+from lightlm.data.loader import BatchLoader, holds_targets
 from lightlm.data.mixture import ONE_SOURCE
 from lightlm.data.shards import TokenStream
 from lightlm.data.tokenizer import Tokenizer
@@ -338,10 +338,14 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
             note(text)
     if recipe.data.shift_windows and not repeats:
         note("data.shift_windows has no effect: the run reads no text twice")
+    validated = False
     for folder in data.folders.values():
-        if not len(folder.split("val")):
-            rest = "it has no part in the validation loss" if data.mixed else "there will be no validation loss"
-            note(f"{folder.path} has no validation split: {rest}")
+        if holds_targets(folder.split("val"), recipe.seq_len, recipe.data.too_long):
+            validated = True
+            continue
+        rest = "it has no part in the validation loss" if data.mixed else "there will be no validation loss"
+        holds = f"nothing to predict in sequences of {recipe.seq_len} in its" if len(folder.split("val")) else "no"
+        note(f"{folder.path} has {holds} validation split: {rest}")
     if recipe.data.document_mask and not any(stream.holds_documents() for stream in data.streams("train").values()):
         names = ", ".join(str(folder.path) for folder in data.folders.values())
         raise RecipeError(
@@ -349,11 +353,11 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
             f"{data.end_of_text_id}) in the train split of {names}; leave it out"
         )
     wanting = [key for key, wants in _NEED_VALIDATION.items() if wants(recipe)]
-    if wanting and not any(len(folder.split("val")) for folder in data.folders.values()):
+    if wanting and not validated:
         where = " and ".join(str(folder.path) for folder in data.folders.values())
         raise RecipeError(
-            f"{' and '.join(wanting)} need a validation loss, and {where} has no validation split; leave them out, "
-            "or prepare the data with a --val-fraction"
+            f"{' and '.join(wanting)} need a validation loss, and {where} has no validation split with something to "
+            "predict; leave them out, or prepare the data with a larger --val-fraction"
         )
     for prompt in recipe.eval.prompts:
         length = len(data.tokenizer.encode(prompt))

@@ -241,6 +241,36 @@ def test_restarted_processes_name_the_run_of_the_first_attempt(lightlm, workspac
     assert "--overwrite" not in again
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.init_from=finished",),
+        ("train.init_from=finished", "model={}"),
+        ("train.distill={teacher: finished, weight: 0.5}",),
+    ],
+)
+def test_the_same_command_resumes_a_run_that_names_a_model(lightlm, finished, overrides):
+    """The run's recipe names the model's checkpoint and has its shape."""
+    name = f"again{len(''.join(overrides))}"
+    command = ("train", *SHORT, *overrides, "--name", name, "--auto-resume", "--no-report")
+    assert lightlm(*command).code == 0
+    assert lightlm("train", "--resume", name, "train.tokens=1536", "--no-report").code == 0
+    repeated = lightlm(*command)
+    assert repeated.code == 0, repeated.stderr
+    assert "step 6" in repeated.stdout
+    recipe = yaml.safe_load(Path("runs", name, "recipe.yaml").read_text())
+    assert recipe["train"]["tokens"] == 1536  # as --resume said since, and not as the command did at first
+    other = lightlm(*command, "model.num_layers=3")
+    assert other.code == 1
+    assert "model.num_layers cannot change" in other.stderr
+
+
+def test_resuming_a_complete_run_says_nothing_of_its_rate(lightlm, finished):
+    outcome = lightlm("train", "--resume", "finished", "--no-report")
+    assert outcome.code == 0
+    assert "learning rate" not in outcome.stderr + outcome.stdout.partition("Run ")[0]
+
+
 def test_a_run_in_another_folder_leaves_latest_alone_and_draws_nothing_if_asked(lightlm, finished):
     before = Path("runs/latest").readlink()
     outcome = lightlm("train", *SHORT, "--name", "aside", "--runs-dir", "elsewhere/runs", "--no-report")

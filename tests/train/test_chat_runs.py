@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 
 from lightlm import checkpoint
-from lightlm.data.chat.conversation import ChatColumns
+from lightlm.data.chat.conversation import ChatColumns, as_text
 from lightlm.data.folder import DataFolder
+from lightlm.data.prepare.blocks import HASHES, split_hashes
 from lightlm.data.prepare.run import prepare
+from lightlm.errors import RecipeError
 from lightlm.generate.prompts import encode_chat
 from lightlm.recipe import load_recipe
 from lightlm.runs import RUNS
@@ -55,6 +58,29 @@ def test_a_run_grows_the_model_that_it_starts_from():
     assert not torch.equal(table[-1], table[-2])
     again = grown(before, size + 2, recipe.train.seed)["embed_tokens.weight"]
     assert torch.equal(again, table)  # the same in every process
+
+
+def for_validation(line):
+    text = as_text([{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}])
+    return split_hashes(pyarrow.array([text], pyarrow.large_string()))[0] < 0.1 * HASHES
+
+
+def test_validation_with_nothing_to_predict_is_said_at_the_start():
+    """Conversations whose first answer begins after the sequences end."""
+    short = [{"prompt": f"Say {n}", "completion": f"It says {n}."} for n in range(100)]
+    long = [{"prompt": f"{n} the old clock " * 40, "completion": "Yes."} for n in range(100)]
+    lines = [*(line for line in short if not for_validation(line)), *(line for line in long if for_validation(line))]
+    Path("long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    prepare("long.jsonl", "chat-base", "data/long", text_column=ChatColumns("prompt"), val_fraction=0.1)
+    assert len(DataFolder.open(Path("data/long")).split("val"))
+    given, watch = [*CHAT[1:], "data.dataset=long"], Recorder()
+    recipe = load_recipe("tiny.yaml", given)
+    setup = set_up(recipe, open_data(recipe), watch.note)
+    assert any("data/long has nothing to predict in sequences of 32 in its validation" in note for note in watch.notes)
+    stopped_early = load_recipe("tiny.yaml", [*given, "train.patience=3"])
+    with pytest.raises(RecipeError, match="no validation split with something to predict"):
+        set_up(stopped_early, open_data(stopped_early), watch.note)
+    assert Trainer(setup, empty_run("nothing-to-predict"), watch).train().val_loss is None
 
 
 def test_the_shipped_recipe_trains_a_run():
