@@ -231,13 +231,13 @@ def validation_batches(
     The last batch may be smaller. A stream shorter than one window gives one shorter window. Of conversations, yields
     the first sequences of their packing. Raises DataError, at the call, where the stream holds no token to predict.
     """
-    if not holds_targets(stream, seq_len, too_long):
+    packing = None if stream.mask is None or len(stream) < 2 else Packing(stream, seq_len + 1, too_long)
+    if len(stream) < 2 or (packing is not None and not len(packing)):
         raise DataError(
             f"The validation split holds {len(stream)} tokens, and none to predict in sequences of {seq_len}. Prepare "
             "the data with a larger --val-fraction."
         )
-    if stream.mask is not None:
-        packing = Packing(stream, seq_len + 1, too_long)
+    if packing is not None:
         sequences = range(max(1, min(max_tokens // seq_len, len(packing))))
         return (
             _batch(*map(np.stack, zip(*map(packing.sequence, sequences[first : first + batch_size]), strict=True)))

@@ -245,6 +245,13 @@ def test_a_folder_made_before_a_setting_existed_is_recognized(tmp_path: Path, so
         prepare(source, "train:300", tmp_path / "out", val_fraction=0.2, max_tokens=500)
 
 
+def test_beginnings_of_few_documents_are_shown_once(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "s.jsonl", ["a long document of many words " * 20, "x", "another one"])
+    prepare(source, "train:300", tmp_path / "out", val_fraction=0)
+    shown = DataFolder.open(tmp_path / "out").beginnings(12)
+    assert len(shown) == len(set(shown)) == 3
+
+
 def test_what_follows_max_tokens_is_not_read(tmp_path: Path) -> None:
     path = Path(write_source(tmp_path / "s.jsonl", DOCUMENTS))
     prepare(str(path), "train:300", tmp_path / "all")
