@@ -112,9 +112,13 @@ def summary(records: Sequence[Record]) -> str:
         runs = sum(len(row.values) for row in (first, *found))
         cells = (record["study"], first.name, best.name if best else "", gain, best.verdict if best else "", tried)
         lines.append(f"| {' | '.join(cells)} | {runs} |")
-    machines = dict.fromkeys(_machine(record["machine"]) for record in records)
+    studies: dict[str, list[str]] = {}
+    for record in records:
+        if record["machine"]:
+            studies.setdefault(_machine(record["machine"]), []).append(f"`{record['study']}`")
+    machines = [f"- {', '.join(names)}: {machine}" for machine, names in studies.items()]
     heading = "| study | baseline | best of the others | difference | | all others | runs |\n"
-    return "\n".join(["### All studies", "", f"{heading}{'| --- ' * 7}|", *lines, "", *machines, ""])
+    return "\n".join(["### All studies", "", f"{heading}{'| --- ' * 7}|", *lines, "", "Machines:", "", *machines, ""])
 
 
 PAGE = """# The ladder

@@ -1,4 +1,4 @@
-"""A loopback Hugging Face Hub: the part of its API that `datasets` and `huggingface_hub` use, with faults on order.
+"""A loopback Hugging Face Hub: the part of its API that `datasets` and `huggingface_hub` use, with faults on demand.
 
 A repository is a local folder, taken in as a commit; a commit's id is a hash of its files, and `main` (or another
 branch) points to the newest. What is served is modelled on huggingface.co as the clients see it: repository info,

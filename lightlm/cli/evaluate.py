@@ -42,7 +42,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Sequences per batch.")] = "auto",
     weights: WeightsOption = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 (auto, where it is fast), float32 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Precision: auto (bfloat16 where it is fast), bfloat16, float32 or float16.")
+    ] = "auto",
     device: DeviceOption = "auto",
     data: Annotated[
         str | None,

@@ -47,8 +47,10 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Most answers decoded at a time.")] = 8,
-    max_queue: Annotated[int, typer.Option(min=0, help="Most answers that wait for a place in the batch.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of answers decoded at a time.")] = 8,
+    max_queue: Annotated[
+        int, typer.Option(min=0, help="Maximum number of answers that wait for a place in the batch.")
+    ] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until an unfinished answer ends with an error.")] = 600,
     weights: WeightsOption = None,
     dtype: DtypeOption = "auto",

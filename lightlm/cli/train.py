@@ -52,7 +52,7 @@ def train(
         bool, typer.Option("--overwrite", help="Delete runs/NAME if it exists, once recipe and data are known to fit.")
     ] = False,
     runs_dir: Annotated[
-        Path, typer.Option("--runs-dir", metavar="DIR", help="Folder of the run's folder; only runs/ has `latest`.")
+        Path, typer.Option("--runs-dir", metavar="DIR", help="Where the run's folder is made; only runs/ has `latest`.")
     ] = Path("runs"),
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine: one per GPU, or CPU processes.")] = 1,
     max_restarts: Annotated[

@@ -111,7 +111,7 @@ def generate(
         typer.Option(
             min=1,
             metavar="N",
-            help="Most lines of --jsonl that are answered at a time. [dim]Default: 16[/]",
+            help="Maximum number of --jsonl lines answered at a time. [dim]Default: 16[/]",
             show_default=False,
         ),
     ] = None,

@@ -34,7 +34,8 @@ def prepare_data(
         str | None,
         typer.Option(
             metavar="gpt2|MODEL|PATH|train:N",
-            help="That of a run, a model folder or a Hub id; a file; or a new one. Default: gpt2; pydocs: train:8192; "
+            help="gpt2; that of a run, a model folder or a Hub id; a tokenizer.json; "
+            "or train:N for a new one of N entries. Default: gpt2; pydocs: train:8192; "
             "skills: train:512.",
         ),
     ] = None,
@@ -51,7 +52,7 @@ def prepare_data(
         typer.Option(
             "--format",
             metavar="text|chat|messages|sharegpt|prompt|alpaca",
-            help="Texts, or conversations: in whichever form a record has (chat), or in one of the four.",
+            help="text; chat for conversations, whose form is detected per record; or one form of these.",
         ),
     ] = "text",
     train_on: Annotated[
