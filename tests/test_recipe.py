@@ -203,6 +203,8 @@ evals: {}
         ("train.spike_threshold=0", "train.spike_threshold: should be greater than 0"),
         ("schedule={name: constant, decay: 20%}", "has no effect with schedule.name=constant"),
         ("schedule={name: cosine, decay_shape: sqrt}", "decay_shape: has no effect with schedule.name=cosine"),
+        ("schedule={decay: 0%, min_lr_ratio: 0.1}", "min_lr_ratio: has no effect with schedule.decay=0%"),
+        ("train.mtp={depth: 1, weight: 0.7, anneal: 0%}", "weight: has no effect with train.mtp.anneal=0%"),
         ("schedule={warmup: 90%}", "schedule.warmup: warmup 90% and decay 20% exceed"),
         ("schedule.batch_start=1K", "schedule.batch_start: has no effect without schedule.batch_warmup"),
         ("schedule.batch_warmup=10%", "schedule.batch_start: is missing: batch_warmup 10% needs a first batch"),

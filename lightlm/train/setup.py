@@ -163,6 +163,8 @@ def set_up(
     threads = recipe.train.threads
     if device.type == "cpu" and world.size == 1:
         threads = cpu.use_threads(threads, note, recipe.model.hidden_size)
+    elif device.type != "cpu" and threads != "auto":
+        note(f"train.threads={threads} has no effect: it is for training on a CPU")
     elif world.size > 1 and device.type == "cpu" and threads not in ("auto", torch.get_num_threads()):
         note(f"train.threads={threads} is for one process; each of the {world.size} has {torch.get_num_threads()}")
     # Measured for `auto` on a CPU, so one process decides. The run's recipe.yaml records it, as it does `compile`.
@@ -177,6 +179,8 @@ def set_up(
     if resume_from is not None:
         last = "raw" if checkpoint.has_average(resume_from) else None
         loaded = checkpoint.load_model(resume_from, device, weights=last, mtp=True)
+        own = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+        loaded.model.load_state_dict(own, assign=True)  # no part of the file, which Windows could not delete then
     elif recipe.train.init_from is not None and data is not None:  # else only a step is measured
         loaded = load_initial(recipe, data.main, world, note)
     model = (loaded.model if loaded else Transformer(recipe.model, recipe.train.mtp.depth)).to(device)
@@ -216,7 +220,7 @@ def set_up(
     if data:
         streams, order = data.streams("train"), source_order(recipe)
     else:  # random tokens of one global batch: the cost of a step does not depend on what they say
-        generator = np.random.default_rng(recipe.train.seed)
+        generator = np.random.default_rng(recipe.train.seed % 2**64)
         tokens = generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)
         streams, order = {"random tokens": TokenStream([tokens], 0)}, ONE_SOURCE
     loader = BatchLoader(
@@ -338,6 +342,8 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
             note(text)
     if recipe.data.shift_windows and not repeats:
         note("data.shift_windows has no effect: the run reads no text twice")
+    if recipe.data.too_long != "cut" and all(stream.mask is None for stream in data.streams("train").values()):
+        note(f"data.too_long={recipe.data.too_long} has no effect: it is for conversations, and the data are texts")
     validated = False
     for folder in data.folders.values():
         if holds_targets(folder.split("val"), recipe.seq_len, recipe.data.too_long):

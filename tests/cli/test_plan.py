@@ -175,6 +175,32 @@ def test_a_validation_at_every_step_is_counted_once_per_step(lightlm, folder):
     assert run["validations"] == run["steps"] == 20
 
 
+def test_the_validation_of_a_model_before_its_first_step_is_counted(lightlm, folder):
+    make_data(folder)
+    lightlm("train", "tiny.yaml", "train.tokens=256", "--name", "started")
+    more = ("train.init_from=started", "model={}")
+    new, further = (
+        json.loads(lightlm("plan", "tiny.yaml", *m, "--no-probe", "--json").stdout)["run"] for m in ((), more)
+    )
+    assert further["validations"] == new["validations"] + 1
+
+
+def test_what_a_gpu_computes_again_or_hides_takes_its_time(lightlm, folder):
+    def hours(*more):
+        plan = lightlm("plan", "gpt2-124m", "train.dtype=bfloat16", *more, "--no-probe", "--json").stdout
+        return json.loads(plan)["gpus"][0]["hours"]
+
+    plain = hours()
+    assert 1.1 * plain < hours("train.activation_checkpointing=true") < 1.34 * plain
+    assert hours("model.sliding_window=128") > plain, "dense masks hide scores, and skip none"
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63)])
+def test_a_negative_seed_is_planned(lightlm, folder, seed):
+    plan = json.loads(lightlm("plan", "tiny.yaml", f"train.seed={seed}", "--json").stdout)
+    assert plan["machine"]["measured"] is not None
+
+
 def test_a_save_by_the_clock_is_counted_where_the_run_may_be_that_long(lightlm, folder):
     def copy(*more):
         plan = json.loads(lightlm("plan", "tiny.yaml", "checkpoint.every=0", *more, "--json").stdout)

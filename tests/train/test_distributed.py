@@ -165,13 +165,15 @@ def test_shared_blocks_untied_heads_and_learned_scales_in_both_strategies(shape)
         assert_close(outcomes[0][0], single.metrics)
 
 
-def test_mixed_precision_keeps_sharded_losses_near():
-    short = ("train.tokens=768", "train.dtype=bfloat16", "eval.prompts=[]")
-    _, single = start("tiny.yaml", *short, name="low-single")
-    sharded = together(2, train_together, "low-sharded", (*short, "train.parallel=fsdp"))[0][0]
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_mixed_precision_keeps_sharded_losses_near(norm):
+    bias = f"model.bias={str(norm == 'layernorm').lower()}"
+    short = ("train.tokens=768", "train.dtype=bfloat16", "eval.prompts=[]", f"model.norm={norm}", bias)
+    _, single = start("tiny.yaml", *short, name=f"{norm}-single")
+    sharded = together(2, train_together, f"{norm}-sharded", (*short, "train.parallel=fsdp"))[0][0]
     for a, b in zip(sharded, single.metrics, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
-    assert {tensor.dtype for tensor in weights("low-sharded").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(f"{norm}-sharded").values()} == {torch.float32}
 
 
 def test_a_number_that_does_not_divide_the_batch_names_those_that_do(workspace):

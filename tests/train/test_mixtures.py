@@ -193,6 +193,7 @@ def test_repeats_and_idle_shifts_are_noted(workspace):
     often = notes("data.mix={tiny: 1, poems: 1}", f"train.tokens={24 * tokens}")
     assert "tokens of poems 12 times" in often
     assert "tokens of tiny" not in often
+    assert "too_long=drop has no effect" in notes("data.too_long=drop")
     assert "shift_windows has no effect" in notes("data.shift_windows=true", "train.tokens=256")
     assert "shift_windows" not in notes("data.shift_windows=true", f"train.tokens={24 * tokens}", "data.dataset=poems")
 

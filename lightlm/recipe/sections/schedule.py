@@ -89,6 +89,8 @@ class ScheduleSection(Section):
     def idle(self) -> dict[str, str]:
         keys = {"constant": ("decay", "decay_shape", "min_lr_ratio"), "wsd": ()}.get(self.name, ("decay_shape",))
         idle = dict.fromkeys(keys, f"with schedule.name={self.name}")
+        if self.name == "wsd" and not self.decays:
+            idle = dict.fromkeys(("decay_shape", "min_lr_ratio"), f"with schedule.decay={self.decay}")
         if not self.warms_batch_up:
             idle["batch_start"] = "without schedule.batch_warmup"
         if not self.warms_up_again:

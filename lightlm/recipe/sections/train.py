@@ -26,8 +26,10 @@ class MTPSection(Section):
     def idle(self) -> dict[str, str]:
         if not self.depth:
             return dict.fromkeys(("weight", "anneal", "final_weight"), "without train.mtp.depth")
-        whole_run = span_tokens(self.anneal, 10**6) == 10**6 and self.anneal.endswith("%")
-        return {"final_weight": "with train.mtp.anneal=100%"} if whole_run else {}
+        tokens, share = span_tokens(self.anneal, 10**6), self.anneal.endswith("%")
+        if not tokens:
+            return {"weight": f"with train.mtp.anneal={self.anneal}"}
+        return {"final_weight": "with train.mtp.anneal=100%"} if share and tokens == 10**6 else {}
 
 
 class TrainSection(Section):

@@ -73,7 +73,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         if (path / checkpoint.MARKER).is_file():
             if best:
                 checkpoint.mark_best(path)
-                prune(self._run, self._settings.keep_last)
+                for problem in prune(self._run, self._settings.keep_last):
+                    self._observer.note(problem)
             return
         at_once = wait or not self._settings.asynchronous
         weights, training_state, raw = _on_cpu((weights, training_state, raw), copy=not at_once)
@@ -133,11 +134,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         )
         if best:
             checkpoint.mark_best(path)
-        try:
-            prune(self._run, self._settings.keep_last)
-        except OSError as error:
-            return [f"an old checkpoint could not be deleted: {error}"]
-        return []
+        return prune(self._run, self._settings.keep_last)
 
 
 def _on_cpu(value: Any, *, copy: bool) -> Any:
@@ -151,12 +148,20 @@ def _on_cpu(value: Any, *, copy: bool) -> Any:
     return value
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """Delete all complete checkpoints except milestones, the best one and the newest `keep_last`."""
-    best = checkpoint.best_checkpoint(run)
+def prune(run: Path, keep_last: int) -> list[str]:
+    """Delete all complete checkpoints except milestones, the best one and the newest `keep_last`.
+
+    Returns:
+        A message for each that could not be deleted.
+    """
+    best, problems = checkpoint.best_checkpoint(run), []
     for path in checkpoint.checkpoints(run)[:-keep_last]:
         if not checkpoint.is_milestone(path) and (best is None or path.name != best.name):
-            files.remove_folder(path)
+            try:
+                files.remove_folder(path)
+            except OSError as error:
+                problems.append(f"an old checkpoint could not be deleted: {error}")
+    return problems
 
 
 def tidy(run: Path, resumed: Path | None, observer: Observer) -> None:

@@ -96,6 +96,7 @@ def run_sizes(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
     # Validations come at each step that reaches a multiple of eval.every, and at the last step. With train.ema, each is
     # one of the average and one of the last weights.
     validations = min((tokens - batch_tokens) // recipe.eval.every + 1, steps) if recipe.eval.every else 1
+    validations += recipe.train.init_from is not None  # of the model, before the first step
     return {
         "tokens": tokens,
         "steps": steps,

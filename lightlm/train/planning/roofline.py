@@ -13,6 +13,7 @@ from lightlm.train.step.activations import activation_bytes
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.6, 0.7
 _ELEMENT = 2  # bytes of an operand of a product, in 16 bits
 _PRODUCTS = 3  # a product, and its gradients of both operands
+_FORWARD = 1  # the product alone, where blocks are computed again in the backward pass
 _LOGIT_PASSES = 5  # times that a logit is read or written: by the product, the softmax and the gradients
 _ACTIVATION_PASSES = 3  # an activation is written, read in the backward pass, and has a gradient
 _UPDATE_BYTES = 28  # per parameter: AdamW reads four fp32 values, and writes all but the gradient
@@ -28,25 +29,28 @@ def step_seconds(gpu: Accelerator, recipe: Recipe, model: Transformer, sequences
     config, tokens = model.config, sequences * recipe.seq_len
     flops_rate, byte_rate = COMPUTE_SHARE * gpu.peak, BANDWIDTH_SHARE * gpu.bandwidth
 
-    def product(rows: int, inner: int, outer: int, count: int = 1) -> float:
+    def product(rows: int, inner: int, outer: int, count: int = 1, times: int = _PRODUCTS) -> float:
         """Return the time of `count` products of (rows, inner) and (inner, outer), and of their gradients."""
         arithmetic = 2 * count * rows * inner * outer
         moved = _ELEMENT * count * (rows * inner + rows * outer + inner * outer)
-        return _PRODUCTS * max(arithmetic / flops_rate, moved / byte_rate)
+        return times * max(arithmetic / flops_rate, moved / byte_rate)
 
     seconds = 0.0
     depth = len(model.mtp)
+    again = _FORWARD if recipe.train.activation_checkpointing else 0
     for part, repeats in ((model.blocks, config.layer_sharing), (model.mtp, 1)):
         for parameter in part.parameters():
             shape = parameter.shape
             if len(shape) == 2:
-                seconds += repeats * product(tokens, shape[1], shape[0])
+                seconds += repeats * product(tokens, shape[1], shape[0], times=_PRODUCTS + again)
             elif len(shape) == 3:  # stacked experts
                 rows = max(tokens * config.num_experts_per_tok // shape[0], 1)
-                seconds += repeats * product(rows, shape[1], shape[2], shape[0])
-    visible = sum(min(config.window(layer) or recipe.seq_len, recipe.seq_len) for layer in range(config.depth + depth))
-    # Fused attention skips the masked half of a causal layer.
-    seconds += tokens * 6 * config.num_heads * (config.head_dim + config.value_dim) * visible / 2 / flops_rate
+                seconds += repeats * product(rows, shape[1], shape[2], shape[0], times=_PRODUCTS + again)
+    windows = (config.window(layer) for layer in range(config.depth + depth))
+    # Fused attention skips the masked half of a causal layer; with a window it computes all scores and hides some.
+    computed = sum(recipe.seq_len if 0 < window < recipe.seq_len else recipe.seq_len / 2 for window in windows)
+    width = config.num_heads * (config.head_dim + config.value_dim)
+    seconds += tokens * 2 * (_PRODUCTS + again) * width * computed / flops_rate
     activations = tokens * activation_bytes(config, mixed=True, fused=True, mtp_depth=depth)
     seconds += _ACTIVATION_PASSES * activations / byte_rate
     seconds += (1 + depth) * product(tokens, config.hidden_size, config.vocab_size)

@@ -32,7 +32,8 @@ class WeightAverage:
     Args:
         half_life: tokens after which weights have half of their share.
         began: tokens of the run before the first averaged step.
-        state: the average so far, by name; required unless no step is averaged yet.
+        state: the average so far, by name; required unless no step is averaged yet. Until the first one is, the average
+            equals the weights.
     """
 
     def __init__(self, loss: ParallelLoss, half_life: int, began: int, state: dict[str, Tensor] | None = None) -> None:
@@ -43,7 +44,7 @@ class WeightAverage:
         named = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
         self._live = {name: tensor for name, tensor in named.items() if name in kept and tensor.is_floating_point()}
         self._average = {
-            name: torch.zeros_like(live) if state is None else like_parameter(state[name], live).to(live.dtype)
+            name: (live if state is None else like_parameter(state[name], live).to(live.dtype)).clone()
             for name, live in self._live.items()
         }
 

@@ -68,7 +68,7 @@ def compiles(
 
 def _lacks(device: torch.device) -> str:
     """Return what `torch.compile` misses on this machine's GPU, or an empty string."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         return ""  # a plan for another machine
     if torch.version.hip is None and (found := torch.cuda.get_device_capability(device)) < _TRITON_CAPABILITY:
         needed = ".".join(map(str, _TRITON_CAPABILITY))

@@ -85,7 +85,7 @@ def _stored(section: DistillSection, recipe: Recipe, data: TrainingData | None) 
     """Return the teacher that is stored beside the data; without data, random records."""
     if data is None:
         vocab_size = recipe.model.vocab_size
-        top_k, generator = min(ASSUMED_TOP_K, vocab_size), np.random.default_rng(recipe.train.seed)
+        top_k, generator = min(ASSUMED_TOP_K, vocab_size), np.random.default_rng(recipe.train.seed % 2**64)
         dtype = record_dtype(top_k, vocab_size)
         records = np.zeros(recipe.train.batch_tokens + 1, dtype)
         records["ids"] = generator.integers(vocab_size - top_k + 1, size=(len(records), 1)) + np.arange(top_k)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from lightlm import checkpoint, files
 from lightlm.errors import CheckpointError
-from lightlm.recipe import load_recipe
+from lightlm.recipe import load_recipe, load_run_recipe
+from lightlm.recipe.sections.checkpoint import CheckpointSection
 from lightlm.train.checkpointing import saving
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.checkpointing.saving import Saver, tidy
+from lightlm.train.setup import open_data, set_up
 from tests.shapes import build
 from tests.train.checkpointing.kills import differences
 from tests.train.watch import Recorder, resume, start
@@ -137,6 +139,35 @@ def test_a_state_that_cannot_be_read_is_passed_over(copied):
     warnings = []
     assert reopen_run("copied", [], warnings.append)[2].name == "step_000005"
     assert "training_state.pt cannot be read" in warnings[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
+def test_a_resumed_run_holds_no_checkpoint_open(copied):
+    """Windows cannot delete a file that is mapped into memory."""
+    recipe, data = load_run_recipe(copied), open_data(load_run_recipe(copied))
+    setup = set_up(recipe, data, lambda note: None, resume_from=copied / "checkpoints/step_000010")
+    assert "step_000010" not in Path("/proc/self/maps").read_text()
+    assert setup.progress.step == 10
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_noted_and_the_others_are_deleted(copied, monkeypatch):
+    remove = files.remove_folder
+
+    def removing(path):
+        if path.name == "step_000005":
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path)
+
+    monkeypatch.setattr(files, "remove_folder", removing)
+    shutil.copytree(copied / "checkpoints/step_000010", copied / "checkpoints/step_000011")
+    [problem] = saving.prune(copied, 1)
+    assert "could not be deleted" in problem
+    assert "step_000005" in problem
+    assert names(copied) == ["latest", "step_000005", "step_000011"]
+    watch = Recorder()
+    with Saver(copied, CheckpointSection(keep_last=1), None, build("llama").config, watch) as saver:
+        saver.save(11, {}, {}, best=True)  # it is saved already
+    assert watch.notes == [problem]
 
 
 def test_if_all_are_damaged_nothing_is_lost_or_begun_anew(copied):

@@ -58,6 +58,15 @@ def test_the_average_of_parameters_and_selection_biases(began):
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_before_the_first_step_the_average_is_the_weights():
+    model = build("llama")
+    average, _ = averaged(model, 700, ())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in average.state().items())
+    with torch.no_grad():
+        model.embed_tokens.weight.add_(1)
+    assert not torch.equal(average.state()["embed_tokens.weight"], model.embed_tokens.weight)
+
+
 def test_batches_of_another_size_give_the_same_decay():
     """Over weights that do not move: a batch of 1,024 decays like four of 256."""
     four = np.add.reduceat(shares([256] * 8, 500), [0, 4])
