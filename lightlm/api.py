@@ -12,14 +12,14 @@ import contextlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightlm.checkpoint import LoadedModel
+from lightlm.checkpoint import RAW_WEIGHTS, LoadedModel
 from lightlm.choices import check_weights
 from lightlm.convert.load import find_start, load_pretrained
 from lightlm.cpu import restored_threads
@@ -395,7 +395,11 @@ def evaluate(
     )
     chosen = Tasks(settings)
     chosen.require_data()
-    loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=chosen.dtype))._loaded
+    if isinstance(model, Model):
+        loaded = model._loaded
+        chosen.settings = replace(chosen.settings, **_chosen_for(loaded, chosen.dtype))
+    else:
+        loaded = load(model, device=device, dtype=chosen.dtype)._loaded
     done = evaluate_model(
         loaded, chosen, loaded.name, lambda settings: result_file(loaded, settings, None), batch_size=str(batch_size)
     )
@@ -404,3 +408,14 @@ def evaluate(
     for problem in done.problems:
         warn(problem)
     return done.to_dict()
+
+
+def _chosen_for(loaded: LoadedModel, usual: str) -> dict[str, str]:
+    """Return the settings with which `lightlm eval` would score a loaded model, for the name of its results."""
+    weight = loaded.model.embed_tokens.weight
+    found = {}
+    if weight.dtype != pick_dtype(usual, weight.device):
+        found["dtype"] = str(weight.dtype).removeprefix("torch.")
+    if any(file.name == RAW_WEIGHTS for file in loaded.weights):
+        found["chosen_weights"] = "raw"
+    return found

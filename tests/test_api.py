@@ -252,6 +252,14 @@ def test_evaluate_gives_what_the_command_prints(workspace, monkeypatch):
     assert again["results"][0]["documents"] == 2
 
 
+def test_a_loaded_models_scores_have_a_file_for_its_precision(workspace, monkeypatch):
+    folder, *_ = workspace
+    monkeypatch.chdir(folder)
+    for dtype in ("auto", "float16"):
+        scores = lightlm.evaluate(lightlm.load("first", device="cpu", dtype=dtype), "heldout", limit=2)
+        assert Path(scores["file"]).stem.endswith(f"heldout{'' if dtype == 'auto' else '_float16'}_limit2")
+
+
 def test_the_notebook_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     cells = json.loads((DOCS / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]

@@ -108,7 +108,7 @@ def evaluate(
         return
     from lightlm.evaluate.compare.baselines import split_names
 
-    baselines, further = split_names(compare or "")
+    baselines, further = split_names(compare or "", _note)
     references: list[str | None] = [*models, *further] if models else [None, *further]
     if out_path is not None:
         _check_out(out_path, len(references))
@@ -175,8 +175,10 @@ def evaluate(
                 name = loaded.name  # the run has saved another checkpoint meanwhile
             console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
             place = partial(result_file, loaded, out=out_path, name=name)
-            if place(chosen.settings) is None:
+            if (file := place(chosen.settings)) is None:
                 _note(f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them")
+            elif out_path is None and (fault := _unwritable(file.parent)):
+                raise UsageError(f"the results of {name} belong in {file.parent}, but {fault}; give --out DIR")
             done = evaluate_model(
                 loaded, chosen, name, place, data=folder, batch_size=batch_size, log_samples=log_samples
             )
@@ -269,11 +271,16 @@ def _check_out(path: Path, models: int) -> None:
         raise UsageError(f"--out {path} is one file for {models} models; give a folder")
     if is_file and path.is_dir():
         raise UsageError(f"--out {path} is a folder, and a name ending in .json means a file; choose another name")
-    folder = path.parent if is_file else path
+    if fault := _unwritable(path.parent if is_file else path):
+        raise UsageError(f"--out {path}: {fault}; choose another folder, or a file ending in .json")
+
+
+def _unwritable(folder: Path) -> str:
+    """Return why no file can be written to a folder, which need not exist; empty if one can."""
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())  # "." and "/" always do
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        fault = "does not permit writing" if nearest.is_dir() else "is a file, not a folder"
-        raise UsageError(f"--out {path}: {nearest} {fault}; choose another folder, or a file ending in .json")
+    if nearest.is_dir() and os.access(nearest, os.W_OK):
+        return ""
+    return f"{nearest} {'does not permit writing' if nearest.is_dir() else 'is a file, not a folder'}"
 
 
 def _names(models: list[str | Path]) -> list[str]:

@@ -33,8 +33,12 @@ def report(
             f"--compare {models[0]}: a report only reads stored scores; name a run as an argument instead, or score "
             f"the model with `lightlm eval --compare {models[0]}`"
         )
-    if out_path is not None and not overwrite and (existing := out_path / "report.html").exists():
-        raise UsageError(f"{existing} exists already; choose another folder with --out, or replace it with --overwrite")
+    if out_path is not None and not overwrite:
+        for existing in (out_path / "report.html", *(out_path / "plots").glob("*.png")):
+            if existing.exists():
+                raise UsageError(
+                    f"{existing} exists already; choose another folder with --out, or replace it with --overwrite"
+                )
     from lightlm.runs import find_run
 
     references: list[str | None] = list(runs) if runs else [None]

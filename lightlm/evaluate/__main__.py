@@ -8,6 +8,7 @@ import sys
 from lm_eval.__main__ import cli_evaluate
 
 import lightlm.evaluate.harness  # noqa: F401  (registers the model)
+from lightlm.errors import LightLMError
 from lightlm.evaluate.tasks.data_sets import DataSets
 from lightlm.evaluate.tasks.references import TASKS, find_data_dir
 
@@ -26,5 +27,8 @@ def with_defaults(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = with_defaults(sys.argv[1:])
-    with DataSets(find_data_dir(None)).in_use():
-        cli_evaluate()
+    try:
+        with DataSets(find_data_dir(None)).in_use():
+            cli_evaluate()
+    except LightLMError as error:
+        sys.exit(f"Error: {error}")

@@ -148,9 +148,9 @@ def evaluate_model(
 
     Args:
         name: the model's name in tables.
-        place: returns the file for the results of these settings; None stores nothing. It is asked again if tasks
-            failed. If it then names the same file, the results go to `store.progress_file`: those of some tasks never
-            replace those of all.
+        place: returns the file for the results of these settings; None stores nothing. It is asked again, for the
+            tasks that worked, if others failed. If that file exists or is the same, the results go to
+            `store.progress_file`: those of a part never replace those of the whole.
         data: the data folder of heldout; None uses that of the settings or of the model's run.
         log_samples: also write prompts and answers.
 
@@ -172,6 +172,7 @@ def evaluate_model(
             "active_parameters": counts["active"],
             "flops_per_token": loaded.model.flops_per_token(loaded.model.config.max_seq_len),
             **asdict(settings),
+            "chosen": settings.chosen,
             "bos": lm.describe_bos(settings.bos),
             "data": data.as_posix() if data is not None and tasks.read_data else None,
             "device": str(lm.device),
@@ -202,7 +203,8 @@ def evaluate_model(
     if not complete:
         file = place(replace(settings, tasks=without_companions(samples)))
     if file is not None and whole is not None:
-        if file == whole and not complete:  # `--out FILE` names one file for any tasks
+        # `--out FILE` names one file for any tasks; another one may hold all parts of these.
+        if not complete and (file == whole or file.exists()):
             file = store.progress_file(whole)
         try:
             provenance = store.provenance(loaded, weights, tasks.data_sets.origins, lm.device)

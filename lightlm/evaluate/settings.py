@@ -1,6 +1,7 @@
 """Settings of an evaluation, the same for every model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightlm.errors import UsageError
 
@@ -42,6 +43,13 @@ class Settings:
     apply_chat_template: bool = False
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
+
+    @property
+    def chosen(self) -> str:
+        """What was asked for beside tasks and prompts and changes scores, in words; empty for the defaults."""
+        before = {"auto": "", "yes": "with a beginning-of-text token", "no": "without a beginning-of-text token"}
+        data = "" if self.data is None else f"data {Path(self.data).resolve().name}"
+        return ", ".join(filter(None, ["" if self.dtype == "auto" else self.dtype, before[self.bos], data]))
 
     def __post_init__(self) -> None:
         if not self.tasks:

@@ -1,5 +1,6 @@
 """A report on disk: one page, and each plot as a PNG."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ def refresh_report(run: Path) -> Path | None:
 
 
 def comparison_folder(records: Sequence[Record]) -> Path:
-    """Return `runs/compare-a-b`; with many runs, only the first few are in the name."""
+    """Return `runs/compare-a-b`; of many runs the name has the first few and a hash of all."""
     names = [record.path.resolve().name for record in records]
-    rest = [f"and-{len(names) - _NAMED}-more"] if len(names) > _NAMED else []
+    hashed = hashlib.sha256("/".join(names).encode()).hexdigest()[:6]
+    rest = [f"and-{len(names) - _NAMED}-more-{hashed}"] if len(names) > _NAMED else []
     return RUNS / "-".join(["compare", *names[:_NAMED], *rest])

@@ -204,7 +204,7 @@ def runs_here() -> list[Path]:
 def run_of(checkpoint: Path) -> Path | None:
     """Return the run folder that a checkpoint belongs to, or None for a model folder outside any run."""
     folder = checkpoint.resolve().parent
-    return folder.parent if folder.name == "checkpoints" else None
+    return folder.parent if folder.name == "checkpoints" and (folder.parent / RECIPE).is_file() else None
 
 
 def mark_latest(run: Path) -> None:

@@ -161,6 +161,37 @@ def test_results_that_are_not_stored_are_reported(world: Path) -> None:
     assert CliRunner().invoke(app, [*again, "--overwrite"]).exit_code == 0
 
 
+def test_a_model_in_a_folder_called_checkpoints_is_no_run(world: Path) -> None:
+    shutil.copytree("runs/demo/checkpoints/step_000007", "checkpoints/model")
+    done = CliRunner().invoke(app, ["checkpoints/model", "--tasks", "quiz.yaml"])
+    assert done.exit_code == 0, done.output
+    assert "model does not belong to a run" in done.stderr
+    assert not Path("eval").exists()
+
+
+def test_a_run_that_permits_no_writing_is_known_before_scoring(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("runs/demo/eval").write_text("")  # root may write everywhere
+    monkeypatch.setattr(runner, "run_tasks", lambda *_, **__: pytest.fail("the model was scored"))
+    done = CliRunner().invoke(app, ["demo", "--tasks", "quiz.yaml"])
+    assert isinstance(done.exception, UsageError)
+    assert "runs/demo/eval is a file, not a folder; give --out DIR" in str(done.exception)
+
+
+def test_a_run_with_the_name_of_published_figures_is_noted(world: Path) -> None:
+    shutil.copytree("runs/demo", "runs/gpt2")
+    done = CliRunner().invoke(app, ["demo", "--tasks", "quiz.yaml", "--compare", "gpt2"])
+    assert "--compare gpt2 means published figures of gpt2" in done.stderr
+    assert "./runs/gpt2" in done.stderr
+
+
+def test_samples_of_replaced_results_are_removed(world: Path) -> None:
+    arguments = ["demo", "--tasks", "quiz.yaml"]
+    assert CliRunner().invoke(app, [*arguments, "--log-samples"]).exit_code == 0
+    assert list(Path("runs/demo/eval").glob("*.samples_quiz.jsonl"))
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert not list(Path("runs/demo/eval").glob("*.samples_quiz.jsonl"))
+
+
 def test_an_evaluation_outlives_the_checkpoint_that_it_scores(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training run saves a newer one and deletes this one while it is scored."""
     score, folder = runner.run_tasks, Path("runs/demo/checkpoints/step_000007")
@@ -197,6 +228,8 @@ def test_a_model_that_is_not_there_is_one_message(world: Path) -> None:
         (["--batch-size", "many"], "--batch-size many: give a number"),
         (["--batch-size", "0"], "--batch-size 0: give a number"),
         (["--num-fewshot", "2"], "--num-fewshot 2: the task heldout"),
+        (["--num-fewshot", "2", "--tasks", "fixed.yaml"], "--num-fewshot 2: fixed take no examples"),
+        (["--data", "nowhere", "--tasks", "quiz.yaml"], "--data nowhere: only heldout"),
         (["--bos", "maybe"], "--bos maybe"),
         (["--data-dir", "nowhere"], "nowhere is not a folder"),
         (["--include-path", "taken"], "taken is not a folder"),
@@ -207,6 +240,8 @@ def test_mistakes_are_found_before_the_model_loads(
 ) -> None:
     Path("taken").write_text("")
     Path("folder.json").mkdir()
+    quiz = Path("quiz.yaml").read_text()
+    Path("fixed.yaml").write_text(quiz.replace("task: quiz", "task: fixed\nnum_fewshot: 0"))
     monkeypatch.setattr("lightlm.convert.load.load_pretrained", lambda *_: pytest.fail("the model was loaded"))
     done = CliRunner().invoke(app, ["demo", *arguments])
     assert isinstance(done.exception, UsageError)

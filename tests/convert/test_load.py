@@ -133,9 +133,9 @@ def test_hub_id(workplace, tokenizer, monkeypatch):
     assert "vocab.txt" in asked[0]  # the whole tokenizer of some models
 
 
-def test_a_model_in_the_cache_of_the_hub_has_the_name_of_its_repository():
+def test_a_model_in_the_cache_of_the_hub_has_the_name_of_its_repository(workplace):
     assert model_name(Path("hub/models--org--some-model/snapshots/0123abcd")) == "some-model"
-    assert model_name(Path("runs/demo/checkpoints/step_000010")) == "demo/step_000010"
+    assert model_name(Path("runs/first/checkpoints/step_000010")) == "first/step_000010"
     assert model_name(Path("snapshots/mine")) == "mine"
 
 

@@ -134,7 +134,7 @@ def test_prompts_are_those_of_lm_eval_and_the_results_say_how_they_were_written(
 
     theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu")
     task = ConfigurableTask(config=yaml.safe_load(Path("t/own.yaml").read_text()) | {"num_fewshot": 1})
-    for written, system, turns in ((name, "Be brief.", False), ("hf_own_1shot_chat", None, True)):
+    for written, system, turns in ((name, "Be brief.", False), ("hf_own_1shot_chat_t", None, True)):
         task.build_all_requests(
             limit=1,
             system_instruction=system,

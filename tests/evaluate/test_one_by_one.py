@@ -122,7 +122,7 @@ def test_a_task_that_fails_costs_only_its_own_results(
     write("first")
     write("second")
     run(tasks="first,second")
-    both = Path("runs/demo/eval/step_000007_first+second.json")
+    both = Path("runs/demo/eval/step_000007_first+second_t.json")
     before = both.read_bytes()
     scored = LightLM._loglikelihood_tokens
 
@@ -138,7 +138,7 @@ def test_a_task_that_fails_costs_only_its_own_results(
     [model] = json.loads(done.stdout)["models"]
     assert {row["task"] for row in model["results"]} == {"second"}
     assert model["failed"] == {"first": "MemoryError: no room"}
-    assert Path(model["file"]).name == "step_000007_second.json"
+    assert Path(model["file"]).name == "step_000007_second_t.json"
     assert both.read_bytes() == before  # the results of all tasks are not replaced
 
 
@@ -172,9 +172,14 @@ def test_an_interruption_keeps_the_finished_tasks(write: Callable[..., None], mo
     done = run(tasks="first,second")
     assert done.exit_code == 130
     assert "interrupted; the scores are those of the finished tasks" in done.stderr
-    assert kept == ["step_000007_first+second.partial.json"]
+    assert kept == ["step_000007_first+second_t.partial.json"]
     names = {path.name.partition(".")[0] for path in Path("runs/demo/eval").iterdir()}
-    assert names == {"step_000007_first"}
+    assert names == {"step_000007_first_t"}
+    whole = Path("runs/demo/eval/step_000007_first_t.json")
+    before = whole.read_bytes()
+    done = run(tasks="first,second")  # the first alone is not replaced by what may be a part of it
+    assert "step_000007_first+second_t.partial.json" in done.stderr
+    assert whole.read_bytes() == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

@@ -8,6 +8,7 @@ import pytest
 
 from lightlm.evaluate.compare.baselines import find_baseline
 from lightlm.evaluate.results.documents import Document, documents_file, write
+from lightlm.evaluate.settings import Settings
 from lightlm.report.build import write_report
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
@@ -17,10 +18,10 @@ from tests.report.run_folder import rows, write_run
 N = 200
 
 
-def write_scores(run, tasks, *, shots=0, limit=None, facts=None, documents=True):
+def write_scores(run, tasks, *, shots=0, limit=None, facts=None, documents=True, suffix=""):
     """Write results as `lightlm eval` does; `tasks` gives the number of right documents of each task."""
     (run / "eval").mkdir(exist_ok=True)
-    path = run / "eval" / f"step_000005_{'+'.join(tasks)}{limit or ''}_{shots}shot.json"
+    path = run / "eval" / f"step_000005_{'+'.join(tasks)}{limit or ''}_{shots}shot{suffix}.json"
     results, found = {}, []
     count = limit or N
     for task, right in tasks.items():
@@ -96,6 +97,44 @@ def test_figures_with_examples_in_the_prompt_are_a_line_of_their_own(runs, tmp_p
     text = page_of(runs[:1], tmp_path)
     assert "<td>200</td><td>0.5000</td><td>0.5000 ±" in text
     assert "<td>200, 5-shot</td><td>0.5000</td><td>0.6000 ±" in text
+
+
+def test_the_figure_of_other_documents_is_not_marked_as_better(runs, tmp_path):
+    for run, right, few in ((runs[0], 100, 35), (runs[1], 140, 20)):
+        write_scores(run, {"piqa": right})
+        write_scores(run, {"piqa": few}, limit=50)
+    text = page_of(runs, tmp_path)
+    assert "second is better than first at piqa acc by 20.0 points" in text
+    assert text.count('class="best"') == 1
+    assert '<td class="best">0.7000 ± 0.0325 (step 5)</td>' in text
+
+
+def test_p_values_are_adjusted_for_all_pairs_of_a_page(tmp_path):
+    runs = [write_run(tmp_path / name, rows(5)) for name in ("first", "second", "third")]
+    for run, right in zip(runs, (100, 106, 107), strict=True):
+        write_scores(run, {"piqa": right})
+    found = comparisons_of(runs)
+    expected = holm_of_two([one.difference.p_value for one in found])
+    assert [one.p_value for one in found] == pytest.approx(expected)
+    assert found[1].p_value > 1.9 * found[1].difference.p_value
+
+
+def holm_of_two(p_values):
+    """Return Holm's adjusted p-values of two, from the definition."""
+    low, high = sorted(p_values)
+    adjusted = {low: 2 * low, high: max(2 * low, high)}
+    return [adjusted[p_value] for p_value in p_values]
+
+
+def test_scores_with_other_settings_are_lines_of_their_own(runs, tmp_path):
+    write_scores(runs[0], {"piqa": 100})
+    chosen = Settings(["piqa"], dtype="bfloat16", bos="yes", data="data/other").chosen
+    write_scores(runs[0], {"piqa": 140}, facts={"dtype": "bfloat16", "chosen": chosen}, suffix="_bos")
+    text = page_of(runs[:1], tmp_path)
+    assert "<td>200</td><td>0.5000</td><td>0.5000 ±" in text
+    label = "200, bfloat16, with a beginning-of-text token, data other"
+    assert f"<td>{label}</td><td>0.5000</td><td>0.7000 ±" in text
+    assert chart_of(runs[:1]).chart.axes.patches[0].get_height() == 0.5
 
 
 def test_another_precision_is_noted(runs):

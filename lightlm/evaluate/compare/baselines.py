@@ -7,7 +7,7 @@ model is better. For that, name the model itself: LightLM then scores it under t
 import difflib
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,9 @@ import yaml
 from lightlm.errors import UsageError
 from lightlm.evaluate.results import board
 from lightlm.evaluate.settings import split_list
+from lightlm.names import note_clash, warn
 from lightlm.quantities import parse_quantity
+from lightlm.runs import RUNS
 
 if TYPE_CHECKING:
     from lightlm.evaluate.compare.comparison import Answers, Protocol
@@ -209,8 +211,10 @@ def find_baseline(name: str) -> Baseline | None:
     return None if "/" in name else names.get(plain(name))
 
 
-def split_names(names: str) -> tuple[list[Baseline], list[str]]:
+def split_names(names: str, note: Callable[[str], None] = warn) -> tuple[list[Baseline], list[str]]:
     """Split comma-separated names into baselines, by their tokens, and models; a name that fits both is a baseline.
+
+    A run or folder here with the name of a baseline is named in a note (see `lightlm.names`).
 
     Raises:
         UsageError: a name is not a baseline, not a folder or run here, and not a Hub id.
@@ -218,8 +222,11 @@ def split_names(names: str) -> tuple[list[Baseline], list[str]]:
     baselines, models = {}, []
     for name in dict.fromkeys(split_list(names)):
         if baseline := find_baseline(name):
+            note_clash(
+                f"--compare {name}", f"published figures of {baseline.name}", [Path(RUNS, name), Path(name)], note
+            )
             baselines[baseline.name] = baseline
-        elif "/" in name or Path(name).exists() or Path("runs", name).exists():
+        elif "/" in name or Path(name).exists() or Path(RUNS, name).exists():
             models.append(name)
         else:
             known = {one.name: one.other_names for one in load_baselines()}

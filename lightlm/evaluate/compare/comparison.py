@@ -32,6 +32,7 @@ class Protocol:
         version, num_fewshot, chat: figures that differ in these belong to different tasks.
         chat: how prompts become conversations; empty without a chat template or a system instruction.
         dtype, bos: these change scores slightly.
+        chosen: settings that were asked for and change scores, such as another precision (see `Settings.chosen`).
     """
 
     version: Any = None
@@ -39,6 +40,7 @@ class Protocol:
     dtype: str | None = None
     bos: str | None = None
     chat: str = ""
+    chosen: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Comparison:
     """Comparison of two models' figures for one task and metric.
 
     Args:
-        higher_is_better: None if unknown.
+        figures: those of the first model and of the second.
         documents: number of documents that both models were scored on.
         difference: second minus first; None if the figures cannot be compared, for the `reason`.
         p_value: the difference's, adjusted for the number of comparisons.
@@ -74,17 +76,38 @@ class Comparison:
         notes: differences in protocol that do not forbid a comparison.
     """
 
-    task: str
-    metric: str
-    first: str
-    second: str
-    higher_is_better: bool | None
+    figures: tuple[Answers, Answers]
     documents: int
     difference: Difference | None = None
     p_value: float = 1.0
     reason: str = ""
     share: bool = False
     notes: Sequence[str] = ()
+
+    @property
+    def task(self) -> str:
+        """The task of both figures."""
+        return self.figures[0].row.task
+
+    @property
+    def metric(self) -> str:
+        """The metric of both figures."""
+        return self.figures[0].row.metric
+
+    @property
+    def first(self) -> str:
+        """The first model's name."""
+        return self.figures[0].model
+
+    @property
+    def second(self) -> str:
+        """The second model's name."""
+        return self.figures[1].model
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        """None if unknown."""
+        return self.figures[0].row.higher_is_better
 
     @property
     def too_few(self) -> bool:
@@ -192,7 +215,7 @@ def answers_of(
     for row in rows(dict(results)):
         version, shots = (results.get(key, {}).get(row.task) for key in ("versions", "n-shot"))
         precision = str(dtype).removeprefix("torch.") if dtype else None
-        protocol = Protocol(version, shots, precision, precedes, _chat(results, row.task))
+        protocol = Protocol(version, shots, precision, precedes, _chat(results, row.task), facts.get("chosen") or "")
         # A group that stands for its tasks has their documents, numbered anew.
         members = [task for task in leaf_tasks(results, row.task) if task in folded]
         scored = [document for task in members or [row.task] for document in by_task.get(task, ())]
@@ -211,26 +234,25 @@ def answers_of(
 
 def compare(first: Answers, second: Answers) -> Comparison:
     """Compare two models' figures for the same task and metric."""
-    row, ours, theirs = first.row, first.protocol, second.protocol
-    about = (row.task, row.metric, first.model, second.model, row.higher_is_better)
+    row, ours, theirs, figures = first.row, first.protocol, second.protocol, (first, second)
     if ours.version != theirs.version:
-        return Comparison(*about, 0, reason=f"task versions {ours.version} and {theirs.version}")
+        return Comparison(figures, 0, reason=f"task versions {ours.version} and {theirs.version}")
     if ours.num_fewshot != theirs.num_fewshot:
-        return Comparison(*about, 0, reason=f"{ours.num_fewshot} and {theirs.num_fewshot} examples in the prompt")
+        return Comparison(figures, 0, reason=f"{ours.num_fewshot} and {theirs.num_fewshot} examples in the prompt")
     if ours.chat != theirs.chat:
-        return Comparison(*about, 0, reason=f"prompts {ours.chat or 'as text'} and {theirs.chat or 'as text'}")
+        return Comparison(figures, 0, reason=f"prompts {ours.chat or 'as text'} and {theirs.chat or 'as text'}")
     if not (first.documents and second.documents):
         model = second.model if first.documents else first.model
-        return Comparison(*about, 0, reason=f"{model} has no scores per document; score it again")
+        return Comparison(figures, 0, reason=f"{model} has no scores per document; score it again")
     hashes = [{i: document[0] for i, document in answers.documents.items()} for answers in (first, second)]
     if hashes[0] != hashes[1]:
         counts = f"{len(first.documents):,} and {len(second.documents):,}"
-        return Comparison(*about, 0, reason=f"they were scored on different documents ({counts})")
+        return Comparison(figures, 0, reason=f"they were scored on different documents ({counts})")
     numbers = sorted(first.documents)
     (x_N, w_N), (y_N, v_N) = (_columns([answers.documents[i][1] for i in numbers]) for answers in (first, second))
     form = paired.form_of(x_N, w_N, row.value)
     if form is None or not np.array_equal(w_N, v_N) or paired.form_of(y_N, v_N, second.row.value) is not form:
-        return Comparison(*about, len(numbers), reason="the figure is not a mean over documents")
+        return Comparison(figures, len(numbers), reason="the figure is not a mean over documents")
     share = bool((w_N == 1).all() and min(x_N.min(), y_N.min()) >= 0 and max(x_N.max(), y_N.max()) <= 1)
     settings = [("", ours.dtype, theirs.dtype), ("BOS ", ours.bos, theirs.bos)]
     notes = [f"{what}{a} against {b}" for what, a, b in settings if None not in (a, b) and a != b]
@@ -238,7 +260,7 @@ def compare(first: Answers, second: Answers) -> Comparison:
         shares = (f"{one.truncation.cut / max(1, one.truncation.requests):.0%}" for one in (first, second))
         notes.append(f"{' and '.join(shares)} of requests cut")
     difference = paired.difference(x_N, y_N, w_N, form)
-    return Comparison(*about, len(numbers), difference, difference.p_value, share=share, notes=notes)
+    return Comparison(figures, len(numbers), difference, difference.p_value, share=share, notes=notes)
 
 
 def _chat(results: Mapping[str, Any], task: str) -> str:
@@ -260,22 +282,33 @@ def _columns(values: Sequence[Value]) -> tuple[paired.Floats, paired.Floats]:
 
 
 def compare_all(models: Sequence[Sequence[Answers]]) -> list[Comparison]:
-    """Compare each model with the first, for every figure that both have.
+    """Compare each model with the first, for every figure that both have, with p-values adjusted for all of them.
 
     Groups are skipped in favor of their tasks, except large ones (`folded_tasks`).
+    """
+    return adjust([comparison for second in models[1:] for comparison in compare_pair(models[0], second)])
+
+
+def compare_pair(first: Sequence[Answers], second: Sequence[Answers]) -> list[Comparison]:
+    """Compare a model with another, for every figure that both have, with p-values that are not adjusted."""
+    others = {(answers.row.task, answers.row.metric): answers for answers in second}
+    metrics = {(answers.row.task, answers.row.metric) for answers in first}
+    found = []
+    for answers in first:
+        task, metric = key = answers.row.task, answers.row.metric
+        repeated = (task, _SAME_FIGURES.get(metric)) in metrics
+        if key in others and answers.row.documents is not None and not (repeated or answers.folded):
+            found.append(compare(answers, others[key]))
+    return found
+
+
+def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons with p-values adjusted for all that are shown together.
 
     Many comparisons give some small p-values by chance, so Holm's method adjusts them: of two runs that differed only
     in their seed, one of 12 figures had p = 0.012.
     """
-    found = []
-    for second in models[1:]:
-        others = {(answers.row.task, answers.row.metric): answers for answers in second}
-        metrics = {(answers.row.task, answers.row.metric) for answers in models[0]}
-        for answers in models[0]:
-            task, metric = key = answers.row.task, answers.row.metric
-            repeated = (task, _SAME_FIGURES.get(metric)) in metrics
-            if key in others and answers.row.documents is not None and not (repeated or answers.folded):
-                found.append(compare(answers, others[key]))
+    found = list(comparisons)
     tested = [i for i, comparison in enumerate(found) if comparison.difference]
     for i, p_value in zip(tested, paired.holm([found[i].p_value for i in tested]), strict=True):
         found[i] = replace(found[i], p_value=p_value)

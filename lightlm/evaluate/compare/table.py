@@ -114,14 +114,14 @@ def score_table(
     figures = list(models) if len(models) > 1 else ["Value ± Stderr"]
     chances = [_chance(line) for line in lines]
     with_chance = any(chances)
-    winners = {(one.task, one.metric): one.winner for one in comparisons} if len(models) == 2 else {}
+    pairs = {(one.task, one.metric): one for one in comparisons} if len(models) == 2 else {}
     legend = Legend()
     rows: list[list[str]] = []
     best = set()
     for line, chance in zip(lines, chances, strict=True):
-        winner = winners.get((line.task, line.metric))
-        if winner is not None and len(line.scores) == 2:
-            best.add((len(rows), TEXT_COLUMNS + 1 + with_chance + winner))
+        pair = pairs.get((line.task, line.metric))
+        if pair is not None and pair.winner is not None and _shows(line, pair):
+            best.add((len(rows), TEXT_COLUMNS + 1 + with_chance + pair.winner))
         score = next(iter(line.scores.values()))
         protocol = score.answers.protocol
         published = [baseline.find(line.task, line.metric) for baseline in baselines]
@@ -136,6 +136,12 @@ def score_table(
     return ScoreTable(
         columns, rows, best, sentences(comparisons), notes + legend.lines(baselines), TEXT_COLUMNS + 1 + with_chance
     )
+
+
+def _shows(line: Line, pair: Comparison) -> bool:
+    """Whether a line has the figures that were compared; a report has further ones of other documents."""
+    scores = (line.scores.get(number) for number in range(2))
+    return all(score and score.answers is one for score, one in zip(scores, pair.figures, strict=True))
 
 
 def _chance(line: Line) -> str:

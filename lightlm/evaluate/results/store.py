@@ -5,7 +5,8 @@
 <name>.documents.jsonl       each document's figures (see `documents.py`)
 <name>.samples_<task>.jsonl  prompts and answers in lm-eval's format, with --log-samples
 <name>.partial.json          the finished tasks, while others are being scored; it remains if the process is killed, and
-                             where `--out` names a file and tasks failed or were interrupted
+                             if tasks failed or were interrupted and a file of the others' results exists, or `--out`
+                             names one
 """
 
 import glob
@@ -45,7 +46,8 @@ def file_stem(settings: Settings) -> str:
         stem += f"_system~{hashlib.sha256(settings.system_instruction.encode()).hexdigest()[:8]}"
     stem += "" if settings.dtype == "auto" else f"_{settings.dtype}"
     stem += "" if settings.chosen_weights is None else f"_{settings.chosen_weights}"
-    stem += "" if settings.data is None else f"_{Path(settings.data).resolve().name}"
+    for folder in (settings.include_path, settings.data):  # tasks may replace stock ones of the same name
+        stem += "" if folder is None else f"_{Path(folder).resolve().name}"
     return stem + ("" if settings.limit is None else f"_limit{settings.limit}")
 
 
@@ -76,16 +78,26 @@ def progress_file(path: Path) -> Path:
 def remove_progress(path: Path) -> None:
     """Remove what was written to `progress_file(path)`."""
     partial = progress_file(path)
-    samples = partial.parent.glob(f"{glob.escape(partial.stem)}.samples_*.jsonl")
-    for name in (partial, partial.with_suffix(".meta.json"), documents.documents_file(partial), *samples):
+    _remove_samples(partial)
+    for name in (partial, partial.with_suffix(".meta.json"), documents.documents_file(partial)):
+        name.unlink(missing_ok=True)
+
+
+def _remove_samples(path: Path) -> None:
+    """Remove the samples beside the results in `path`."""
+    for name in path.parent.glob(f"{glob.escape(path.stem)}.samples_*.jsonl"):
         name.unlink(missing_ok=True)
 
 
 def write(
     path: Path, results: dict[str, Any], facts: dict[str, Any], scored: Iterable[documents.Document] = ()
 ) -> None:
-    """Write lm-eval's results to `path`, and beside it the facts and versions, and the documents' figures."""
+    """Write lm-eval's results to `path`, and beside it the facts and versions, and the documents' figures.
+
+    Samples of results that are replaced are removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_samples(path)
     files.write_text(path, json.dumps(results, indent=2, default=_plain, ensure_ascii=False) + "\n")
     files.write_text(path.with_suffix(".meta.json"), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     documents.write(documents.documents_file(path), scored)

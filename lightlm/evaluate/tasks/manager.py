@@ -24,6 +24,7 @@ from lightlm.evaluate.tasks.patches import quiet
 from lightlm.evaluate.tasks.references import CLOZE, HELDOUT, SELECTIONS, TASKS, find_data_dir, unknown_task
 from lightlm.evaluate.tasks.references import SELF_CONTAINED as _OURS
 
+_NAMED_TASKS = 5  # in a message
 _BLIMP_TIES = "blimp_ties"  # scores BLiMP's own tasks with another metric beside theirs
 
 
@@ -207,6 +208,7 @@ class Tasks(TaskManager):
             DataError: tasks cannot be built (the message lists all, with the data sets that cannot be read), or a task
                 needs a package that is missing.
         """
+        self._check_examples()
         self._leave_out_unreadable()
         names = [name for name in task_list if name not in self._left_out]
         if self._cloze_optional and CLOZE in names and (problem := self._cloze_problem()):
@@ -256,14 +258,7 @@ class Tasks(TaskManager):
             DataError: a task cannot be read, or needs a package that is missing.
         """
         needs: dict[str, Need] = {}
-        # A group builds the tasks defined in its own file from ConfigurableTask.
-        with (
-            self._reading(),
-            mock.patch.object(self, "_factory", _Describer(meta=self._about_model)),
-            mock.patch.object(_factory, "ConfigurableTask", _Described),
-        ):
-            tasks = super().load(self.names if names is None else list(names))["tasks"]
-        for task_name, task in tasks.items():
+        for task_name, task in self._described(self.names if names is None else names).items():
             config, source = task.config, task.source
             path = config.dataset_path or getattr(source, "DATASET_PATH", None)
             name = config.dataset_name or getattr(source, "DATASET_NAME", None)
@@ -275,6 +270,28 @@ class Tasks(TaskManager):
             key = repr((path, name, sorted(options.items())))
             needs.setdefault(key, Need(path, name, options)).tasks.append(task_name)
         return list(needs.values())
+
+    def _described(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the tasks by name, with their configuration and without data."""
+        # A group builds the tasks defined in its own file from ConfigurableTask.
+        with (
+            self._reading(),
+            mock.patch.object(self, "_factory", _Describer(meta=self._about_model)),
+            mock.patch.object(_factory, "ConfigurableTask", _Described),
+        ):
+            return dict(super().load(list(names))["tasks"])
+
+    def _check_examples(self) -> None:
+        """Refuse examples for tasks that fix their number at 0: lm-eval would leave them out without a word."""
+        if not self.settings.num_fewshot:
+            return
+        fixed = [name for name, task in self._described(self.foreign).items() if task.config.num_fewshot == 0]
+        if fixed:
+            few = [*fixed[:_NAMED_TASKS], *([f"{len(fixed) - _NAMED_TASKS} more"] if len(fixed) > _NAMED_TASKS else [])]
+            raise UsageError(
+                f"--num-fewshot {self.settings.num_fewshot}: {', '.join(few)} take no examples in the prompt (lm-eval "
+                "defines num_fewshot: 0); leave the option out, or score the other tasks in a separate call"
+            )
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -292,7 +309,14 @@ class Tasks(TaskManager):
 
         Raises:
             DataError: some cannot be read; see also `needs`.
+            UsageError: examples are asked for, and a task takes none; or a folder for heldout without this task.
         """
+        if self.settings.data is not None and not self.read_data:
+            raise UsageError(
+                f"--data {self.settings.data}: only {HELDOUT} and {CLOZE} read it, and neither is among the tasks "
+                f"{', '.join(self.settings.tasks)}; leave the option out, or add {HELDOUT}"
+            )
+        self._check_examples()
         self._leave_out_unreadable()
         if missing := self._missing():
             self.load(self.foreign)  # raises, with what else is wrong with the tasks
