@@ -1,9 +1,11 @@
 """What the results of learning.py say: differences with intervals, and the share of tokens that a recipe needs.
 
 A study with contestants named `RECIPE at 40%` compares recipes with a baseline: the best of its other contestants, such
-as GPT-2 at several rates. Each is a training of its own, whose schedule ends there.
+as GPT-2 at several rates. Each is a training of its own, whose schedule ends there. `RECIPE in float32 at 40%` is the
+same recipe on a machine of another precision.
 """
 
+import functools
 import json
 import math
 import re
@@ -33,6 +35,8 @@ UNITS = {"val_loss": ("nats per token", 3), "val_bpb": ("bits per byte", 4)}  # 
 CONFIDENCE = 0.95
 NOT_TRAINED = "not trained"  # the verdict of a contestant without a result
 ENOUGH = 3  # degrees of freedom of a study's own spread; with fewer, the spread is that of all studies
+_FEW = 2  # changes between contestants whose difference is worth a look
+SEEDS = 3  # of a difference that is called better or worse; with fewer it is lower or higher
 
 Record = dict[str, Any]
 Values = dict[str, dict[str, float]]  # by contestant and seed
@@ -69,7 +73,7 @@ def families(record: Record) -> dict[str, list[str]]:
     """Return the contestants named `RECIPE at N%` by recipe, shortest first."""
     found: dict[str, list[tuple[float, str]]] = {}
     for name in record["contestants"]:
-        if match := re.fullmatch(r"(.+) at ([\d.]+)%", name):
+        if match := re.fullmatch(r"(.+?)(?: in float32)? at ([\d.]+)%", name):
             found.setdefault(match[1], []).append((float(match[2]), name))
     return {family: [name for _, name in sorted(members)] for family, members in found.items()}
 
@@ -92,14 +96,64 @@ def baseline(record: Record, metric: str) -> str:
     return min(tried, key=lambda name: statistics.fmean(values[name].values()))
 
 
+def minus(values: Values, name: str, other: str) -> dict[str, float]:
+    """Return a contestant minus another one, on the seeds that both have."""
+    return {seed: value - values[other][seed] for seed, value in values[name].items() if seed in values[other]}
+
+
 def paired(record: Record, metric: str) -> Values:
     """Return each contestant minus the baseline, on the seeds that both have."""
     values, first = finals(record, metric), baseline(record, metric)
-    return {
-        name: {seed: value - values[first][seed] for seed, value in runs.items() if seed in values[first]}
-        for name, runs in values.items()
-        if name != first
-    }
+    return {name: minus(values, name, first) for name in values if name != first}
+
+
+def nearest(record: Record, metric: str) -> dict[str, str]:
+    """Return the contestant of which each is a single change, where that is not the baseline.
+
+    Without one, that of which it is two changes. Only contestants that are listed before it count, the last of equals.
+    A study with families has none: its contestants are different recipes.
+    """
+    if families(record):
+        return {}
+    first, entries, found = baseline(record, metric), record["contestants"], {}
+    values = finals(record, metric)
+    names = [name for name in entries if values[name] and name != first]
+    for place, name in enumerate(names):
+        others = [first, *reversed(names[:place])]
+        changes = [_changed(entries[name], entries[other]) for other in others]
+        if changes.index(min(changes)) > 0 and min(changes) <= _FEW:
+            found[name] = others[changes.index(min(changes))]
+    return found
+
+
+def _changed(one: dict[str, Any], other: dict[str, Any]) -> int:
+    """Return the number of settings in which two contestants differ."""
+    settings = [
+        dict(change.partition("=")[::2] for change in entry["changes"]) | {"recipe": entry["recipe"]}
+        for entry in (one, other)
+    ]
+    return sum(settings[0].get(key) != settings[1].get(key) for key in settings[0].keys() | settings[1].keys())
+
+
+def merge(records: Sequence[Record]) -> Record:
+    """Return studies of the same contestants with different seeds as one.
+
+    Raises:
+        SystemExit: a seed is in several of them.
+    """
+    first, *others = records
+    entries = {name: dict(entry) for name, entry in first["contestants"].items()}
+    for record in others:
+        same = speed_facts(record["machine"]) == speed_facts(first["machine"])
+        for name, entry in record["contestants"].items():
+            known = entries.setdefault(name, entry | {"runs": {}, "tokens_per_second": {}, "elsewhere": {}})
+            if twice := sorted(known["runs"].keys() & entry["runs"].keys()):
+                raise SystemExit(f"{first['study']} and {record['study']} both have seed {twice[0]} of {name}")
+            machines = {} if same else dict.fromkeys(entry["runs"], record["machine"])
+            for key, more in (("runs", entry["runs"]), ("tokens_per_second", entry["tokens_per_second"])):
+                known[key] = known[key] | more
+            known["elsewhere"] = known.get("elsewhere", {}) | machines | entry.get("elsewhere", {})
+    return first | {"study": " and ".join(record["study"] for record in records), "contestants": entries}
 
 
 @dataclass(frozen=True)
@@ -131,42 +185,70 @@ def pool(records: Sequence[Record], metric: str) -> Spread:
 
 
 def spread_of(record: Record, others: Sequence[Record], metric: str) -> Spread:
-    """Return the spread of a study; with too few seeds, that of all studies of its metric."""
-    own = pool([record], metric)
+    """Return the spread of a study and of those that repeat it; with too few seeds, that of all of its metric."""
+    own = pool([record, *repeats(record, others)], metric)
     if own.freedom >= ENOUGH:
         return own
     alike = [each for each in others if each["metric"] == record["metric"] and each["study"] != record["study"]]
     return pool([record, *alike], metric)
 
 
+def repeats(record: Record, others: Sequence[Record]) -> list[Record]:
+    """Return the studies that train a study's recipes again with other seeds."""
+
+    def recipes(each: Record) -> set[tuple[str, tuple[str, ...]]]:
+        names = {name for members in families(each).values() for name in members}
+        entries = [each["contestants"][name] for name in names]
+        return {(entry["recipe"], tuple(entry["changes"])) for entry in entries if entry["runs"]}
+
+    own = recipes(record)
+    return [each for each in others if each["study"] != record["study"] and own and recipes(each) == own]
+
+
 def verdict(difference: float, margin: float, seeds: int) -> str:
-    """Return `better` or `worse` for a difference beyond its margin, else `noise`. Less is better."""
+    """Return `better` or `worse` for a difference beyond its margin, else `noise`. Less is better.
+
+    With fewer than three seeds it is `lower` or `higher`.
+    """
     if not math.isfinite(margin):
         return "one seed"
     if abs(difference) <= margin:
         return "noise"
-    return ("better" if difference < 0 else "worse") + (", one seed" if seeds == 1 else "")
+    if seeds >= SEEDS:
+        return "better" if difference < 0 else "worse"
+    return f"{'lower' if difference < 0 else 'higher'}, {'one seed' if seeds == 1 else 'two seeds'}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant's row: its values, and its difference to the baseline if a seed is paired."""
+    """A contestant's row: its values, and its difference to the baseline if a seed is paired.
+
+    Attributes:
+        step: the row's difference to the contestant that is nearest to it, where that is not the baseline; its name is
+            that contestant's.
+    """
 
     name: str
     values: dict[str, float]
     difference: float
     margin: float
     verdict: str
+    step: "Row | None" = None
 
 
 def rows(record: Record, others: Sequence[Record], metric: str) -> list[Row]:
     """Return a study's rows: the baseline, then the best difference first, and what has no result last."""
     values, first, spread = finals(record, metric), baseline(record, metric), spread_of(record, others, metric)
-    found = []
+    near, found = nearest(record, metric), []
+
+    def row(name: str, pairs: dict[str, float], step: Row | None = None) -> Row:
+        difference, margin = statistics.fmean(pairs.values()), spread.margin(len(pairs))
+        return Row(name, values[name], difference, margin, verdict(difference, margin, len(pairs)), step)
+
     for name, pairs in paired(record, metric).items():
         if pairs:
-            difference, margin = statistics.fmean(pairs.values()), spread.margin(len(pairs))
-            found.append(Row(name, values[name], difference, margin, verdict(difference, margin, len(pairs))))
+            beside = minus(values, name, near[name]) if name in near else {}
+            found.append(row(name, pairs, row(near[name], beside) if beside else None))
         else:
             states = sorted(set(record["contestants"][name].get("states", {}).values()))
             found.append(Row(name, values[name], math.nan, math.nan, ", ".join(states) or NOT_TRAINED))
@@ -211,9 +293,9 @@ def reach(record: Record, family: str, metric: str = "val_loss") -> Reached:
     members = [name for name in families(record)[family] if len(pairs[name]) == most > 0]
     if not members:
         raise SystemExit(f"{record['study']}: {family} has no result yet on a seed of {first}")
-    flops = cost_of(entries[members[0]], "flops") / cost_of(entries[first], "flops")
-    timed = filter(math.isfinite, (cost_of(entries[name], "seconds") for name in members))
-    seconds = next(timed, math.nan) / cost_of(entries[first], "seconds")
+    flops = cost_of(record, members[0], "flops") / cost_of(record, first, "flops")
+    timed = [cost for name in members if math.isfinite(cost := cost_of(record, name, "seconds"))]
+    seconds = (statistics.median(timed) if timed else math.nan) / cost_of(record, first, "seconds")
     all_tokens = last_tokens(entries[first])
     shares = [last_tokens(entries[name]) / all_tokens for name in members]
     seeds = sorted(set.intersection(*(set(pairs[name]) for name in members)))
@@ -237,13 +319,48 @@ def reach(record: Record, family: str, metric: str = "val_loss") -> Reached:
     return Reached(math.exp(crossing), math.exp(low), math.exp(high), "", 0.0, flops, seconds)
 
 
-def cost_of(entry: dict[str, Any], cost: str) -> float:
-    """Return FLOPs or seconds per token of a contestant; NaN seconds if no run was on the study's machine."""
+def cost_of(record: Record, name: str, cost: str) -> float:
+    """Return FLOPs or seconds per token of a contestant; NaN seconds if no run was on the study's machine.
+
+    FLOPs are those of the forward and backward pass and of the optimizer's matrix products.
+    """
+    entry = record["contestants"][name]
     if cost == "flops":
-        return float(entry["parameters"]["flops_per_token"])
+        changes = (*record["settings"], *entry["changes"])
+        return float(entry["parameters"]["flops_per_token"]) + optimizer_flops(entry["recipe"], changes)
     elsewhere = entry.get("elsewhere", {})
     speeds = [speed for seed, speed in entry["tokens_per_second"].items() if seed not in elsewhere]
     return 1 / statistics.median(speeds) if speeds else math.nan  # other work slows single runs
+
+
+@functools.cache
+def optimizer_flops(recipe: str, changes: tuple[str, ...]) -> float:
+    """Return the operations of Muon's orthogonalization per training token; 0 with AdamW.
+
+    A step of the iteration on an R x C matrix, R <= C, takes three products: 4 R^2 C + 2 R^3 operations.
+    """
+    import torch
+
+    from lightlm.model.transformer import Transformer
+    from lightlm.optim.groups import MATRICES, parameter_groups
+    from lightlm.optim.muon import MuonSettings
+    from lightlm.recipe import load_recipe
+
+    parsed = load_recipe(str(recipe_path(recipe)), [*changes, "model.vocab_size=256"], lambda note: None)
+    if not isinstance(parsed.optimizer, MuonSettings):
+        return 0.0
+    with torch.device("meta"):
+        groups = parameter_groups(Transformer(parsed.model), parsed.optimizer)
+    shapes = [parameter.shape for group in groups if group["name"] == MATRICES for parameter in group["params"]]
+    sizes = [(math.prod(shape[:-2]), *sorted(shape[-2:])) for shape in shapes]
+    step = sum(count * (4 * rows**2 * columns + 2 * rows**3) for count, rows, columns in sizes)
+    return parsed.optimizer.ns_steps * step / (parsed.batch_sequences * parsed.seq_len)
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file of a recipe of the studies, or of one that LightLM ships."""
+    own = Path(__file__).parent / "learning" / f"{name}.yaml"
+    return own if own.is_file() else Path(__file__).parents[1] / "recipes" / f"{name}.yaml"
 
 
 def last_tokens(entry: dict[str, Any]) -> float:

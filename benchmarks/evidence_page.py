@@ -13,8 +13,10 @@ from evidence import (
     baseline,
     families,
     finals,
+    last_tokens,
     pool,
     reach,
+    repeats,
     rows,
     speed_facts,
     spread_of,
@@ -27,19 +29,23 @@ def table(record: Record, others: Sequence[Record] = (), metric: str | None = No
     unit, digits = UNITS[metric]
     lines = []
     found = rows(record, others, metric)
+    stepwise = any(row.step for row in found)
     for row in found:
         if row.verdict != NOT_TRAINED:
             cells = (row.name, _mean(row.values, digits), str(len(row.values)), _difference(row, digits), row.verdict)
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join((*cells, *([_step(row, digits)] if stepwise else [])))} |")
     own, used = pool([record], metric), spread_of(record, others, metric)
     note = "no contestant has several seeds"
     if used.freedom:
-        whose = "" if used == own else " of all studies"
+        whose = (
+            "" if used == own else " of this study and its repetition" if repeats(record, others) else " of all studies"
+        )
         note = f"standard deviation of a difference{whose}: {used.std:.{digits}f}, {used.freedom} degrees of freedom"
     heading = [f"### {record['study']}: {record['question']}", *([finding] if finding else []), ""]
     return "\n\n".join(heading) + (
         f"`{command(record)}`; {_common(record)}; {note}.\n\n"
-        f"| contestant | {unit} | seeds | difference | |\n| --- | --- | --- | --- | --- |\n"
+        f"| contestant | {unit} | seeds | difference | |{' beside the nearest |' if stepwise else ''}\n"
+        f"|{' --- |' * (6 if stepwise else 5)}\n"
         + "\n".join(lines)
         + "\n"
         + "".join(f"\n{line}\n" for line in (*_not_trained(found), *_elsewhere(record)))
@@ -75,6 +81,11 @@ def _difference(row: Row, digits: int) -> str:
     return f"{row.difference:+.{digits}f}{margin}"
 
 
+def _step(row: Row, digits: int) -> str:
+    """Return a row's difference to the contestant that is nearest to it, in words."""
+    return f"{row.step.name}: {_difference(row.step, digits)}, {row.step.verdict}" if row.step else ""
+
+
 def command(record: Record) -> str:
     """Return the command that made a study's results."""
     return f"python benchmarks/learning.py --work WORK {record['study']}"
@@ -99,15 +110,17 @@ def _common(record: Record) -> str:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """Return one row per study: what is best, what else was tried, and on which machines."""
+    """Return one row per study: what is best at as many tokens, what else was tried, and on which machines."""
     lines = []
     for record in records:
         metric = record["metric"]
         unit, digits = UNITS[metric]
         first, *found = rows(record, records, metric)
-        best = found[0] if found and math.isfinite(found[0].difference) else None
+        longest = 1.02 * last_tokens(record["contestants"][first.name]) if metric == "val_loss" else math.inf
+        fair = (row for row in found if math.isfinite(row.difference))
+        best = next((row for row in fair if last_tokens(record["contestants"][row.name]) <= longest), None)
         gain = f"{_difference(best, digits)} {unit}" if best else ""
-        counts = [row.verdict.split(",")[0] for row in found]
+        counts = [(row.step or row).verdict.split(",")[0] for row in found]
         tried = ", ".join(f"{counts.count(each)} {each}" for each in dict.fromkeys(sorted(counts)))
         runs = sum(len(row.values) for row in (first, *found))
         cells = (record["study"], first.name, best.name if best else "", gain, best.verdict if best else "", tried)
@@ -117,7 +130,7 @@ def summary(records: Sequence[Record]) -> str:
         if record["machine"]:
             studies.setdefault(_machine(record["machine"]), []).append(f"`{record['study']}`")
     machines = [f"- {', '.join(names)}: {machine}" for machine, names in studies.items()]
-    heading = "| study | baseline | best of the others | difference | | all others | runs |\n"
+    heading = "| study | baseline | best of the others | difference | | all others, beside the nearest | runs |\n"
     return "\n".join(["### All studies", "", f"{heading}{'| --- ' * 7}|", *lines, "", "Machines:", "", *machines, ""])
 
 
@@ -130,9 +143,15 @@ documents for validation. `demo`, `moe-demo` and `speedrun` take optimizer, beta
 This page is made by `python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
 `benchmarks/learning/studies.yaml` holds the settings of every contestant.
 
-A difference is to the baseline of its study, paired by seed; less is better. ± is half of the 95% interval, from the
-spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
-within it. Intervals are not adjusted for the number of contestants, so the best of many looks better than it is.
+A difference is to the baseline of its study, paired by seed; less is better. Where another contestant has fewer other
+settings, the last column has the difference to that one, and the summary counts it. ± is half of the 95% interval, from
+the spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
+within it. `better` and `worse` take three seeds; `lower` and `higher` are beyond the interval with one or two.
+
+The intervals say how far other seeds would move a difference, not how far other documents would: all losses are of the
+same 45 documents (977 KB). They are not adjusted for the number of contestants, so the best of many looks better than
+it is, and a single seed is judged by the spread of other studies. The differences of a study share the runs of its
+baseline, so they have fewer independent degrees of freedom than are counted.
 
 In the names, 4K is `train.batch_tokens` and "rate" the learning rate; "initial spread" is `model.init_std`; "tables"
 are those of token and position embeddings, "vectors" the gains of norms and biases.
@@ -160,8 +179,8 @@ def sentences(record: Record, metric: str = "val_loss") -> str:
             needs = f"with {found.bound} of its tokens ({found.margin:+.{digits}f} {unit} there)"
             verb = "reaches" if found.bound.startswith("at most") else "would reach"
         else:
-            interval = f" (95% interval {found.low:.0%} to {found.high:.0%})" if math.isfinite(found.low) else ""
-            verb, needs = "reaches", f"with {found.share:.0%} of its tokens{interval}"
+            interval = f" (95% interval {found.low:.1%} to {found.high:.1%})" if math.isfinite(found.low) else ""
+            verb, needs = "reaches", f"with {found.share:.1%} of its tokens{interval}"
             needs += f", {found.share * found.flops:.0%} of its FLOPs"
             if math.isfinite(found.seconds):
                 needs += f" and {found.share * found.seconds:.0%} of its time"

@@ -7,8 +7,8 @@
     python benchmarks/learning.py --table optimizer                      # from the results that are committed
     python benchmarks/learning.py --table                                # of all studies, with a summary
     python benchmarks/learning.py --page docs/ladder.md                  # the same, with what each study says
-    python benchmarks/learning.py --figure docs/assets/learning.png      # of the study `decisive`, and its sentences
-    python benchmarks/learning.py --sentence decisive-again
+    python benchmarks/learning.py --figure docs/assets/learning.png      # of `decisive` and its repetition together
+    python benchmarks/learning.py --sentence decisive                    # the share of tokens, of one of them
 
 A study is a sweep (`lightlm sweep`): contestants, recipes with changes, all on the same shards, order, tokens and
 validation documents. learning/studies.yaml lists them. The same command resumes; a new contestant or seed is added.
@@ -56,11 +56,6 @@ class Entry:
         if isinstance(values, dict):
             return cls(values.get("recipe", recipe), _flat(values.get("changes") or []))
         return cls(recipe, _flat(values or []))
-
-    @property
-    def path(self) -> Path:
-        own = HERE / "learning" / f"{self.recipe}.yaml"
-        return own if own.is_file() else HERE.parent / "recipes" / f"{self.recipe}.yaml"
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ def run_study(study: Study, work: Path, jobs: int, budget: float | None, *, miss
     with Sweep.open(Path("sweeps") / study.name, Limits(jobs, budget), watch=display) as sweep:
         for seed in sorted(set().union(*wanted.values())):
             chosen = [
-                Contestant(name, str(entry.path), (*study.settings, *entry.changes))
+                Contestant(name, str(evidence.recipe_path(entry.recipe)), (*study.settings, *entry.changes))
                 for name, entry in study.contestants.items()
                 if seed in wanted[name]
             ]
@@ -318,11 +313,11 @@ def show(options: argparse.Namespace) -> None:
     if options.page:
         options.page.write_text(page(), encoding="utf-8")
     if options.figure or options.sentence:
-        for record in evidence.read(RESULTS, options.studies or ["decisive"]):
-            print(evidence_page.sentences(record))
-            if options.figure:
-                for path in evidence_figure.draw(record, options.figure):
-                    print(f"wrote {path}")
+        record = evidence.merge(evidence.read(RESULTS, options.studies or ["decisive", "decisive-again"]))
+        print(evidence_page.sentences(record))
+        if options.figure:
+            for path in evidence_figure.draw(record, options.figure):
+                print(f"wrote {path}")
 
 
 if __name__ == "__main__":

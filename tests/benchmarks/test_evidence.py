@@ -128,7 +128,7 @@ def test_sentences_say_the_share_with_its_interval_and_what_is_compared(evidence
     dense, moe, sizes = evidence_page.sentences(decisive).splitlines()
     found = evidence.reach(decisive, "dense")
     assert dense.startswith("dense reaches the final loss of GPT-2, 4e-3 (5.000 (0.020) nats per token, 3 seeds) with ")
-    assert f"with {found.share:.0%} of its tokens (95% interval {found.low:.0%} to {found.high:.0%})" in dense
+    assert f"with {found.share:.1%} of its tokens (95% interval {found.low:.1%} to {found.high:.1%})" in dense
     assert f"{1.5 * found.share:.0%} of its FLOPs and {2 * found.share:.0%} of its time." in dense
     assert moe.endswith("with at most 30% of its tokens (-0.050 nats per token there).")
     assert "GPT-2, 4e-3 1,000, dense 1,000, moe 1,000" in sizes  # 1,500 active, of which 500 are tables
@@ -179,11 +179,11 @@ def test_the_spread_of_a_study_is_pooled_over_paired_differences(evidence, evide
         assert rows[name].margin == pytest.approx(margin)
     assert {name: row.verdict for name, row in rows.items()} == {
         "base": "baseline",
-        "lucky": "better, one seed",
+        "lucky": "lower, one seed",
         "clear": "better",
         "noise": "noise",
         "flat": "noise",
-        "bad": "worse",
+        "bad": "higher, two seeds",
     }
     assert list(rows) == ["base", "lucky", "clear", "noise", "flat", "bad"]  # best first
     assert f"| clear | 4.810 (0.105) | 3 | -0.190 ± {rows['clear'].margin:.3f} | better |" in evidence_page.table(study)
@@ -228,6 +228,9 @@ def test_the_summary_has_a_row_per_study_and_the_machine(evidence_page, decisive
     assert [row[0] for row in rows] == ["| decisive", "| vocabulary"]
     assert rows[0][1:3] == ["GPT-2, 4e-3", "GPT-2, 8e-3"]
     assert rows[0][6] == "19 |"
+    longer = {"longer": entry("small", {1: 4.0}, tokens=2 * BUDGET), "wide": entry("small", {1: 5.0})}
+    longer = record({"base": entry("small", {1: 5.1})} | longer)
+    assert "| base | wide |" in evidence_page.summary([longer]), "more tokens are no gain"
     assert rows[1][3] == "-0.2000 bits per byte"
     assert text.count("processor Abacus") == 1
 
@@ -259,12 +262,15 @@ def png_size(path):
 def test_the_figure_shows_the_tuned_baseline_the_families_and_where_they_cross(
     evidence, evidence_figure, decisive, tmp_path
 ):
-    chart = evidence_figure._chart(decisive, "Loss", "tokens", lambda entry: 1.0)
+    decisive["contestants"]["moe in float32 at 30%"] = entry("moe", {1: 4.9}, tokens=0.3 * BUDGET)  # has one seed
+    chart = evidence_figure._chart(decisive, "Loss", "tokens", lambda name: 1.0)
     evidence_figure._mark_shares(chart, decisive)
     chart.finish()
     legend = [text.get_text() for text in chart.figure.legends[0].get_texts()]
-    assert legend == ["GPT-2, tuned", "LightLM, dense", "LightLM, moe", "final loss of GPT-2"]
-    ends = {tuple(line.get_xydata()[0]) for line in chart.axes.lines if line.get_marker() == "o"}
+    ends = [f"{name}: ends of trainings" for name in ("GPT-2, tuned", "LightLM, dense", "LightLM, moe")]
+    assert legend == [*ends, "final loss of GPT-2"]
+    joined = [line.get_xydata() for line in chart.axes.lines if line.get_marker() == "o" and line.get_zorder() == 4]
+    ends = {tuple(point) for points in joined for point in points}
     means = {1.0: TUNED, 0.4: DENSE_40, 0.6: DENSE_60, 0.3: losses(4.95), 0.45: losses(4.90)}
     for (x, y), (share, values) in zip(sorted(ends), sorted(means.items(), key=lambda item: item[0]), strict=True):
         assert (x, y) == pytest.approx((share * BUDGET, np.mean(list(values.values()))))
@@ -272,10 +278,62 @@ def test_the_figure_shows_the_tuned_baseline_the_families_and_where_they_cross(
     np.testing.assert_allclose(
         diamond.get_xydata(), [[evidence.reach(decisive, "dense").share * BUDGET, np.mean(list(TUNED.values()))]]
     )
-    assert [text.get_text() for text in chart.axes.texts] == [f"{evidence.reach(decisive, 'dense').share:.0%}"]
+    assert [text.get_text() for text in chart.axes.texts] == [f"{evidence.reach(decisive, 'dense').share:.1%}"]
     paths = evidence_figure.draw(decisive, tmp_path / "learning.png")
     assert [path.name for path in paths] == ["learning.png", "learning-flops.png", "learning-time.png"]
     assert all(png_size(path)[0] == 1020 for path in paths)
+
+
+def test_studies_with_other_seeds_are_one_with_all_seeds(evidence, decisive):
+    again = json.loads(json.dumps(decisive))
+    for each in again["contestants"].values():
+        for key in ("runs", "tokens_per_second"):
+            each[key] = {str(int(seed) + 3): value for seed, value in each[key].items()}
+    again |= {"study": "again", "machine": {"processor": "Zuse"}}
+    both = evidence.merge([decisive, again])
+    assert len(evidence.finals(both, "val_loss")["dense at 40%"]) == 6
+    one, two = evidence.reach(decisive, "dense"), evidence.reach(both, "dense")
+    assert two.share == pytest.approx(one.share)
+    assert (two.low, two.high) != (one.low, one.high)
+    assert two.seconds == one.seconds, "the times of the other machine do not count"
+    assert list(both["contestants"]["GPT-2, 4e-3"]["elsewhere"]) == ["4", "5", "6"]
+    assert list(decisive["contestants"]["dense at 40%"]["runs"]) == ["1", "2", "3"]
+    with pytest.raises(SystemExit, match="decisive and decisive both have seed 1"):
+        evidence.merge([decisive, decisive])
+    # Each is judged by the spread of both.
+    freedom = evidence.pool([decisive], "val_loss").freedom
+    assert evidence.spread_of(decisive, [decisive, again], "val_loss").freedom == 2 * freedom
+
+
+def test_a_change_is_compared_with_the_contestant_that_it_changes(evidence, evidence_page):
+    entries = {
+        "base": (5.5, []),
+        "2K": (5.4, ["train.batch_tokens=2K"]),
+        "rate": (5.6, ["optimizer.lr=1e-2"]),
+        "2K, rate": (5.41, ["train.batch_tokens=2K", "optimizer.lr=1e-2"]),
+        "2K, rate, deep, wide, old": (5.0, ["train.batch_tokens=2K", "optimizer.lr=2e-2", "a=1", "b=2", "c=3"]),
+    }
+    study = record({name: entry("small", {1: end, 2: end}) | {"changes": how} for name, (end, how) in entries.items()})
+    assert evidence.nearest(study, "val_loss") == {"2K, rate": "rate"}  # the last of those with one change less
+    step = next(row.step for row in evidence.rows(study, [], "val_loss") if row.name == "2K, rate")
+    assert (step.name, step.difference) == ("rate", pytest.approx(-0.19))
+    assert "| beside the nearest |" in evidence_page.table(study)
+    assert "rate: -0.190 ± 0.000, lower, two seeds |" in evidence_page.table(study)
+
+
+def test_the_operations_of_muon_are_counted(evidence):
+    """From the definition: a step of the iteration is X X^T, A A and B X of every matrix of the blocks."""
+
+    def products(rows, columns):
+        low, high = sorted((rows, columns))
+        return 5 * (2 * low * high * low + 2 * low * low * low + 2 * low * low * high)
+
+    shape = ("model.num_layers=1", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2")
+    shape += ("model.intermediate_size=96", "train.batch_tokens=1K")
+    matrices = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
+    expected = sum(products(*matrix) for matrix in matrices) / 1024
+    assert evidence.optimizer_flops("demo", shape) == pytest.approx(expected)
+    assert evidence.optimizer_flops("demo", (*shape, "optimizer={name: adamw, lr: 1e-3}")) == 0
 
 
 def test_the_commands_read_committed_results_and_name_what_is_missing(evidence, tmp_path, decisive, monkeypatch):

@@ -49,7 +49,7 @@ def study(learning, tmp_path, monkeypatch):
     return learning.read_studies()["decisive"]
 
 
-def test_a_contestant_is_a_list_of_changes_or_has_a_recipe_of_its_own(study):
+def test_a_contestant_is_a_list_of_changes_or_has_a_recipe_of_its_own(learning, study):
     base = ["optimizer.name=muon", "optimizer.lr=1e-2"]
     assert {name: (entry.recipe, entry.changes) for name, entry in study.contestants.items()} == {
         "GPT-2": ("gpt2", ["optimizer.lr=2e-3"]),
@@ -59,7 +59,7 @@ def test_a_contestant_is_a_list_of_changes_or_has_a_recipe_of_its_own(study):
     assert study.settings == base
     assert study.metric == "val_bpb"
     assert study.seeds == {"GPT-2": [1, 2], "dense at 40%": [1, 2, 3], "plain": [1, 2]}
-    assert all(entry.path.is_file() for entry in study.contestants.values())
+    assert all(learning.evidence.recipe_path(entry.recipe).is_file() for entry in study.contestants.values())
 
 
 def test_seeds_of_a_contestant_that_does_not_exist_are_refused(learning, study):
@@ -71,7 +71,7 @@ def test_seeds_of_a_contestant_that_does_not_exist_are_refused(learning, study):
 def test_every_shipped_contestant_is_a_recipe_without_mistakes(learning):
     for study in learning.read_studies().values():
         for entry in study.contestants.values():
-            load_recipe(entry.path, [*study.settings, *entry.changes])
+            load_recipe(str(learning.evidence.recipe_path(entry.recipe)), [*study.settings, *entry.changes])
 
 
 def test_the_committed_page_is_that_of_the_committed_results(learning):
