@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightlm.data.tokenizer import token_text
 from lightlm.generate.text_batch import Answer, Piece, TextToken
 
 _LOWEST = -9999.0  # JSON has no minus infinity; OpenAI's API writes this number, too
@@ -112,12 +113,7 @@ class Completions:
         return _finite(token.log_probs.chosen), [(other, _finite(value)) for other, value in top]
 
     def _name(self, token: int) -> str:
-        """Return a token as text, or as OpenAI's API writes one that is not UTF-8 by itself: `bytes:\\xe2\\x82`."""
-        raw = self._token_bytes(token)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return token_text(self._token_bytes(token))
 
 
 class Chats(Completions):

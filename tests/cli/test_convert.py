@@ -110,6 +110,11 @@ def test_the_model_card_names_path_data_and_scores(run):
     described = ModelCard.load("runs/demo/hf/README.md").text
     assert "Training data: `tiny.jsonl` (1 file), " in described
     assert str(Path.cwd()) not in described
+    manifest = Path("data/tiny/manifest.json")
+    source = {"source": "hf:HuggingFaceFW/fineweb-edu:sample-10BT"}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | source))
+    invoke("--overwrite")
+    assert ModelCard.load("runs/demo/hf/README.md").data.datasets == ["HuggingFaceFW/fineweb-edu"]
     [result] = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("quiz", "acc", 0.5)
 

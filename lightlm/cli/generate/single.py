@@ -10,7 +10,7 @@ import typer
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.cli.console import console, print_json, reader_left
-from lightlm.data.tokenizer import Tokenizer
+from lightlm.data.tokenizer import Tokenizer, token_text
 from lightlm.generate.batch import Batch
 from lightlm.generate.beams import beam_search
 from lightlm.generate.settings import Settings
@@ -178,8 +178,7 @@ def _log_probs(tokenizer: Tokenizer, answer: Answer) -> list[dict[str, Any]]:
     """Return each token with its log-probability and the most likely tokens at its place, named as in OpenAI's API."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.special_tokens.get(token) or tokenizer.decode([token])
-        return {"id": token, "token": text, "logprob": logprob}
+        return {"id": token, "token": token_text(tokenizer.bytes_of(token)), "logprob": logprob}
 
     return [
         entry(token, found.chosen) | {"top_logprobs": [entry(*pair) for pair in found.top]}

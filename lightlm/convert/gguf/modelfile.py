@@ -7,13 +7,18 @@ from pathlib import Path
 import xxhash
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.data.chat.template import ChatTemplate
+from lightlm.data.tokenizer import Tokenizer
+from lightlm.errors import LightLMError
 
-# Turns as Qwen and SmolLM2 write them.
+# Turns as Qwen and SmolLM2 write them, after a system message.
 _CHAT_ML = '''TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """'''
 
+
+_QUESTION = "What is it?"
 
 _CHECKSUM = "# Written by LightLM. An export replaces this file as long as nothing above has changed: "
 
@@ -44,20 +49,36 @@ def modelfile(loaded: LoadedModel, out: Path) -> str:
     """
     tokenizer = loaded.tokenizer
     ends = [str(tokenizer.name_of(index)) for index in sorted(tokenizer.end_ids)]
-    template = tokenizer.settings.get("chat_template", "")
-    # Ollama's templates are in another language. It knows that of a usual chat template by itself.
-    form = _CHAT_ML if all(mark in template for mark in ("<|im_start|>", "<|im_end|>")) else ""
+    chats = "chat_template" in tokenizer.settings
     name = re.sub(r"[^\w.-]+", "-", loaded.name, flags=re.ASCII).strip("-") or "model"
     lines = [
         f"# ollama create {name} -f {shlex.quote(out.with_suffix('.Modelfile').name)}",
         f"FROM ./{out.name}",
-        *([form] if form else [] if template else ['TEMPLATE "{{ .Prompt }}"']),
+        *(_turns(tokenizer) if chats else ['TEMPLATE "{{ .Prompt }}"']),
         f"PARAMETER num_ctx {loaded.model.config.max_seq_len}",
         *(f"PARAMETER stop {quoted(end)}" for end in ends if end.isprintable()),
         *(f"# Ollama drops the characters of the end token {end!a}" for end in ends if not end.isprintable()),
     ]
     body = "\n".join(lines) + "\n"
     return f"{body}{_CHECKSUM}{_checksum(body)}\n"
+
+
+def _turns(tokenizer: Tokenizer) -> list[str]:
+    """Return how Ollama writes a conversation: ChatML, with the system message that a template begins with by itself.
+
+    Ollama's templates are in another language, and it knows those of some usual chat templates by itself. So a template
+    that writes anything else has no lines.
+    """
+    try:
+        text = ChatTemplate.of(tokenizer).render([{"role": "user", "content": _QUESTION}])
+    except LightLMError:  # it needs more than a question
+        return []
+    before, turn, after = text.partition(f"<|im_start|>user\n{_QUESTION}<|im_end|>\n")
+    system = re.fullmatch(r"(?:<\|im_start\|>system\n(.*)<\|im_end\|>\n)?", before, flags=re.DOTALL)
+    if not turn or after != "<|im_start|>assistant\n" or system is None:
+        return []
+    said = system[1]
+    return [_CHAT_ML, *([f'SYSTEM """{said}"""' if "\n" in said else f"SYSTEM {quoted(said)}"] if said else [])]
 
 
 def quoted(value: str) -> str:

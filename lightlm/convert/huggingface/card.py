@@ -200,7 +200,7 @@ def _hub_data(recipe: Recipe | None) -> list[str]:
             source = read_manifest(folder).source
         except LightLMError:
             continue
-        found = re.match(rf"(?:hf://)?({_HUB_ID})", source)
+        found = re.match(rf"(?:hf:(?://)?)?({_HUB_ID})", source)
         names += [found[1]] if found and not Path(source).exists() else []
     return names
 

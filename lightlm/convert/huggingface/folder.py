@@ -125,12 +125,20 @@ def write_description(folder: Path, loaded: LoadedModel, values: dict[str, Any])
     ends = said if end in said or end is None else [end, *said]
     # Without pad_token_id: it would freeze that embedding when the model is trained further.
     ids = {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else end}
-    generation = dict(tokenizer.generation_config) or ids | {"pad_token_id": end}
+    generation = dict(tokenizer.generation_config)
+    if _is_ours(tokenizer):
+        generation = ids | {"pad_token_id": end} | generation
     if end not in _as_list(generation.get("eos_token_id")):
         generation["eos_token_id"] = ids["eos_token_id"]
     _write_json(folder / "config.json", values | ids)
     _write_json(folder / GENERATION, generation)
     _write_tokenizer(folder, tokenizer, bos, end, loaded.model.config.max_seq_len)
+
+
+def _is_ours(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer was made here: it says nothing more than how it chats."""
+    said = tokenizer.settings.keys()
+    return tokenizer.bos_id is None and said in (set(), {"chat_template"}, {"chat_template", "eos_token"})
 
 
 def import_huggingface(folder: Path) -> LoadedModel:
@@ -174,8 +182,9 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int | None, end: i
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
-    # An imported model may have no token for padding.
-    settings |= dict(tokenizer.settings) or ({} if end is None else {"pad_token": settings["eos_token"]})
+    settings |= dict(tokenizer.settings)
+    if _is_ours(tokenizer) and end is not None:  # an imported model may have no token for padding
+        settings["pad_token"] = tokenizer.name_of(end)
     # transformers 4 reads further tokens under their old name only, and transformers 5 under both.
     if further := [token for key in FURTHER_TOKENS for token in settings.pop(key, [])]:
         settings[FURTHER_TOKENS[0]] = list(dict.fromkeys(further))

@@ -54,13 +54,17 @@ def _of_prompt(record: Record) -> list[Any]:
     sides: list[Any] = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = record[key]
+        parsed = _parsed(value)  # in CSV, a list of messages is JSON; other JSON is what somebody wrote
+        if isinstance(parsed, list) and parsed and all(isinstance(each, dict) for each in parsed):
+            value = parsed
         sides += value if isinstance(value, list) else [{"role": role, "content": value}]
     return sides
 
 
 def _of_instruction(record: Record) -> list[Any]:
-    more = record.get("input")
-    question = f"{record['instruction']}\n\n{more}" if isinstance(more, str) and more.strip() else record["instruction"]
+    question, more = record["instruction"], record.get("input")
+    if isinstance(question, str) and isinstance(more, str) and more.strip():
+        question = f"{question}\n\n{more}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
 
 

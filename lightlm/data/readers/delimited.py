@@ -114,10 +114,11 @@ class _Table:
                 continue
             try:
                 self._require_no_nul(row, begins)
-                text = self._text_of(row, begins, bad)
+                self._require_fields(row, begins)
                 kept = row_filter is None or row_filter.keeps(
                     self._record(row, row_filter), partial(self._line, begins)
                 )
+                text = self._text_of(row, begins, bad) if kept else None
             except DataError as error:
                 bad(error)
                 continue
@@ -126,12 +127,14 @@ class _Table:
             else:
                 bad(Omitted(FILTERED))
 
-    def _text_of(self, row: list[str], begins: int, bad: BadRecord) -> str | None:
+    def _require_fields(self, row: list[str], begins: int) -> None:
         if len(row) != len(self._columns):
             raise DataError(
                 f"{self._line(begins)}: {len(row)} fields, but the first line names {len(self._columns)} columns. "
                 "Put quotes around a text that holds the separator"
             )
+
+    def _text_of(self, row: list[str], begins: int, bad: BadRecord) -> str | None:
         if isinstance(self._text_column, ChatColumns):
             record = dict(zip(self._columns, row, strict=True))
             for name in self._text_column.columns:

@@ -129,6 +129,8 @@ def _classes() -> np.ndarray:
             table[code] = _SEPARATOR
         elif table[code] == _WORD and category[0] == "M":
             table[code] = _MARK
+        elif 0xFDD0 <= code <= 0xFDEF:  # what marks the messages of a conversation (`data.chat.conversation`)
+            table[code] = _SEPARATOR
         elif category[0] in "PS" or category in {"Cc", "Cf"}:  # Cc and Cf: control characters, soft hyphens
             table[code] = _DROPPED
     return table

@@ -337,3 +337,11 @@ class Tokenizer:
             return True
         text = self.decode([index for index in self.encode(character) if index != self.unknown_id])
         return bool(text.strip()) and (character == "\ufffd" or "\ufffd" not in text)
+
+
+def token_text(raw: bytes) -> str:
+    """Return a token as text, or as OpenAI's API writes one that is not UTF-8 by itself: `bytes:\\xe2\\x82`."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -16,6 +16,7 @@ from lightlm.convert.gguf.header import read_header
 from lightlm.convert.gguf.layouts import LAYOUTS, gguf_layout
 from lightlm.convert.gguf.modelfile import modelfile, quoted
 from lightlm.convert.gguf.shape import read_shape
+from lightlm.data.chat import template
 from lightlm.errors import ConvertError
 from tests.convert.gguf.models import MODELS
 from tests.convert.models import loaded
@@ -213,12 +214,22 @@ def test_the_modelfile_names_ends_that_ollama_cannot_hold(write):
 
 def test_the_modelfile_writes_turns_as_the_chat_template(write):
     model, path = write("llama")
-    for template, line in (("<|im_start|>{{ x }}<|im_end|>", '"""{{- range .Messages }}<|im_start|>'), ("[INST]", "")):
-        chat = replace(model, tokenizer=model.tokenizer.used_as(None, False, {"chat_template": template}, {}))
+    turns = template.CHATML
+    begins = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe SmolLM.<|im_end|>\n{% endif %}"
+    form = 'TEMPLATE """{{- range .Messages }}<|im_start|>'
+    for source, lines in (
+        (turns, [form]),
+        (begins + turns, [form, 'SYSTEM "Be SmolLM."']),
+        (begins.replace("Smol", "Smol\n") + turns, [form, 'SYSTEM """Be Smol\nLM."""']),
+        ("<|im_start|>{{ messages[0].content }}<|im_end|>", []),
+        ("[INST]", []),
+        ("{{ raise_exception('no') }}", []),
+    ):
+        chat = replace(model, tokenizer=model.tokenizer.used_as(None, False, {"chat_template": source}, {}))
         export_gguf(chat, path, "float32")
         text = modelfile_path(path).read_text()
-        assert ("TEMPLATE" in text) == bool(line)
-        assert line in text
+        assert ("TEMPLATE" in text, "SYSTEM" in text) == (len(lines) > 0, len(lines) > 1)
+        assert all(f"\n{line}" in text for line in lines)
 
 
 def test_scaled_positions_of_other_programs(write, monkeypatch):

@@ -206,6 +206,11 @@ def test_no_role_is_invented(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("byte-level")
     export_huggingface(LoadedModel(tiny_model(tokenizer), tokenizer, Path("x")), tmp_path / "own")
     assert read(tmp_path / "own", "tokenizer_config.json")["pad_token"] == tokenizer.end_of_text
+    chat = tokenizer.used_as(None, False, {"chat_template": "{{ messages }}", "eos_token": "x"}, {"eos_token_id": [1]})
+    export_huggingface(LoadedModel(tiny_model(chat), chat, Path("x")), tmp_path / "chat")
+    assert read(tmp_path / "chat", "tokenizer_config.json")["pad_token"] == tokenizer.end_of_text
+    generation = read(tmp_path / "chat", "generation_config.json")
+    assert (generation["pad_token_id"], generation["bos_token_id"]) == (tokenizer.end_of_text_id,) * 2
 
 
 def test_padding_that_only_config_names(tmp_path: Path) -> None:

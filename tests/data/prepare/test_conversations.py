@@ -109,6 +109,27 @@ def test_a_csv_of_messages_and_a_filter_before_the_check(tmp_path):
     assert shown(tmp_path / "a") == [WRITTEN] * 2
     path = write_lines(tmp_path / "b.jsonl", [{"messages": HI, "turns": 2}, {"messages": [], "turns": 0}])
     assert prepared(path, tmp_path / "b", filter=Filter("turns > 1")).dropped == {"filtered": 1}
+    with (tmp_path / "c.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["messages", "turns"], [json.dumps(HI), "2"], ["[]", "0"]])
+    assert prepared(tmp_path / "c.csv", tmp_path / "c", filter=Filter("turns > 1")).dropped == {"filtered": 1}
+
+
+def test_a_csv_of_prompts_and_completions_that_are_lists_of_messages(tmp_path):
+    rows = [["prompt", "completion"], [json.dumps(HI[:1]), json.dumps(HI[1:])], ["Hi", "Hello"]]
+    rows += [["[1, 2]", json.dumps({"a": 1})]]  # JSON that is what was asked
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    prepared(tmp_path / "a.csv", tmp_path / "a")
+    *lists, last = shown(tmp_path / "a")
+    assert lists == [WRITTEN] * 2
+    assert "user\n[1, 2]<" in last
+    assert '{"a": 1}' in last
+
+
+def test_an_instruction_that_is_null_is_not_written(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"instruction": None, "input": "Summarize this.", "output": "ok"}])
+    with pytest.raises(DataError, match="message 1"):
+        prepared(path, tmp_path / "a")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightlm.data.chat.conversation import as_text
 from lightlm.data.prepare.blocks import ONLY_EXACT, TOO_LARGE
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import texts as sizes
@@ -32,6 +33,11 @@ def test_thirteen_words_in_a_row_are_found() -> None:
     assert found_in("beta " + QUESTION.split(maxsplit=3)[3]) == []  # 12 of its words, and another
     assert found_in(PASSAGE.replace("seven", "seven seven")) == []
     assert found_in("") == found_in("too short") == []
+
+
+def test_a_message_that_is_a_question_is_found() -> None:
+    talk = [{"role": "user", "content": PASSAGE}, {"role": "assistant", "content": "yes"}]
+    assert index().found_in(as_text(talk)) == ["numbers"]
 
 
 @pytest.mark.parametrize(

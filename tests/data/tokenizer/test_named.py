@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lightlm.data.sources.hub import client
 from lightlm.data.sources.hub.client import download_tokenizer
 from lightlm.data.tokenizer import load_tokenizer, train_tokenizer
 from lightlm.data.tokenizer.named import requested_vocab_size
@@ -39,6 +40,34 @@ def test_a_hub_tokenizer_offline_says_what_works(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"no-such-org/tokenizer.*HF_HUB_OFFLINE.*train:8192"):
         load_tokenizer("no-such-org/tokenizer", download_tokenizer)
+
+
+def test_a_hub_tokenizer_that_another_program_fetched_in_part_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    TRAINED.save(tmp_path / "tokenizer.json")
+    known, asked = {"tokenizer.json": str(tmp_path / "tokenizer.json")}, []
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: known.get(name))
+
+    def download(repo: str, name: str) -> Path | None:
+        asked.append(name)
+        known[name] = object()  # which the cache says of files that a repository lacks
+        return tmp_path / name if name == "tokenizer.json" else None
+
+    monkeypatch.setattr(client, "_download_if_there", download)
+    monkeypatch.setattr(client, "hub_answers", lambda: False)
+    assert download_tokenizer("someone/chat", "") == tmp_path
+    assert "is read without" in caplog.text
+    assert "tokenizer_config.json" in caplog.text
+    assert not asked
+    monkeypatch.setattr(client, "hub_answers", lambda: True)
+    monkeypatch.setattr(client, "require_hub", lambda *_: None)
+    assert download_tokenizer("someone/chat", "") == tmp_path
+    assert {"tokenizer_config.json", "generation_config.json"} <= set(asked)
+    known["tokenizer.json"] = str(tmp_path / "tokenizer.json")
+    asked.clear()
+    assert download_tokenizer("someone/chat", "") == tmp_path
+    assert not asked, "all is known"
 
 
 def test_the_tokenizer_of_a_run_is_its_newest_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from lightlm.data.tokenizer.folder import ADDED, CHAT_TEMPLATE, COMPANIONS, DEFINITION, MERGES, VOCABULARY
 from lightlm.errors import DataError, LightLMError
+from lightlm.names import warn
 
 PROBE_SECONDS = 5.0
 
@@ -209,9 +210,16 @@ def download_tokenizer(repo: str, alternative: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     with contextlib.suppress(HFValidationError):  # the download reports it
-        for name in (DEFINITION, MERGES):  # they are downloaded last
-            cached = try_to_load_from_cache(repo, name)
-            if isinstance(cached, str):
+        found = (try_to_load_from_cache(repo, name) for name in (DEFINITION, MERGES))
+        if cached := next((path for path in found if isinstance(path, str)), None):
+            # The cache also knows what a repository lacks. Another program may have fetched tokenizer.json alone.
+            unknown = [name for name in (*COMPANIONS, CHAT_TEMPLATE) if try_to_load_from_cache(repo, name) is None]
+            if unknown and not hub_answers():
+                warn(
+                    f"the tokenizer of {repo} is read without {', '.join(unknown)}, which the Hub's cache lacks; they "
+                    "may name the end-of-text token and the chat template. Run this once with a connection"
+                )
+            if not unknown or not hub_answers():
                 return Path(cached).parent
     require_hub(f"the tokenizer {repo!r}", alternative)
     try:
