@@ -70,6 +70,7 @@ clean:
 	rm -rf $(VENV) .venv-floors site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.created:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'LightLM needs Python 3.11 or later, this is ' + sys.version.split()[0] + '; for example: make demo PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 

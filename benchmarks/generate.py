@@ -29,7 +29,8 @@ from typing import Any
 from common import make_parser, write_json
 from generation_engines import ENGINES, missing
 
-from lightlm.threads import bound_spinning, cores
+from lightlm.limits import cores
+from lightlm.threads import bound_spinning
 
 
 @dataclass

@@ -34,8 +34,9 @@ COMMANDS_HEAD = """# Command reference
 Every command with its arguments and options. This page is generated from the code; `lightlm COMMAND --help` prints the
 same. A value in brackets may be left out.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to standard output, progress and messages to
-standard error.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a training diverged, 130 interrupted. Processes that torchrun started
+also end with 70 after a crash and with 75 when they lose the others, so that it starts them again. Results go to
+standard output, progress and messages to standard error.
 """
 
 FORMATS_HEAD = """# Formats of models

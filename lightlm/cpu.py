@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightlm.limits import cores
 from lightlm.model.products import product
-from lightlm.threads import THREADS_VARIABLE, cores
+from lightlm.threads import THREADS_VARIABLE
 
 _ROWS, _ROUNDS = 128, 5
 WIDTH = 512  # features of a product whose model is not known; and the most that are measured

@@ -64,12 +64,18 @@ def writing(target: Path | None = None) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable. Windows cannot open a folder and does not need to."""
+    """Make renames inside `folder` durable, where its file system can.
+
+    Windows cannot open a folder and does not need to; some network file systems refuse to flush one.
+    """
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY):
+            raise
     finally:
         os.close(descriptor)
 

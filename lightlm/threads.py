@@ -1,4 +1,4 @@
-"""The cores of this process, and how OpenMP's threads wait. Imports no torch: it must act before torch starts."""
+"""How OpenMP's threads wait. Imports no torch: it must act before torch starts."""
 
 import os
 
@@ -6,11 +6,6 @@ THREADS_VARIABLE = "OMP_NUM_THREADS"
 # Rounds that a thread of GNU's OpenMP, which torch's Linux packages bring, waits for work before it sleeps. Its own
 # 300,000 take the core from whatever shares it (docs/decisions/fused-cpu-layers.md, "Threads").
 _SPINS = 3_000
-
-
-def cores() -> int:
-    """Return the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bound_spinning() -> None:

@@ -23,6 +23,20 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not flush folders")
+@pytest.mark.parametrize(("code", "works"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSPC, False)])
+def test_a_file_system_that_cannot_flush_folders_is_no_failure(tmp_path, monkeypatch, code, works):
+    def refusing(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    if works:
+        files.sync_folder(tmp_path)
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            files.sync_folder(tmp_path)
+
+
 def test_a_failed_overwrite_leaves_the_old_folder(tmp_path):
     target = tmp_path / "out"
     target.mkdir()

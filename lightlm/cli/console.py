@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-# Of several processes, only the first prints.
-_silent = os.environ.get("RANK", "0") != "0"
+# Of several processes that train, only the first prints.
+_silent = os.environ.get("RANK", "0") != "0" and "train" in sys.argv[1:2]
 # A text such as train:100: is not an emoji.
 console = Console(stderr=True, highlight=False, emoji=False, quiet=_silent)
 out = Console(highlight=False, emoji=False, quiet=_silent)

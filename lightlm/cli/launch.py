@@ -23,7 +23,8 @@ from rich.markup import escape
 
 from lightlm.cli.console import console
 from lightlm.errors import LightLMError
-from lightlm.threads import THREADS_VARIABLE, cores
+from lightlm.limits import cores
+from lightlm.threads import THREADS_VARIABLE
 from lightlm.train.signals import describe_signal, handling
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def _environment(processes: int, attempt: int, folder: Path) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "TORCHELASTIC_RUN_ID": "lightlm",
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
-        _RENDEZVOUS: (folder / "rendezvous").as_uri(),
+        # Torch takes the path as it is, but for Windows.
+        _RENDEZVOUS: (folder / "rendezvous").as_uri() if os.name == "nt" else f"file://{folder / 'rendezvous'}",
     }
 
 

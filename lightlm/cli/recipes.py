@@ -20,7 +20,9 @@ _EDITOR_LINE = "# yaml-language-server: $schema="  # tells editors where the JSO
 
 def _own_lines(path: Path) -> list[str]:
     """Return the lines of a recipe without the one for editors."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    from lightlm.recipe.yaml_text import read_text
+
+    lines = read_text(path).splitlines(keepends=True)
     return [line for line in lines if not line.startswith(_EDITOR_LINE)]
 
 

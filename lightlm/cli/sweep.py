@@ -109,6 +109,8 @@ def sweep(
         if search:
             from lightlm.sweep.search import run_search
 
+            if baseline not in (None, contestants[0].name):
+                opened.check_baseline(baseline)  # draws that begin now have no name yet
             ending = run_search(opened, recipe, space, fixed, chosen_seeds, search, metric)
         else:
             opened.add(contestants, chosen_seeds)
@@ -152,11 +154,11 @@ def _folder(name: str | None, recipe: str, keys: list[str]) -> Path:
     import re
 
     from lightlm.recipe import NAME_PATTERN
-    from lightlm.sweep.cells import short_keys
+    from lightlm.sweep.cells import folder_name, short_keys
     from lightlm.sweep.folder import SWEEPS
 
     if name is None:
-        parts = [Path(recipe).stem, *list(short_keys(keys).values())[:_NAME_KEYS]]
+        parts = [folder_name(Path(recipe).stem), *list(short_keys(keys).values())[:_NAME_KEYS]]
         return SWEEPS / re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip("._-")
     if not re.fullmatch(NAME_PATTERN, name):
         raise UsageError(f"--name {name}: use letters, digits, '.', '_' and '-'")

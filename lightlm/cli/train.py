@@ -291,6 +291,10 @@ def _shortened(
     except ProbeError as error:
         display.note(f"--max-minutes {minutes:g} has no effect: {error}")
         return recipe
+    if recipe.eval.tasks:
+        display.note(
+            f"--max-minutes leaves out the time of eval.tasks ({', '.join(recipe.eval.tasks)}), which is added"
+        )
     if fit.tokens >= recipe.train.tokens:
         return recipe
     display.note(

@@ -58,7 +58,7 @@ def read_sections(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         RecipeError: the file is not YAML in UTF-8 or UTF-16, has a key twice, or does not hold sections.
     """
-    text = _decode(path)
+    text = read_text(path)
     try:
         node = _Loader(text).get_single_node()
         if twice := next(_twice(node), None):
@@ -96,7 +96,12 @@ def read_value(key: str, text: str) -> Any:
         raise UsageError(f"the value of '{key}=...' is nested too deeply") from None
 
 
-def _decode(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a recipe's file.
+
+    Raises:
+        RecipeError: it is neither UTF-8 nor UTF-16 with a mark.
+    """
     raw = path.read_bytes()
     encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8")
     try:

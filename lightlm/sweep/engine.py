@@ -14,9 +14,10 @@ from types import FrameType
 from typing import Literal, Protocol
 
 from lightlm.errors import TrainingDivergedError
+from lightlm.limits import cores
 from lightlm.sweep.cells import Cell
 from lightlm.sweep.folder import FINAL, End, State, SweepFolder
-from lightlm.threads import THREADS_VARIABLE, cores
+from lightlm.threads import THREADS_VARIABLE
 from lightlm.train.signals import describe_signal, handling
 
 _POLL_SECONDS = 0.2

@@ -313,7 +313,7 @@ def free_changes(run: Path, recipe: Recipe) -> list[str]:
     with contextlib.suppress(LightLMError):  # `train --resume` says what is wrong with the run's recipe
         old, new = _flat(load_run_recipe(run, (), lambda note: None).to_dict()), _flat(recipe.to_dict())
         return [
-            f"{key}={json.dumps(value, ensure_ascii=False)}"
+            f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
             for key, value in new.items()
             if _is_free(key) and key not in _OF_THE_CELL and value not in ("auto", old.get(key))
         ]

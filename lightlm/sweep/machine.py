@@ -58,10 +58,11 @@ def _ask(request: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str
     done = subprocess.run(
         [sys.executable, "-m", "lightlm.sweep.machine"],
         input=json.dumps(request),
-        env=dict(environment),
+        env={**environment, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
         encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -69,6 +70,17 @@ def test_recipes_are_listed_shown_and_copied(lightlm, tmp_path, monkeypatch):
     lightlm("recipes", "cp", "demo", "mine.yaml").assert_one_message("mine.yaml exists; name another file")
     lightlm("recipes", "cp", "demo", "no/where.yaml").assert_one_message("no folder no to copy to")
     lightlm("recipes", "show", "dem").assert_one_message("did you mean demo")
+    (tmp_path / "powershell.yaml").write_text(text, encoding="utf-16")  # as its `>` writes
+    assert lightlm("recipes", "show", "./powershell.yaml").stdout == text
+    (tmp_path / "latin.yaml").write_bytes(text.encode() + b"# f\xfcr")
+    lightlm("recipes", "cp", "./latin.yaml", "new.yaml").assert_one_message("is not utf-8; save the file as UTF-8")
+
+
+def test_a_launchers_rank_silences_no_other_command_than_training():
+    """A shell in a worker of a cluster has it too."""
+    command = [sys.executable, "-m", "lightlm", "recipes", "show", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "RANK": "1"})
+    assert done.stdout.startswith("# ")
 
 
 def test_recipes_are_found_in_an_installed_package(tmp_path, monkeypatch):

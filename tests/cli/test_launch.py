@@ -56,6 +56,13 @@ def test_processes_share_the_cores_and_a_single_one_follows_its_recipe(monkeypat
     assert launch._environment(2, 0, tmp_path)["OMP_NUM_THREADS"] == "3"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="torch decodes the address on Windows only")
+def test_processes_meet_in_a_folder_of_any_name(tmp_path):
+    folder = tmp_path / "pbs.123[4] für"
+    address = launch._environment(2, 0, folder)[launch._RENDEZVOUS]
+    assert address.removeprefix("file://") == str(folder / "rendezvous")
+
+
 def test_windows_workers_that_save_are_not_killed(group, monkeypatch):
     """There Ctrl-C reaches them too, and `terminate` would end them at once."""
     monkeypatch.setattr(launch, "_WORKERS_ARE_TOLD", True)

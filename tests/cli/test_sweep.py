@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lightlm.cli import sweep
 from lightlm.runs.metrics import read_metrics
 from tests.corpus import make_workspace
 from tests.sweep.fleet import Fleet
@@ -108,6 +109,13 @@ def test_the_table_the_plots_and_the_document(lightlm, fleet):
     assert document["contestants"][0]["difference"]["value"] == pytest.approx(0.195)
     for path in document["plots"].values():
         assert Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_recipes_of_any_alphabet_have_sweeps_of_their_own():
+    folders = {sweep._folder(None, recipe, ["optimizer.lr"]) for recipe in ("实验.yaml", "训练.yaml", "demo")}
+    assert len(folders) == 3
+    assert Path("sweeps/demo-lr") in folders
+    assert sweep._folder(None, "实验.yaml", []) != Path("sweeps")
 
 
 def test_one_seed_gets_no_verdict(lightlm, fleet):

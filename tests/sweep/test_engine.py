@@ -6,11 +6,11 @@ import signal
 import pytest
 
 from lightlm.errors import TrainingDivergedError
+from lightlm.limits import cores
 from lightlm.runs import locked
 from lightlm.sweep import engine as engine_module
 from lightlm.sweep.cells import Cell, Contestant
 from lightlm.sweep.engine import Engine, Watch, environments
-from lightlm.threads import cores
 from tests.sweep.fleet import TOKENS, Fleet, folder
 
 A, B, C = (Contestant(name, "demo") for name in "abc")

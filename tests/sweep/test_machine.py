@@ -7,7 +7,7 @@ import torch
 
 from lightlm import cpu
 from lightlm.data.folder import DataFolder
-from lightlm.errors import UsageError
+from lightlm.errors import LightLMError, UsageError
 from lightlm.recipe import load_recipe
 from lightlm.sweep.machine import Machine, fitting_tokens, look_at_machine
 from tests.corpus import make_workspace
@@ -41,6 +41,12 @@ def test_a_missing_device_is_one_message():
         pytest.skip("this machine has the device")
     with pytest.raises(UsageError, match="device 'cuda' is not available"):
         look_at_machine(load_recipe("tiny.yaml", ["train.device=cuda"]))
+
+
+def test_a_failure_is_told_in_any_encoding():
+    recipe = load_recipe("tiny.yaml", ["data.dataset=Jürgen"])
+    with pytest.raises(LightLMError, match="Jürgen"):
+        fitting_tokens(recipe, 10, {**os.environ, "PYTHONIOENCODING": "cp1252"})
 
 
 def test_the_tokens_of_a_limit_of_time_are_whole_batches_and_may_exceed_the_recipes():

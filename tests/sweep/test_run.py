@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from lightlm.errors import CheckpointError, LightLMError, RecipeError, UsageError
+from lightlm.limits import cores
 from lightlm.recipe import load_recipe
 from lightlm.runs import locked
 from lightlm.sweep import run as sweep_run
 from lightlm.sweep.cells import Contestant
 from lightlm.sweep.machine import Machine
 from lightlm.sweep.run import Limits, Sweep
-from lightlm.threads import THREADS_VARIABLE, cores
+from lightlm.threads import THREADS_VARIABLE
 from tests.corpus import make_workspace
 from tests.sweep.fleet import TOKENS, Fleet, recipe_of
 from tests.train.watch import start
@@ -142,13 +143,19 @@ def test_what_a_sweep_may_change_reaches_the_runs_that_are_left(path):
                 (process.run / "recipe.yaml").write_text(recipe_of(arguments).to_yaml())
             return process
 
-    free = ("train.micro_batch_size=4", "checkpoint.keep_last=3", "train.threads=auto")
+    free = ("train.micro_batch_size=4", "checkpoint.keep_last=3", "train.threads=auto", "train.device=auto")
     sweep(path, [Contestant("a", "tiny.yaml", (*SHORT, *free))], (1,), Real(codes={"a_seed-1": 1}))
     free = ("train.micro_batch_size=2", "checkpoint.keep_last=1", "train.threads=auto", "train.device=cpu")
     _, fleet, _ = sweep(path, [Contestant("a", "tiny.yaml", (*SHORT, *free))], (1,), Real())
     (resumed,) = fleet.arguments
     assert resumed[1].startswith("--resume=")
-    assert sorted(resumed[2:]) == ["--no-report", "checkpoint.keep_last=1", "train.micro_batch_size=2"]
+    # Texts without quotes: an override is read as it is.
+    assert sorted(resumed[2:]) == [
+        "--no-report",
+        "checkpoint.keep_last=1",
+        "train.device=cpu",
+        "train.micro_batch_size=2",
+    ]
 
 
 @pytest.mark.parametrize("chosen", [None, "1"])

@@ -20,7 +20,7 @@ from lightlm.recipe import load_recipe
 from lightlm.runs import find_run
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import read_metrics
-from lightlm.train.step import compilation
+from lightlm.train.step import compilation, gradients
 from lightlm.train.step.gradients import micro_batch_size
 from lightlm.train.trainer import TrainingDivergedError
 from tests.shapes import build
@@ -359,6 +359,19 @@ def test_automatic_micro_batches_fit_a_gpus_memory(monkeypatch):
     for gigabytes, sequences in ((80, 16), (24, 4), (1, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=gigabytes: (n * 2**30, n * 2**30))
         assert micro_batch_size(recipe, torch.device("cuda")) == sequences
+
+
+def test_automatic_micro_batches_fit_the_memory_that_is_free(monkeypatch):
+    recipe = load_recipe("lightlm", ["model.vocab_size=50257", "train.seq_len=512"])
+    sizes = {}
+    for gigabytes, processes in ((64, 1), (10, 1), (6, 1), (1, 1), (64, 16)):
+        monkeypatch.setattr(gradients, "free_memory", lambda n=gigabytes: n * 2**30)
+        sizes[gigabytes, processes] = micro_batch_size(recipe, torch.device("cpu"), processes, dtype=torch.float32)
+    assert sizes[64, 1] == 4096 // 512
+    assert sizes[64, 1] >= sizes[10, 1] > sizes[6, 1] >= sizes[1, 1] == 1
+    assert sizes[64, 16] < sizes[64, 1], "processes share it"
+    monkeypatch.setattr(gradients, "free_memory", lambda: None)
+    assert micro_batch_size(recipe, torch.device("cpu")) == 4096 // 512
 
 
 def test_compiling_on_a_cpu_waits_for_a_run_that_pays(monkeypatch):

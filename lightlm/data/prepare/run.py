@@ -40,7 +40,7 @@ from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_setting
 from lightlm.data.top_tokens import TEACHER_FOLDER
 from lightlm.errors import DataError, UsageError
 from lightlm.files import clear_errors, refuse_working_folder, restore_folder, write_text
-from lightlm.threads import cores
+from lightlm.limits import cores
 
 OWN_FILES = (MANIFEST, DEFINITION, SETTINGS, TEACHER_FOLDER)  # of a data folder, beside its shards
 JUDGED = 10_000_000  # characters and tokens after which a tokenizer that loses text is refused, before the end

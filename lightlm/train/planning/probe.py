@@ -5,6 +5,7 @@ no run folder.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -58,9 +59,11 @@ def run_probe(recipe: Recipe) -> Probe:
     done = subprocess.run(
         [sys.executable, "-m", "lightlm.train.planning.probe"],
         input=json.dumps(recipe.to_dict()),
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
         encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode:

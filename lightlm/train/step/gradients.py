@@ -15,6 +15,8 @@ from torch import Tensor
 from lightlm.data.loader import BatchLoader
 from lightlm.device import autocast, is_out_of_memory, release_memory
 from lightlm.errors import LightLMError, RecipeError
+from lightlm.limits import free_memory
+from lightlm.model.counting import count_parameters
 from lightlm.model.fused import kept_weight_copies
 from lightlm.recipe import Recipe
 from lightlm.sharding import whole
@@ -28,6 +30,7 @@ from lightlm.train.step.scaling import LossScale
 # should be as large as memory allows.
 _MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
 _MEMORY_SHARE = 0.6  # of free device memory that activations may take
+_STATE_BYTES = 28  # per parameter on a CPU: weight, gradient, two moments, and a copy of all but the gradient to save
 
 # Of this process: sums of its losses, with multi-token prediction also of that loss and of its targets; and tokens per
 # expert and layer.
@@ -74,21 +77,22 @@ def micro_batch_size(
     """Return the sequences per forward pass: the recipe's, or the largest divisor of a process's share that fits.
 
     Args:
-        free: free bytes of a GPU's memory; asked of the device unless given.
+        free: free bytes of the device's memory for activations; asked of the device unless given.
         dtype: precision of matrix products.
     """
     share = recipe.batch_sequences // processes
     if recipe.train.micro_batch_size != "auto":
         return min(recipe.train.micro_batch_size, share)
     tokens = _MICRO_TOKENS[device.type]
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] if free is None else free
+    if free is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_memory(recipe, processes)
+    if free is not None:
         recompute, dropout = recipe.train.activation_checkpointing, recipe.train.dropout > 0
         mixed = dtype != torch.float32
         per_token = activation_bytes(  # an upper bound
             recipe.model,
             mixed=mixed,
-            fused=False,
+            fused=device.type != "cuda",
             recompute=recompute,
             dropout=dropout,
             mtp_depth=recipe.train.mtp.depth,
@@ -96,6 +100,13 @@ def micro_batch_size(
         tokens = min(tokens, int(free * _MEMORY_SHARE) // per_token)
     most = max(tokens // recipe.seq_len, 1)
     return max(size for size in _divisors(share) if size <= most)
+
+
+def _host_memory(recipe: Recipe, processes: int) -> int | None:
+    """Return the bytes that each process of this machine has for activations, or None if unknown."""
+    if (free := free_memory()) is None:
+        return None
+    return max(free // processes - _STATE_BYTES * count_parameters(recipe.model)["total"], 0)
 
 
 def _divisors(number: int) -> list[int]:
