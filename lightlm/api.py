@@ -397,7 +397,7 @@ def evaluate(
     chosen.require_data()
     if isinstance(model, Model):
         loaded = model._loaded
-        chosen.settings = replace(chosen.settings, **_chosen_for(loaded, chosen.dtype))
+        chosen.settings = _settings_of(loaded, chosen)
     else:
         loaded = load(model, device=device, dtype=chosen.dtype)._loaded
     done = evaluate_model(
@@ -410,12 +410,10 @@ def evaluate(
     return done.to_dict()
 
 
-def _chosen_for(loaded: LoadedModel, usual: str) -> dict[str, str]:
+def _settings_of(loaded: LoadedModel, tasks: Tasks) -> Settings:
     """Return the settings with which `lightlm eval` would score a loaded model, for the name of its results."""
     weight = loaded.model.embed_tokens.weight
-    found = {}
-    if weight.dtype != pick_dtype(usual, weight.device):
-        found["dtype"] = str(weight.dtype).removeprefix("torch.")
-    if any(file.name == RAW_WEIGHTS for file in loaded.weights):
-        found["chosen_weights"] = "raw"
-    return found
+    usual = weight.dtype == pick_dtype(tasks.dtype, weight.device)
+    dtype = tasks.settings.dtype if usual else str(weight.dtype).removeprefix("torch.")
+    raw = any(file.name == RAW_WEIGHTS for file in loaded.weights)
+    return replace(tasks.settings, dtype=dtype, chosen_weights="raw" if raw else tasks.settings.chosen_weights)
