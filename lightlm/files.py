@@ -165,6 +165,47 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     replace_folder(temporary, path)
 
 
+@contextlib.contextmanager
+def put_back(path: Path) -> Iterator[None]:
+    """Context manager that puts back the file or folder that `path` was, if an error ends the block.
+
+    What is kept shares its content by hard links where the disk can, so the block must replace files and not change
+    them. A kill leaves it beside `path`, under a hidden name.
+    """
+    path = path.resolve()
+    if not path.exists():
+        yield
+        return
+    kept, is_folder = _temporary(path), path.is_dir()
+    remove = remove_folder if is_folder else Path.unlink
+    try:
+        if is_folder:
+            shutil.copytree(path, kept, copy_function=_link)
+        else:
+            _link(path, kept)
+    except BaseException:
+        if kept.exists():
+            remove(kept)
+        raise
+    try:
+        yield
+    except BaseException:
+        if is_folder:
+            replace_folder(kept, path)
+        else:
+            os.replace(kept, path)
+        raise
+    remove(kept)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the disk has no such links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def refuse_working_folder(path: Path) -> None:
     """Raise UsageError if a folder to replace is or holds the working directory, which would be renamed and deleted."""
     if path.exists() and Path.cwd().is_relative_to(path.resolve()):

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -35,6 +36,34 @@ def test_a_file_system_that_cannot_flush_folders_is_no_failure(tmp_path, monkeyp
     else:
         with pytest.raises(OSError, match=os.strerror(code)):
             files.sync_folder(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+def test_what_a_failed_block_replaced_is_put_back(tmp_path, monkeypatch, kind, links):
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links here")))
+    path = tmp_path / "out"
+    part = path / "deep" / "part" if kind == "folder" else path
+
+    def write(text):
+        if kind == "folder":
+            with files.new_folder(path, overwrite=True) as folder:
+                (folder / "deep").mkdir()
+                (folder / "deep" / "part").write_text(text)
+        else:
+            files.write_text(path, text)
+
+    if kind != "nothing":
+        write("good")
+    with files.put_back(path):
+        write("better")
+    assert part.read_text() == "better"
+    with pytest.raises(KeyboardInterrupt), files.put_back(path):  # noqa: PT012
+        write("bad")
+        raise KeyboardInterrupt
+    assert part.read_text() == "better"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_overwrite_leaves_the_old_folder(tmp_path):

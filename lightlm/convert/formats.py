@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightlm import files
 from lightlm.convert.gguf.format import GGUFFile
 from lightlm.convert.huggingface.format import HuggingFaceFolder
 from lightlm.convert.onnx.format import ONNXFolder
@@ -175,7 +176,8 @@ def convert_model(
         read: loads other weights from `source` than the reader does.
 
     Raises:
-        ConvertError: the format written or the precision cannot hold this model, or `verify` found a difference.
+        ConvertError: the format written or the precision cannot hold this model, or `verify` found a difference; what
+            `out` was before is then put back.
         LightLMError: the model cannot be read.
     """
     for known in (reader, writer):
@@ -193,12 +195,14 @@ def convert_model(
 
     plain = as_plain(loaded) if fold or writer.folds else loaded
     _check_range(plain, torch.float16 if quantize else dtype)  # the scales of quantized blocks are float16
-    facts = {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
-    if verify:
+    if not verify:
+        return {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
+    with files.put_back(out):  # a conversion that is not right does not cost an earlier one
+        facts = {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
         differences = [writer.verify(plain, out, dtype), _check_fold(loaded, plain)]
         differences += [reader.verify(loaded, source, dtype)] if read is None else []
         facts["max_logit_difference"] = max(filter(None, differences), default=0.0)
-    return facts
+        return facts
 
 
 def _require(package: str, need: str, known: Format) -> None:

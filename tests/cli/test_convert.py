@@ -383,9 +383,13 @@ def test_verify_finds_a_wrong_export(run, monkeypatch):
     from lightlm.convert.huggingface import folder as huggingface
 
     right = huggingface.write_config
+    invoke()
+    before = {path.name: path.read_bytes() for path in Path("runs/demo/hf").iterdir()}
     monkeypatch.setattr(huggingface, "write_config", lambda *args: {**right(*args), "rms_norm_eps": 0.1})
     with pytest.raises(ConvertError, match="does not compute what"):
-        invoke("--verify")
+        invoke("--verify", "--overwrite")
+    assert {path.name: path.read_bytes() for path in Path("runs/demo/hf").iterdir()} == before, "it was right"
+    assert not list(Path("runs/demo").glob(".hf*"))
 
 
 def test_fold_writes_a_plain_checkpoint(run, tokenizer):
