@@ -116,7 +116,8 @@ def summary(records: Sequence[Record]) -> str:
         metric = record["metric"]
         unit, digits = UNITS[metric]
         first, *found = rows(record, records, metric)
-        longest = 1.02 * last_tokens(record["contestants"][first.name]) if metric == "val_loss" else math.inf
+        comparable = metric == "val_loss" and bool(first.values)
+        longest = 1.02 * last_tokens(record["contestants"][first.name]) if comparable else math.inf
         fair = (row for row in found if math.isfinite(row.difference))
         best = next((row for row in fair if last_tokens(record["contestants"][row.name]) <= longest), None)
         gain = f"{_difference(best, digits)} {unit}" if best else ""

@@ -313,11 +313,14 @@ def show(options: argparse.Namespace) -> None:
     if options.page:
         options.page.write_text(page(), encoding="utf-8")
     if options.figure or options.sentence:
-        record = evidence.merge(evidence.read(RESULTS, options.studies or ["decisive", "decisive-again"]))
-        print(evidence_page.sentences(record))
-        if options.figure:
-            for path in evidence_figure.draw(record, options.figure):
-                print(f"wrote {path}")
+        records = evidence.read(RESULTS, options.studies or ["decisive", "decisive-again"])
+        if len(records) == 1 + len(evidence.repeats(records[0], records)):
+            records = [evidence.merge(records)]
+        for record in records:
+            print(evidence_page.sentences(record))
+            if options.figure:
+                for path in evidence_figure.draw(record, options.figure):
+                    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

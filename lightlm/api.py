@@ -394,12 +394,10 @@ def evaluate(
         system_instruction=system_instruction,
     )
     chosen = Tasks(settings)
-    chosen.require_data()
     if isinstance(model, Model):
-        loaded = model._loaded
-        chosen.settings = _settings_of(loaded, chosen)
-    else:
-        loaded = load(model, device=device, dtype=chosen.dtype)._loaded
+        chosen = Tasks(_settings_of(model._loaded, chosen))
+    chosen.require_data()
+    loaded = (model if isinstance(model, Model) else load(model, device=device, dtype=chosen.dtype))._loaded
     done = evaluate_model(
         loaded, chosen, loaded.name, lambda settings: result_file(loaded, settings, None), batch_size=str(batch_size)
     )

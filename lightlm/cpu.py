@@ -82,11 +82,12 @@ def use_threads(wanted: int | str, note: Callable[[str], None], width: int = WID
         width: the model's hidden size.
         slices: see `fastest_threads`.
     """
-    most = torch.get_num_threads()
     if THREADS_VARIABLE in os.environ:
-        if wanted not in ("auto", most):
-            note(f"{THREADS_VARIABLE} sets {most} threads, not train.threads={wanted}; losses may differ by rounding")
-        return most
+        given = torch.get_num_threads()
+        if wanted not in ("auto", given):
+            note(f"{THREADS_VARIABLE} sets {given} threads, not train.threads={wanted}; losses may differ by rounding")
+        return given
+    most = min(torch.get_num_threads(), cores())  # torch does not know of a limit on the time
     if wanted != "auto" and int(wanted) > cores():
         note(
             f"train.threads={wanted} exceeds the {cores()} cores that this process may use: choosing anew, so losses "

@@ -170,13 +170,14 @@ def put_back(path: Path) -> Iterator[None]:
     """Context manager that puts back the file or folder that `path` was, if an error ends the block.
 
     What is kept shares its content by hard links where the disk can, so the block must replace files and not change
-    them. A kill leaves it beside `path`, under a hidden name.
+    them. A kill leaves it beside `path` under a hidden name, until the next call.
     """
     path = path.resolve()
+    kept, is_folder = path.with_name(f".{path.name}.kept"), path.is_dir()
+    remove_folder(kept) if kept.is_dir() else kept.unlink(missing_ok=True)
     if not path.exists():
         yield
         return
-    kept, is_folder = _temporary(path), path.is_dir()
     remove = remove_folder if is_folder else Path.unlink
     try:
         if is_folder:

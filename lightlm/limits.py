@@ -13,7 +13,6 @@ from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
-_NO_LIMIT = 2**62  # version 1 says so with a number near 2**63
 
 
 def cores() -> int:
@@ -30,28 +29,17 @@ def cores() -> int:
     return max(1, min([own, *map(math.ceil, shares)]))
 
 
-def free_memory() -> int | None:
-    """Return the bytes of memory that this process may still take without others losing theirs; None if unknown."""
-    found = []
+def memory() -> int:
+    """Return the bytes of memory that this process may use, whatever others use of them."""
     if sys.platform == "win32":
         import psutil
 
-        found.append(int(psutil.virtual_memory().available))
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(1024 * int(line.split()[1]))
-    names = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        return int(psutil.virtual_memory().total)
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder in _groups("memory"):
-        for limit, used in ((_read(folder / limit), _read(folder / used)) for limit, used in names):
-            if limit.isdigit() and used.isdigit() and int(limit) < _NO_LIMIT:
-                found.append(max(int(limit) - int(used) + _cached(folder), 0))
-    return min(found, default=None)
-
-
-def _cached(group: Path) -> int:
-    """Return the bytes of a group that hold parts of files, which the system drops when others need the memory."""
-    words = dict(line.split(maxsplit=1) for line in _read(group / "memory.stat").splitlines() if " " in line)
-    return int(words.get("inactive_file", words.get("total_inactive_file", "0")))
+        limits = (_read(folder / name) for name in ("memory.max", "memory.limit_in_bytes"))
+        found += [int(limit) for limit in limits if limit.isdigit()]  # without one: "max", or a number near 2**63
+    return min(found)
 
 
 def _groups(resource: str) -> Iterator[Path]:

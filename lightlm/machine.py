@@ -14,6 +14,7 @@ import torch
 
 import lightlm
 from lightlm import files
+from lightlm.limits import memory
 
 _RECORD = "machine.json"
 _COMPUTER = ("processor", "cpu_features", "processors", "accelerator")
@@ -82,7 +83,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu_features": cpu_features(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(memory() / _GIB, 1),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -144,11 +145,3 @@ def cpu_flags() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").strip()
     return ""
-
-
-def _memory_gib() -> float:
-    if sys.platform == "win32":
-        import psutil
-
-        return round(psutil.virtual_memory().total / _GIB, 1)
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1)

@@ -52,7 +52,8 @@ def test_what_a_failed_block_replaced_is_put_back(tmp_path, monkeypatch, kind, l
                 (folder / "deep").mkdir()
                 (folder / "deep" / "part").write_text(text)
         else:
-            files.write_text(path, text)
+            with files.new_file(path, alone=True) as temporary:  # removes what kills have left
+                temporary.write_text(text)
 
     if kind != "nothing":
         write("good")

@@ -57,17 +57,19 @@ def test_limits_of_version_1(groups, quota, cores):
     assert limits.cores() == cores
 
 
-def test_memory_is_what_the_group_leaves(groups):
-    groups("0::/job\n", {"job/memory.max": str(GIB), "job/memory.current": str(GIB // 2)})
-    before = limits.free_memory()
-    assert before == GIB // 2
-    groups("0::/job\n", {"job/memory.stat": f"anon 5\ninactive_file {GIB // 4}"})
-    assert limits.free_memory() == GIB // 2 + GIB // 4, "cached files are given up"
-    groups("0::/job\n", {"job/memory.max": "max"})
-    machine = limits.free_memory()
-    assert machine is None or machine > before
-    groups(
-        "9:memory:/job\n",
-        {"memory/job/memory.limit_in_bytes": str(2**63 - 4096), "memory/job/memory.usage_in_bytes": "1"},
-    )
-    assert limits.free_memory() == machine or abs(limits.free_memory() - machine) < 4 * GIB
+@pytest.mark.parametrize(
+    ("own", "files", "memory"),
+    [
+        ("", {}, 8 * GIB),
+        ("0::/job\n", {"job/memory.max": str(GIB), "memory.max": str(2 * GIB)}, GIB),
+        ("0::/job\n", {"job/memory.max": "max", "memory.max": str(2 * GIB)}, 2 * GIB),
+        ("9:memory:/job\n", {"memory/job/memory.limit_in_bytes": str(3 * GIB)}, 3 * GIB),
+        ("9:memory:/job\n", {"memory/job/memory.limit_in_bytes": str(2**63 - 4096)}, 8 * GIB),
+    ],
+)
+@pytest.mark.skipif(os.name == "nt", reason="Windows has neither control groups nor sysconf")
+def test_the_tightest_limit_of_memory_counts(groups, monkeypatch, own, files, memory):
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 8 * GIB // 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    groups(own, files)
+    assert limits.memory() == memory

@@ -27,7 +27,7 @@ def report(
     """Plot runs as one page and PNG files. Several runs share each plot, and their stored scores are compared."""
     from lightlm.evaluate.compare.baselines import split_names
 
-    baselines, models = split_names(compare or "")
+    baselines, models = split_names(compare or "", lambda note: None)  # a run of that name is an argument of its own
     if models:
         raise UsageError(
             f"--compare {models[0]}: a report only reads stored scores; name a run as an argument instead, or score "

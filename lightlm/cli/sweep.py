@@ -158,7 +158,8 @@ def _folder(name: str | None, recipe: str, keys: list[str]) -> Path:
     from lightlm.sweep.folder import SWEEPS
 
     if name is None:
-        parts = [folder_name(Path(recipe).stem), *list(short_keys(keys).values())[:_NAME_KEYS]]
+        stem = Path(recipe).stem
+        parts = [stem if stem.isascii() else folder_name(stem), *list(short_keys(keys).values())[:_NAME_KEYS]]
         return SWEEPS / re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip("._-")
     if not re.fullmatch(NAME_PATTERN, name):
         raise UsageError(f"--name {name}: use letters, digits, '.', '_' and '-'")

@@ -5,9 +5,10 @@ options of `lightlm convert`, MODEL on the command line and the tables of docs/r
 Importing this module is cheap, because formats import torch and their own libraries inside their methods.
 """
 
+import contextlib
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,12 +198,25 @@ def convert_model(
     _check_range(plain, torch.float16 if quantize else dtype)  # the scales of quantized blocks are float16
     if not verify:
         return {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
-    with files.put_back(out):  # a conversion that is not right does not cost an earlier one
+    from lightlm.convert.gguf.modelfile import modelfile_path
+
+    had_one = out.exists()
+    # A conversion that is not right does not cost an earlier one.
+    with _told_what_stays(out, had_one), files.put_back(out), files.put_back(modelfile_path(out)):
         facts = {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
         differences = [writer.verify(plain, out, dtype), _check_fold(loaded, plain)]
         differences += [reader.verify(loaded, source, dtype)] if read is None else []
         facts["max_logit_difference"] = max(filter(None, differences), default=0.0)
         return facts
+
+
+@contextlib.contextmanager
+def _told_what_stays(out: Path, had_one: bool) -> Iterator[None]:
+    """Add to an error that the earlier conversion is there again."""
+    try:
+        yield
+    except ConvertError as error:
+        raise ConvertError(f"{error}. {out} is again what it was before") if had_one else error from None
 
 
 def _require(package: str, need: str, known: Format) -> None:

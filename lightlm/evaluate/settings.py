@@ -49,7 +49,8 @@ class Settings:
         """What was asked for beside tasks and prompts and changes scores, in words; empty for the defaults."""
         before = {"auto": "", "yes": "with a beginning-of-text token", "no": "without a beginning-of-text token"}
         data = "" if self.data is None else f"data {Path(self.data).resolve().name}"
-        return ", ".join(filter(None, ["" if self.dtype == "auto" else self.dtype, before[self.bos], data]))
+        tasks = "" if self.include_path is None else f"tasks of {Path(self.include_path).resolve().name}"
+        return ", ".join(filter(None, ["" if self.dtype == "auto" else self.dtype, before[self.bos], data, tasks]))
 
     def __post_init__(self) -> None:
         if not self.tasks:

@@ -179,8 +179,8 @@ def set_up(
     if resume_from is not None:
         last = "raw" if checkpoint.has_average(resume_from) else None
         loaded = checkpoint.load_model(resume_from, device, weights=last, mtp=True)
-        own = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-        loaded.model.load_state_dict(own, assign=True)  # no part of the file, which Windows could not delete then
+        if device.type == "cpu":  # no part of the file is kept, which Windows could not delete then
+            _own_memory(loaded.model)
     elif recipe.train.init_from is not None and data is not None:  # else only a step is measured
         loaded = load_initial(recipe, data.main, world, note)
     model = (loaded.model if loaded else Transformer(recipe.model, recipe.train.mtp.depth)).to(device)
@@ -258,6 +258,11 @@ def _note_conversations(loader: BatchLoader, recipe: Recipe, note: Note) -> None
             f"conversations of {', '.join(loader.packings)} that share a sequence see each other; "
             "data.document_mask=true keeps them apart"
         )
+
+
+def _own_memory(model: Transformer) -> None:
+    """Move a model's tensors from the file that they are mapped from to memory of their own."""
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
 
 
 def _average(recipe: Recipe, loss: ParallelLoss, progress: Progress, resume_from: Path | None) -> WeightAverage | None:

@@ -195,10 +195,10 @@ def test_what_a_gpu_computes_again_or_hides_takes_its_time(lightlm, folder):
     assert hours("model.sliding_window=128") > plain, "dense masks hide scores, and skip none"
 
 
-def test_a_training_that_exceeds_the_free_memory_is_noted(lightlm, folder, monkeypatch):
-    monkeypatch.setattr("lightlm.train.planning.plan.free_memory", lambda: 10**8)
+def test_a_training_that_exceeds_the_memory_is_noted(lightlm, folder, monkeypatch):
+    monkeypatch.setattr("lightlm.train.planning.plan.memory", lambda: 10**8)
     plan = json.loads(lightlm("plan", "tiny.yaml", "--no-probe", "--json").stdout)
-    assert any("and 0.1 GB are free: the system may end it" in note for note in plan["notes"])
+    assert any("and this process may use 0.1: the system would end it" in note for note in plan["notes"])
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63)])

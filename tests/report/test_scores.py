@@ -128,11 +128,11 @@ def holm_of_two(p_values):
 
 def test_scores_with_other_settings_are_lines_of_their_own(runs, tmp_path):
     write_scores(runs[0], {"piqa": 100})
-    chosen = Settings(["piqa"], dtype="bfloat16", bos="yes", data="data/other").chosen
+    chosen = Settings(["piqa"], dtype="bfloat16", bos="yes", data="data/other", include_path="my/tasks").chosen
     write_scores(runs[0], {"piqa": 140}, facts={"dtype": "bfloat16", "chosen": chosen}, suffix="_bos")
     text = page_of(runs[:1], tmp_path)
     assert "<td>200</td><td>0.5000</td><td>0.5000 ±" in text
-    label = "200, bfloat16, with a beginning-of-text token, data other"
+    label = "200, bfloat16, with a beginning-of-text token, data other, tasks of tasks"
     assert f"<td>{label}</td><td>0.5000</td><td>0.7000 ±" in text
     assert chart_of(runs[:1]).chart.axes.patches[0].get_height() == 0.5
 

@@ -361,17 +361,19 @@ def test_automatic_micro_batches_fit_a_gpus_memory(monkeypatch):
         assert micro_batch_size(recipe, torch.device("cuda")) == sequences
 
 
-def test_automatic_micro_batches_fit_the_memory_that_is_free(monkeypatch):
+def test_automatic_micro_batches_fit_the_machines_memory(monkeypatch):
     recipe = load_recipe("lightlm", ["model.vocab_size=50257", "train.seq_len=512"])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     sizes = {}
     for gigabytes, processes in ((64, 1), (10, 1), (6, 1), (1, 1), (64, 16)):
-        monkeypatch.setattr(gradients, "free_memory", lambda n=gigabytes: n * 2**30)
+        monkeypatch.setattr(gradients, "memory", lambda n=gigabytes: n * 2**30)
         sizes[gigabytes, processes] = micro_batch_size(recipe, torch.device("cpu"), processes, dtype=torch.float32)
     assert sizes[64, 1] == 4096 // 512
     assert sizes[64, 1] >= sizes[10, 1] > sizes[6, 1] >= sizes[1, 1] == 1
     assert sizes[64, 16] < sizes[64, 1], "processes share it"
-    monkeypatch.setattr(gradients, "free_memory", lambda: None)
-    assert micro_batch_size(recipe, torch.device("cpu")) == 4096 // 512
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(gradients, "memory", lambda: 10 * 2**30)
+    assert micro_batch_size(recipe, torch.device("cpu"), 16, dtype=torch.float32) == sizes[10, 1], "one per machine"
 
 
 def test_compiling_on_a_cpu_waits_for_a_run_that_pays(monkeypatch):

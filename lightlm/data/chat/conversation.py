@@ -55,10 +55,14 @@ def _of_prompt(record: Record) -> list[Any]:
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = record[key]
         parsed = _parsed(value)  # in CSV, a list of messages is JSON; other JSON is what somebody wrote
-        if isinstance(parsed, list) and parsed and all(isinstance(each, dict) for each in parsed):
+        if isinstance(parsed, list) and parsed and all(map(_is_message, parsed)):
             value = parsed
         sides += value if isinstance(value, list) else [{"role": role, "content": value}]
     return sides
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
 
 
 def _of_instruction(record: Record) -> list[Any]:

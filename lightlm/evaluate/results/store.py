@@ -97,10 +97,10 @@ def write(
     Samples of results that are replaced are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_samples(path)
     files.write_text(path, json.dumps(results, indent=2, default=_plain, ensure_ascii=False) + "\n")
     files.write_text(path.with_suffix(".meta.json"), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     documents.write(documents.documents_file(path), scored)
+    _remove_samples(path)
 
 
 def write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

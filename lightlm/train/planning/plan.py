@@ -10,7 +10,7 @@ from lightlm.data.loader import epoch_tokens
 from lightlm.data.training_data import TrainingData, folder_paths
 from lightlm.device import ACCELERATORS, Accelerator, describe, pick_device, pick_dtype, training_dtype
 from lightlm.errors import UsageError
-from lightlm.limits import free_memory
+from lightlm.limits import memory
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.planning.memory import inference_parts, training_parts
@@ -183,11 +183,10 @@ def _machine(
         # With a GPU, the copy and the process take memory of the host instead.
         base = measured.process_memory if measured else process_memory()
         parts |= {"gaps": round(_GAPS * sum(parts.values())), "checkpoint_copy": copy, "process": base or 0}
-        needed, left = sum(parts.values()), free_memory()
-        if left is not None and needed > left:
+        if (needed := sum(parts.values())) > memory():
             note(
-                f"training takes about {needed / 1e9:.1f} GB, and {left / 1e9:.1f} GB are free: the system may end it; "
-                "close other programs, or choose a smaller model, train.seq_len or train.micro_batch_size"
+                f"training takes about {needed / 1e9:.1f} GB of memory, and this process may use {memory() / 1e9:.1f}: "
+                "the system would end it; choose a smaller model, train.seq_len or train.micro_batch_size"
             )
     return {
         "device": describe(device) if present else f"{device} (not available)",

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from lightlm.data.loader import BatchLoader
 from lightlm.device import autocast, is_out_of_memory, release_memory
 from lightlm.errors import LightLMError, RecipeError
-from lightlm.limits import free_memory
+from lightlm.limits import memory
 from lightlm.model.counting import count_parameters
 from lightlm.model.fused import kept_weight_copies
 from lightlm.recipe import Recipe
@@ -29,7 +30,7 @@ from lightlm.train.step.scaling import LossScale
 # Tokens per automatic micro-batch. On a CPU, activations should stay near its caches; on an accelerator, products
 # should be as large as memory allows.
 _MICRO_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32_768}
-_MEMORY_SHARE = 0.6  # of free device memory that activations may take
+_MEMORY_SHARE = 0.6  # of a GPU's free memory, or of a machine's, that activations may take
 _STATE_BYTES = 28  # per parameter on a CPU: weight, gradient, two moments, and a copy of all but the gradient to save
 
 # Of this process: sums of its losses, with multi-token prediction also of that loss and of its targets; and tokens per
@@ -86,27 +87,26 @@ def micro_batch_size(
     tokens = _MICRO_TOKENS[device.type]
     if free is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_memory(recipe, processes)
-    if free is not None:
-        recompute, dropout = recipe.train.activation_checkpointing, recipe.train.dropout > 0
-        mixed = dtype != torch.float32
-        per_token = activation_bytes(  # an upper bound
-            recipe.model,
-            mixed=mixed,
-            fused=device.type != "cuda",
-            recompute=recompute,
-            dropout=dropout,
-            mtp_depth=recipe.train.mtp.depth,
-        )
-        tokens = min(tokens, int(free * _MEMORY_SHARE) // per_token)
+    per_token = activation_bytes(  # an upper bound
+        recipe.model,
+        mixed=dtype != torch.float32,
+        fused=device.type == "cpu",
+        recompute=recipe.train.activation_checkpointing,
+        dropout=recipe.train.dropout > 0,
+        mtp_depth=recipe.train.mtp.depth,
+    )
+    tokens = min(tokens, int(free * _MEMORY_SHARE) // per_token)
     most = max(tokens // recipe.seq_len, 1)
     return max(size for size in _divisors(share) if size <= most)
 
 
-def _host_memory(recipe: Recipe, processes: int) -> int | None:
-    """Return the bytes that each process of this machine has for activations, or None if unknown."""
-    if (free := free_memory()) is None:
-        return None
-    return max(free // processes - _STATE_BYTES * count_parameters(recipe.model)["total"], 0)
+def _host_memory(recipe: Recipe, processes: int) -> int:
+    """Return the bytes that each process of this machine has beside the state of training.
+
+    All memory counts, not what is free now: a resumed run and the seeds of a sweep must get the same micro-batch.
+    """
+    here = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    return max(memory() // here - _STATE_BYTES * count_parameters(recipe.model)["total"], 0)
 
 
 def _divisors(number: int) -> list[int]:

@@ -116,14 +116,15 @@ def test_a_csv_of_messages_and_a_filter_before_the_check(tmp_path):
 
 def test_a_csv_of_prompts_and_completions_that_are_lists_of_messages(tmp_path):
     rows = [["prompt", "completion"], [json.dumps(HI[:1]), json.dumps(HI[1:])], ["Hi", "Hello"]]
-    rows += [["[1, 2]", json.dumps({"a": 1})]]  # JSON that is what was asked
+    people = json.dumps([{"name": "Bob", "age": 3}])
+    rows += [["[1, 2]", people]]  # JSON that is what was asked
     with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
     prepared(tmp_path / "a.csv", tmp_path / "a")
     *lists, last = shown(tmp_path / "a")
     assert lists == [WRITTEN] * 2
     assert "user\n[1, 2]<" in last
-    assert '{"a": 1}' in last
+    assert people in last
 
 
 def test_an_instruction_that_is_null_is_not_written(tmp_path):

@@ -209,18 +209,28 @@ def download_tokenizer(repo: str, alternative: str) -> Path:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    cached = None
     with contextlib.suppress(HFValidationError):  # the download reports it
         found = (try_to_load_from_cache(repo, name) for name in (DEFINITION, MERGES))
-        if cached := next((path for path in found if isinstance(path, str)), None):
-            # The cache also knows what a repository lacks. Another program may have fetched tokenizer.json alone.
-            unknown = [name for name in (*COMPANIONS, CHAT_TEMPLATE) if try_to_load_from_cache(repo, name) is None]
-            if unknown and not hub_answers():
-                warn(
-                    f"the tokenizer of {repo} is read without {', '.join(unknown)}, which the Hub's cache lacks; they "
-                    "may name the end-of-text token and the chat template. Run this once with a connection"
-                )
-            if not unknown or not hub_answers():
-                return Path(cached).parent
+        cached = next((Path(path).parent for path in found if isinstance(path, str)), None)
+        # The cache also knows what a repository lacks. Another program may have fetched tokenizer.json alone.
+        unknown = [name for name in (*COMPANIONS, CHAT_TEMPLATE) if try_to_load_from_cache(repo, name) is None]
+        if cached is not None and not unknown:
+            return cached
+    try:
+        return _fetch_tokenizer(repo, alternative)
+    except DataError as error:
+        if cached is None:
+            raise
+        warn(
+            f"the tokenizer of {repo} is read without {', '.join(unknown)}, which may name the end-of-text token and "
+            f"the chat template: the Hub's cache lacks them, and they cannot be fetched ({first_line(error)})"
+        )
+        return cached
+
+
+def _fetch_tokenizer(repo: str, alternative: str) -> Path:
+    """Download what the local cache lacks of a tokenizer; see `download_tokenizer`."""
     require_hub(f"the tokenizer {repo!r}", alternative)
     try:
         with quiet_libraries():
