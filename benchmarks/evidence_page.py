@@ -14,6 +14,7 @@ from evidence import (
     families,
     finals,
     last_tokens,
+    paired,
     pool,
     reach,
     repeats,
@@ -186,6 +187,10 @@ def sentences(record: Record, metric: str = "val_loss") -> str:
             if math.isfinite(found.seconds):
                 needs += f" and {found.share * found.seconds:.0%} of its time"
         lines.append(f"{family} {verb} {target} {needs}.")
+    pairs = paired(record, metric)
+    members = [name for group in families(record).values() for name in group if pairs[name]]
+    ends = [f"{name} {statistics.fmean(pairs[name].values()):+.{digits}f}" for name in members]
+    lines.append(f"Ends beside it, {unit}: {', '.join(ends)}.")
     sizes = {first: first} | {family: members[0] for family, members in families(record).items()}
     texts = (f"{name} {_weights(record['contestants'][member]):,}" for name, member in sizes.items())
     return "\n".join([*lines, f"Active parameters without embeddings and head: {', '.join(texts)}."])

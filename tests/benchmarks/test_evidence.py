@@ -125,7 +125,10 @@ def test_ends_on_one_side_give_a_bound(evidence, evidence_page, decisive):
 
 
 def test_sentences_say_the_share_with_its_interval_and_what_is_compared(evidence, evidence_page, decisive):
-    dense, moe, sizes = evidence_page.sentences(decisive).splitlines()
+    dense, moe, ends, sizes = evidence_page.sentences(decisive).splitlines()
+    assert ends.startswith(
+        "Ends beside it, nats per token: dense at 40% +0.062, dense at 60% -0.036, moe at 30% -0.050"
+    )
     found = evidence.reach(decisive, "dense")
     assert dense.startswith("dense reaches the final loss of GPT-2, 4e-3 (5.000 (0.020) nats per token, 3 seeds) with ")
     assert f"with {found.share:.1%} of its tokens (95% interval {found.low:.1%} to {found.high:.1%})" in dense
