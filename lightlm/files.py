@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import json
 import os
@@ -178,7 +179,7 @@ def put_back(path: Path) -> Iterator[None]:
     if not path.exists():
         yield
         return
-    remove = remove_folder if is_folder else Path.unlink
+    remove = remove_folder if is_folder else functools.partial(Path.unlink, missing_ok=True)
     try:
         if is_folder:
             shutil.copytree(path, kept, copy_function=_link)

@@ -126,6 +126,13 @@ def test_threads_are_as_many_as_are_fastest(monkeypatch, cores, seconds, chosen)
     assert all(f"{chosen} of {cores} threads" in note for note in notes)
 
 
+def test_threads_are_no_more_than_a_limit_on_the_time_allows(monkeypatch):
+    machine = FakeThreads(monkeypatch, idle, 8)  # of which a container gives the time of two
+    monkeypatch.setattr(cpu, "cores", lambda: 2)
+    assert cpu.use_threads("auto", lambda note: None) == machine.threads == 2
+    assert cpu.use_threads(2, lambda note: None) == 2, "what was chosen holds when the run resumes"
+
+
 def test_a_recorded_number_of_threads_is_used_without_measuring(monkeypatch):
     machine, notes = FakeThreads(monkeypatch, one_core_taken, 4), []
     assert cpu.use_threads(3, notes.append) == machine.threads == 3

@@ -337,6 +337,8 @@ def test_the_operations_of_muon_are_counted(evidence):
     expected = sum(products(*matrix) for matrix in matrices) / 1024
     assert evidence.optimizer_flops("demo", shape) == pytest.approx(expected)
     assert evidence.optimizer_flops("demo", (*shape, "optimizer={name: adamw, lr: 1e-3}")) == 0
+    both = record({"plain": entry("demo", {1: 5.0}) | {"changes": [*shape]}})
+    assert evidence.cost_of(both, "plain", "flops") == pytest.approx(6e6 + expected)
 
 
 def test_the_commands_read_committed_results_and_name_what_is_missing(evidence, tmp_path, decisive, monkeypatch):

@@ -228,7 +228,10 @@ def test_a_model_that_is_not_there_is_one_message(world: Path) -> None:
         (["--batch-size", "many"], "--batch-size many: give a number"),
         (["--batch-size", "0"], "--batch-size 0: give a number"),
         (["--num-fewshot", "2"], "--num-fewshot 2: the task heldout"),
-        (["--num-fewshot", "2", "--tasks", "fixed.yaml"], "--num-fewshot 2: fixed take no examples"),
+        (
+            ["--num-fewshot", "2", "--tasks", "fixed.yaml"],
+            "--num-fewshot 2: no examples can stand in the prompt of fixed",
+        ),
         (["--data", "nowhere", "--tasks", "quiz.yaml"], "--data nowhere: only heldout"),
         (["--bos", "maybe"], "--bos maybe"),
         (["--data-dir", "nowhere"], "nowhere is not a folder"),

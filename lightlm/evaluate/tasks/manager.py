@@ -289,8 +289,8 @@ class Tasks(TaskManager):
         if fixed:
             few = [*fixed[:_NAMED_TASKS], *([f"{len(fixed) - _NAMED_TASKS} more"] if len(fixed) > _NAMED_TASKS else [])]
             raise UsageError(
-                f"--num-fewshot {self.settings.num_fewshot}: {', '.join(few)} take no examples in the prompt (lm-eval "
-                "defines num_fewshot: 0); leave the option out, or score the other tasks in a separate call"
+                f"--num-fewshot {self.settings.num_fewshot}: no examples can stand in the prompt of {', '.join(few)} "
+                "(defined with num_fewshot: 0); leave the option out, or score the other tasks in a separate call"
             )
 
     @contextlib.contextmanager
