@@ -125,7 +125,7 @@ def write_description(folder: Path, loaded: LoadedModel, values: dict[str, Any])
     ends = said if end in said or end is None else [end, *said]
     # Without pad_token_id: it would freeze that embedding when the model is trained further.
     ids = {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else end}
-    generation = dict(tokenizer.generation_config)
+    generation = dict(tokenizer.generation_config or ids)  # an imported one stays as it is
     if _is_ours(tokenizer):
         generation = ids | {"pad_token_id": end} | generation
     if end not in _as_list(generation.get("eos_token_id")):
