@@ -10,6 +10,11 @@ for validation, with the tokenizer of corpus-8k. CORPUS is a folder of Parquet f
 
 makes WORK/data/corpus-smollm2 alone: some 1M tokens for training with that model's tokenizer, and what it says of them,
 258 bytes per token. The same command resumes.
+
+    python benchmarks/learning_data.py CORPUS --work WORK --heldout
+
+makes WORK/data/heldout-8k alone, of the study `heldout`: all documents of CORPUS, which holds none of those above, only
+for validation, with the tokenizer of corpus-8k.
 """
 
 import json
@@ -27,11 +32,11 @@ VOCABULARIES = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768}
 BEGINNINGS = {"750k": 750_000, "375k": 375_000, "188k": 187_500, "94k": 93_750}  # training tokens
 
 
-def prepare(source: Path, tokenizer: str, out: Path) -> None:
+def prepare(source: Path, tokenizer: str, out: Path, *options: str) -> None:
     """Run `lightlm prepare-data` unless the folder is there."""
     if (out / "manifest.json").is_file():
         return
-    arguments = [str(source), "--tokenizer", tokenizer, "--out", str(out)]
+    arguments = [str(source), "--tokenizer", tokenizer, "--out", str(out), *options]
     command = [sys.executable, "-m", "lightlm", "prepare-data", *arguments]
     subprocess.run(command, check=True)
 
@@ -63,14 +68,18 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--teacher", metavar="MODEL", help="make only the data of the study `teacher`")
+    parser.add_argument("--heldout", action="store_true", help="make only the data of the study `heldout`")
     options = parser.parse_args()
     data = options.work / "data"
+    tokenizer = data / "corpus-8k" / "tokenizer.json"
+    if options.heldout:
+        prepare(options.corpus, str(tokenizer), data / "heldout-8k", "--val-fraction", "1")
+        return
     if options.teacher is not None:
         prepare_taught(options.corpus, options.teacher, data / "corpus-smollm2")
         return
     for name, size in VOCABULARIES.items():
         prepare(options.corpus, f"train:{size}", data / f"corpus-{name}")
-    tokenizer = data / "corpus-8k" / "tokenizer.json"
     for name, tokens in BEGINNINGS.items():
         lines = data / f"corpus-{name}.jsonl"
         texts = beginning(options.corpus, tokenizer, tokens)

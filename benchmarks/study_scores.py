@@ -1,6 +1,7 @@
 """Scores of the models of a study of learning.py that keeps its checkpoints, by contestant and seed.
 
     python benchmarks/study_scores.py teacher --work WORK [--tasks heldout]
+    python benchmarks/study_scores.py heldout --work WORK --data data/heldout-8k
 
 Runs `lightlm eval` on each finished run; the same command resumes. Prints a Markdown table: means with the standard
 deviation over seeds, and the mean difference to the first contestant with its standard deviation, paired by seed.
@@ -21,12 +22,13 @@ from common import make_parser, write_json
 Scores = dict[str, float]  # by "TASK METRIC"
 
 
-def scores_of(run: Path, tasks: str) -> Scores:
-    """Score a run, unless its folder has these scores already."""
-    name = tasks.replace(",", "-")
+def scores_of(run: Path, tasks: str, data: Path | None = None) -> Scores:
+    """Score a run, on a data folder of its own or on another, unless its folder has these scores already."""
+    name = tasks.replace(",", "+") + ("" if data is None else f"_{data.name}")
     found = sorted((run / "eval").glob(f"*_{name}.json"))
     if not found:
-        subprocess.run([sys.executable, "-m", "lightlm", "eval", str(run), "--tasks", tasks], check=True)
+        other = [] if data is None else ["--data", str(data)]
+        subprocess.run([sys.executable, "-m", "lightlm", "eval", str(run), "--tasks", tasks, *other], check=True)
         found = sorted((run / "eval").glob(f"*_{name}.json"))
     results = json.loads(found[-1].read_text(encoding="utf-8"))["results"]
     return {
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("study")
     parser.add_argument("--work", type=Path, required=True, help="folder of data and runs")
     parser.add_argument("--tasks", default="heldout", help="as in `lightlm eval --tasks`")
+    parser.add_argument("--data", type=Path, help="data folder of heldout, from WORK; default is the runs' own")
     options = parser.parse_args()
     os.chdir(options.work)
     sweep = SweepFolder(Path("sweeps") / options.study)
@@ -73,9 +76,12 @@ def main() -> None:
     for name, entry in definition.entries.items():
         for cell in entry.cells():
             if sweep.status(cell).state == "done":
-                scores.setdefault(name, {})[cell.seed] = scores_of(sweep.run(cell), options.tasks)
+                scores.setdefault(name, {})[cell.seed] = scores_of(sweep.run(cell), options.tasks, options.data)
     metrics = list(dict.fromkeys(key for runs in scores.values() for values in runs.values() for key in values))
-    record: dict[str, Any] = {"study": options.study, "tasks": options.tasks, "scores": scores}
+    record: dict[str, Any] = {"study": options.study, "tasks": options.tasks}
+    if options.data is not None:
+        record["data"] = options.data.name
+    record["scores"] = scores
     write_json(record, learning.RESULTS / f"{options.study}-scores.json")
     print(table(scores, metrics))
 

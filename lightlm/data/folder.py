@@ -121,9 +121,10 @@ class DataFolder:
     def beginnings(self, count: int) -> list[str]:
         """Return the first tokens of `count` documents of the train split, spread evenly over it, as text.
 
-        Of conversations, all of them, with marks around the trained tokens.
+        Of conversations, all of them, with marks around the trained tokens. Without a train split, of the validation
+        split.
         """
-        stream, texts = self.split("train"), []
+        stream, texts = self.split("train") or self.split("val"), []
         if stream.mask is not None:
             starts = stream.mask.find(MASK_BEGINS)
             bounds = [*starts.tolist(), len(stream)]

@@ -336,14 +336,16 @@ def notes_on_short_spans(recipe: Recipe) -> Iterator[str]:
 
 
 def note_on_repeats(tokens: int, data_tokens: int, source: str | None = None) -> str | None:
-    """Return a warning if a run reads `tokens` tokens of its data, or of a source, more than ten times."""
-    if tokens <= _MANY_EPOCHS * max(data_tokens, 1):
+    """Return a warning if a run reads `tokens` tokens of its data, or of a source, more than ten times, or has none."""
+    if not data_tokens and tokens:
+        return f"{'the data' if source is None else source} has no train split: it is for scoring models only"
+    if tokens <= _MANY_EPOCHS * data_tokens:
         return None
     what = f"its {format_quantity(data_tokens)} tokens of data"
     if source is not None:
         what = f"the {format_quantity(data_tokens)} tokens of {source}"
     return (
-        f"the run reads {what} {tokens / max(data_tokens, 1):,.0f} times. "
+        f"the run reads {what} {tokens / data_tokens:,.0f} times. "
         "Beyond about 4 times, repeated text teaches less and less (arXiv 2305.16264), and the model learns it by "
         "heart: the validation loss may rise. Prepare more data, or lower train.tokens"
     )

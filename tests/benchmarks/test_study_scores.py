@@ -30,5 +30,7 @@ def test_differences_are_paired_by_seed(study_scores):
 def test_scores_that_a_run_has_are_not_computed_again(study_scores, tmp_path):
     (tmp_path / "eval").mkdir()
     results = '{"results": {"heldout_cloze": {"alias": "heldout_cloze", "acc,none": 0.5, "acc_stderr,none": 0.1}}}'
-    (tmp_path / "eval" / "step_000733_heldout.json").write_text(results, encoding="utf-8")
+    for name in ("heldout", "heldout+piqa_books"):
+        (tmp_path / "eval" / f"step_000733_{name}.json").write_text(results, encoding="utf-8")
     assert study_scores.scores_of(tmp_path, "heldout") == {"heldout_cloze acc": 0.5}
+    assert study_scores.scores_of(tmp_path, "heldout,piqa", Path("data/books")) == {"heldout_cloze acc": 0.5}

@@ -204,6 +204,22 @@ def test_a_validation_split_that_says_little_is_a_warning(run) -> None:  # type:
     assert f"Warning: validation is {size}, so its loss says little; raise --val-fraction of " in result.stderr
 
 
+def test_data_that_models_are_only_scored_on(run):  # type: ignore[no-untyped-def]
+    """All documents are for validation; the tokenizer is that of the models."""
+    run("corpus.jsonl", "--tokenizer", "train:300")
+    command = ("corpus.jsonl", "--tokenizer", "data/corpus", "--out", "data/my texts", "--val-fraction", "1")
+    shown = run(*command, "--sample", "1")
+    assert "Next: lightlm eval MODEL --tasks heldout --data 'data/my texts'" in shown.stderr
+    assert "--- document 1 of the validation split" in shown.stdout
+    scored, trained = (DataFolder.open(folder).manifest for folder in ("data/my texts", "data/corpus"))
+    assert scored.text_bytes == {"train": 0, "val": sum(trained.text_bytes.values())}
+    assert json.loads(run(*command, "--verify", "--json").stdout)["status"] == "verified"
+    with pytest.raises(UsageError, match="leaves no text for --tokenizer train:300"):
+        run(*command[:2], "train:300", *command[3:])
+    with pytest.raises(DataError, match="none is left to train on; choose a smaller fraction, or 1 for data"):
+        run(*command[:-1], "0.9999999999", "--overwrite")
+
+
 def test_conversations_are_shown_with_the_trained_tokens_marked(run):  # type: ignore[no-untyped-def]
     Path("talks.jsonl").write_text('{"prompt": "Name a color", "completion": "Red"}\n' * 3, encoding="utf-8")
     command = ("talks.jsonl", "--tokenizer", "train:300", "--val-fraction", "0")

@@ -109,8 +109,9 @@ def print_summary(summary: dict[str, Any], manifest: Manifest, as_json: bool) ->
         if value:
             table.add_row(name, escape(value))
     out.print(table)
+    split = "train" if summary["train_tokens"] else "validation"
     for number, text in enumerate(summary.get("samples", ()), start=1):
-        out.print(f"\n--- document {number} of the train split", markup=False)
+        out.print(f"\n--- document {number} of the {split} split", markup=False)
         out.print(text, markup=False, soft_wrap=True)
     console.print(f"Next: {summary['next']}", markup=False, soft_wrap=True)
 

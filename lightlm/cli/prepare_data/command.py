@@ -73,7 +73,8 @@ def prepare_data(
         float | None,
         typer.Option(
             metavar="X",
-            help="Share of documents for validation, 0 for none. Default: 0.005; pydocs: 0.05; skills: 0.02.",
+            help="Share of documents for validation, 0 for none, 1 for data that models are only scored on. "
+            "Default: 0.005; pydocs: 0.05; skills: 0.02.",
         ),
     ] = None,
     workers: Annotated[
@@ -234,6 +235,8 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
     default = folder in (Path("data/pydocs"), Path("data/skills"))
     dataset = "" if default else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
     taught = "" if stored is None else " train.distill.teacher=stored"
+    training = f"lightlm train recipes/{recipe}.yaml{dataset}{taught}"
+    scoring = f"lightlm eval MODEL --tasks heldout --data {shlex.quote(folder.as_posix())}"
     return {
         "folder": folder.as_posix(),
         **manifest.model_dump(include=set(FROM_MANIFEST)),
@@ -248,5 +251,5 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
         "seconds": round(seconds, 3),
         "megabytes_per_second": None if unread else round(text_bytes / 1e6 / seconds, 1),
         "teacher": None if stored is None else stored.model_dump(exclude={"of", "shards"}),
-        "next": f"lightlm train recipes/{recipe}.yaml{dataset}{taught}",
+        "next": training if manifest.tokens("train") else scoring,
     }

@@ -216,12 +216,14 @@ class Assembly:
     def unigram(self) -> UnigramEntropy | None:
         """Return the cross-entropy of the validation tokens under the train split's token frequencies.
 
-        Frequencies are smoothed by adding one. None without a validation split. End-of-text tokens are not text: they
+        Frequencies are smoothed by adding one. None without both splits. End-of-text tokens are not text: they
         count per token, and not per byte, as in training's `val_loss` and `val_bpb`.
         """
         train, val = (self._writers[split] for split in SPLITS)
         tokens, text_bytes = int(val.token_counts.sum()), val.state.text_bytes
-        if not tokens or not text_bytes or self._masks:  # of conversations, only some tokens are trained on
+        if (
+            not train.token_counts.any() or not tokens or not text_bytes or self._masks
+        ):  # of conversations, only some tokens are trained on
             return None
         total = int(train.token_counts.sum()) + len(train.token_counts)
         nats_V = val.token_counts * (math.log(total) - np.log(train.token_counts + 1.0))

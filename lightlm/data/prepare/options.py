@@ -56,9 +56,15 @@ class Options:
 
     def check(self) -> None:
         """Raise UsageError where a value is out of its range, DataError where a package for an option is missing."""
-        if not 0 <= self.val_fraction < 1:
+        if not 0 <= self.val_fraction <= 1:
             raise UsageError(
-                f"--val-fraction {self.val_fraction}: a number from 0 (no validation split) to below 1 is needed"
+                f"--val-fraction {self.val_fraction}: a number from 0 (no validation split) to 1 (nothing to train on) "
+                "is needed"
+            )
+        if self.val_fraction == 1 and requested_vocab_size(self.tokenizer) is not None:
+            raise UsageError(
+                f"--val-fraction 1 leaves no text for --tokenizer {self.tokenizer}; name the tokenizer of the models "
+                "that the data is for"
             )
         for option, value in (("--max-tokens", self.max_tokens), ("shard_tokens", self.shard_tokens)):
             if value is not None and value < 1:

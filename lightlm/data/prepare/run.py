@@ -98,8 +98,8 @@ def prepare(
         source: a source, or an argument of `open_source` (then `text_column` is the column to read).
         tokenizer_spec: `train:N`, or an argument of `load_tokenizer`; None is the source's default (GPT-2's).
         max_tokens: stop after the document that reaches this many tokens, both splits together.
-        val_fraction: the share of documents for validation (see `assembly.SPLIT_RULE`); 0 for no validation split;
-            None is the source's default (0.005).
+        val_fraction: the share of documents for validation (see `assembly.SPLIT_RULE`); 0 for no validation split,
+            1 for data that models are only scored on; None is the source's default (0.005).
         workers: threads of the default engine; by default one per core, at most `MAX_DEFAULT_WORKERS`.
         overwrite: replace a finished folder; it stays in place until the new one is complete.
         skip_bad: leave out what cannot be read, and count and list it in the manifest.
@@ -375,12 +375,13 @@ class _Preparation:
     def _check(self, assembly: Assembly) -> None:
         """Raise DataError where there is nothing to train on."""
         splits = {entry.split for entry in assembly.shards}
-        if "val" in splits and "train" not in splits:
+        if "val" in splits and "train" not in splits and self._options.val_fraction < 1:
             raise _FinalError(
                 f"Every document of {self._source.spec} falls into validation at --val-fraction "
-                f"{self._options.val_fraction}, and none is left to train on; choose a smaller fraction."
+                f"{self._options.val_fraction}, and none is left to train on; choose a smaller fraction, or 1 "
+                "for data that models are only scored on."
             )
-        if "train" not in splits:
+        if not splits:
             causes = ", ".join(f"{count} {cause}" for cause, count in assembly.state.dropped.items())
             left_out = f" ({causes} documents were left out)" if causes else ""
             raise _FinalError(f"{self._source.spec} holds no text{left_out}; nothing was written.")

@@ -84,7 +84,7 @@ def test_the_folder_does_not_depend_on_borders_or_workers(
     seed: int, tmp_path: Path, tokenizer: str, request: pytest.FixtureRequest
 ) -> None:
     documents = mixed_source(tmp_path / "source", seed)
-    fraction = [0, 0.001, 0.2][seed % 3]
+    fraction = [0, 0.001, 0.2, 1][seed % 4]
 
     def made(name: str, **options: Any) -> dict[str, bytes] | str:
         out = tmp_path / name
@@ -104,7 +104,7 @@ def test_the_folder_does_not_depend_on_borders_or_workers(
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
-@pytest.mark.parametrize("fraction", [0.1, 0.0])
+@pytest.mark.parametrize("fraction", [0.1, 0.0, 1.0])
 def test_one_large_document_has_the_ids_of_the_whole(
     suffix: str, fraction: float, tmp_path: Path, tokenizer: str, tiny_sizes: None
 ) -> None:
