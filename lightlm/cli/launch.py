@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -24,6 +23,7 @@ from rich.markup import escape
 from lightlm.cli.console import console
 from lightlm.errors import LightLMError
 from lightlm.limits import cores
+from lightlm.processes import python_command, python_environment
 from lightlm.threads import THREADS_VARIABLE
 from lightlm.train.signals import describe_signal, handling
 
@@ -70,7 +70,7 @@ def _environment(processes: int, attempt: int, folder: Path) -> dict[str, str]:
     return {
         # Otherwise each process starts a thread for every core. A single one follows train.threads.
         **({THREADS_VARIABLE: str(max(1, cores() // processes))} if processes > 1 else {}),
-        **os.environ,
+        **python_environment(),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "TORCHELASTIC_RUN_ID": "lightlm",
@@ -97,7 +97,7 @@ class _Group:
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 if rank:  # only the first process shows the warnings of libraries
                     own |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-                command, output = [sys.executable, "-m", "lightlm", *arguments], subprocess.DEVNULL if rank else None
+                command, output = python_command("-m", "lightlm", *arguments), subprocess.DEVNULL if rank else None
                 worker = subprocess.Popen(command, env=environment | own, stdin=subprocess.DEVNULL, stdout=output)
                 self._workers.append(worker)
 

@@ -7,7 +7,6 @@ killed when a signal ends the command.
 
 import contextlib
 import itertools
-import os
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import IO
 
 from lightlm.data.long_runs import cut_long_runs
 from lightlm.errors import DataError
+from lightlm.processes import python_command, python_environment
 
 HERE_CHARACTERS = 200_000  # trained on in this process, which takes a second at most; starting another takes 0.3 s
 _MODULE = __name__
@@ -57,10 +57,9 @@ def _train(texts: Iterable[str], vocab_size: int, end_of_text: str) -> bytes:
 
 
 def _train_in_child(texts: Iterable[str], vocab_size: int, end_of_text: str) -> bytes:
-    command = [sys.executable, "-P", "-m", _MODULE, str(vocab_size), end_of_text]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = python_command("-m", _MODULE, str(vocab_size), end_of_text)
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+    with subprocess.Popen(command, env=python_environment(), stdin=pipe, stdout=pipe, stderr=pipe) as child:
         assert child.stdin is not None
         try:
             return _result(child, child.stdin, texts)

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Literal, Protocol
 
 from lightlm.errors import TrainingDivergedError
 from lightlm.limits import cores
+from lightlm.processes import python_command, python_environment
 from lightlm.sweep.cells import Cell
 from lightlm.sweep.folder import FINAL, End, State, SweepFolder
 from lightlm.threads import THREADS_VARIABLE
@@ -93,11 +93,11 @@ class Watch:
 def start_process(arguments: list[str], environment: Mapping[str, str], log: Path) -> Process:
     """Start `lightlm ARGUMENTS`; what it prints is appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "lightlm", *arguments]
+    command = python_command("-m", "lightlm", *arguments)
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
-            env=dict(environment),
+            env=python_environment(environment),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

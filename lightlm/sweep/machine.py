@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightlm.errors import LightLMError, UsageError
+from lightlm.processes import python_command, python_environment
 from lightlm.recipe import Recipe, parse_recipe
 
 _ENDLESS = 10**12  # tokens of a run that any limit of time shortens
@@ -56,9 +57,9 @@ def fitting_tokens(recipe: Recipe, minutes: float, environment: Mapping[str, str
 
 def _ask(request: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "lightlm.sweep.machine"],
+        python_command("-m", "lightlm.sweep.machine"),
         input=json.dumps(request),
-        env={**environment, "PYTHONIOENCODING": "utf-8"},
+        env=python_environment(environment) | {"PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
         encoding="utf-8",

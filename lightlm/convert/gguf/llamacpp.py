@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightlm.errors import ConvertError
+from lightlm.processes import python_command, python_environment
 
 _ANSWER_SECONDS = 600
 # Reads its settings, prints the server's address when the model is loaded, and ends when its standard input does.
@@ -129,11 +129,10 @@ def llama_cpp(
     threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     settings = {"path": str(path.resolve()), "key": key, "positions": positions, "sequences": sequences}
     settings |= {"batch": batch, "threads": threads, "exact": exact}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
-            env=environment,
+            python_command("-c", _CHILD),
+            env=python_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -5,7 +5,6 @@ no run folder.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 
 from lightlm.device import autocast, is_out_of_memory
 from lightlm.errors import LightLMError
+from lightlm.processes import python_command, python_environment
 from lightlm.recipe import Recipe, parse_recipe
 from lightlm.train.observe.metrics import peak_memory
 from lightlm.train.setup import set_up
@@ -57,9 +57,9 @@ def run_probe(recipe: Recipe) -> Probe:
         ProbeError: the steps failed or do not fit into memory; the message says why.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "lightlm.train.planning.probe"],
+        python_command("-m", "lightlm.train.planning.probe"),
         input=json.dumps(recipe.to_dict()),
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        env=python_environment() | {"PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
         encoding="utf-8",
