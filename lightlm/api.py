@@ -337,7 +337,10 @@ def train(
         with Trackers(parsed.tracking, observer.note) as trackers:
             trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
             result = trainer.train()
-        write_report([run])
+        try:
+            write_report([run])
+        except Exception as error:  # the run is saved already
+            observer.note(f"no plots were made ({error})")
     return result
 
 

@@ -244,7 +244,13 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder if it exists. It is renamed first, so a kill never leaves half of it under its name."""
+    """Delete a folder if it exists. It is renamed first, so a kill never leaves half of it under its name.
+
+    A symbolic link is deleted as a link: the folder that it leads to stays.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     if not path.exists():
         return
     if not path.name.startswith("."):

@@ -98,6 +98,14 @@ def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, inside):
     assert Path.cwd().samefile(here)
 
 
+def test_a_link_is_removed_as_a_link(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "data").write_text("kept", encoding="utf-8")
+    (tmp_path / "link").symlink_to(tmp_path / "big", target_is_directory=True)
+    files.remove_folder(tmp_path / "link")
+    assert [path.name for path in tmp_path.rglob("*")] == ["big", "data"]
+
+
 def test_left_over_partial_folders_are_cleared(tmp_path):
     stale = tmp_path / ".out.partial"
     stale.mkdir()

@@ -168,12 +168,12 @@ def _folder(name: str | None, recipe: str, keys: list[str]) -> Path:
 
 def _show(name: str, metric: str | None, baseline: str | None, as_json: bool) -> None:
     from lightlm.sweep.folder import find_sweep
-    from lightlm.sweep.run import write_results
+    from lightlm.sweep.run import table_of
 
     folder = find_sweep(name)
     definition = folder.read()
     assert definition is not None  # `find_sweep` has found it
-    results = write_results(folder, definition, metric, baseline)
+    results = table_of(folder, definition, metric, baseline)
     _print(results, _draw(results), as_json)
 
 

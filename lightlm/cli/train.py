@@ -315,7 +315,7 @@ def _choose(
     """
     from lightlm.convert.load import find_start
     from lightlm.recipe import load_recipe, recipe_name
-    from lightlm.runs import RECIPE, find_run, later_overrides, locked, run_folder
+    from lightlm.runs import RECIPE, find_run, later_overrides, locked, record_later_overrides, run_folder
     from lightlm.train.checkpointing.resume import reopen_run
 
     run, changes = None, request.changes
@@ -331,7 +331,10 @@ def _choose(
     if run is not None:
         if not request.dry_run:
             held.enter_context(locked(run))
-        return reopen_run(run, changes, display.note)
+        opened = reopen_run(run, changes, display.note)
+        if request.auto_resume and changes and not request.dry_run:
+            record_later_overrides(run, changes)
+        return opened
     assert request.recipe is not None
     if not request.auto_resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UsageError("torchrun restarted this command, which would start another run; add --name and --auto-resume")

@@ -8,6 +8,7 @@ from pathlib import Path
 from lightlm import files
 from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.evaluate.compare.comparison import Comparison
+from lightlm.report.charts.chart import write_charts
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.page import render_page
 from lightlm.report.record import Record, read_records
@@ -15,6 +16,7 @@ from lightlm.report.scores import compare_runs
 from lightlm.runs import RUNS
 
 _NAMED = 3  # runs in the name of a comparison's folder
+_LONGEST = 60  # characters of each
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None, baselines: Seque
     names = [record.name for record in records]
     title = f"Run {names[0]}" if len(names) == 1 else f"Comparison of {', '.join(names[:-1])} and {names[-1]}"
     page = render_page(title, records, plots, baselines, comparisons)
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
-    paths = {plot.name: folder / "plots" / f"{plot.name}.png" for plot in plots}
-    for plot in plots:
-        files.write_bytes(paths[plot.name], plot.chart.png())
+    replaced = (folder / "report.html").is_file()
+    paths = write_charts(folder / "plots", {plot.name: plot.chart for plot in plots}, replace=replaced)
     files.write_text(folder / "report.html", page)
     return Report(folder / "report.html", paths, records, comparisons)
 
@@ -62,8 +62,11 @@ def refresh_report(run: Path) -> Path | None:
 
 
 def comparison_folder(records: Sequence[Record]) -> Path:
-    """Return `runs/compare-a-b`; of many runs the name has the first few and a hash of all."""
-    names = [record.path.resolve().name for record in records]
-    hashed = hashlib.sha256("/".join(names).encode()).hexdigest()[:6]
-    rest = [f"and-{len(names) - _NAMED}-more-{hashed}"] if len(names) > _NAMED else []
-    return RUNS / "-".join(["compare", *names[:_NAMED], *rest])
+    """Return `runs/compare-a-b`; of many runs, or of long names, the name has the first few and a hash of all."""
+    paths = [record.path.resolve() for record in records]
+    names = [path.name for path in paths]
+    hashed = hashlib.sha256("/".join(map(str, paths)).encode()).hexdigest()[:6]
+    shown = [name[:_LONGEST] for name in names[:_NAMED]]
+    rest = [f"and-{len(names) - _NAMED}-more"] if len(names) > _NAMED else []
+    clear = shown == names and {path.parent for path in paths} == {RUNS.resolve()}
+    return RUNS / "-".join(["compare", *shown, *rest, *([] if clear else [hashed])])

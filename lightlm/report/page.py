@@ -38,7 +38,7 @@ def render_page(
     names = [record.name for record in records]
     scores = score_table(score_lines(records), names, comparisons, baselines)
     headings, rows = summary_table(records)
-    machine = dict.fromkeys(key for record in records for key in record.machine)
+    machine = dict.fromkeys(key for record in records for key in record.machine if key != "earlier")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -69,16 +69,31 @@ def record_overrides(run: Path, overrides: Sequence[str]) -> None:
 
 
 def later_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that a run did not begin with, for a command that is given again.
+    """Return the overrides that are new to a run, for a command that is given again.
 
     The others are in its recipe already, some of them worked out further: `train.init_from` names a checkpoint there,
     and --max-minutes has made `train.tokens` smaller.
     """
+    known = _known_overrides(run)
+    return [override for override in overrides if override not in known]
+
+
+def record_later_overrides(run: Path, overrides: Sequence[str]) -> None:
+    """Let overrides that a resumed run has taken replace those of the same keys, which are new to it from now on."""
+    keys = {_key(override) for override in overrides}
+    record_overrides(run, [*(each for each in _known_overrides(run) if _key(each) not in keys), *overrides])
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _known_overrides(run: Path) -> list[str]:
     try:
-        began = json.loads((run / _OVERRIDES).read_text(encoding="utf-8"))
+        known: list[str] = json.loads((run / _OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # an earlier version began it
-        began = []
-    return [override for override in overrides if override not in began]
+        return []
+    return known
 
 
 def claim_folder(name: str, parent: Path = RUNS) -> Path:
@@ -138,7 +153,7 @@ def discard_unstarted(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    if _is_unstarted(path):
+    if _is_unstarted(path) and not path.is_symlink():  # the user made the link, for a folder elsewhere
         with contextlib.suppress(OSError):
             files.remove_folder(path)
 
@@ -158,7 +173,7 @@ def remove_run(run: Path) -> None:
         stack.enter_context(locked(run))
         if os.name == "nt":  # which cannot rename a folder with an open file
             stack.close()
-        run.unlink() if run.is_symlink() else files.remove_folder(run)
+        files.remove_folder(run)
 
 
 def find_run(reference: str | Path | None = None) -> Path:

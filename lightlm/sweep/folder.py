@@ -98,8 +98,7 @@ class Definition:
             if (entry := self.entries.get(name)) is None:
                 self.entries[name] = Entry(contestant, list(seeds), settings)
                 continue
-            if changed := _differences(entry.settings, settings):
-                raise UsageError(f"'{name}' was added with other settings: {'; '.join(changed)}")
+            require_equal(name, entry.settings, settings)
             entry.seeds += [seed for seed in seeds if seed not in entry.seeds]
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +163,7 @@ class SweepFolder:
             try:
                 yield
             finally:
-                if not (self.path / _FILE).is_file() and self._is_sweep():
+                if not self.path.is_symlink() and not (self.path / _FILE).is_file() and self._is_sweep():
                     with contextlib.suppress(OSError):  # Windows deletes no folder whose lock is open
                         files.remove_folder(self.path)
 
@@ -175,15 +174,17 @@ class SweepFolder:
     def clear(self) -> None:
         """Delete what the sweep has written, its definition last: a kill leaves a sweep, which can be deleted again.
 
+        Symbolic links to other disks stay.
+
         Raises:
             RunLockedError: a process trains one of its runs.
         """
         self._require_unlocked_runs()
         for name in ("runs", "ends", "logs", "plots", "recipes"):
-            files.remove_folder(self.path / name)
+            files.remove_folder((self.path / name).resolve())
         for name in ("results.json", _FILE):
             (self.path / name).unlink(missing_ok=True)
-        self.runs.mkdir()
+        self.runs.resolve().mkdir()
 
     def _is_sweep(self) -> bool:
         """Return whether the folder is a sweep's, or holds at most what the start of one leaves when it is killed."""
@@ -291,6 +292,12 @@ def find_sweep(reference: str) -> SweepFolder:
             return SweepFolder(path)
     there = ", ".join(sorted(path.parent.name for path in SWEEPS.glob(f"*/{_FILE}"))) or "none"
     raise UsageError(f"no sweep at {SWEEPS / reference}; sweeps here: {there}")
+
+
+def require_equal(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UsageError if a contestant's settings differ from those of an earlier call, but for `_FREE` ones."""
+    if changed := _differences(before, now):
+        raise UsageError(f"'{name}' was added with other settings: {'; '.join(changed)}")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

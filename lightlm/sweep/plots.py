@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from lightlm import files
 from lightlm.quantities import parse_quantity
-from lightlm.report.charts.chart import PLOT_HEIGHT, Chart, compute_unit
+from lightlm.report.charts.chart import PLOT_HEIGHT, Chart, compute_unit, write_charts
 from lightlm.report.curves import Curves, Floats, focus, smooth
 from lightlm.sweep.cells import short_keys
 from lightlm.sweep.table import Line, Results
@@ -36,13 +35,8 @@ class Bundle:
 def write_plots(results: Results) -> dict[str, Path]:
     """Draw what there are runs for, as plots/NAME.png in the sweep's folder; return the files."""
     charts = {"values": values_chart(results), **_learning_curves(results)}
-    paths = {}
-    for name, chart in charts.items():
-        if chart is not None and chart.axes.has_data():
-            paths[name] = results.folder / "plots" / f"{name}.png"
-            paths[name].parent.mkdir(exist_ok=True)
-            files.write_bytes(paths[name], chart.finish().png())
-    return paths
+    drawn = {name: chart.finish() for name, chart in charts.items() if chart is not None and chart.axes.has_data()}
+    return write_charts(results.folder / "plots", drawn, replace=True)
 
 
 def values_chart(results: Results) -> Chart | None:

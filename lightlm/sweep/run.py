@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightlm import files
-from lightlm.errors import LightLMError, UsageError
+from lightlm.errors import LightLMError, RecipeError, UsageError
 from lightlm.recipe import Recipe
 from lightlm.sweep.cells import Cell, Contestant, check_needs, read_recipe, resolve
 from lightlm.sweep.engine import (
@@ -29,7 +29,7 @@ from lightlm.sweep.engine import (
     start_process,
     without_threads,
 )
-from lightlm.sweep.folder import FINAL, Definition, SweepFolder, free_changes
+from lightlm.sweep.folder import FINAL, Definition, SweepFolder, free_changes, require_equal
 from lightlm.sweep.machine import Machine, fitting_tokens, look_at_machine
 from lightlm.sweep.table import Results, find_baseline, read_results
 
@@ -135,6 +135,7 @@ class Sweep:
         check_needs(recipes)
         chosen = list({entry.name: entry for entry in contestants if entry.name in recipes}.values())
         try:
+            self._require_one_base(chosen[0])
             self.definition.add(chosen, recipes, seeds)
         except UsageError as error:
             raise UsageError(f"{self.folder}: {error}; {_elsewhere(self.folder)}") from None
@@ -143,6 +144,22 @@ class Sweep:
         self._cells |= {cell.name: cell for cell in cells}
         if self.definition.metric is None and _tokenizers(recipes.values()) > 1:
             self.definition.metric = ACROSS_TOKENIZERS
+
+    def _require_one_base(self, added: Contestant) -> None:
+        """Check that contestants which differ by values share all else, with those of earlier calls too.
+
+        Raises:
+            UsageError: with the values of an earlier contestant, the recipe of this one has other settings.
+        """
+        earlier = next((each for each in self.definition.entries.values() if each.contestant.values), None)
+        if not added.values or earlier is None:
+            return
+        values = earlier.contestant.values
+        varied = {**added.values, **values}
+        shared = [change for change in added.changes if change.partition("=")[0] not in varied]
+        with contextlib.suppress(RecipeError):  # a recipe whose values only fit together
+            recipe = read_recipe(added.recipe, [*shared, *(f"{key}={value}" for key, value in values.items())])
+            require_equal(earlier.contestant.name, earlier.settings, recipe.to_dict())
 
     @property
     def jobs(self) -> int:
@@ -189,7 +206,10 @@ class Sweep:
 
     def results(self, metric: str | None = None, baseline: str | None = None) -> Results:
         """Return the table so far, and write results.json; see `read_results`."""
-        return write_results(self.folder, self.definition, metric, baseline)
+        results = table_of(self.folder, self.definition, metric, baseline)
+        text = json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        files.write_text(self.folder.path / "results.json", text)
+        return results
 
     def _prepare(self) -> None:
         """Look at the machine, and fix what all runs share: the precision, and the tokens of a limit of time."""
@@ -252,8 +272,8 @@ class Sweep:
         return arguments
 
 
-def write_results(folder: SweepFolder, definition: Definition, metric: str | None, baseline: str | None) -> Results:
-    """Return the table of a sweep's runs so far, and write it to results.json; see `read_results`."""
+def table_of(folder: SweepFolder, definition: Definition, metric: str | None, baseline: str | None) -> Results:
+    """Return the table of a sweep's runs so far; see `read_results`."""
     chosen = metric or definition.metric or DEFAULT_METRIC
     results = read_results(folder, definition, chosen, baseline)
     notes = []
@@ -263,9 +283,7 @@ def write_results(folder: SweepFolder, definition: Definition, metric: str | Non
             f"the runs have different tokenizers, and nats per token do not compare across them; take --metric "
             f"{ACROSS_TOKENIZERS}"
         )
-    results = replace(results, notes=notes)
-    files.write_text(folder.path / "results.json", json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n")
-    return results
+    return replace(results, notes=notes)
 
 
 def _tokenizers(recipes: Iterable[Recipe | dict[str, Any]]) -> int:

@@ -170,6 +170,14 @@ def test_auto_resume_starts_a_run_that_does_not_exist_and_resumes_one_that_does(
     assert not (workspace / "runs/requeued-2").exists()
 
 
+def test_auto_resume_applies_what_the_script_did_not_say_the_last_time(lightlm, workspace):
+    command = ["train", "tiny.yaml", "train.tokens=512", "--name", "changed", "--auto-resume"]
+    for keep in (2, 3, 2):
+        assert lightlm(*command, f"checkpoint.keep_last={keep}").code == 0
+        recipe = yaml.safe_load((workspace / "runs/changed/recipe.yaml").read_text())
+        assert recipe["checkpoint"]["keep_last"] == keep
+
+
 def test_auto_resume_of_a_complete_run_says_so_and_succeeds(lightlm, workspace):
     command = ["train", "tiny.yaml", "train.tokens=512", "name=finished", "--auto-resume"]
     lightlm(*command)

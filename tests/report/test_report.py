@@ -3,12 +3,13 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lightlm.errors import CheckpointError
-from lightlm.report.build import write_report
+from lightlm.report.build import comparison_folder, write_report
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
 from tests.corpus import TINY_RECIPE
@@ -192,6 +193,37 @@ def test_a_run_without_metrics_is_refused(tmp_path, text, message):
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     runs = [write_run(tmp_path / place / "demo", rows(2)) for place in ("a", "b")]
     assert [record.name for record in read_records(runs)] == [run.as_posix() for run in runs]
+
+
+def test_comparisons_have_folders_that_every_system_can_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = [write_run(tmp_path / "runs" / name, rows(2)) for name in ("a", "b")]
+    assert comparison_folder(read_records(named)) == Path("runs/compare-a-b")
+    cells = [[write_run(tmp_path / sweep / f"{'x' * 76}{n}", rows(2)) for n in range(4)] for sweep in ("s", "t")]
+    few, many = ([comparison_folder(read_records(paths[:count])).name for paths in cells] for count in (2, 4))
+    assert len({*few, *many}) == 4  # those of one sweep do not replace the other's
+    assert max(map(len, (*few, *many))) < 255
+
+
+def test_a_report_leaves_no_plots_of_the_one_that_it_replaces(tmp_path):
+    loaded = {"moe/load": [[1, 3], [2, 2]]}
+    runs = write_run(tmp_path / "moe", rows(3, **loaded)), write_run(tmp_path / "dense", rows(3))
+    (tmp_path / "out" / "plots").mkdir(parents=True)
+    (tmp_path / "out" / "plots" / "mine.png").write_bytes(b"")
+    before = set(write_report([runs[0]], tmp_path / "out").plots.values())
+    assert (tmp_path / "out" / "plots" / "mine.png").is_file()  # the folder was no report's
+    after = set(write_report([runs[1]], tmp_path / "out").plots.values())
+    assert after < before
+    assert set((tmp_path / "out" / "plots").iterdir()) == after
+
+
+def test_machines_of_earlier_steps_are_no_row(tmp_path):
+    run = write_run(tmp_path / "moved", rows(2))
+    machine = {"processor": "Neumann", "earlier": [{"processor": "Zuse", "after_step": 0}]}
+    (run / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
+    page = write_report([run]).page.read_text(encoding="utf-8")
+    assert "Neumann" in page
+    assert "Zuse" not in page
 
 
 def test_a_file_without_results_becomes_a_note(tmp_path):

@@ -1,6 +1,7 @@
 """A whole sweep with fake runs: what is fixed for all, extended, refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,33 @@ def test_the_same_name_with_other_settings_is_refused_unless_they_change_no_resu
     assert sweep(path, [free])[1].started == []
     _, fleet, _ = sweep(path, [longer], overwrite=True)
     assert len(fleet.started) == 2
+
+
+@pytest.mark.parametrize("changes", [("train.tokens=2000",), (*SHORT, "model.num_layers=1")])
+def test_new_values_of_another_base_are_refused(path, changes):
+    """Otherwise one table compares runs that differ in more than it shows."""
+    sweep(path, [A])
+    before = (path / "sweep.json").read_bytes()
+    value = Contestant("c", "tiny.yaml", (*changes, "optimizer.lr=2e-2"), {"optimizer.lr": "2e-2"})
+    with pytest.raises(UsageError, match="'a' was added with other settings"):
+        sweep(path, [value])
+    assert (path / "sweep.json").read_bytes() == before
+    other = Contestant("d", "tiny.yaml", (*SHORT, "optimizer.weight_decay=0.2"), {"optimizer.weight_decay": "0.2"})
+    assert len(sweep(path, [replace(value, changes=(*SHORT, value.changes[-1])), other])[1].started) == 4
+
+
+def test_a_sweep_on_another_disk_stays_linked(path, tmp_path):
+    (tmp_path / "big").mkdir()
+    path.symlink_to(tmp_path / "big", target_is_directory=True)
+    with pytest.raises(RecipeError):
+        sweep(path, [Contestant("a", "tiny.yaml", ("optimizer.rate=1",))])
+    assert path.is_symlink()
+    sweep(path, [A])
+    (path / "runs").rename(tmp_path / "runs")
+    (path / "runs").symlink_to(tmp_path / "runs", target_is_directory=True)
+    for _ in range(2):
+        assert len(sweep(path, [A], overwrite=True)[1].started) == 2
+        assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_a_sweep_is_deleted_when_the_new_one_can_start(path, monkeypatch):

@@ -4,7 +4,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
+from lightlm import files
 from lightlm.quantities import format_quantity
 from lightlm.report.curves import Floats
 
@@ -256,3 +257,19 @@ def _plain(text: str) -> str:
 
 def _shorter(number: re.Match[str]) -> str:
     return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def write_charts(folder: Path, charts: Mapping[str, Chart], *, replace: bool) -> dict[str, Path]:
+    """Write finished charts as NAME.png, and return the files.
+
+    Args:
+        replace: the other PNGs are plots of an earlier report, and are deleted.
+    """
+    if charts:
+        folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.png" for name in charts}
+    for name, chart in charts.items():
+        files.write_bytes(paths[name], chart.png())
+    for path in set(folder.glob("*.png")) - set(paths.values()) if replace else ():
+        path.unlink()
+    return paths

@@ -135,13 +135,12 @@ class Trackio(Tracker):
     def __init__(self, session: Session) -> None:
         import trackio
 
-        # "never": a new run does not continue one of the same name from another folder.
+        # trackio resumes the latest run of a name, and a project holds those of all folders.
+        self.id = session.known or f"{session.run.name}-{secrets.token_hex(2)}"
         resume = "allow" if session.known else "never"
         with _no_output():
-            self._run: Any = trackio.init(
-                session.project, session.run.name, config=session.recipe, resume=resume, embed=False
-            )
-        self.id, self.where = self._run.id, f"trackio show --project {session.project}"
+            self._run: Any = trackio.init(session.project, self.id, config=session.recipe, resume=resume, embed=False)
+        self.where = f"{self.id}, trackio show --project {session.project}"
         self.sent = session.logged_step if session.known else -1
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

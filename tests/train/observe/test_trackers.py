@@ -10,6 +10,7 @@ import struct
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -23,7 +24,7 @@ from lightlm.runs import RUNS
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import MEASURED, read_metrics
 from lightlm.train.observe.observers import Observers
-from lightlm.train.observe.trackers import BACKENDS, Trackers, _installed
+from lightlm.train.observe.trackers import BACKENDS, Session, Trackers, Trackio, _installed
 from tests.train.watch import Recorder, comparable, make_trainer
 
 # trackio reads it once, when it is first imported.
@@ -152,7 +153,7 @@ def test_the_loss_of_the_model_that_a_run_starts_from_is_step_zero(backend, plai
         assert logged[0] == (0, pytest.approx(first["val_loss"], rel=1e-6))
     elif backend == "trackio":
         with sqlite3.connect(Path(os.environ["TRACKIO_DIR"], "lightlm.db")) as base:
-            rows = base.execute("select step, metrics from metrics where run_name = 'further-trackio' order by id")
+            rows = base.execute("select step, metrics from metrics where run_name like 'further-%' order by id")
             step, text = rows.fetchone()
         assert (step, json.loads(text)["val_loss"]) == (0, first["val_loss"])
     else:
@@ -165,12 +166,13 @@ def test_trackio_holds_every_step_once(plain_run, capsys):
     pytest.importorskip("trackio", reason="pip install 'lightlm[tracking]'")
     go("other", "trackio", overrides=["tracking.project=once", "train.tokens=256"])
     result, watch = go_and_repeat_steps("trackio", "trackio")
-    assert watch.notes == ["trackio: trackio show --project lightlm"]
+    name = json.loads((result.run / "tracking.json").read_text())["trackio"]
+    assert watch.notes == [f"trackio: {name}, trackio show --project lightlm"]
     assert capsys.readouterr().out == ""  # where `--json` puts its one document
     with sqlite3.connect(Path(os.environ["TRACKIO_DIR"], "lightlm.db")) as base:
-        rows = base.execute("select run_id, step, metrics from metrics where run_name = 'trackio' order by id")
+        rows = base.execute("select run_id, step, metrics from metrics where run_name = ? order by id", [name])
         logged = [(run, step, json.loads(text)) for run, step, text in rows.fetchall()]
-        [config] = base.execute("select config from configs where run_name = 'trackio'").fetchall()
+        [config] = base.execute("select config from configs where run_name = ?", [name]).fetchall()
     assert len({run for run, _, _ in logged}) == 1
     scalars = [(step, values) for _, step, values in logged if "loss" in values]
     metrics = read_metrics(result.run)
@@ -187,7 +189,25 @@ def test_a_new_run_never_continues_another_of_its_name():
     for _ in range(2):
         shutil.rmtree(go("twin", "trackio", overrides=short)[0].run)
     with sqlite3.connect(Path(os.environ["TRACKIO_DIR"], "twins.db")) as base:
-        assert len(set(base.execute("select run_id from metrics where run_name = 'twin'"))) == 2
+        assert len(set(base.execute("select run_id from metrics where run_name like 'twin-____'"))) == 2
+
+
+def test_a_resumed_run_continues_its_own_of_several_of_its_name():
+    pytest.importorskip("trackio", reason="pip install 'lightlm[tracking]'")
+    session = Session(Path("one/demo"), {}, "threes", None, 0, 0)
+    first = Trackio(session)
+    first.log(1, {"loss": 3.0})
+    first.finish(failed=False)
+    other = Trackio(replace(session, run=Path("two/demo")))
+    other.log(1, {"loss": 2.0})
+    other.finish(failed=False)
+    renamed = Trackio(replace(session, run=Path("one/renamed"), known=first.id, first_step=1, logged_step=1))
+    renamed.log(2, {"loss": 1.0})
+    renamed.finish(failed=False)
+    with sqlite3.connect(Path(os.environ["TRACKIO_DIR"], "threes.db")) as base:
+        found = base.execute("select run_id, step from metrics order by id").fetchall()
+    assert [step for _, step in found] == [1, 1, 2]
+    assert found[0][0] == found[2][0] != found[1][0]
 
 
 def test_wandb_offline_keeps_its_files_in_the_run_and_every_step_once(plain_run):
