@@ -154,8 +154,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    # Whole words: "RTX A1000" is not an A100, "L40" is not an L4.
-    return next((gpu.peak for part, gpu in ACCELERATORS.items() if re.search(rf"\b{part}\b", name)), None)
+    # Whole words: "RTX A1000" is not an A100, "L40" is not an L4. These variants have peaks of their own.
+    other = re.compile(r"\b(Laptop|D|Ti|Super|NVL)\b", re.IGNORECASE)
+    found = (gpu.peak for part, gpu in ACCELERATORS.items() if re.search(rf"\b{part}\b", name))
+    return None if other.search(name) else next(found, None)
 
 
 def describe(device: torch.device) -> str:

@@ -14,6 +14,10 @@ from lightlm.errors import UsageError
         ("NVIDIA L40", 181e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
     ],
 )
 def test_peaks_belong_to_whole_names(monkeypatch, name, peak):

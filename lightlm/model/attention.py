@@ -53,6 +53,19 @@ def attends_in_groups(device_type: str, dtype: torch.dtype, *, masked: bool) -> 
     return device_type == "cpu" or (device_type == "cuda" and dtype != torch.float32 and not masked)
 
 
+def masks_by_flag(device_type: str, dtype: torch.dtype) -> bool:
+    """Return whether `is_causal` hides later tokens from all queries.
+
+    On MPS in 16 bits it hides them from one query of four, in torch before 2.13 (pytorch#195910).
+    """
+    return device_type != "mps" or dtype == torch.float32
+
+
+def _lower_triangle(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return what `is_causal` stands for, (1, 1, T, S)."""
+    return torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=queries.device).tril()[None, None]
+
+
 def build_mask(positions_BT: Tensor, num_keys: int, window: int, *, fresh: bool, aligned: bool) -> Mask:
     """Return the mask of queries at `positions_BT` over keys at positions 0..num_keys-1.
 
@@ -210,11 +223,14 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, scale: fl
     if mask.blocks is not None:
         y_BHTK: Tensor = flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask.blocks, enable_gqa=grouped, scale=scale)
         return y_BHTK
-    if grouped and not attends_in_groups(k_BGSK.device.type, k_BGSK.dtype, masked=mask.allowed is not None):
+    allowed, is_causal = mask.allowed, mask.is_causal
+    if is_causal and not masks_by_flag(q_BHTK.device.type, q_BHTK.dtype):
+        allowed, is_causal = _lower_triangle(q_BHTK, k_BGSK), False
+    if grouped and not attends_in_groups(k_BGSK.device.type, k_BGSK.dtype, masked=allowed is not None):
         k_BGSK, v_BGSK = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k_BGSK, v_BGSK))
         grouped = False
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped, scale=scale
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=allowed, is_causal=is_causal, enable_gqa=grouped, scale=scale
     )
 
 
@@ -329,8 +345,7 @@ def attend_absorbed(q_BHTK: Tensor, kept_B1SL: Tensor, k_HNL: Tensor, v_HVL: Ten
     q_BHTL = torch.cat((q_BHTN @ k_HNL.to(q_BHTK.dtype), q_BHTR), dim=-1)
     allowed = mask.allowed
     if allowed is None and mask.is_causal:
-        ones_TS = torch.ones(length, kept_B1SL.shape[2], dtype=torch.bool, device=q_BHTK.device)
-        allowed = ones_TS.tril()[None, None]
+        allowed = _lower_triangle(q_BHTK, kept_B1SL)
     if allowed is not None and length > 1:
         allowed = allowed.repeat(1, 1, num_heads, 1)
     # The rotary part of the values is not used: a slice would be copied.

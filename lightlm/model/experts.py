@@ -1,7 +1,8 @@
 """The routed experts of a layer as stacked weights, and three ways to compute them that agree to rounding.
 
-- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that have it. On CPUs it is a loop
-  for which oneDNN builds a kernel per load: three times as slow as padding.
+- grouped: `torch.nn.functional.grouped_mm` over tokens sorted by expert, on GPUs that take it. One kernel computes it
+  at compute capability 9.0; at 8.x torch loops over the experts. On CPUs it is a loop for which oneDNN builds a kernel
+  per load: three times as slow as padding.
 - padded: one batched product over equally many tokens of each expert, then one product per expert for its remaining
   tokens; on all other devices. benchmarks/experts.py times them.
 - single: one product for each expert that got a token; for decoding, where tokens are too few for a batch.
@@ -130,7 +131,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _has_grouped_mm(x_ND: Tensor, weight_EFD: Tensor) -> bool:
-    """Return whether CUDA has the kernel: it needs bf16, compute capability 8.0 and rows of whole 16 bytes."""
+    """Return whether CUDA takes it: it needs bf16, compute capability 8.0 and rows of whole 16 bytes."""
     return (
         x_ND.device.type == "cuda"
         and compute_dtype(x_ND) == torch.bfloat16

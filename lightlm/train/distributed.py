@@ -72,8 +72,9 @@ class World:
                 raise UsageError(f"train.device={name} names one GPU for {self.size} processes; use train.device=cuda")
             if self.local_size > count:
                 raise UsageError(
-                    f"{self.local_size} processes on this machine need a GPU each, and it has {count}; "
-                    f"start {count}, or use train.device=cpu"
+                    f"{self.local_size} processes on this machine need a GPU each, and this one sees {count}; start "
+                    f"{count}, let each see all GPUs (no CUDA_VISIBLE_DEVICES or --gpus-per-task of one), or use "
+                    "train.device=cpu"
                 )
             device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(device)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightlm.model import transformer
+from lightlm.model import attention, transformer
 from lightlm.model.config import ModelConfig
 from lightlm.model.rotary import rotary_table, rotate
 from lightlm.model.transformer import Block, Transformer
@@ -173,3 +173,13 @@ def test_blocks_run_compiled_only_in_training(monkeypatch):
         torch.testing.assert_close(model(tokens), expected)
     torch.testing.assert_close(model(tokens, model.new_cache(2)), expected)
     assert len(compiled) == model.config.depth
+
+
+def test_a_triangle_stands_for_the_flag_where_the_flag_is_wrong(monkeypatch):
+    """On MPS in 16 bits `is_causal` shows later tokens to three queries of four."""
+    assert [attention.masks_by_flag("mps", dtype) for dtype in (torch.float32, torch.bfloat16)] == [True, False]
+    assert attention.masks_by_flag("cpu", torch.bfloat16)
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    by_flag = attention.attend(q, k, v, attention.Mask(is_causal=True))
+    monkeypatch.setattr(attention, "masks_by_flag", lambda *_: False)
+    torch.testing.assert_close(attention.attend(q, k, v, attention.Mask(is_causal=True)), by_flag)

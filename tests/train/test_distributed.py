@@ -187,7 +187,7 @@ def test_devices_that_processes_cannot_share(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    with pytest.raises(UsageError, match="need a GPU each, and it has 1"):
+    with pytest.raises(UsageError, match="need a GPU each, and this one sees 1"):
         two.pick_device("cuda")
     with pytest.raises(UsageError, match="names one GPU for 2 processes"):
         two.pick_device("cuda:0")

@@ -33,7 +33,6 @@ _USABLE = 0.9  # share of a GPU's memory; the rest is left to CUDA's context and
 # Share of free memory between blocks in use on a CPU, which the system counts. Probes of five shapes and precisions
 # with torch 2.13 held 6 to 23% more than the sum of their parts.
 _GAPS = 0.1
-_CPU = torch.device("cpu")
 
 
 def make_plan(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def _target(recipe: Recipe, note: Note) -> tuple[torch.device, torch.dtype, bool
         note(f"not probed: {error}")
         device = torch.device(name)
         fast = device.type == "cuda" and recipe.train.dtype == "auto"
-        return device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, _CPU, width), False
+        return device, torch.bfloat16 if fast else pick_dtype(recipe.train.dtype, device, width), False
     return device, training_dtype(recipe.train.dtype, device, width, lambda slow: note(f"train.dtype={slow}")), True
 
 

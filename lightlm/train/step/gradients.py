@@ -284,7 +284,9 @@ class Gradients:
     def _moved(self, tensor: Tensor | None) -> Any:
         if tensor is None:
             return None
-        return (tensor.pin_memory() if self._device.type == "cuda" else tensor).to(self._device, non_blocking=True)
+        if self._device.type != "cuda":  # a copy to MPS that does not wait reads memory that is freed by then
+            return tensor.to(self._device)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _warm_up(self, first: int, count: int) -> None:
         """Run passes whose gradients are dropped, before the first step of a process.

@@ -22,6 +22,9 @@ _VOCAB_MULTIPLE = 128
 # Tokens whose logits are held at once: on a CPU 206 MB in bf16 at 50,257 entries. Every chunk adds to the whole (V, D)
 # gradient of the weight once more.
 _CHUNK = {"cpu": 2048, "mps": 2048, "cuda": 4096}
+# Entries of the vocabulary that one product sums over, where not all. On M1 and M2, torch before 2.14 adds memory
+# beyond the operands to sums over 32,767 or more (pytorch#195163).
+_SUMMED = {"mps": 16_384}
 # Elements that the fp32 softmax works on at once on a CPU: 1 MB, which stays in its caches; and the fewest rows, below
 # which launching the operations dominates. A GPU takes a whole chunk.
 _SLICE_ELEMENTS, _SLICE_ROWS = 1 << 18, 16
@@ -133,12 +136,16 @@ def target_losses(
     with torch.autocast(x_ND.device.type, enabled=False):
         if not masked:
             return _head_loss(x_ND, model.head_weight, targets_N, 0.0, with_gradients=False)[0]
-        trained_N = targets_N >= 0
-        losses_N = torch.zeros(len(targets_N), device=x_ND.device)
-        losses_N[trained_N] = _head_loss(
-            x_ND[trained_N], model.head_weight, targets_N[trained_N], 0.0, with_gradients=False
-        )[0]
-        return losses_N
+        return _uncompiled_losses(x_ND, model.head_weight, targets_N)
+
+
+@torch.compiler.disable  # the number of trained tokens differs from batch to batch
+def _uncompiled_losses(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Return the loss of each target that is not negative, and 0 for the others."""
+    trained_N = targets_N >= 0
+    losses_N = torch.zeros(len(targets_N), device=x_ND.device)
+    losses_N[trained_N] = _head_loss(x_ND[trained_N], weight_VD, targets_N[trained_N], 0.0, with_gradients=False)[0]
+    return losses_N
 
 
 def head_input(model: Transformer, inputs_BT: Tensor, **options: Any) -> Tensor:
@@ -247,10 +254,21 @@ def _head_loss(
                 logits[:, :vocab_size], targets_R, lesson, chunk, z_loss
             )
         if with_gradients:
-            torch.mm(logits, weight_WD, out=grad_x_ND[chunk])
+            _multiply(logits, weight_WD, grad_x_ND[chunk])
             torch.mm(logits.T, x_RD, out=product_WD)
             add_(grad_weight_VD, product_WD[:vocab_size], first=start == 0)
     return (losses_N, lse_N, kl_N, grad_x_ND, grad_weight_VD) if with_gradients else (losses_N, lse_N, kl_N)
+
+
+def _multiply(logits_RW: Tensor, weight_WD: Tensor, out_RD: Tensor) -> None:
+    """Write the product of logits' gradients and the weight."""
+    size = _SUMMED.get(out_RD.device.type)
+    if size is None:
+        torch.mm(logits_RW, weight_WD, out=out_RD)
+        return
+    out_RD.zero_()
+    for logits_RC, weight_CD in zip(logits_RW.split(size, dim=1), weight_WD.split(size), strict=True):
+        out_RD.addmm_(logits_RC, weight_CD)
 
 
 def _full_head_loss(

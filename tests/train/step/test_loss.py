@@ -40,6 +40,28 @@ def test_loss_under_autocast_is_close_and_accumulates_in_fp32(monkeypatch):
     torch.testing.assert_close(grad, exact_model.lm_head.weight.grad, atol=0.05, rtol=0.05)
 
 
+def test_a_product_in_parts_is_the_product(monkeypatch):
+    logits, weight, whole, parts = torch.randn(5, 12), torch.randn(12, 7), torch.empty(5, 7), torch.full((5, 7), 3.0)
+    loss_module._multiply(logits, weight, whole)
+    monkeypatch.setitem(loss_module._SUMMED, "cpu", 5)
+    loss_module._multiply(logits, weight, parts)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(whole, logits @ weight)
+
+
+def test_validation_compiles_no_graph_for_each_number_of_targets():
+    """Otherwise every batch of conversations compiles, until torch gives up compiling."""
+    graphs, found = [], []
+    compiled = torch.compile(target_losses, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=False)
+    model, inputs = build("llama").eval(), torch.randint(97, (2, 10))
+    for trained in (3, 7, 11):
+        targets = torch.where(torch.arange(20).view(2, 10) < trained, inputs, -1)
+        with torch.no_grad():
+            compiled(model, inputs, targets, masked=True)
+        found.append(len(graphs))
+    assert found[0] == found[-1] > 0
+
+
 def test_no_gradient_work_without_gradients():
     with torch.no_grad():
         loss = token_loss(build("llama"), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
