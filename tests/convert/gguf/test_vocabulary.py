@@ -263,3 +263,17 @@ def test_sentencepiece(form, tmp_path):
     readable = [text for text in TEXTS if "▁" not in text]
     assert [back.decode(ids) for ids in back.encode_batch(readable)] == readable
     assert_equal_in_llama_cpp(tokenizer, path)
+
+
+def test_every_row_of_sentencepiece_has_a_score(tmp_path):
+    """Special tokens beyond model.vocab, as a chat template adds them, and rows without a token."""
+    tokenizer = pieces().with_special_tokens(["<|im_start|>", "<|im_end|>"])
+    path = in_file(tokenizer, tmp_path, extra_rows=30)
+    metadata = read_header(path).metadata
+    scores = metadata["tokenizer.ggml.scores"].tolist()
+    assert len(scores) == len(metadata["tokenizer.ggml.tokens"]) == tokenizer.vocab_size + 30
+    assert set(scores[-32:]) == {min(scores)}
+    back = import_gguf(path).tokenizer
+    assert back.special_tokens == tokenizer.special_tokens
+    assert back.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert_equal_in_llama_cpp(tokenizer, path)
