@@ -12,6 +12,7 @@ from lightlm.convert.gguf.file import export_gguf, import_gguf
 from lightlm.convert.gguf.header import read_header
 from lightlm.convert.gguf.llamacpp import llama_cpp
 from lightlm.convert.gguf.vocabulary import TokenType, write_vocabulary
+from lightlm.convert.huggingface.folder import export_huggingface
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 from tests.convert.gguf.models import MODELS
@@ -130,6 +131,9 @@ def test_beginning_of_text_ends_and_chat_template_are_kept(tmp_path):
     assert (back.bos_id, back.adds_bos, back.context_ids) == (1, True, [1])
     assert back.end_ids == {0, 1}
     assert dict(back.settings) == settings
+    export_huggingface(import_gguf(path), tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": [0, 1]}
     assert_equal_in_llama_cpp(tokenizer, path)
 
 
