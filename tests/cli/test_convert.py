@@ -21,6 +21,8 @@ from lightlm.convert.protocol import Format
 from lightlm.data.tokenizer import train_tokenizer
 from lightlm.errors import CheckpointError, ConvertError, UsageError
 from lightlm.model.transformer import Transformer
+from lightlm.quantities import format_quantity
+from lightlm.recipe import load_run_recipe
 from tests.convert.models import roughen
 from tests.corpus import TINY_RECIPE, make_data
 from tests.shapes import SHAPES
@@ -117,6 +119,17 @@ def test_the_model_card_names_path_data_and_scores(run):
     assert ModelCard.load("runs/demo/hf/README.md").data.datasets == ["HuggingFaceFW/fineweb-edu"]
     [result] = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("quiz", "acc", 0.5)
+
+
+def test_the_card_of_an_earlier_checkpoint_says_how_far_it_was_trained(run):
+    Path("runs/demo/recipe.yaml").write_text(TINY_RECIPE.replace("max_seq_len: 32", "max_seq_len: 32, vocab_size: 320"))
+    total = load_run_recipe(Path("runs/demo")).train.tokens
+    rows = [{"step": 10, "tokens": total // 2}, {"step": 20, "tokens": total}]
+    Path("runs/demo/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, half = format_quantity(total), format_quantity(total // 2)
+    for arguments, words in (([], f"{whole} training tokens in all"), ([STEP[:-2] + "10"], f"after {half} of {whole}")):
+        folder = json.loads(invoke(*arguments, "--json"))["folder"]
+        assert words in Path(folder, "README.md").read_text()
 
 
 def test_the_card_has_the_losses_of_its_step_and_the_license(run):

@@ -50,7 +50,10 @@ def write_vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": tokenizer.adds_bos,
         "tokenizer.ggml.add_eos_token": False,
     }
-    return values | how.write_merges(tokenizer) | _roles(tokenizer)
+    values |= how.write_merges(tokenizer) | _roles(tokenizer)
+    if scores := values.get("tokenizer.ggml.scores"):  # llama.cpp wants one for each row
+        scores += [min(scores)] * (size - len(scores))
+    return values
 
 
 def _roles(tokenizer: Tokenizer) -> dict[str, Any]:

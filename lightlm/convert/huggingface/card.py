@@ -92,7 +92,8 @@ def model_card(loaded: LoadedModel, path: str, *, architecture: str, parameters:
     # The mean of several checkpoints has not been scored: results are of one of them.
     file = loaded.weights[0].name if len(loaded.weights) == 1 else None
     results = list(_scores(run, loaded.path.resolve().name, file)) if run and file else []
-    losses = _losses(run, loaded.path.resolve().name, file) if run and file else []
+    measured = _measured(run, loaded.path.resolve().name) if run else {}
+    losses = _losses(measured, file)
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -113,7 +114,7 @@ def model_card(loaded: LoadedModel, path: str, *, architecture: str, parameters:
         shell_path=shlex.quote(path),
         shape=_table(("", ""), _shape(loaded.model)),
         source=_source(loaded),
-        origin="\n".join(f"- {line}" for line in _origin(recipe)),
+        origin="\n".join(f"- {line}" for line in _origin(recipe, measured.get("tokens"))),
         scores=_score_table(results, losses),
         license=_NO_LICENSE if license == "unknown" else _LICENSED.format(license),
         recipe="" if recipe is None else _RECIPE.format(recipe.to_yaml().strip()),
@@ -136,19 +137,25 @@ def _shape(model: Transformer) -> Iterator[tuple[str, str]]:
     yield "Vocabulary", f"{config.vocab_size:,} tokens"
 
 
-def _losses(run: Path, step: str, file: str) -> list[tuple[str, float]]:
-    """Return the validation losses that the run measured at a checkpoint's step, of these weights."""
+def _measured(run: Path, step: str) -> dict[str, float]:
+    """Return the metrics that the run wrote at a checkpoint's step."""
     number = int(step.rpartition("_")[2]) if step.rpartition("_")[2].isdigit() else -1
-    names = {"val_loss_raw": "loss (nats per token)"} if file == RAW_WEIGHTS else _LOSSES
+    names = {"tokens", "val_loss_raw", *_LOSSES}
     found: dict[str, float] = {}
     try:
         with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 if row["step"] == number:
-                    found |= {words: round(row[key], 4) for key, words in names.items() if key in row}
-    except (OSError, ValueError, KeyError, TypeError):  # damaged; a report names such a file
-        return []
-    return list(found.items())
+                    found |= {key: round(row[key], 4) for key in names & row.keys()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged; a report names such a file
+        return {}
+    return found
+
+
+def _losses(measured: dict[str, float], file: str | None) -> list[tuple[str, float]]:
+    """Return the validation losses of one file of weights, in words; none of the mean of several checkpoints."""
+    names = {"val_loss_raw": "loss (nats per token)"} if file == RAW_WEIGHTS else _LOSSES
+    return [(words, measured[key]) for key, words in names.items() if file and key in measured]
 
 
 def _recipe(run: Path) -> Recipe | None:
@@ -158,7 +165,12 @@ def _recipe(run: Path) -> Recipe | None:
         return None
 
 
-def _origin(recipe: Recipe | None) -> Iterator[str]:
+def _origin(recipe: Recipe | None, tokens: float | None) -> Iterator[str]:
+    """Yield the lines about data and training.
+
+    Args:
+        tokens: how many the run had read at this checkpoint; None if its metrics do not say.
+    """
     if recipe is None:
         yield "Training data and recipe: unknown to LightLM."
         return
@@ -179,8 +191,12 @@ def _origin(recipe: Recipe | None) -> Iterator[str]:
         yield f"Finetuned from `{recipe.train.init_from}`."
     if recipe.train.distill is not None and recipe.train.distill.teacher != STORED:
         yield f"Distilled from `{recipe.train.distill.teacher}`."
+    total = format_quantity(recipe.train.tokens)
+    reached = f"{total} training tokens in all"
+    if tokens is not None and tokens < recipe.train.tokens:
+        reached = f"after {format_quantity(tokens)} of {total} training tokens"
     yield (
-        f"Recipe: `{recipe.name}`, {format_quantity(recipe.train.tokens)} training tokens in all, "
+        f"Recipe: `{recipe.name}`, {reached}, "
         f"{format_quantity(recipe.train.batch_tokens)} per step, by {recipe.optimizer.name}."
     )
 

@@ -122,23 +122,30 @@ def write_description(folder: Path, loaded: LoadedModel, values: dict[str, Any])
     end = tokenizer.end_of_text_id if tokenizer.end_of_text_id < size else None
     bos = end if tokenizer.bos_id is None else tokenizer.bos_id
     said = [each for each in _as_list(tokenizer.generation_config.get("eos_token_id")) if each in tokenizer.end_ids]
-    ends = said if end in said or end is None else [end, *said]
+    ends = [each for each in dict.fromkeys([end, *said]) if each is not None]  # an import takes the first as `end`
     # Without pad_token_id: it would freeze that embedding when the model is trained further.
     ids = {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else end}
-    generation = dict(tokenizer.generation_config or ids)  # an imported one stays as it is
-    if _is_ours(tokenizer):
-        generation = ids | {"pad_token_id": end} | generation
+    pad = _padding(tokenizer, end)
+    generation = dict(tokenizer.generation_config)
+    if generation.keys() <= {"eos_token_id", "pad_token_id"}:  # an imported file has more, and stays as it is
+        generation = ids | ({} if pad is None else {"pad_token_id": pad}) | generation
     if end not in _as_list(generation.get("eos_token_id")):
         generation["eos_token_id"] = ids["eos_token_id"]
     _write_json(folder / "config.json", values | ids)
     _write_json(folder / GENERATION, generation)
-    _write_tokenizer(folder, tokenizer, bos, end, loaded.model.config.max_seq_len)
+    _write_tokenizer(folder, tokenizer, bos, end, pad, loaded.model.config.max_seq_len)
 
 
-def _is_ours(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer was made here: it says nothing more than how it chats."""
-    said = tokenizer.settings.keys()
-    return tokenizer.bos_id is None and said in (set(), {"chat_template"}, {"chat_template", "eos_token"})
+def _padding(tokenizer: Tokenizer, end: int | None) -> int | None:
+    """Return the token for padding: the one that the tokenizer names, else `end` if the model was made here.
+
+    An imported model may have none. A model that was made here has no settings unless it chats.
+    """
+    settings = tokenizer.settings
+    if (named := tokenizer.id_of(settings.get("pad_token"))) is not None:
+        return named
+    ours = tokenizer.bos_id is None and tokenizer.generation_config.keys() <= {"eos_token_id"}
+    return end if ours and (not settings or "chat_template" in settings) else None
 
 
 def import_huggingface(folder: Path) -> LoadedModel:
@@ -161,7 +168,9 @@ def import_huggingface(folder: Path) -> LoadedModel:
     return LoadedModel(build_model(config, state, str(folder)).eval(), tokenizer, folder, weight_files(folder))
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int | None, end: int | None, max_seq_len: int) -> None:
+def _write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, bos: int | None, end: int | None, pad: int | None, max_seq_len: int
+) -> None:
     """Write the files that make `AutoTokenizer` encode as our tokenizer does.
 
     Truncation and padding are left out, because LightLM uses neither. The post-processor is left out where it adds
@@ -181,10 +190,11 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos: int | None, end: i
         **{name: raw.id_to_token(each) for name, each in (("bos_token", bos), ("eos_token", end)) if each is not None},
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
     }
     settings |= dict(tokenizer.settings)
-    if _is_ours(tokenizer) and end is not None:  # an imported model may have no token for padding
-        settings["pad_token"] = tokenizer.name_of(end)
+    if pad is not None:
+        settings["pad_token"] = tokenizer.name_of(pad)
     # transformers 4 reads further tokens under their old name only, and transformers 5 under both.
     if further := [token for key in FURTHER_TOKENS for token in settings.pop(key, [])]:
         settings[FURTHER_TOKENS[0]] = list(dict.fromkeys(further))

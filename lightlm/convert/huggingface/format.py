@@ -72,13 +72,13 @@ class HuggingFaceFolder(Format):
         }
 
     def verify(self, loaded: "LoadedModel", path: Path, dtype: "torch.dtype") -> float:
-        from lightlm.convert.huggingface.verify import TOLERANCE, check_tokenizer, largest_difference
+        from lightlm.convert.huggingface.verify import check_tokenizer, largest_difference
 
-        difference = largest_difference(loaded, path, dtype)
-        if not difference <= TOLERANCE:
+        difference, limit = largest_difference(loaded, path, dtype)
+        if not difference <= limit:
             raise ConvertError(
                 f"{path} does not compute what {loaded.path} does: logits of transformers and LightLM differ by up to "
-                f"{difference:.2e}, more than rounding ({TOLERANCE:.0e}); do not use the conversion, and report this"
+                f"{difference:.2e}, more than rounding ({limit:.0e}); do not use the conversion, and report this"
             )
         check_tokenizer(loaded, path)
         return difference

@@ -12,6 +12,7 @@ from lightlm.convert.gguf.file import export_gguf, import_gguf
 from lightlm.convert.gguf.header import read_header
 from lightlm.convert.gguf.llamacpp import llama_cpp
 from lightlm.convert.gguf.vocabulary import TokenType, write_vocabulary
+from lightlm.convert.huggingface.folder import export_huggingface
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import ConvertError
 from tests.convert.gguf.models import MODELS
@@ -130,6 +131,9 @@ def test_beginning_of_text_ends_and_chat_template_are_kept(tmp_path):
     assert (back.bos_id, back.adds_bos, back.context_ids) == (1, True, [1])
     assert back.end_ids == {0, 1}
     assert dict(back.settings) == settings
+    export_huggingface(import_gguf(path), tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": [0, 1]}
     assert_equal_in_llama_cpp(tokenizer, path)
 
 
@@ -262,4 +266,18 @@ def test_sentencepiece(form, tmp_path):
     assert back.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
     readable = [text for text in TEXTS if "▁" not in text]
     assert [back.decode(ids) for ids in back.encode_batch(readable)] == readable
+    assert_equal_in_llama_cpp(tokenizer, path)
+
+
+def test_every_row_of_sentencepiece_has_a_score(tmp_path):
+    """Special tokens beyond model.vocab, as a chat template adds them, and rows without a token."""
+    tokenizer = pieces().with_special_tokens(["<|im_start|>", "<|im_end|>"])
+    path = in_file(tokenizer, tmp_path, extra_rows=30)
+    metadata = read_header(path).metadata
+    scores = metadata["tokenizer.ggml.scores"].tolist()
+    assert len(scores) == len(metadata["tokenizer.ggml.tokens"]) == tokenizer.vocab_size + 30
+    assert set(scores[-32:]) == {min(scores)}
+    back = import_gguf(path).tokenizer
+    assert back.special_tokens == tokenizer.special_tokens
+    assert back.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
     assert_equal_in_llama_cpp(tokenizer, path)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.convert.folding import as_plain
+from lightlm.convert.formats import FORMATS
 from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
 from lightlm.convert.huggingface.layouts import export_target
 from lightlm.convert.huggingface.verify import check_tokenizer, largest_difference
@@ -338,5 +339,19 @@ def test_wide_initialization_loads(tokenizer, tmp_path):
 def test_verification_draws_no_bar(tmp_path, tokenizer, capsys):
     model = loaded(SIZED["llama"], tokenizer)
     export_huggingface(model, tmp_path / "hf")
-    assert largest_difference(model, tmp_path / "hf", torch.float32) < 1e-4
+    assert largest_difference(model, tmp_path / "hf", torch.float32)[0] < 1e-4
     assert "Loading weights" not in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_verification_counts_rounding_relative_to_the_largest_logit(tokenizer, tmp_path):
+    """Rounding grows with logits, which are near 100 in GPT-2; a wrong weight of the same model is still found."""
+    model = loaded(replace(SIZED["gpt2"], tie_embeddings=False), tokenizer)
+    model.model.lm_head.weight.mul_(1000)
+    export_huggingface(model, tmp_path / "hf")
+    FORMATS["hf"].verify(model, tmp_path / "hf", torch.float32)
+    difference, limit = largest_difference(model, tmp_path / "hf", torch.float32)
+    assert 1e-4 < difference < limit
+    model.model.norm.weight[0] += 0.1
+    with pytest.raises(ConvertError, match="does not compute what model does"):
+        FORMATS["hf"].verify(model, tmp_path / "hf", torch.float32)

@@ -11,6 +11,7 @@ from lightlm.checkpoint import LoadedModel, load_model, save_model
 from lightlm.convert.huggingface.folder import export_huggingface, import_huggingface
 from lightlm.convert.load import load_pretrained
 from lightlm.data.chat.template import ChatTemplate
+from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError, ConvertError
 from lightlm.files import checksum
 from tests.evaluate.tiny_run import tiny_model
@@ -216,3 +217,52 @@ def test_no_role_is_invented(tmp_path: Path) -> None:
 def test_padding_that_only_config_names(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf", None, pad_token_id=3, eos_token_id=[0, 5])
     assert import_huggingface(folder).tokenizer.generation_config == {"eos_token_id": [0, 5], "pad_token_id": 3}
+
+
+def export(tokenizer: Tokenizer, folder: Path) -> Path:
+    export_huggingface(LoadedModel(tiny_model(tokenizer), tokenizer, Path("x")), folder)
+    return folder
+
+
+@pytest.mark.parametrize("pad", [{}, {"pad_token": None}, {"pad_token": "<|im_start|>"}])
+def test_a_model_that_chats_by_a_tokenizer_that_names_its_roles(tmp_path: Path, pad: Any) -> None:
+    """As SmolLM2's, in data that a model was trained on from scratch: LightLM puts end-of-text before its texts."""
+    plain = tokenizer_of("byte-level")
+    roles = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<s>", "chat_template": "{{ messages }}"}
+    said = plain.used_as(None, False, roles | pad, {})
+    end, turn = plain.end_of_text_id, plain.id_of("<|im_end|>")
+    folder = export(plain.chatting_like(said), tmp_path / "hf")
+    padding = end if pad.get("pad_token") is None else plain.id_of(pad["pad_token"])
+    expected = {"bos_token_id": end, "eos_token_id": turn, "pad_token_id": padding}
+    assert read(folder, "generation_config.json") == expected | {"eos_token_id": [end, turn]}
+    assert read(folder, "tokenizer_config.json")["pad_token"] == plain.name_of(padding)
+
+
+def test_the_ids_of_an_import_without_generation_settings(tmp_path: Path) -> None:
+    """Those that config.json has, as transformers takes them; no token for padding is invented."""
+    folder = write_folder(tmp_path / "hf", None, {"eos_token": "<|im_end|>"}, eos_token_id=[0, 5])
+    (folder / "special_tokens_map.json").unlink()
+    export_huggingface(import_huggingface(folder), tmp_path / "again")
+    bos = read(folder, "config.json")["bos_token_id"]
+    assert read(tmp_path / "again", "generation_config.json") == {"bos_token_id": bos, "eos_token_id": [0, 5]}
+    write_folder(tmp_path / "padded", None, {"eos_token": "<|im_end|>"}, pad_token_id=3)
+    export_huggingface(import_huggingface(tmp_path / "padded"), tmp_path / "again padded")
+    expected = {"bos_token_id": bos, "eos_token_id": 0, "pad_token_id": 3}
+    assert read(tmp_path / "again padded", "generation_config.json") == expected
+
+
+def test_the_end_of_text_of_a_chat_model_survives_both_conversions(tmp_path: Path) -> None:
+    plain = tokenizer_of("byte-level")
+    chat = plain.used_as(None, False, {"chat_template": "{{ messages }}", "eos_token": "<|im_end|>"}, {})
+    turn, end = plain.id_of("<|im_end|>"), plain.end_of_text_id
+    folder = export(plain.used_as(None, False, {}, {"eos_token_id": [end]}).chatting_like(chat), tmp_path / "hf")
+    assert read(folder, "generation_config.json")["eos_token_id"] == [turn, end]
+    assert read(folder, "config.json")["eos_token_id"] == [end, turn]  # LightLM reads the first as end of text
+    back = import_huggingface(folder).tokenizer
+    assert (back.end_of_text_id, back.end_ids) == (end, {end, turn})
+
+
+def test_inputs_that_the_models_read_are_named(tmp_path: Path) -> None:
+    """transformers 4 would return token_type_ids too: Llama refuses them, and GPT-2 adds embeddings for them."""
+    folder = export(tokenizer_of("byte-level"), tmp_path / "hf")
+    assert read(folder, "tokenizer_config.json")["model_input_names"] == ["input_ids", "attention_mask"]
