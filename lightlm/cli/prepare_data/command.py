@@ -165,7 +165,7 @@ def prepare_data(
             raise UsageError(f"{option} is for what a teacher says: add --teacher MODEL")
     if form == "text" and source != SKILLS_SOURCE and train_on is not None:
         raise UsageError(f"--train-on {train_on} is for conversations: add --format chat")
-    text_column, template = columns_of(form, text_column), read_template(chat_template)
+    text_column, template = columns_of(form, text_column, train_on or "assistant"), read_template(chat_template)
     chosen_engine: Engine | None = None  # threads of this process
     if engine == "ray":
         from lightlm.data.prepare.ray import RayEngine
