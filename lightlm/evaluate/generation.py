@@ -10,6 +10,7 @@ from lightlm.errors import UsageError
 from lightlm.generate.sampling import Sampling
 
 _MAX_NEW_TOKENS = 256  # lm-eval's default if a task sets none
+_TOP_K = 50  # that of transformers' `generate`, which lm-eval's `hf` calls
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one setting
 # Settings of transformers and vLLM: their name in `Sampling`, and how to read a value.
 _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -68,7 +69,8 @@ class Generation:
     def of(cls, settings: Mapping[str, Any]) -> "Generation":
         """Read `generation_kwargs`.
 
-        As in transformers, answers are greedy without `do_sample` or a temperature, and `top_k: 0` is off.
+        As in transformers, answers are greedy without `do_sample` or a temperature. Otherwise they are drawn from the
+        50 likeliest tokens, unless `top_k` says how many; 0 and null are off.
 
         Raises:
             UsageError: a value has the wrong type or is out of its range.
@@ -85,7 +87,9 @@ class Generation:
                 new_tokens = 1
             drawn = kwargs.get("do_sample")
             readers = (_FILTERS if drawn else {}) | _ADJUSTMENTS
-            values: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0} if drawn else {"temperature": 0.0}
+            values: dict[str, Any] = {"temperature": 0.0}
+            if drawn:
+                values = {"temperature": 1.0, "top_k": None if "top_k" in settings else _TOP_K, "top_p": 1.0}
             values |= {name: read(kwargs[key]) for key, (name, read) in readers.items() if key in kwargs}
             sampling = Sampling(**values)
         except (TypeError, ValueError) as error:

@@ -18,6 +18,7 @@ from lightlm.data.folder import DataFolder, resolve_dataset
 from lightlm.data.prepare.run import Progress
 from lightlm.data.sources import pydocs
 from lightlm.errors import DataError, LightLMError, UsageError
+from lightlm.train.teaching.store import store_teacher
 
 DOCUMENTS = tuple(f"Document {n} is about the number {n}, which is followed by {n + 1}." for n in range(50))
 
@@ -95,6 +96,13 @@ def test_verify_checks_and_writes_nothing(run) -> None:  # type: ignore[no-untyp
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DataError, match=r"train_000000\.bin: checksum"):
         run("corpus.jsonl", "--verify")
+
+
+def test_verify_refuses_what_it_would_ignore(run) -> None:  # type: ignore[no-untyped-def]
+    run("corpus.jsonl", "--tokenizer", "train:300")
+    options = ["--overwrite", "--teacher", "m", "--max-tokens", "9", "--dedup", "exact", "--skip-bad"]
+    with pytest.raises(UsageError, match=r"--verify .* so --max-tokens, --overwrite, --skip-bad, --dedup, --teacher"):
+        run("corpus.jsonl", "--verify", *options)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +222,14 @@ def test_data_that_models_are_only_scored_on(run):  # type: ignore[no-untyped-de
     scored, trained = (DataFolder.open(folder).manifest for folder in ("data/my texts", "data/corpus"))
     assert scored.text_bytes == {"train": 0, "val": sum(trained.text_bytes.values())}
     assert json.loads(run(*command, "--verify", "--json").stdout)["status"] == "verified"
+    teacher = ("--teacher", "my-model")
+    with pytest.raises(UsageError, match="--val-fraction 1 leaves no text to train on, so a --teacher has nothing"):
+        run("corpus.jsonl", "--val-fraction", "1", *teacher)
+    for talks in (("skills",), ("corpus.jsonl", "--format", "chat")):
+        with pytest.raises(UsageError, match="heldout does not score conversations"):
+            run(*talks, "--tokenizer", "data/corpus", "--val-fraction", "1")
+    with pytest.raises(DataError, match="data/my texts has no train split"):
+        store_teacher(Path("data/my texts"), "my-model")
     with pytest.raises(UsageError, match="leaves no text for --tokenizer train:300"):
         run(*command[:2], "train:300", *command[3:])
     with pytest.raises(DataError, match="none is left to train on; choose a smaller fraction, or 1 for data"):

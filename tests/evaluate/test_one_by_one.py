@@ -236,14 +236,24 @@ def test_settings_of_generation_have_a_meaning_or_are_named(write: Callable[...,
     drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     assert Generation.of({**drawn, "top_k": 0}).sampling == Sampling(0.7, None, 0.9)
     assert Generation.of({**drawn, "top_k": 5, "max_new_tokens": 3}).new_tokens == 3
+    assert Generation.of({**drawn, "top_k": None}).sampling == Sampling(0.7, None, 0.9)
+    assert Generation.of({"temperature": 0.7}).sampling == Sampling(0.7, 50, 1.0)
     assert Generation.of({**drawn, "min_p": 0.1, "typical_p": 0.8}).sampling == Sampling(
-        0.7, None, 0.9, min_p=0.1, typical_p=0.8
+        0.7, 50, 0.9, min_p=0.1, typical_p=0.8
     )
     greedy = Generation.of({"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_p": 0.1})
     assert greedy.sampling == Sampling(0.0, repetition_penalty=1.3, no_repeat_ngram=3)
     assert Generation.of({"max_length": 30}).limit(20) == 10
     with pytest.raises(UsageError, match="until"):
         Generation.of({"until": [3]})
+
+
+def test_what_a_task_leaves_open_is_as_in_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    defaults = transformers.GenerationConfig._get_default_generation_params()
+    found = Generation.of({"do_sample": True}).sampling
+    for name in ("temperature", "top_k", "top_p", "typical_p", "repetition_penalty"):
+        assert getattr(found, name) == defaults[name]
 
 
 def test_a_special_token_among_the_stop_strings_ends_an_answer_as_in_lm_evals_hf(tmp_path: Path) -> None:

@@ -18,6 +18,12 @@ FROM_MANIFEST = (
     "evaluation_sets", "vocab_size", "end_of_text", "end_of_text_id", "unigram", "chat",
 )  # fmt: skip
 
+# The options that go with one that prepares nothing.
+_HONORED = {
+    "--download-only": ("source", "tokenizer", "text_column", "download_only", "as_json"),
+    "--verify": ("source", "tokenizer", "out", "text_column", "form", "val_fraction", "verify", "sample", "as_json"),
+}
+
 
 def prepare_data(
     context: typer.Context,
@@ -156,16 +162,20 @@ def prepare_data(
 
     refuse_mixture(source, mix)
     if download_only:
-        from lightlm.cli.prepare_data.download import download_data, refuse_other_options
+        from lightlm.cli.prepare_data.download import download_data
 
-        refuse_other_options(context)
+        _refuse_other_options(context, "--download-only", "fetches whole files and prepares nothing")
         return download_data(open_named(source, text_column, None), tokenizer, as_json)
+    if verify:
+        _refuse_other_options(context, "--verify", "checks a finished folder and prepares nothing")
     for option, given in (("--top-k", top_k), ("--teacher-context", teacher_context)):
         if given is not None and teacher is None:
             raise UsageError(f"{option} is for what a teacher says: add --teacher MODEL")
+    if teacher is not None and val_fraction == 1:
+        raise UsageError("--val-fraction 1 leaves no text to train on, so a --teacher has nothing to say; leave it out")
     if form == "text" and source != SKILLS_SOURCE and train_on is not None:
         raise UsageError(f"--train-on {train_on} is for conversations: add --format chat")
-    text_column, template = columns_of(form, text_column), read_template(chat_template)
+    text_column, template = columns_of(form, text_column, train_on or "assistant"), read_template(chat_template)
     chosen_engine: Engine | None = None  # threads of this process
     if engine == "ray":
         from lightlm.data.prepare.ray import RayEngine
@@ -209,6 +219,18 @@ def prepare_data(
     if sample:
         summary["samples"] = DataFolder.open(folder).beginnings(sample)
     print_summary(summary, manifest, as_json)
+
+
+def _refuse_other_options(context: typer.Context, only: str, does: str) -> None:
+    """Raise UsageError for an option that would have no effect beside `only`."""
+    from lightlm.errors import UsageError
+
+    given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
+    options = [option.opts[0] for option in context.command.params if option.name in given - set(_HONORED[only])]
+    if options:
+        raise UsageError(
+            f"{only} {does}, so {', '.join(options)} would have no effect; give it to the command that prepares instead"
+        )
 
 
 def _finished_folder(source: str | None) -> Path | None:

@@ -5,24 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import typer
-
     from lightlm.data.sources.base import Source
-
-HONORED = ("source", "tokenizer", "text_column", "download_only", "as_json")
-
-
-def refuse_other_options(context: typer.Context) -> None:
-    """Raise UsageError for an option that would have no effect on a download of whole files."""
-    from lightlm.errors import UsageError
-
-    given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
-    options = [option.opts[0] for option in context.command.params if option.name in given - set(HONORED)]
-    if options:
-        raise UsageError(
-            f"--download-only fetches whole files and prepares nothing, so {', '.join(options)} would have no effect; "
-            "give it to the command that prepares instead"
-        )
 
 
 def download_data(source: Source, tokenizer: str | None, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightlm.data.shards import TrainOn
 from lightlm.errors import DataError, UsageError
 
 Message = dict[str, str]  # with the keys `role` and `content`
@@ -84,8 +85,15 @@ CHAT = "chat"  # whichever form a record has
 class ChatColumns(str):
     """In place of a text column's name: `chat` or the name of a form, and with `:COLUMN` the column with the messages.
 
-    A record with it is read as a conversation.
+    A record with it is read as a conversation. `train_on` says whose weights count.
     """
+
+    train_on: TrainOn
+
+    def __new__(cls, form: str, train_on: TrainOn = "assistant") -> "ChatColumns":
+        columns = super().__new__(cls, form)
+        columns.train_on = train_on
+        return columns
 
     @property
     def column(self) -> str:
@@ -126,7 +134,7 @@ class ChatColumns(str):
         for name in form.refuses:
             if _parsed(record.get(name)):
                 raise DataError(f"{where()}: the conversation has {name}, which LightLM does not read")
-        messages = check_conversation(form.read(record), where)
+        messages = check_conversation(form.read(record), where, self.train_on)
         system = record.get(SYSTEM)
         if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
@@ -143,7 +151,7 @@ class ChatColumns(str):
         return [form for form in self._forms.values() if all(name in columns for name in form.needs)]
 
 
-def columns_of(form: str, text_column: str) -> str:
+def columns_of(form: str, text_column: str, train_on: TrainOn = "assistant") -> str:
     """Return what to read of a record: the text column for the form `text`, else its conversation.
 
     `form` is also `CHAT` or a row of `FORMS`; `text_column` may then name the column with the messages. Raises
@@ -156,7 +164,7 @@ def columns_of(form: str, text_column: str) -> str:
     columns = FORMS[form].needs if form in FORMS else ()
     if text_column != "text" and len(columns) > 1:
         raise UsageError(f"--text-column names the messages, but {form} reads {' and '.join(columns)}; leave it out")
-    return ChatColumns(form if text_column == "text" else f"{form}:{text_column}")
+    return ChatColumns(form if text_column == "text" else f"{form}:{text_column}", train_on)
 
 
 def _field(record: Any, column: str) -> Any:
@@ -173,7 +181,7 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def check_conversation(given: Any, where: Callable[[], str]) -> list[Message]:
+def check_conversation(given: Any, where: Callable[[], str], train_on: TrainOn = "assistant") -> list[Message]:
     """Return messages with the roles of chat templates and texts as contents.
 
     Raises DataError, which begins with `where()`, for what is not a conversation to learn answers from.
@@ -191,11 +199,14 @@ def check_conversation(given: Any, where: Callable[[], str]) -> list[Message]:
             raise DataError(f"{where()}: message {number} uses a tool; conversations with tools are not read")
         if name not in ROLES:
             raise DataError(f"{where()}: message {number} has the unknown role {named!r}; known are {', '.join(ROLES)}")
-        if (weight := message.get("weight")) not in (None, 1):
-            raise DataError(
-                f"{where()}: message {number} has the weight {weight!r}, but every answer weighs the same here"
-            )
         role = ROLES[name]
+        weighs = role == "assistant" or train_on == "all"
+        if weighs and (weight := message.get("weight")) not in (None, 1):
+            every = "answer" if role == "assistant" else "message"
+            raise DataError(
+                f"{where()}: message {number} has the weight {weight!r}, but every {every} weighs the same with "
+                f"--train-on {train_on}"
+            )
         content = _text_of_content(message.get("value") if message.get("content") is None else message["content"])
         if content is None:
             raise DataError(f"{where()}: message {number} ({role}) holds no text")

@@ -61,6 +61,11 @@ class Options:
                 f"--val-fraction {self.val_fraction}: a number from 0 (no validation split) to 1 (nothing to train on) "
                 "is needed"
             )
+        if self.val_fraction == 1 and self.train_on is not None:
+            raise UsageError(
+                "--val-fraction 1 makes data that models are only scored on, and the task heldout does not score "
+                "conversations; choose a smaller fraction"
+            )
         if self.val_fraction == 1 and requested_vocab_size(self.tokenizer) is not None:
             raise UsageError(
                 f"--val-fraction 1 leaves no text for --tokenizer {self.tokenizer}; name the tokenizer of the models "

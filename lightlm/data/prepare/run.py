@@ -127,6 +127,8 @@ def prepare(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: at least 1 is needed")
     if isinstance(source, str):
+        if isinstance(text_column, ChatColumns):
+            text_column = ChatColumns(text_column, train_on)
         source = open_source(source, text_column, filter)
     if getattr(source, "holds_conversations", False) and not isinstance(text_column, ChatColumns):
         text_column = ChatColumns(CHAT)

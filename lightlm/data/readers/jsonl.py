@@ -134,7 +134,7 @@ def _texts_of_lines(
             if isinstance(record, list):
                 yield from _texts_of_values([(place, each) for each in record], text_column, row_filter, bad)
                 continue
-            text = text_of(record, place, text_column, row_filter, bad)
+            text = text_of(record, place, text_column, row_filter, bad, sparse=True)
         except DataError as error:
             bad(error)
             continue
@@ -148,7 +148,7 @@ def _texts_of_values(
     """Yield the texts of values, each with what names it."""
     for place, record in values:
         try:
-            text = text_of(record, place, text_column, row_filter, bad)
+            text = text_of(record, place, text_column, row_filter, bad, sparse=True)
         except DataError as error:
             bad(error)
             continue

@@ -6,17 +6,25 @@ from typing import Any
 
 from lightlm.data.chat.conversation import CHAT, ChatColumns
 from lightlm.data.readers.texts import NULL, BadRecord, Omitted
-from lightlm.data.select.columns import field_of
-from lightlm.data.select.filters import FILTERED, Filter
+from lightlm.data.select.columns import field_of, has_field
+from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
 
 LISTED_COLUMNS = 30  # in a message
 
 
 def text_of(
-    record: Any, where: Callable[[], str], text_column: str, row_filter: Filter | None, bad: BadRecord
+    record: Any,
+    where: Callable[[], str],
+    text_column: str,
+    row_filter: Filter | None,
+    bad: BadRecord,
+    *,
+    sparse: bool = False,
 ) -> str | None:
     """Return the text of a record; None for a null, and where `row_filter` does not keep it: `bad` counts both.
+
+    `sparse` records may lack a column that the filter names, which is then null: writers of JSON omit nulls.
 
     Dots in `text_column` lead to nested fields, unless a column has that name. Half a surrogate pair becomes
     U+FFFD. Raises DataError where `record` is not a mapping, the text column is missing or holds something else, or the
@@ -27,8 +35,8 @@ def text_of(
         if isinstance(text_column, ChatColumns):
             held = f"the columns {text_column.wanted}"
         raise DataError(f"{where()}: a JSON object was expected, with {held}")
-    if row_filter is not None and not row_filter.keeps(record, where):
-        bad(Omitted(FILTERED))
+    if row_filter is not None and not row_filter.keeps(record, where, sparse=sparse):
+        bad(Omitted(row_filter.cause(record)))
         return None
     read = text_column.text_of if isinstance(text_column, ChatColumns) else partial(_text, text_column)
     text = read(record, where)
@@ -66,11 +74,7 @@ def holds_column(record: Mapping[str, Any], text_column: str) -> bool:
     """Return whether a record has the text column, by its name or along its dots, or is a conversation."""
     if isinstance(text_column, ChatColumns):
         return text_column.found_in(record)
-    try:
-        field_of(record, text_column)
-    except KeyError:
-        return False
-    return True
+    return has_field(record, text_column)
 
 
 def missing_column(where: str, text_column: str, columns: Sequence[str], hint: str = "") -> DataError:

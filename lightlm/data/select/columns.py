@@ -19,6 +19,15 @@ def field_of(record: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+def has_field(record: Mapping[str, Any], column: str) -> bool:
+    """Return whether `field_of` finds a column."""
+    try:
+        field_of(record, column)
+    except KeyError:
+        return False
+    return True
+
+
 def arrow_field(column: str, schema: "pyarrow.Schema") -> tuple[tuple[str, ...], Any]:
     """Return the names that lead to a column of an Arrow schema, from the outermost, and its type.
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightlm.data.select.columns import arrow_field, field_of
+from lightlm.data.select.columns import arrow_field, field_of, has_field
 from lightlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -107,17 +107,25 @@ class Filter:
         """Return the top-level columns to read for the expression: the first part of each dotted name."""
         return list(dict.fromkeys(_arrow_column(column, schema)[0][0] for column in self.columns))
 
-    def keeps(self, record: Mapping[str, Any], where: Callable[[], str]) -> bool:
-        """Return whether the expression is true of a record.
+    def keeps(self, record: Mapping[str, Any], where: Callable[[], str], *, sparse: bool = False) -> bool:
+        """Return whether the expression is true of a record; in a `sparse` one, a column that it lacks is null.
 
         Raises DataError where it lacks a column or holds a value of another kind; `where()` names the record.
         """
         root, kinds = self._parsed
         try:
-            values = {column: _value(record, column, kind) for column, kind in kinds.items()}
+            values = {
+                column: None if sparse and not has_field(record, column) else _value(record, column, kind)
+                for column, kind in kinds.items()
+            }
         except _MismatchError as error:
             raise DataError(f'{where()}: --filter "{self.text}": {error}') from None
         return _truth(root, values) is True
+
+    def cause(self, record: Mapping[str, Any]) -> str:
+        """Return the cause under which a record is counted that is left out; it names a column that is not there."""
+        lacking = next((column for column in self.columns if not has_field(record, column)), None)
+        return FILTERED if lacking is None else f"{FILTERED} without {lacking!r}"
 
 
 def matching_rows(table: "pyarrow.Table", expression: "pyarrow.compute.Expression") -> np.ndarray:

@@ -34,7 +34,8 @@ _REFUSED = re.compile(r'[<>:"/\\|?*]')  # in file names on Windows
 
 def file_stem(settings: Settings) -> str:
     """Return a file name for these settings, so that a trial with --limit never replaces a full result."""
-    stem = "+".join(Path(task).stem for task in settings.tasks)
+    # A task may be a file; another name may have a dot.
+    stem = "+".join(Path(task).stem if task.endswith((".yaml", ".yml")) else Path(task).name for task in settings.tasks)
     stem = _REFUSED.sub(lambda found: f"%{ord(found[0]):02X}", stem)  # of globs: `*` and `?` stay apart
     if len(stem) > _MAX_STEM:
         stem = f"{stem[:_MAX_STEM]}~{hashlib.sha256(stem.encode()).hexdigest()[:8]}"

@@ -16,9 +16,10 @@ from lightlm.data.sources.hub.client import first_line, hub_answers, hub_errors,
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate.results import board
 from lightlm.evaluate.settings import Settings
+from lightlm.evaluate.tasks import heldout
 from lightlm.evaluate.tasks.checks import describe, explain, reason_of
 from lightlm.evaluate.tasks.data_sets import DataSets, Need, fetch_command, unreadable, why_missing
-from lightlm.evaluate.tasks.heldout import NoRunError, TooFewDocumentsError, common_folder, load_cloze
+from lightlm.evaluate.tasks.heldout import TooFewDocumentsError, common_folder, load_cloze
 from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache, warn
 from lightlm.evaluate.tasks.patches import quiet
 from lightlm.evaluate.tasks.references import CLOZE, HELDOUT, SELECTIONS, TASKS, find_data_dir, unknown_task
@@ -152,14 +153,17 @@ class Tasks(TaskManager):
 
         Raises:
             UsageError: the models' runs have different folders.
-            DataError: there is no folder, unless heldout may be left out.
+            DataError: there is no folder, or none with documents to score; without `data`, heldout may be left out.
         """
         if not self.read_data:
             return None
         try:
-            return common_folder(models, data)
-        except NoRunError as error:
-            if HELDOUT not in self._optional:
+            folder = common_folder(models, data)
+            if HELDOUT in self._optional:
+                heldout.load(data=str(folder))
+            return folder
+        except DataError as error:
+            if HELDOUT not in self._optional or data:
                 raise
             self._leave_out(HELDOUT, str(error))
             return None
@@ -210,6 +214,11 @@ class Tasks(TaskManager):
         """
         self._check_examples()
         self._leave_out_unreadable()
+        if HELDOUT in self._optional and HELDOUT in task_list and HELDOUT not in self._left_out:
+            try:
+                heldout.load(**self._about_model)
+            except DataError as error:
+                self._leave_out(HELDOUT, str(error))
         names = [name for name in task_list if name not in self._left_out]
         if self._cloze_optional and CLOZE in names and (problem := self._cloze_problem()):
             names.remove(CLOZE)

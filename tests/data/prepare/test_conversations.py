@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -196,6 +197,20 @@ def test_a_folder_leaves_out_what_holds_no_conversation(tmp_path):
         prepared(tmp_path / "src" / "README.md", tmp_path / "other")
     with pytest.raises(DataError, match="pydocs holds texts and no conversations"):
         prepared("pydocs", tmp_path / "other")
+
+
+def test_weights_of_what_is_not_trained_on(tmp_path):
+    """SlimOrca's layout. With --train-on all a question's weight would count, and an answer's always does."""
+    talk = [{"from": "system", "value": "Be kind", "weight": None}]
+    talk += [message | {"weight": weight} for message, weight in zip(SHARED, (0, 1), strict=True)]
+    path = write_lines(tmp_path / "a.jsonl", [{"conversations": talk}])
+    for train_on in ("assistant", "last"):
+        prepared(path, tmp_path / train_on, train_on=train_on)
+        [text] = shown(tmp_path / train_on)
+        assert text.endswith(WRITTEN)
+    with pytest.raises(DataError, match=r"message 2 has the weight 0, .* with --train-on all"):
+        prepared(path, tmp_path / "all", train_on="all")
+    assert pickle.loads(pickle.dumps(columns_of("chat", "text", "all"))).train_on == "all"  # as for a worker of Ray
 
 
 BAD = {

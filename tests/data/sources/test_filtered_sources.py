@@ -55,6 +55,19 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         prepare(str(tmp_path / "in"), "train:300", tmp_path / "out")
 
 
+def test_a_key_that_a_json_record_lacks_is_null(tmp_path: Path) -> None:
+    rows = [{"text": "a b", "lang": "en"}, {"text": "c d"}, {"text": "e f", "lang": "de"}]
+    rows.append({"text": "g h", "lang": None})
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert read(path, Filter("lang == 'en'")) == ["a b"]
+    assert read(path, Filter("lang is null")) == ["c d", "g h"]
+    assert read(path, Filter("lang.code is null or lang != 'en'")) == [row["text"] for row in rows]
+    row_filter = Filter("lang == 'en'")
+    made = prepare(str(path), "train:300", tmp_path / "out", filter=row_filter, val_fraction=0.0, skip_bad=True)
+    assert made.dropped == {"filtered": 2, "filtered without 'lang'": 1}
+
+
 def test_row_groups_without_a_match_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "sorted.parquet"
     rows = [{"text": f"document {n}", "score": n // 10} for n in range(40)]
@@ -79,9 +92,13 @@ def test_row_groups_without_a_match_are_not_read(tmp_path: Path) -> None:
 
 
 def test_mistakes_name_the_columns(tmp_path: Path) -> None:
-    for path in write(tmp_path):
-        with pytest.raises(DataError, match="no column 'scor'; there are: text, score, meta"):
-            read(path, Filter("scor > 1"))
+    for path in write(tmp_path / "in"):
+        if path.suffix == ".parquet":
+            with pytest.raises(DataError, match="no column 'scor'; there are: text, score, meta"):
+                read(path, Filter("scor > 1"))
+        else:
+            with pytest.raises(DataError, match=r"holds no text \(40 filtered without 'scor' documents were"):
+                prepare(str(path), "train:300", tmp_path / "out", filter=Filter("scor > 1"))
         with pytest.raises(DataError, match="the column 'score' holds"):
             read(path, Filter("score == 'a'"))
     (tmp_path / "notes.txt").write_text("text", encoding="utf-8")

@@ -185,7 +185,7 @@ def test_file_names_of_globs_are_names_on_windows_and_stay_apart() -> None:
     assert not set("".join(names)) & set('<>:"/\\|?*')
     assert len(set(names)) == 4
     assert store.file_stem(Settings(["blimp_[ab]", "arc-easy.v2", "t/own.yaml"], limit=3)) == (
-        "blimp_[ab]+arc-easy+own_limit3"
+        "blimp_[ab]+arc-easy.v2+own_limit3"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from lm_eval.tasks._index import TaskIndex
 
 from lightlm.checkpoint import LoadedModel
 from lightlm.data.folder import DataFolder
+from lightlm.data.shards import ChatData
 from lightlm.errors import DataError
 from lightlm.evaluate.compare.table import score_table
 from lightlm.evaluate.harness import LightLM
@@ -161,6 +163,46 @@ def test_small_lm_adds_what_there_is_data_for(world: LoadedModel, monkeypatch: p
     assert stranger.find_data(["some/model"]) is None
     assert "heldout" not in stranger.names
     assert any("heldout is left out" in note for note in notes)
+
+
+def _without_validation(folder: Path) -> None:
+    manifest = DataFolder.open(folder).manifest
+    kept = [shard for shard in manifest.shards if shard.split == "train"]
+    (folder / "manifest.json").write_text(manifest.model_copy(update={"shards": kept}).model_dump_json())
+
+
+def _conversations(folder: Path) -> None:
+    manifest = DataFolder.open(folder).manifest
+    chat = ChatData(train_on="all", template="chatml", added_tokens=[], masks={}, trained_tokens={})
+    (folder / "manifest.json").write_text(manifest.model_copy(update={"chat": chat}).model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_without_validation, "no validation documents"),
+        (_conversations, "holds conversations"),
+        (shutil.rmtree, "there is no folder data/tiny"),
+    ],
+)
+def test_small_lm_leaves_out_what_a_folder_does_not_give(
+    world: LoadedModel, spoil: Callable[[Path], None], reason: str
+) -> None:
+    spoil(Path("data/tiny"))
+    notes: list[str] = []
+    tasks = Tasks(Settings(["small_lm"], data_dir="evals"), notes.append)
+    assert tasks.find_data([world.path]) is None
+    assert {"heldout", "heldout_cloze"}.isdisjoint(tasks.names)
+    assert any("small_lm: heldout is left out" in note and reason in note for note in notes)
+    with pytest.raises(DataError):
+        Tasks(Settings(["heldout"], data_dir="evals")).load(["heldout"])
+    if Path("data/tiny").exists():  # while training
+        folder, section = DataFolder.open(Path("data/tiny")), EvalSection(tasks=["small_lm"], data_dir="evals")
+        notes.clear()
+        TaskScores(section, folder, world.tokenizer, World(), notes.append)
+        assert any("small_lm: heldout is left out" in note and reason in note for note in notes)
+        with pytest.raises(DataError, match=reason):  # named by the user
+            Tasks(Settings(["small_lm"], data_dir="evals"), notes.append).find_data([], "data/tiny")
 
 
 def test_blimp_counts_ties_as_half(world: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
