@@ -145,10 +145,16 @@ documents for validation. `demo`, `moe-demo` and `speedrun` take optimizer, beta
 This page is made by `python benchmarks/learning.py --page docs/ladder.md` from `benchmarks/results/learning`;
 `benchmarks/learning/studies.yaml` holds the settings of every contestant.
 
-A difference is to the baseline of its study, paired by seed; less is better. Where another contestant has fewer other
-settings, the last column has the difference to that one, and the summary counts it. ± is half of the 95% interval, from
-the spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
+A difference is to the baseline of its study, paired by seed; less is better. ± is half of the 95% interval, from the
+spread of all differences of the study, or of all studies where a study has too few seeds. `noise` is a difference
 within it. `better` and `worse` take three seeds; `lower` and `higher` are beyond the interval with one or two.
+
+Some contestants change several settings at once. If an earlier contestant of the study is more similar than the
+baseline, and differs by at most two settings, the last column shows the difference to that one, and the summary counts
+that verdict.
+
+In the summary, the best of the others is the best of those that read at most 2% more tokens than the baseline. In a
+study of bits per byte it is the best of all, because vocabularies cut the same text into different numbers of tokens.
 
 The intervals say how far other seeds would move a difference, not how far other documents would: all losses are of the
 same 45 documents (977 KB). They are not adjusted for the number of contestants, so the best of many looks better than

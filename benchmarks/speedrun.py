@@ -57,12 +57,13 @@ SAVES = 6  # checkpoints of nanoGPT, each after an evaluation
 LARGEST_DIFFERENCE = 0.01  # nats per token between nanoGPT's model and its export, whose GELU is an approximation
 EVALUATED = 20  # batches per evaluation of nanoGPT
 PROMPTS = ("The history of", "The cell is", "She opened the door and")
-METRICS = {  # of `lightlm eval`: task, metric, heading
-    "heldout": ("bits_per_byte", "bits per byte"),
-    "heldout_cloze": ("acc", "cloze"),
-    "arc_easy": ("acc_norm", "ARC-Easy"),
-    "piqa": ("acc_norm", "PIQA"),
-}
+METRICS = (  # of `lightlm eval`: task, metric, heading
+    ("heldout", "bits_per_byte", "bits per byte"),
+    ("heldout_cloze", "acc", "cloze acc"),
+    ("heldout_cloze", "acc_mutual_info", "cloze acc_mutual_info"),
+    ("arc_easy", "acc_norm", "ARC-Easy acc_norm"),
+    ("piqa", "acc_norm", "PIQA acc_norm"),
+)
 
 
 @dataclass(frozen=True)
@@ -284,12 +285,12 @@ def write_texts(name: str, model: str, options: argparse.Namespace) -> dict[str,
 
 def table(contestants: dict[str, dict[str, Any]]) -> str:
     """Return the Markdown table of the contestants: size, tokens, time and scores."""
-    known = [task for task in METRICS if any(task in entry["scores"] for entry in contestants.values())]
-    heads = ["", "parameters", "tokens", "minutes", *(METRICS[task][1] for task in known)]
+    known = [each for each in METRICS if any(each[0] in entry["scores"] for entry in contestants.values())]
+    heads = ["", "parameters", "tokens", "minutes", *(heading for _, _, heading in known)]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, entry in contestants.items():
         cells = [name, f"{entry['facts']['parameters']:,}", f"{entry['tokens']:,}", f"{entry['seconds'] / 60:.1f}"]
-        cells += [_score(entry["scores"].get(task, {}), METRICS[task][0]) for task in known]
+        cells += [_score(entry["scores"].get(task, {}), metric) for task, metric, _ in known]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -242,6 +242,6 @@ def test_the_table_has_a_row_per_contestant_with_the_scores_that_are_known(speed
     entry = {"facts": {"parameters": 1000}, "tokens": 50_000, "seconds": 90.0, "scores": scores}
     nan = {"heldout": {"bits_per_byte,none": 1.75, "bits_per_byte_stderr,none": math.nan}}
     lines = speedrun.table({"lightlm": entry, "nanogpt": entry | {"scores": nan}}).splitlines()
-    assert lines[0] == "|  | parameters | tokens | minutes | bits per byte | PIQA |"
+    assert lines[0] == "|  | parameters | tokens | minutes | bits per byte | PIQA acc_norm |"
     assert lines[2] == "| lightlm | 1,000 | 50,000 | 1.5 | 1.500 | 0.550 ± 0.010 |"
     assert lines[3] == "| nanogpt | 1,000 | 50,000 | 1.5 | 1.750 |  |"

@@ -232,7 +232,7 @@ def test_data_that_models_are_only_scored_on(run):  # type: ignore[no-untyped-de
         store_teacher(Path("data/my texts"), "my-model")
     with pytest.raises(UsageError, match="leaves no text for --tokenizer train:300"):
         run(*command[:2], "train:300", *command[3:])
-    with pytest.raises(DataError, match="none is left to train on; choose a smaller fraction, or 1 for data"):
+    with pytest.raises(DataError, match="none is left to train on; choose a smaller fraction, or split the text"):
         run(*command[:-1], "0.9999999999", "--overwrite")
 
 

@@ -116,7 +116,8 @@ def test_a_rewarmup_multiplies_the_schedule_by_a_rise_from_zero():
 
 
 def test_data_that_a_run_repeats_too_often_is_named():
-    assert note_on_repeats(10_000, 1000) is None
+    assert note_on_repeats(4000, 1000) is None
+    assert "reads the 1K tokens of books 4.2 times" in note_on_repeats(4200, 1000, "books")
     assert "reads its 1K tokens of data 25 times" in note_on_repeats(25_000, 1000)
     assert note_on_repeats(0, 0, "books") is None
     assert note_on_repeats(1000, 0, "books") == "books has no train split: it is for scoring models only"

@@ -380,8 +380,9 @@ class _Preparation:
         if "val" in splits and "train" not in splits and self._options.val_fraction < 1:
             raise _FinalError(
                 f"Every document of {self._source.spec} falls into validation at --val-fraction "
-                f"{self._options.val_fraction}, and none is left to train on; choose a smaller fraction, or 1 "
-                "for data that models are only scored on."
+                f"{self._options.val_fraction} (a hash of its text decides), and none is left to train on; choose a "
+                "smaller fraction, or split the text into more documents, such as a file per chapter. --val-fraction 1 "
+                "is for data that models are only scored on."
             )
         if not splits:
             causes = ", ".join(f"{count} {cause}" for cause, count in assembly.state.dropped.items())
