@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -84,8 +85,9 @@ class Service:
             RequestError: _answer_error,
             HTTPException: _answer_http_error,
             ClientDisconnect: _answer_nobody,
-            Exception: _answer_failure,
         }
+        # Starlette has one outside of all guards, whose answers would lack CORS headers and not be counted.
+        guards.append(Middleware(ServerErrorMiddleware, handler=_answer_failure))
         return Starlette(routes=routes, middleware=guards, exception_handlers=handlers)
 
     async def _show_page(self, request: Request) -> Response:
