@@ -6,6 +6,7 @@ import pytest
 
 from lightlm.generate.sampling import Sampling
 from lightlm.serve.access import Access
+from lightlm.serve.fields import ChatBody, CompletionBody, read
 from tests.serve.served import PROMPT, Served, served, tiny_loaded, wait_until
 
 openai = pytest.importorskip("openai", reason="needs the package openai")
@@ -57,6 +58,15 @@ def test_a_conversation_goes_on_with_the_answer_that_it_gave() -> None:
             assert len(messages) == turns
             answer = chats.create(model="tiny", messages=messages, max_tokens=4, tools=[]).choices[0].message
             messages += [answer, {"role": "user", "content": "on"}]
+
+
+def test_every_field_of_the_client_may_be_null() -> None:
+    from openai.types.chat.completion_create_params import CompletionCreateParamsBase as Chats
+    from openai.types.completion_create_params import CompletionCreateParamsBase as Completions
+
+    needed = {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
+    for kind, params in ((ChatBody, Chats), (CompletionBody, Completions)):
+        read(kind, {name: needed.get(name) for name in params.__annotations__})
 
 
 def test_its_errors_are_the_expected_ones(server: Served, client) -> None:
