@@ -41,12 +41,16 @@ _LOG = logging.getLogger("lightlm")
 
 
 class Service:
-    """A loaded model behind its HTTP interface; `app` is the ASGI application."""
+    """A loaded model behind its HTTP interface; `app` is the ASGI application.
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, access: Access) -> None:
+    Args:
+        reference: what the user called the model. Requests may call it so, too.
+    """
+
+    def __init__(self, loaded: LoadedModel, limits: Limits, access: Access, reference: str | None = None) -> None:
         self.metrics = Metrics()
         self.loop = DecodeLoop(loaded.model, loaded.tokenizer, limits, self.metrics)
-        self.reader = Reader(loaded, limits.choices)
+        self.reader = Reader(loaded, limits.choices, reference)
         self._token_bytes = loaded.tokenizer.bytes_of
         self._created = int(time.time())
         self._page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")

@@ -36,6 +36,16 @@ def test_it_completes_and_streams_the_same_text(server: Served, client) -> None:
     assert usage == answer.usage
 
 
+def test_the_name_that_the_server_was_started_with_means_the_model() -> None:
+    with served(reference="org/Model-1.5M") as running:
+        named = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        assert named.models.retrieve("org/Model-1.5M").id == "tiny"
+        assert named.completions.create(model="org/Model-1.5M", prompt=PROMPT, max_tokens=3).model == "tiny"
+        assert named.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).model == "tiny"
+        with pytest.raises(openai.NotFoundError):
+            named.models.retrieve("Model-1.5M")
+
+
 def test_it_stops(server: Served, client) -> None:
     fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "extra_body": {"logit_bias": {"7": 100}}}
     with client.completions.create(**fields, stream=True) as stream:
