@@ -76,6 +76,8 @@ class LoadedModel:
 
 def model_name(path: Path) -> str:
     """Return run and step of a run's checkpoint (`demo/step_000200`), a Hub model's name, or that of another folder."""
+    if path.name in ("", ".."):  # `.`, and folders above
+        path = path.resolve()
     run = run_of(path)
     repository = path.parent.parent.name  # in the cache of the Hub: models--ORG--NAME/snapshots/REVISION
     if path.parent.name == "snapshots" and repository.startswith("models--"):

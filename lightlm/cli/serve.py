@@ -74,7 +74,7 @@ def serve(
 
     listening = listen(host, port)
     loaded = choice.load(lambda message: console.print(f"Note: {message}", markup=False))
-    service = Service(loaded, Limits(batch_size, max_queue, timeout), access)
+    service = Service(loaded, Limits(batch_size, max_queue, timeout), access, model)
     with stop_on_signals() as stop, serving(service, listening) as running:
         url = url_of(listening)
         message = f"{loaded.name} answers at {url} (page) and {url}/v1 (OpenAI's API). Ctrl-C ends it."

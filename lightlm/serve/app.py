@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -40,12 +41,16 @@ _LOG = logging.getLogger("lightlm")
 
 
 class Service:
-    """A loaded model behind its HTTP interface; `app` is the ASGI application."""
+    """A loaded model behind its HTTP interface; `app` is the ASGI application.
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, access: Access) -> None:
+    Args:
+        reference: what the user called the model. Requests may call it so, too.
+    """
+
+    def __init__(self, loaded: LoadedModel, limits: Limits, access: Access, reference: str | None = None) -> None:
         self.metrics = Metrics()
         self.loop = DecodeLoop(loaded.model, loaded.tokenizer, limits, self.metrics)
-        self.reader = Reader(loaded, limits.choices)
+        self.reader = Reader(loaded, limits.choices, reference)
         self._token_bytes = loaded.tokenizer.bytes_of
         self._created = int(time.time())
         self._page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -84,8 +89,9 @@ class Service:
             RequestError: _answer_error,
             HTTPException: _answer_http_error,
             ClientDisconnect: _answer_nobody,
-            Exception: _answer_failure,
         }
+        # Starlette has one outside of all guards, whose answers would lack CORS headers and not be counted.
+        guards.append(Middleware(ServerErrorMiddleware, handler=_answer_failure))
         return Starlette(routes=routes, middleware=guards, exception_handlers=handlers)
 
     async def _show_page(self, request: Request) -> Response:

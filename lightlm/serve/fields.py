@@ -29,9 +29,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "metadata": ({},),
     "modalities": (["text"],),
+    "moderation": (),
     "parallel_tool_calls": (True, False),  # of no tools
     "prediction": (),
-    "reasoning_effort": (),
+    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -82,9 +83,11 @@ class Body(_Strict):
     stream_options: StreamOptions | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     parse_special: bool = False  # the characters of a special token in the prompt mean that token
-    user: str | None = None  # a name for the caller, which has no effect, like the next two
+    user: str | None = None  # a name for the caller, which has no effect, like the next four
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] = {}
+    prompt_cache_retention: str | None = None
     temperature: float = DEFAULT.temperature
     top_k: int | None = DEFAULT.top_k
     top_p: float = DEFAULT.top_p
@@ -162,6 +165,7 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: dict[str, Any] = {}  # without effect
 
 
 class Message(_Strict):

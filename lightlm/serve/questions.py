@@ -34,10 +34,11 @@ class Reader:
 
     Args:
         choices: the most that one request may ask for.
+        reference: another name for the model, which requests may use.
     """
 
-    def __init__(self, loaded: LoadedModel, choices: int) -> None:
-        self._choices = choices
+    def __init__(self, loaded: LoadedModel, choices: int, reference: str | None = None) -> None:
+        self._choices, self._reference = choices, reference
         self.name, self.context = loaded.name, loaded.model.config.max_seq_len
         self._tokenizer = loaded.tokenizer
         # A table may have fewer rows than the tokenizer has entries.
@@ -74,8 +75,8 @@ class Reader:
         return self._request(body, [self._fitting(ids, "messages")], tokens, logprobs, [])
 
     def check_model(self, name: str | None) -> None:
-        """Raise RequestError unless this is the model's name, or none is given."""
-        if name is not None and name != self.name:
+        """Raise RequestError unless this is a name of the model, or none is given."""
+        if name is not None and name not in (self.name, self._reference):
             message = f"there is no model {name[:80]!r} here; this server has {self.name}"
             raise RequestError(message, 404, "model", "model_not_found")
 

@@ -68,7 +68,7 @@ def test_a_real_process_answers_and_a_signal_ends_it_cleanly(number: signal.Sign
         assert line.startswith("demo/step_000007 answers at http://127.0.0.1:")
         url = line.split()[3]
         headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
-        body = json.dumps({"prompt": "The cat", "max_tokens": 3, "logit_bias": {"7": 100}}).encode()
+        body = json.dumps({"model": "demo", "prompt": "The cat", "max_tokens": 3, "logit_bias": {"7": 100}}).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body, headers)) as response:
             assert json.load(response)["usage"]["completion_tokens"] == 3
         process.send_signal(number)

@@ -139,6 +139,21 @@ def test_a_model_in_the_cache_of_the_hub_has_the_name_of_its_repository(workplac
     assert model_name(Path("snapshots/mine")) == "mine"
 
 
+def test_a_model_in_this_folder_has_the_name_that_it_has_from_outside(tmp_path, monkeypatch):
+    step = tmp_path / "first" / "checkpoints" / "step_000010"
+    step.mkdir(parents=True)
+    (tmp_path / "first" / "recipe.yaml").write_text("name: first\n")
+    (tmp_path / "mine" / "inner").mkdir(parents=True)
+    for folder, reference, name in (
+        ("mine", ".", "mine"),
+        ("mine/inner", "..", "mine"),
+        (step, ".", "first/step_000010"),
+        (tmp_path, "mine/inner/..", "mine"),
+    ):
+        monkeypatch.chdir(tmp_path / folder)
+        assert model_name(Path(reference)) == name
+
+
 def test_hub_model_with_only_pytorch_weights(workplace, tokenizer, monkeypatch):
     folder = workplace / "cache"
     export_huggingface(LoadedModel(_model(tokenizer, 7), tokenizer, Path("x")), folder)

@@ -69,10 +69,13 @@ def tiny_loaded(**shape: Any) -> LoadedModel:
 
 @contextlib.contextmanager
 def served(
-    limits: Limits | None = None, access: Access | None = None, loaded: LoadedModel | None = None
+    limits: Limits | None = None,
+    access: Access | None = None,
+    loaded: LoadedModel | None = None,
+    reference: str | None = None,
 ) -> Iterator[Served]:
     loaded = loaded or tiny_loaded()
-    service = Service(loaded, limits or Limits(), access or Access())
+    service = Service(loaded, limits or Limits(), access or Access(), reference)
     listening = listen("127.0.0.1", 0)
     url = url_of(listening)
     with serving(service, listening), httpx.Client(base_url=url, timeout=60) as client:

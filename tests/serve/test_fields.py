@@ -17,7 +17,11 @@ def test_fields_become_settings_and_null_means_the_default() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [{"best_of": 1}, {"best_of": 3, "n": 3}, {"suffix": None}, {"tools": []}, {"response_format": {"type": "text"}}],
+    [
+        *({"best_of": 1}, {"best_of": 3, "n": 3}, {"suffix": None}, {"tools": []}, {"reasoning_effort": "none"}),
+        *({"response_format": {"type": "text"}}, {"moderation": None}),
+        *({"prompt_cache_key": "k"}, {"prompt_cache_retention": "24h"}, {"prompt_cache_options": {"ttl": "30m"}}),
+    ],
 )
 def test_unsupported_fields_may_have_the_value_that_asks_for_nothing(field: dict) -> None:
     assert read(CompletionBody, {"prompt": "x", **field}).prompts == ["x"]
@@ -36,6 +40,8 @@ def read_all(document: dict) -> tuple:
         ({"tools": [{"type": "function"}]}, "tools", "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"best_of": 2}, "best_of", "not supported"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "not supported"),
+        ({"moderation": {"model": "omni"}}, "moderation", "not supported"),
         ({"best_of": 3, "n": 2}, "best_of", "not supported"),
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"temperature": True}, "temperature", "valid number"),
@@ -119,7 +125,8 @@ def test_a_body_is_an_object(document: object) -> None:
 
 
 def test_parts_of_a_message_are_one_text() -> None:
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    hint = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+    parts = [{"type": "text", "text": "Hel", **hint}, {"type": "text", "text": "lo", "prompt_cache_breakpoint": None}]
     assert read(ChatBody, {"messages": [{"role": "user", "content": parts}]}).messages[0].text == "Hello"
 
 

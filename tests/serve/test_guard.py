@@ -98,6 +98,18 @@ def test_a_key_is_needed_for_all_but_the_page_and_health() -> None:
         assert ask("/v1/models", headers=headers | {"Origin": ORIGIN}).headers["access-control-allow-origin"] == ORIGIN
 
 
+def test_a_failure_of_the_server_is_counted_and_a_browser_may_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(access=Access(KEY, (ORIGIN,))) as server:
+        monkeypatch.setattr(server.service.reader, "completion", lambda body: 1 / 0)
+        server.client.headers["Authorization"] = f"Bearer {KEY}"
+        response = server.client.post("/v1/completions", json={"prompt": "x"}, headers={"Origin": ORIGIN})
+        assert response.status_code == 500
+        assert response.json()["error"]["message"] == "internal error; the server's log tells more"
+        assert response.headers["access-control-allow-origin"] == ORIGIN
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert 'lightlm_requests_total{path="/v1/completions",status="500"} 1' in server.service.metrics.write()
+
+
 @pytest.mark.parametrize("key", ["", "two words", "schlüssel", "line\n"])
 def test_a_key_fits_into_a_header(key: str) -> None:
     with pytest.raises(UsageError, match="--api-key"):

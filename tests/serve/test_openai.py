@@ -6,6 +6,7 @@ import pytest
 
 from lightlm.generate.sampling import Sampling
 from lightlm.serve.access import Access
+from lightlm.serve.fields import ChatBody, CompletionBody, read
 from tests.serve.served import PROMPT, Served, served, tiny_loaded, wait_until
 
 openai = pytest.importorskip("openai", reason="needs the package openai")
@@ -35,6 +36,16 @@ def test_it_completes_and_streams_the_same_text(server: Served, client) -> None:
     assert usage == answer.usage
 
 
+def test_the_name_that_the_server_was_started_with_means_the_model() -> None:
+    with served(reference="org/Model-1.5M") as running:
+        named = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        assert named.models.retrieve("org/Model-1.5M").id == "tiny"
+        assert named.completions.create(model="org/Model-1.5M", prompt=PROMPT, max_tokens=3).model == "tiny"
+        assert named.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).model == "tiny"
+        with pytest.raises(openai.NotFoundError):
+            named.models.retrieve("Model-1.5M")
+
+
 def test_it_stops(server: Served, client) -> None:
     fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "extra_body": {"logit_bias": {"7": 100}}}
     with client.completions.create(**fields, stream=True) as stream:
@@ -57,6 +68,15 @@ def test_a_conversation_goes_on_with_the_answer_that_it_gave() -> None:
             assert len(messages) == turns
             answer = chats.create(model="tiny", messages=messages, max_tokens=4, tools=[]).choices[0].message
             messages += [answer, {"role": "user", "content": "on"}]
+
+
+def test_every_field_of_the_client_may_be_null() -> None:
+    from openai.types.chat.completion_create_params import CompletionCreateParamsBase as Chats
+    from openai.types.completion_create_params import CompletionCreateParamsBase as Completions
+
+    needed = {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
+    for kind, params in ((ChatBody, Chats), (CompletionBody, Completions)):
+        read(kind, {name: needed.get(name) for name in params.__annotations__})
 
 
 def test_its_errors_are_the_expected_ones(server: Served, client) -> None:

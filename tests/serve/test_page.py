@@ -161,6 +161,24 @@ def test_text_of_a_model_is_never_html(page: Any) -> None:
     assert "owned" not in page.title()
 
 
+def test_a_sample_is_copied_with_its_whole_prompt(browser: Any, server: Served) -> None:
+    for page in opened(browser, server, permissions=["clipboard-read", "clipboard-write"]):
+        fill(page, n=1, max_tokens=5)
+        prompt = "The cat sat. " * 20
+        page.fill("#prompt", prompt)
+        page.click("#generate")
+        expect(page.locator("#status")).to_contain_text("Done")
+        assert page.locator(".prompt").text_content() == f"…{prompt[-160:]}"
+        text = prompt + "".join(page.locator(".token").all_text_contents())
+        page.click("article button")
+        expect(page.locator("article button")).to_have_text("Copied")
+        assert page.evaluate("navigator.clipboard.readText()") == text
+        page.evaluate("navigator.clipboard.writeText = () => Promise.reject()")
+        page.click("article button")
+        expect(page.locator("article button")).to_have_text("Selected")
+        assert page.evaluate("getSelection().anchorNode.textContent") == text
+
+
 def test_mistakes_are_told_and_the_page_goes_on(page: Any) -> None:
     fill(page, n=8, max_tokens=5)
     page.evaluate("document.querySelector('#n').max = 20")

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from lightlm.cli.console import console, print_json, write_utf8
-from lightlm.cli.generate.input import checked, read_prompt, stop_text
+from lightlm.cli.generate.input import NO_CONVERSATION, checked, read_prompt, stop_text
 from lightlm.cli.generate.model import (
     MODEL_HELP,
     DeviceOption,
@@ -199,7 +199,7 @@ def generate(
     if system is not None:
         system = checked(system, "--system")
         if not chat and jsonl is None:
-            raise UsageError("--system is the first message of a conversation; add --chat")
+            raise UsageError(NO_CONVERSATION)
     if interactive and (num_samples > 1 or as_json):
         raise UsageError("--interactive shows one answer at a time; leave out --num-samples and --json")
     if logprobs is not None and not (as_json and jsonl is None):

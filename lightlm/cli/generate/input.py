@@ -10,6 +10,7 @@ from lightlm.cli.console import console
 from lightlm.errors import LightLMError, UsageError
 
 BLOCK = '"""'  # before the first and after the last line of a text of several lines
+NO_CONVERSATION = "--system is the first message of a conversation; add --chat"
 _HISTORY_LINES = 1000
 
 

@@ -123,6 +123,8 @@ class Session:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         ids = self.reader.read_chat(system + said, most) if self.chat else self.reader.read(text, most)
         self._last = text
+        if self.speculation is not None:
+            self.speculation.take_counts()  # those of an answer that was stopped
         shown: list[str] = []
         started = time.perf_counter()
 

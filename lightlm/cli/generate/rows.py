@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightlm.cli.generate.input import checked, decoded
+from lightlm.cli.generate.input import NO_CONVERSATION, checked, decoded
 from lightlm.data.chat.template import checked_messages
 from lightlm.errors import DataError, UsageError
 from lightlm.generate.settings import Settings
@@ -80,6 +80,8 @@ def _row(number: int, line: str, settings: Settings, *, chat: bool, system: str 
         raise UsageError("prompt must be a text")
     elif chat:
         prompt, messages = None, [{"role": "user", "content": prompt}]
+    elif system is not None:
+        raise UsageError(NO_CONVERSATION)
     if messages is not None and system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return Row(number, name, prompt, messages, settings.changed(values))

@@ -86,6 +86,21 @@ class TestPipe:
         session("the cat\n/again\nsat\n", "--checkpoint", "talker", "--chat")
         assert "the cat" in asked[2]
 
+    def test_guesses_of_a_stopped_answer_are_not_counted_in_the_next_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[Any] = []
+
+        def guessing(loaded: Any, questions: Any, show: Any, speculation: Any) -> Any:
+            asked.append(questions)
+            speculation.guessed += 5
+            if len(asked) == 1:
+                raise KeyboardInterrupt
+            return answer(loaded, questions, show)
+
+        monkeypatch.setattr(interactive, "answer", guessing)
+        done = session("the cat\nsat\n", "--lookup")
+        assert "stopped" in done.stderr
+        assert "0 of 5 guesses were right" in done.stderr
+
     def test_another_seed_answers_again(self) -> None:
         entries = "The cat\n/again\n/seed 1337\nThe cat\n"
         first, again, seeded, _ = session(entries, "--stop", "\\n").stdout.split("\n")

@@ -196,6 +196,10 @@ def test_conversations_and_prompts_as_messages(tmp_path: Path) -> None:
     assert text["prompt_tokens"] < message["prompt_tokens"] == chat["prompt_tokens"]
     assert run(source, tmp_path / "system.jsonl", *arguments, "--chat", "--system", "be kind").exit_code == 0
     assert read(tmp_path / "system.jsonl")[0]["prompt_tokens"] > same["prompt_tokens"]
+    refused = run(source, tmp_path / "none.jsonl", *arguments, "--system", "be kind")
+    assert "in.jsonl:2: --system is the first message of a conversation; add --chat" in str(refused.exception)
+    write(source, [{"messages": talk}])
+    assert run(source, tmp_path / "talks.jsonl", *arguments, "--system", "be kind").exit_code == 0
     refused = run(source, tmp_path / "none.jsonl")
     assert "in.jsonl:1: the model has no chat template" in str(refused.exception)
     assert not (tmp_path / "none.jsonl").exists()
