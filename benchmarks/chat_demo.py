@@ -4,7 +4,8 @@
 
 The model is asked in LightLM, in transformers after `convert --to huggingface`, and in llama.cpp after `convert --to
 gguf`; the last with the template in the file, through the server's chat endpoint. The same model untrained shows what
-training gave. Each question is a conversation of its own, answered with the likeliest tokens. It needs `lightlm[gguf]`.
+training gave. Each question is a conversation of its own, answered with the likeliest tokens. It needs
+the extra `[gguf]`.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
     python benchmarks/llamacpp.py runs/demo runs/moe-demo [--steps 64] [--out FILE]
 
 Each model is exported to a GGUF file in a temporary folder. Both programs continue eight prompts; neither may take a
-token that ends a text, nor another special token. Exit code 1 says that a text differs. It needs `lightlm[gguf]`.
+token that ends a text, nor another special token. Exit code 1 says that a text differs. It needs the extra `[gguf]`.
 """
 
 import sys

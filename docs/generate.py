@@ -147,7 +147,7 @@ def formats_page() -> str:
 
 
 def needs(known: Any) -> str:
-    extra = f"`lightlm[{known.name}]`"
+    extra = f"`[{known.name}]`"
     return extra if known.package else f"{extra} for `--verify`" if known.verifier else "-"
 
 

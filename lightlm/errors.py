@@ -4,6 +4,11 @@ The command line prints it without a traceback and exits with `exit_code`.
 """
 
 
+def how_to_install(extra: str) -> str:
+    """Return what a message about a missing package advises. LightLM is on no package index: extras need the clone."""
+    return f'run in the clone of LightLM: pip install --constraint constraints.txt --editable ".[{extra}]"'
+
+
 class LightLMError(Exception):
     """A mistake, or a condition outside LightLM, on which the user can act."""
 

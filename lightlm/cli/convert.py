@@ -19,7 +19,7 @@ from lightlm.convert.formats import (
     reader_of,
 )
 from lightlm.convert.protocol import Format
-from lightlm.errors import UsageError
+from lightlm.errors import UsageError, how_to_install
 
 _QUANTIZATIONS = ", ".join(
     f"{', '.join(known.quantizations)} ({known.name})" for known in FORMATS.values() if known.quantizations
@@ -192,11 +192,12 @@ def _list_formats(*, as_json: bool) -> None:
     columns = ("format", "reads", "writes", "--quantize", "needs")
     rows = [(each.name, each.takes or "-", each.makes or "-", *_extras(each)) for each in FORMATS.values()]
     print_table(rows, *columns)
+    out.print(f"For what is in brackets, {how_to_install('EXTRA')}", style="dim", markup=False, soft_wrap=True)
 
 
 def _extras(known: Format) -> tuple[str, str]:
     """Return the quantizations of a format, and the extra that installs what it needs."""
-    extra = f"lightlm[{known.name}]"
+    extra = f"[{known.name}]"
     need = extra if known.package else f"{extra} for --verify" if known.verifier else "-"
     return ", ".join(known.quantizations) or "-", need
 

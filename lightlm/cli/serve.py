@@ -14,7 +14,7 @@ from lightlm.cli.generate.model import (
     QuantizeOption,
     WeightsOption,
 )
-from lightlm.errors import LightLMError, UsageError
+from lightlm.errors import LightLMError, UsageError, how_to_install
 
 
 def serve(
@@ -65,7 +65,7 @@ def serve(
     access = Access(api_key, tuple(cors or ()))
     access.check_host(host)
     if missing := [package for package in ("starlette", "uvicorn") if find_spec(package) is None]:
-        raise UsageError(f"lightlm serve needs {' and '.join(missing)}: pip install 'lightlm[serve]'")
+        raise UsageError(f"lightlm serve needs {' and '.join(missing)}; {how_to_install('serve')}")
     choice.check_files()
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.serve.app import Service

@@ -24,7 +24,7 @@ from lightlm.convert.programs.nanogpt import NanoGPTCheckpoint
 from lightlm.convert.protocol import Format
 from lightlm.convert.samples import sample_tokens
 from lightlm.convert.torch_export import TorchProgram
-from lightlm.errors import ConvertError, UsageError
+from lightlm.errors import ConvertError, UsageError, how_to_install
 from lightlm.model.config import FOLDABLE_FIELDS
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _told_what_stays(out: Path, had_one: bool) -> Iterator[None]:
 def _require(package: str, need: str, known: Format) -> None:
     """Raise ConvertError unless a package that a format needs is installed."""
     if package and importlib.util.find_spec(package) is None:
-        raise ConvertError(f'{need} {package}, which is not installed: pip install "lightlm[{known.name}]"')
+        raise ConvertError(f"{need} {package}, which is not installed; {how_to_install(known.name)}")
 
 
 def _check_range(loaded: "LoadedModel", dtype: "torch.dtype") -> None:

@@ -26,7 +26,7 @@ class Format(ABC):
     suffix: ClassVar[str] = ""  # how the name of the file that it writes ends, such as .gguf; empty for a folder
     quantizations: ClassVar[tuple[str, ...]] = ()  # what --quantize takes
     folds: ClassVar[bool] = False  # whether learned scales are always folded; else `lightlm convert --fold` asks for it
-    package: ClassVar[str] = ""  # what `read` and `write` import beyond LightLM's own, installed by "lightlm[NAME]"
+    package: ClassVar[str] = ""  # what `read` and `write` import beyond LightLM's own, installed by the extra [NAME]
     verifier: ClassVar[str] = ""  # the package that `verify` runs, likewise
 
     @property

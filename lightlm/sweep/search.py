@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightlm.errors import RecipeError, UsageError
+from lightlm.errors import RecipeError, UsageError, how_to_install
 from lightlm.sweep.cells import Contestant, contestant, read_recipe
 from lightlm.sweep.engine import Ending
 from lightlm.sweep.run import Sweep
@@ -57,7 +57,7 @@ def require_optuna() -> None:
     try:
         import optuna  # noqa: F401
     except ImportError:
-        raise UsageError("--search needs optuna: pip install 'lightlm[search]'") from None
+        raise UsageError(f"--search needs optuna; {how_to_install('search')}") from None
 
 
 def _check_space(recipe: str, space: Space, fixed: Sequence[str]) -> None:

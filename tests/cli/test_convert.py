@@ -524,17 +524,18 @@ def test_gguf_of_others_is_replaced_only_with_overwrite(run):
 @pytest.mark.parametrize(("package", "arguments"), [("gguf", []), ("xllamacpp", ["--verify"])])
 def test_gguf_without_its_packages(package, arguments, run, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "lightlm.convert.gguf.file", raising=False)  # as an earlier test leaves it
     if package == "xllamacpp":
         pytest.importorskip("gguf")
-    with pytest.raises(ConvertError, match=rf"{package}, which is not installed: pip install \"lightlm\[gguf\]\""):
+    with pytest.raises(ConvertError, match=rf"{package}, which is not installed; run .* --editable \"\.\[gguf\]\""):
         invoke("--to", "gguf", *arguments)
     assert not Path("runs/demo/demo.gguf").exists()
 
 
 def test_onnx(run, monkeypatch):
     """A folder in the run, replaced by a later export; it is written, not read."""
-    pytest.importorskip("onnx", reason='onnx is not installed: pip install "lightlm[onnx]"')
-    pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "lightlm[onnx]"')
+    pytest.importorskip("onnx", reason="onnx is not installed; it is in the extra [onnx]")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; it is in the extra [onnx]")
     here = Path.cwd()
     summary = json.loads(invoke("--to", "onnx", "--verify", "--json"))
     assert (summary["folder"], summary["class"]) == (str(Path("runs/demo/onnx")), "ONNX graph")
@@ -549,7 +550,7 @@ def test_onnx(run, monkeypatch):
         invoke("runs/demo/onnx")
     for package, option in (("onnx", []), ("onnxruntime", ["--verify"])):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ConvertError, match=rf"{package}, which .*lightlm\[onnx\]"):
+        with pytest.raises(ConvertError, match=rf"{package}, which .*\.\[onnx\]"):
             invoke("--to", "onnx", *option)
         monkeypatch.undo()
         monkeypatch.chdir(here)
@@ -563,7 +564,8 @@ def test_list_of_formats():
     assert "q8_0" in rows["gguf"]["quantizations"]
     shown = invoke("--list")
     assert "checkpoint" in shown
-    assert "lightlm[gguf]" in shown
+    assert "[hf] for --verify" in " ".join(shown.split())
+    assert '--editable ".[EXTRA]"' in shown
 
 
 def test_options_name_every_format():
@@ -575,7 +577,7 @@ def test_options_name_every_format():
 
 def test_verify_without_transformers(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConvertError, match=r'pip install "lightlm\[hf\]"'):
+    with pytest.raises(ConvertError, match=r'--editable "\.\[hf\]"'):
         invoke("--verify")
     assert not Path("runs/demo/hf").exists()
 

@@ -12,7 +12,7 @@ import pytest
 from tests.cli.runner import Runner
 from tests.evaluate.tiny_run import write_world
 
-pytest.importorskip("uvicorn", reason="needs lightlm[serve]")
+pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_mistakes_are_one_message(lightlm: Runner, arguments: list[str], words: 
 
 def test_the_extra_is_named_where_it_is_missing(lightlm: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightlm.cli.serve.find_spec", lambda name: None if name == "uvicorn" else object())
-    lightlm("serve").assert_one_message("needs uvicorn: pip install 'lightlm[serve]'")
+    lightlm("serve").assert_one_message("needs uvicorn; run", '--editable ".[serve]"')
 
 
 def test_a_port_in_use_or_an_address_of_another_machine_is_one_message(lightlm: Runner) -> None:

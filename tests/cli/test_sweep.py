@@ -73,11 +73,11 @@ def test_a_mistake_is_one_message_and_leaves_nothing(lightlm, fleet, arguments, 
 def test_a_search_without_optuna_says_how_to_get_it(lightlm, fleet, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     outcome = lightlm("sweep", *SHORT[:1], *SHORT[2:], "optimizer.lr=1e-3..1e-2", "--search", "3")
-    outcome.assert_one_message("--search needs optuna: pip install 'lightlm[search]'")
+    outcome.assert_one_message("--search needs optuna; run", '--editable ".[search]"')
 
 
 def test_a_search_prints_the_best_first(lightlm, fleet):
-    pytest.importorskip("optuna", reason="optuna is not installed: pip install 'lightlm[search]'")
+    pytest.importorskip("optuna", reason="optuna is not installed; it is in the extra [search]")
     outcome = lightlm("sweep", *SHORT[:1], *SHORT[2:], "optimizer.lr=1e-3..1e-2", "--search", "3", "--json")
     document = json.loads(outcome.stdout)
     assert document["contestants"][0]["name"] == "recipe"

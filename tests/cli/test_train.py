@@ -235,7 +235,7 @@ def test_a_missing_tracker_is_refused_before_anything_is_written(lightlm, monkey
     monkeypatch.setitem(sys.modules, "trackio", None)
     for extra in ([], ["--dry-run"]):
         outcome = lightlm("train", "tiny.yaml", "tracking.backends=[trackio]", "--name", "untracked", *extra)
-        outcome.assert_one_message("trackio cannot be imported here", "pip install 'lightlm[tracking]'")
+        outcome.assert_one_message("trackio cannot be imported here", '--editable ".[tracking]"')
     assert not (workspace / "runs/untracked").exists()
 
 

@@ -47,7 +47,7 @@ def one_export():
 def need(*packages):
     for package in filter(None, packages):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f'{package} is not installed: pip install "lightlm[dev]"')
+            pytest.skip(f"{package} is not installed; it is in the extra [dev]")
 
 
 def place(name, folder):

@@ -2,8 +2,8 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("starlette", reason="needs lightlm[serve]")
-pytest.importorskip("uvicorn", reason="needs lightlm[serve]")
+pytest.importorskip("starlette", reason="needs the extra [serve]")
+pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
 from tests.serve.served import Served, served
 

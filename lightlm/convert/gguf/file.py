@@ -9,7 +9,7 @@ import numpy as np
 from lightlm import __version__, files
 from lightlm.checkpoint import LoadedModel, build_model, clean_state
 from lightlm.convert.folding import as_plain
-from lightlm.convert.gguf.header import read_header
+from lightlm.convert.gguf.header import VERSION_KEY, read_header
 from lightlm.convert.gguf.layouts import GATING, LAYOUTS, REPEATED, gguf_layout
 from lightlm.convert.gguf.modelfile import modelfile, modelfile_path
 from lightlm.convert.gguf.shape import DIVISORS, INIT_STD, SHARED_EXPERTS, read_shape, write_rotary
@@ -18,8 +18,6 @@ from lightlm.convert.gguf.vocabulary import read_vocabulary, write_vocabulary
 from lightlm.convert.layouts import Layout
 from lightlm.errors import ConvertError
 from lightlm.model.config import ModelConfig
-
-VERSION_KEY = "lightlm.version"  # marks the files that LightLM wrote
 
 
 def export_gguf(loaded: LoadedModel, out: Path, precision: str) -> int:

@@ -32,8 +32,7 @@ class GGUFFile(Format):
         return path.is_file() and is_gguf(path)
 
     def is_own(self, path: Path) -> bool:
-        from lightlm.convert.gguf.file import VERSION_KEY
-        from lightlm.convert.gguf.header import read_header
+        from lightlm.convert.gguf.header import VERSION_KEY, read_header
 
         try:
             return VERSION_KEY in read_header(path).metadata

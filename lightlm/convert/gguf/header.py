@@ -17,6 +17,7 @@ import numpy as np
 from lightlm.errors import ConvertError
 
 MAGIC = b"GGUF"
+VERSION_KEY = "lightlm.version"  # marks the files that LightLM wrote
 _VERSIONS = (2, 3)  # 1 had 32-bit lengths; nobody writes it anymore
 _MAX_HEADER = 1 << 26  # bytes; 256,000 tokens and their merges are 15 MB
 _MAX_DIMENSIONS, _MAX_SIZE = 4, (1 << 31) - 1  # of a tensor, and of each dimension

@@ -25,7 +25,7 @@ from lightlm.data.prepare.blocks import Block, Job
 from lightlm.data.prepare.encode import Report
 from lightlm.data.prepare.encoded_block import EncodedBlock, block_path
 from lightlm.data.prepare.executors import read_or_encode
-from lightlm.errors import DataError, LightLMError, UsageError
+from lightlm.errors import DataError, LightLMError, UsageError, how_to_install
 
 RETRIES = 3  # of a block whose worker or node was lost; a block that kills every worker must fail
 ARRIVAL_SECONDS = 10.0  # until a file of another node must be visible here: network file systems cache listings
@@ -44,7 +44,7 @@ class RayEngine:
     def __init__(self, tasks: int | None = None, address: str | None = None) -> None:
         """Raises UsageError where Ray is not installed."""
         if importlib.util.find_spec("ray") is None:
-            raise UsageError("--engine ray needs Ray, which is not installed. Install it: pip install 'lightlm[ray]'")
+            raise UsageError(f"--engine ray needs Ray, which is not installed; {how_to_install('ray')}")
         self._tasks, self._address = tasks, address
 
     def __call__(self, job: Job, blocks: Iterator[Block], report: Report) -> Generator[EncodedBlock, None, None]:
@@ -110,8 +110,8 @@ def _result(ray: Any, reference: Any) -> EncodedBlock:
             raise
         module = module.split()[0].strip("'\".;")
         raise DataError(
-            f"A Ray worker has no Python module {module}. Every node needs the same packages as this machine: run "
-            "pip install 'lightlm[ray]' there, in the Python of Ray."
+            f"A Ray worker has no Python module {module}. Every node needs the same packages as this machine: there, "
+            f"in the Python of Ray, {how_to_install('ray')}"
         ) from error
     except ray.exceptions.RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]

@@ -3,10 +3,10 @@
 import importlib.util
 from pathlib import Path
 
-from lightlm.errors import DataError
+from lightlm.errors import DataError, how_to_install
 
 SENTENCEPIECE, TIKTOKEN = ("sentencepiece", "google.protobuf"), ("tiktoken",)
-_PIP = {"google.protobuf": "protobuf", "transformers": '"lightlm[hf]"'}  # where the names to install are others
+_PIP = {"google.protobuf": "protobuf"}  # where the name to install is another one
 
 
 def convert_tokenizer(folder: Path, file: str) -> bytes:
@@ -20,9 +20,11 @@ def convert_tokenizer(folder: Path, file: str) -> bytes:
     """
     needed = ("transformers", *(_packages(folder / file) if file.endswith(".model") else ()))
     if missing := [name for name in needed if not _is_installed(name)]:
+        command = how_to_install("hf") if "transformers" in missing else "run: pip install"
+        others = "".join(f" {_PIP.get(name, name)}" for name in missing if name != "transformers")
         raise DataError(
-            f"{folder} has no tokenizer.json. transformers makes one of {file}, which needs: "
-            f"pip install {' '.join(_PIP.get(name, name) for name in missing)}"
+            f"{folder} has no tokenizer.json. transformers makes one of {file}, which needs a package that is not "
+            f"installed; {command}{others}"
         )
     import transformers
 

@@ -9,7 +9,7 @@ from lightlm.recipe.sections.section import NAME_PATTERN, Section
 
 class TrackingSection(Section):
     backends: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
-    """Trackers that receive the metrics besides metrics.jsonl (extra `lightlm[tracking]`)."""
+    """Trackers that receive the metrics besides metrics.jsonl (extra `[tracking]`)."""
     project: str = Field(default="lightlm", pattern=NAME_PATTERN)
     """Project name for wandb and trackio."""
 

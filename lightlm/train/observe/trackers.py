@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import yaml
 
 from lightlm import files
-from lightlm.errors import RecipeError
+from lightlm.errors import RecipeError, how_to_install
 from lightlm.recipe import TrackingSection
 from lightlm.runs import RECIPE
 from lightlm.train.observe.observers import Observer
@@ -176,8 +176,8 @@ class Trackers(Observer, contextlib.AbstractContextManager["Trackers"]):
         self._flush_step = False
         if missing := [name for name in section.backends if not _installed(BACKENDS[name].package)]:
             raise RecipeError(
-                f"tracking.backends: {', '.join(missing)} cannot be imported here; install with "
-                "pip install 'lightlm[tracking]', or leave the name out (metrics.jsonl is always written)"
+                f"tracking.backends: {', '.join(missing)} cannot be imported here; leave the name out "
+                f"(metrics.jsonl is always written), or {how_to_install('tracking')}"
             )
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

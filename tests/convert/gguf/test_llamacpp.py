@@ -18,7 +18,7 @@ from tests.convert.gguf.models import MODELS
 from tests.convert.gguf.test_vocabulary import SPLITS, trained
 from tests.convert.models import loaded
 
-pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'lightlm[gguf]'")
+pytest.importorskip("xllamacpp", reason="llama.cpp is not installed; it is in the extra [gguf]")
 
 
 @pytest.mark.parametrize("name", MODELS)

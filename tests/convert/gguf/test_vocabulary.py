@@ -71,7 +71,7 @@ def in_file(tokenizer, tmp_path, extra_rows=0):
 
 def assert_equal_in_llama_cpp(tokenizer, path):
     if importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("llama.cpp is not installed: pip install 'lightlm[gguf]'")
+        pytest.skip("llama.cpp is not installed; it is in the extra [gguf]")
     with llama_cpp(path, positions=256) as theirs:
         different = [
             text for text in TEXTS if theirs.tokenize(text) != [*tokenizer.context_ids, *tokenizer.encode(text)]

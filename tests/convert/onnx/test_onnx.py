@@ -14,8 +14,8 @@ from lightlm.model.config import ModelConfig
 from tests.convert.models import loaded
 from tests.shapes import SHAPES
 
-onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "lightlm[onnx]"')
-pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "lightlm[onnx]"')
+onnx = pytest.importorskip("onnx", reason="onnx is not installed; it is in the extra [onnx]")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; it is in the extra [onnx]")
 
 from lightlm.convert.onnx import folder as onnx_folder  # noqa: E402
 from lightlm.convert.onnx.builder import quantize  # noqa: E402

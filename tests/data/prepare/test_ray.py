@@ -29,7 +29,7 @@ FILES = 8
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray = pytest.importorskip("ray", reason="needs lightlm[ray]")
+    ray = pytest.importorskip("ray", reason="needs the extra [ray]")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray cancels tasks by SIGINT. Its workers inherit an ignored SIGINT, which a background job of a script has.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -214,7 +214,7 @@ def test_a_module_that_workers_lack_is_named(tmp_path: Path, source: Path, token
         import lightlm_of_no_worker  # noqa: F401
 
     job = a_job(tmp_path / "encoded", tokenizer, in_workers(lack))
-    with pytest.raises(DataError, match=r"no Python module lightlm_of_no_worker\. .*pip install"):
+    with pytest.raises(DataError, match=r"no Python module lightlm_of_no_worker\. .*\[ray\]"):
         list(RayEngine()(job, iter(source_blocks(source)[:1]), lambda *_: None))
 
 

@@ -53,11 +53,11 @@ def test_sentencepiece(tmp_path: Path) -> None:
             "tokenizer.model",
             b"\n\x0b\n\x05<unk>\x15\xff",
             ("sentencepiece", "google.protobuf"),
-            "sentencepiece protobuf",
+            ": pip install sentencepiece protobuf",
         ),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", ("tiktoken",), "tiktoken"),
-        ("spiece.model", b"\n\x0b\xff", ("sentencepiece",), "sentencepiece"),
-        ("vocab.txt", b"[PAD]\n[UNK]\n", ("transformers",), '"lightlm[hf]"'),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", ("tiktoken",), ": pip install tiktoken"),
+        ("spiece.model", b"\n\x0b\xff", ("sentencepiece", "transformers"), '--editable ".[hf]" sentencepiece'),
+        ("vocab.txt", b"[PAD]\n[UNK]\n", ("transformers",), '--editable ".[hf]"'),
     ],
 )
 def test_what_is_not_installed_is_named(
@@ -69,7 +69,7 @@ def test_what_is_not_installed_is_named(
         Tokenizer.read(tmp_path)
     with pytest.raises(DataError) as error:
         Tokenizer.read(tmp_path / name)
-    assert str(error.value).endswith(f"pip install {expected}")
+    assert str(error.value).endswith(expected)
 
 
 def test_a_file_that_cannot_be_converted(tmp_path: Path, monkeypatch: Any) -> None:

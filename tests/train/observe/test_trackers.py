@@ -118,7 +118,7 @@ def test_every_metric_is_documented(plain_run):
 
 
 def test_tensorboard_holds_every_step_once(plain_run):
-    pytest.importorskip("tensorboard", reason="pip install 'lightlm[tracking]'")
+    pytest.importorskip("tensorboard", reason="needs the extra [tracking]")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     result, watch = go_and_repeat_steps("tensorboard", "tensorboard")
@@ -140,7 +140,7 @@ def test_tensorboard_holds_every_step_once(plain_run):
 
 @pytest.mark.parametrize("backend", ["tensorboard", "trackio", "wandb"])
 def test_the_loss_of_the_model_that_a_run_starts_from_is_step_zero(backend, plain_run):
-    pytest.importorskip(backend, reason="pip install 'lightlm[tracking]'")
+    pytest.importorskip(backend, reason="needs the extra [tracking]")
     overrides = ["train.init_from=untracked", "train.tokens=512"]
     result, watch = go(f"further-{backend}", backend, overrides=overrides)
     first = read_metrics(result.run)[0]
@@ -163,7 +163,7 @@ def test_the_loss_of_the_model_that_a_run_starts_from_is_step_zero(backend, plai
 
 
 def test_trackio_holds_every_step_once(plain_run, capsys):
-    pytest.importorskip("trackio", reason="pip install 'lightlm[tracking]'")
+    pytest.importorskip("trackio", reason="needs the extra [tracking]")
     go("other", "trackio", overrides=["tracking.project=once", "train.tokens=256"])
     result, watch = go_and_repeat_steps("trackio", "trackio")
     name = json.loads((result.run / "tracking.json").read_text())["trackio"]
@@ -184,7 +184,7 @@ def test_trackio_holds_every_step_once(plain_run, capsys):
 
 
 def test_a_new_run_never_continues_another_of_its_name():
-    pytest.importorskip("trackio", reason="pip install 'lightlm[tracking]'")
+    pytest.importorskip("trackio", reason="needs the extra [tracking]")
     short = ["tracking.project=twins", "train.tokens=256"]
     for _ in range(2):
         shutil.rmtree(go("twin", "trackio", overrides=short)[0].run)
@@ -211,7 +211,7 @@ def test_a_resumed_run_continues_its_own_of_several_of_its_name():
 
 
 def test_wandb_offline_keeps_its_files_in_the_run_and_every_step_once(plain_run):
-    wandb = pytest.importorskip("wandb", reason="pip install 'lightlm[tracking]'")
+    wandb = pytest.importorskip("wandb", reason="needs the extra [tracking]")
     result, watch = go_and_repeat_steps("wandb", "wandb")
     assert watch.notes == ["wandb: offline; wandb sync --append runs/wandb/wandb/offline-run-*"]
     assert not Path("wandb").exists()
@@ -334,7 +334,7 @@ def test_a_run_that_fails_is_finished_as_failed(monkeypatch):
 
 def test_a_missing_package_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(RecipeError, match=r"trackio cannot be imported here; .*pip install 'lightlm\[tracking\]'"):
+    with pytest.raises(RecipeError, match=r'trackio cannot be imported here; .*--editable "\.\[tracking\]"'):
         Trackers(TrackingSection(backends=["trackio"]), print)
 
 
