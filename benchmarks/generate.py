@@ -30,7 +30,7 @@ from common import make_parser, write_json
 from generation_engines import ENGINES, missing
 
 from lightlm.limits import cores
-from lightlm.threads import bound_spinning
+from lightlm.processes import bound_spinning
 
 
 @dataclass

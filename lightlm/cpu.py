@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightlm.limits import cores
 from lightlm.model.products import product
-from lightlm.threads import THREADS_VARIABLE
+from lightlm.processes import THREADS_VARIABLE
 
 _ROWS, _ROUNDS = 128, 5
 WIDTH = 512  # features of a product whose model is not known; and the most that are measured

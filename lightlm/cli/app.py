@@ -24,7 +24,7 @@ from lightlm.cli.serve import serve
 from lightlm.cli.sweep import sweep
 from lightlm.cli.train import NEWEST, is_override, train
 from lightlm.errors import LightLMError
-from lightlm.threads import bound_spinning
+from lightlm.processes import bound_spinning
 
 # What these print is in the files that they write, too: they succeed also where standard output cannot be written.
 _RESULTS_ARE_FILES = (["train"], ["sweep"], ["prepare-data"])

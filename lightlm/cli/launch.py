@@ -23,8 +23,7 @@ from rich.markup import escape
 from lightlm.cli.console import console
 from lightlm.errors import LightLMError
 from lightlm.limits import cores
-from lightlm.processes import python_command, python_environment
-from lightlm.threads import THREADS_VARIABLE
+from lightlm.processes import THREADS_VARIABLE, python_command, python_environment
 from lightlm.train.signals import describe_signal, handling
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ from typing import Literal, Protocol
 
 from lightlm.errors import TrainingDivergedError
 from lightlm.limits import cores
-from lightlm.processes import python_command, python_environment
+from lightlm.processes import THREADS_VARIABLE, python_command, python_environment
 from lightlm.sweep.cells import Cell
 from lightlm.sweep.folder import FINAL, End, State, SweepFolder
-from lightlm.threads import THREADS_VARIABLE
 from lightlm.train.signals import describe_signal, handling
 
 _POLL_SECONDS = 0.2

@@ -9,13 +9,13 @@ import pytest
 
 from lightlm.errors import CheckpointError, LightLMError, RecipeError, UsageError
 from lightlm.limits import cores
+from lightlm.processes import THREADS_VARIABLE
 from lightlm.recipe import load_recipe
 from lightlm.runs import locked
 from lightlm.sweep import run as sweep_run
 from lightlm.sweep.cells import Contestant
 from lightlm.sweep.machine import Machine
 from lightlm.sweep.run import Limits, Sweep
-from lightlm.threads import THREADS_VARIABLE
 from tests.corpus import make_workspace
 from tests.sweep.fleet import TOKENS, Fleet, recipe_of
 from tests.train.watch import start
