@@ -173,7 +173,7 @@ def _without_validation(folder: Path) -> None:
 
 def _conversations(folder: Path) -> None:
     manifest = DataFolder.open(folder).manifest
-    chat = ChatData(train_on="all", template="chatml", added_tokens=[], masks={}, trained_tokens={})
+    chat = ChatData(train_on="all", template="chatml", added_tokens=[], masks=[], trained_tokens={})
     (folder / "manifest.json").write_text(manifest.model_copy(update={"chat": chat}).model_dump_json())
 
 
