@@ -238,8 +238,8 @@ class Tasks(TaskManager):
             if any(unread for *_, unread in failed) and (missing := self._missing()):
                 unread_tasks = {task for need, _ in missing for task in need.tasks}
                 others = {task: reason for task, reason in problems.items() if task not in unread_tasks}
-                error = unreadable(missing, self.settings, self.data_sets.folder)
-                raise DataError("\n".join([str(error), *([describe(others)] if others else [])]))
+                message = str(unreadable(missing, self.settings, self.data_sets.folder))
+                raise DataError("\n".join([message, *([describe(others)] if others else [])]))
             raise DataError(describe(problems))
         return loaded
 
