@@ -143,8 +143,8 @@ def _source(part: dict[str, Any]) -> str:
     from lightlm.quantities import format_quantity
 
     read = f"{format_quantity(part['tokens'])} tokens"
-    if part["epochs"] is None:
-        return f"{read}, not prepared yet"
+    if not part["train_tokens"]:
+        return f"{read}, {'not prepared yet' if part['train_tokens'] is None else 'no train split'}"
     return f"{read}, {part['epochs']:.2g} epochs of {format_quantity(part['train_tokens'])}"
 
 

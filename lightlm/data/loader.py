@@ -181,6 +181,11 @@ class BatchLoader:
         self.packings: dict[str, Packing] = {}  # of the sources that hold conversations
         self._sources: list[_Source | _Conversations] = []
         for number, (name, stream) in enumerate(streams.items()):
+            if not len(stream):
+                raise DataError(
+                    f"{name} has no train split: it is for scoring models only. To train on it, prepare it with a "
+                    "--val-fraction below 1."
+                )
             if stream.mask is None:
                 self._sources.append(_Source(name, stream, seq_len, seed, number, shift_windows=shift_windows))
             else:

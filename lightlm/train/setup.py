@@ -357,7 +357,8 @@ def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
         rest = "it has no part in the validation loss" if data.mixed else "there will be no validation loss"
         holds = f"nothing to predict in sequences of {recipe.seq_len} in its" if len(folder.split("val")) else "no"
         note(f"{folder.path} has {holds} validation split: {rest}")
-    if recipe.data.document_mask and not any(stream.holds_documents() for stream in data.streams("train").values()):
+    streams = data.streams("train").values()  # an empty one is refused by the loader
+    if recipe.data.document_mask and all(map(len, streams)) and not any(stream.holds_documents() for stream in streams):
         names = ", ".join(str(folder.path) for folder in data.folders.values())
         raise RecipeError(
             "data.document_mask has no effect: nothing follows an end-of-text token (id "

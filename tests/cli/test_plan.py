@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lightlm.data.prepare.run import prepare
 from lightlm.model.transformer import Transformer
 from lightlm.quantities import format_quantity
 from lightlm.recipe import load_recipe
@@ -63,6 +64,14 @@ def test_a_plan_needs_no_data_and_leaves_nothing_behind(lightlm, folder):
     passes = run["validation_tokens"] / 64
     seconds = run["steps"] * measured["step_seconds"] + passes * measured["forward_seconds"]
     assert measured["hours"] == pytest.approx(seconds / 3600)
+
+
+def test_data_that_models_are_only_scored_on_is_named(lightlm, folder):
+    make_data(folder)
+    prepare("tiny.jsonl", "data/tiny", "data/scored", val_fraction=1.0)
+    overrides = ("tiny.yaml", "data.dataset=scored", "data.document_mask=true")
+    assert "512 tokens, no train split" in " ".join(lightlm("plan", *overrides, "train.tokens=512").stdout.split())
+    lightlm("train", *overrides).assert_one_message("scored has no train split: it is for scoring models only")
 
 
 def test_the_vocabulary_comes_from_prepared_data(lightlm, folder):

@@ -19,6 +19,13 @@ def stream_of(count: int) -> TokenStream:
     return TokenStream(np.array_split(np.arange(count, dtype="<u4"), 3), end_of_text_id=0)
 
 
+@pytest.mark.parametrize("mask", [None, []])
+def test_an_empty_stream_is_for_scoring_only(mask: list[np.ndarray] | None) -> None:
+    stream = TokenStream([], end_of_text_id=0, masks=mask)
+    with pytest.raises(DataError, match="books has no train split: it is for scoring models only"):
+        BatchLoader({"books": stream}, 4, seed=1)
+
+
 @given(size=st.integers(1, 3_000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 1_000))
 def test_the_order_is_a_permutation(size: int, seed: int, epoch: int) -> None:
     assert sorted(permute(np.arange(size), size, seed, epoch).tolist()) == list(range(size))
