@@ -31,6 +31,13 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What torch.save and numpy's tofile say when a write fails; they give no reason.
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|requested and \d+ written")
 
+_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what those of macOS and Windows leave in a folder
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, sorted, without what a file manager left there."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in _FILE_MANAGERS)
+
 
 def no_room(error: BaseException) -> str:
     """Return why there is no room on the disk, if an error of Python or of a library means that; else an empty text."""

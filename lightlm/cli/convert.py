@@ -268,7 +268,7 @@ def _check_target(target: Path, source: Path, writer: Format, *, repeats: bool, 
         raise UsageError(
             f"{changed} would be replaced, and it is not what an export wrote; move it, or replace it with --overwrite"
         )
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not target.exists() or (target.is_dir() and not files.names_in(target)):
         return
     if (target / ".git").exists():
         raise UsageError(f"{target} is a git repository, so it is not replaced; choose another path with --out")

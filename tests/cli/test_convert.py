@@ -275,6 +275,7 @@ def test_given_folder_is_replaced_only_with_overwrite(run):
         invoke("--out", "exported")
     invoke("--out", "exported", "--overwrite")
     Path("empty").mkdir()
+    Path("empty/.DS_Store").touch()  # of a file manager
     invoke("--out", "empty")
 
 

@@ -68,7 +68,7 @@ def test_a_plan_needs_no_data_and_leaves_nothing_behind(lightlm, folder):
 
 def test_data_that_models_are_only_scored_on_is_named(lightlm, folder):
     make_data(folder)
-    prepare("tiny.jsonl", "tiny", "data/scored", val_fraction=1.0)
+    prepare("tiny.jsonl", "data/tiny", "data/scored", val_fraction=1.0)
     overrides = ("tiny.yaml", "data.dataset=scored", "data.document_mask=true")
     assert "512 tokens, no train split" in " ".join(lightlm("plan", *overrides, "train.tokens=512").stdout.split())
     lightlm("train", *overrides).assert_one_message("scored has no train split: it is for scoring models only")

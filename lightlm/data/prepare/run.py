@@ -39,7 +39,7 @@ from lightlm.data.tokenizer.folder import DEFINITION, MANIFEST, SETTINGS
 from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_settings
 from lightlm.data.top_tokens import TEACHER_FOLDER
 from lightlm.errors import DataError, UsageError
-from lightlm.files import clear_errors, refuse_working_folder, restore_folder, write_text
+from lightlm.files import clear_errors, names_in, refuse_working_folder, restore_folder, write_text
 from lightlm.limits import cores
 
 OWN_FILES = (MANIFEST, DEFINITION, SETTINGS, TEACHER_FOLDER)  # of a data folder, beside its shards
@@ -171,7 +171,7 @@ def _existing(target: Path, settings: dict[str, Setting], overwrite: bool) -> Ma
         return None
     if not target.is_dir() or target.is_mount():
         raise DataError(f"{target} is a file or a mount point, which cannot be replaced; name a folder with --out")
-    names = sorted(path.name for path in target.iterdir())
+    names = names_in(target)
     foreign = [name for name in names if not (name in OWN_FILES or name.endswith((".bin", MASK_SUFFIX)))]
     if not names:
         return None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lightlm.data.readers.file import raise_machine_fault
 from lightlm.data.readers.opening import COMPRESSIONS
 from lightlm.errors import DataError
 
@@ -27,15 +28,17 @@ class FolderWalk:
     """One pass over the files below a folder; iterate once.
 
     Links to folders are followed. Each folder is entered once: a real one rather than a link to it. Hidden files and
-    folders are counted in `left_out`, and so are links to folders that are entered otherwise.
+    folders are counted in `left_out`, and so are links to folders that are entered otherwise. `unreadable` has an error
+    for each folder that cannot be read.
     """
 
     def __init__(self, root: Path) -> None:
         self.left_out: Counter[str] = Counter()
+        self.unreadable: dict[Path, DataError] = {}
         self._root = root
 
     def __iter__(self) -> Iterator[Entry]:
-        """Yield the visible files, in no particular order. Raises DataError for a folder that cannot be read."""
+        """Yield the visible files, in no particular order. Raises DataError where the root cannot be read."""
         entered = {_identity(folder) for folder in self._root.parents}  # a link to one of them is a loop
         waiting = [Entry(self._root, linked=False)]
         links: list[Entry] = []
@@ -53,7 +56,7 @@ class FolderWalk:
                 with os.scandir(folder) as entries:
                     for entry in entries:
                         path = folder / entry.name
-                        if entry.name.startswith("."):
+                        if is_hidden(entry.name):
                             self.left_out["hidden folder" if _is_folder(entry) else "hidden file"] += 1
                         elif entry.is_dir(follow_symlinks=False):
                             waiting.append(Entry(path, linked))
@@ -62,19 +65,29 @@ class FolderWalk:
                         else:
                             yield Entry(path, linked)
             except OSError as error:
-                raise _unreadable(folder, error) from error
+                raise_machine_fault(error)
+                if folder == self._root:
+                    raise _unreadable(folder, error) from error
+                self.unreadable[folder] = _unreadable(folder, error)
 
 
-def require_readable(folder: Path) -> None:
-    """Raise DataError for a folder that cannot be read."""
+def fault_of(folder: Path) -> DataError | None:
+    """Return the error for a folder that cannot be read."""
     try:
         os.scandir(folder).close()
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise_machine_fault(error)
+        return _unreadable(folder, error)
+    return None
 
 
 def _unreadable(folder: Path, error: OSError) -> DataError:
     return DataError(f"{folder}: this folder cannot be read ({error.strerror})")
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is no data of the user by its name; ext4 has a lost+found in each volume."""
+    return name.startswith(".") or name == "lost+found"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -16,7 +16,7 @@ from lightlm.data.readers.registry import SUPPORTED, reader_of, suffix_of
 from lightlm.data.readers.texts import Unit, unreadable
 from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import ChangedError, FileCounts
-from lightlm.data.sources.folder_walk import Entry, FolderWalk, kind_of, most_common, require_readable
+from lightlm.data.sources.folder_walk import Entry, FolderWalk, fault_of, is_hidden, kind_of, most_common
 from lightlm.errors import DataError
 
 
@@ -40,6 +40,7 @@ class LocalSource:
         self._pattern = None if exists else "/".join(path.parts[fixed:])
         self._column, self._row_filter = text_column, row_filter
         self._left_out: Counter[str] = Counter()
+        self._unreadable: dict[Path, DataError] = {}
         self._linked = 0  # files behind links to folders
         self._files = self._find_files(path)
         suffix = suffix_of(self._root) if self._root.is_file() else None
@@ -60,6 +61,8 @@ class LocalSource:
             files = [self._root]
         else:
             files = sorted(self._readable(), key=self._relative)
+            if not files and self._unreadable:
+                raise next(iter(self._unreadable.values()))
             if not files:
                 place = "in this folder" if given.exists() else "that this pattern matches"
                 found = ", ".join(f"{count:,} {kind}" for kind, count in most_common(self._left_out).items())
@@ -107,22 +110,25 @@ class LocalSource:
             walk = FolderWalk(self._root)
             yield from walk
             self._left_out += walk.left_out
+            self._unreadable = walk.unreadable
             return
-        self._require_readable_folders(self._pattern)
+        self._unreadable = self._unreadable_folders(self._pattern)
         for path in set(self._root.glob(self._pattern)):
-            if any(part.startswith(".") for part in path.relative_to(self._root).parts):
+            if any(is_hidden(part) for part in path.relative_to(self._root).parts):
                 self._left_out["hidden folder" if path.is_dir() else "hidden file"] += 1
             elif not path.is_dir():
                 yield Entry(path, linked=False)
 
-    def _require_readable_folders(self, pattern: str) -> None:
-        """Raise DataError for a folder on the way of the pattern that cannot be read: `glob` passes over it."""
+    def _unreadable_folders(self, pattern: str) -> dict[Path, DataError]:
+        """Return the folders on the way of the pattern that cannot be read: `glob` passes over them."""
+        found: dict[Path, DataError] = {}
         parts = PurePath(pattern).parts
         for count in range(len(parts)):
             for folder in self._root.glob("/".join(parts[:count])) if count else [self._root]:
-                hidden = any(part.startswith(".") for part in folder.relative_to(self._root).parts)
-                if not hidden and folder.is_dir():
-                    require_readable(folder)
+                hidden = any(is_hidden(part) for part in folder.relative_to(self._root).parts)
+                if not hidden and folder.is_dir() and (fault := fault_of(folder)) is not None:
+                    found[folder] = fault
+        return found
 
     def _relative(self, path: Path) -> str:
         """Return the file's name in unit ids: relative to the folder, with forward slashes on every system."""
@@ -143,6 +149,8 @@ class LocalSource:
             )
 
     def units(self) -> Iterator[Unit]:
+        for folder in sorted(self._unreadable):  # first, so that they stop a preparation at once
+            yield Unit(self._relative(folder), partial(unreadable, self._unreadable[folder]))
         for path in self._files:
             name = self._relative(path)
             try:

@@ -7,24 +7,25 @@ from lightlm.errors import UsageError
 from lightlm.evaluate.settings import Settings
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.evaluate.tasks.patches import quiet
-from lightlm.evaluate.tasks.references import HELDOUT
+from lightlm.evaluate.tasks.references import CLOZE, HELDOUT
 
 
 def scored_examples(names: Sequence[str]) -> dict[str, list[list[str]]]:
     """Return by task the scored examples of these tasks, groups or globs, each as a list of texts.
 
     The split is the one that lm-eval scores, after the task's own cleaning. The texts are all fields of a record
-    (question, passage, every answer), and the prompt with the right answer, since many questions are short.
+    (question, passage, every answer), and the prompt with the right answer, since many questions are short. Of a group,
+    heldout and its cloze are left out: their documents come from the training data.
 
     Raises:
-        UsageError: lm-eval has no such task, or heldout is among them, which comes from the training data.
+        UsageError: lm-eval has no such task, or heldout is named, which comes from the training data.
         DataError: a data set cannot be read.
     """
     tasks = Tasks(Settings(list(names)))
-    if tasks.read_data:
+    if not {HELDOUT, CLOZE}.isdisjoint(names) or not tasks.foreign:
         raise UsageError(f"--decontaminate {HELDOUT}: its documents come from the data folder; leave it out")
     with quiet():
-        loaded = tasks.load(tasks.names)["tasks"]
+        loaded = tasks.load(tasks.foreign)["tasks"]
         return {
             name: [[*_texts(record), *_answered(task, record)] for record in task.eval_docs]
             for name, task in loaded.items()

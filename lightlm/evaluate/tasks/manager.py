@@ -217,8 +217,8 @@ class Tasks(TaskManager):
         if HELDOUT in self._optional and HELDOUT in task_list and HELDOUT not in self._left_out:
             try:
                 heldout.load(**self._about_model)
-            except DataError as error:
-                self._leave_out(HELDOUT, str(error))
+            except DataError as unusable:
+                self._leave_out(HELDOUT, str(unusable))
         names = [name for name in task_list if name not in self._left_out]
         if self._cloze_optional and CLOZE in names and (problem := self._cloze_problem()):
             names.remove(CLOZE)

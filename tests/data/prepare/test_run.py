@@ -199,6 +199,15 @@ def test_the_working_directory_is_not_replaced(tmp_path: Path, source: str, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.jsonl"]
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini"])
+def test_what_a_file_manager_leaves_in_a_folder_is_replaced(tmp_path: Path, source: str, name: str) -> None:
+    (out := tmp_path / "out").mkdir()
+    (out / name).touch()  # a folder with nothing else counts as empty
+    prepare(source, "train:300", out)
+    (out / name).touch()
+    assert not prepare(source, "train:300", out, overwrite=True).already_prepared
+
+
 def test_vocabularies_past_65536_are_written_as_uint32(tmp_path: Path, source: str) -> None:
     definition = train_tokenizer(DOCUMENTS, 300)
     definition.save(tmp_path / "tokenizer.json")

@@ -196,6 +196,26 @@ def test_a_folder_that_cannot_be_read_ends_a_glob_too(
 
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(DataError, match=r"a: this folder cannot be read \(Permission denied\)"):
-        open_source(str(tmp_path / pattern), "text")
+        read(open_source(str(tmp_path / pattern), "text"))
     source = open_source(str(tmp_path / "c*/*.txt"), "text")
     assert [text for unit in source.units() for text in read_unit(unit)] == ["c"]
+
+
+def test_an_unreadable_folder_is_skipped_with_skip_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write(tmp_path / "in", a__b_txt="a", c__d_txt="some words", lost_found__x_txt="x")
+    (root / "lost.found").rename(root / "lost+found")
+    scandir = os.scandir
+
+    def refused(path: Any = ".") -> Any:
+        if isinstance(path, str | Path) and Path(path).name in ("a", "lost+found"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"a: this folder cannot be read \(Permission denied\).*--skip-bad"):
+        prepare(str(root), "train:300", tmp_path / "out", val_fraction=0.0)
+    made = prepare(str(root), "train:300", tmp_path / "out", val_fraction=0.0, skip_bad=True)
+    assert (made.documents("train"), made.dropped, made.files_left_out) == (1, {"unreadable": 1}, {"hidden folder": 1})
+    assert "a: this folder cannot be read" in made.bad[0]
+    with pytest.raises(DataError, match="this folder cannot be read"):
+        open_source(str(root / "a"), "text")

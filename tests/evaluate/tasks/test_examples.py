@@ -9,6 +9,7 @@ from lightlm.data.select.decontamination import Decontaminator
 from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.tasks import manager
 from lightlm.evaluate.tasks.examples import scored_examples
+from lightlm.evaluate.tasks.references import SELECTIONS, Selection
 from tests.evaluate.tiny_run import write_quiz
 
 WINOGRANDE_LIKE = """
@@ -48,6 +49,15 @@ def test_prompts_that_are_chosen_by_number(tmp_path: Path) -> None:
     found_in = Decontaminator(examples).found_in
     assert found_in("As we know, the trophy is bigger than the box because the trophy is so very large.") == ["blanks"]
     assert found_in("As we know, the trophy is bigger than the box because it is so very large.") == []
+
+
+def test_a_group_is_searched_without_heldout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SELECTIONS, "small_lm", Selection(("quiz.yaml", "heldout"), frozenset(["heldout"])))
+    monkeypatch.setattr(manager, "_OURS", {"small_lm"})
+    assert list(scored_examples(["small_lm"])) == ["quiz"]
+    for named in ("heldout", "heldout_cloze"):
+        with pytest.raises(UsageError, match="--decontaminate heldout"):
+            scored_examples(["small_lm", named])
 
 
 def test_tasks_without_usable_texts() -> None:

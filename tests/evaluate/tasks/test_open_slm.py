@@ -14,8 +14,9 @@ from datasets.exceptions import DatasetGenerationError
 from lm_eval.tasks._index import TaskIndex
 
 from lightlm.checkpoint import LoadedModel
+from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.folder import DataFolder
-from lightlm.data.shards import ChatData
+from lightlm.data.prepare.run import prepare
 from lightlm.errors import DataError
 from lightlm.evaluate.compare.table import score_table
 from lightlm.evaluate.harness import LightLM
@@ -172,9 +173,9 @@ def _without_validation(folder: Path) -> None:
 
 
 def _conversations(folder: Path) -> None:
-    manifest = DataFolder.open(folder).manifest
-    chat = ChatData(train_on="all", template="chatml", added_tokens=[], masks=[], trained_tokens={})
-    (folder / "manifest.json").write_text(manifest.model_copy(update={"chat": chat}).model_dump_json())
+    lines = [{"prompt": f"Say {n}", "completion": f"It is {n}."} for n in range(40)]
+    Path("talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare("talks.jsonl", "train:300", folder, text_column=ChatColumns("chat"), val_fraction=0.5, overwrite=True)
 
 
 @pytest.mark.parametrize(
