@@ -220,7 +220,7 @@ def test_a_module_that_workers_lack_is_named(tmp_path: Path, source: Path, token
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_engine, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
-    with pytest.raises(UsageError, match=r"lightlm\[ray\]"):
+    with pytest.raises(UsageError, match=r"--editable \"\.\[ray\]\""):
         RayEngine()
 
 

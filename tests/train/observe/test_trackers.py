@@ -193,7 +193,7 @@ def test_a_new_run_never_continues_another_of_its_name():
 
 
 def test_a_resumed_run_continues_its_own_of_several_of_its_name():
-    pytest.importorskip("trackio", reason="pip install 'lightlm[tracking]'")
+    pytest.importorskip("trackio", reason="needs the extra [tracking]")
     session = Session(Path("one/demo"), {}, "threes", None, 0, 0)
     first = Trackio(session)
     first.log(1, {"loss": 3.0})
