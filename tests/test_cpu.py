@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lightlm import cpu, device, threads
+from lightlm import cpu, device, processes
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_waiting_threads_sleep_early_unless_told_otherwise(given, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    threads.bound_spinning()
+    processes.bound_spinning()
     assert int(os.environ.get("GOMP_SPINCOUNT", 0)) == (7 if "GOMP_SPINCOUNT" in given else 0 if given else 3000)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 
