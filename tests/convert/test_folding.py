@@ -46,7 +46,7 @@ def test_each_feature_alone_and_all_together(feature, kind):
     assert largest_difference(model) < 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_combination_folds_exactly(data):
     """In float64 no rounding hides a wrong rule."""

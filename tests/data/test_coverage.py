@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Definition
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -57,7 +57,6 @@ def count(tokenizer: Tokenizer, *texts: str) -> dict[str, int]:
     return LossCounter(tokenizer).count(pyarrow.array(["left out", *texts], pyarrow.large_string())[1:], ids)
 
 
-@settings(deadline=None)  # other processes may be at work
 @given(text=st.text(alphabet="abzxя深é. \n"))
 @pytest.mark.parametrize("name", ["vanishing", "unknown", "metaspace"])
 def test_characters_outside_the_vocabulary_are_counted(name: str, text: str) -> None:

@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightlm.data import long_runs
@@ -17,7 +17,6 @@ def kind(character: str) -> str:
     return "letter" if character.isalpha() else "digit" if re.fullmatch(r"\d", character) else "other"
 
 
-@settings(deadline=None)  # other processes may be at work
 @given(
     runs=st.lists(st.tuples(st.sampled_from("ab 1-\né語"), st.integers(1, 40)), max_size=12),
     longest=st.sampled_from([2, 7, 10]),

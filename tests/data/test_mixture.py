@@ -27,7 +27,7 @@ def sources_of(order: SourceOrder, count: int) -> list[int]:
     return order.locate(np.arange(count))[0].tolist()
 
 
-@settings(deadline=None, max_examples=60)  # other processes may be at work
+@settings(max_examples=60)  # other processes may be at work
 @given(stages=runs(), beyond=st.integers(1, 300))
 def test_every_prefix_of_a_run_is_within_one_sequence_of_its_shares(stages: list[Stage], beyond: int) -> None:
     sources = len(stages[0].shares)
@@ -47,7 +47,7 @@ def test_every_prefix_of_a_run_is_within_one_sequence_of_its_shares(stages: list
     assert order.counts(total).tolist() == counts
 
 
-@settings(deadline=None, max_examples=60)  # other processes may be at work
+@settings(max_examples=60)  # other processes may be at work
 @given(stages=runs(), start=st.integers(0, 10**9))
 def test_a_position_is_found_without_those_before_it(stages: list[Stage], start: int) -> None:
     order = SourceOrder(stages)
@@ -92,7 +92,6 @@ def test_weights_are_shares_as_written(given: list[float], shares: list[str]) ->
     assert shares_of(given) == tuple(map(Fraction, shares))
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=6).filter(any))
 def test_shares_of_any_weights_are_near_them_and_sum_to_one(given: list[float]) -> None:
     shares = shares_of(given)

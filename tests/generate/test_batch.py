@@ -55,7 +55,7 @@ events = st.lists(st.one_of(st.none(), st.lists(requests, max_size=3), st.intege
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(events=events, prefill_tokens=st.sampled_from([None, 1, 7, 64]), fast=st.booleans())
 def test_rows_that_join_and_leave_at_any_step_are_held_to_the_full_forward_pass(name, events, prefill_tokens, fast):
     model, sent, made, left = MODELS[name], {}, {}, set()

@@ -128,7 +128,7 @@ def test_the_full_context_ends_a_row_as_without_guesses() -> None:
     joins=st.lists(st.integers(0, 12), min_size=4, max_size=4),
     leave=st.integers(1, 30),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_requests_that_join_and_leave_between_guesses_get_their_own_tokens(
     texts: list[list[int]], joins: list[int], leave: int
 ) -> None:
@@ -189,7 +189,7 @@ def naive_lookup(ids: list[int], count: int) -> list[int]:
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 30), st.integers(1, 6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_lookup_returns_what_followed_the_latest_occurrence(ids: list[int], border: int, count: int) -> None:
     row = Row(GREEDY, prompt=ids[:border], new=ids[border:])
     lookup = Lookup()

@@ -28,7 +28,7 @@ def added(tokenizer: Tokenizer, prompt: list[int], answer: list[int]) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.sampled_from(["", "the", "one two", "naïve 日本語", "it,\n"]), WORDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pieces_are_the_text_that_decoding_prompt_and_answer_together_gives(kind: str, prompt: str, text: str) -> None:
     tokenizer = tokenizer_of(kind)
     before, answer = tokenizer.encode(prompt), tokenizer.encode(text)
@@ -39,7 +39,7 @@ def test_pieces_are_the_text_that_decoding_prompt_and_answer_together_gives(kind
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(IDS, IDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_tokens_stream_as_they_decode(kind: str, prompt: list[int], answer: list[int]) -> None:
     """Also special tokens and, with bytes as tokens, broken characters.
 
@@ -68,7 +68,7 @@ def test_an_answer_may_complete_a_character_of_the_prompt() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(WORDS, st.lists(st.text("the cats日", min_size=1, max_size=5), max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_stop_string_ends_the_text_and_is_never_shown(kind: str, text: str, stops: list[str]) -> None:
     tokenizer = tokenizer_of(kind)
     ids = tokenizer.encode(text)
@@ -90,7 +90,7 @@ def test_a_stop_string_ends_the_text_and_is_never_shown(kind: str, text: str, st
 
 
 @given(WORDS, st.text("the cats", min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_only_a_possible_beginning_of_a_stop_string_is_held_back(text: str, stop: str) -> None:
     tokenizer = tokenizer_of("byte-level")
     stream, shown, seen = TextStream(tokenizer, (), [stop]), "", []

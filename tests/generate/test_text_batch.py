@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from lightlm.data.tokenizer import Tokenizer
@@ -149,7 +148,6 @@ def pieces_of(
 STOPS = st.lists(st.sampled_from(["cat", "at", "the", " s", "e d", "o", "one two", "\ufffd", "日", "Ω"]), max_size=3)
 
 
-@examples(deadline=None)
 @given(ids=st.lists(st.integers(0, 305), min_size=1, max_size=40), stops=STOPS, real=st.booleans())
 def test_pieces_join_to_the_decoded_text_and_tell_each_token_where_its_text_begins(
     model: Transformer, tokenizer: Tokenizer, ids: list[int], stops: list[str], real: bool

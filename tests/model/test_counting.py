@@ -50,7 +50,7 @@ def configs(draw):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(configs())
 def test_any_shape(config):
     assert count_parameters(config) == of_tensors(config)

@@ -114,7 +114,7 @@ def choices(draw):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(plan=choices(), hidden=st.integers(1, 5), inner=st.integers(1, 5), mixed=st.booleans())
 def test_any_shape_and_load(path, plan, hidden, inner, mixed):
     num_experts, ids_NK = plan

@@ -77,7 +77,7 @@ def test_it_matches_the_papers_equations_in_float64(q_lora_rank):
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_absorbed_projections_equal_the_plain_form(data):
     """For any sizes, numbers of new and old positions, and masks that show each query a key at least."""
@@ -108,7 +108,7 @@ def test_absorbed_projections_equal_the_plain_form(data):
 
 @pytest.mark.parametrize("name", LATENT)
 @pytest.mark.parametrize("absorbed", [False, True])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(cuts=st.lists(st.integers(1, 8), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_the_cache_gives_the_full_pass_in_both_ways(name, absorbed, cuts, seed):
     model = build(name)

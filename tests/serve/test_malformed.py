@@ -33,7 +33,7 @@ def check(server: Served, path: str, content: bytes) -> None:
         assert error["type"] == "invalid_request_error"
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fields_with_any_value_are_answered_or_refused(server: Served, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(BODIES)))
@@ -46,7 +46,7 @@ def test_fields_with_any_value_are_answered_or_refused(server: Served, data: st.
     check(server, path, json.dumps(document).encode())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60), cut=st.integers(0, 40), place=st.integers(0, 40))
 def test_bytes_that_are_not_json_are_refused(server: Served, content: bytes, cut: int, place: int) -> None:
     valid = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()

@@ -57,7 +57,7 @@ def test_a_ratio_that_is_no_power_of_two_ends_at_the_full_batch():
     assert growing.stages == ((0, 64), (1_000_000, 128), (3_000_000, 256), (5_000_000, 384))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans())
 def test_batches_grow_by_doubling_and_reach_the_full_size(drawn):
     growing, start, full, warmup = drawn
@@ -75,7 +75,7 @@ def test_batches_grow_by_doubling_and_reach_the_full_size(drawn):
         assert size == full or 2 * size > line - 1e-6 * line or 2 * size > full
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans(), st.integers(0, 10**6))
 def test_steps_and_tokens_are_those_of_the_walk_from_anywhere_in_it(drawn, choice):
     growing, *_ = drawn

@@ -45,7 +45,7 @@ def test_weight_decay_falls_in_a_line_or_a_cosine_or_stays():
 
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 30)), min_size=1, max_size=6, unique_by=lambda p: p[0]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_points_are_joined_by_lines(points):
     points.sort()
     at = np.arange(0, 1001, 7)

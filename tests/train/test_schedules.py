@@ -93,7 +93,7 @@ def test_the_corner_points_in_words(overrides, text):
     assert describe_schedule(load_recipe(STEADY, overrides)) == text
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sampled_from(["wsd", "cosine", "linear", "constant"]), st.integers(0, 60), st.integers(1, 40))
 def test_between_corner_points_the_rate_rises_falls_or_stays(name, warmup, decay):
     values = {"name": name, "warmup": f"{warmup}%", "min_lr_ratio": 0.1, "decay": f"{decay}%"}

@@ -66,7 +66,7 @@ def test_each_line_gets_what_it_gets_alone_in_the_order_of_the_input(tmp_path: P
 
 
 @given(st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_cut_at_any_byte_is_resumed_without_a_torn_or_repeated_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:

@@ -38,7 +38,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=st.dictionaries(st.text(min_size=1, max_size=12), VALUES, max_size=6),
     shapes=st.dictionaries(st.text(min_size=1, max_size=8), st.lists(st.integers(1, 4), min_size=1, max_size=4)),
@@ -70,7 +70,7 @@ def good(tmp_path_factory, tokenizer):
     return path.read_bytes(), min(place.offset for place in header.tensors.values())
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_headers_give_one_error(good, tmp_path, data):
     """Bytes of the header replaced, or the file cut: a model is read, or one error of ours says why not."""
@@ -151,7 +151,7 @@ ABSURD = st.sampled_from([0, 1, 2, 31, 32, *(2**bits + step for bits in (16, 31,
 KINDS = st.one_of(st.integers(0, 40), st.sampled_from([255, 2**31, 2**32 - 1]))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.tuples(ABSURD, ABSURD),
     version=st.sampled_from([2, 3]),

@@ -101,7 +101,7 @@ def test_tied_head_is_stored_once(tokenizer, tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors")
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_every_configuration_is_refused_or_equal(data, tokenizer, tmp_path_factory):
     """No configuration may export to a class that computes something else."""

@@ -168,7 +168,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(st.data())
 def test_any_configuration_is_read_or_refused(data):
     """A configuration of each class, with some of its values replaced by anything that JSON can hold."""

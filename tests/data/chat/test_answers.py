@@ -117,7 +117,7 @@ def small_tokenizer():
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=2))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_any_contents_keep_their_turns(contents):
     """Also contents that spell special tokens: they end no turn, and the trained part is the answer with its end."""
     tokenizer = small_tokenizer()

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_named(tokenizer, documents, tmp_path):
         DataFolder.open(tmp_path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.booleans())
 def test_the_cut_keeps_every_token(lengths, indexed):
     """Nothing is lost or doubled, and validation gets its share from the beginning of a document near by."""

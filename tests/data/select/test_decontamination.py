@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightlm.data.chat.conversation import as_text
@@ -93,7 +93,6 @@ def test_it_travels_to_a_worker_without_its_table() -> None:
     assert pickle.loads(pickle.dumps(made)).found_in(PASSAGE) == ["numbers"]
 
 
-@settings(deadline=None)  # other processes may be at work
 @given(seed=st.integers(0, 10_000))
 def test_it_finds_what_a_set_of_tuples_finds(seed: int) -> None:
     """Few different words, so that runs come and go by chance."""

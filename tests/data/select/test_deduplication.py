@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightlm.data.select import hash_index
@@ -96,7 +96,6 @@ def signatures_strategy() -> st.SearchStrategy[list[list[int]]]:
     return st.lists(row, max_size=30)
 
 
-@settings(deadline=None)  # other processes may be at work
 @given(rows=signatures_strategy(), cuts=st.lists(st.integers(0, 30), max_size=4), recent=st.sampled_from([1, 4, 100]))
 def test_verdicts_are_those_of_the_rule_whatever_the_batches(
     rows: list[list[int]], cuts: list[int], recent: int

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightlm.data.select.filters import Filter, matching_rows
@@ -137,7 +137,6 @@ expressions = st.recursive(
 )
 
 
-@settings(deadline=None)  # other processes may be at work
 @given(expression=expressions)
 def test_arrow_gives_what_plain_python_gives(expression: Expression) -> None:
     text, judge = expression

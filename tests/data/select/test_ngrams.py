@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightlm.data.select import ngrams
@@ -57,7 +57,6 @@ def reference(text: str) -> list[str]:
     return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
 
-@settings(deadline=None)  # other processes may be at work
 @given(text=st.text(alphabet="aAbc.,' \n\t-", max_size=80), size=st.integers(2, 5))
 def test_hashes_are_equal_where_the_words_are(text: str, size: int) -> None:
     words = reference(text)
@@ -91,7 +90,6 @@ def naive_words(text: str) -> list[str]:
     return re.findall(r"[a-z]+|[\u4e00-\u9fff]|[\U00020000-\U0002ffff]", text.lower().replace(",", ""))
 
 
-@settings(deadline=None)  # other processes may be at work
 @given(text=st.text(alphabet="aB ,中文\U00020000\U00020001", max_size=60))
 def test_mixed_text_is_split_as_a_pattern_splits_it(text: str) -> None:
     assert hashes(text) == [value for word in naive_words(text) for value in hashes(word)]

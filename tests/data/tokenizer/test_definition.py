@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -13,7 +13,6 @@ from lightlm.data.tokenizer.definition import bytes_reader
 from tests.generate.tokenizers_at_hand import tokenizer_of
 
 
-@settings(deadline=None)
 @given(text=st.text(alphabet="ab ##\n1é日🙂", max_size=30))
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
 def test_bytes_of_tokens_join_to_the_text(kind: str, text: str) -> None:

@@ -142,7 +142,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(pairs=requests, sequences=st.sampled_from([1, 7, 64, None]), positions=st.integers(1, 300), data=st.data())
 def test_no_batch_and_no_order_changes_a_score(
     pairs: list[Pair], sequences: int | None, positions: int, data: st.DataObject

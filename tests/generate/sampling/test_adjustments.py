@@ -20,7 +20,7 @@ def random_logits(seed: int = 0) -> torch.Tensor:
 
 
 @given(IDS, st.floats(0.2, 3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_repetition_penalty_is_that_of_the_paper_and_of_transformers(ids: list[int], penalty: float) -> None:
     logits = random_logits()
     found = logits.clone()
@@ -35,7 +35,7 @@ def test_repetition_penalty_is_that_of_the_paper_and_of_transformers(ids: list[i
 
 
 @given(IDS, st.floats(-2, 2), st.floats(-2, 2))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_frequency_and_presence_penalties_follow_the_formula_of_the_api(
     ids: list[int], frequency: float, presence: float
 ) -> None:
@@ -48,7 +48,7 @@ def test_frequency_and_presence_penalties_follow_the_formula_of_the_api(
 
 
 @given(st.lists(st.integers(0, 2), max_size=14), st.integers(1, 5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_ngram_occurs_twice(ids: list[int], size: int) -> None:
     def ngrams(text: list[int]) -> list[tuple[int, ...]]:
         return [tuple(text[i : i + size]) for i in range(len(text) - size + 1)]

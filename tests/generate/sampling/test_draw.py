@@ -35,7 +35,7 @@ def draw(logits: np.ndarray, sampling: Sampling, count: int, seed: int = 0) -> l
 
 
 @given(LOGITS, NUCLEUS, st.integers(0, 2**31))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_only_tokens_of_the_top_k_and_the_nucleus_are_drawn(logits: np.ndarray, sampling: Sampling, seed: int) -> None:
     size = len(reference(logits, sampling)) + 1  # one more for a top_p at a rounding's distance
     threshold = sorted(logits, reverse=True)[: min(size, sampling.top_k or size)][-1]
@@ -51,7 +51,7 @@ def test_frequencies_match_the_distribution() -> None:
 
 
 @given(LOGITS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_temperature_0_is_argmax_and_needs_no_randomness(logits: np.ndarray) -> None:
     assert sample(torch.from_numpy(logits)[None], [Row(GREEDY)]) == [int(logits.argmax())]
 

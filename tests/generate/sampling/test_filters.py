@@ -42,7 +42,7 @@ def reference(logits: np.ndarray, sampling: Sampling) -> list[float]:
 
 
 @given(LOGITS, NUCLEUS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_top_k_and_top_p_leave_the_distribution_of_the_formula(logits: np.ndarray, sampling: Sampling) -> None:
     masses = np.cumsum(reference(logits, Sampling(sampling.temperature, sampling.top_k, 1.0)))
     assume(np.abs(masses - sampling.top_p).min() > 1e-6)  # else rounding decides whether one token more is needed
@@ -83,7 +83,7 @@ def test_filters_leave_what_those_of_transformers_leave(used: str) -> None:
 
 
 @given(LOGITS, st.floats(0, 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_min_p_keeps_the_tokens_of_at_least_that_share(logits: np.ndarray, min_p: float) -> None:
     probs = np.exp(logits.astype(np.float64) - logits.max())
     kept = above_share(torch.from_numpy(probs)[None], min_p)[0].numpy()
@@ -91,7 +91,7 @@ def test_min_p_keeps_the_tokens_of_at_least_that_share(logits: np.ndarray, min_p
 
 
 @given(LOGITS, st.floats(0.01, 0.99))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_typical_keeps_the_fewest_nearest_to_the_entropy(logits: np.ndarray, mass: float) -> None:
     weights = np.exp(logits.astype(np.float64))
     probs = weights / weights.sum()
@@ -129,7 +129,7 @@ def test_a_nucleus_larger_than_the_first_candidates_is_found_whole(setting: str)
 
 
 @given(LOGITS, st.sampled_from(["top_p", "typical_p"]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_smallest_settings_keep_one_token(logits: np.ndarray, setting: str) -> None:
     found = distribution(logits, Sampling(**{"top_p": 1.0, setting: 1e-9}))
     assert np.count_nonzero(found) == 1

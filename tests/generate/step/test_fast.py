@@ -50,7 +50,7 @@ def assert_near(model, tokens_BT, found_BTV, tolerance):
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("native", NATIVE)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(plan=ragged_chunks(), same=st.booleans(), seed=st.integers(0, 99))
 def test_it_computes_what_the_forward_pass_computes_in_any_chunks(name, native, plan, same, seed):
     model, fast, (lengths, chunks) = MODELS[name], FAST[name, native], plan

@@ -37,7 +37,7 @@ def shapes(draw):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes(), rows=st.integers(1, 3), length=st.integers(1, 10), seed=st.integers(0, 99))
 def test_models_of_any_width(shape, rows, length, seed):
     torch.manual_seed(seed)

@@ -25,7 +25,7 @@ def ragged_chunks(draw):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(plan=ragged_chunks(), extra=st.integers(0, 3), seed=st.integers(0, 100))
 def test_cached_equals_full_for_any_chunking_of_a_ragged_batch(name, plan, extra, seed):
     model, (lengths, chunks) = MODELS[name], plan

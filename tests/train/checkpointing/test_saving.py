@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(copied, name, damage
         assert warning.endswith("step_000005 is used instead")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(FILES), bit=st.integers(0, 10**7))
 def test_no_flipped_bit_goes_unseen(stopped, name, bit):
     path = stopped / "checkpoints/step_000010" / name
