@@ -270,7 +270,7 @@ def prepare(
         UsageError: an argument is out of its range.
         DataError: the source cannot be read, or `out` holds something else.
     """
-    text_column = columns_of(format, text_column)
+    text_column = columns_of(format, text_column, train_on)
     opened = open_source(str(source), text_column)
     folder = Path("data") / opened.name if out is None else Path(out)
     limit = None if max_tokens is None else parse_quantity(max_tokens)

@@ -205,14 +205,22 @@ def test_train_leaves_a_run_and_resumes_it(workspace, monkeypatch):
     assert (result.run, result.tokens, result.interrupted) == (Path("runs/first"), 2560, False)
     for name in ("recipe.yaml", "metrics.jsonl", "machine.json", "report.html"):
         assert (result.run / name).is_file()
-    steps = []
+    steps, notes = [], []
 
     class Watch(lightlm.Observer):
         def step(self, metrics):
             steps.append(metrics["step"])
 
+        def note(self, text):
+            notes.append(text)
+
+    def broken(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("lightlm.api.write_report", broken)
     more = lightlm.train(None, "train.tokens=3840", resume="first", observer=Watch())
     assert (more.run, more.tokens, steps) == (Path("runs/first"), 3840, list(range(11, 16)))
+    assert "no plots were made (no font)" in notes
 
 
 def test_train_refuses_a_run_that_is_trained_and_a_name_that_is_taken(workspace, monkeypatch):

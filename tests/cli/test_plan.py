@@ -110,6 +110,9 @@ def test_a_missing_device_is_planned_for_and_an_unknown_one_refused(lightlm, fol
     assert plan["machine"]["dtype"] == "bfloat16"
     assert "process" not in plan["machine"]["memory"]  # a GPU's memory alone
     assert any("not probed: device 'cuda' is not available" in note for note in plan["notes"])
+    monkeypatch.setattr("lightlm.device.has_fast_bf16", lambda kind, width=0: kind == "cpu")
+    plan = json.loads(lightlm("plan", "tiny.yaml", "train.dtype=auto", "--device", "mps", "--json").stdout)
+    assert plan["machine"]["dtype"] == "float32"  # a Mac's, not this processor's
     lightlm("plan", "tiny.yaml", "--device", "tpu").assert_one_message("unknown device 'tpu'")
 
 

@@ -104,7 +104,9 @@ def test_the_table_the_plots_and_the_document(lightlm, fleet):
     assert rows[1][:5] == ["lr=3e-2", "2", "1.8050", "0.0071", "-0.1950"]
     assert (rows[0][-1], rows[1][-1]) == ("baseline", "better")
     assert "4/4" in outcome.stderr
+    Path("sweeps/shown/results.json").unlink()
     document = json.loads(lightlm("sweep", "--show", "shown", "--json", "--baseline", "3e-2").stdout)
+    assert not Path("sweeps/shown/results.json").exists()  # another's sweep need not be writable
     assert document["baseline"] == "lr=3e-2"
     assert document["contestants"][0]["difference"]["value"] == pytest.approx(0.195)
     for path in document["plots"].values():

@@ -151,7 +151,7 @@ class ChatColumns(str):
         return [form for form in self._forms.values() if all(name in columns for name in form.needs)]
 
 
-def columns_of(form: str, text_column: str, train_on: TrainOn = "assistant") -> str:
+def columns_of(form: str, text_column: str, train_on: TrainOn) -> str:
     """Return what to read of a record: the text column for the form `text`, else its conversation.
 
     `form` is also `CHAT` or a row of `FORMS`; `text_column` may then name the column with the messages. Raises

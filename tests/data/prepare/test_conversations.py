@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+import lightlm
 from lightlm.data.chat.conversation import ChatColumns, columns_of
 from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.executors import ThreadEngine
@@ -180,10 +181,10 @@ def test_conversations_read_as_text_are_a_hint(tmp_path):
 
 def test_a_form_without_messages_takes_no_column():
     with pytest.raises(UsageError, match="alpaca reads instruction and output; leave it out"):
-        columns_of("alpaca", "talk")
+        columns_of("alpaca", "talk", "assistant")
     with pytest.raises(UsageError, match="'alpacca' is unknown; known are text, chat, messages"):
-        columns_of("alpacca", "text")
-    assert columns_of("sharegpt", "talk") == "sharegpt:talk"
+        columns_of("alpacca", "text", "assistant")
+    assert columns_of("sharegpt", "talk", "assistant") == "sharegpt:talk"
 
 
 def test_a_folder_leaves_out_what_holds_no_conversation(tmp_path):
@@ -210,6 +211,8 @@ def test_weights_of_what_is_not_trained_on(tmp_path):
         assert text.endswith(WRITTEN)
     with pytest.raises(DataError, match=r"message 2 has the weight 0, .* with --train-on all"):
         prepared(path, tmp_path / "all", train_on="all")
+    with pytest.raises(DataError, match=r"message 2 has the weight 0"):
+        lightlm.prepare(path, out=tmp_path / "all", tokenizer="train:300", format="chat", train_on="all")
     assert pickle.loads(pickle.dumps(columns_of("chat", "text", "all"))).train_on == "all"  # as for a worker of Ray
 
 

@@ -152,7 +152,7 @@ def test_skip_bad_leaves_out_single_rows_that_are_not_utf8(kind: str, tmp_path: 
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20)
     bad: list[str] = []
     found: list[str] = []
-    source = open_source(str(tmp_path / "a.parquet"), columns_of("prompt", "text") if chat else "text")
+    source = open_source(str(tmp_path / "a.parquet"), columns_of("prompt", "text", "assistant") if chat else "text")
     for unit in source.units():
         for texts in unit.texts(lambda error: bad.append(str(error))):
             found += texts.array.to_pylist()
