@@ -93,8 +93,6 @@ def store_teacher(
     manifest, stream = data.manifest, data.split("train")
     if not manifest.shards or not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} is not a folder of `lightlm prepare-data`, so no teacher can be stored in it")
-    if not len(stream):
-        raise DataError(f"{folder} has no train split, so there is nothing to learn from a teacher")
     if not 1 <= top_k <= manifest.vocab_size:
         raise UsageError(f"--top-k {top_k}: it must be between 1 and the vocabulary's {manifest.vocab_size:,}")
     loaded = load_pretrained(reference)

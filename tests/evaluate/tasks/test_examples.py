@@ -10,7 +10,7 @@ from lightlm.errors import DataError, UsageError
 from lightlm.evaluate.tasks import manager
 from lightlm.evaluate.tasks.examples import scored_examples
 from lightlm.evaluate.tasks.references import SELECTIONS, Selection
-from tests.evaluate.tiny_run import write_quiz
+from tests.evaluate.tiny_run import write_quiz, write_world
 
 WINOGRANDE_LIKE = """
 task: blanks
@@ -54,6 +54,7 @@ def test_prompts_that_are_chosen_by_number(tmp_path: Path) -> None:
 def test_a_group_is_searched_without_heldout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SELECTIONS, "small_lm", Selection(("quiz.yaml", "heldout"), frozenset(["heldout"])))
     monkeypatch.setattr(manager, "_OURS", {"small_lm"})
+    write_world(Path.cwd())  # a run with data of its own, in which heldout would look
     assert list(scored_examples(["small_lm"])) == ["quiz"]
     for named in ("heldout", "heldout_cloze"):
         with pytest.raises(UsageError, match="--decontaminate heldout"):
