@@ -9,6 +9,7 @@ import typer
 
 from lightlm.cli.console import console, print_json, print_table
 from lightlm.errors import CheckpointError, UsageError
+from lightlm.quantities import short_form
 
 if TYPE_CHECKING:
     from lightlm.runs.listing import Summary
@@ -120,12 +121,7 @@ def _row(run: "Summary") -> list[str]:
 
 def _size(count: int) -> str:
     """Return bytes as people read them, in powers of 1,000."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{count} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
+    return short_form(count, ((" bytes", 1), (" kB", 1e3), (" MB", 1e6), (" GB", 1e9)))
 
 
 def _age(modified: float) -> str:

@@ -89,6 +89,12 @@ def test_ls_without_runs(lightlm, tmp_path, monkeypatch):
     assert lightlm("runs", "ls", "--json").stdout == "[]\n"
 
 
+@pytest.mark.parametrize(("size", "shown"), [(999, "999 bytes"), (999_999, "1 MB"), (1_500_000_000_000, "1,500 GB")])
+def test_a_size_is_never_a_power_of_ten(lightlm, monkeypatch, size, shown):
+    monkeypatch.setattr("lightlm.runs.listing.disk_bytes", lambda run: size)
+    assert f"runs/damaged: {shown}\n" in lightlm("runs", "rm", "damaged", "--yes").stderr
+
+
 def test_rm_deletes_and_mends_latest(lightlm):
     outcome = lightlm("runs", "rm", "stopped", "runs/interrupted", "--yes")
     assert outcome.code == 0
