@@ -36,7 +36,6 @@ from lightlm.evaluate.runner import evaluate_model
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import score
 from lightlm.evaluate.settings import Settings, split_list
-from lightlm.evaluate.tasks.index import warn
 from lightlm.evaluate.tasks.manager import Tasks
 from lightlm.generate.batch import Batch
 from lightlm.generate.prompts import PromptReader
@@ -44,6 +43,7 @@ from lightlm.generate.sampling import DEFAULT, Sampling
 from lightlm.generate.settings import Settings as AnswerSettings
 from lightlm.generate.text_batch import Question, TextBatch
 from lightlm.model.config import ModelConfig
+from lightlm.names import warn
 from lightlm.quantities import parse_quantity
 from lightlm.recipe import load_recipe
 from lightlm.report.build import write_report

@@ -21,7 +21,6 @@ Importing this module is cheap, because its functions import torch: a missing ch
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
@@ -33,6 +32,7 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.data.tokenizer.folder import SETTINGS
 from lightlm.errors import CheckpointError
 from lightlm.model.config import RENAMED_FIELDS, ModelConfig
+from lightlm.names import warn
 from lightlm.runs import MARKER, checkpoints, run_of, step_name
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ GENERATION = "generation_config.json"
 MTP = "mtp."  # how names of weights of multi-token prediction begin
 MODEL_WEIGHTS, RAW_WEIGHTS = "model.safetensors", "raw.safetensors"
 _MODEL_FILES = (MODEL_WEIGHTS, "config.json", "tokenizer.json")  # a third of the bytes; the rest serves to resume
-warn = logging.getLogger("lightlm").warning  # to standard error, unless a program says otherwise
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # DistributedDataParallel's and torch.compile's prefixes
 
 

@@ -27,7 +27,7 @@ _NO_ROOM = {
 }
 # In the messages of safetensors (older ones print Rust's structure), tokenizers and pyarrow.
 _NUMBER = re.compile(r"(?:os error|errno|Os \{ code:) (\d+)", re.IGNORECASE)
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What torch.save and numpy's tofile say when a write fails; they give no reason.
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|requested and \d+ written")
 
@@ -280,7 +280,7 @@ def is_lfs_pointer(path: Path) -> bool:
     """Return whether a path is a Git LFS pointer: the few lines that stand for a file which was not downloaded."""
     try:
         with path.open("rb") as file:
-            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
         return False
 

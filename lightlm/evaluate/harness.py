@@ -35,9 +35,9 @@ from lightlm.evaluate.generation import Generation
 from lightlm.evaluate.results.truncation import Truncation
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.score import answer_windows, score
-from lightlm.evaluate.tasks.index import warn
 from lightlm.generate.engine import generate
 from lightlm.generate.text import TextStream
+from lightlm.names import warn
 
 _SEED = 1234  # lm-eval's default torch seed
 _LINE_SECONDS = 60.0  # between lines of progress where there is no terminal

@@ -11,7 +11,7 @@ from lightlm.recipe.loading import (
 )
 from lightlm.recipe.mistakes import parse_recipe
 from lightlm.recipe.renamed import with_new_names
-from lightlm.recipe.schema import Recipe
+from lightlm.recipe.schema import Recipe, by_dotted_key
 from lightlm.recipe.sections.checkpoint import CheckpointSection
 from lightlm.recipe.sections.distill import STORED, DistillSection
 from lightlm.recipe.sections.evaluation import EvalSection
@@ -32,6 +32,7 @@ __all__ = [
     "Start",
     "TrackingSection",
     "TrainSection",
+    "by_dotted_key",
     "find_recipe",
     "load_recipe",
     "load_run_recipe",

@@ -67,7 +67,7 @@ def parse_recipe(
             message = f"{NO_EFFECT} with optimizer.name={name}{_LEAVE_OUT}"
         messages.setdefault(key, []).append(message)
     idle = {key: parts[0].removesuffix(_LEAVE_OUT) for key, parts in messages.items() if parts[0].startswith(NO_EFFECT)}
-    lines = [f"  {key}: {'; or '.join(parts)}{_place(key, origins or {})}" for key, parts in messages.items()]
+    lines = [f"  {key}: {'; or '.join(parts)}{place_of(key, origins or {})}" for key, parts in messages.items()]
     message = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {where}:\n" + "\n".join(lines)
     raise IdleSettingsError(message, idle) if len(idle) == len(messages) else RecipeError(message)
 
@@ -140,8 +140,8 @@ def _unknown(key: str) -> str:
     return f"unknown key; {hint}"
 
 
-def _place(key: str, origins: dict[str, str]) -> str:
-    """Return where a key was given, or else its section."""
+def place_of(key: str, origins: dict[str, str]) -> str:
+    """Return where a dotted key was given, or else its section, as the end of a message; empty if neither was."""
     while key not in origins and "." in key:
         key = key.rpartition(".")[0]
     return f"  [{origins[key]}]" if key in origins else ""

@@ -1,5 +1,6 @@
 """The schema of a recipe: its sections, and combinations of their settings that are refused."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import yaml
@@ -66,6 +67,7 @@ class Recipe(BaseModel):
 
     @property
     def seq_len(self) -> int:
+        """Tokens per sequence."""
         return self.train.seq_len or self.model.max_seq_len
 
     @property
@@ -157,7 +159,17 @@ class Recipe(BaseModel):
         return found
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the values as JSON and YAML write them, by section; keys without effect are left out."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def by_dotted_key(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `Recipe.to_dict` returns by `section.key`; a section in a section stays a dict."""
+    found: dict[str, Any] = {}
+    for section, values in sections.items():
+        inner = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else None
+        found |= {section: values} if inner is None else inner
+    return found

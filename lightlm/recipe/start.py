@@ -7,6 +7,7 @@ from typing import Any
 
 from lightlm.errors import RecipeError
 from lightlm.model.config import ROPE_FIELDS, ModelConfig
+from lightlm.recipe.mistakes import place_of
 
 # Fields that a run may set anew: positions that rotate have no weights, so it can train on longer texts; `init_std` has
 # no effect on weights that exist.
@@ -36,7 +37,7 @@ class Start:
             return values  # the schema refuses it
         known = self.model.to_dict()
         wrong = [
-            f"  model.{key}: {value!r}, but {known[key]!r} in the model{_place(key, origins)}"
+            f"  model.{key}: {value!r}, but {known[key]!r} in the model{place_of(f'model.{key}', origins)}"
             for key, value in given.items()
             if key in known and not self._allows(key, value)
         ]
@@ -72,8 +73,3 @@ class Start:
 
 FindStart = Callable[[str, str], Start]
 """Finds the model of a reference, which a key of a recipe gives: (reference, key)."""
-
-
-def _place(key: str, origins: dict[str, str]) -> str:
-    place = origins.get(f"model.{key}") or origins.get("model")
-    return f"  [{place}]" if place else ""

@@ -7,7 +7,6 @@ the process for messages. It means nothing while `.lock` is not locked, so a kil
 import contextlib
 import errno
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from lightlm import files
 from lightlm.errors import CheckpointError
+from lightlm.names import warn
 
 _LOCK, _HOLDER = ".lock", ".lock.json"
 _PATIENCE = 0.5  # seconds; `holder` takes the lock for an instant to see whether it is free
@@ -70,9 +70,7 @@ def locked(run: Path, doing: str = "trained") -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        logging.getLogger("lightlm").warning(
-            f"the file system of {run} has no locks: make sure that no other process trains this run"
-        )
+        warn(f"the file system of {run} has no locks: make sure that no other process trains this run")
     try:
         with contextlib.suppress(OSError):  # a full disk: the lock holds, and what follows reports it
             files.write_text(run / _HOLDER, json.dumps(asdict(Holder(os.getpid(), socket.gethostname()))))
@@ -98,10 +96,10 @@ def holder(run: Path) -> Holder | None:
     return None
 
 
-def require_unlocked(run: Path, doing: str = "trained") -> None:
-    """Raise RunLockedError if another process trains the run; `doing` as in `locked`."""
+def require_unlocked(run: Path) -> None:
+    """Raise RunLockedError if another process trains the run."""
     if (found := holder(run)) is not None:
-        raise RunLockedError(_refusal(run, found, doing))
+        raise RunLockedError(_refusal(run, found, "trained"))
 
 
 def _read_holder(run: Path) -> Holder:

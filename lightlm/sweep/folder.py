@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from lightlm import files
 from lightlm.errors import CheckpointError, LightLMError, UsageError
-from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, with_new_names
+from lightlm.recipe import Recipe, by_dotted_key, load_run_recipe, parse_recipe, with_new_names
 from lightlm.runs import RECIPE, holder, locked, require_unlocked, run_folder
 from lightlm.runs.listing import summarize
 from lightlm.runs.metrics import METRICS, last_metrics
@@ -304,7 +304,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """Return the settings that differ, apart from those that a sweep may change."""
     with contextlib.suppress(LightLMError):  # what an earlier version wrote lacks the keys of this one
         before = parse_recipe(with_new_names(dict(before)), "sweep.json", earlier=True).to_dict()
-    old, new = _flat(before), _flat(now)
+    old, new = by_dotted_key(before), by_dotted_key(now)
     return [
         f"{key} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}"
         for key in dict.fromkeys([*old, *new])
@@ -318,7 +318,8 @@ def free_changes(run: Path, recipe: Recipe) -> list[str]:
     Where the recipe says `auto`, the run keeps what it has chosen.
     """
     with contextlib.suppress(LightLMError):  # `train --resume` says what is wrong with the run's recipe
-        old, new = _flat(load_run_recipe(run, (), lambda note: None).to_dict()), _flat(recipe.to_dict())
+        saved = load_run_recipe(run, (), lambda note: None)
+        old, new = by_dotted_key(saved.to_dict()), by_dotted_key(recipe.to_dict())
         return [
             f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
             for key, value in new.items()
@@ -329,15 +330,3 @@ def free_changes(run: Path, recipe: Recipe) -> list[str]:
 
 def _is_free(key: str) -> bool:
     return key in _FREE or key.partition(".")[0] in _FREE
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for section, values in settings.items():
-        flat |= (
-            {f"{section}.{key}": value for key, value in values.items()}
-            if isinstance(values, dict)
-            else {section: values}
-        )
-    return flat

@@ -5,6 +5,7 @@ Signatures are only looked at where the content cannot be read, so no text is re
 
 from lightlm.data.readers.file import File
 from lightlm.errors import DataError
+from lightlm.files import LFS_POINTER
 
 HEAD_BYTES = 64 << 10  # as much as is looked at
 
@@ -38,8 +39,7 @@ _MARKS: dict[bytes, str] = {  # the longer first: UTF-32's mark begins with that
     b"\xfe\xff": "utf-16-be",
     b"\xef\xbb\xbf": "utf-8",
 }
-_POINTER = b"version https://git-lfs.github.com/spec/"
-POINTER_BYTES = 1024  # the format's limit
+_POINTER_BYTES = 1024  # the most of a Git LFS pointer, by its format
 
 
 def byte_order_mark(head: bytes) -> tuple[str, int] | None:
@@ -49,7 +49,7 @@ def byte_order_mark(head: bytes) -> tuple[str, int] | None:
 
 def refuse_pointer(file: File, head: bytes) -> None:
     """Raise DataError where the file is the pointer that git leaves in place of a file in Git LFS."""
-    if head.startswith(_POINTER) and b"\noid " in head and len(head) < POINTER_BYTES:
+    if head.startswith(LFS_POINTER) and b"\noid " in head and len(head) < _POINTER_BYTES:
         raise DataError(
             f"{file}: a Git LFS pointer, not the file itself. Fetch the file in its repository: git lfs pull"
         )

@@ -6,7 +6,6 @@ The cached index takes 0.1 s.
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -18,9 +17,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lightlm import files
 from lightlm.errors import UsageError
 from lightlm.evaluate.tasks.references import cache_file, task_files
+from lightlm.names import warn
 
 ROOT = Path(lm_eval.__file__).parent / "tasks"
-warn = logging.getLogger("lightlm").warning
 
 
 @contextlib.contextmanager

@@ -20,10 +20,11 @@ from lightlm.evaluate.tasks import heldout
 from lightlm.evaluate.tasks.checks import describe, explain, reason_of
 from lightlm.evaluate.tasks.data_sets import DataSets, Need, fetch_command, unreadable, why_missing
 from lightlm.evaluate.tasks.heldout import TooFewDocumentsError, common_folder, load_cloze
-from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache, warn
+from lightlm.evaluate.tasks.index import check_tasks_folder, index_from_cache
 from lightlm.evaluate.tasks.patches import quiet
 from lightlm.evaluate.tasks.references import CLOZE, HELDOUT, SELECTIONS, TASKS, find_data_dir, unknown_task
 from lightlm.evaluate.tasks.references import SELF_CONTAINED as _OURS
+from lightlm.names import warn
 
 _NAMED_TASKS = 5  # in a message
 _BLIMP_TIES = "blimp_ties"  # scores BLiMP's own tasks with another metric beside theirs

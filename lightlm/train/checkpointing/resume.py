@@ -17,7 +17,8 @@ from lightlm import checkpoint
 from lightlm.data.folder import DataFolder
 from lightlm.data.training_data import TrainingData
 from lightlm.errors import CheckpointError, DataError, RecipeError
-from lightlm.recipe import Recipe, load_run_recipe, parse_recipe, span_tokens, with_new_names
+from lightlm.names import warn
+from lightlm.recipe import Recipe, by_dotted_key, load_run_recipe, parse_recipe, span_tokens, with_new_names
 from lightlm.recipe.sections.data import SOURCES
 from lightlm.runs import RECIPE, find_run
 from lightlm.train.observe.improvement import Best
@@ -155,7 +156,7 @@ def _read(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def reopen_run(
-    reference: str | Path | None, overrides: Sequence[str], warn: Callable[[str], None] = checkpoint.warn
+    reference: str | Path | None, overrides: Sequence[str], warn: Callable[[str], None] = warn
 ) -> tuple[Recipe, Path, Path | None]:
     """Return a run's recipe, its folder and its newest undamaged checkpoint; without one the run restarts.
 
@@ -244,13 +245,9 @@ def _check_past(before: Recipe, now: Recipe, run: Path, samples: int) -> None:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values by dotted key; settings without effect are left out."""
-    flat: dict[str, Any] = {}
-    for section, values in recipe.to_dict().items():
-        inner = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else None
-        flat |= {section: values} if inner is None else inner
-    mtp = flat.pop("train.mtp")
-    return flat | {f"train.mtp.{key}": value for key, value in mtp.items()}
+    """Return the recipe's values by dotted key, those of `train.mtp` too; settings without effect are left out."""
+    settings = by_dotted_key(recipe.to_dict())
+    return settings | by_dotted_key({"train.mtp": settings.pop("train.mtp")})
 
 
 def _is_in(key: str, overridden: set[str]) -> bool:
