@@ -16,7 +16,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
 from lightlm.train.distributed import World
 
-Note = Callable[[str], None]
+Note = Callable[[str], None]  # receives a message that the user should read
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
 _NEW_ROWS_SPREAD = 0.1  # standard deviation of new rows around the mean, of that of the known rows

@@ -1,7 +1,5 @@
 """The parts of a run, built from its recipe: training, the planning probe and `--dry-run` share them."""
 
-import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +8,14 @@ import numpy as np
 import torch
 
 from lightlm import checkpoint, cpu
-from lightlm.data.folder import check_data_of_run, prepare_command, prepared_beside, read_manifest
-from lightlm.data.loader import BatchLoader, holds_targets
+from lightlm.data.folder import check_data_of_run
+from lightlm.data.loader import BatchLoader
 from lightlm.data.mixture import ONE_SOURCE
 from lightlm.data.shards import TokenStream
 from lightlm.data.tokenizer import Tokenizer
 from lightlm.data.training_data import TrainingData, folder_paths
 from lightlm.device import describe, keep_freed_memory, training_dtype
-from lightlm.errors import DataError, RecipeError
+from lightlm.errors import RecipeError
 from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.optim.state import load_named_state
@@ -25,14 +23,14 @@ from lightlm.recipe import Recipe, load_run_recipe, span_tokens
 from lightlm.runs import RECIPE, run_of
 from lightlm.train.checkpointing.resume import Progress, unpack
 from lightlm.train.distributed import World
-from lightlm.train.initial import load_initial
+from lightlm.train.fitting import fit_recipe
+from lightlm.train.initial import Note, load_initial
 from lightlm.train.schedules import (
     BatchPlan,
     batch_plan,
     begin_rewarmup,
     describe_schedule,
     note_on_idle_end,
-    note_on_repeats,
     note_on_resume,
     notes_on_short_spans,
     source_order,
@@ -43,15 +41,6 @@ from lightlm.train.step.gradients import Gradients, check_shares, micro_batch_si
 from lightlm.train.step.parallel import ParallelLoss
 from lightlm.train.step.scaling import LossScale
 from lightlm.train.teaching.load import Taught, load_taught
-
-ASSUMED_VOCABULARY = 50_257  # GPT-2's, if neither the recipe nor prepared data names one
-
-_NEED_VALIDATION: dict[str, Callable[[Recipe], bool]] = {
-    "train.patience": lambda recipe: recipe.train.patience is not None,
-    "checkpoint.keep_best": lambda recipe: recipe.checkpoint.keep_best,
-}
-
-Note = Callable[[str], None]  # receives a message that the user should read
 
 
 @dataclass(frozen=True)
@@ -160,13 +149,7 @@ def set_up(
     batches = batch_plan(recipe)
     check_shares(recipe, batches, world.size)
     device = world.pick_device(recipe.train.device)
-    threads = recipe.train.threads
-    if device.type == "cpu" and world.size == 1:
-        threads = cpu.use_threads(threads, note, recipe.model.hidden_size)
-    elif device.type != "cpu" and threads != "auto":
-        note(f"train.threads={threads} has no effect: it is for training on a CPU")
-    elif world.size > 1 and device.type == "cpu" and threads not in ("auto", torch.get_num_threads()):
-        note(f"train.threads={threads} is for one process; each of the {world.size} has {torch.get_num_threads()}")
+    threads = _use_threads(recipe, device, world, note)
     # Measured for `auto` on a CPU, so one process decides. The run's recipe.yaml records it, as it does `compile`.
     wanted, width = recipe.train.dtype, recipe.model.hidden_size
     dtype = world.from_writer(lambda: training_dtype(wanted, device, width, lambda slow: note(f"train.dtype={slow}")))
@@ -177,18 +160,10 @@ def set_up(
     torch.manual_seed(recipe.train.seed)
     loaded = None
     if resume_from is not None:
-        last = "raw" if checkpoint.has_average(resume_from) else None
-        loaded = checkpoint.load_model(resume_from, device, weights=last, mtp=True)
-        if device.type == "cpu":  # no part of the file is kept, which Windows could not delete then
-            _own_memory(loaded.model)
+        loaded = _load_checkpoint(resume_from, device)
     elif recipe.train.init_from is not None and data is not None:  # else only a step is measured
         loaded = load_initial(recipe, data.main, world, note)
     model = (loaded.model if loaded else Transformer(recipe.model, recipe.train.mtp.depth)).to(device)
-    tokenizer = None if data is None else data.tokenizer
-    if loaded is not None and tokenizer is not None:  # it does not say what comes before a text
-        tokenizer = tokenizer.used_like(loaded.tokenizer)
-    if data is not None and tokenizer is not None and data.chat is not None:
-        tokenizer = tokenizer.chatting_like(data.chat.tokenizer)
     model.train()
     model.recompute_blocks = recipe.train.activation_checkpointing
     compiled = compiles(recipe, model, device, dtype, note)
@@ -217,17 +192,7 @@ def set_up(
     else:
         for text in notes_on_short_spans(recipe):
             note(text)
-    if data:
-        streams, order = data.streams("train"), source_order(recipe)
-    else:  # random tokens of one global batch: the cost of a step does not depend on what they say
-        generator = np.random.default_rng(recipe.train.seed % 2**64)
-        tokens = generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)
-        streams, order = {"random tokens": TokenStream([tokens], 0)}, ONE_SOURCE
-    loader = BatchLoader(
-        streams, recipe.seq_len, recipe.train.seed, order,
-        shift_windows=recipe.data.shift_windows, too_long=recipe.data.too_long,
-        taught=taught.records if taught else (),
-    )  # fmt: skip
+    loader = _loader(recipe, data, taught)
     _note_conversations(loader, recipe, note)
     given = recipe.train.micro_batch_size
     # Free memory may differ between devices: the smallest size serves all.
@@ -238,8 +203,53 @@ def set_up(
     average = _average(recipe, loss, progress, resume_from)
     progress = replace(progress, averaged_from=average.began if average else None)
     return Setup(
-        recipe, data, tokenizer, world, device, dtype, model, loss, optimizer, loader, gradients, batches, progress,
-        resume_from, average, taught,
+        recipe, data, _tokenizer(data, loaded), world, device, dtype, model, loss, optimizer, loader, gradients,
+        batches, progress, resume_from, average, taught,
+    )  # fmt: skip
+
+
+def _use_threads(recipe: Recipe, device: torch.device, world: World, note: Note) -> int | str:
+    """Let torch compute with `train.threads` where that applies; return their number, or the setting."""
+    threads = recipe.train.threads
+    if device.type == "cpu" and world.size == 1:
+        return cpu.use_threads(threads, note, recipe.model.hidden_size)
+    if device.type != "cpu" and threads != "auto":
+        note(f"train.threads={threads} has no effect: it is for training on a CPU")
+    elif world.size > 1 and device.type == "cpu" and threads not in ("auto", torch.get_num_threads()):
+        note(f"train.threads={threads} is for one process; each of the {world.size} has {torch.get_num_threads()}")
+    return threads
+
+
+def _load_checkpoint(folder: Path, device: torch.device) -> checkpoint.LoadedModel:
+    """Load the model of a checkpoint to train on: its last weights, not their average."""
+    last = "raw" if checkpoint.has_average(folder) else None
+    loaded = checkpoint.load_model(folder, device, weights=last, mtp=True)
+    if device.type == "cpu":  # no part of the file is kept, which Windows could not delete then
+        _own_memory(loaded.model)
+    return loaded
+
+
+def _tokenizer(data: TrainingData | None, loaded: checkpoint.LoadedModel | None) -> Tokenizer | None:
+    """Return the data's tokenizer, used as the model that the run starts from and the data's conversations use it."""
+    if data is None:
+        return None
+    tokenizer = data.tokenizer
+    if loaded is not None:  # the data's does not say what comes before a text
+        tokenizer = tokenizer.used_like(loaded.tokenizer)
+    return tokenizer if data.chat is None else tokenizer.chatting_like(data.chat.tokenizer)
+
+
+def _loader(recipe: Recipe, data: TrainingData | None, taught: Taught | None) -> BatchLoader:
+    if data is not None:
+        streams, order = data.streams("train"), source_order(recipe)
+    else:  # random tokens of one global batch: the cost of a step does not depend on what they say
+        generator = np.random.default_rng(recipe.train.seed % 2**64)
+        tokens = generator.integers(recipe.model.vocab_size, size=recipe.train.batch_tokens + 1)
+        streams, order = {"random tokens": TokenStream([tokens], 0)}, ONE_SOURCE
+    return BatchLoader(
+        streams, recipe.seq_len, recipe.train.seed, order,
+        shift_windows=recipe.data.shift_windows, too_long=recipe.data.too_long,
+        taught=taught.records if taught else (),
     )  # fmt: skip
 
 
@@ -297,85 +307,3 @@ def open_data(recipe: Recipe, *, required: bool = True, resumed: Path | None = N
     if required and resumed is not None:
         check_data_of_run(paths.values(), resumed, recipe.data.key)
     return TrainingData.open(recipe.data) if required or all(path.is_dir() for path in paths.values()) else None
-
-
-def fit_recipe(recipe: Recipe, data: TrainingData | None, note: Note) -> Recipe:
-    """Return the recipe with the data's vocabulary, or with an assumed one before the data is prepared.
-
-    Raises:
-        DataError: the recipe's vocabulary is smaller than the tokenizer's.
-        RecipeError: a prompt of `eval.prompts` does not fit the model's context, or the data holds one document
-            without an end, and `data.document_mask` is set.
-    """
-    wanted = recipe.model.vocab_size
-    paths = list(folder_paths(recipe.data.sources).values())
-    prepared = None if data else prepared_beside(paths)
-    assumed = ASSUMED_VOCABULARY if prepared is None else read_manifest(prepared).vocab_size
-    given = data.tokenizer.vocab_size if data else assumed
-    if not wanted:
-        recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
-    if data is None:
-        missing = [path for path in paths if not path.is_dir()]
-        tokenizer = recipe.train.init_from or (str(prepared / "tokenizer.json") if prepared else None)
-        commands = "; ".join(prepare_command(path, tokenizer) for path in missing)
-        until = f" Until then, a vocabulary of {assumed:,} ({prepared or 'GPT-2'}'s) is assumed." if not wanted else ""
-        names = ", ".join(map(str, missing))
-        note(f"{names} {'is' if len(missing) == 1 else 'are'} not prepared yet. Make it with: {commands}.{until}")
-        return recipe
-    # Special tokens that the data's preparation has added, or that the model's own tokenizer has and its table lacks.
-    added = [data.tokenizer.special_tokens.get(index, "") for index in range(wanted, given)] if wanted else []
-    if recipe.train.init_from is not None and added and all(added):
-        rows = "1 more row" if len(added) == 1 else f"{len(added)} more rows"
-        note(f"{recipe.train.init_from} gets {rows} in its embedding, for {' '.join(added)}")
-        recipe = recipe.model_copy(update={"model": replace(recipe.model, vocab_size=given)})
-        wanted = given
-    if 0 < wanted < given:
-        start, fit = recipe.train.init_from, f"a tokenizer that fits (for example --tokenizer train:{wanted}) or set "
-        advice = f"{fit}model.vocab_size={given}" if start is None else f"the model's: --tokenizer {shlex.quote(start)}"
-        raise DataError(
-            f"{start or f'recipe {recipe.name}'} has model.vocab_size {wanted}, but the tokenizer of {data.main.path} "
-            f"has {given} entries; prepare the data with {advice}"
-        )
-    if wanted > given:
-        note(f"model.vocab_size {wanted} exceeds the tokenizer's {given}: {wanted - given} rows stay unused")
-    counts = source_order(recipe).counts(batch_plan(recipe).remaining()[1] // recipe.seq_len).tolist()
-    repeats = False
-    for (name, stream), count in zip(data.streams("train").items(), counts, strict=True):
-        repeats = repeats or count > (len(stream) - 1) // recipe.seq_len
-        tokens = count * recipe.seq_len if data.mixed else recipe.train.tokens
-        if text := note_on_repeats(tokens, len(stream), name if data.mixed else None):
-            note(text)
-    if recipe.data.shift_windows and not repeats:
-        note("data.shift_windows has no effect: the run reads no text twice")
-    if recipe.data.too_long != "cut" and all(stream.mask is None for stream in data.streams("train").values()):
-        note(f"data.too_long={recipe.data.too_long} has no effect: it is for conversations, and the data are texts")
-    validated = False
-    for folder in data.folders.values():
-        if holds_targets(folder.split("val"), recipe.seq_len, recipe.data.too_long):
-            validated = True
-            continue
-        rest = "it has no part in the validation loss" if data.mixed else "there will be no validation loss"
-        holds = f"nothing to predict in sequences of {recipe.seq_len} in its" if len(folder.split("val")) else "no"
-        note(f"{folder.path} has {holds} validation split: {rest}")
-    streams = data.streams("train").values()  # an empty one is refused by the loader
-    if recipe.data.document_mask and all(map(len, streams)) and not any(stream.holds_documents() for stream in streams):
-        names = ", ".join(str(folder.path) for folder in data.folders.values())
-        raise RecipeError(
-            "data.document_mask has no effect: nothing follows an end-of-text token (id "
-            f"{data.end_of_text_id}) in the train split of {names}; leave it out"
-        )
-    wanting = [key for key, wants in _NEED_VALIDATION.items() if wants(recipe)]
-    if wanting and not validated:
-        where = " and ".join(str(folder.path) for folder in data.folders.values())
-        raise RecipeError(
-            f"{' and '.join(wanting)} need a validation loss, and {where} has no validation split with something to "
-            "predict; leave them out, or prepare the data with a larger --val-fraction"
-        )
-    for prompt in recipe.eval.prompts:
-        length = len(data.tokenizer.encode(prompt))
-        if length > recipe.model.max_seq_len:
-            raise RecipeError(
-                f"a prompt of eval.prompts has {length} tokens, model.max_seq_len is {recipe.model.max_seq_len}; "
-                f"shorten it: {prompt[:60]!r}"
-            )
-    return recipe

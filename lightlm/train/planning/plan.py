@@ -13,6 +13,8 @@ from lightlm.errors import UsageError
 from lightlm.limits import memory
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import Recipe
+from lightlm.train.fitting import fit_recipe
+from lightlm.train.initial import Note
 from lightlm.train.planning.memory import inference_parts, training_parts
 from lightlm.train.planning.probe import Probe, ProbeError, process_memory, run_probe
 from lightlm.train.planning.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, step_seconds
@@ -26,7 +28,7 @@ from lightlm.train.schedules import (
     source_order,
     weight_decay_points,
 )
-from lightlm.train.setup import Note, fit_recipe, open_data
+from lightlm.train.setup import open_data
 from lightlm.train.step.gradients import micro_batch_size
 
 _USABLE = 0.9  # share of a GPU's memory; the rest is left to CUDA's context and to gaps between blocks

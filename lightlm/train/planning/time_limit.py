@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from lightlm.data.training_data import TrainingData
 from lightlm.recipe import Recipe
+from lightlm.train.fitting import fit_recipe
 from lightlm.train.planning.plan import run_seconds, run_sizes
 from lightlm.train.planning.probe import Probe, run_probe
-from lightlm.train.setup import fit_recipe
 
 # Share of the limit left to what a probe does not measure: samples, checkpoints, and a machine whose speed varies.
 _RESERVE = 0.1
