@@ -21,7 +21,7 @@ from lightlm.data.tokenizer.named import NAMED_TOKENIZERS as NAMED_MODELS
 from lightlm.errors import CheckpointError, LightLMError, RecipeError
 from lightlm.names import note_clash, warn
 from lightlm.recipe import Start
-from lightlm.runs import RUNS, find_run, run_names, run_of
+from lightlm.runs import RECIPE, RUNS, find_run, run_names, run_of
 
 if TYPE_CHECKING:
     import torch
@@ -103,10 +103,10 @@ def locate(reference: str | Path | None = None, *, weights: bool = True) -> Path
     """
     if reference is None or Path(reference) == RUNS / "latest":
         return checkpoint.newest_checkpoint(find_run())
-    if reference in NAMED_MODELS or (RUNS / reference / "recipe.yaml").is_file():
+    if reference in NAMED_MODELS or (RUNS / reference / RECIPE).is_file():
         _note_clash(str(reference))
     if folder := _on_disk(reference):
-        return checkpoint.newest_checkpoint(folder) if (folder / "recipe.yaml").is_file() else folder
+        return checkpoint.newest_checkpoint(folder) if (folder / RECIPE).is_file() else folder
     if is_hub_id(reference):
         return _download(NAMED_MODELS.get(str(reference), str(reference)), weights)
     given = Path(reference)
@@ -141,7 +141,7 @@ def _on_disk(reference: str | Path) -> Path | None:
 def _model_at(given: Path) -> Path | None:
     # runs/latest, checkpoints/latest and checkpoints/best are links, or text files where links are not allowed.
     path = (files.follow(given) if given.name in ("latest", checkpoint.BEST) else None) or given
-    return path if (path / "recipe.yaml").is_file() or format_of(path) else None
+    return path if (path / RECIPE).is_file() or format_of(path) else None
 
 
 def _is_bare(reference: str | Path) -> bool:
@@ -151,7 +151,7 @@ def _is_bare(reference: str | Path) -> bool:
 @functools.cache  # an evaluation looks its models up more than once
 def _note_clash(name: str) -> None:
     """Say what a bare name means, where it might also be a folder here or a model on the Hub."""
-    run = (RUNS / name / "recipe.yaml").is_file()
+    run = (RUNS / name / RECIPE).is_file()
     if not _is_bare(name):
         return
     if run and name in NAMED_MODELS:

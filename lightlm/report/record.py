@@ -20,6 +20,7 @@ from lightlm.machine import read_machine
 from lightlm.model.transformer import Transformer
 from lightlm.recipe import load_run_recipe
 from lightlm.report.curves import Curves, newest, smooth
+from lightlm.runs import RECIPE
 from lightlm.runs.metrics import read_metrics
 from lightlm.train.schedules import batch_plan
 
@@ -108,7 +109,7 @@ def _read_record(run: Path, name: str) -> Record:
 
 
 def _read_recipe(run: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    path = run / "recipe.yaml"
+    path = run / RECIPE
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         recipe = load_run_recipe(run)

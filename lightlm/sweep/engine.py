@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from lightlm.errors import TrainingDivergedError
 from lightlm.limits import cores
 from lightlm.processes import THREADS_VARIABLE, python_command, python_environment
+from lightlm.runs import RECIPE
 from lightlm.sweep.cells import Cell
 from lightlm.sweep.folder import FINAL, End, State, SweepFolder
 from lightlm.train.signals import describe_signal, handling
@@ -266,7 +267,7 @@ class Engine:
         else:
             log, run = folder.log(cell), folder.run(cell)
             log_from = log.stat().st_size if log.is_file() else 0
-            if (run / "recipe.yaml").is_file():
+            if (run / RECIPE).is_file():
                 arguments = ["train", f"--resume={run}", *self._resume(cell)]
             else:
                 options = [f"--name={cell.name}", f"--runs-dir={folder.runs}"]

@@ -23,7 +23,7 @@ from lightlm.errors import TrainingDivergedError
 from lightlm.machine import record_machine
 from lightlm.optim.groups import learning_rates, set_step
 from lightlm.optim.state import named_state
-from lightlm.runs import mark_latest
+from lightlm.runs import RECIPE, mark_latest
 from lightlm.train.checkpointing.resume import Progress, pack
 from lightlm.train.checkpointing.saving import Saver, tidy
 from lightlm.train.evaluations import Evaluations, Evaluator, Sampler
@@ -123,7 +123,7 @@ class Trainer:
         try:
             with contextlib.ExitStack() as stack:
                 if self.world.is_writer:
-                    files.write_text(run / "recipe.yaml", self.recipe.to_yaml())
+                    files.write_text(run / RECIPE, self.recipe.to_yaml())
                     mark_latest(run)
                     moved = record_machine(run, self.setup.device, self.facts())
                     tidy(run, self.setup.resumed_from, self.observer)
@@ -311,6 +311,18 @@ class Trainer:
             "step_seconds": seconds,
             "data_seconds": self.gradients.seconds_waited - waited,
         }
+        metrics |= self._further_metrics(outcome, weight)
+        if self.setup.dtype != torch.float32 and (peak := peak_flops(self.setup.device)):
+            metrics["mfu"] = self.flops_per_token / (peak * self.world.size) * metrics["tokens_per_second"]
+        metrics |= load_metrics(self.model, self.progress.step, batch_tokens, outcome.loads)
+        spike = {"spike": bool(verdict.reason), "skipped": verdict.skip}
+        metrics |= {key: True for key, value in spike.items() if value}
+        self.progress = replace(self.progress, row=metrics)
+        return True
+
+    def _further_metrics(self, outcome: BatchOutcome, weight: float) -> dict[str, Any]:
+        """Return the metrics that only some recipes or machines have; `weight` is that of the loss of `train.mtp`."""
+        metrics: dict[str, Any] = {}
         if outcome.z_loss is not None:
             metrics["z_loss"] = outcome.z_loss
         if outcome.kl_loss is not None:
@@ -325,13 +337,7 @@ class Trainer:
             metrics |= {"loss_scale": self.progress.loss_scale.scale, "overflows": self.progress.loss_scale.retries}
         if (memory := peak_memory(self.setup.device)) is not None:
             metrics["memory"] = memory
-        if self.setup.dtype != torch.float32 and (peak := peak_flops(self.setup.device)):
-            metrics["mfu"] = self.flops_per_token / (peak * self.world.size) * metrics["tokens_per_second"]
-        metrics |= load_metrics(self.model, self.progress.step, batch_tokens, outcome.loads)
-        spike = {"spike": bool(verdict.reason), "skipped": verdict.skip}
-        metrics |= {key: True for key, value in spike.items() if value}
-        self.progress = replace(self.progress, row=metrics)
-        return True
+        return metrics
 
     def _divergence(self, step: int, outcome: BatchOutcome) -> TrainingDivergedError:
         saved = checkpoint.checkpoints(self.run_folder)

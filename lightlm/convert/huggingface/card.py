@@ -17,6 +17,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.quantities import format_quantity
 from lightlm.recipe import STORED, Recipe, load_run_recipe
 from lightlm.runs import run_of
+from lightlm.runs.metrics import METRICS
 
 # Metrics of docs/metrics.md, and their names on a card.
 _LOSSES = {"val_loss": "loss (nats per token)", "val_bpb": "bits per byte"}
@@ -143,7 +144,7 @@ def _measured(run: Path, step: str) -> dict[str, float]:
     names = {"tokens", "val_loss_raw", *_LOSSES}
     found: dict[str, float] = {}
     try:
-        with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
+        with (run / METRICS).open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 if row["step"] == number:
                     found |= {key: round(row[key], 4) for key in names & row.keys()}

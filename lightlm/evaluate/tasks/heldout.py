@@ -19,7 +19,7 @@ from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate.tasks import cloze
 from lightlm.evaluate.tasks.references import CLOZE, HELDOUT
 from lightlm.recipe.sections.data import DataSection
-from lightlm.runs import RUNS, find_run, run_of
+from lightlm.runs import RECIPE, RUNS, find_run, run_of
 
 # Limits of what the cloze reads of a validation split, to keep decoding and cutting to a few seconds.
 _CLOZE_DOCUMENTS = 4000
@@ -153,7 +153,7 @@ def dataset_of(model: str | Path | None) -> Path:
     path = RUNS / "latest"
     advice = "give a prepared data folder with --data"
     try:
-        path = ((run_of(Path(model)) if model else None) or find_run(model)) / "recipe.yaml"
+        path = ((run_of(Path(model)) if model else None) or find_run(model)) / RECIPE
         section = DataSection.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
         return resolve_dataset(section.main)
     except (LightLMError, OSError):

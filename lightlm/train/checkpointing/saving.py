@@ -18,6 +18,7 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError
 from lightlm.model.config import ModelConfig
 from lightlm.recipe import CheckpointSection
+from lightlm.runs.metrics import METRICS
 from lightlm.train.observe.observers import Observer
 
 _LONG_WAIT = 2.0  # seconds that training waits for the previous save before the user gets a note
@@ -127,7 +128,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
     ) -> list[str]:
         """Write and prune, in the writer's thread; return problems that leave the checkpoint complete."""
         # Metrics first: after a power failure they reach as far as the checkpoint, which holds its own step's row.
-        if (metrics := self._run / "metrics.jsonl").exists():
+        if (metrics := self._run / METRICS).exists():
             files.sync_file(metrics)
         path = checkpoint.write_checkpoint(
             self._run, step, weights, self._config, self._tokenizer, training, raw, milestone=milestone
