@@ -53,7 +53,7 @@ class AdamWSettings(OptimizerSection):
         """Return AdamW for these groups."""
         import torch
 
-        from lightlm.optim.moments import VariableAdamW
+        from lightlm.optim.variable_adamw import VariableAdamW
 
         groups = [
             {**group, **self._moments(group["name"]), "eps": self.eps * group.get("eps_factor", 1.0)}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lightlm.optim.groups import set_step
-from lightlm.optim.moments import VariableAdamW
 from lightlm.optim.section import StepSettings
 from lightlm.optim.state import load_named_state, named_state
+from lightlm.optim.variable_adamw import VariableAdamW
 from tests.optim.built import optimizer_for
 from tests.shapes import build
 
