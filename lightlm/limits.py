@@ -30,7 +30,7 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Return the bytes of memory that this process may use, whatever others use of them."""
+    """Return the bytes of memory that this process may use if no other process uses any."""
     if sys.platform == "win32":
         import psutil
 

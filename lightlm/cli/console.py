@@ -99,7 +99,7 @@ def reader_left() -> bool:
 def write_utf8() -> None:
     """Let standard output write UTF-8 whatever the locale: a model's text has any characters, and files no locale."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # an encoding alone would make errors strict
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # without `errors`, they would become strict
 
 
 def print_json(document: Any) -> None:

@@ -41,7 +41,7 @@ class StoredTeacher(BaseModel):
 
     @property
     def key(self) -> str:
-        """Tells stored teachers apart."""
+        """The text that identifies these records, by which stored teachers differ."""
         return f"{self.identity} top {self.top_k} of {self.context}"
 
 

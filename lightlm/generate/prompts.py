@@ -1,4 +1,4 @@
-"""From a text or a conversation to the token ids that a model continues."""
+"""Turn a text or a conversation into the token ids that a model continues."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""From generated tokens to text: as they come, without splitting characters, up to a stop string."""
+"""Turn generated tokens into text: as they come, without splitting characters, up to a stop string."""
 
 from collections.abc import Sequence
 from itertools import zip_longest

@@ -39,7 +39,7 @@ class Mask:
     # None where `is_causal` says everything.
     allowed: Tensor | None = None
     is_causal: bool = False
-    # The lengths of the documents, row after row, each with the mask inside it: every document is attended to alone.
+    # The lengths of the documents, row after row, each with the mask inside it: every document attends only to itself.
     documents: tuple[tuple[int, "Mask"], ...] = ()
     blocks: BlockMask | None = None  # for `flex_attention`
 
@@ -103,8 +103,8 @@ def offsets_from(starts_BT: Tensor) -> Tensor:
 def build_document_mask(offsets_BT: Tensor, window: int, *, dtype: torch.dtype, head_dim: int, compiled: bool) -> Mask:
     """Return the mask of tokens that see their own document, from fresh rows without padding.
 
-    A CPU computes each document alone, and compiled code on CUDA skips blocks of foreign keys. Otherwise all scores are
-    computed, and foreign ones are hidden.
+    A CPU computes each document by itself, and compiled code on CUDA skips blocks of foreign keys. Otherwise all scores
+    are computed, and foreign ones are hidden.
 
     Args:
         offsets_BT: see `offsets_in_documents`.

@@ -31,8 +31,8 @@ EXPERT_FIELDS = (
     "routed_scaling_factor",
 )
 
-# Fields of multi-head latent attention.
 LATENT_NORM_EPS = 1e-6  # of the norms of latents, whatever `norm_eps` is: DeepSeek's code and transformers have it so
+# Fields of multi-head latent attention.
 LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 # Fields that decide how rotary positions turn.

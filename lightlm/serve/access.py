@@ -18,7 +18,7 @@ class Access:
         origins: other sites whose pages may use the server (CORS); `*` for all.
 
     Raises:
-        UsageError: the key cannot be part of a header, or an origin is none.
+        UsageError: the key cannot be part of a header, or one of `origins` is not an origin.
     """
 
     key: str | None = None

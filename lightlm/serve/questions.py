@@ -1,4 +1,4 @@
-"""From the fields of a request to questions for the decoding loop."""
+"""Turn the fields of a request into questions for the decoding loop."""
 
 import contextlib
 import secrets

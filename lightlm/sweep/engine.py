@@ -26,7 +26,7 @@ _INTERRUPTED = 130
 _TRUSTED = 0.05  # share of a run after which its own speed predicts its end
 Ending = Literal["complete", "interrupted", "budget"]
 
-# Ctrl-C reaches all processes of a terminal. These are told once, by the sweep, so that each saves in peace.
+# Ctrl-C reaches all processes of a terminal. These are told once, by the sweep, so that each can save undisturbed.
 _APART: dict[str, int | bool]
 if os.name == "nt":
     _APART = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}

@@ -26,7 +26,7 @@ class Evaluations:
     Args:
         setup: the parts of the run, with data.
         run: the run folder.
-        observer: hears what happens; one that does nothing in a process that does not write.
+        observer: receives the events; one that does nothing in a process that does not write.
         sampler, evaluator: as in `Trainer`.
     """
 

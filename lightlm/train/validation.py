@@ -48,9 +48,9 @@ def validate(
     """Return `val_loss`, in nats per token, and `val_bpb`, in bits per byte, which is comparable between tokenizers.
 
     They cover the first `max_tokens` of a validation stream in windows of `seq_len`; of conversations, only the tokens
-    that are trained on count. The processes share the windows,
-    which are the same at every validation. Targets that are special tokens, such as end-of-text, are not text: they
-    count in `val_loss`, and not in `val_bpb`, as in the task heldout.
+    that are trained on count. The processes share the windows, which are the same at every validation. Targets that are
+    special tokens, such as end-of-text, are not text: they count in `val_loss`, and not in `val_bpb`, as in the task
+    heldout.
 
     Several streams share `max_tokens` equally. `val_loss/NAME` and `val_bpb/NAME` are theirs, and `val_loss` and
     `val_bpb` are what a text mixed by `weights` would have.

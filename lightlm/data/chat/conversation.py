@@ -83,7 +83,7 @@ CHAT = "chat"  # whichever form a record has
 
 
 class ChatColumns(str):
-    """In place of a text column's name: `chat` or the name of a form, and with `:COLUMN` the column with the messages.
+    """What stands for a text column's name: `chat` or the name of a form, and with `:COLUMN` the messages' column.
 
     A record with it is read as a conversation. `train_on` says whose weights count.
     """

@@ -173,7 +173,7 @@ class _Table:
 
 
 class _Lines:
-    """The lines of a file, `number` of which are read. Unlike a generator, it goes on after an error."""
+    """The lines of a file, `number` of which are read. Unlike a generator, it continues after an error."""
 
     def __init__(self, file: File, text: io.TextIOWrapper) -> None:
         self._file, self._text, self.number = file, text, 0

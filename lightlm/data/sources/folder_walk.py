@@ -86,7 +86,7 @@ def _unreadable(folder: Path, error: OSError) -> DataError:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is no data of the user by its name; ext4 has a lost+found in each volume."""
+    """Return whether a name is not that of the user's data; ext4 has a lost+found in each volume."""
     return name.startswith(".") or name == "lost+found"
 
 

@@ -13,7 +13,7 @@ from lightlm.train.step.activations import activation_bytes
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.6, 0.7
 _ELEMENT = 2  # bytes of an operand of a product, in 16 bits
 _PRODUCTS = 3  # a product, and its gradients of both operands
-_FORWARD = 1  # the product alone, where blocks are computed again in the backward pass
+_FORWARD = 1  # only the product, where blocks are computed again in the backward pass
 _LOGIT_PASSES = 5  # times that a logit is read or written: by the product, the softmax and the gradients
 _ACTIVATION_PASSES = 3  # an activation is written, read in the backward pass, and has a gradient
 _UPDATE_BYTES = 28  # per parameter: AdamW reads four fp32 values, and writes all but the gradient

@@ -43,11 +43,13 @@ class MicroBatch(NamedTuple):
 
 
 class PassLoss(NamedTuple):
-    """Results of one micro-batch."""
+    """Results of one micro-batch.
 
-    objective: (
-        Tensor  # what is differentiated: the loss, the z-loss, and the routers' losses times the number of tokens
-    )
+    Attributes:
+        objective: what is differentiated: the loss, the z-loss, and the routers' losses times the number of tokens.
+    """
+
+    objective: Tensor
     loss: Tensor  # the summed cross-entropy, in nats
     load_LE: Tensor | None  # tokens per expert and layer; None without experts
     z: Tensor | None = None  # the summed logsumexp(logits)^2; None without `train.z_loss`

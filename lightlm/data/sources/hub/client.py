@@ -213,7 +213,7 @@ def download_tokenizer(repo: str, alternative: str) -> Path:
     with contextlib.suppress(HFValidationError):  # the download reports it
         found = (try_to_load_from_cache(repo, name) for name in (DEFINITION, MERGES))
         cached = next((Path(path).parent for path in found if isinstance(path, str)), None)
-        # The cache also knows what a repository lacks. Another program may have fetched tokenizer.json alone.
+        # The cache also knows what a repository lacks. Another program may have fetched only tokenizer.json.
         unknown = [name for name in (*COMPANIONS, CHAT_TEMPLATE) if try_to_load_from_cache(repo, name) is None]
         if cached is not None and not unknown:
             return cached
