@@ -106,14 +106,20 @@ class Selector:
                 mine = val if split == "val" else ~val
                 path, masks = (block_path(self._before, old.number, kind) for kind in (split, MASKS[split]))
                 for start, end in _spans(lengths[mine], keep[mine]):
-                    parts = read_tokens(path, dtype, start, end)
-                    if masks.is_file():
-                        for tokens, marks in zip(parts, read_tokens(masks, MASK_DTYPE, start, end), strict=True):
-                            writer.add(split, tokens, marks)
-                        continue
-                    for tokens in parts:
-                        writer.add(split, tokens)
+                    for tokens, marks in _parts(path, masks, dtype, start, end):
+                        writer.add(split, tokens, marks)
         return encoded
+
+
+def _parts(
+    path: Path, masks: Path, dtype: np.dtype[Any], start: int, end: int
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield the tokens of a range in parts, with their masks where the block holds conversations."""
+    parts = read_tokens(path, dtype, start, end)
+    if masks.is_file():
+        yield from zip(parts, read_tokens(masks, MASK_DTYPE, start, end), strict=True)
+    else:
+        yield from ((tokens, None) for tokens in parts)
 
 
 def _spans(lengths: np.ndarray, keep: np.ndarray) -> Iterator[tuple[int, int]]:

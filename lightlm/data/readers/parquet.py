@@ -130,27 +130,41 @@ def read_row_group(
                 if path[1:]:
                     column = compute.struct_field(column, list(path[1:]))
                 first += len(batch)
-                if types.is_string_view(column.type):  # views cannot be filtered
-                    column = column.cast(pyarrow.large_string())
-                elif types.is_binary_view(column.type):
-                    column = column.cast(pyarrow.large_binary())
+                column = _without_views(column)
                 if expression is not None:
                     kept = matching_rows(pyarrow.Table.from_batches([batch.select(tested)]), expression)
                     if len(kept) < len(batch):
                         bad(Omitted(FILTERED, len(batch) - len(kept)))
                         numbers, column = numbers[kept], column.take(pyarrow.array(kept))
-                if column.null_count:
-                    bad(Omitted(NULL, column.null_count))
-                    numbers, column = numbers[np.asarray(column.is_valid())], column.drop_null()
-                numbers, column = _decoded(numbers, column, where, bad)
-                large = byte_lengths(column) > RECORD_BYTES
-                for number in numbers[large]:
-                    bad(too_large(f"{where}, row {number} of it", "text"))
-                yield from in_chunks(column.filter(pyarrow.array(~large)) if large.any() else column)
+                column = _texts(numbers, column, where, bad)
+                yield from in_chunks(column)
                 del batch, column  # one large text would be held while the next is read
     except (pyarrow.ArrowException, OSError) as error:
         raise_machine_fault(error)
         raise DataError(f"{file}: row group {group} cannot be read: {error}") from error
+
+
+def _without_views(column: pyarrow.Array) -> pyarrow.Array:
+    """Return a column of text or bytes in a layout that can be filtered, which views cannot."""
+    if types.is_string_view(column.type):
+        return column.cast(pyarrow.large_string())
+    return column.cast(pyarrow.large_binary()) if types.is_binary_view(column.type) else column
+
+
+def _texts(numbers: np.ndarray, column: pyarrow.Array, where: str, bad: BadRecord) -> pyarrow.Array:
+    """Return the texts of a column as a LargeStringArray; nulls, and what is broken or too large, go to `bad`.
+
+    Args:
+        numbers: (N,), the rows of the row group that the column holds, for messages.
+    """
+    if column.null_count:
+        bad(Omitted(NULL, column.null_count))
+        numbers, column = numbers[np.asarray(column.is_valid())], column.drop_null()
+    numbers, column = _decoded(numbers, column, where, bad)
+    large = byte_lengths(column) > RECORD_BYTES
+    for number in numbers[large]:
+        bad(too_large(f"{where}, row {number} of it", "text"))
+    return column.filter(pyarrow.array(~large)) if large.any() else column
 
 
 def _decoded(
