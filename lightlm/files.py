@@ -101,20 +101,20 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_file(path: Path, *, alone: bool = False) -> Iterator[Path]:
+def new_file(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Context manager that gives the name of a temporary file to write, and replaces `path` by it after the block.
 
     A kill at any instant leaves the old or the new content. Several processes may do so.
 
     Args:
-        alone: no other process does so; what a kill left is removed at once, not after an hour.
+        exclusive: no other process does so; what a kill left is removed at once, not after an hour.
 
     Raises:
         DiskFullError: there is no room; `path` is unchanged.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # by a kill
         with contextlib.suppress(FileNotFoundError):
-            if alone or time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            if exclusive or time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 left.unlink()
     temporary = _temporary(path)
     try:
@@ -348,7 +348,7 @@ def follow(link: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def clear_errors(target: Path) -> Iterator[None]:
+def explain_disk_errors(target: Path) -> Iterator[None]:
     """Context manager that raises a disk error of its block, which writes `target`, as a DataError with advice."""
     try:
         yield

@@ -52,7 +52,7 @@ def test_what_a_failed_block_replaced_is_put_back(tmp_path, monkeypatch, kind, l
                 (folder / "deep").mkdir()
                 (folder / "deep" / "part").write_text(text)
         else:
-            with files.new_file(path, alone=True) as temporary:  # removes what kills have left
+            with files.new_file(path, exclusive=True) as temporary:  # removes what kills have left
                 temporary.write_text(text)
 
     if kind != "nothing":

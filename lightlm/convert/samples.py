@@ -22,16 +22,16 @@ TEXTS = (
     "supercalifragilisticexpialidocious AAAAaaaa----====____....!!!!????",
     "\x00\x01\x7f \x1b[0m \u2028\u2029 \U0010ffff",
 )
-_LENGTH = 128  # tokens of a row, at most
+_ROWS, _LENGTH = 4, 128  # a row has at most so many tokens
 
 
-def sample_tokens(loaded: "LoadedModel", num_rows: int = 4) -> "Tensor":
-    """Return tokens of `TEXTS` (num_rows, T), each row beginning with another text, as long as the model reads them."""
+def sample_tokens(loaded: "LoadedModel") -> "Tensor":
+    """Return tokens of `TEXTS` (R, T), each row beginning with another text, as long as the model reads them."""
     import torch
 
     length = min(_LENGTH, loaded.model.config.max_seq_len)
     rows = []
-    for first in range(num_rows):
+    for first in range(_ROWS):
         ids = list(loaded.tokenizer.context_ids)
         for text in TEXTS[first:] + TEXTS[:first]:
             ids += loaded.tokenizer.encode(text)

@@ -52,7 +52,7 @@ class TorchProgram(Format):
         out.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()  # torch's writer ends the process where a disk is full
         torch.export.save(exported(model), content, extra_files=extra)
-        with files.new_file(out, alone=True) as temporary:
+        with files.new_file(out, exclusive=True) as temporary:
             temporary.write_bytes(content.getbuffer())
         return {
             "parameters": loaded.model.num_parameters()["total"],

@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,6 @@ class Sweep:
 def table_of(folder: SweepFolder, definition: Definition, metric: str | None, baseline: str | None) -> Results:
     """Return the table of a sweep's runs so far; see `read_results`."""
     chosen = metric or definition.metric or DEFAULT_METRIC
-    results = read_results(folder, definition, chosen, baseline)
     notes = []
     settings = [entry.settings for entry in definition.entries.values()]
     if chosen in ("val_loss", "loss") and _tokenizers(settings) > 1:
@@ -283,7 +282,7 @@ def table_of(folder: SweepFolder, definition: Definition, metric: str | None, ba
             f"the runs have different tokenizers, and nats per token do not compare across them; take --metric "
             f"{ACROSS_TOKENIZERS}"
         )
-    return replace(results, notes=notes)
+    return read_results(folder, definition, chosen, baseline, notes)
 
 
 def _tokenizers(recipes: Iterable[Recipe | dict[str, Any]]) -> int:

@@ -19,7 +19,6 @@ from lightlm.sweep.table import Line, Results
 _PLAIN_SECONDS = 60.0  # between lines of progress where there is no live table
 _LIVE_SECONDS = 1.0
 _SHOWN = 24  # rows of the live table; those that are done scroll away first
-_VERDICT_COLORS = {"better": "green", "worse": "red", "diverged": "red"}
 
 
 def duration(seconds: float | None) -> str:

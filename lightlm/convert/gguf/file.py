@@ -37,7 +37,7 @@ def export_gguf(loaded: LoadedModel, out: Path, precision: str) -> int:
     metadata = write_vocabulary(loaded.tokenizer, config.vocab_size)
     tensors = gguf_tensors(name, config, clean_state(loaded.model.state_dict()))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with files.new_file(out, alone=True) as temporary:
+    with files.new_file(out, exclusive=True) as temporary:
         writer = gguf.GGUFWriter(temporary, LAYOUTS[name].architecture)
         try:
             _add(writer, _description(loaded, precision) | _shape(name, config) | metadata)

@@ -39,7 +39,7 @@ from lightlm.data.tokenizer.folder import DEFINITION, MANIFEST, SETTINGS
 from lightlm.data.tokenizer.named import requested_vocab_size, tokenizer_settings
 from lightlm.data.top_tokens import TEACHER_FOLDER
 from lightlm.errors import DataError, UsageError
-from lightlm.files import clear_errors, names_in, refuse_working_folder, restore_folder, write_text
+from lightlm.files import explain_disk_errors, names_in, refuse_working_folder, restore_folder, write_text
 from lightlm.limits import cores
 
 OWN_FILES = (MANIFEST, DEFINITION, SETTINGS, TEACHER_FOLDER)  # of a data folder, beside its shards
@@ -146,7 +146,7 @@ def prepare(
     if not target.name:
         raise UsageError(f"--out {target}: name a folder inside it")
     settings = options.settings(source)
-    with clear_errors(target):
+    with explain_disk_errors(target):
         restore_folder(target)
         existing = _existing(target, settings, overwrite)
         workspace = Workspace(target)
@@ -263,7 +263,7 @@ class _Preparation:
         return chat.tokenizer
 
     def _assemble(self, encoder: Encoder, settings: dict[str, Setting]) -> Manifest:
-        workspace, options, source, tokenizer = self._workspace, self._options, self._source, encoder.tokenizer
+        workspace, options, tokenizer = self._workspace, self._options, encoder.tokenizer
         job = Job(
             folder=workspace.blocks,
             tokenizer=workspace.folder / "tokenizer.json",
@@ -292,10 +292,15 @@ class _Preparation:
             _refuse_losses(state.lost)
             assembly.finish()
         self._check(assembly)
-        check_unchanged(source)
+        check_unchanged(self._source)
+        return self._manifest(assembly, tokenizer, settings)
+
+    def _manifest(self, assembly: Assembly, tokenizer: Tokenizer, settings: dict[str, Setting]) -> Manifest:
+        """Return the description of the folder, which an assembly has written."""
+        source, options, state = self._source, self._options, assembly.state
         files, chat = file_counts(source), None
         if options.train_on is not None:
-            template, added = workspace.chat
+            template, added = self._workspace.chat
             chat = ChatData(
                 train_on=options.train_on, template=template, added_tokens=added, masks=assembly.masks,
                 trained_tokens=assembly.trained_tokens,

@@ -19,7 +19,7 @@ from lightlm.data.select.filters import Filter
 from lightlm.data.sources.base import FileCounts
 from lightlm.data.sources.local import LocalSource
 from lightlm.errors import DataError, UsageError
-from lightlm.files import clear_errors
+from lightlm.files import explain_disk_errors
 
 SPEC, NAME = "-", "stdin"
 BLOCK_BYTES = 1 << 20
@@ -73,7 +73,7 @@ def standard_input(folder: Path, text_column: str, row_filter: Filter | None = N
     folder = folder.absolute()
     spool = folder.with_name(f".{folder.name}.stdin")
     lock = FileLock(spool / "lock", timeout=0)
-    with clear_errors(folder):
+    with explain_disk_errors(folder):
         spool.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
@@ -83,7 +83,7 @@ def standard_input(folder: Path, text_column: str, row_filter: Filter | None = N
             ) from error
     try:
         digest, head = xxhash.xxh3_64(), b""
-        with clear_errors(folder):
+        with explain_disk_errors(folder):
             with (spool / "copy").open("wb") as file:
                 while block := sys.stdin.buffer.read(BLOCK_BYTES):
                     head = block if not head.strip() else head

@@ -18,7 +18,6 @@ CHAT_TEMPLATE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templa
 OTHER_TEMPLATES = "other_chat_templates"  # our key for templates that are not the default one
 FURTHER_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # by version of transformers
 _SIDES = ("padding_side", "truncation_side")
-WITHOUT_DEFINITION = (VOCABULARY, MERGES, ADDED)
 
 # Where a folder names its end-of-text token, by id or in characters, in the order in which they are asked.
 _DECLARATIONS = (
