@@ -9,7 +9,7 @@ import pytest
 from lightlm.evaluate.compare.baselines import find_baseline
 from lightlm.evaluate.results.documents import Document, documents_file, write
 from lightlm.evaluate.settings import Settings
-from lightlm.report.build import write_report
+from lightlm.report.build import refresh_report, renew_report, write_report
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
 from lightlm.report.scores import compare_runs
@@ -64,6 +64,19 @@ def test_only_a_difference_beyond_noise_is_bold_and_called_better(runs, tmp_path
     assert "second against first: no difference beyond noise at piqa acc (1.5 points better, 95%" in text
     assert text.count('class="best"') == 1
     assert '<td class="best">0.6500 ± 0.0338 (step 5)</td>' in text
+
+
+def test_published_figures_stay_when_a_run_or_an_evaluation_writes_its_page_anew(runs):
+    write_scores(runs[0], {"piqa": 100})
+    for refresh in (renew_report, refresh_report):
+        write_report(runs[:1], baselines=[find_baseline("gpt2"), find_baseline("pythia-160m")])
+        refresh(runs[0])
+        text = (runs[0] / "report.html").read_text(encoding="utf-8")
+        assert '<th scope="col">gpt2-124m</th>' in text
+        assert '<th scope="col">pythia-160m</th>' in text
+    write_report(runs[:1])
+    assert "gpt2-124m" not in refresh_report(runs[0]).read_text(encoding="utf-8")
+    assert refresh_report(runs[1]) is None
 
 
 def test_runs_are_compared_on_the_documents_that_both_have(runs):
