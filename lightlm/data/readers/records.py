@@ -1,6 +1,6 @@
 """The texts of records with columns: JSON objects, rows of CSV, rows that `datasets` streams."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,25 @@ from lightlm.data.select.filters import Filter, without
 from lightlm.errors import DataError
 
 LISTED_COLUMNS = 30  # in a message
+
+
+def texts_of(
+    records: Iterable[tuple[Callable[[], str], Any]],
+    text_column: str,
+    row_filter: Filter | None,
+    bad: BadRecord,
+    *,
+    sparse: bool = False,
+) -> Iterator[str]:
+    """Yield the texts of records, each given with what names it. A mistake in a record leaves the others."""
+    for where, record in records:
+        try:
+            text = text_of(record, where, text_column, row_filter, bad, sparse=sparse)
+        except DataError as error:
+            bad(error)
+            continue
+        if text is not None:
+            yield text
 
 
 def text_of(
