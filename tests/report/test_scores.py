@@ -141,7 +141,7 @@ def holm_of_two(p_values):
 
 def test_scores_with_other_settings_are_lines_of_their_own(runs, tmp_path):
     write_scores(runs[0], {"piqa": 100})
-    chosen = Settings(["piqa"], dtype="bfloat16", bos="yes", data="data/other", include_path="my/tasks").chosen
+    chosen = Settings(["piqa"], dtype="bfloat16", bos="yes", data="data/other", include_path="tasks").chosen
     write_scores(runs[0], {"piqa": 140}, facts={"dtype": "bfloat16", "chosen": chosen}, suffix="_bos")
     text = page_of(runs[:1], tmp_path)
     assert "<td>200</td><td>0.5000</td><td>0.5000 ±" in text
