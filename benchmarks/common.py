@@ -8,11 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightlm.cli.console import guard_streams
 from lightlm.files import write_text
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser that prints a benchmark's docstring as it is written."""
+    """Return a parser that prints a benchmark's docstring as it is written.
+
+    From then on a reader of the output that leaves (`| head`) ends no benchmark.
+    """
+    guard_streams()
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -24,5 +29,5 @@ def write_json(result: Any, out: Path | None) -> None:
 
 def report(result: Any, out: Path | None) -> None:
     """Print a result as JSON and write it to the file `out`, if one was asked for."""
-    print(json.dumps(result, indent=2, default=float))
     write_json(result, out)
+    print(json.dumps(result, indent=2, default=float))

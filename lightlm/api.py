@@ -46,7 +46,7 @@ from lightlm.model.config import ModelConfig
 from lightlm.names import warn
 from lightlm.quantities import parse_quantity
 from lightlm.recipe import load_recipe
-from lightlm.report.build import write_report
+from lightlm.report.build import renew_report
 from lightlm.runs import find_run, locked, new_run
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.observers import Observer, Observers
@@ -338,7 +338,7 @@ def train(
             trainer = Trainer(setup, run, Observers(observer, trackers), evaluator=evaluator)
             result = trainer.train()
         try:
-            write_report([run])
+            renew_report(run)
         except Exception as error:  # the run is saved already
             observer.note(f"no plots were made ({error})")
     return result

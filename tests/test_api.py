@@ -217,7 +217,7 @@ def test_train_leaves_a_run_and_resumes_it(workspace, monkeypatch):
     def broken(*_):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("lightlm.api.write_report", broken)
+    monkeypatch.setattr("lightlm.api.renew_report", broken)
     more = lightlm.train(None, "train.tokens=3840", resume="first", observer=Watch())
     assert (more.run, more.tokens, steps) == (Path("runs/first"), 3840, list(range(11, 16)))
     assert "no plots were made (no font)" in notes

@@ -141,6 +141,8 @@ def convert(
     # --push repeats an export whose upload failed.
     repeats = (out_path is None or push is not None) and writer.is_own(target)
     _check_target(target, source, writer, repeats=repeats, overwrite=overwrite)
+    if license == "unknown" and writer.name == "hf":
+        _note_license(target)
     import torch
 
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
@@ -236,6 +238,19 @@ def _check_quantize(quantize: str | None, writer: Format, dtype: str) -> None:
         raise UsageError(f"--quantize {quantize}: {writer.name} does not have it; known: {_QUANTIZATIONS}")
     if dtype != "float32":
         raise UsageError(f"--quantize {quantize} takes the place of --dtype {dtype}; leave one of them out")
+
+
+def _note_license(target: Path) -> None:
+    """Say that the license of the folder that an export replaces is not kept: it may be that of another model."""
+    from lightlm.convert.huggingface.card import license_of
+
+    if (earlier := license_of(target)) != "unknown":
+        console.print(
+            f"{target / 'README.md'} said license: {earlier}, and the new one says unknown; to keep it, give "
+            f"--license {earlier}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _publisher(writer: Format, license: str, repository: str | None, private: bool) -> Format:

@@ -1,6 +1,6 @@
-"""How a task wants its answers generated: lm-eval's `generation_kwargs`, with the meaning of every key."""
+"""How a task's answers are generated: lm-eval's `generation_kwargs` and, for what they leave open, the model's file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0,),
     "use_cache": (True, False),
     "skip_special_tokens": (True,),
+    "guidance_scale": (1,),
+    "renormalize_logits": (True, False),
+    "remove_invalid_values": (True, False),
+}
+
+# What lm-eval's `hf` follows of a model's generation_config.json: the temperature is always the task's, and
+# transformers lacks two of the penalties.
+_OF_MODEL = (_FILTERS.keys() | _ADJUSTMENTS.keys()) - {"temperature", "presence_penalty", "frequency_penalty"}
+# Its other keys that do not change lm-eval's answers. Ends of text are the tokenizer's.
+_WITHOUT_EFFECT = {
+    *("_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("decoder_start_token_id", "do_sample", "temperature", "max_length", "presence_penalty", "frequency_penalty"),
+    *("cache_implementation", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("return_dict_in_generate",),
 }
 
 
@@ -56,7 +70,8 @@ class Generation:
         stops: an answer ends before the first of these texts. Each may contain special tokens.
         new_tokens: most tokens of an answer; prompts are cut to leave room for them.
         max_length: most tokens of prompt and answer, in place of `new_tokens`; None: no such limit.
-        ignored: settings that LightLM does not support, as `num_beams: 4`.
+        ignored: settings of the task that LightLM does not support, as `num_beams: 4`.
+        ignored_of_model: such settings of the model's generation_config.json.
     """
 
     stops: tuple[str, ...]
@@ -64,18 +79,25 @@ class Generation:
     max_length: int | None
     sampling: Sampling
     ignored: tuple[str, ...]
+    ignored_of_model: tuple[str, ...]
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "Generation":
+    def of(cls, settings: Mapping[str, Any], of_model: Mapping[str, Any] | None = None) -> "Generation":
         """Read `generation_kwargs`.
 
         As in transformers, answers are greedy without `do_sample` or a temperature. Otherwise they are drawn from the
         50 likeliest tokens, unless `top_k` says how many; 0 and null are off.
 
+        Args:
+            settings: the task's.
+            of_model: the model's generation_config.json, for what the task leaves open.
+
         Raises:
             UsageError: a value has the wrong type or is out of its range.
         """
-        given = {key: value for key, value in settings.items() if value is not None}
+        left = {key: value for key, value in (of_model or {}).items() if key not in settings and value is not None}
+        given = {key: value for key, value in left.items() if key in _OF_MODEL}
+        given |= {key: value for key, value in settings.items() if value is not None}
         try:
             kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, _MAX_NEW_TOKENS))
             stops = kwargs["until"]
@@ -96,12 +118,9 @@ class Generation:
             raise UsageError(f"generation_kwargs: {error}") from None
         if new_tokens < 1 or (max_length is not None and max_length < 1):
             raise UsageError("generation_kwargs: an answer must have at least 1 token")
-        ignored = [
-            f"{key}: {value}"
-            for key, value in kwargs.items()
-            if key not in _KNOWN and not (key in _NEUTRAL and value in _NEUTRAL[key])
-        ]
-        return cls(tuple(filter(None, stops)), new_tokens, max_length, sampling, tuple(ignored))
+        ignored = _changing(kwargs, _KNOWN)
+        ignored_of_model = _changing(left, _OF_MODEL | _WITHOUT_EFFECT)
+        return cls(tuple(filter(None, stops)), new_tokens, max_length, sampling, ignored, ignored_of_model)
 
     def room(self, context: int) -> int:
         """Return the most prompt tokens in a context of this size.
@@ -119,3 +138,9 @@ class Generation:
     def limit(self, prompt: int) -> int:
         """Return the most tokens of the answer to a prompt of this length; at least 1."""
         return self.new_tokens if self.max_length is None else max(1, self.max_length - prompt)
+
+
+def _changing(settings: Mapping[str, Any], known: Set[str]) -> tuple[str, ...]:
+    """Return the settings besides these that would change answers, as `num_beams: 4`."""
+    others = ((key, value) for key, value in settings.items() if key not in known)
+    return tuple(f"{key}: {value}" for key, value in others if value not in _NEUTRAL.get(key, ()))

@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -121,6 +121,11 @@ class LightLM(TemplateLM):
     @property
     def max_length(self) -> int:
         return self.model.config.max_seq_len
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The model's generation_config.json, whose settings answers follow as far as a task leaves them open."""
+        return self.loaded.tokenizer.generation_config
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the string's token ids, after `prefix_ids` unless `add_special_tokens` is False.
@@ -274,7 +279,7 @@ class LightLM(TemplateLM):
         with self._bar(len(requests), "generating") as advance:
             while order:
                 settings = requests[order[0]].args[1]
-                generation = Generation.of(settings)
+                generation = Generation.of(settings, self.generation_config)
                 length = len(prompts[order[0]]) + generation.limit(len(prompts[order[0]]))
                 count = 1
                 while count < len(order) and requests[order[count]].args[1] == settings:

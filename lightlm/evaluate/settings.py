@@ -1,11 +1,13 @@
 """Settings of an evaluation, the same for every model."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightlm.errors import UsageError
 
 BOS = {"auto": None, "yes": True, "no": False}  # values of the harness's `add_bos_token`
+BOS_IN_WORDS = {"yes": "with a beginning-of-text token", "no": "without a beginning-of-text token"}
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,23 @@ class Settings:
     @property
     def chosen(self) -> str:
         """What was asked for beside tasks and prompts and changes scores, in words; empty for the defaults."""
-        before = {"auto": "", "yes": "with a beginning-of-text token", "no": "without a beginning-of-text token"}
-        data = "" if self.data is None else f"data {Path(self.data).resolve().name}"
-        tasks = "" if self.include_path is None else f"tasks of {Path(self.include_path).resolve().name}"
-        return ", ".join(filter(None, ["" if self.dtype == "auto" else self.dtype, before[self.bos], data, tasks]))
+        data = "" if self.data is None else f"data {self.data_name}"
+        tasks = "" if self.include_path is None else f"tasks of {self.include_name}"
+        return ", ".join(
+            filter(None, ["" if self.dtype == "auto" else self.dtype, BOS_IN_WORDS.get(self.bos), data, tasks])
+        )
+
+    @property
+    def data_name(self) -> str:
+        """The name of `data`, with a hash unless the folder is in data/; empty without."""
+        from lightlm.data.folder import resolve_dataset
+
+        return "" if self.data is None else _name_in(Path("data"), resolve_dataset(self.data))
+
+    @property
+    def include_name(self) -> str:
+        """The name of `include_path`, with a hash unless the folder is in the working directory; empty without."""
+        return "" if self.include_path is None else _name_in(Path(), Path(self.include_path))
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -59,6 +74,13 @@ class Settings:
             raise UsageError(f"--bos {self.bos}: choose {', '.join(BOS)}")
         if self.fewshot_as_multiturn is not None and not self.apply_chat_template:
             raise UsageError("--fewshot-as-multiturn is about conversations; give --apply-chat-template too")
+
+
+def _name_in(home: Path, folder: Path) -> str:
+    """Return a folder's name; outside `home` with a hash of its path, since other folders may have the name."""
+    path = folder.resolve()
+    hashed = hashlib.sha256(str(path).encode()).hexdigest()[:6]
+    return path.name if path.parent == home.resolve() else f"{path.name}~{hashed}"
 
 
 def batch_sequences(batch_size: int | str) -> int | None:

@@ -10,7 +10,7 @@ from lightlm.evaluate.compare.baselines import Baseline
 from lightlm.evaluate.compare.comparison import Comparison
 from lightlm.report.charts.chart import write_charts
 from lightlm.report.charts.plots import draw_plots
-from lightlm.report.page import render_page
+from lightlm.report.page import render_page, shown_baselines
 from lightlm.report.record import Record, read_records
 from lightlm.report.scores import compare_runs
 from lightlm.runs import RUNS
@@ -52,13 +52,24 @@ def write_report(runs: Sequence[Path], out: Path | None = None, baselines: Seque
     return Report(folder / "report.html", paths, records, comparisons)
 
 
-def refresh_report(run: Path) -> Path | None:
-    """Write a run's page anew, with the scores measured since; return it, or None if the run has no page.
+def renew_report(run: Path) -> Path:
+    """Write a run's page with what is new in the run, and with the published scores that the page showed; return it.
 
     Raises:
         CheckpointError: as `write_report`.
     """
-    return write_report([run]).page if (run / "report.html").is_file() else None
+    page = run / "report.html"
+    shown = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    return write_report([run], baselines=shown_baselines(shown)).page
+
+
+def refresh_report(run: Path) -> Path | None:
+    """Like `renew_report`, but None if the run has no page.
+
+    Raises:
+        CheckpointError: as `write_report`.
+    """
+    return renew_report(run) if (run / "report.html").is_file() else None
 
 
 def comparison_folder(records: Sequence[Record]) -> Path:

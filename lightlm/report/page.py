@@ -9,7 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from lightlm import __version__
-from lightlm.evaluate.compare.baselines import Baseline
+from lightlm.evaluate.compare.baselines import Baseline, find_baseline
 from lightlm.evaluate.compare.comparison import Comparison
 from lightlm.evaluate.compare.table import score_table
 from lightlm.report.charts.chart import COLOR_VARIABLES, RUNS
@@ -53,6 +53,7 @@ def render_page(
         colors=COLOR_VARIABLES | {"--page": _PAGE},
         run_colors=len(RUNS),
         names=names,
+        baselines=[baseline.name for baseline in baselines],  # `shown_baselines` reads them again
         summary={"headings": ["Run", *headings], "rows": list(zip(names, rows, strict=True))},
         notes=[f"{r.name}: {note}" if len(records) > 1 else note for r in records for note in r.notes],
         plots=[(Markup(plot.chart.svg(plot.name)), plot.caption) for plot in plots],
@@ -67,6 +68,13 @@ def render_page(
         samples=list(_samples(records)),
         machine=[(key.replace("_", " "), [_shown(r.machine.get(key)) for r in records]) for key in machine],
     )
+
+
+def shown_baselines(page: str) -> list[Baseline]:
+    """Return the models whose published scores a page shows."""
+    names = re.search(r'<meta name="lightlm-compare" content="([^"]*)">', page)
+    found = (find_baseline(name) for name in names[1].split(",")) if names else ()
+    return [baseline for baseline in found if baseline is not None]  # another version may not know one
 
 
 def _allowed(value: Any) -> Any:

@@ -43,7 +43,7 @@ def new_run(name: str, *, exact: bool, overwrite: bool = False, parent: Path = R
         parent: the folder that receives it.
 
     Raises:
-        UsageError: as `run_folder`.
+        UsageError: as `run_folder`, or the working directory is in the run to overwrite.
         CheckpointError: the name is taken, or the run to overwrite is being trained.
     """
     if exact or overwrite:
@@ -131,12 +131,14 @@ def require_free(path: Path, *, overwrite: bool = False) -> None:
 
     Raises:
         CheckpointError: the folder holds a run or other files.
+        UsageError: the working directory is in the run to replace.
     """
     if not os.path.lexists(path) or _is_unstarted(path):
         return
     if not (path / RECIPE).is_file():
         raise CheckpointError(f"{path} exists already and is not a run, so it is not replaced; choose another --name")
     if overwrite:
+        files.refuse_working_folder(path)
         require_unlocked(path)
         return
     raise CheckpointError(

@@ -1,6 +1,9 @@
 """What benchmarks/learning.py reads from studies.yaml, and what it keeps of runs."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,15 @@ def learning(monkeypatch):
     import learning
 
     return learning
+
+
+def test_a_reader_that_leaves_ends_no_table():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, BENCHMARKS / "learning.py", "gpt2", "--table"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 STUDIES = """

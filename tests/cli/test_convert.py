@@ -50,7 +50,7 @@ def run(tokenizer, tmp_path, monkeypatch):
     return model.eval()
 
 
-def invoke(*arguments):
+def call(*arguments):
     """Run the command; a LightLMError is raised here, where `lightlm` would print it."""
     app = typer.Typer()
     app.command()(convert)
@@ -58,7 +58,15 @@ def invoke(*arguments):
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
-    return result.stdout
+    return result
+
+
+def invoke(*arguments):
+    return call(*arguments).stdout
+
+
+def messages_of(*arguments):
+    return call(*arguments).stderr
 
 
 def test_five_line_chain_works_twice(run):
@@ -147,7 +155,8 @@ def test_the_card_has_the_losses_of_its_step_and_the_license(run):
     assert card.data.license == "mit"
     assert "`mit` for the weights" in card.text
     Path("runs/demo/metrics.jsonl").write_text("damaged")
-    invoke()
+    warning = "hf/README.md said license: mit, and the new one says unknown; to keep it, give --license mit"
+    assert [warning in messages_of(), warning in messages_of()] == [True, False]
     assert "None measured" in ModelCard.load("runs/demo/hf/README.md").text
 
 

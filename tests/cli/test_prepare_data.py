@@ -55,6 +55,18 @@ def test_json_is_the_only_thing_on_standard_output(run) -> None:  # type: ignore
     )
 
 
+def test_a_key_in_a_filter_that_no_record_has_is_named_at_the_end(run) -> None:  # type: ignore[no-untyped-def]
+    lines = [json.dumps({"text": text, "score": n} | ({"lang": "en"} if n else {})) for n, text in enumerate(DOCUMENTS)]
+    Path("corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    warning = "Warning: 50 records lack 'scor', which --filter names, and hardly any has it. Check its name."
+    for number, (text, said) in enumerate(
+        {"scor is null": 1, "scor is null and score < 9": 1, "lang is null": 0}.items()
+    ):
+        result = run("corpus.jsonl", "--tokenizer", "train:300", "--filter", text, "--out", f"out{number}")
+        assert result.stderr.count(warning) == said
+        assert result.stderr.count("lack") == said
+
+
 def test_the_files_and_rows_that_are_not_read_are_shown(run) -> None:  # type: ignore[no-untyped-def]
     Path("mix").mkdir()
     lines = [json.dumps({"text": text}) + "\n" for text in (*DOCUMENTS, None)]

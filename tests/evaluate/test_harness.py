@@ -134,6 +134,27 @@ def test_it_agrees_with_lm_evals_own_model_on_equal_weights(tmp_path: Path, shap
     assert lm.generate_until(prompts) == theirs.generate_until(prompts)
 
 
+@pytest.mark.parametrize("own", [{}, {"repetition_penalty": None}], ids=["open", "off"])
+def test_greedy_answers_follow_the_models_generation_config_as_in_lm_evals_own_model(tmp_path: Path, own: dict) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    from lightlm.convert.huggingface.folder import export_huggingface
+
+    tokenizer = tiny_tokenizer()
+    plain = LightLM(LoadedModel(tiny_model(tokenizer), tokenizer, Path("tiny")))
+    suggested = {"eos_token_id": tokenizer.end_of_text_id, "do_sample": True, "temperature": 0.5, "top_k": 3,
+                 "repetition_penalty": 1.7, "no_repeat_ngram_size": 2}  # fmt: skip
+    imported = tokenizer.used_as(None, False, {}, suggested)
+    lm = LightLM(LoadedModel(plain.loaded.model, imported, Path("tiny")))
+    export_huggingface(lm.loaded, tmp_path / "hf")
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=1)
+    settings = {"until": [], "max_gen_toks": 16, **own}
+    prompts = instances("generate_until", [("The cat sat", settings), ("A dog ran after the cat; the", settings)])
+    assert lm.generate_until(prompts) == theirs.generate_until(prompts) != plain.generate_until(prompts)
+
+
 def test_scores_are_finite_in_bfloat16(lm: LightLM) -> None:
     tokenizer = lm.loaded.tokenizer
     low = LightLM(LoadedModel(tiny_model(tokenizer).bfloat16(), tokenizer, Path("tiny")))

@@ -10,6 +10,7 @@ import typer
 from lm_eval.api.instance import Instance
 from typer.testing import CliRunner, Result
 
+from lightlm.checkpoint import write_checkpoint
 from lightlm.cli.evaluate import evaluate
 from lightlm.errors import DataError, LightLMError, UsageError
 from lightlm.evaluate import runner
@@ -18,7 +19,7 @@ from lightlm.evaluate.harness import LightLM
 from lightlm.evaluate.tasks import index
 from lightlm.generate.engine import generate
 from lightlm.generate.sampling import GREEDY, Sampling
-from tests.evaluate.tiny_run import tiny_model, write_task, write_world
+from tests.evaluate.tiny_run import tiny_model, tiny_tokenizer, write_task, write_world
 
 app = typer.Typer()
 app.command()(evaluate)
@@ -256,6 +257,30 @@ def test_what_a_task_leaves_open_is_as_in_transformers() -> None:
         assert getattr(found, name) == defaults[name]
 
 
+def test_drawn_answers_follow_the_models_generation_config_where_the_task_leaves_it_open() -> None:
+    suggested = {"do_sample": True, "temperature": 0.1, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "max_length": 99}
+    drawn = {"do_sample": True, "temperature": 0.7}
+    found = Generation.of(drawn, suggested)
+    assert (found.sampling, found.new_tokens, found.max_length) == (Sampling(0.7, 20, 0.8, min_p=0.05), 256, None)
+    of_task = {"top_k": None, "top_p": 0.9, "min_p": None}
+    assert Generation.of({**drawn, **of_task}, suggested).sampling == Sampling(0.7, None, 0.9)
+    assert Generation.of({}, suggested).sampling == GREEDY
+
+
+def test_settings_of_the_model_that_answers_do_not_follow_are_named_once(write: Callable[..., None]) -> None:
+    for name in ("own", "other"):
+        write(name, **GENERATED, generation_kwargs="{until: ['.'], max_gen_toks: 4}")
+    tokenizer = tiny_tokenizer()
+    neutral = {"transformers_version": "4.40", "eos_token_id": tokenizer.end_of_text_id, "length_penalty": 1.0}
+    imported = tokenizer.used_as(None, False, {}, {**neutral, "max_new_tokens": 2048, "num_beams": 4})
+    model = tiny_model(tokenizer)
+    write_checkpoint(Path("runs/demo"), 8, model.state_dict(), model.config, imported)
+    done = run(tasks="own,other")
+    assert done.exit_code == 0, done.exception
+    said = " ".join(done.stderr.split())
+    assert said.count("generation_config.json: max_new_tokens: 2048, num_beams: 4 is not supported and ignored") == 1
+
+
 def test_a_special_token_among_the_stop_strings_ends_an_answer_as_in_lm_evals_hf(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -265,7 +290,6 @@ def test_a_special_token_among_the_stop_strings_ends_an_answer_as_in_lm_evals_hf
     from lightlm.convert.huggingface.folder import export_huggingface
     from lightlm.convert.load import load_pretrained
     from lightlm.device import pick_device, pick_dtype
-    from tests.evaluate.tiny_run import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     export_huggingface(LoadedModel(tiny_model(tokenizer), tokenizer, Path("tiny")), tmp_path / "hf")

@@ -9,10 +9,10 @@ import pytest
 from lightlm.evaluate.compare.baselines import find_baseline
 from lightlm.evaluate.results.documents import Document, documents_file, write
 from lightlm.evaluate.settings import Settings
-from lightlm.report.build import write_report
+from lightlm.report.build import refresh_report, renew_report, write_report
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
-from lightlm.report.scores import compare_runs
+from lightlm.report.scores import compare_runs, score_lines
 from tests.report.run_folder import rows, write_run
 
 N = 200
@@ -64,6 +64,19 @@ def test_only_a_difference_beyond_noise_is_bold_and_called_better(runs, tmp_path
     assert "second against first: no difference beyond noise at piqa acc (1.5 points better, 95%" in text
     assert text.count('class="best"') == 1
     assert '<td class="best">0.6500 ± 0.0338 (step 5)</td>' in text
+
+
+def test_published_figures_stay_when_a_run_or_an_evaluation_writes_its_page_anew(runs):
+    write_scores(runs[0], {"piqa": 100})
+    for refresh in (renew_report, refresh_report):
+        write_report(runs[:1], baselines=[find_baseline("gpt2"), find_baseline("pythia-160m")])
+        refresh(runs[0])
+        text = (runs[0] / "report.html").read_text(encoding="utf-8")
+        assert '<th scope="col">gpt2-124m</th>' in text
+        assert '<th scope="col">pythia-160m</th>' in text
+    write_report(runs[:1])
+    assert "gpt2-124m" not in refresh_report(runs[0]).read_text(encoding="utf-8")
+    assert refresh_report(runs[1]) is None
 
 
 def test_runs_are_compared_on_the_documents_that_both_have(runs):
@@ -128,13 +141,22 @@ def holm_of_two(p_values):
 
 def test_scores_with_other_settings_are_lines_of_their_own(runs, tmp_path):
     write_scores(runs[0], {"piqa": 100})
-    chosen = Settings(["piqa"], dtype="bfloat16", bos="yes", data="data/other", include_path="my/tasks").chosen
+    chosen = Settings(["piqa"], dtype="bfloat16", bos="yes", data="data/other", include_path="tasks").chosen
     write_scores(runs[0], {"piqa": 140}, facts={"dtype": "bfloat16", "chosen": chosen}, suffix="_bos")
     text = page_of(runs[:1], tmp_path)
     assert "<td>200</td><td>0.5000</td><td>0.5000 ±" in text
     label = "200, bfloat16, with a beginning-of-text token, data other, tasks of tasks"
     assert f"<td>{label}</td><td>0.5000</td><td>0.7000 ±" in text
     assert chart_of(runs[:1]).chart.axes.patches[0].get_height() == 0.5
+
+
+def test_a_setting_that_names_what_the_others_took_by_themselves_is_no_line_of_its_own(runs):
+    token = {"before_contexts": [{"id": 1, "token": "<s>"}]}
+    write_scores(runs[0], {"piqa": 100}, facts={"dtype": "float32", "bos": token})
+    for dtype, counts in (("float32", ["200"]), ("bfloat16", ["200", "200, bfloat16"])):
+        chosen = Settings(["piqa"], dtype=dtype, bos="yes").chosen
+        write_scores(runs[1], {"piqa": 140}, facts={"dtype": dtype, "bos": token, "chosen": chosen})
+        assert [line.documents for line in score_lines(read_records(runs))] == counts
 
 
 def test_another_precision_is_noted(runs):

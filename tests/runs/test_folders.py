@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightlm import files
-from lightlm.errors import CheckpointError
+from lightlm.errors import CheckpointError, UsageError
 from lightlm.runs import (
     RunLockedError,
     checkpoints,
@@ -114,6 +114,17 @@ def test_overwriting_replaces_the_run_unless_it_is_trained():
         assert not [entry for entry in path.iterdir() if not entry.name.startswith(".")]
         (path / "recipe.yaml").touch()
     assert [path.name for path in Path("runs").iterdir()] == ["old"]
+
+
+def test_a_run_that_the_shell_stands_in_is_not_replaced(tmp_path, monkeypatch):
+    run = tmp_path / "elsewhere" / "demo"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: demo\n", encoding="utf-8")
+    monkeypatch.chdir(run)
+    overwriting = new_run("demo", exact=True, overwrite=True, parent=run.parent)
+    with pytest.raises(UsageError, match="demo is or holds the working directory"), overwriting:
+        pass
+    assert (run / "recipe.yaml").is_file()
 
 
 def test_removing_a_link_keeps_what_it_leads_to(tmp_path):

@@ -138,6 +138,23 @@ def _teacher(stored: dict[str, Any] | None) -> str:
     return f"the top {stored['top_k']} tokens of {stored['teacher']} in a context of {stored['context']:,}; {left_out}"
 
 
+def _lacking(manifest: Manifest) -> dict[str, int]:
+    """Return the columns of the filter that hardly any record of JSON has, with the number of those that lack them."""
+    from lightlm.data.prepare.blocks import UNREADABLE
+    from lightlm.data.select.filters import FILTERED, Filter, without
+
+    dropped = dict(manifest.dropped)
+    dropped.pop(UNREADABLE, None)
+    records = manifest.documents("train") + manifest.documents("val") + sum(dropped.values())
+    text = manifest.settings.get("filter")
+    found = {}
+    for column in Filter(str(text)).columns if text else ():
+        cause = without(column)
+        found[column] = manifest.flagged.get(cause, 0) + dropped.get(f"{FILTERED} {cause}", 0)
+    cut = 1  # a document that was cut in two for a validation split is counted twice
+    return {column: count for column, count in found.items() if count >= max(1, records - cut)}
+
+
 def _causes(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {cause}" for cause, count in counts.items() if count)
 
@@ -168,6 +185,12 @@ def _warn(manifest: Manifest) -> None:
         console.print(
             f"Warning: the data has {nul:,} document{'s' * (nul != 1)} {HOLDS_NUL}, which text does not have: "
             "its encoding may have been taken for another, for example UTF-16 for Latin-1. Check the source.",
+            soft_wrap=True,
+        )
+    for column, count in _lacking(manifest).items():
+        console.print(
+            f"Warning: {count:,} records lack {column!r}, which --filter names, and hardly any has it. Check its name.",
+            markup=False,
             soft_wrap=True,
         )
     if lost := describe_loss(manifest.lost):

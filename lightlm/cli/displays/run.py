@@ -43,9 +43,9 @@ def draw_report(trainer: Trainer, display: TrainingDisplay) -> Path | None:
     """Write the run's page and plots and return the page. The run is saved already, so a failure is only a note."""
     display.phase("drawing the report")
     try:
-        from lightlm.report.build import write_report
+        from lightlm.report.build import renew_report
 
-        return write_report([trainer.run_folder]).page
+        return renew_report(trainer.run_folder)
     except Exception as error:
         display.note(f"no plots were made ({error}); try `lightlm report {trainer.run_folder}`")
         return None

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from lightlm import __version__
 from lightlm.checkpoint import MODEL_WEIGHTS, RAW_WEIGHTS, LoadedModel
@@ -120,6 +121,14 @@ def model_card(loaded: LoadedModel, path: str, *, architecture: str, parameters:
         license=_NO_LICENSE if license == "unknown" else _LICENSED.format(license),
         recipe="" if recipe is None else _RECIPE.format(recipe.to_yaml().strip()),
     )
+
+
+def license_of(folder: Path) -> str:
+    """Return the license that the card of a folder names; `unknown` without a card or a license."""
+    try:
+        return str(ModelCard.load(folder / "README.md").data.license or "unknown")
+    except (OSError, ValueError, YAMLError):  # not a card
+        return "unknown"
 
 
 def _shape(model: Transformer) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ import pyarrow
 import xxhash
 
 from lightlm.data.prepare.encoded_block import LeftOut
-from lightlm.data.readers.texts import LARGE_BYTES, Omitted, Texts, Unit, buffers_of, in_chunks, skippable
+from lightlm.data.readers.texts import LARGE_BYTES, Noted, Omitted, Texts, Unit, buffers_of, in_chunks, skippable
 from lightlm.data.select.deduplication import Signer
 from lightlm.data.shards import TrainOn
 from lightlm.errors import DataError
@@ -123,7 +123,9 @@ class BlockReader:
 
     def reject(self, error: DataError) -> None:
         """Raise an error in the source, or count it if bad records are skipped; count what the reader leaves out."""
-        if isinstance(error, Omitted):
+        if isinstance(error, Noted):
+            self._left_out.add(LeftOut(flagged={error.cause: error.records}), 0)
+        elif isinstance(error, Omitted):
             self._left_out.drop(error.cause, error.records)
         elif self._job.skip_bad:
             message = str(error).encode("utf-8", "backslashreplace").decode()  # it may quote half of a surrogate pair

@@ -5,7 +5,7 @@ A file of lines is read in blocks; any other layout, and a compressed file, from
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -13,7 +13,7 @@ from lightlm.data.readers.file import File, is_local, raise_machine_fault
 from lightlm.data.readers.json_values import JsonValues, is_lines, values_of_line
 from lightlm.data.readers.opening import head_of, open_text
 from lightlm.data.readers.recognition import HEAD_BYTES, byte_order_mark, not_utf8, what_it_is
-from lightlm.data.readers.records import holds_column, text_of
+from lightlm.data.readers.records import holds_column, texts_of
 from lightlm.data.readers.texts import CHUNK_BYTES, RECORD_BYTES, BadRecord, Texts, Unit, pack, too_large
 from lightlm.data.select.filters import Filter
 from lightlm.errors import DataError
@@ -82,7 +82,7 @@ def read_json(file: File, text_column: str, bad: BadRecord, row_filter: Filter |
             texts = _texts_of_lines(_lines(opened), where, text_column, row_filter, bad)
         else:
             values = ((partial(str, place), value) for place, value in JsonValues(opened, str(file)))
-            texts = _texts_of_values(values, text_column, row_filter, bad)
+            texts = texts_of(values, text_column, row_filter, bad, sparse=True)
         yield from pack(texts)
 
 
@@ -131,29 +131,11 @@ def _texts_of_lines(
             if not line.strip():
                 continue
             record = _parse(line, place, number)
-            if isinstance(record, list):
-                yield from _texts_of_values([(place, each) for each in record], text_column, row_filter, bad)
-                continue
-            text = text_of(record, place, text_column, row_filter, bad, sparse=True)
         except DataError as error:
             bad(error)
             continue
-        if text is not None:
-            yield text
-
-
-def _texts_of_values(
-    values: Iterable[tuple[Callable[[], str], Any]], text_column: str, row_filter: Filter | None, bad: BadRecord
-) -> Iterator[str]:
-    """Yield the texts of values, each with what names it."""
-    for place, record in values:
-        try:
-            text = text_of(record, place, text_column, row_filter, bad, sparse=True)
-        except DataError as error:
-            bad(error)
-            continue
-        if text is not None:
-            yield text
+        records = record if isinstance(record, list) else [record]
+        yield from texts_of([(place, each) for each in records], text_column, row_filter, bad, sparse=True)
 
 
 def _parse(line: bytes, where: Callable[[], str], number: int) -> Any:

@@ -16,7 +16,7 @@ from pyarrow import compute, dataset, parquet, types
 from lightlm.data.chat.conversation import ChatColumns
 from lightlm.data.readers.file import File, is_local, raise_machine_fault
 from lightlm.data.readers.recognition import HEAD_BYTES, refuse_pointer, what_it_is
-from lightlm.data.readers.records import missing_column, text_of
+from lightlm.data.readers.records import missing_column, texts_of
 from lightlm.data.readers.texts import (
     CHUNK_BYTES,
     NULL,
@@ -196,14 +196,11 @@ def _conversations(
     read = [name for name in columns.columns if name in schema.names]
     first = 0
     for batch in opened.iter_batches(row_groups=[group], columns=[*read, *tested], batch_size=rows):
-        for number, record in _records(first, batch, where, bad):
-            try:
-                text = text_of(record, partial("{}, row {} of it".format, where, number), columns, row_filter, bad)
-            except DataError as error:
-                bad(error)
-                continue
-            if text is not None:
-                yield text
+        records = (
+            (partial("{}, row {} of it".format, where, number), record)
+            for number, record in _records(first, batch, where, bad)
+        )
+        yield from texts_of(records, columns, row_filter, bad)
         first += len(batch)
 
 

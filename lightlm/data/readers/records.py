@@ -1,16 +1,35 @@
 """The texts of records with columns: JSON objects, rows of CSV, rows that `datasets` streams."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from lightlm.data.chat.conversation import CHAT, ChatColumns
-from lightlm.data.readers.texts import NULL, BadRecord, Omitted
+from lightlm.data.readers.texts import NULL, BadRecord, Noted, Omitted
 from lightlm.data.select.columns import field_of, has_field
-from lightlm.data.select.filters import Filter
+from lightlm.data.select.filters import Filter, without
 from lightlm.errors import DataError
 
 LISTED_COLUMNS = 30  # in a message
+
+
+def texts_of(
+    records: Iterable[tuple[Callable[[], str], Any]],
+    text_column: str,
+    row_filter: Filter | None,
+    bad: BadRecord,
+    *,
+    sparse: bool = False,
+) -> Iterator[str]:
+    """Yield the texts of records, each given with what names it. A mistake in a record leaves the others."""
+    for where, record in records:
+        try:
+            text = text_of(record, where, text_column, row_filter, bad, sparse=sparse)
+        except DataError as error:
+            bad(error)
+            continue
+        if text is not None:
+            yield text
 
 
 def text_of(
@@ -24,7 +43,8 @@ def text_of(
 ) -> str | None:
     """Return the text of a record; None for a null, and where `row_filter` does not keep it: `bad` counts both.
 
-    `sparse` records may lack a column that the filter names, which is then null: writers of JSON omit nulls.
+    `sparse` records may lack a column that the filter names, which is then null: writers of JSON omit nulls. `bad`
+    counts those that stay, too.
 
     Dots in `text_column` lead to nested fields, unless a column has that name. Half a surrogate pair becomes
     U+FFFD. Raises DataError where `record` is not a mapping, the text column is missing or holds something else, or the
@@ -35,9 +55,12 @@ def text_of(
         if isinstance(text_column, ChatColumns):
             held = f"the columns {text_column.wanted}"
         raise DataError(f"{where()}: a JSON object was expected, with {held}")
-    if row_filter is not None and not row_filter.keeps(record, where, sparse=sparse):
-        bad(Omitted(row_filter.cause(record)))
-        return None
+    if row_filter is not None:
+        if not row_filter.keeps(record, where, sparse=sparse):
+            bad(Omitted(row_filter.cause(record)))
+            return None
+        for column in row_filter.lacking(record) if sparse else ():
+            bad(Noted(without(column)))
     read = text_column.text_of if isinstance(text_column, ChatColumns) else partial(_text, text_column)
     text = read(record, where)
     if text is None:

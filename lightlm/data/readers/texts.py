@@ -28,11 +28,15 @@ which is not a mistake."""
 
 
 class Omitted(DataError):  # noqa: N818 - it takes the way of an error and is not one
-    """Says how many records are left out, and why: the user asked for it, or they hold no text."""
+    """Says how many records are left out, and why: the user asked for it, or they hold no text. See also `Noted`."""
 
     def __init__(self, cause: str, records: int = 1) -> None:
         super().__init__(f"{records} records: {cause}")
         self.cause, self.records = cause, records
+
+
+class Noted(Omitted):
+    """Says of how many records that stay, too, the user should know."""
 
 
 def too_large(where: str, what: str) -> DataError:

@@ -122,10 +122,19 @@ class Filter:
             raise DataError(f'{where()}: --filter "{self.text}": {error}') from None
         return _truth(root, values) is True
 
+    def lacking(self, record: Mapping[str, Any]) -> list[str]:
+        """Return the columns of the expression that a record lacks."""
+        return [column for column in self.columns if not has_field(record, column)]
+
     def cause(self, record: Mapping[str, Any]) -> str:
         """Return the cause under which a record is counted that is left out; it names a column that is not there."""
-        lacking = next((column for column in self.columns if not has_field(record, column)), None)
-        return FILTERED if lacking is None else f"{FILTERED} without {lacking!r}"
+        lacking = self.lacking(record)
+        return f"{FILTERED} {without(lacking[0])}" if lacking else FILTERED
+
+
+def without(column: str) -> str:
+    """Return the cause under which a record is counted that stays, although it lacks a column."""
+    return f"without {column!r}"
 
 
 def matching_rows(table: "pyarrow.Table", expression: "pyarrow.compute.Expression") -> np.ndarray:

@@ -47,8 +47,8 @@ def file_stem(settings: Settings) -> str:
         stem += f"_system~{hashlib.sha256(settings.system_instruction.encode()).hexdigest()[:8]}"
     stem += "" if settings.dtype == "auto" else f"_{settings.dtype}"
     stem += "" if settings.chosen_weights is None else f"_{settings.chosen_weights}"
-    for folder in (settings.include_path, settings.data):  # tasks may replace stock ones of the same name
-        stem += "" if folder is None else f"_{Path(folder).resolve().name}"
+    for name in (settings.include_name, settings.data_name):  # tasks may replace stock ones of the same name
+        stem += name and f"_{name}"
     return stem + ("" if settings.limit is None else f"_limit{settings.limit}")
 
 

@@ -159,17 +159,17 @@ def check_settings(task: Task, lm: TemplateLM, findings: Findings) -> None:
             findings.problems.append((name, problem))
     if task.OUTPUT_TYPE == "generate_until":
         try:
-            generation = Generation.of(task.config.generation_kwargs or {})
+            generation = Generation.of(task.config.generation_kwargs or {}, lm.generation_config)
             generation.room(lm.max_length)
         except LightLMError as error:
             findings.problems.append((name, str(error)))
         else:
-            if generation.ignored:
-                settings = ", ".join(generation.ignored)
-                findings.notes.append(
-                    f"{name}: generation_kwargs: {settings} is not supported and ignored; scores of other programs "
-                    "may differ for it"
-                )
+            places = f"{name}: generation_kwargs", "the model's generation_config.json"
+            for place, ignored in zip(places, (generation.ignored, generation.ignored_of_model), strict=True):
+                settings = ", ".join(ignored)
+                note = f"{place}: {settings} is not supported and ignored; scores of other programs may differ for it"
+                if ignored and note not in findings.notes:  # the model's are those of every task
+                    findings.notes.append(note)
 
 
 @contextlib.contextmanager

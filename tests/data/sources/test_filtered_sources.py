@@ -66,6 +66,8 @@ def test_a_key_that_a_json_record_lacks_is_null(tmp_path: Path) -> None:
     row_filter = Filter("lang == 'en'")
     made = prepare(str(path), "train:300", tmp_path / "out", filter=row_filter, val_fraction=0.0, skip_bad=True)
     assert made.dropped == {"filtered": 2, "filtered without 'lang'": 1}
+    made = prepare(str(path), "train:300", tmp_path / "kept", filter=Filter("lang is null"), val_fraction=0.0)
+    assert (made.dropped, made.flagged) == ({"filtered": 2}, {"without 'lang'": 1})
 
 
 def test_row_groups_without_a_match_are_not_read(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
+from lightlm.data.chat.conversation import CHAT, ChatColumns
 from lightlm.data.readers import parquet as footers
 from lightlm.data.readers.texts import Unit
 from lightlm.data.select.filters import Filter
@@ -238,6 +239,18 @@ def test_rows_that_datasets_streams_are_filtered(hub: Hub, tmp_path: Path) -> No
     found = [t for unit in opened.units() for texts in unit.texts(rejected.append) for t in texts.array.to_pylist()]
     assert found == [f"document {n}" for n in range(2, 30, 3)]
     assert sum(error.records for error in rejected) == 20  # type: ignore[attr-defined]
+
+
+def test_a_bad_row_that_datasets_streams_leaves_the_others(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    (folder / "a.csv").write_text("prompt,completion\nA?,B\n,D\nE?,F\n", encoding="utf-8")
+    hub.add("some/chats", folder)
+    rejected: list[DataError] = []
+    units = open_source("hf:some/chats", ChatColumns(CHAT)).units()
+    found = [text for unit in units for texts in unit.texts(rejected.append) for text in texts.array.to_pylist()]
+    assert ["A?" in found[0], "E?" in found[1]] == [True] * len(found)
+    assert ["some/chats/a.csv, row 2" in str(error) for error in rejected] == [True]
 
 
 def test_a_data_set_without_a_readme_is_read_file_by_file(hub: Hub, tmp_path: Path) -> None:

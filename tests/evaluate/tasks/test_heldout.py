@@ -153,6 +153,19 @@ def test_an_unreachable_hub_is_not_retried(world: LoadedModel, monkeypatch: pyte
     assert run_tasks(LightLM(world), Tasks(Settings(["quiz.yaml"]))).results["results"]  # local data need no Hub
 
 
+def test_folders_of_one_name_have_results_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = ["books", "data/books", "data/../old/books", str(tmp_path / "old" / "books"), "new/books", "./books"]
+    settings = [Settings(["heldout"], data=place) for place in places]
+    stems = [store.file_stem(one) for one in settings]
+    assert stems[0] == stems[1] == "heldout_books"
+    assert stems[2] == stems[3]
+    assert len(set(stems)) == len({one.chosen for one in settings}) == 4
+    assert store.file_stem(Settings(["own"], include_path="t")) == "own_t"
+    own = {store.file_stem(Settings(["own"], include_path=place)) for place in ("t", "a/t", "b/t")}
+    assert len(own) == 3
+
+
 def test_results_are_lm_evals_own_document_beside_a_file_of_facts(world: LoadedModel, tmp_path: Path) -> None:
     settings = Settings(["quiz.yaml"], num_fewshot=0, limit=4)
     tasks = Tasks(settings)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from lightlm.data.readers.records import text_of
+from lightlm.data.readers.records import texts_of
 from lightlm.data.readers.registry import reader_of
 from lightlm.data.readers.texts import BadRecord, Texts, Unit, pack
 from lightlm.data.select.filters import Filter
@@ -162,8 +162,8 @@ def _read_streamed(
             rows = datasets.load_dataset(
                 listing.builder, data_files={"train": [location]}, split="train", streaming=True, **listing.options
             )
-            texts = (text_of(row, lambda: where, text_column, row_filter, bad) for row in rows)
-            yield from pack(text for text in texts if text is not None)
+            records = ((partial("{}, row {}".format, where, number), row) for number, row in enumerate(rows, start=1))
+            yield from pack(texts_of(records, text_column, row_filter, bad))
     except hub_errors() as error:
         kind = HubError if may_pass(error) else DataError
         raise kind(f"{where}: cannot be read: {first_line(error)}") from error
