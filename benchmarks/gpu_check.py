@@ -140,7 +140,8 @@ def ddp(options: argparse.Namespace) -> dict[str, Any]:
     )
     setup = set_up(load(options, "demo", [f"train.device={options.device}", "train.compile=false"]), None, print)
     samples = setup.loader.batch(0, min(8, setup.recipe.batch_sequences))
-    batch = MicroBatch(*(part.to(setup.device) for part in samples))
+    inputs, targets = (part.to(setup.device) for part in samples)
+    batch = MicroBatch(inputs, targets)
     norms = []
     for module in (setup.loss, _replicate(setup.loss._local, setup.device, compiled=False)):
         with autocast(setup.device, setup.dtype):
