@@ -65,14 +65,6 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device's memory did not suffice; on MPS and on a CPU that is a plain RuntimeError."""
-    told = ("out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
-    )
-
-
 def release_memory(device: torch.device) -> None:
     """Return memory that torch keeps for reuse to an accelerator."""
     if device.type != "cpu":

@@ -21,7 +21,7 @@ import typer
 from rich.markup import escape
 
 from lightlm.cli.console import console
-from lightlm.errors import LightLMError
+from lightlm.errors import LightLMError, is_out_of_memory
 from lightlm.limits import cores
 from lightlm.processes import THREADS_VARIABLE, python_command, python_environment
 from lightlm.train.signals import describe_signal, handling
@@ -140,8 +140,7 @@ def report_once(world: "World") -> Iterator[None]:
     except Exception as error:
         if isinstance(error, typer.Exit) or (world.size == 1 and not launched):
             raise
-        # torch's OutOfMemoryError is known by name, without an import of torch. `main` prints each of these.
-        known = isinstance(error, LightLMError | OSError) or type(error).__name__ == "OutOfMemoryError"
+        known = isinstance(error, LightLMError | OSError) or is_out_of_memory(error)  # `main` prints each of these
         code = getattr(error, "exit_code", 1) if known else _CRASHED
         # The launcher itself reports a lost process: it knows which one ended, and why.
         if not world.first("failure") or (launched and code == _PEER_LOST):
