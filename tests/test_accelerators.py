@@ -28,6 +28,7 @@ def cuda(monkeypatch):
         "device_count": lambda: 2,
         "set_device": fake.chosen.append,
         "get_device_capability": lambda device=None: fake.capability,
+        "get_device_properties": lambda device=None: SimpleNamespace(major=fake.capability[0]),
         "mem_get_info": lambda device=None: (8_000_000_000, 16_000_000_000),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -123,7 +124,7 @@ def test_every_lack_of_memory_halves_the_batches_of_an_evaluation(monkeypatch, e
         scoring.score(model, pairs, BatchSize(130))
 
 
-def test_keys_are_repeated_where_no_fused_attention_takes_groups():
+def test_keys_are_repeated_where_no_fused_attention_takes_groups(cuda):
     asked = [
         ("cpu", torch.float32, True),
         ("cuda", torch.bfloat16, False),
@@ -131,8 +132,10 @@ def test_keys_are_repeated_where_no_fused_attention_takes_groups():
         ("cuda", torch.float32, False),
         ("mps", torch.float32, False),
     ]
-    found = [attention.attends_in_groups(kind, dtype, masked=masked) for kind, dtype, masked in asked]
+    found = [attention.attends_in_groups(torch.device(kind), dtype, masked=masked) for kind, dtype, masked in asked]
     assert found == [True, True, False, False, False]
+    cuda.capability = (7, 5)  # has no flash attention
+    assert not attention.attends_in_groups(torch.device("cuda"), torch.float16, masked=False)
 
 
 @pytest.mark.parametrize("name", [name for name, config in SHAPES.items() if config.num_kv_heads not in (0, 4)])
