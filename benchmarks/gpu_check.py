@@ -133,18 +133,20 @@ def ddp(options: argparse.Namespace) -> dict[str, Any]:
 
     from lightlm.device import autocast
     from lightlm.train.setup import set_up
-    from lightlm.train.step.parallel import _replicate
+    from lightlm.train.step.parallel import MicroBatch, _replicate
 
     dist.init_process_group(
         "nccl" if options.device.startswith("cuda") else "gloo", store=dist.HashStore(), rank=0, world_size=1
     )
     setup = set_up(load(options, "demo", [f"train.device={options.device}", "train.compile=false"]), None, print)
-    inputs, targets = (part.to(setup.device) for part in setup.loader.batch(0, min(8, setup.recipe.batch_sequences)))
+    samples = setup.loader.batch(0, min(8, setup.recipe.batch_sequences))
+    inputs, targets = (part.to(setup.device) for part in samples)
+    batch = MicroBatch(inputs, targets)
     norms = []
     for module in (setup.loss, _replicate(setup.loss._local, setup.device, compiled=False)):
         with autocast(setup.device, setup.dtype):
-            objective = module(inputs, targets).objective
-        (objective / inputs.numel()).backward()
+            objective = module(batch).objective
+        (objective / batch.inputs_BT.numel()).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(setup.model.parameters(), float("inf"))))
         setup.model.zero_grad()
     dist.destroy_process_group()

@@ -45,10 +45,10 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return the named device; `auto` is CUDA, else MPS, else the CPU.
 
     Raises:
-        UsageError: there is no such device, or this machine lacks it.
+        UsageError: there is no such device, this machine lacks it, or this torch has no code for it.
     """
     if name == "auto":
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and has_code_for(torch.device("cuda")):  # else torch warns
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     choices.check_device(name)
@@ -57,19 +57,34 @@ def pick_device(name: str = "auto") -> torch.device:
     if not available.get(device.type, False):
         offered = ", ".join(kind for kind, there in available.items() if there)
         raise UsageError(f"device '{name}' is not available; this machine has {offered}")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"device '{name}' is not available; this machine has cuda:0 to cuda:{count - 1}")
+    if device.type == "cuda" and not has_code_for(device):
+        number = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise UsageError(
+            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)} (compute capability "
+            f"{number}; it has {' '.join(torch.cuda.get_arch_list())}); install torch for another version of CUDA "
+            "(docs/install.md), or use the device cpu"
+        )
     if device.type == "cuda" and device.index is not None:
-        if device.index >= (count := torch.cuda.device_count()):
-            raise UsageError(f"device '{name}' is not available; this machine has cuda:0 to cuda:{count - 1}")
         # Streams, generators and memory that name no GPU are then this one's.
         torch.cuda.set_device(device)
     return device
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device's memory did not suffice; on MPS and on a CPU that is a plain RuntimeError."""
-    told = ("out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+def has_code_for(device: torch.device) -> bool:
+    """Return whether this torch has code for a CUDA device.
+
+    torch for CUDA 13 has none for GPUs before Turing, and still calls them available.
+    """
+    built = re.findall(r"\b(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    if not built:  # ROCm has other names
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    # Machine code (sm) runs on later minor versions; `compute`, which the driver compiles, on all later ones.
+    return any(
+        (int(first), int(second)) <= (major, minor) and (kind == "compute" or int(first) == major)
+        for kind, first, second in built
     )
 
 
@@ -154,8 +169,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    # Whole words: "RTX A1000" is not an A100, "L40" is not an L4. These variants have peaks of their own.
-    other = re.compile(r"\b(Laptop|D|Ti|Super|NVL)\b", re.IGNORECASE)
+    # Whole words: "RTX A1000" is not an A100, "L40" is not an L4. These variants, and parts of a GPU (MIG), have peaks
+    # of their own.
+    other = re.compile(r"\b(Laptop|D|Ti|Super|NVL|MIG)\b", re.IGNORECASE)
     found = (gpu.peak for part, gpu in ACCELERATORS.items() if re.search(rf"\b{part}\b", name))
     return None if other.search(name) else next(found, None)
 

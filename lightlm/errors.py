@@ -45,3 +45,13 @@ class TrainingDivergedError(LightLMError):
     """The loss or the gradient became NaN or infinite; the same run would diverge again."""
 
     exit_code = 3
+
+
+# On MPS and on a CPU the error is a plain RuntimeError, and so is that of cuBLAS, which takes memory beside torch's.
+_TOLD = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device's memory did not suffice. torch's own error is known by name: torch is not imported."""
+    told = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _TOLD)
+    return isinstance(error, RuntimeError) and told

@@ -28,6 +28,9 @@ def cuda(monkeypatch):
         "device_count": lambda: 2,
         "set_device": fake.chosen.append,
         "get_device_capability": lambda device=None: fake.capability,
+        "get_device_name": lambda device=None: "a GPU",
+        "get_device_properties": lambda device=None: SimpleNamespace(major=fake.capability[0]),
+        "get_arch_list": lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "compute_120"],
         "mem_get_info": lambda device=None: (8_000_000_000, 16_000_000_000),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -40,6 +43,24 @@ def test_a_named_gpu_becomes_the_current_one(cuda):
     assert cuda.chosen == [torch.device("cuda:1")]
     with pytest.raises(UsageError, match="cuda:2' is not available; this machine has cuda:0 to cuda:1"):
         devices.pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((6, 1), False), ((7, 0), False), ((7, 5), True), ((8, 9), True), ((11, 0), False), ((12, 1), True)],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_left_alone(cuda, monkeypatch, capability, runs):
+    """torch for CUDA 13 calls a GTX 1080 or a V100 available, and then fails at the first operation."""
+    cuda.capability = capability
+    assert devices.pick_device("auto").type == ("cuda" if runs else "cpu")
+    if runs:
+        assert devices.pick_device("cuda").type == "cuda"
+    else:
+        number = ".".join(map(str, capability))
+        with pytest.raises(UsageError, match=rf"no code for a GPU \(compute capability {number}; it has sm_75 "):
+            devices.pick_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a", "gfx942"])  # ROCm
+    assert devices.pick_device("auto").type == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +121,7 @@ def test_the_micro_batch_fits_the_precision(cuda):
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, max allowed: 9.07 GB)"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_every_lack_of_memory_halves_the_batches_of_an_evaluation(monkeypatch, error):
@@ -122,7 +144,7 @@ def test_every_lack_of_memory_halves_the_batches_of_an_evaluation(monkeypatch, e
         scoring.score(model, pairs, BatchSize(130))
 
 
-def test_keys_are_repeated_where_no_fused_attention_takes_groups():
+def test_keys_are_repeated_where_no_fused_attention_takes_groups(cuda):
     asked = [
         ("cpu", torch.float32, True),
         ("cuda", torch.bfloat16, False),
@@ -130,8 +152,10 @@ def test_keys_are_repeated_where_no_fused_attention_takes_groups():
         ("cuda", torch.float32, False),
         ("mps", torch.float32, False),
     ]
-    found = [attention.attends_in_groups(kind, dtype, masked=masked) for kind, dtype, masked in asked]
+    found = [attention.attends_in_groups(torch.device(kind), dtype, masked=masked) for kind, dtype, masked in asked]
     assert found == [True, True, False, False, False]
+    cuda.capability = (7, 5)  # has no flash attention
+    assert not attention.attends_in_groups(torch.device("cuda"), torch.float16, masked=False)
 
 
 @pytest.mark.parametrize("name", [name for name, config in SHAPES.items() if config.num_kv_heads not in (0, 4)])

@@ -18,6 +18,7 @@ from lightlm.errors import UsageError
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
     ],
 )
 def test_peaks_belong_to_whole_names(monkeypatch, name, peak):

@@ -13,8 +13,8 @@ def run(*arguments):
 
 
 def test_sections_are_measured_and_written(tmp_path):
-    done = run("--device", "cpu", "--tiny", "--only", "generation", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    done = run("--device", "cpu", "--tiny", "--only", "generation", "ddp", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
     [file] = tmp_path.glob("gpu-check-*.json")
     assert json.loads(file.read_text(encoding="utf-8"))["sections"]["generation"]["tokens_per_second_8"] > 0
     assert "| generation |" in file.with_suffix(".md").read_text(encoding="utf-8")

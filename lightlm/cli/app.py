@@ -23,11 +23,18 @@ from lightlm.cli.runs import runs
 from lightlm.cli.serve import serve
 from lightlm.cli.sweep import sweep
 from lightlm.cli.train import NEWEST, is_override, train
-from lightlm.errors import LightLMError
+from lightlm.errors import LightLMError, is_out_of_memory
 from lightlm.processes import bound_spinning
 
 # What these print is in the files that they write, too: they succeed also where standard output cannot be written.
 _RESULTS_ARE_FILES = (["train"], ["sweep"], ["prepare-data"])
+# What to do where a device is out of memory, by command.
+_NEED_LESS_MEMORY = {
+    "train": "lower train.micro_batch_size, or set train.activation_checkpointing=true",
+    "eval": "lower --batch-size",
+    "serve": "lower --batch-size",
+    "generate": "lower --num-samples or --max-new-tokens, or use --device cpu",
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,7 +114,7 @@ def _run(arguments: list[str]) -> None:
         # Permissions, a full disk, a file in place of a folder: the system's message names the path.
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
     except RuntimeError as error:
-        # torch's error, or MPS's, which is a plain one; importing `is_out_of_memory` would import torch
-        if type(error).__name__ != "OutOfMemoryError" and "out of memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        _fail(f"the device is out of memory; lower train.micro_batch_size or --batch-size. {error}", 1)
+        advice = _NEED_LESS_MEMORY.get(arguments[0], "stop other programs that use it, or take a smaller model")
+        _fail(f"the device is out of memory; {advice}. {error}", 1)

@@ -21,7 +21,7 @@ import typer
 from rich.markup import escape
 
 from lightlm.cli.console import console
-from lightlm.errors import LightLMError
+from lightlm.errors import LightLMError, is_out_of_memory
 from lightlm.limits import cores
 from lightlm.processes import THREADS_VARIABLE, python_command, python_environment
 from lightlm.train.signals import describe_signal, handling
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightlm.train.distributed import World
 
 _RENDEZVOUS = "LIGHTLM_RENDEZVOUS"  # train.distributed.RENDEZVOUS; importing it would import torch
+_LOST = "LIGHTLM_LOST"  # a file for what the first process was told that lost its connection to the others
 _DONE, _INTERRUPTED = 0, 130
 _PEER_LOST = 75  # PeerLostError.exit_code: an effect of another process's end, never the cause
 _CRASHED = 70  # EX_SOFTWARE: an unexpected exception, whose traceback is printed
@@ -50,11 +51,13 @@ def launch(command: Sequence[str], restart: Sequence[str], processes: int, max_r
             environment = _environment(processes, attempt, Path(folder))
             group = _Group(restart if attempt else command, processes, environment)
             rank, code = group.wait()
+            told = Path(environment[_LOST])
+            lost = f": {told.read_text(encoding='utf-8')}" if code == _PEER_LOST and told.is_file() else ""
         if group.interrupts:
             return _DONE if code == _DONE else _INTERRUPTED
         if code >= 0 and code not in (_PEER_LOST, _CRASHED):
             return code
-        cause = f"process {rank} of {processes} {_describe(code)}"
+        cause = f"process {rank} of {processes} {_describe(code)}{lost}"
         if attempt < max_restarts:
             then = f"restarting all from the last checkpoint ({attempt + 1} of {max_restarts})"
             console.print(f"[yellow]Note:[/] {escape(cause)}; {then}", soft_wrap=True)
@@ -74,6 +77,7 @@ def _environment(processes: int, attempt: int, folder: Path) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "TORCHELASTIC_RUN_ID": "lightlm",
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        _LOST: str(folder / "lost"),
         # Torch takes the path as it is, but for Windows.
         _RENDEZVOUS: (folder / "rendezvous").as_uri() if os.name == "nt" else f"file://{folder / 'rendezvous'}",
     }
@@ -140,10 +144,13 @@ def report_once(world: "World") -> Iterator[None]:
     except Exception as error:
         if isinstance(error, typer.Exit) or (world.size == 1 and not launched):
             raise
-        # torch's OutOfMemoryError is known by name, without an import of torch. `main` prints each of these.
-        known = isinstance(error, LightLMError | OSError) or type(error).__name__ == "OutOfMemoryError"
+        known = isinstance(error, LightLMError | OSError) or is_out_of_memory(error)  # `main` prints each of these
         code = getattr(error, "exit_code", 1) if known else _CRASHED
-        # The launcher itself reports a lost process: it knows which one ended, and why.
+        # The launcher itself reports a lost process: it knows which one ended, and why. If none did, the cause is what
+        # the first one was told, such as an error of NCCL.
+        if launched and code == _PEER_LOST:
+            with contextlib.suppress(OSError), open(os.environ[_LOST], "x", encoding="utf-8") as file:
+                file.write(str(error.__cause__ or error))
         if not world.first("failure") or (launched and code == _PEER_LOST):
             raise SystemExit(code) from None
         if known:

@@ -44,13 +44,17 @@ class Mask:
     blocks: BlockMask | None = None  # for `flex_attention`
 
 
-def attends_in_groups(device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
+def attends_in_groups(device: torch.device, dtype: torch.dtype, *, masked: bool) -> bool:
     """Return whether a fused attention of this device takes fewer keys and values than queries.
 
-    On CUDA only flash attention does, which takes 16-bit operands and no mask. For the rest, torch 2.13 would fall back
-    to its plain attention, which holds all scores (B, H, T, S). Copied keys and values are smaller.
+    On CUDA only flash attention does, which takes 16-bit operands and no mask, on GPUs from Ampere on. For the rest,
+    torch 2.13 would fall back to its plain attention, which holds all scores (B, H, T, S). Copied keys and values are
+    smaller.
     """
-    return device_type == "cpu" or (device_type == "cuda" and dtype != torch.float32 and not masked)
+    if device.type != "cuda":
+        return device.type == "cpu"
+    # The properties are constants to torch.compile.
+    return dtype != torch.float32 and not masked and torch.cuda.get_device_properties(device).major >= 8
 
 
 def masks_by_flag(device_type: str, dtype: torch.dtype) -> bool:
@@ -226,7 +230,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, scale: fl
     allowed, is_causal = mask.allowed, mask.is_causal
     if is_causal and not masks_by_flag(q_BHTK.device.type, q_BHTK.dtype):
         allowed, is_causal = _lower_triangle(q_BHTK, k_BGSK), False
-    if grouped and not attends_in_groups(k_BGSK.device.type, k_BGSK.dtype, masked=allowed is not None):
+    if grouped and not attends_in_groups(k_BGSK.device, k_BGSK.dtype, masked=allowed is not None):
         k_BGSK, v_BGSK = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k_BGSK, v_BGSK))
         grouped = False
     return F.scaled_dot_product_attention(

@@ -1,7 +1,8 @@
 """The processes of a run: their ranks, their communication and their end.
 
 torchrun, `lightlm train --nproc`, or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT starts
-them. A world of one process has no process group, and its methods do not communicate.
+them, and on several machines LOCAL_RANK and LOCAL_WORLD_SIZE, which are those of one machine unless set. A world of one
+process has no process group, and its methods do not communicate.
 """
 
 import atexit
@@ -71,9 +72,10 @@ class World:
             if device.index is not None:
                 raise UsageError(f"train.device={name} names one GPU for {self.size} processes; use train.device=cuda")
             if self.local_size > count:
+                several = "" if "LOCAL_WORLD_SIZE" in os.environ else "set LOCAL_WORLD_SIZE and LOCAL_RANK on several, "
                 raise UsageError(
-                    f"{self.local_size} processes on this machine need a GPU each, and this one sees {count}; start "
-                    f"{count}, let each see all GPUs (no CUDA_VISIBLE_DEVICES or --gpus-per-task of one), or use "
+                    f"{self.local_size} processes on this machine need a GPU each, and this one sees {count}; {several}"
+                    f"start {count}, let each see all GPUs (no CUDA_VISIBLE_DEVICES or --gpus-per-task of one), or use "
                     "train.device=cpu"
                 )
             device = torch.device("cuda", self.local_rank)

@@ -178,6 +178,9 @@ def set_up(
     document_separator = separator if recipe.data.document_mask else None
     teacher = taught.live if taught else None
     loss = ParallelLoss(model, world, recipe, device, dtype, document_separator, teacher)
+    # Before the optimizer's state takes memory, so that a resumed run gets the size of a new one. Free memory may
+    # differ between devices: the smallest size serves all.
+    size = min(world.gather(micro_batch_size(recipe, device, world.size, dtype=dtype)))
     optimizer = build_optimizer(model, recipe.optimizer, dtype)
     progress = Progress()
     if resume_from is not None:
@@ -195,8 +198,6 @@ def set_up(
     loader = _loader(recipe, data, taught)
     _note_conversations(loader, recipe, note)
     given = recipe.train.micro_batch_size
-    # Free memory may differ between devices: the smallest size serves all.
-    size = min(world.gather(micro_batch_size(recipe, device, world.size, dtype=dtype)))
     if given not in ("auto", size):
         note(f"train.micro_batch_size={given} exceeds the {size} sequences that each process has of a batch")
     gradients = Gradients(loss, loader, recipe, size, note, LossScale(dtype, progress.loss_scale))

@@ -49,6 +49,21 @@ def test_messages_repeat_what_was_given_letter_for_letter(lightlm):
     assert "train:100: write the number of entries" in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [("train", "lower train.micro_batch_size"), ("serve", "lower --batch-size"), ("generate", "use --device cpu")],
+)
+def test_a_device_out_of_memory_is_one_message(lightlm, monkeypatch, command, advice):
+    def fail(arguments):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr("lightlm.cli.app.app", fail)
+    outcome = lightlm(command, "x")
+    assert outcome.code == 1
+    assert outcome.stderr.startswith("Error: the device is out of memory; ")
+    assert advice in outcome.stderr
+
+
 def test_python_dash_m_is_the_same_command():
     result = subprocess.run([sys.executable, "-m", "lightlm", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"lightlm {package.__version__}\n"

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +73,23 @@ def test_windows_workers_that_save_are_not_killed(group, monkeypatch):
     assert [worker.received for worker in workers] == [[], []]
     started._interrupt(signal.SIGINT, None)  # a second Ctrl-C
     assert [worker.received for worker in workers] == [["kill"], ["kill"]]
+
+
+def test_a_connection_that_no_ended_process_explains_is_explained(monkeypatch, capfd):
+    """Such as NCCL's in a container whose /dev/shm is too small: all processes lose each other, and none is killed."""
+    code = """
+from types import SimpleNamespace
+from lightlm.cli.launch import report_once
+from lightlm.errors import LightLMError
+
+class LostError(LightLMError):
+    exit_code = 75
+
+with report_once(SimpleNamespace(size=2, first=lambda event: True)):
+    raise LostError("lost") from RuntimeError("NCCL error: no room for /dev/shm/nccl-abc")
+"""
+    monkeypatch.setattr(launch, "python_command", lambda *_: [sys.executable, "-c", code])
+    assert launch.launch(["train"], ["train"], 2, 0) == 1
+    shown = capfd.readouterr().err
+    assert "lost its connection to the others: NCCL error: no room for /dev/shm/nccl-abc; " in shown
+    assert shown.count("NCCL") == 1

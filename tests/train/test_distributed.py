@@ -187,7 +187,12 @@ def test_devices_that_processes_cannot_share(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    with pytest.raises(UsageError, match="need a GPU each, and this one sees 1"):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="need a GPU each, and this one sees 1; start 1"):
+        two.pick_device("cuda")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # a launcher that sets only ranks, perhaps on two machines
+    with pytest.raises(UsageError, match="sees 1; set LOCAL_WORLD_SIZE and LOCAL_RANK on several, start 1"):
         two.pick_device("cuda")
     with pytest.raises(UsageError, match="names one GPU for 2 processes"):
         two.pick_device("cuda:0")

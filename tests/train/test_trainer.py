@@ -18,6 +18,7 @@ from lightlm.model.transformer import Transformer
 from lightlm.optim.groups import build_optimizer
 from lightlm.recipe import load_recipe
 from lightlm.runs import find_run
+from lightlm.train import setup
 from lightlm.train.checkpointing.resume import reopen_run
 from lightlm.train.observe.metrics import read_metrics
 from lightlm.train.step import compilation, gradients
@@ -359,6 +360,17 @@ def test_automatic_micro_batches_fit_a_gpus_memory(monkeypatch):
     for gigabytes, sequences in ((80, 16), (24, 4), (1, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=gigabytes: (n * 2**30, n * 2**30))
         assert micro_batch_size(recipe, torch.device("cuda")) == sequences
+
+
+def test_a_resumed_run_gets_the_micro_batch_of_a_new_one(monkeypatch):
+    """On a GPU it follows from free memory, which the optimizer's state of a checkpoint would reduce."""
+    state, plain = [], setup.load_named_state
+    monkeypatch.setattr(setup, "load_named_state", lambda *given: plain(*given) or state.append(given))
+    monkeypatch.setattr(setup, "micro_batch_size", lambda *_, **__: 1 if state else 2)
+    _, watch = start(name="roomy", watch=Recorder(terminate_at=1))
+    _, rest = resume("roomy", "train.tokens=2560")
+    assert state
+    assert (watch.facts["micro_batch"], rest.facts["micro_batch"]) == (2, 2)
 
 
 def test_automatic_micro_batches_fit_the_machines_memory(monkeypatch):

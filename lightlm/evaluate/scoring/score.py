@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightlm.device import is_out_of_memory, keep_freed_memory, release_memory
-from lightlm.errors import LightLMError
+from lightlm.device import keep_freed_memory, release_memory
+from lightlm.errors import LightLMError, is_out_of_memory
 from lightlm.evaluate.scoring.batches import BatchSize
 from lightlm.evaluate.scoring.packing import Request, Tree, batches, plan
 from lightlm.model.decoding.cache import KVCache

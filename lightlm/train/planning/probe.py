@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from lightlm.device import autocast, is_out_of_memory
-from lightlm.errors import LightLMError
+from lightlm.device import autocast
+from lightlm.errors import LightLMError, is_out_of_memory
 from lightlm.processes import python_command, python_environment
 from lightlm.recipe import Recipe, parse_recipe
 from lightlm.train.observe.metrics import peak_memory

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightlm.data.loader import BatchLoader
-from lightlm.device import autocast, is_out_of_memory, release_memory
-from lightlm.errors import LightLMError, RecipeError
+from lightlm.device import autocast, release_memory
+from lightlm.errors import LightLMError, RecipeError, is_out_of_memory
 from lightlm.limits import memory
 from lightlm.model.counting import count_parameters
 from lightlm.model.fused import kept_weight_copies
