@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -129,4 +130,7 @@ def test_runs_and_checkpoints_are_found(saved, monkeypatch, tmp_path, tokenizer)
     assert (run / "checkpoints/latest").resolve() == newer.resolve()
     with pytest.raises(CheckpointError, match=r"no run at two.*runs here: one"):
         find_run("two")
+    for folder in ("runs", "."):
+        with pytest.raises(CheckpointError, match=rf"no run at {re.escape(folder)}: .* such as runs.one$"):
+            find_run(folder)
     assert checkpoint.load_model(newer).name == "one/step_1000000"

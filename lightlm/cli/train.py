@@ -279,6 +279,7 @@ def _shortened(
     recipe: "Recipe", data: "TrainingData", request: _Request, minutes: float, display: "TrainingDisplay"
 ) -> "Recipe":
     """Return the recipe, with fewer tokens if this machine needs longer than the limit for them."""
+    from lightlm.cli.displays.sweep import duration
     from lightlm.convert.load import find_start
     from lightlm.quantities import format_quantity
     from lightlm.recipe import load_recipe
@@ -298,9 +299,10 @@ def _shortened(
     if fit.tokens >= recipe.train.tokens:
         return recipe
     display.note(
-        f"at {fit.tokens_per_second:,.0f} tokens/s, the {format_quantity(recipe.train.tokens)} tokens of this recipe "
-        f"would take {fit.seconds / 60:.0f} minutes; training on {format_quantity(fit.tokens)} instead, "
-        f"to end within {minutes:g} minutes (--max-minutes)"
+        f"the start took {duration(fit.spent)} of --max-minutes {minutes:g}, and at {fit.tokens_per_second:,.0f} "
+        f"tokens/s the {format_quantity(recipe.train.tokens)} tokens of this recipe take {duration(fit.seconds)} more; "
+        f"training on {format_quantity(fit.tokens)} instead"
+        + (", a single step; allow more minutes" if fit.tokens <= recipe.train.batch_tokens else "")
     )
     assert request.recipe is not None
     return load_recipe(request.recipe, [*request.changes, f"train.tokens={fit.tokens}"], _silently, find_start)

@@ -38,7 +38,9 @@ def render_page(
     names = [record.name for record in records]
     scores = score_table(score_lines(records), names, comparisons, baselines)
     headings, rows = summary_table(records)
-    machine = dict.fromkeys(key for record in records for key in record.machine if key != "earlier")
+    machine = dict.fromkeys(
+        key for record in records for key, value in record.machine.items() if key != "earlier" and value is not None
+    )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

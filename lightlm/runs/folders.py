@@ -204,6 +204,9 @@ def find_run(reference: str | Path | None = None) -> Path:
             f"no run yet: {newest} does not exist in {Path.cwd()}; "
             "train a model first (`lightlm train recipes/demo.yaml`) or name a model folder"
         )
+    inside = sorted(path.parent for pattern in ("*", "runs/*") for path in reference.glob(f"{pattern}/{RECIPE}"))
+    if inside:  # a sweep, a project, or `runs` itself
+        raise CheckpointError(f"no run at {reference}: it holds several; name them, such as {inside[0]}")
     raise CheckpointError(f"no run at {reference}: it holds no {RECIPE}; runs here: {run_names()}")
 
 

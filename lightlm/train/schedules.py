@@ -294,8 +294,12 @@ def note_on_resume(before: Recipe, after: Recipe, tokens: int) -> str | None:
         return None
     reached = ", its peak," if new >= (1 - _NEARLY) * peak else f" (peak: {peak:.3g})"
     text = f"the learning rate goes from {old:.3g} to {new:.3g}{reached} at once"
-    if before.train.tokens != after.train.tokens:
-        text += f": train.tokens was {before.train.tokens:,}, and is {after.train.tokens:,} now"
+    settings = [
+        ("optimizer.lr", f"{before.optimizer.lr:.3g}", f"{peak:.3g}"),
+        ("train.tokens", f"{before.train.tokens:,}", f"{after.train.tokens:,}"),
+    ]
+    causes = [f"{key} was {was}, and is {now} now" for key, was, now in settings if was != now]
+    text += f": {', '.join(causes)}" if causes else ""
     return text + (". To let it rise from 0 instead, add schedule.rewarmup=2%" if new > old else "")
 
 

@@ -249,8 +249,12 @@ def test_a_time_limit_shortens_a_new_run_and_says_so(lightlm, workspace, monkeyp
     assert outcome.code == 0
     words = " ".join(outcome.stderr.split())
     assert re.search(
-        r"at 64 tokens/s, the 1M tokens of this recipe would take 26\d minutes; training on [23][.\d]*K", words
+        r"the start took \d+ s of --max-minutes 1, and at 64 tokens/s the 1M tokens of this recipe take 4\.\d h more; "
+        r"training on [23][.\d]*K instead",
+        words,
     )
+    hasty = lightlm("train", "tiny.yaml", "train.tokens=1M", "--max-minutes", "1e-3", "--dry-run")
+    assert "instead, a single step; allow more minutes" in " ".join(hasty.stderr.split())
     tokens = yaml.safe_load((workspace / "runs" / "limited" / "recipe.yaml").read_text(encoding="utf-8"))["train"]
     steps = (workspace / "runs" / "limited" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(steps[-1])

@@ -217,13 +217,18 @@ def test_a_report_leaves_no_plots_of_the_one_that_it_replaces(tmp_path):
     assert set((tmp_path / "out" / "plots").iterdir()) == after
 
 
-def test_machines_of_earlier_steps_are_no_row(tmp_path):
+def test_machines_of_earlier_steps_and_what_is_unknown_are_no_rows(tmp_path):
     run = write_run(tmp_path / "moved", rows(2))
-    machine = {"processor": "Neumann", "earlier": [{"processor": "Zuse", "after_step": 0}]}
+    machine = {
+        "processor": "Neumann",
+        "working_directory_commit": None,
+        "earlier": [{"processor": "Zuse", "after_step": 0}],
+    }
     (run / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
     page = write_report([run]).page.read_text(encoding="utf-8")
     assert "Neumann" in page
     assert "Zuse" not in page
+    assert "working directory commit" not in page
 
 
 def test_a_file_without_results_becomes_a_note(tmp_path):

@@ -52,6 +52,15 @@ def test_more_tokens_after_the_decay_are_announced_and_may_warm_up_again():
     assert load_run_recipe(run).schedule.rewarmup_from == 10240
 
 
+def test_a_changed_rate_is_named_as_the_cause():
+    start(*SHORT, name="lowered", watch=Recorder(terminate_at=12))
+    _, watch = resume("lowered", "optimizer.lr=0.004", watch=Recorder(terminate_at=13))
+    (note,) = about_the_rate(watch)
+    assert "goes from 0.01 to 0.004" in note
+    assert "optimizer.lr was 0.01, and is 0.004 now" in note
+    assert "train.tokens" not in note
+
+
 def test_an_interrupted_rewarmup_continues_where_it_was():
     """As in a job that a cluster starts again with the same command."""
     for name, interruptions in (("steady", [None]), ("disturbed", [22, 24, None])):

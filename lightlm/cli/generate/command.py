@@ -301,7 +301,10 @@ def _check_mode(
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other; name one of them")
     if (jsonl is None) != (out is None):
-        raise UsageError("--jsonl IN and --out OUT go together: prompts and answers")
+        raise UsageError(
+            "--jsonl IN and --out OUT go together: prompts and answers. The text of one prompt goes to a file with "
+            '> FILE: lightlm generate "Once" > samples.txt'
+        )
     if out is not None and jsonl is not None and out.exists() and jsonl.exists() and out.samefile(jsonl):
         raise UsageError(f"--out {out} is the file of prompts; name another file for the answers")
     if out is not None and (not out.parent.is_dir() or (out.exists() and not out.is_file())):

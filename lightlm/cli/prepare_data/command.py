@@ -215,7 +215,7 @@ def prepare_data(
                 if Workspace(folder.absolute()).path.exists() or unfinished(folder).exists():
                     console.print("Stopped. Progress is saved. Rerun the same command to resume.")
                 raise
-    summary = _summary(manifest, folder, time.perf_counter() - started, verified=verify)
+    summary = _summary(manifest, folder, tokenizer, time.perf_counter() - started, verified=verify)
     if sample:
         summary["samples"] = DataFolder.open(folder).beginnings(sample)
     print_summary(summary, manifest, as_json)
@@ -244,7 +244,19 @@ def _finished_folder(source: str | None) -> Path | None:
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 
 
-def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool) -> dict[str, Any]:
+def _is_model(tokenizer: str | None) -> bool:
+    """Return whether a run can start from what `--tokenizer` names, which is not a tokenizer only."""
+    from lightlm.data.tokenizer.named import tokenizer_path
+
+    if tokenizer is None:
+        return False
+    path = tokenizer_path(tokenizer)
+    return path is None or (path / "config.json").is_file()
+
+
+def _summary(
+    manifest: Manifest, folder: Path, tokenizer: str | None, seconds: float, *, verified: bool
+) -> dict[str, Any]:
     """Return what `--json` prints and the table shows."""
     from lightlm.data.folder import dataset_reference
     from lightlm.data.top_tokens import read_stored_teacher
@@ -252,12 +264,15 @@ def _summary(manifest: Manifest, folder: Path, seconds: float, *, verified: bool
     stored = read_stored_teacher(folder)
     text_bytes = sum(manifest.text_bytes.values())
     unread = verified or manifest.already_prepared
-    recipe = "demo" if manifest.chat is None else "chat-demo" if manifest.source == "skills" else "chat"
+    # A new tokenizer is no model's, so its conversations train a new one.
+    new = str(manifest.settings.get("tokenizer")).startswith("train:")
+    recipe = "demo" if manifest.chat is None else "chat-demo" if new else "chat"
     # The demo recipes read these by default.
-    default = folder in (Path("data/pydocs"), Path("data/skills"))
+    default = recipe != "chat" and folder in (Path("data/pydocs"), Path("data/skills"))
     dataset = "" if default else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
+    start = f" {shlex.quote(f'train.init_from={tokenizer}')}" if recipe == "chat" and _is_model(tokenizer) else ""
     taught = "" if stored is None else " train.distill.teacher=stored"
-    training = f"lightlm train recipes/{recipe}.yaml{dataset}{taught}"
+    training = f"lightlm train recipes/{recipe}.yaml{dataset}{start}{taught}"
     scoring = f"lightlm eval MODEL --tasks heldout --data {shlex.quote(folder.as_posix())}"
     return {
         "folder": folder.as_posix(),

@@ -38,10 +38,7 @@ A language model of {parameters:,} parameters, exported from LightLM {version} a
 
     tokenizer = AutoTokenizer.from_pretrained("{path}")
     model = AutoModelForCausalLM.from_pretrained("{path}")
-    inputs = tokenizer("Once upon a time", return_tensors="pt")
-    print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-
-Or with LightLM: `lightlm generate "Once upon a time" --checkpoint {shell_path}`
+{use}
 
 ## Model
 
@@ -65,6 +62,17 @@ included.
 
 {license}
 {recipe}"""
+_CONTINUE = """    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+
+Or with LightLM: `lightlm generate "Once upon a time" --checkpoint {}`"""
+# Without its template, a model that learned conversations gets a text unlike any that it has seen.
+_ANSWER = """    messages = [{{"role": "user", "content": "Hello"}}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=50)[0]
+    print(tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+Or with LightLM: `lightlm generate --chat "Hello" --checkpoint {}`"""
 _NO_LICENSE = """None is chosen yet. Before you publish the model, replace `license: unknown` at the top of this file,
 or export it with `--license`, and check what the licenses of the training data and of a base model ask for."""
 _LICENSED = "`{}` for the weights. Training data and a base model may have licenses of their own."
@@ -113,7 +121,7 @@ def model_card(loaded: LoadedModel, path: str, *, architecture: str, parameters:
         version=__version__,
         architecture=architecture,
         path=path,
-        shell_path=shlex.quote(path),
+        use=(_ANSWER if "chat_template" in loaded.tokenizer.settings else _CONTINUE).format(shlex.quote(path)),
         shape=_table(("", ""), _shape(loaded.model)),
         source=_source(loaded),
         origin="\n".join(f"- {line}" for line in _origin(recipe, measured.get("tokens"))),

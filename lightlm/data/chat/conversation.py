@@ -144,7 +144,7 @@ class ChatColumns(str):
         """Return the error for a record that has no form."""
         return DataError(
             f"{where}: no conversation: the columns {self.wanted} were expected; there are: "
-            f"{', '.join(columns[:30]) or 'none'}. Name the one with the messages: --text-column NAME"
+            f"{', '.join(columns[:30]) or 'none'}. Rename them, or name the one with the messages: --text-column NAME"
         )
 
     def _having(self, columns: Collection[str]) -> list[Form]:

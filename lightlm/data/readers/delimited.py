@@ -14,7 +14,7 @@ from lightlm.data.readers.file import File
 from lightlm.data.readers.opening import head_of, open_text
 from lightlm.data.readers.recognition import holds_nul, not_utf8
 from lightlm.data.readers.records import missing_column, text_of
-from lightlm.data.readers.texts import CHUNK_BYTES, RECORD_BYTES, BadRecord, Omitted, Texts, Unit, pack, too_large
+from lightlm.data.readers.texts import CHUNK_BYTES, NULL, RECORD_BYTES, BadRecord, Omitted, Texts, Unit, pack, too_large
 from lightlm.data.select.filters import FILTERED, Filter
 from lightlm.errors import DataError
 
@@ -52,8 +52,10 @@ def read_delimited(
 
 
 def separator_of(head: bytes, separators: str, text_column: str) -> str:
-    """Return the first separator with which the first line names the text column; else the first of all."""
-    return next((each for each in separators if _is_named(text_column, _header(head, each))), separators[0])
+    """Return the first separator with which the first line names the text column; else that of the most columns."""
+    names = {each: _header(head, each) for each in separators}
+    named = (each for each in separators if _is_named(text_column, names[each]))
+    return next(named, max(separators, key=lambda each: len(names[each])))
 
 
 def _header(head: bytes, separator: str) -> list[str]:
@@ -111,6 +113,9 @@ class _Table:
             if row is None:
                 return
             if not row:  # a blank line
+                continue
+            if isinstance(self._text_column, ChatColumns) and not any(field.strip() for field in row):
+                bad(Omitted(NULL))  # spreadsheets export their empty rows
                 continue
             try:
                 self._require_no_nul(row, begins)

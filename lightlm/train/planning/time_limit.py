@@ -21,11 +21,13 @@ class Fit:
         tokens: whole batches, at least one; `train.tokens` of the recipe if all fit.
         seconds: time of the whole recipe, validations included.
         tokens_per_second: speed of training.
+        spent: seconds of the limit that were gone when the steps had been timed.
     """
 
     tokens: int
     seconds: float
     tokens_per_second: float
+    spent: float
 
 
 def fit_time(recipe: Recipe, data: TrainingData, minutes: float, began: float | None = None) -> Fit:
@@ -55,7 +57,7 @@ def fit_probe(probe: Probe, recipe: Recipe, data: TrainingData, minutes: float, 
     sizes = run_sizes(recipe, data)
     rate = sizes["tokens"] / probe.training_seconds(recipe, sizes["tokens"], sizes["steps"])
     if total <= limit:
-        return Fit(whole, total, rate)
+        return Fit(whole, total, rate, spent)
     fits, exceeds = 1, -(-whole // batch)  # batches
     while exceeds - fits > 1:
         middle = (fits + exceeds) // 2
@@ -63,4 +65,4 @@ def fit_probe(probe: Probe, recipe: Recipe, data: TrainingData, minutes: float, 
             fits = middle
         else:
             exceeds = middle
-    return Fit(fits * batch, total, rate)
+    return Fit(fits * batch, total, rate, spent)

@@ -70,6 +70,17 @@ def test_both_conversions_keep_them(tmp_path: Path) -> None:
     assert theirs.eos_token == "<|im_end|>"
 
 
+@pytest.mark.parametrize("chats", [True, False])
+def test_the_card_asks_a_chat_model_by_its_template(tmp_path: Path, chats: bool, capsys: Any) -> None:
+    settings = {key: value for key, value in SETTINGS.items() if chats or key != "chat_template"}
+    export_huggingface(import_huggingface(write_folder(tmp_path / "hf", settings=settings)), tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert ("lightlm generate --chat" in card) is chats
+    assert ("apply_chat_template" in card) is chats
+    exec("\n".join(line[4:] for line in card.partition("\n## Model")[0].splitlines() if line.startswith("    ")), {})
+    assert capsys.readouterr().out
+
+
 def test_the_end_of_the_documents_of_a_run_is_added(tmp_path: Path) -> None:
     """It may have been trained on documents that end otherwise than the model it began with."""
     folder = write_folder(tmp_path / "hf", GENERATION | {"eos_token_id": 5}, {"eos_token": "<s>"}, eos_token_id=0)

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightlm.data.chat.conversation import ChatColumns
+from lightlm.data.folder import DataFolder
 from lightlm.data.prepare.run import prepare
 from lightlm.data.readers import delimited
 from lightlm.data.select.filters import Filter
@@ -76,7 +78,20 @@ def test_a_header_in_another_encoding_is_one_bad_file(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("text\nwords\n", encoding="utf-8")
     made = prepare(str(tmp_path / "*.csv"), "train:300", tmp_path / "out", skip_bad=True, val_fraction=0)
     assert made.dropped == {"unreadable": 1}
-    assert r"there are: id;texte;cat\udce9gorie" in made.bad[0]
+    assert r"there are: id, texte, cat\udce9gorie" in made.bad[0]
+
+
+def test_conversations_as_a_spreadsheet_exports_them(tmp_path: Path) -> None:
+    """With a byte-order mark, semicolons, line ends in cells, and empty rows below the table."""
+    path = tmp_path / "a.csv"
+    rows = 'Question;Answer\r\n"Red light.\r\nWhat now?";"Unplug it; wait."\r\n' + ";\r\n" * 300
+    path.write_bytes(("\ufeff" + rows).encode())
+    with pytest.raises(DataError, match=r"there are: Question, Answer\. Rename them"):
+        prepare(str(path), "train:300", tmp_path / "out", text_column=ChatColumns("chat"))
+    path.write_bytes(("\ufeff" + rows.replace("Question;Answer", "prompt;completion")).encode())
+    made = prepare(str(path), "train:300", tmp_path / "out", text_column=ChatColumns("chat"), val_fraction=0)
+    assert (made.documents("train"), made.dropped) == (1, {"null": 300})
+    assert "Red light.\r\nWhat now?" in DataFolder.open(tmp_path / "out").beginnings(1)[0]
 
 
 def test_filters_compare_fields_as_what_they_are_compared_with(tmp_path: Path) -> None:
