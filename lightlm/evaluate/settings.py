@@ -7,7 +7,6 @@ from pathlib import Path
 from lightlm.errors import UsageError
 
 BOS = {"auto": None, "yes": True, "no": False}  # values of the harness's `add_bos_token`
-BOS_IN_WORDS = {"yes": "with a beginning-of-text token", "no": "without a beginning-of-text token"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,10 @@ class Settings:
     @property
     def chosen(self) -> str:
         """What was asked for beside tasks and prompts and changes scores, in words; empty for the defaults."""
+        before = {"auto": "", "yes": "with a beginning-of-text token", "no": "without a beginning-of-text token"}
         data = "" if self.data is None else f"data {self.data_name}"
         tasks = "" if self.include_path is None else f"tasks of {self.include_name}"
-        return ", ".join(
-            filter(None, ["" if self.dtype == "auto" else self.dtype, BOS_IN_WORDS.get(self.bos), data, tasks])
-        )
+        return ", ".join(filter(None, ["" if self.dtype == "auto" else self.dtype, before[self.bos], data, tasks]))
 
     @property
     def data_name(self) -> str:

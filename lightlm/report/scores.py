@@ -1,13 +1,10 @@
 """The runs' scores side by side, and pairwise comparisons of runs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from itertools import chain
 
 from lightlm.evaluate.compare.comparison import Comparison, adjust, compare_pair
 from lightlm.evaluate.compare.table import Line, Score, count_documents
 from lightlm.evaluate.compare.table import score_lines as lines_of
-from lightlm.evaluate.settings import BOS_IN_WORDS
 from lightlm.report.record import Record
 
 
@@ -24,32 +21,7 @@ def score_lines(records: Sequence[Record]) -> list[Line]:
         facts = [f"{shots}-shot" if shots else "", protocol.chat, protocol.chosen]
         return ", ".join(filter(None, [f"{count}{' (cut)' if score.limit else ''}", *facts]))
 
-    models = _without_restated([record.scores for record in records])
-    return lines_of([sorted(scores, key=lambda score: score.step or 0) for scores in models], describe)
-
-
-def _without_restated(models: Sequence[Sequence[Score]]) -> list[list[Score]]:
-    """Return the scores; a precision or --bos that was chosen but equals what all others took by `auto` is left out."""
-
-    def parts(score: Score) -> list[str]:
-        return score.answers.protocol.chosen.split(", ")
-
-    def taken(score: Score) -> tuple[str | None, str | None]:
-        protocol = score.answers.protocol
-        return protocol.dtype, BOS_IN_WORDS.get(protocol.bos or "")
-
-    automatic: tuple[set[str | None], ...] = (set(), set())
-    for score in chain.from_iterable(models):
-        for values, value in zip(automatic, taken(score), strict=True):
-            values.update([] if value in parts(score) else [value])
-    restated = {value for values in automatic if len(values) == 1 for value in values}
-
-    def plain(score: Score) -> Score:
-        chosen = ", ".join(part for part in parts(score) if part not in restated)
-        protocol = replace(score.answers.protocol, chosen=chosen)
-        return replace(score, answers=replace(score.answers, protocol=protocol))
-
-    return [[plain(score) for score in scores] for scores in models]
+    return lines_of([sorted(record.scores, key=lambda score: score.step or 0) for record in records], describe)
 
 
 def widest(lines: Iterable[Line], runs: Iterable[int]) -> list[Line]:

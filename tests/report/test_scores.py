@@ -12,7 +12,7 @@ from lightlm.evaluate.settings import Settings
 from lightlm.report.build import refresh_report, renew_report, write_report
 from lightlm.report.charts.plots import draw_plots
 from lightlm.report.record import read_records
-from lightlm.report.scores import compare_runs, score_lines
+from lightlm.report.scores import compare_runs
 from tests.report.run_folder import rows, write_run
 
 N = 200
@@ -148,15 +148,6 @@ def test_scores_with_other_settings_are_lines_of_their_own(runs, tmp_path):
     label = "200, bfloat16, with a beginning-of-text token, data other, tasks of tasks"
     assert f"<td>{label}</td><td>0.5000</td><td>0.7000 ±" in text
     assert chart_of(runs[:1]).chart.axes.patches[0].get_height() == 0.5
-
-
-def test_a_setting_that_names_what_the_others_took_by_themselves_is_no_line_of_its_own(runs):
-    token = {"before_contexts": [{"id": 1, "token": "<s>"}]}
-    write_scores(runs[0], {"piqa": 100}, facts={"dtype": "float32", "bos": token})
-    for dtype, counts in (("float32", ["200"]), ("bfloat16", ["200", "200, bfloat16"])):
-        chosen = Settings(["piqa"], dtype=dtype, bos="yes").chosen
-        write_scores(runs[1], {"piqa": 140}, facts={"dtype": dtype, "bos": token, "chosen": chosen})
-        assert [line.documents for line in score_lines(read_records(runs))] == counts
 
 
 def test_another_precision_is_noted(runs):
