@@ -47,8 +47,9 @@ class TrainingDivergedError(LightLMError):
     exit_code = 3
 
 
-# On MPS and on a CPU the error is a plain RuntimeError, and so is that of cuBLAS, which takes memory beside torch's.
-_TOLD = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# On MPS and on a CPU (the third text is that of Windows) the error is a plain RuntimeError, and so is that of cuBLAS,
+# which takes memory beside torch's.
+_TOLD = ("out of memory", "can't allocate memory", "not enough memory: you tried", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

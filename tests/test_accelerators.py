@@ -11,6 +11,7 @@ from lightlm import device as devices
 from lightlm.errors import RecipeError, UsageError
 from lightlm.evaluate.scoring import score as scoring
 from lightlm.evaluate.scoring.batches import BatchSize
+from lightlm.evaluate.tasks.checks import reason_of
 from lightlm.model import attention
 from lightlm.model.decoding.trees import Trees
 from lightlm.recipe import load_recipe
@@ -121,10 +122,12 @@ def test_the_micro_batch_fits_the_precision(cuda):
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, max allowed: 9.07 GB)"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory: you tried"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_every_lack_of_memory_halves_the_batches_of_an_evaluation(monkeypatch, error):
+    assert reason_of(error) == "the device is out of memory; lower --batch-size"
     model, score_batch, sizes = build("llama"), scoring._score_batch, []
     pairs = [([first, 1, 2], [3]) for first in range(40)]
     whole = scoring.score(model, pairs, BatchSize(4096))

@@ -33,7 +33,7 @@ _NEED_LESS_MEMORY = {
     "train": "lower train.micro_batch_size, or set train.activation_checkpointing=true",
     "eval": "lower --batch-size",
     "serve": "lower --batch-size",
-    "generate": "lower --num-samples or --max-new-tokens, or use --device cpu",
+    "generate": "lower --num-samples or --max-new-tokens (with --jsonl, --batch-size), or take another --device",
 }
 
 app = typer.Typer(

@@ -150,7 +150,7 @@ def report_once(world: "World") -> Iterator[None]:
         # the first one was told, such as an error of NCCL.
         if launched and code == _PEER_LOST:
             with contextlib.suppress(OSError), open(os.environ[_LOST], "x", encoding="utf-8") as file:
-                file.write(str(error.__cause__ or error))
+                file.write(str(error.__cause__ or error).strip())
         if not world.first("failure") or (launched and code == _PEER_LOST):
             raise SystemExit(code) from None
         if known:

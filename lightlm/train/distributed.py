@@ -78,8 +78,7 @@ class World:
                     f"start {count}, let each see all GPUs (no CUDA_VISIBLE_DEVICES or --gpus-per-task of one), or use "
                     "train.device=cpu"
                 )
-            device = torch.device("cuda", self.local_rank)
-            torch.cuda.set_device(device)
+            return pick_device(f"cuda:{self.local_rank}")
         return device
 
     def barrier(self) -> None:

@@ -51,7 +51,11 @@ def test_messages_repeat_what_was_given_letter_for_letter(lightlm):
 
 @pytest.mark.parametrize(
     ("command", "advice"),
-    [("train", "lower train.micro_batch_size"), ("serve", "lower --batch-size"), ("generate", "use --device cpu")],
+    [
+        ("train", "lower train.micro_batch_size"),
+        ("serve", "lower --batch-size"),
+        ("generate", "with --jsonl, --batch-size"),
+    ],
 )
 def test_a_device_out_of_memory_is_one_message(lightlm, monkeypatch, command, advice):
     def fail(arguments):

@@ -196,6 +196,13 @@ def test_devices_that_processes_cannot_share(monkeypatch):
         two.pick_device("cuda")
     with pytest.raises(UsageError, match="names one GPU for 2 processes"):
         two.pick_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert World(1, 2, 1, 2).pick_device("cuda") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_86"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1) if device.index else (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1080")
+    with pytest.raises(UsageError, match="has no code for NVIDIA GeForce GTX 1080"):
+        World(1, 2, 1, 2).pick_device("cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(UsageError, match="cannot train on MPS"):
         two.pick_device("mps")

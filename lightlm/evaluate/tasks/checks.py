@@ -17,7 +17,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.config.task import TaskConfig
 
 from lightlm.data.sources.hub.client import first_line
-from lightlm.errors import DataError, LightLMError
+from lightlm.errors import DataError, LightLMError, is_out_of_memory
 from lightlm.evaluate.generation import Generation
 from lightlm.evaluate.tasks.index import ROOT
 
@@ -66,9 +66,9 @@ def reason_of(error: BaseException) -> str:
     """Return an error's first line; with its type unless its message is a sentence for users."""
     if isinstance(error, LightLMError):
         return str(error)
-    named = type(error).__name__
-    if named == "OutOfMemoryError":  # torch's
+    if is_out_of_memory(error):
         return "the device is out of memory; lower --batch-size"
+    named = type(error).__name__
     return first_line(error) if first_line(error) == named else f"{named}: {first_line(error)}"
 
 
