@@ -4,11 +4,14 @@ large_document.py and prepare_data.py measure whole processes, which must be sma
 """
 
 import argparse
+import atexit
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from lightlm.cli.console import guard_streams
+from lightlm.cli.console import guard_streams, lost_output
 from lightlm.files import write_text
 
 
@@ -18,7 +21,14 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     From then on a reader of the output that leaves (`| head`) ends no benchmark.
     """
     guard_streams()
+    atexit.register(_fail_without_output)
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _fail_without_output() -> None:
+    if error := lost_output():  # such as a full disk
+        print(f"Error: the output could not be written ({error.strerror})", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def write_json(result: Any, out: Path | None) -> None:

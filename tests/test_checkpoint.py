@@ -130,6 +130,8 @@ def test_runs_and_checkpoints_are_found(saved, monkeypatch, tmp_path, tokenizer)
     assert (run / "checkpoints/latest").resolve() == newer.resolve()
     with pytest.raises(CheckpointError, match=r"no run at two.*runs here: one"):
         find_run("two")
+    (tmp_path / "runs" / ".one.old").mkdir()
+    (tmp_path / "runs" / ".one.old" / "recipe.yaml").touch()
     for folder in ("runs", "."):
         with pytest.raises(CheckpointError, match=rf"no run at {re.escape(folder)}: .* such as runs.one$"):
             find_run(folder)

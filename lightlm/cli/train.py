@@ -298,11 +298,11 @@ def _shortened(
         )
     if fit.tokens >= recipe.train.tokens:
         return recipe
+    single = fit.tokens <= recipe.train.batch_tokens and not recipe.schedule.warms_batch_up
     display.note(
         f"the start took {duration(fit.spent)} of --max-minutes {minutes:g}, and at {fit.tokens_per_second:,.0f} "
         f"tokens/s the {format_quantity(recipe.train.tokens)} tokens of this recipe take {duration(fit.seconds)} more; "
-        f"training on {format_quantity(fit.tokens)} instead"
-        + (", a single step; allow more minutes" if fit.tokens <= recipe.train.batch_tokens else "")
+        f"training on {format_quantity(fit.tokens)} instead" + (", a single step; allow more minutes" if single else "")
     )
     assert request.recipe is not None
     return load_recipe(request.recipe, [*request.changes, f"train.tokens={fit.tokens}"], _silently, find_start)

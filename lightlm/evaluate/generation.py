@@ -97,12 +97,13 @@ class Generation:
         """
         left = {key: value for key, value in (of_model or {}).items() if key not in settings and value is not None}
         given = {key: value for key, value in left.items() if key in _OF_MODEL}
+        place = "generation_kwargs" + "".join(f", {key} of the model's generation_config.json" for key in given)
         given |= {key: value for key, value in settings.items() if value is not None}
         try:
             kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, _MAX_NEW_TOKENS))
             stops = kwargs["until"]
             if not all(isinstance(stop, str) for stop in stops):
-                raise UsageError(f"generation_kwargs: until: {stops!r} is not a list of texts")
+                raise UsageError(f"until: {stops!r} is not a list of texts")
             max_length = int(kwargs["max_length"]) if "max_length" in kwargs else None
             new_tokens = kwargs["max_gen_toks"]
             if max_length is not None and not any(name in given for name in _LENGTHS):
@@ -114,8 +115,8 @@ class Generation:
                 values = {"temperature": 1.0, "top_k": None if "top_k" in settings else _TOP_K, "top_p": 1.0}
             values |= {name: read(kwargs[key]) for key, (name, read) in readers.items() if key in kwargs}
             sampling = Sampling(**values)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"generation_kwargs: {error}") from None
+        except (TypeError, ValueError, UsageError) as error:
+            raise UsageError(f"{place}: {error}") from None
         if new_tokens < 1 or (max_length is not None and max_length < 1):
             raise UsageError("generation_kwargs: an answer must have at least 1 token")
         ignored = _changing(kwargs, _KNOWN)

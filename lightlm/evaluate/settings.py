@@ -1,6 +1,7 @@
 """Settings of an evaluation, the same for every model."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,9 +77,11 @@ class Settings:
 
 def _name_in(home: Path, folder: Path) -> str:
     """Return a folder's name; outside `home` with a hash of its path, since other folders may have the name."""
-    path = folder.resolve()
-    hashed = hashlib.sha256(str(path).encode()).hexdigest()[:6]
-    return path.name if path.parent == home.resolve() else f"{path.name}~{hashed}"
+    path = Path(os.path.abspath(folder))
+    if path.parent.resolve() == home.resolve():  # also a link that leads elsewhere
+        return path.name
+    path = path.resolve()
+    return f"{path.name}~{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
 def batch_sequences(batch_size: int | str) -> int | None:

@@ -205,8 +205,9 @@ def find_run(reference: str | Path | None = None) -> Path:
             "train a model first (`lightlm train recipes/demo.yaml`) or name a model folder"
         )
     inside = sorted(path.parent for pattern in ("*", "runs/*") for path in reference.glob(f"{pattern}/{RECIPE}"))
+    inside = [path for path in inside if not path.name.startswith(".")]  # what a kill left of a replaced folder
     if inside:  # a sweep, a project, or `runs` itself
-        raise CheckpointError(f"no run at {reference}: it holds several; name them, such as {inside[0]}")
+        raise CheckpointError(f"no run at {reference}: it holds runs; name one, such as {inside[0]}")
     raise CheckpointError(f"no run at {reference}: it holds no {RECIPE}; runs here: {run_names()}")
 
 

@@ -158,6 +158,9 @@ def test_the_card_has_the_losses_of_its_step_and_the_license(run):
     warning = "hf/README.md said license: mit, and the new one says unknown; to keep it, give --license mit"
     assert [warning in messages_of(), warning in messages_of()] == [True, False]
     assert "None measured" in ModelCard.load("runs/demo/hf/README.md").text
+    Path("runs/demo/hf/README.md").write_text("---\ntags: 5\n---\nMine")
+    messages_of("--overwrite")
+    assert "None measured" in ModelCard.load("runs/demo/hf/README.md").text
 
 
 def test_an_upload(run, monkeypatch):

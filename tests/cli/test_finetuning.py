@@ -50,7 +50,7 @@ def test_from_a_run_to_another(lightlm, monkeypatch):
     assert json.loads(again.stdout)["status"] == "already prepared"
     Path("talks.jsonl").write_text('{"prompt": "Name a color", "completion": "Red"}\n' * 3, encoding="utf-8")
     chat = ("prepare-data", "talks.jsonl", "--format", "chat", "--val-fraction", "0", "--json")
-    for tokenizer, begin in (("base", " train.init_from=base"), ("data/again", "")):
+    for tokenizer, begin in (("base", " train.init_from=base train.seq_len=32"), ("data/again", "")):
         talks = lightlm(*chat, "--tokenizer", tokenizer, "--out", "data/talks", "--overwrite")
         assert json.loads(talks.stdout)["next"] == f"lightlm train recipes/chat.yaml data.dataset=talks{begin}"
     dry = json.loads(lightlm("train", "further.yaml", "--dry-run", "--json").stdout)

@@ -65,6 +65,14 @@ def test_a_key_in_a_filter_that_no_record_has_is_named_at_the_end(run) -> None: 
         result = run("corpus.jsonl", "--tokenizer", "train:300", "--filter", text, "--out", f"out{number}")
         assert result.stderr.count(warning) == said
         assert result.stderr.count("lack") == said
+    either = ("corpus.jsonl", "--tokenizer", "out0", "--filter", "lang is null or lang == 'en'")
+    both = run(*either[:-1], "lang == 'en' and scor is null", "--out", "both")
+    assert warning in both.stderr  # the record that is left out for another key lacks this one, too
+    Path("corpus.jsonl").write_text("\n".join(lines[1:] + [json.dumps({"text": 3})] * 60), encoding="utf-8")
+    told = run(*either, "--skip-bad", "--out", "bad").stderr
+    Path("corpus.jsonl").write_text("\n".join(lines[1:] + lines[:1] * 60), encoding="utf-8")
+    told += run(*either, "--max-tokens", "50", "--out", "few").stderr
+    assert "lack" not in told
 
 
 def test_the_files_and_rows_that_are_not_read_are_shown(run) -> None:  # type: ignore[no-untyped-def]

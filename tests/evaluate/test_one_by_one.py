@@ -265,6 +265,8 @@ def test_drawn_answers_follow_the_models_generation_config_where_the_task_leaves
     of_task = {"top_k": None, "top_p": 0.9, "min_p": None}
     assert Generation.of({**drawn, **of_task}, suggested).sampling == Sampling(0.7, None, 0.9)
     assert Generation.of({}, suggested).sampling == GREEDY
+    with pytest.raises(UsageError, match=r"^generation_kwargs, top_p of the model's generation_config\.json: "):
+        Generation.of(drawn, {"top_p": 2.0})
 
 
 def test_settings_of_the_model_that_answers_do_not_follow_are_named_once(write: Callable[..., None]) -> None:

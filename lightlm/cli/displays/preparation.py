@@ -140,17 +140,17 @@ def _teacher(stored: dict[str, Any] | None) -> str:
 
 def _lacking(manifest: Manifest) -> dict[str, int]:
     """Return the columns of the filter that hardly any record of JSON has, with the number of those that lack them."""
-    from lightlm.data.prepare.blocks import UNREADABLE
     from lightlm.data.select.filters import FILTERED, Filter, without
 
-    dropped = dict(manifest.dropped)
-    dropped.pop(UNREADABLE, None)
+    dropped, text = manifest.dropped, manifest.settings.get("filter")
+    if manifest.settings.get("max_tokens"):  # records behind the last document are counted, too
+        return {}
     records = manifest.documents("train") + manifest.documents("val") + sum(dropped.values())
-    text = manifest.settings.get("filter")
     found = {}
     for column in Filter(str(text)).columns if text else ():
         cause = without(column)
-        found[column] = manifest.flagged.get(cause, 0) + dropped.get(f"{FILTERED} {cause}", 0)
+        left_out = (count for name, count in dropped.items() if name.startswith(FILTERED) and cause in name)
+        found[column] = manifest.flagged.get(cause, 0) + sum(left_out)
     cut = 1  # a document that was cut in two for a validation split is counted twice
     return {column: count for column, count in found.items() if count >= max(1, records - cut)}
 

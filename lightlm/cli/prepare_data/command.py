@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from lightlm.data.prepare.executors import Engine
     from lightlm.data.shards import Manifest
 
+_CHAT_CONTEXT = 1024  # train.seq_len of recipes/chat.yaml
 FROM_MANIFEST = (
     "source", "description", "files_read", "files_left_out", "skipped_documents", "dropped", "flagged", "lost",
     "evaluation_sets", "vocab_size", "end_of_text", "end_of_text_id", "unigram", "chat",
@@ -244,14 +246,20 @@ def _finished_folder(source: str | None) -> Path | None:
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 
 
-def _is_model(tokenizer: str | None) -> bool:
-    """Return whether a run can start from what `--tokenizer` names, which is not a tokenizer only."""
+def _start(tokenizer: str) -> str:
+    """Return the overrides with which a run starts from the model of a tokenizer; empty if it is a tokenizer only."""
+    from lightlm.convert.load import find_start
     from lightlm.data.tokenizer.named import tokenizer_path
+    from lightlm.errors import LightLMError
 
-    if tokenizer is None:
-        return False
     path = tokenizer_path(tokenizer)
-    return path is None or (path / "config.json").is_file()
+    if path is not None and not (path / "config.json").is_file():
+        return ""
+    start = " " + shlex.quote(f"train.init_from={tokenizer}")
+    context = _CHAT_CONTEXT
+    with contextlib.suppress(LightLMError):  # `train` says what is wrong with it
+        context = context if path is None else find_start(tokenizer).model.max_seq_len
+    return start + (f" train.seq_len={context}" if context < _CHAT_CONTEXT else "")
 
 
 def _summary(
@@ -270,7 +278,8 @@ def _summary(
     # The demo recipes read these by default.
     default = recipe != "chat" and folder in (Path("data/pydocs"), Path("data/skills"))
     dataset = "" if default else " " + shlex.quote(f"data.dataset={dataset_reference(folder)}")
-    start = f" {shlex.quote(f'train.init_from={tokenizer}')}" if recipe == "chat" and _is_model(tokenizer) else ""
+    spec = tokenizer or str(manifest.settings.get("tokenizer"))
+    start = _start(spec) if recipe == "chat" and not spec.startswith("sha256 ") else ""
     taught = "" if stored is None else " train.distill.teacher=stored"
     training = f"lightlm train recipes/{recipe}.yaml{dataset}{start}{taught}"
     scoring = f"lightlm eval MODEL --tasks heldout --data {shlex.quote(folder.as_posix())}"

@@ -135,7 +135,7 @@ def license_of(folder: Path) -> str:
     """Return the license that the card of a folder names; `unknown` without a card or a license."""
     try:
         return str(ModelCard.load(folder / "README.md").data.license or "unknown")
-    except (OSError, ValueError, YAMLError):  # not a card
+    except (OSError, TypeError, ValueError, YAMLError):  # not a card
         return "unknown"
 
 

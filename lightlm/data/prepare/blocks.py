@@ -124,7 +124,7 @@ class BlockReader:
     def reject(self, error: DataError) -> None:
         """Raise an error in the source, or count it if bad records are skipped; count what the reader leaves out."""
         if isinstance(error, Noted):
-            self._left_out.add(LeftOut(flagged={error.cause: error.records}), 0)
+            self._left_out.flag(error.cause, error.records)
         elif isinstance(error, Omitted):
             self._left_out.drop(error.cause, error.records)
         elif self._job.skip_bad:

@@ -41,7 +41,12 @@ class LeftOut(BaseModel):
 
     def drop(self, cause: str, documents: int = 1) -> None:
         """Count documents that are left out."""
-        self.add(LeftOut(dropped={cause: documents}), 0)
+        if documents:
+            self.dropped[cause] = self.dropped.get(cause, 0) + documents
+
+    def flag(self, cause: str, documents: int = 1) -> None:
+        """Count documents that are kept and reported."""
+        self.flagged[cause] = self.flagged.get(cause, 0) + documents
 
     def add(self, other: "LeftOut", messages: int) -> None:
         """Add the counts of `other`, and its messages up to a total of `messages` of each kind."""

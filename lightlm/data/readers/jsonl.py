@@ -68,7 +68,8 @@ def read_json_block(
                 yield from read_json(file, text_column, bad, row_filter)
                 return
             where = partial(_line_in_block, file, start)
-            yield from pack(_texts_of_lines(_lines(opened, end), where, text_column, row_filter, bad))
+            records = _records(_lines(opened, end), where, bad)
+            yield from pack(texts_of(records, text_column, row_filter, bad, sparse=True))
     except OSError as error:
         raise_machine_fault(error)
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
@@ -79,7 +80,7 @@ def read_json(file: File, text_column: str, bad: BadRecord, row_filter: Filter |
     with open_text(file) as opened:
         if is_lines(head_of(opened)):
             where = partial("{}, line {}".format, file)
-            texts = _texts_of_lines(_lines(opened), where, text_column, row_filter, bad)
+            texts = texts_of(_records(_lines(opened), where, bad), text_column, row_filter, bad, sparse=True)
         else:
             values = ((partial(str, place), value) for place, value in JsonValues(opened, str(file)))
             texts = texts_of(values, text_column, row_filter, bad, sparse=True)
@@ -119,10 +120,10 @@ def _skip_line(file: BinaryIO, end: int | None) -> None:
         pass
 
 
-def _texts_of_lines(
-    lines: Iterator[Line], where: Callable[[int], str], text_column: str, row_filter: Filter | None, bad: BadRecord
-) -> Iterator[str]:
-    """Yield the texts of the lines; `where(n)` names the n-th line in an error."""
+def _records(
+    lines: Iterator[Line], where: Callable[[int], str], bad: BadRecord
+) -> Iterator[tuple[Callable[[], str], Any]]:
+    """Yield the values on the lines, each with what names its line; `where(n)` names the n-th."""
     for number, line in enumerate(lines, start=1):
         place = partial(where, number)
         try:
@@ -134,8 +135,8 @@ def _texts_of_lines(
         except DataError as error:
             bad(error)
             continue
-        records = record if isinstance(record, list) else [record]
-        yield from texts_of([(place, each) for each in records], text_column, row_filter, bad, sparse=True)
+        for each in record if isinstance(record, list) else [record]:
+            yield place, each
 
 
 def _parse(line: bytes, where: Callable[[], str], number: int) -> Any:

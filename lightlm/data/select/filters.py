@@ -129,7 +129,7 @@ class Filter:
     def cause(self, record: Mapping[str, Any]) -> str:
         """Return the cause under which a record is counted that is left out; it names a column that is not there."""
         lacking = self.lacking(record)
-        return f"{FILTERED} {without(lacking[0])}" if lacking else FILTERED
+        return " ".join([FILTERED, ", ".join(map(without, lacking))]) if lacking else FILTERED
 
 
 def without(column: str) -> str:

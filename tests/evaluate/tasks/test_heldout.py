@@ -160,6 +160,9 @@ def test_folders_of_one_name_have_results_of_their_own(tmp_path: Path, monkeypat
     stems = [store.file_stem(one) for one in settings]
     assert stems[0] == stems[1] == "heldout_books"
     assert stems[2] == stems[3]
+    Path("data").mkdir()
+    Path("data/linked").symlink_to(tmp_path / "old", target_is_directory=True)
+    assert store.file_stem(Settings(["heldout"], data="linked")) == "heldout_linked"
     assert len(set(stems)) == len({one.chosen for one in settings}) == 4
     assert store.file_stem(Settings(["own"], include_path="t")) == "own_t"
     own = {store.file_stem(Settings(["own"], include_path=place)) for place in ("t", "a/t", "b/t")}
