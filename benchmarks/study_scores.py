@@ -19,17 +19,20 @@ from typing import Any
 import learning
 from common import make_parser, write_json
 
+from lightlm.evaluate.results.store import file_stem
+from lightlm.evaluate.settings import Settings
+
 Scores = dict[str, float]  # by "TASK METRIC"
 
 
 def scores_of(run: Path, tasks: str, data: Path | None = None) -> Scores:
     """Score a run, on a data folder of its own or on another, unless its folder has these scores already."""
-    name = tasks.replace(",", "+") + ("" if data is None else f"_{data.name}")
-    found = sorted((run / "eval").glob(f"*_{name}.json"))
+    stem = file_stem(Settings(tasks.split(","), data=None if data is None else str(data)))
+    found = sorted((run / "eval").glob(f"*_{stem}.json"))
     if not found:
         other = [] if data is None else ["--data", str(data)]
         subprocess.run([sys.executable, "-m", "lightlm", "eval", str(run), "--tasks", tasks, *other], check=True)
-        found = sorted((run / "eval").glob(f"*_{name}.json"))
+        found = sorted((run / "eval").glob(f"*_{stem}.json"))
     results = json.loads(found[-1].read_text(encoding="utf-8"))["results"]
     return {
         f"{task} {key.split(',')[0]}": value

@@ -34,6 +34,13 @@ def test_a_reader_that_leaves_ends_no_table():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (
+            1,
+            "Error: the output could not be written (No space left on device)\n",
+        )
 
 
 STUDIES = """

@@ -53,6 +53,8 @@ def test_from_a_run_to_another(lightlm, monkeypatch):
     for tokenizer, begin in (("base", " train.init_from=base train.seq_len=32"), ("data/again", "")):
         talks = lightlm(*chat, "--tokenizer", tokenizer, "--out", "data/talks", "--overwrite")
         assert json.loads(talks.stdout)["next"] == f"lightlm train recipes/chat.yaml data.dataset=talks{begin}"
+    verified = lightlm("prepare-data", "data/talks", "--verify", "--json")  # it knows the tokenizer by a checksum only
+    assert json.loads(verified.stdout)["next"] == "lightlm train recipes/chat.yaml data.dataset=talks"
     dry = json.loads(lightlm("train", "further.yaml", "--dry-run", "--json").stdout)
     assert (dry["parameters"], dry["steps"]) == (28_832, 4)
     trained = lightlm("train", "further.yaml")

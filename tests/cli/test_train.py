@@ -255,6 +255,8 @@ def test_a_time_limit_shortens_a_new_run_and_says_so(lightlm, workspace, monkeyp
     )
     hasty = lightlm("train", "tiny.yaml", "train.tokens=1M", "--max-minutes", "1e-3", "--dry-run")
     assert "instead, a single step; allow more minutes" in " ".join(hasty.stderr.split())
+    small = ("schedule.batch_start=32", "schedule.batch_warmup=50%")  # several steps, as many tokens
+    assert "a single step" not in lightlm("train", "tiny.yaml", *small, *command[2:4], "1e-3", "--dry-run").stderr
     tokens = yaml.safe_load((workspace / "runs" / "limited" / "recipe.yaml").read_text(encoding="utf-8"))["train"]
     steps = (workspace / "runs" / "limited" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(steps[-1])

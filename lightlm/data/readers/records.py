@@ -44,11 +44,12 @@ def text_of(
     """Return the text of a record; None for a null, and where `row_filter` does not keep it: `bad` counts both.
 
     `sparse` records may lack a column that the filter names, which is then null: writers of JSON omit nulls. `bad`
-    counts those that stay, too.
+    counts those that stay, too. Dots in `text_column` lead to nested fields, unless a column has that name. Half a
+    surrogate pair becomes U+FFFD.
 
-    Dots in `text_column` lead to nested fields, unless a column has that name. Half a surrogate pair becomes
-    U+FFFD. Raises DataError where `record` is not a mapping, the text column is missing or holds something else, or the
-    filter does not fit; `where()` names the record.
+    Raises:
+        DataError: `record` is not a mapping, the text column is missing or holds something else, or the filter does not
+            fit; `where()` names the record.
     """
     if not isinstance(record, Mapping):
         held = f"the text under {text_column!r}"

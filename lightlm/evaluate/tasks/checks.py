@@ -166,10 +166,11 @@ def check_settings(task: Task, lm: TemplateLM, findings: Findings) -> None:
         else:
             places = f"{name}: generation_kwargs", "the model's generation_config.json"
             for place, ignored in zip(places, (generation.ignored, generation.ignored_of_model), strict=True):
-                settings = ", ".join(ignored)
-                note = f"{place}: {settings} is not supported and ignored; scores of other programs may differ for it"
-                if ignored and note not in findings.notes:  # the model's are those of every task
-                    findings.notes.append(note)
+                if ignored:
+                    findings.notes.append(
+                        f"{place}: {', '.join(ignored)} is not supported and ignored; scores of other programs may "
+                        "differ for it"
+                    )
 
 
 @contextlib.contextmanager

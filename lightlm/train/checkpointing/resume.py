@@ -247,7 +247,8 @@ def _check_past(before: Recipe, now: Recipe, run: Path, samples: int) -> None:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe's values by dotted key, those of `train.mtp` too; settings without effect are left out."""
     settings = by_dotted_key(recipe.to_dict())
-    return settings | by_dotted_key({"train.mtp": settings.pop("train.mtp")})
+    mtp = settings.pop("train.mtp")
+    return settings | by_dotted_key({"train.mtp": mtp})
 
 
 def _is_in(key: str, overridden: set[str]) -> bool:
