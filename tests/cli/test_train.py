@@ -135,7 +135,9 @@ def test_a_real_process_stops_cleanly_and_resumes_to_the_same_losses(lightlm, wo
 
 def test_resume_accepts_overrides_without_a_recipe(lightlm, workspace):
     lightlm("train", "tiny.yaml", "train.tokens=256", "--name", "longer")
+    assert lightlm("report", "longer", "--compare", "gpt2").code == 0
     assert lightlm("train", "train.tokens=512", "--resume", "longer").code == 0
+    assert 'name="lightlm-compare" content="gpt2-124m"' in (workspace / "runs/longer/report.html").read_text("utf-8")
     assert yaml.safe_load((workspace / "runs/longer/recipe.yaml").read_text())["train"]["tokens"] == 512
     metrics = [json.loads(line) for line in (workspace / "runs/longer/metrics.jsonl").read_text().splitlines()]
     assert [row["tokens"] for row in metrics if row.get("resumed")] == [metrics[len(metrics) // 2]["tokens"]]

@@ -41,8 +41,7 @@ class LeftOut(BaseModel):
 
     def drop(self, cause: str, documents: int = 1) -> None:
         """Count documents that are left out."""
-        if documents:
-            self.dropped[cause] = self.dropped.get(cause, 0) + documents
+        self.dropped[cause] = self.dropped.get(cause, 0) + documents
 
     def flag(self, cause: str, documents: int = 1) -> None:
         """Count documents that are kept and reported."""
