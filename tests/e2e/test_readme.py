@@ -221,7 +221,7 @@ def test_readme_is_short_and_names_no_page_that_is_missing():
 
 def test_the_readmes_make_targets_exist():
     makefile = README.with_name("Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"`?make ([\w-]+)", README.read_text(encoding="utf-8"))
+    targets = re.findall(r"(?:`|^ {4})make ([\w-]+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert {"demo", "test", "check"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
