@@ -1,5 +1,6 @@
 """`import lightlm`: the Python API beside the commands and an independent formula."""
 
+import inspect
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 import lightlm
-from lightlm import checkpoint
+from lightlm import api, checkpoint
 from lightlm.cli.generate.command import generate
 from lightlm.errors import CheckpointError, UsageError
 from lightlm.generate.sampling import GREEDY
@@ -286,3 +287,14 @@ def test_the_page_documents_every_public_name():
         assert name in page, name
     for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         compile(code, "python.md", "exec")
+
+
+def test_the_page_documents_every_argument():
+    """In the heading of a function, and in the row of a member of `Model`."""
+    page = (DOCS / "python.md").read_text(encoding="utf-8")
+    heads = re.findall(r"^(?:## lightlm\.|\| `)(\w+)\((.*?)\)(?:`|$)", page, flags=re.MULTILINE)
+    described = {name: re.findall(r"\w+", re.sub(r"=[^,]*", "", arguments)) for name, arguments in heads}
+    documented = ("load", "prepare", "train", "evaluate")
+    for function in (*(getattr(api, name) for name in documented), api.Model.generate, api.Model.score):
+        arguments = [name for name in inspect.signature(function).parameters if name != "self"]
+        assert described[function.__name__] == arguments
