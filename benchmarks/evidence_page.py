@@ -168,6 +168,7 @@ are those of token and position embeddings, "vectors" the gains of norms and bia
 
 def page(records: Sequence[Record], findings: dict[str, str], questions: dict[str, str]) -> str:
     """Return the page of all studies: a summary, each with its finding, and the questions without results."""
+    records = [record | {"question": questions.get(record["study"], record["question"])} for record in records]
     tables = [table(record, records, finding=findings.get(record["study"], "")) for record in records]
     trained = {record["study"] for record in records}
     missing = [f"- `{name}`: {question}" for name, question in questions.items() if name not in trained]

@@ -241,18 +241,18 @@ def test_the_summary_has_a_row_per_study_and_the_machine(evidence_page, decisive
 def test_the_page_has_every_study_with_its_finding(evidence_page, decisive):
     other = record({"8k": entry("small", {1: 5.1}), "4k": entry("small", {1: 4.5})}, study="vocabulary")
     decisive["contestants"] |= {"moe at 50%": {"runs": {}}, "GPT-2, 1": {"runs": {}}}
-    questions = {"vocabulary": "Which?", "depth": "How deep?"}
+    questions = {"vocabulary": "Which size?", "depth": "How deep?"}  # as they are today, not when the study ran
     text = evidence_page.page([decisive, other], {"vocabulary": "Fewer tokens."}, questions)
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# The ladder",
         "## All studies",
         "## decisive: Which?",
-        "## vocabulary: Which?",
+        "## vocabulary: Which size?",
         "## Studies without results yet",
     ]
     assert text.endswith("\n- `depth`: How deep?\n")
     assert "\nNot trained yet: moe at 50%; GPT-2, 1.\n" in text
-    assert "## vocabulary: Which?\n\nFewer tokens.\n\n`python benchmarks/learning.py" in text
+    assert "## vocabulary: Which size?\n\nFewer tokens.\n\n`python benchmarks/learning.py" in text
     assert all((f"| {name} |" in text) == bool(entry["runs"]) for name, entry in decisive["contestants"].items())
 
 
