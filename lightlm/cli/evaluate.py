@@ -69,13 +69,13 @@ def evaluate(
     ] = False,
     system_instruction: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="What prompts begin with; with a chat template, the system's message."),
+        typer.Option(metavar="TEXT", help="Text before each prompt; with a chat template, the system message."),
     ] = None,
     fewshot_as_multiturn: Annotated[
         bool | None,
         typer.Option(
             "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
-            help="Examples are earlier turns of the conversation (the default), or stand in the question.",
+            help="Write few-shot examples as earlier turns (the default with a template), or into the question.",
             show_default=False,
         ),
     ] = None,
@@ -90,7 +90,7 @@ def evaluate(
     compare: Annotated[
         str | None,
         typer.Option(
-            metavar="B1,B2", help="Published figures to show beside (gpt2, mobilellm-125m, ...), or further models."
+            metavar="B1,B2", help="Compare with published figures (gpt2, mobilellm-125m, ...) or further models."
         ),
     ] = None,
     log_samples: Annotated[

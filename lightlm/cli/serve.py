@@ -35,7 +35,7 @@ def serve(
         typer.Option(
             envvar="LIGHTLM_API_KEY",
             metavar="KEY",
-            help="Key that requests must bring, better given by this variable.",
+            help="Key that requests must send; safer in the environment variable.",
             show_default=False,
         ),
     ] = None,

@@ -30,17 +30,22 @@ def sweep(
         ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Seeds per value, from the recipe's on. [dim]Default: 1[/]")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Seeds per value: the recipe's, and the next N - 1. [dim]Default: 1[/]"),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Folder under sweeps/; recipe and keys unless given. An existing one resumes.")
+        str | None,
+        typer.Option(help="Folder under sweeps/; an existing sweep resumes. [dim]Default: recipe and keys[/]"),
     ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Runs at a time. [dim]Default: 1, or one per GPU[/]")
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Start no run that is expected to end later (30min, 2h), and stop there."),
+        typer.Option(
+            metavar="TIME",
+            help="Time limit of this call, such as 30min or 2h; the same command resumes the sweep later.",
+        ),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -48,16 +53,17 @@ def sweep(
     ] = None,
     search: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Draw N combinations by optuna instead of running all of a grid."),
+        typer.Option(min=1, metavar="N", help="Let optuna draw N combinations, instead of running all of a grid."),
     ] = None,
     metric: Annotated[
         str | None, typer.Option(metavar="KEY", help="Metric of metrics.jsonl to compare. [dim]Default: val_loss[/]")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(metavar="VALUE", help="What the others are compared with. [dim]Default: the first[/]")
+        str | None,
+        typer.Option(metavar="VALUE", help="Value that the others are compared with. [dim]Default: the first[/]"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the sweep of this name, if the new one fits.")
+        bool, typer.Option("--overwrite", help="Delete the sweep of this name, after checking the new one.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all recipes and list the runs; run none.")] = False,
     show: Annotated[

@@ -41,7 +41,7 @@ def train(
             help="Overrides, such as optimizer.lr=1e-3. `lightlm recipes keys` lists all keys.",
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Run folder under runs/; the recipe's name unless given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Run folder under runs/. [dim]Default: the recipe's name[/]")] = None,
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="[RUN]", help="Resume this run, or the newest one.")
     ] = None,
@@ -49,7 +49,7 @@ def train(
         bool, typer.Option("--auto-resume", help="Resume runs/NAME if it exists, else start it.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete runs/NAME if it exists, once recipe and data are known to fit.")
+        bool, typer.Option("--overwrite", help="Delete runs/NAME if it exists, after checking recipe and data.")
     ] = False,
     runs_dir: Annotated[
         Path, typer.Option("--runs-dir", metavar="DIR", help="Where the run's folder is made; only runs/ has `latest`.")
@@ -61,7 +61,8 @@ def train(
     max_minutes: Annotated[
         float | None,
         typer.Option(
-            metavar="M", help="Time a few steps, and train a new run on fewer tokens if its own would take longer."
+            metavar="M",
+            help="Time a few steps, and train a new run on fewer tokens if it would take more than M minutes.",
         ),
     ] = None,
     dry_run: Annotated[

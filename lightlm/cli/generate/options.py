@@ -36,22 +36,22 @@ LogitBiasOption = Annotated[
     list[str] | None,
     _option("Add to the logit of a token id, -100 (never) to 100; repeatable.", "none", metavar="ID=BIAS"),
 ]
-MinNewTokensOption = Annotated[int | None, _option("No end of the text before so many tokens.", "0", min=0)]
+MinNewTokensOption = Annotated[int | None, _option("Minimum number of tokens before the text may end.", "0", min=0)]
 LookupOption = Annotated[
-    bool, typer.Option("--lookup", help="Guess tokens that repeat the text so far, where that is faster.")
+    bool, typer.Option("--lookup", help="Speculative decoding: guess tokens that repeat the text so far.")
 ]
 DraftOption = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Guess tokens with a smaller model of the same tokenizer, where that is faster.",
+        help="Speculative decoding: guess tokens with a smaller model of the same tokenizer.",
         show_default=False,
     ),
 ]
 MTPOption = Annotated[
     bool,
     typer.Option(
-        "--mtp", help="Guess a token with the model's own head of multi-token prediction, where that is faster."
+        "--mtp", help="Speculative decoding: guess a token with the head that a run with train.mtp has trained."
     ),
 ]
 GuessesOption = Annotated[int | None, _option("Guesses per pass, with --lookup or --draft.", "4", min=1, metavar="N")]

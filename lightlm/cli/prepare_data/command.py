@@ -60,7 +60,7 @@ def prepare_data(
         typer.Option(
             "--format",
             metavar="text|chat|messages|sharegpt|prompt|alpaca",
-            help="text; chat for conversations, whose form is detected per record; or one form of these.",
+            help="text; chat: conversations, the form of each record detected; or the one form to read.",
         ),
     ] = "text",
     train_on: Annotated[
@@ -124,14 +124,16 @@ def prepare_data(
     ] = "threads",
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Also store what a larger model says of each next token (train.distill)."),
+        typer.Option(metavar="MODEL", help="Also store a larger model's next-token probabilities, for train.distill."),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Likeliest tokens of the teacher that are stored. Default: 64.")
+        int | None, typer.Option(metavar="K", help="Store the teacher's K likeliest tokens at each place. Default: 64.")
     ] = None,
     teacher_context: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens that the teacher sees at most. Default: its context, at most 1,024."),
+        typer.Option(
+            metavar="N", help="Maximum number of tokens that the teacher sees. Default: its context, at most 1,024."
+        ),
     ] = None,
     ray_address: Annotated[
         str | None,
