@@ -37,24 +37,6 @@ LogitBiasOption = Annotated[
     _option("Add to the logit of a token id, -100 (never) to 100; repeatable.", "none", metavar="ID=BIAS"),
 ]
 MinNewTokensOption = Annotated[int | None, _option("No end of the text before so many tokens.", "0", min=0)]
-LookupOption = Annotated[
-    bool, typer.Option("--lookup", help="Guess tokens that repeat the text so far, where that is faster.")
-]
-DraftOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="Guess tokens with a smaller model of the same tokenizer, where that is faster.",
-        show_default=False,
-    ),
-]
-MTPOption = Annotated[
-    bool,
-    typer.Option(
-        "--mtp", help="Guess a token with the model's own head of multi-token prediction, where that is faster."
-    ),
-]
-GuessesOption = Annotated[int | None, _option("Guesses per pass, with --lookup or --draft.", "4", min=1, metavar="N")]
 
 
 def read_sampling(logit_bias: list[str] | None = None, **given: Any) -> Sampling:
