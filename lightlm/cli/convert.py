@@ -1,8 +1,9 @@
 """`lightlm convert`: models between LightLM's checkpoints and other formats."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,9 @@ from lightlm.convert.formats import (
 )
 from lightlm.convert.protocol import Format
 from lightlm.errors import UsageError, how_to_install
+
+if TYPE_CHECKING:
+    from lightlm.checkpoint import LoadedModel
 
 _QUANTIZATIONS = ", ".join(
     f"{', '.join(known.quantizations)} ({known.name})" for known in FORMATS.values() if known.quantizations
@@ -121,12 +125,7 @@ def convert(
         raise UsageError(f"--dtype {dtype}: unknown precision; use {', '.join(DTYPES)}")
     check_weights(weights)
     source = locate(model)
-    if reader is not None and not reader.detect(source):
-        raise UsageError(f"--from {reader.name}: {source} is not in that format; leave --from out to detect the format")
-    reader = reader or reader_of(source)
-    writer = writer or FORMATS["hf" if reader.name == "lightlm" and not fold else "lightlm"]
-    if fold and writer.folds:
-        raise UsageError(f"--fold: a conversion to {writer.name} always folds; leave it out")
+    reader, writer = _choose_formats(source, reader, writer, fold=fold)
     _check_quantize(quantize, writer, dtype)
     if license != "unknown" or push is not None or private:
         writer = _publisher(writer, license, push, private)
@@ -146,24 +145,16 @@ def convert(
     import torch
 
     console.print(f"Converting {source} to {target}", style="dim", markup=False, soft_wrap=True)
-    read = None
-    if average > 1:
-        from lightlm.convert.average import load_average
-
-        read = partial(load_average, count=average, weights=weights)
-    elif weights is not None:
-        read = partial(read_model, weights=weights)
-    precision = getattr(torch, dtype)
     write = partial(
         convert_model,
         reader=reader,
         out=target,
         writer=writer,
-        dtype=precision,
+        dtype=getattr(torch, dtype),
         quantize=quantize or "",
         fold=fold,
         verify=verify,
-        read=read,
+        read=_other_weights(average, weights),
     )
     facts, source = with_model(model, lambda path: (write(path), path))
     if reader.name == "lightlm" and has_mtp(source):
@@ -172,9 +163,7 @@ def convert(
         from lightlm.convert.huggingface.hub import upload
 
         facts["address"] = upload(target, push, private=private)
-    written = sorted(filter(Path.is_file, target.rglob("*"))) if target.is_dir() else [target, *facts.pop("beside", [])]
-    above = target if target.is_dir() else target.parent
-    sizes = {path.relative_to(above).as_posix(): path.stat().st_size for path in written}
+    sizes = _sizes(target, facts.pop("beside", []))
     summary = {"source": str(source), "folder": str(target), "format": writer.name, "dtype": dtype, **facts}
     summary |= {"quantize": quantize, "weights": weights, "average": average}
     summary |= {"files": sizes, "bytes": sum(sizes.values())}
@@ -228,6 +217,33 @@ def _default_target(model: str | None, source: Path, writer: Format, name: str, 
         step = (f"-{source.name}" if named else "") + variant
         target = run / f"{run.name if writer.suffix else name}{step}{writer.suffix}"
     return target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
+
+
+def _choose_formats(source: Path, reader: Format | None, writer: Format | None, *, fold: bool) -> tuple[Format, Format]:
+    """Return the formats to read and to write; None is the default. Raises UsageError where they do not fit."""
+    if reader is not None and not reader.detect(source):
+        raise UsageError(f"--from {reader.name}: {source} is not in that format; leave --from out to detect the format")
+    reader = reader or reader_of(source)
+    writer = writer or FORMATS["hf" if reader.name == "lightlm" and not fold else "lightlm"]
+    if fold and writer.folds:
+        raise UsageError(f"--fold: a conversion to {writer.name} always folds; leave it out")
+    return reader, writer
+
+
+def _other_weights(average: int, weights: str | None) -> "Callable[[Path], LoadedModel] | None":
+    """Return what loads the weights of --average and --weights; None for the model's own."""
+    if average > 1:
+        from lightlm.convert.average import load_average
+
+        return partial(load_average, count=average, weights=weights)
+    return None if weights is None else partial(read_model, weights=weights)
+
+
+def _sizes(target: Path, beside: list[Path]) -> dict[str, int]:
+    """Return the bytes of each file that was written; `beside` are those that go with a single file."""
+    folder = target if target.is_dir() else target.parent
+    written = sorted(filter(Path.is_file, target.rglob("*"))) if target.is_dir() else [target, *beside]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
 
 
 def _check_quantize(quantize: str | None, writer: Format, dtype: str) -> None:

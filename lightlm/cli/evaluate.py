@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,8 +19,12 @@ from lightlm.evaluate.settings import Settings, batch_sequences, split_list
 from lightlm.train.signals import interrupted_by_signals
 
 if TYPE_CHECKING:
+    import torch
+
+    from lightlm.checkpoint import LoadedModel
     from lightlm.evaluate.compare.baselines import Baseline
     from lightlm.evaluate.runner import Evaluation
+    from lightlm.evaluate.tasks.manager import Tasks
 
 
 @interrupted_by_signals()
@@ -106,6 +111,7 @@ def evaluate(
     if prefetch is not None:
         fetch_only(context, prefetch, include_path, data_dir, as_json)
         return
+    from lightlm.convert.load import locate
     from lightlm.evaluate.compare.baselines import split_names
 
     baselines, further = split_names(compare or "", _note)
@@ -127,28 +133,46 @@ def evaluate(
         fewshot_as_multiturn,
     )
     batch_sequences(batch_size)
+    located = _find_models(references, settings, device)
+    # All that needs neither torch nor lm-eval is checked by now: importing them takes seconds.
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
+    chosen, target, precision = _open_tasks(settings, device)
+    if (folder := chosen.find_data([] if data else located, data)) is not None:  # reports different folders
+        _note_data(located, folder, data)
+    for model in located:
+        locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
+    names = _names(located)
+    if out_path is not None and not overwrite:
+        _check_free(out_path, chosen.settings, names)
+    scoring = _Scoring(chosen, folder, target, precision, out_path, batch_size, log_samples)
+    scores = _score_all(scoring, references, located, names)
+    _report(scores, baselines, limit, as_json)
+
+
+def _find_models(references: list[str | None], settings: Settings, device: str) -> list[str | Path]:
+    """Check what needs neither torch nor lm-eval, and return the models' paths; those on the Hub keep their names."""
     from lightlm import choices
     from lightlm.convert.formats import require_average
-    from lightlm.convert.load import is_hub_id, load_pretrained, locate
+    from lightlm.convert.load import is_hub_id, locate
     from lightlm.evaluate.tasks import references as named
 
     choices.check_device(device)
-    choices.check_dtype(dtype)
-    choices.check_weights(weights)
+    choices.check_dtype(settings.dtype)
+    choices.check_weights(settings.chosen_weights)
     named.check(settings)
     located = [name if name is not None and is_hub_id(name) else locate(name) for name in references]
-    for found in located if weights is not None else ():
+    for found in located if settings.chosen_weights is not None else ():
         if isinstance(found, Path):
             require_average(found)
-    # All that needs neither torch nor lm-eval is checked by now: importing them takes seconds.
-    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is first imported
+    return located
+
+
+def _open_tasks(settings: Settings, device: str) -> "tuple[Tasks, torch.device, torch.dtype]":
+    """Return the tasks, whose data can be read, and the device and precision to score on."""
     with console.status("Reading lm-eval's list of tasks ...") as status:
         from lightlm.cpu import FEW_SLICES, use_threads
         from lightlm.device import pick_device, pick_dtype
-        from lightlm.evaluate.results.store import out_file, result_file
-        from lightlm.evaluate.runner import evaluate_model
         from lightlm.evaluate.tasks.manager import Tasks
-        from lightlm.runs import run_of
 
         target = pick_device(device)
         if target.type == "cpu":
@@ -157,55 +181,101 @@ def evaluate(
         precision = pick_dtype(chosen.dtype, target, note=lambda slow: _note(f"--dtype {slow}"))
         status.update("Reading the tasks' data ...")
         chosen.require_data()
-    if (folder := chosen.find_data([] if data else located, data)) is not None:  # reports different folders
-        _note_data(located, folder, data)
-    for model in located:
-        locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
-    for name in _names(located):
-        if out_path is None or overwrite or not (existing := out_file(out_path, chosen.settings, name)).exists():
-            continue
-        raise UsageError(f"{existing} exists already; choose another path with --out, or replace it with --overwrite")
+    return chosen, target, precision
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How each model is loaded and scored, and where its results go.
+
+    Args:
+        data: the data folder of heldout; None if no task reads one.
+        out: the value of --out.
+    """
+
+    tasks: "Tasks"
+    data: Path | None
+    device: "torch.device"
+    dtype: "torch.dtype"
+    out: Path | None
+    batch_size: str
+    log_samples: bool
+
+    def load(self, reference: str | None) -> "LoadedModel":
+        """Load a model."""
+        from lightlm.convert.load import load_pretrained
+
+        return load_pretrained(reference, self.device, self.dtype, self.tasks.settings.chosen_weights)
+
+    def score(self, loaded: "LoadedModel", name: str) -> "Evaluation":
+        """Score a model and store the results.
+
+        Raises:
+            LightLMError: its run cannot be written to, or no task could be scored.
+        """
+        from lightlm.evaluate.results.store import result_file
+        from lightlm.evaluate.runner import evaluate_model
+
+        console.print(f"{name}: {', '.join(self.tasks.settings.tasks)}", markup=False)
+        place = partial(result_file, loaded, out=self.out, name=name)
+        if (file := place(self.tasks.settings)) is None:
+            _note(f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them")
+        elif self.out is None and (fault := _unwritable(file.parent)):
+            raise UsageError(f"the results of {name} belong in {file.parent}, but {fault}; give --out DIR")
+        return evaluate_model(
+            loaded, self.tasks, name, place, data=self.data, batch_size=self.batch_size, log_samples=self.log_samples
+        )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What has been scored, what went wrong, and whether an interruption ended it early."""
+
+    evaluations: "list[Evaluation]"
+    problems: list[str]
+    interrupted: bool
+
+
+def _score_all(scoring: _Scoring, references: list[str | None], located: list[str | Path], names: list[str]) -> _Scores:
+    """Score models one after the other; of several, one that fails does not stop the others."""
+    from lightlm.runs import run_of
+
     evaluations: list[Evaluation] = []
     problems: list[str] = []
-    interruption: BaseException | None = None
-    for reference, model, name in zip(references, located, _names(located), strict=True):
+    for reference, model, name in zip(references, located, names, strict=True):
         try:
-            loaded = load_pretrained(reference, target, precision, weights)
+            loaded = scoring.load(reference)
             if run_of(loaded.path) is not None and loaded.path.resolve() != Path(model).resolve():
                 name = loaded.name  # the run has saved another checkpoint meanwhile
-            console.print(f"{name}: {', '.join(chosen.settings.tasks)}", markup=False)
-            place = partial(result_file, loaded, out=out_path, name=name)
-            if (file := place(chosen.settings)) is None:
-                _note(f"{name} does not belong to a run, so its results are not stored; give --out DIR to store them")
-            elif out_path is None and (fault := _unwritable(file.parent)):
-                raise UsageError(f"the results of {name} belong in {file.parent}, but {fault}; give --out DIR")
-            done = evaluate_model(
-                loaded, chosen, name, place, data=folder, batch_size=batch_size, log_samples=log_samples
-            )
+            done = scoring.score(loaded, name)
         except LightLMError as error:
             if len(located) == 1:
                 raise
             problems.append(f"{name}: {error}")
             continue
-        except KeyboardInterrupt as error:
-            interruption = error
-            break
+        except KeyboardInterrupt:
+            return _Scores(evaluations, problems, interrupted=True)
         stored = f", {done.file}" if done.file else ""
         console.print(f"{name}: {done.facts['seconds']:.0f} s{stored}", markup=False, soft_wrap=True)
         evaluations.append(done)
         problems += [f"{name}: {problem}" if len(located) > 1 else problem for problem in done.problems]
-        if (interruption := done.interruption) is not None:
-            break
-    if interruption is not None:
-        finished = sum(bool(done.answers) for done in evaluations)
+        if done.interruption is not None:
+            return _Scores(evaluations, problems, interrupted=True)
+    return _Scores(evaluations, problems, interrupted=False)
+
+
+def _report(scores: _Scores, baselines: "list[Baseline]", limit: int | None, as_json: bool) -> None:
+    """Print the scores and draw the runs' reports; fail if a model failed, and exit with 130 after an interruption."""
+    if scores.interrupted:
+        finished = any(done.answers for done in scores.evaluations)
         _note("interrupted; " + ("the scores are those of the finished tasks" if finished else "no task was finished"))
-    if evaluations:
-        _print(evaluations, baselines, limit, as_json)
-    if interruption is None:
-        _refresh_reports(evaluations)
-    if problems:
-        raise LightLMError("\n".join(problems))
-    if interruption is not None:
+    if scores.evaluations:
+        _print(scores.evaluations, baselines, limit, as_json)
+    if not scores.interrupted:
+        _refresh_reports(scores.evaluations)
+    if scores.problems:
+        raise LightLMError("\n".join(scores.problems))
+    if scores.interrupted:
         raise typer.Exit(130)
 
 
@@ -273,6 +343,17 @@ def _check_out(path: Path, models: int) -> None:
         raise UsageError(f"--out {path} is a folder, and a name ending in .json means a file; choose another name")
     if fault := _unwritable(path.parent if is_file else path):
         raise UsageError(f"--out {path}: {fault}; choose another folder, or a file ending in .json")
+
+
+def _check_free(out: Path, settings: Settings, names: list[str]) -> None:
+    """Refuse to replace results that exist at --out."""
+    from lightlm.evaluate.results.store import out_file
+
+    for name in names:
+        if (existing := out_file(out, settings, name)).exists():
+            raise UsageError(
+                f"{existing} exists already; choose another path with --out, or replace it with --overwrite"
+            )
 
 
 def _unwritable(folder: Path) -> str:

@@ -6,7 +6,7 @@ Shapes: B batch, T positions in this call, D hidden size, V vocabulary.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,21 @@ class MTPHead(nn.Module):
         x_BTD = self.merge(joined_BTX).to(embedding_BTD.dtype)  # the stream is fp32 under autocast, as in the model
         x_BTD, routing = self.block(x_BTD, rotation, mask, extend, dropout)
         return self.norm(x_BTD), routing
+
+
+class _Columns(NamedTuple):
+    """Where the columns of a call are, and what they see.
+
+    Args:
+        masks: by window.
+        extend: returns a layer's keys and values with the earlier ones before them; None where there are none.
+        step: what the cache stores once all layers have run.
+    """
+
+    positions_BT: Tensor
+    masks: dict[int, Mask]
+    extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    step: Step | None = None
 
 
 class Transformer(nn.Module):
@@ -258,49 +273,14 @@ class Transformer(nn.Module):
                 trees with one.
         """
         config = self.config
-        batch, length = tokens_BT.shape
         layers = config.depth + (0 if mtp_states is None else len(self.mtp))
         windows = {config.window(layer) for layer in range(layers)}
-        step: Step | None = None
-        extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # the first argument is the layer
-        if trees is not None:
-            if cache is not None:
-                raise ValueError("trees take no cache; pass what comes before them as their shared prefix")
-            positions_BT, dtype = trees.positions_BT, compute_dtype(self.embed_tokens.weight)
-            masks = {window: Mask(trees.bias(window, dtype), is_causal=False) for window in windows}
-            extend = trees.prepend
-        elif cache is not None:
-            step = cache.begin(batch, length, counts)
-            positions_BT, aligned = step.positions_BT, step.places is None
-            fresh = aligned and step.starts[0] == 0
-            masks = {w: build_mask(positions_BT, step.end, w, fresh=fresh, aligned=aligned) for w in windows}
-            extend = functools.partial(cache.update, step)
-        else:
-            if counts is not None:
-                raise ValueError("counts need a cache: without one, padding on the right needs no mask")
-            if length > config.max_seq_len:
-                raise ValueError(f"{length} positions given, max_seq_len is {config.max_seq_len}")
-            positions_BT = torch.arange(length, device=tokens_BT.device)[None]
-            if offsets_BT is None:
-                masks = {w: build_mask(positions_BT, length, w, fresh=True, aligned=True) for w in windows}
-            else:
-                masks = self._document_masks(offsets_BT, windows)
-        # With a tied head the table's gradient is dense anyway. A sparse part is added to it in place; a dense part
-        # would be another (V, D) tensor of zeros and a sum of the two.
-        sparse = config.tie_embeddings and fused.applies(self.embed_tokens.weight)
-        x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight, sparse=sparse)
-        if config.embedding_scale != 1:
-            x_BTD = x_BTD * config.embedding_scale
-        rotation = None
-        if config.position == "learned":
-            x_BTD = x_BTD + self.embed_positions(positions_BT if offsets_BT is None else offsets_BT)
-        else:
-            cos, sin = rotary_table(positions_BT, config)
-            rotation = cos[:, None], sin[:, None]
+        positions_BT, masks, extend, step = self._place(tokens_BT, windows, cache, counts, trees, offsets_BT)
+        x_BTD, rotation = self._embed(tokens_BT, positions_BT, offsets_BT)
         branches: list[BranchDropout | None] = [None] * layers
         if dropout is not None:
             x_BTD = dropout.embeddings(x_BTD)
-            branches[:] = dropout.branches(layers, length)
+            branches[:] = dropout.branches(layers, tokens_BT.shape[1])
         embedding_BTD = x_BTD
         for layer in range(config.depth):
             block = self.blocks[layer // config.layer_sharing]
@@ -319,6 +299,56 @@ class Transformer(nn.Module):
             )
             mtp_states.append(state_BTD)
         return x_BTD
+
+    def _place(
+        self,
+        tokens_BT: Tensor,
+        windows: set[int],
+        cache: KVCache | None,
+        counts: list[int] | None,
+        trees: Trees | None,
+        offsets_BT: Tensor | None,
+    ) -> _Columns:
+        """Return where the columns are and what they see; see `hidden_states` for arguments and errors."""
+        batch, length = tokens_BT.shape
+        if trees is not None:
+            if cache is not None:
+                raise ValueError("trees take no cache; pass what comes before them as their shared prefix")
+            dtype = compute_dtype(self.embed_tokens.weight)
+            masks = {window: Mask(trees.bias(window, dtype), is_causal=False) for window in windows}
+            return _Columns(trees.positions_BT, masks, trees.prepend)
+        if cache is not None:
+            step = cache.begin(batch, length, counts)
+            aligned = step.places is None
+            fresh = aligned and step.starts[0] == 0
+            masks = {w: build_mask(step.positions_BT, step.end, w, fresh=fresh, aligned=aligned) for w in windows}
+            return _Columns(step.positions_BT, masks, functools.partial(cache.update, step), step)
+        if counts is not None:
+            raise ValueError("counts need a cache: without one, padding on the right needs no mask")
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} positions given, max_seq_len is {self.config.max_seq_len}")
+        positions_BT = torch.arange(length, device=tokens_BT.device)[None]
+        if offsets_BT is None:
+            masks = {w: build_mask(positions_BT, length, w, fresh=True, aligned=True) for w in windows}
+        else:
+            masks = self._document_masks(offsets_BT, windows)
+        return _Columns(positions_BT, masks)
+
+    def _embed(
+        self, tokens_BT: Tensor, positions_BT: Tensor, offsets_BT: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the embeddings (B, T, D), with learned positions where the model has them, else the rotation."""
+        config = self.config
+        # With a tied head the table's gradient is dense anyway. A sparse part is added to it in place; a dense part
+        # would be another (V, D) tensor of zeros and a sum of the two.
+        sparse = config.tie_embeddings and fused.applies(self.embed_tokens.weight)
+        x_BTD = F.embedding(tokens_BT, self.embed_tokens.weight, sparse=sparse)
+        if config.embedding_scale != 1:
+            x_BTD = x_BTD * config.embedding_scale
+        if config.position == "learned":
+            return x_BTD + self.embed_positions(positions_BT if offsets_BT is None else offsets_BT), None
+        cos, sin = rotary_table(positions_BT, config)
+        return x_BTD, (cos[:, None], sin[:, None])
 
     def _run(self, part: nn.Module, arguments: tuple[Any, ...], routings: list[Routing] | None) -> Tensor:
         """Run a block or a head; append what its router did."""

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from lightlm.cli.console import console, print_json, write_utf8
-from lightlm.cli.generate.input import NO_CONVERSATION, checked, read_prompt, stop_text
+from lightlm.cli.generate.guessing import DraftOption, GuessesOption, Guessing, LookupOption, MTPOption
 from lightlm.cli.generate.model import (
     MODEL_HELP,
     DeviceOption,
@@ -19,14 +19,10 @@ from lightlm.cli.generate.model import (
     WeightsOption,
 )
 from lightlm.cli.generate.options import (
-    DraftOption,
     FrequencyPenaltyOption,
-    GuessesOption,
     LogitBiasOption,
-    LookupOption,
     MinNewTokensOption,
     MinPOption,
-    MTPOption,
     NoRepeatNgramOption,
     PresencePenaltyOption,
     RepetitionPenaltyOption,
@@ -36,11 +32,17 @@ from lightlm.cli.generate.options import (
     TypicalPOption,
     read_sampling,
 )
+from lightlm.cli.generate.request import Request
 from lightlm.errors import UsageError
-from lightlm.generate.sampling import DEFAULT, Sampling
+from lightlm.generate.sampling import DEFAULT
 from lightlm.generate.settings import suggestions
 
-_BATCH_SIZE, _GUESSES = 16, 4  # defaults
+if TYPE_CHECKING:
+    from lightlm.checkpoint import LoadedModel
+    from lightlm.cli.generate.rows import Row
+    from lightlm.generate.prompts import PromptReader
+
+_BATCH_SIZE = 16  # without --batch-size
 _SENTENCE = re.compile(r"-[^=]*\s")  # begins with a dash, and has a blank where an option's name has none
 
 
@@ -185,25 +187,28 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Continue a text with a model, or answer messages (--chat). The text streams to the terminal."""
-    from lightlm.convert.load import is_hub_id, locate
-    from lightlm.generate.settings import Settings
-
     choice = ModelChoice(checkpoint, weights, dtype, quantize, device)
-    _check_mode(prompt, prompt_file, interactive=interactive, jsonl=jsonl, out=out)
-    if batch_size is not None and jsonl is None:
-        raise UsageError("--batch-size is for the lines of a file; add --jsonl IN --out OUT")
-    if guesses is not None and not lookup and draft is None:
-        raise UsageError("--guesses says how many tokens --lookup or --draft guess; add one of them")
-    if truncate not in (None, "left"):
-        raise UsageError(f"--truncate {truncate}: write left, which drops the beginning of a prompt past the context")
-    if system is not None:
-        system = checked(system, "--system")
-        if not chat and jsonl is None:
-            raise UsageError(NO_CONVERSATION)
-    if interactive and (num_samples > 1 or as_json):
-        raise UsageError("--interactive shows one answer at a time; leave out --num-samples and --json")
-    if logprobs is not None and not (as_json and jsonl is None):
-        raise UsageError("--logprobs needs --json, which prints them, and one prompt")
+    request = Request(
+        prompt=prompt,
+        prompt_file=prompt_file,
+        interactive=interactive,
+        jsonl=jsonl,
+        out=out,
+        batch_size=batch_size,
+        chat=chat,
+        typed_system=system,
+        truncate=truncate,
+        sliding_window=sliding_window,
+        stop=stop or [],
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        logprobs=logprobs,
+        beams=beams,
+        length_penalty=length_penalty,
+        guessing=Guessing(lookup, draft, mtp, guesses),
+        seed=seed,
+        as_json=as_json,
+    )
     sampling = read_sampling(
         temperature=temperature,
         top_k=top_k,
@@ -217,40 +222,16 @@ def generate(
         logit_bias=logit_bias,
         min_new_tokens=min_new_tokens,
     )
-    alone = num_samples == 1 and jsonl is None
-    _check_speed(sampling, beams, length_penalty, lookup=lookup, draft=draft, mtp=mtp, alone=alone)
-    if beams is not None and (interactive or jsonl or logprobs is not None or sliding_window or num_samples > beams):
-        raise UsageError(
-            "--beams searches the continuations of one prompt, at least as many as --num-samples; leave out "
-            "--interactive, --jsonl, --logprobs and --sliding-window"
-        )
-    ends = tuple(stop_text(checked(text, "--stop")) for text in stop or ())
-    settings = Settings(sampling, max_new_tokens, seed, ends, sliding_window)
-    text = None if interactive or jsonl else read_prompt(prompt, prompt_file)
-    rows = None
-    if jsonl is not None:
-        from lightlm.cli.generate.rows import read_rows
-
-        rows = read_rows(jsonl, settings, chat=chat, system=system)
+    settings = request.settings(sampling)
+    text, rows = request.read_text(), request.read_rows(settings)
     choice.check_files()
-    if draft is not None and not is_hub_id(draft):
-        locate(draft)
+    request.guessing.check_files()
     # All that needs no torch is checked by now: importing it takes a second or two.
     from lightlm.generate.prompts import PromptReader
 
     loaded = choice.load(_note)
     sampling.check_ids(loaded.tokenizer.vocab_size)
-    speculation = None
-    if lookup or mtp or draft is not None:
-        from lightlm.generate.own_draft import own_draft_of
-        from lightlm.generate.pace import Pace, round_costs
-        from lightlm.generate.speculation import Guesser, Lookup, Speculation, draft_of
-
-        guesser: Guesser = own_draft_of(loaded) if mtp else Lookup()
-        if draft is not None:
-            guesser = draft_of(choice.load_another(draft), loaded)
-        count = 1 if mtp else guesses or _GUESSES
-        speculation = Speculation(guesser, count, Pace(round_costs(loaded.model, guesser, count)))
+    speculation = request.guessing.load(choice, loaded)
     context = loaded.model.config.max_seq_len
     reader = PromptReader(loaded.tokenizer, context, parse_special, truncate is not None, _noted_once())
     write_utf8()
@@ -258,86 +239,39 @@ def generate(
     if suggested and sampling == DEFAULT:
         _note(f"the model's files suggest {_listed(suggested)}; without such options LightLM uses its own defaults")
     if rows is not None:
-        from lightlm.cli.generate.jsonl import answer_rows, describe
-
-        assert jsonl is not None
-        assert out is not None
-        most = batch_size or _BATCH_SIZE
-        facts = answer_rows(loaded, reader, rows, out, source=jsonl, num_samples=num_samples, batch_size=most)
-        console.print(describe(facts), style="dim", markup=False, soft_wrap=True)
-        if as_json:
-            print_json({"model": loaded.name, "path": str(loaded.path), **facts})
-    elif interactive:
-        from lightlm.cli.generate.interactive import Session
-
-        Session(loaded, reader, settings, chat, system, speculation).run()
-    else:
+        _answer_rows(loaded, reader, rows, request)
+    elif text is not None:
         from lightlm.cli.generate.single import Beams, Single
 
-        assert text is not None
-        messages = _messages(text, system) if chat else None
+        messages = request.messages(text)
         ids = reader.read_chat(messages, max_new_tokens) if messages else reader.read(text, max_new_tokens)
         search = None if beams is None else Beams(beams, 1.0 if length_penalty is None else length_penalty)
         single = Single(loaded, text, ids, settings, messages, suggested, speculation=speculation, beams=search)
         single.run(num_samples, as_json=as_json, logprobs=logprobs or 0)
+    else:
+        from lightlm.cli.generate.interactive import Session
+
+        Session(loaded, reader, settings, chat, request.system, speculation).run()
 
 
-def _check_mode(
-    prompt: str | None, prompt_file: Path | None, *, interactive: bool, jsonl: Path | None, out: Path | None
-) -> None:
-    """Raise UsageError unless the command line names one source of prompts."""
-    given = {
-        "a prompt": prompt is not None,
-        "--prompt-file": prompt_file is not None,
-        "--interactive": interactive,
-        "--jsonl": jsonl is not None,
-    }
-    named = [name for name, there in given.items() if there]
-    if not named:
-        raise UsageError(
-            'there is no prompt: write one (lightlm generate "Once"), `-` for standard input, --prompt-file FILE, '
-            "--interactive, or --jsonl IN --out OUT"
-        )
-    if len(named) > 1:
-        raise UsageError(f"{' and '.join(named)} exclude each other; name one of them")
-    if (jsonl is None) != (out is None):
-        raise UsageError(
-            "--jsonl IN and --out OUT go together: prompts and answers. The text of one prompt goes to a file with "
-            '> FILE: lightlm generate "Once" > samples.txt'
-        )
-    if out is not None and jsonl is not None and out.exists() and jsonl.exists() and out.samefile(jsonl):
-        raise UsageError(f"--out {out} is the file of prompts; name another file for the answers")
-    if out is not None and (not out.parent.is_dir() or (out.exists() and not out.is_file())):
-        problem = "is not a file" if out.exists() else f"cannot be written: there is no folder {out.parent}"
-        raise UsageError(f"--out {out} {problem}; name a file in a folder that exists")
+def _answer_rows(loaded: "LoadedModel", reader: "PromptReader", rows: "list[Row]", request: Request) -> None:
+    """Answer the lines of --jsonl into --out, and say how many."""
+    from lightlm.cli.generate.jsonl import answer_rows, describe
 
-
-def _check_speed(
-    sampling: Sampling,
-    beams: int | None,
-    length_penalty: float | None,
-    *,
-    lookup: bool,
-    draft: str | None,
-    mtp: bool,
-    alone: bool,
-) -> None:
-    """Raise UsageError for options of beam search and of speculation that exclude others."""
-    if length_penalty is not None and beams is None:
-        raise UsageError("--length-penalty compares beams; add --beams N")
-    if beams is not None and sampling.filters != DEFAULT.filters:
-        raise UsageError("--beams draws nothing; leave out --temperature, --top-k, --top-p, --min-p and --typical-p")
-    if lookup + mtp + (draft is not None) > 1:
-        raise UsageError("--lookup, --draft and --mtp all guess the next tokens; choose one of them")
-    if (lookup or mtp or draft is not None) and (beams is not None or not alone):
-        raise UsageError(
-            "--lookup, --draft and --mtp make one text faster; leave them out with --num-samples, --jsonl and --beams"
-        )
-
-
-def _messages(text: str, system: str | None) -> list[dict[str, Any]]:
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return [*before, {"role": "user", "content": text}]
+    assert request.jsonl is not None
+    assert request.out is not None
+    facts = answer_rows(
+        loaded,
+        reader,
+        rows,
+        request.out,
+        source=request.jsonl,
+        num_samples=request.num_samples,
+        batch_size=request.batch_size or _BATCH_SIZE,
+    )
+    console.print(describe(facts), style="dim", markup=False, soft_wrap=True)
+    if request.as_json:
+        print_json({"model": loaded.name, "path": str(loaded.path), **facts})
 
 
 def _note(message: str) -> None:

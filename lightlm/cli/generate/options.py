@@ -37,24 +37,6 @@ LogitBiasOption = Annotated[
     _option("Add to the logit of a token id, -100 (never) to 100; repeatable.", "none", metavar="ID=BIAS"),
 ]
 MinNewTokensOption = Annotated[int | None, _option("Minimum number of tokens before the text may end.", "0", min=0)]
-LookupOption = Annotated[
-    bool, typer.Option("--lookup", help="Speculative decoding: guess tokens that repeat the text so far.")
-]
-DraftOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="Speculative decoding: guess tokens with a smaller model of the same tokenizer.",
-        show_default=False,
-    ),
-]
-MTPOption = Annotated[
-    bool,
-    typer.Option(
-        "--mtp", help="Speculative decoding: guess a token with the head that a run with train.mtp has trained."
-    ),
-]
-GuessesOption = Annotated[int | None, _option("Guesses per pass, with --lookup or --draft.", "4", min=1, metavar="N")]
 
 
 def read_sampling(logit_bias: list[str] | None = None, **given: Any) -> Sampling:

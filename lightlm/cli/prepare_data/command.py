@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lightlm.data.prepare.executors import Engine
     from lightlm.data.shards import Manifest
 
@@ -143,7 +145,6 @@ def prepare_data(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
     """Turn text into token shards: data/NAME with manifest.json, tokenizer.json and .bin files."""
-    from lightlm.cli.console import console
     from lightlm.cli.displays.preparation import print_summary, progress_line
     from lightlm.cli.prepare_data.selection import (
         evaluation_sets,
@@ -152,14 +153,12 @@ def prepare_data(
         read_template,
         refuse_mixture,
     )
-    from lightlm.cli.prepare_data.teacher import check_tokenizer, store
+    from lightlm.cli.prepare_data.teacher import check_options, check_tokenizer, store
     from lightlm.data.chat.conversation import columns_of
     from lightlm.data.folder import DataFolder
     from lightlm.data.prepare.run import prepare
-    from lightlm.data.prepare.workspace import Workspace
     from lightlm.data.select.filters import Filter
     from lightlm.data.sources.skills import SKILLS_SOURCE
-    from lightlm.data.top_tokens import unfinished
     from lightlm.errors import UsageError
     from lightlm.quantities import parse_quantity
     from lightlm.train.signals import interrupted_by_signals
@@ -172,21 +171,11 @@ def prepare_data(
         return download_data(open_named(source, text_column, None), tokenizer, as_json)
     if verify:
         _refuse_other_options(context, "--verify", "checks a finished folder and prepares nothing")
-    for option, given in (("--top-k", top_k), ("--teacher-context", teacher_context)):
-        if given is not None and teacher is None:
-            raise UsageError(f"{option} is for what a teacher says: add --teacher MODEL")
-    if teacher is not None and val_fraction == 1:
-        raise UsageError("--val-fraction 1 leaves no text to train on, so a --teacher has nothing to say; leave it out")
+    check_options(teacher, top_k, teacher_context, val_fraction)
     if form == "text" and source != SKILLS_SOURCE and train_on is not None:
         raise UsageError(f"--train-on {train_on} is for conversations: add --format chat")
     text_column, template = columns_of(form, text_column, train_on or "assistant"), read_template(chat_template)
-    chosen_engine: Engine | None = None  # threads of this process
-    if engine == "ray":
-        from lightlm.data.prepare.ray import RayEngine
-
-        chosen_engine = RayEngine(workers, ray_address)
-    elif ray_address is not None:
-        raise UsageError("--ray-address is for --engine ray")
+    chosen_engine = _choose_engine(engine, workers, ray_address)
     started = time.perf_counter()
     try:
         limit = None if max_tokens is None else parse_quantity(max_tokens)
@@ -202,23 +191,19 @@ def prepare_data(
             interrupted_by_signals(),
             opened(source, text_column, row_filter, out) as (text_source, folder),
             progress_line() as update,
+            _told_how_to_resume(folder),
         ):
-            try:
-                if teacher is not None:
-                    check_tokenizer(teacher, tokenizer, text_source)
-                manifest = prepare(
-                    text_source, tokenizer, folder, text_column=text_column, max_tokens=limit,
-                    val_fraction=val_fraction, workers=workers, overwrite=overwrite, skip_bad=skip_bad,
-                    encoder=encoder, dedup=dedup, decontaminate=sets, filter=row_filter, end_of_text=eot,
-                    train_on=train_on or "assistant", chat_template=template, engine=chosen_engine,
-                    progress=update,
-                )  # fmt: skip
-                if teacher is not None:
-                    store(teacher, folder, top_k, teacher_context, update)
-            except KeyboardInterrupt:
-                if Workspace(folder.absolute()).path.exists() or unfinished(folder).exists():
-                    console.print("Stopped. Progress is saved. Rerun the same command to resume.")
-                raise
+            if teacher is not None:
+                check_tokenizer(teacher, tokenizer, text_source)
+            manifest = prepare(
+                text_source, tokenizer, folder, text_column=text_column, max_tokens=limit,
+                val_fraction=val_fraction, workers=workers, overwrite=overwrite, skip_bad=skip_bad,
+                encoder=encoder, dedup=dedup, decontaminate=sets, filter=row_filter, end_of_text=eot,
+                train_on=train_on or "assistant", chat_template=template, engine=chosen_engine,
+                progress=update,
+            )  # fmt: skip
+            if teacher is not None:
+                store(teacher, folder, top_k, teacher_context, update)
     summary = _summary(manifest, folder, tokenizer, time.perf_counter() - started, verified=verify)
     if sample:
         summary["samples"] = DataFolder.open(folder).beginnings(sample)
@@ -235,6 +220,34 @@ def _refuse_other_options(context: typer.Context, only: str, does: str) -> None:
         raise UsageError(
             f"{only} {does}, so {', '.join(options)} would have no effect; give it to the command that prepares instead"
         )
+
+
+def _choose_engine(engine: str, workers: int | None, ray_address: str | None) -> Engine | None:
+    """Return the engine that runs the blocks; None for threads of this process."""
+    if engine == "ray":
+        from lightlm.data.prepare.ray import RayEngine
+
+        return RayEngine(workers, ray_address)
+    if ray_address is not None:
+        from lightlm.errors import UsageError
+
+        raise UsageError("--ray-address is for --engine ray")
+    return None
+
+
+@contextlib.contextmanager
+def _told_how_to_resume(folder: Path) -> Iterator[None]:
+    """Context manager that says, after an interruption, that the same command resumes, if there is progress."""
+    from lightlm.cli.console import console
+    from lightlm.data.prepare.workspace import Workspace
+    from lightlm.data.top_tokens import unfinished
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if Workspace(folder.absolute()).path.exists() or unfinished(folder).exists():
+            console.print("Stopped. Progress is saved. Rerun the same command to resume.")
+        raise
 
 
 def _finished_folder(source: str | None) -> Path | None:

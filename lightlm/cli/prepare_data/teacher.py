@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from lightlm.data.sources.base import Source
 
 
+def check_options(teacher: str | None, top_k: int | None, context: int | None, val_fraction: float | None) -> None:
+    """Raise UsageError for an option that needs a teacher, or one that leaves it nothing to say."""
+    from lightlm.errors import UsageError
+
+    for option, given in (("--top-k", top_k), ("--teacher-context", context)):
+        if given is not None and teacher is None:
+            raise UsageError(f"{option} is for what a teacher says: add --teacher MODEL")
+    if teacher is not None and val_fraction == 1:
+        raise UsageError("--val-fraction 1 leaves no text to train on, so a --teacher has nothing to say; leave it out")
+
+
 def check_tokenizer(teacher: str, tokenizer: str | None, source: Source) -> None:
     """Raise UsageError where the teacher has another tokenizer than the data will have, before hours of work."""
     from lightlm.data.prepare.options import defaults
