@@ -20,6 +20,7 @@ from lightlm.convert.formats import (
 )
 from lightlm.convert.protocol import Format
 from lightlm.errors import UsageError, how_to_install
+from lightlm.train.signals import interrupted_by_signals
 
 _QUANTIZATIONS = ", ".join(
     f"{', '.join(known.quantizations)} ({known.name})" for known in FORMATS.values() if known.quantizations
@@ -28,6 +29,7 @@ _READ = ", ".join(known.name for known in FORMATS.values() if known.reads)
 _WRITTEN = ", ".join(known.name for known in FORMATS.values() if known.writes)
 
 
+@interrupted_by_signals()
 def convert(
     model: Annotated[
         str | None,
