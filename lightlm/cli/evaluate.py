@@ -160,7 +160,8 @@ def evaluate(
     if (folder := chosen.find_data([] if data else located, data)) is not None:  # reports different folders
         _note_data(located, folder, data)
     for model in located:
-        locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
+        if not isinstance(model, Path):  # a run that trains may have deleted its checkpoint meanwhile
+            locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
     for name in _names(located):
         if out_path is None or overwrite or not (existing := out_file(out_path, chosen.settings, name)).exists():
             continue
