@@ -21,6 +21,7 @@ from lightlm.convert.formats import (
 )
 from lightlm.convert.protocol import Format
 from lightlm.errors import UsageError, how_to_install
+from lightlm.train.signals import interrupted_by_signals
 
 if TYPE_CHECKING:
     from lightlm.checkpoint import LoadedModel
@@ -32,6 +33,7 @@ _READ = ", ".join(known.name for known in FORMATS.values() if known.reads)
 _WRITTEN = ", ".join(known.name for known in FORMATS.values() if known.writes)
 
 
+@interrupted_by_signals()
 def convert(
     model: Annotated[
         str | None,

@@ -140,7 +140,8 @@ def evaluate(
     if (folder := chosen.find_data([] if data else located, data)) is not None:  # reports different folders
         _note_data(located, folder, data)
     for model in located:
-        locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
+        if not isinstance(model, Path):  # a run that trains may have deleted its checkpoint meanwhile
+            locate(model)  # downloads Hub models now, so that a missing one is reported before any model is scored
     names = _names(located)
     if out_path is not None and not overwrite:
         _check_free(out_path, chosen.settings, names)

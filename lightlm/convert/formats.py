@@ -177,8 +177,8 @@ def convert_model(
         read: loads other weights from `source` than the reader does.
 
     Raises:
-        ConvertError: the format written or the precision cannot hold this model, or `verify` found a difference; what
-            `out` was before is then put back.
+        ConvertError: the format written or the precision cannot hold this model, another process is writing `out`, or
+            `verify` found a difference; what `out` was before is then put back.
         LightLMError: the model cannot be read.
     """
     for known in (reader, writer):
@@ -197,17 +197,47 @@ def convert_model(
     plain = as_plain(loaded) if fold or writer.folds else loaded
     _check_range(plain, torch.float16 if quantize else dtype)  # the scales of quantized blocks are float16
     if not verify:
-        return {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
+        with _only_writer(out):
+            return {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
     from lightlm.convert.gguf.modelfile import modelfile_path
 
     had_one = out.exists()
     # A conversion that is not right does not cost an earlier one.
-    with _told_what_stays(out, had_one), files.put_back(out), files.put_back(modelfile_path(out)):
+    with _only_writer(out), _told_what_stays(out, had_one), files.put_back(out), files.put_back(modelfile_path(out)):
         facts = {"class": writer.target(plain.model.config)} | writer.write(plain, out, dtype, quantize)
         differences = [writer.verify(plain, out, dtype), _check_fold(loaded, plain)]
         differences += [reader.verify(loaded, source, dtype)] if read is None else []
         facts["max_logit_difference"] = max(filter(None, differences), default=0.0)
         return facts
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Context manager that keeps other conversions from writing `out`, by a lock beside it.
+
+    A file system without locks is used without one.
+
+    Raises:
+        ConvertError: another conversion is writing it.
+    """
+    from filelock import FileLock, Timeout
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    lock = FileLock(path)
+    try:
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise ConvertError(
+            f"another `lightlm convert` is writing {out}; wait for it, or choose another path with --out"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes no open file
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager

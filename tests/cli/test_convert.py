@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import torch
 import typer
 import yaml
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -415,6 +418,33 @@ def test_verify_finds_a_wrong_export(run, monkeypatch):
     with pytest.raises(ConvertError, match=r"does not compute what.* is again what it was before"):
         invoke("--verify", "--overwrite")
     assert {path.name: path.read_bytes() for path in Path("runs/demo/hf").iterdir()} == before, "it was right"
+    assert not list(Path("runs/demo").glob(".hf*"))
+
+
+def test_a_signal_while_verifying_puts_the_earlier_export_back(run, monkeypatch):
+    pytest.importorskip("transformers")
+    invoke()
+    before = {path.name: path.read_bytes() for path in Path("runs/demo/hf").iterdir()}
+    monkeypatch.setattr(type(FORMATS["hf"]), "verify", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        app = typer.Typer()
+        app.command()(convert)
+        assert CliRunner().invoke(app, ["--verify", "--dtype", "float16"]).exit_code == 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert {path.name: path.read_bytes() for path in Path("runs/demo/hf").iterdir()} == before
+    assert not list(Path("runs/demo").glob(".hf*"))
+
+
+def test_a_second_conversion_to_the_same_path_is_refused(run):
+    with (
+        FileLock("runs/demo/.hf.lock"),
+        pytest.raises(ConvertError, match="another `lightlm convert` is writing runs/demo/hf"),
+    ):
+        invoke()
+    assert not Path("runs/demo/hf").exists()
+    invoke()
     assert not list(Path("runs/demo").glob(".hf*"))
 
 

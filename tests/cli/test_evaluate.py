@@ -51,6 +51,20 @@ def test_the_newest_run_is_scored_and_the_results_lie_in_it(world: Path) -> None
     assert facts["working_directory_commit"] is None
 
 
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_followed(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that trains deletes its older checkpoints, perhaps while lm-eval is imported."""
+    checkpoints, plain = Path("runs/demo/checkpoints"), manager.Tasks.require_data
+
+    def prune(tasks: manager.Tasks) -> None:
+        (checkpoints / "step_000007").rename(checkpoints / "step_000008")
+        plain(tasks)
+
+    monkeypatch.setattr(manager.Tasks, "require_data", prune)
+    done = CliRunner().invoke(app, ["demo", "--tasks", "heldout,quiz.yaml"])
+    assert done.exit_code == 0, done.output
+    assert Path("runs/demo/eval/step_000008_heldout+quiz.json").exists()
+
+
 def test_a_named_precision_that_is_slow_here_is_noted(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightlm.cpu.gain", lambda dtype, width: 0.125)
     done = CliRunner().invoke(app, ["--tasks", "quiz.yaml", "--dtype", "bfloat16"])

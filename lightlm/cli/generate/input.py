@@ -26,11 +26,12 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
             text = decoded(file.read_bytes())
         except OSError as error:
             raise LightLMError(f"--prompt-file {file} cannot be read: {error.strerror}") from None
-        return checked(text.removesuffix("\n"))
+        return checked(text.removesuffix("\n"), f"--prompt-file {file}", "save it as UTF-8")
     if argument == "-":
         if sys.stdin.isatty():
             console.print("[dim]Type the prompt; Ctrl-D ends it (on Windows Ctrl-Z and Enter).[/]")
-        return checked(decoded(sys.stdin.buffer.read()).removesuffix("\n"))
+        text = decoded(sys.stdin.buffer.read())
+        return checked(text.removesuffix("\n"), "standard input", "convert it to UTF-8")
     assert argument is not None
     return checked(argument)
 
@@ -40,7 +41,7 @@ def decoded(content: bytes) -> str:
     return content.decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
 
 
-def checked(text: str, what: str = "the prompt") -> str:
+def checked(text: str, what: str = "the prompt", advice: str = "type it again, or set a UTF-8 locale") -> str:
     """Return a text from the command line or a file, which is UTF-8 whatever the locale.
 
     Raises:
@@ -50,9 +51,7 @@ def checked(text: str, what: str = "the prompt") -> str:
         return text.encode(errors="surrogateescape").decode()
     except UnicodeDecodeError as error:
         place = len(error.object[: error.start].decode()) + 1
-        raise UsageError(
-            f"{what} is not valid UTF-8 at character {place}; type it again, or set a UTF-8 locale"
-        ) from None
+        raise UsageError(f"{what} is not valid UTF-8 at character {place}; {advice}") from None
 
 
 def stop_text(text: str) -> str:

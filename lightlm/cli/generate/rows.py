@@ -60,7 +60,7 @@ def read_rows(path: Path, settings: Settings, *, chat: bool, system: str | None)
 
 def _row(number: int, line: str, settings: Settings, *, chat: bool, system: str | None) -> Row:
     try:
-        values = json.loads(checked(line))
+        values = json.loads(checked(line, "the line", "save the file as UTF-8"))
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         escape = f"\\u{ord(error.object[error.start]):04x}"

@@ -18,6 +18,7 @@ from lightlm.data.tokenizer import Tokenizer
 from lightlm.errors import CheckpointError
 from lightlm.model.config import ModelConfig
 from lightlm.recipe import CheckpointSection
+from lightlm.runs import RECIPE
 from lightlm.runs.metrics import METRICS
 from lightlm.train.observe.observers import Observer
 
@@ -126,13 +127,22 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         milestone: bool,
         best: bool,
     ) -> list[str]:
-        """Write and prune, in the writer's thread; return problems that leave the checkpoint complete."""
+        """Write and prune, in the writer's thread; return problems that leave the checkpoint complete.
+
+        Raises:
+            CheckpointError: the run's folder was moved or deleted meanwhile. The checkpoint is written all the same.
+        """
         # Metrics first: after a power failure they reach as far as the checkpoint, which holds its own step's row.
         if (metrics := self._run / METRICS).exists():
             files.sync_file(metrics)
         path = checkpoint.write_checkpoint(
             self._run, step, weights, self._config, self._tokenizer, training, raw, milestone=milestone
         )
+        if not (self._run / RECIPE).is_file():
+            raise CheckpointError(
+                f"{self._run} was moved or deleted while it trained: its {RECIPE} is gone. The model of step {step} is "
+                f"in {path}. To resume a run that was moved, name its new folder: `lightlm train --resume NEW_FOLDER`"
+            )
         if best:
             checkpoint.mark_best(path)
         return prune(self._run, self._settings.keep_last)

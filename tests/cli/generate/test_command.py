@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import typer
@@ -129,7 +130,16 @@ def test_a_dash_reads_the_prompt_from_standard_input(ending: str) -> None:
     done = CliRunner().invoke(app, ["-", "--max-new-tokens", "3", "--json"], input=(text + ending).encode())
     assert json.loads(done.stdout)["prompt"] == text
     bad = CliRunner().invoke(app, ["-"], input=b"caf\xe9")
-    assert "not valid UTF-8 at character 4" in str(bad.exception)
+    assert "standard input is not valid UTF-8 at character 4; convert it" in str(bad.exception)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"caf\xe9")
+    for arguments in (["--prompt-file", str(file)], ["--jsonl", str(file), "--out", str(tmp_path / "answers")]):
+        text = str(CliRunner().invoke(app, arguments).exception)
+        assert str(file) in text
+        assert "is not valid UTF-8 at character 4; save" in text
 
 
 def test_a_full_context_is_told() -> None:

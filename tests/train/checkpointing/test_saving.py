@@ -274,6 +274,20 @@ def test_a_full_disk_is_one_error_and_leaves_the_checkpoint_before(whole, monkey
     assert differences(run, whole) == []
 
 
+def test_a_run_that_is_moved_while_it_trains_stops_and_resumes_where_it_is(whole):
+    class Watch(Recorder):
+        def step(self, metrics):
+            super().step(metrics)
+            if metrics["step"] == 7:
+                Path("runs/old").rename("runs/new")
+
+    with pytest.raises(CheckpointError, match=r"runs/old was moved or deleted .* step 10 is in runs/old/checkpoints/"):
+        start(*SHORT, "checkpoint.keep_last=9", name="old", watch=Watch())
+    assert names(Path("runs/old")) == ["latest", "step_000010"]
+    result, _ = resume("new")
+    assert differences(result.run, whole) == []
+
+
 def test_a_failure_of_training_comes_before_one_of_the_writer(monkeypatch, tmp_path):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
