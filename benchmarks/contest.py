@@ -54,11 +54,13 @@ def contest_parser(description: str | None, recipe: str, contestants: str) -> ar
 
 
 def shape(options: argparse.Namespace, *, dense: bool = False) -> tuple[Recipe, ModelConfig]:
-    """Return the recipe and the model's shape; `dense` replaces experts by a dense network of the active size."""
+    """Return the recipe and the model's shape, without learned scales, which the other contestants do not have.
+
+    Args:
+        dense: replace experts by a dense network of the active size.
+    """
     recipe, config = load_shape(options.recipe, options.overrides, positions=options.length + 1)
-    if not dense:
-        return recipe, config
-    config = dense_config(config)
+    config = dense_config(config.folded()) if dense else config.folded()
     return recipe.model_copy(update={"model": config}), config
 
 

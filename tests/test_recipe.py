@@ -21,7 +21,7 @@ PARAMETERS = {
     "chat-demo": 191_040,
     "deepseek-demo": 12_516_992,
     "deepseek-mini": 142_901_760,
-    "demo": 6_819_840,
+    "demo": 6_849_036,
     "finetune": 134_515_008,  # SmolLM2-135M's
     "gpt2-124m": 124_439_808,
     "gpt3-125m": 125_226_240,

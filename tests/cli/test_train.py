@@ -40,11 +40,11 @@ def test_a_dry_run_needs_no_data_and_a_run_does(lightlm, tmp_path, monkeypatch):
     outcome = lightlm("train", "demo", "--dry-run", "--json")
     plan = json.loads(outcome.stdout)
     assert (plan["steps"], plan["train_tokens"], plan["epochs"]) == (733, None, None)
-    assert plan["parameters"] == 6_819_840 + (50_257 - 8192) * 256
+    assert plan["parameters"] == 6_849_036 + (50_257 - 8192) * 256
     for words in ("data/pydocs is not prepared yet", "lightlm prepare-data pydocs", "vocabulary of 50,257"):
         assert words in outcome.stderr.replace("\n", " ")
     table = lightlm("train", "demo", "model.vocab_size=8192", "--dry-run")
-    assert re.search(r"parameters\W+6,819,840\b", table.stdout)
+    assert re.search(r"parameters\W+6,849,036\b", table.stdout)
     assert "epochs" not in table.stdout
     assert "50,257" not in table.stderr
     lightlm("train", "demo").assert_one_message("There is no data folder data/pydocs", "lightlm prepare-data pydocs")
