@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders (temporary name, fsync, rename), pointers, checksums and full disks."""
+"""Atomic writes of files and folders (temporary name, fsync, rename), pointers, checksums, locks and full disks."""
 
 import contextlib
 import errno
@@ -13,11 +13,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from lightlm.errors import DataError, DiskFullError, LightLMError, UsageError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 _STALE_SECONDS = 3600  # a temporary file of this age was left by a kill: writing one file takes less
 _NO_ROOM = {
@@ -25,6 +28,7 @@ _NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is larger than the file system or a limit (ulimit -f) allows",
 }
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # In the messages of safetensors (older ones print Rust's structure), tokenizers and pyarrow.
 _NUMBER = re.compile(r"(?:os error|errno|Os \{ code:) (\d+)", re.IGNORECASE)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -345,6 +349,21 @@ def follow(link: Path) -> Path | None:
     if link.is_symlink():
         return link.parent / os.readlink(link)
     return link.parent / link.read_text(encoding="utf-8").strip() if link.is_file() else None
+
+
+def acquire(lock: "BaseFileLock", *, timeout: float) -> bool:
+    """Take a lock; return False on a file system without locks, where filelock fails in several ways.
+
+    Raises:
+        filelock.Timeout: another process holds it.
+    """
+    try:
+        lock.acquire(timeout=timeout, poll_interval=0.05)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

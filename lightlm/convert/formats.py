@@ -226,8 +226,7 @@ def _only_writer(out: Path) -> Iterator[None]:
     path = out.with_name(f".{out.name}.lock")
     lock = FileLock(path)
     try:
-        with contextlib.suppress(NotImplementedError):
-            lock.acquire(timeout=0)
+        files.acquire(lock, timeout=0)
     except Timeout:
         raise ConvertError(
             f"another `lightlm convert` is writing {out}; wait for it, or choose another path with --out"

@@ -5,7 +5,6 @@ the process for messages. It means nothing while `.lock` is not locked, so a kil
 """
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -21,7 +20,6 @@ from lightlm.names import warn
 
 _LOCK, _HOLDER = ".lock", ".lock.json"
 _PATIENCE = 0.5  # seconds; `holder` takes the lock for an instant to see whether it is free
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class RunLockedError(CheckpointError):
@@ -64,12 +62,10 @@ def locked(run: Path, doing: str = "trained") -> Iterator[None]:
     """
     lock = FileLock(run / _LOCK)
     try:
-        lock.acquire(timeout=_PATIENCE, poll_interval=0.05)
+        has_locks = files.acquire(lock, timeout=_PATIENCE)
     except Timeout:
         raise RunLockedError(_refusal(run, _read_holder(run), doing, soft=isinstance(lock, SoftFileLock))) from None
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
+    if not has_locks:
         warn(f"the file system of {run} has no locks: make sure that no other process trains this run")
     try:
         with contextlib.suppress(OSError):  # a full disk: the lock holds, and what follows reports it

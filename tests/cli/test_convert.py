@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -446,6 +447,16 @@ def test_a_second_conversion_to_the_same_path_is_refused(run):
     assert not Path("runs/demo/hf").exists()
     invoke()
     assert not list(Path("runs/demo").glob(".hf*"))
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_written_to(run, monkeypatch, error):
+    def unsupported(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", unsupported)
+    invoke()
+    assert Path("runs/demo/hf/model.safetensors").is_file()
 
 
 def test_fold_writes_a_plain_checkpoint(run, tokenizer):
