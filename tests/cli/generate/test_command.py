@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import lightlm
 from lightlm.cli.generate.command import PromptCommand, generate
+from lightlm.cli.generate.model import ModelChoice
 from lightlm.errors import LightLMError, UsageError
 from lightlm.generate.beams import beam_search
 from lightlm.generate.sampling import DEFAULT
@@ -140,6 +141,13 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         text = str(CliRunner().invoke(app, arguments).exception)
         assert str(file) in text
         assert "is not valid UTF-8 at character 4; save" in text
+
+
+def test_a_missing_draft_is_told_before_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelChoice, "load", lambda *_: pytest.fail("the model was loaded"))
+    done = CliRunner().invoke(app, ["x", "--draft", "nothing"])
+    assert isinstance(done.exception, LightLMError)
+    assert "nothing" in str(done.exception)
 
 
 def test_a_full_context_is_told() -> None:
